@@ -1,0 +1,5 @@
+"""``python -m clipft`` is the ``clipft`` command."""
+
+from clipft.cli.app import main
+
+main()

@@ -1,0 +1,79 @@
+"""The map of the commands, and the one place where errors become sentences."""
+
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from clipft import __version__
+from clipft.cli.console import print_error, silence_broken_pipe
+from clipft.cli.settings import settings
+from clipft.errors import ClipftError, UsageError
+
+app = typer.Typer(
+    name="clipft",
+    help="Fine-tune CLIP on your own image-text pairs, and know that the result is better.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --s3_bucket is --s3-bucket
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+for command in (settings,):
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every way out has its exit code (see ``clipft.errors``)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        return int(app(args, standalone_mode=False, prog_name="clipft") or 0)
+    except ClipftError as error:
+        known = error
+    except TyperException as error:
+        if not error.format_message():  # no command at all: the help was printed
+            return UsageError.exit_code
+        known = _usage(error)
+    except BrokenPipeError:
+        silence_broken_pipe()
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        known = _bug(error)
+    if "--debug" in args:
+        traceback.print_exception(known)
+    print_error(known, as_json="--json" in args)
+    return known.exit_code
+
+
+def _usage(error: Any) -> UsageError:
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "clipft"
+    return UsageError(error.format_message(), f"see `{command} --help`")
+
+
+def _bug(error: Exception) -> ClipftError:
+    bug = ClipftError(
+        f"unexpected {type(error).__name__}: {error}",
+        "this is a bug: run again with --debug and report the traceback",
+    )
+    bug.__cause__ = error
+    return bug

@@ -1,0 +1,51 @@
+"""The one mouth. Results go to stdout, everything for people on the way to stderr.
+
+With ``--json`` stdout carries one JSON object and nothing else.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from clipft.errors import ClipftError
+
+
+class Output:
+    """What a command says: notes on the way, and one result at its end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.err = Console(stderr=True, highlight=False)
+        self._out = self.err if as_json else Console(highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
+        self.err.print(text, markup=False, soft_wrap=not self.err.is_terminal)
+
+    def result(self, data: dict[str, Any], *shown: RenderableType) -> None:
+        """The command's result: ``data`` for programs, ``shown`` for people."""
+        for renderable in shown:
+            self._out.print(renderable)
+        if self.as_json:
+            print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+
+    def raw(self, data: dict[str, Any], text: str) -> None:
+        """A result whose text is itself read by programs (TOML): never wrapped or coloured."""
+        print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, end="")
+
+
+def print_error(error: ClipftError, as_json: bool) -> None:
+    """One line ``error:`` and one line ``hint:`` on stderr; with ``--json`` an object too."""
+    for label, text in (("error", error.message), ("hint", error.hint)):
+        print(f"{label}: {' '.join(text.split())}", file=sys.stderr)
+    if as_json:
+        body = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        print(json.dumps({"error": body}, ensure_ascii=False), flush=True)
+
+
+def silence_broken_pipe() -> None:
+    """The reader of stdout went away (``| head``): say nothing more, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

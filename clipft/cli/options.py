@@ -1,0 +1,124 @@
+"""Settings <-> options: each setting becomes one option, its help and default with it.
+
+``@settings_command(Section, ...)`` gives a command the options of the named sections, the
+common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded settings.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from clipft.cli.console import Output
+from clipft.settings import Section, fields_of, load_settings
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar="CLIPFT_CONFIG",
+        metavar="FILE",
+        help="TOML file with settings, as `clipft settings` prints it",
+        rich_help_panel="Common",
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object on stdout", rich_help_panel="Common"),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error", rich_help_panel="Common"),
+]
+
+_COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug, False)}
+
+
+def plain_command(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the common options but no settings; it is handed ``out``."""
+    return _wrapped(command, (), takes_settings=False)
+
+
+def settings_command(
+    *sections: type[Section],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with the options of ``sections``; it is handed ``loaded`` and ``out``."""
+    return lambda command: _wrapped(command, sections, takes_settings=True)
+
+
+def _wrapped(
+    command: Callable[..., None], sections: tuple[type[Section], ...], takes_settings: bool
+) -> Callable[..., None]:
+    generated = {name: field for section in sections for name, field in fields_of(section)}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        flags = {n: _given(given, n) for n in generated}
+        config, as_json = given.pop("config"), given.pop("as_json")
+        given.pop("debug")
+        if takes_settings:
+            chosen = {name: value for name, value in flags.items() if value is not None}
+            given["loaded"] = load_settings(chosen, config)
+        command(**given, out=Output(as_json))
+
+    own = inspect.signature(command).parameters.values()
+    parameters = [p for p in own if p.name not in {"loaded", "out"}]
+    parameters += [p for s in sections for n, f in fields_of(s) for p in _options(n, f, s)]
+    parameters += [_parameter(n, annotation, d) for n, (annotation, d) in _COMMON.items()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _given(given: dict[str, Any], name: str) -> Any:
+    """What the flags say of one setting, taken out of ``given``; None: nothing."""
+    value, refused = given.pop(name), given.pop(f"no_{name}", False)
+    return False if refused else value
+
+
+def _options(name: str, field: FieldInfo, section: type[Section]) -> Iterator[inspect.Parameter]:
+    """The option of one setting; a switch has a hidden ``--no-`` twin.
+
+    Text is passed on unread: the settings model judges it.
+    """
+    switch = field.annotation is bool
+    shown = typer.Option(
+        f"--{name.replace('_', '-')}",
+        metavar=None if switch else _metavar(field),
+        help=escape(f"{_choices(field)}{field.description} {_default(field)}"),
+        rich_help_panel=section.title,
+        show_default=False,
+    )
+    yield _parameter(name, Annotated[bool | None if switch else str | None, shown], None)
+    if switch:
+        twin = typer.Option(f"--no-{name.replace('_', '-')}", hidden=True)
+        yield _parameter(f"no_{name}", Annotated[bool, twin], False)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    return f"[default: {'none' if value is None else value}]"
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+    return kinds.get(field.annotation, "CHOICE" if _choices(field) else "TEXT")
+
+
+def _choices(field: FieldInfo) -> str:
+    """``one|two: `` for a setting with a closed list of values, else nothing."""
+    if get_origin(field.annotation) is not Literal:
+        return ""
+    return "|".join(map(str, get_args(field.annotation))) + ": "

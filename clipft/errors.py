@@ -1,0 +1,57 @@
+"""Every error that a user can cause, as one tree.
+
+ClipftError               1   (never raised itself)
+├── UsageError            2   wrong usage or settings
+├── DataError             3   the pairs: missing, unreadable, too many bad ones
+├── StorageError          4   disks and buckets
+├── ModelError            5   base models, hubs, checkpoints
+├── DivergedError         6   training diverged; the last good state is kept
+└── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
+
+A service raises one of these with the sentence and the mend; ``cli.app.main`` alone
+catches them. Whatever else reaches ``main`` is a bug and exits with 1.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClipftError(Exception):
+    """What was wrong and where (``message``), what to do (``hint``), and the exit code."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(ClipftError):
+    exit_code = 2
+
+
+class DataError(ClipftError):
+    exit_code = 3
+
+
+class StorageError(ClipftError):
+    exit_code = 4
+
+
+class ModelError(ClipftError):
+    exit_code = 5
+
+
+class DivergedError(ClipftError):
+    exit_code = 6
+
+
+class Interrupted(ClipftError):
+    exit_code = 75
+
+
+def nearest(wrong: str, right: Iterable[str]) -> str | None:
+    """The name of ``right`` that was probably meant by ``wrong``, if any is close."""
+    matches = difflib.get_close_matches(wrong.lower(), list(right), n=1, cutoff=0.6)
+    return matches[0] if matches else None
