@@ -72,9 +72,7 @@ class DataSettings(Section):
     num_workers: int = _field(4, "processes that decode images; 0: none besides the main", ge=0)
     max_train_pairs: int = _field(0, "train on the first so many pairs; 0: all", "fixed", ge=0)
     max_val_pairs: int = _field(0, "validate on the first so many pairs; 0: all", "fixed", ge=0)
-    max_bad: float = _field(
-        0.01, "share of unreadable pairs above which a run stops", ge=0, le=1
-    )
+    max_bad: float = _field(0.01, "share of unreadable pairs above which a run stops", ge=0, le=1)
 
 
 class ModelSettings(Section):
@@ -195,7 +193,9 @@ def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
 def fixed_on_resume() -> list[str]:
     """Names of the settings that decide the weights and so must not change on resume."""
     extras = {name: f.json_schema_extra for name, f in Settings.model_fields.items()}
-    return [n for n, extra in extras.items() if isinstance(extra, dict) and extra["fate"] == "fixed"]
+    return [
+        n for n, extra in extras.items() if isinstance(extra, dict) and extra["fate"] == "fixed"
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from typer.exceptions import TyperException
 
 from clipft import __version__
 from clipft.cli.console import print_error, silence_broken_pipe
+from clipft.cli.evaluate import evaluate
+from clipft.cli.find_batch_size import find_batch_size
+from clipft.cli.resume import resume
 from clipft.cli.settings import settings
+from clipft.cli.train import train
+from clipft.cli.zero_shot import zero_shot
 from clipft.errors import ClipftError, UsageError
 
 app = typer.Typer(
@@ -24,7 +29,15 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-for command in (settings,):
+COMMANDS = (
+    find_batch_size,
+    train,
+    resume,
+    evaluate,
+    zero_shot,
+    settings,
+)
+for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 
 

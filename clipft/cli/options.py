@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from clipft.cli.console import Output
-from clipft.settings import Section, fields_of, load_settings
+from clipft.settings import SECTIONS, Section, fields_of, load_settings
 
 Config = Annotated[
     Path | None,
@@ -41,21 +41,28 @@ _COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug
 
 def plain_command(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the common options but no settings; it is handed ``out``."""
-    return _wrapped(command, (), takes_settings=False)
+    return _wrapped(command, {}, takes_settings=False)
 
 
 def settings_command(
-    *sections: type[Section],
+    *wanted: type[Section] | str,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command with the options of ``sections``; it is handed ``loaded`` and ``out``."""
-    return lambda command: _wrapped(command, sections, takes_settings=True)
+    """A command with the options of whole sections or of single settings by name; it is
+    handed ``loaded`` and ``out``."""
+    generated = {
+        name: (field, section)
+        for section in SECTIONS
+        for name, field in fields_of(section)
+        if section in wanted or name in wanted
+    }
+    return lambda command: _wrapped(command, generated, takes_settings=True)
 
 
 def _wrapped(
-    command: Callable[..., None], sections: tuple[type[Section], ...], takes_settings: bool
+    command: Callable[..., None],
+    generated: dict[str, tuple[FieldInfo, type[Section]]],
+    takes_settings: bool,
 ) -> Callable[..., None]:
-    generated = {name: field for section in sections for name, field in fields_of(section)}
-
     @functools.wraps(command)
     def run(**given: Any) -> None:
         flags = {n: _given(given, n) for n in generated}
@@ -68,9 +75,11 @@ def _wrapped(
 
     own = inspect.signature(command).parameters.values()
     parameters = [p for p in own if p.name not in {"loaded", "out"}]
-    parameters += [p for s in sections for n, f in fields_of(s) for p in _options(n, f, s)]
+    parameters += [p for n, (f, s) in generated.items() for p in _options(n, f, s)]
     parameters += [_parameter(n, annotation, d) for n, (annotation, d) in _COMMON.items()]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    )
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 

@@ -1,0 +1,44 @@
+"""``clipft resume``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipft.cli.console import Output
+from clipft.cli.options import settings_command
+from clipft.settings import LoadedSettings, Settings, fixed_on_resume
+
+_FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CHECKPOINT]",
+        help="Checkpoint of the run [default: the newest in --output-dir]",
+        show_default=False,
+    ),
+]
+
+
+@settings_command(*_FREE)
+def resume(loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None) -> None:
+    """Go on with a run that was stopped, to where it would have ended.
+
+    The settings come from the checkpoint. Only those listed here may be changed: the others
+    decide the weights.
+
+    Examples:
+
+        clipft resume
+        clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
+    """
+    from clipft.cli.running import run_training
+    from clipft.training.checkpoint import load_checkpoint
+    from clipft.training.restore import newest_checkpoint, saved_settings
+
+    path = checkpoint or newest_checkpoint(loaded.values.output_dir)
+    saved = saved_settings(load_checkpoint(path), loaded, _FREE)
+    settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
+    origins = dict.fromkeys(Settings.model_fields, "checkpoint")
+    run_training(LoadedSettings(settings, origins), out)

@@ -1,0 +1,76 @@
+"""What ``train``, ``resume`` and ``demo`` share: run the training service and show it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from clipft.cli.console import Output
+from clipft.records import Observer, Observers
+from clipft.reporting.progress import make_progress
+from clipft.reporting.tables import retrieval_table
+from clipft.reporting.tracking import JsonlTracker, WandbTracker
+from clipft.settings import LoadedSettings, Settings
+from clipft.training.memory import memory_in_use
+from clipft.training.precision import choose_precision
+from clipft.training.run import TrainResult, Watchers
+from clipft.training.run import train as run_service
+
+
+def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
+    """Sync if a bucket is set, train, and show figures before and after."""
+    settings = loaded.values
+    if settings.s3_bucket:
+        from clipft.cli.sync import sync_with_progress
+
+        sync_with_progress(settings, out)
+    watchers = Watchers(_observers(settings, out), out.note, _after_save(settings, out))
+    result = run_service(settings, watchers, loaded.to_toml())
+    show(result, out)
+    return result
+
+
+def show(result: TrainResult, out: Output) -> None:
+    """The result for people and programs, and the next useful command."""
+    columns = {"untouched": result.before.retrieval}
+    if result.best:
+        columns[f"after epoch {result.best.epoch}"] = result.best.retrieval
+    out.result(result.to_dict(), retrieval_table("Validation", columns))
+    if result.stopped_early:
+        out.note("Stopped early: no improvement any more.")
+    if result.steps and not result.best:
+        out.note("No epoch improved on the start: try a higher --lr or more --epochs.")
+    out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
+    out.note(f"Next: clipft evaluate {result.folder} --data-dir DATA")
+
+
+def _observers(settings: Settings, out: Output) -> Observer:
+    device = choose_precision(settings).device
+    members: list[Observer] = [
+        make_progress(out.err, partial(memory_in_use, device)),
+        JsonlTracker(settings.run_dir / "metrics.jsonl"),
+    ]
+    if settings.wandb != "disabled":
+        config = settings.model_dump(mode="json")
+        members.append(WandbTracker(settings, settings.run_dir, config, out.note))
+    return Observers(members)
+
+
+def _after_save(settings: Settings, out: Output) -> Callable[[Path], None]:
+    """What happens to a saved checkpoint: nothing, or an upload that never stops a run."""
+    if not settings.enable_s3_checkpoints:
+        return lambda path: None
+    from clipft.errors import StorageError, UsageError
+    from clipft.storage.checkpoints import upload_checkpoint
+
+    if not settings.s3_bucket:
+        raise UsageError(
+            "--enable-s3-checkpoints needs a bucket", "name it with --s3-bucket, or leave it out"
+        )
+
+    def upload(path: Path) -> None:
+        try:
+            upload_checkpoint(path, settings)
+        except StorageError as error:
+            out.note(f"warning: the checkpoint was not uploaded: {error.message}")
+
+    return upload

@@ -1,0 +1,23 @@
+"""``clipft train``."""
+
+from clipft.cli.console import Output
+from clipft.cli.options import settings_command
+from clipft.settings import SECTIONS, LoadedSettings
+
+
+@settings_command(*SECTIONS)
+def train(loaded: LoadedSettings, out: Output) -> None:
+    """Fine-tune CLIP under one scenario and show the gain over the untouched model.
+
+    With --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run goes
+    on from its checkpoint; if there is none it says so and starts at epoch 0.
+
+    Examples:
+
+        clipft train --scenario dual_lora --data-dir ./catalogue
+        clipft train --scenario vision_lora --epochs 5 --effective-batch-size 256
+        clipft train --mini-train --model tiny --data-dir ./catalogue
+    """
+    from clipft.cli.running import run_training
+
+    run_training(loaded, out)

@@ -1,0 +1,99 @@
+"""Bytes of an image file -> the square the model sees, before normalising.
+
+Follows transformers' ``CLIPImageProcessor``: shorter side to the model's size (bicubic,
+antialiased), centre crop. What cannot be decoded rightly is refused with its reason.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 80_000_000
+"""Larger pictures are taken for decompression bombs."""
+
+WHITE = (255, 255, 255)
+_DEEP = {"I", "F"}
+_DRAFT_MARGIN = 2
+
+
+class BadImage(Exception):
+    """The bytes are no picture that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model wants of its pictures: side in pixels, mean and std per channel in 0..1."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
+    """Decode to upright RGB; transparency on white, 16 bit to 8, first frame of many.
+
+    ``at_least`` lets JPEG be decoded at a reduced scale whose shorter side stays above
+    twice that many pixels: faster, and close to, but not bitwise, the full decode.
+
+    Raises:
+        BadImage: not an image, truncated, or more than ``MAX_PIXELS``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels are too many")
+            if at_least:
+                image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever they like
+        raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode in _DEEP or image.mode.startswith("I;"):
+        return _from_deep(np.asarray(image))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (*WHITE, 255))
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep(values: "np.ndarray[Any, Any]") -> Image.Image:
+    """16-bit and float greys to 8 bit; Pillow's own ``convert`` clips them to white."""
+    if not np.isfinite(values).all():
+        raise BadImage("not-a-number among the pixels")
+    top = float(values.max(initial=0))
+    scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 255.0 / 65535.0
+    if values.dtype.kind == "f" and 1.0 < top <= 255.0:
+        scale = 1.0
+    grey = np.clip(np.rint(values.astype(np.float64) * scale), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def resize_shorter(image: Image.Image, side: int) -> Image.Image:
+    """Shorter side to ``side`` pixels, aspect kept, as ``CLIPImageProcessor`` rounds it."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if short == side:
+        return image
+    other = max(side, int(side * long / short))
+    size = (side, other) if width <= height else (other, side)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, side: int) -> Image.Image:
+    """The middle square of an image whose sides are at least ``side``."""
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

@@ -1,0 +1,192 @@
+"""Shards -> batches, with worker processes, in an order and with augmentations that are
+the same for any number of them.
+
+uint8 pictures leave the workers; normalising is the model's business. A pair that cannot
+be decoded is left out of its batch and named in it: positions stay where they are.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipft.data.augmentation import make_transform
+from clipft.data.captions import BadCaption, clean_caption, tokenize
+from clipft.data.images import BadImage, decode_image
+from clipft.data.order import EpochPlan, Position, derived_seed
+from clipft.data.shards import PairDataset, Skipped
+from clipft.errors import DataError
+
+_TIMEOUT = 300
+"""Seconds without a batch after which a worker is taken for hung."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``pixel_values`` uint8 [B, 3, S, S]; ``input_ids`` int64 [B, T]; pair numbers [B]."""
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    numbers: tuple[int, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def to(self, device: torch.device) -> "Batch":
+        pixels = self.pixel_values.to(device, non_blocking=True)
+        ids = self.input_ids.to(device, non_blocking=True)
+        return Batch(pixels, ids, self.numbers, self.skipped)
+
+    def pin_memory(self) -> "Batch":
+        pixels, ids = self.pixel_values.pin_memory(), self.input_ids.pin_memory()
+        return Batch(pixels, ids, self.numbers, self.skipped)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The micro-batches of one optimizer step: step ``step`` of ``epoch``, from 0."""
+
+    epoch: int
+    step: int
+    micro_batches: list[Batch]
+    skipped: list[Skipped]
+
+    @property
+    def pairs(self) -> int:
+        return sum(len(batch) for batch in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How raw bytes become model input."""
+
+    tokenizer: Any
+    image_size: int
+    augmentation: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches travel. ``workers`` 0: decoded by the main process."""
+
+    workers: int = 0
+    pin_memory: bool = False
+
+
+def training_batches(
+    dataset: PairDataset,
+    preprocessing: Preprocessing,
+    plan: EpochPlan,
+    start: Position,
+    epochs: int,
+    options: LoaderOptions,
+) -> Iterator[StepBatch]:
+    """The steps from ``start`` to the end of the last epoch, each whole."""
+    if start.epoch >= epochs:
+        return
+    micro_batches = plan.from_position(start, epochs)
+    batches = iter(_loader(dataset, preprocessing, micro_batches, options))
+    for epoch in range(start.epoch, epochs):
+        for step in range(start.step if epoch == start.epoch else 0, plan.steps):
+            micros = [_next(batches) for _ in range(plan.micro_batches(step))]
+            skipped = [skipped for batch in micros for skipped in batch.skipped]
+            yield StepBatch(epoch, step, [batch for batch in micros if len(batch)], skipped)
+
+
+def evaluation_batches(
+    dataset: PairDataset, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
+) -> Iterator[Batch]:
+    """All pairs once, in their own order."""
+    numbers = range(len(dataset))
+    chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in numbers[::batch_size])
+    batches = iter(_loader(dataset, preprocessing, chunks, options))
+    for _ in numbers[::batch_size]:
+        yield _next(batches)
+
+
+def _loader(
+    dataset: PairDataset,
+    preprocessing: Preprocessing,
+    micro_batches: Iterable[list[tuple[int, int]]],
+    options: LoaderOptions,
+) -> "DataLoader[Batch]":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
+    workers = min(options.workers, os.cpu_count() or 1)
+    return DataLoader(
+        _Decoded(dataset, preprocessing),
+        batch_sampler=micro_batches,
+        collate_fn=_Collate(preprocessing.tokenizer),
+        num_workers=workers,
+        pin_memory=options.pin_memory,
+        timeout=_TIMEOUT if workers else 0,
+        # Otherwise iter() draws a seed from the global generator, and dropout would follow
+        generator=torch.Generator(),
+    )
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except RuntimeError as error:  # torch's word for a dead or hung worker
+        if "DataLoader" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker died or hung: {' '.join(str(error).split())}",
+            "use fewer --num-workers if memory is short, then `clipft resume`",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Pair:
+    number: int
+    pixels: Tensor
+    caption: str
+
+
+class _Decoded(Dataset["_Pair | Skipped"]):
+    """(epoch, number) -> a decoded pair; augmentation depends on (seed, epoch, number)."""
+
+    def __init__(self, dataset: PairDataset, preprocessing: Preprocessing) -> None:
+        self.dataset = dataset
+        self.seed = preprocessing.seed
+        self.transform = make_transform(preprocessing.augmentation, preprocessing.image_size)
+        self.random = preprocessing.augmentation != "none"
+        # Evaluation decodes in full, to the bit as the model's own processor would
+        self.at_least = preprocessing.image_size if self.random else 0
+
+    def __getitem__(self, place: tuple[int, int]) -> "_Pair | Skipped":
+        epoch, number = place
+        raw = self.dataset[number]
+        try:
+            caption = clean_caption(raw.caption)
+            image = decode_image(raw.image, self.at_least)
+            return _Pair(number, self._transformed(image, epoch, number), caption)
+        except (BadImage, BadCaption) as error:
+            return Skipped(raw.shard, raw.key, str(error))
+
+    def _transformed(self, image: Any, epoch: int, number: int) -> Tensor:
+        if not self.random:
+            return self.transform(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, epoch, number))
+            return self.transform(image)
+
+
+class _Collate:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, items: "list[_Pair | Skipped]") -> Batch:
+        pairs = [item for item in items if isinstance(item, _Pair)]
+        skipped = tuple(item for item in items if isinstance(item, Skipped))
+        if not pairs:
+            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
+        pixels = torch.stack([pair.pixels for pair in pairs])
+        ids = tokenize(self.tokenizer, [pair.caption for pair in pairs])
+        return Batch(pixels, ids, tuple(pair.number for pair in pairs), skipped)

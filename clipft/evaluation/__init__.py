@@ -1,0 +1,1 @@
+"""Embeddings -> figures. Takes arrays, knows no model and no file."""

@@ -1,0 +1,142 @@
+"""A base model + a declared scenario -> a trainable model."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipft.errors import ModelError
+from clipft.modelling.base import BaseModel
+from clipft.scenarios import TEXTUAL, VISUAL, Scenario
+from clipft.settings import ModelSettings
+
+MAX_LOGIT_SCALE = math.log(100)
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights of the base model, and how many learn (adapters' own weights included)."""
+
+    base: int
+    trainable: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.base
+        return f"{self.trainable:,} parameters train, {share:.3f} % of the base's {self.base:,}"
+
+
+class TrainableModel(nn.Module):
+    """CLIP under a scenario. Takes uint8 pixels and token ids, gives unit embeddings."""
+
+    def __init__(self, base: BaseModel, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+        self._base_count = base.parameters_count
+        learning = [name for name, _ in self.trainable()]
+        self.learns_images = any("vision_model" in n or VISUAL in n for n in learning)
+        self.learns_texts = any("text_model" in n or TEXTUAL in n for n in learning)
+        # Pixels 0..255: (x / 255 - mean) / std in one multiply and add
+        std = torch.tensor(base.std).view(1, 3, 1, 1)
+        mean = torch.tensor(base.mean).view(1, 3, 1, 1)
+        self.register_buffer("_gain", 1 / (255 * std), persistent=False)
+        self.register_buffer("_shift", mean / std, persistent=False)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> float32 [B, D] of unit length."""
+        pixels = pixel_values.float() * self._gain - self._shift
+        features = self.clip.get_image_features(pixel_values=pixels)
+        return functional.normalize(features.pooler_output.float(), dim=-1)
+
+    def encode_texts(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, T] -> float32 [B, D] of unit length."""
+        features = self.clip.get_text_features(input_ids=input_ids)
+        return functional.normalize(features.pooler_output.float(), dim=-1)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Both encodings: what distributed wrappers call."""
+        return self.encode_images(pixel_values), self.encode_texts(input_ids)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The temperature, as the natural logarithm that CLIP stores; a scalar."""
+        scale: Tensor = self.clip.logit_scale
+        return scale
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale at or below 100, as CLIP's authors do."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that learn, in a fixed order."""
+        return ((n, p) for n, p in self.clip.named_parameters() if p.requires_grad)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """A copy of what learns, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable()}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what ``trainable_state`` gave.
+
+        Raises:
+            ModelError: other names or shapes: a checkpoint of another scenario or rank.
+        """
+        own = dict(self.trainable())
+        wrong = sorted(set(own) ^ set(state))
+        wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+        if wrong:
+            raise ModelError(
+                f"the checkpoint does not fit the model: {len(wrong)} of {len(own)} weights "
+                f"differ, first {wrong[0]}",
+                "use the scenario, lora_r and model with which it was trained",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def parameters_count(self) -> Parameters:
+        return Parameters(self._base_count, sum(p.numel() for _, p in self.trainable()))
+
+
+def adapt(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> TrainableModel:
+    """Freeze, adapt and unfreeze as ``scenario`` declares. ``base.model`` is used up.
+
+    Raises:
+        ModelError: the scenario's adapters or projections match no module of this model.
+    """
+    base.model.requires_grad_(scenario.full)
+    for projection in scenario.projections:
+        if getattr(base.model, projection, None) is None:
+            raise ModelError(
+                f"{base.name} has no {projection}, which {scenario.name} trains",
+                "choose another scenario or base model",
+            )
+    if scenario.lora:
+        return TrainableModel(base, _with_lora(base, scenario, settings))
+    for projection in scenario.projections:
+        getattr(base.model, projection).requires_grad_(True)
+    return TrainableModel(base, base.model)
+
+
+def _with_lora(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    towers = "|".join(f"{tower}_model" for tower in scenario.lora)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides: any number
+        lora_dropout=settings.lora_dropout,
+        target_modules=rf".*({towers})\..*\.({'|'.join(LORA_TARGETS)})",
+        modules_to_save=list(scenario.projections),
+    )
+    try:
+        return get_peft_model(base.model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ModelError(
+            f"LoRA found nothing to adapt in {base.name}: {error}",
+            "choose a CLIP checkpoint whose encoders have q_proj and v_proj",
+        ) from error

@@ -1,0 +1,135 @@
+"""Loading a CLIP checkpoint: the model, its tokenizer, and what it wants of pictures."""
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipft.errors import ModelError
+
+TINY = "tiny"
+"""Name of the small CLIP that the package carries."""
+
+_TINY_FOLDER = Path(__file__).parent / "tiny"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An untouched CLIP. ``mean`` and ``std`` normalise pixels in 0..1, per channel."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    parameters_count: int
+
+    @property
+    def context_length(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def fingerprint(self) -> str:
+        """A hash over configuration and every weight: equal for equal models."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(_shape_of(self.model.config), sort_keys=True).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def load_base(name: str) -> BaseModel:
+    """Load a hub id, a local folder, or ``tiny``, in fp32.
+
+    Raises:
+        ModelError: it cannot be had (missing, no network, no CLIP, broken files).
+    """
+    quiet_libraries()
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    source = str(_TINY_FOLDER) if name == TINY else name
+    _check_local(name)
+    try:
+        _check_architecture(name, source)
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's and the loaders' errors share no base class
+        raise _cannot_load(name, error) from error
+    return BaseModel(
+        name=name,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        image_size=int(model.config.vision_config.image_size),
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        parameters_count=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def quiet_libraries() -> None:
+    """Libraries' own notices about themselves are not for our users."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _check_local(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"no model in {name}: config.json is missing",
+            "name a folder written by transformers' save_pretrained, or a hub id",
+        )
+
+
+def _check_architecture(name: str, source: str) -> None:
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source)
+    kind = config.get("model_type")
+    if not config:
+        raise OSError("no config.json found")
+    if kind != "clip":
+        raise ModelError(
+            f"{name} is a {kind} model, not CLIP",
+            "choose a CLIP checkpoint, such as openai/clip-vit-base-patch32",
+        )
+
+
+def _cannot_load(name: str, error: Exception) -> ModelError:
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, OSError):
+        return ModelError(
+            f"cannot get model {name}: looked in the local cache and on the hub "
+            f"({type(error).__name__}: {first_line})",
+            "check the name and the network, or point --model at a local folder "
+            "(one written by save_pretrained); --model tiny needs neither",
+        )
+    return ModelError(
+        f"cannot load model {name}: {type(error).__name__}: {first_line}",
+        "the folder may be incomplete or torch, torchvision and transformers may not fit "
+        "together; --debug shows where it failed",
+    )
+
+
+def _shape_of(config: Any) -> dict[str, Any]:
+    """The configuration without what differs between versions of transformers."""
+    kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    vision, text = config.vision_config, config.text_config
+    return {
+        "vision": [getattr(vision, k) for k in (*kept, "image_size", "patch_size", "hidden_act")],
+        "text": [getattr(text, k) for k in (*kept, "vocab_size", "hidden_act")],
+    }

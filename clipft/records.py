@@ -1,0 +1,119 @@
+"""The plain records that a run hands to those who watch it, and the watchers' face."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no not-a-number: they become null."""
+    bad = (float("inf"), float("-inf"))
+    return {k: None if v in bad or v != v else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided once before it starts."""
+
+    scenario: str
+    model: str
+    parameters: str
+    train_pairs: int
+    val_pairs: int
+    epochs: int
+    steps_per_epoch: int
+    warmup_steps: int
+    effective_batch_size: int
+    micro_batch_size: int
+    device: str
+    precision: str
+    optimizer: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. ``step`` counts from 1 over the whole run, ``epoch`` from 1.
+
+    ``loss`` is that of the whole effective batch; ``seconds`` includes ``data_seconds``,
+    the wait for the batch. ``applied`` is False where the gradient was not finite.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    pairs: int
+    seconds: float
+    data_seconds: float
+    applied: bool
+    skipped: tuple[dict[str, str], ...] = ()
+
+    def metrics(self) -> dict[str, Any]:
+        values = {k: v for k, v in asdict(self).items() if k not in {"skipped", "applied"}}
+        values["pairs_per_s"] = self.pairs / max(self.seconds, 1e-9)
+        return {"kind": "step", **finite(values)}
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch's end. ``epoch`` 0 is the untouched model, before any training."""
+
+    epoch: int
+    step: int
+    train_loss: float | None
+    val_loss: float
+    retrieval: dict[str, Any]
+    """As ``evaluation.retrieval.Retrieval.to_dict`` gives it."""
+    improved: bool = False
+
+    def recall(self) -> float:
+        """Mean R@1/5/10 of both directions, in 0..1."""
+        values = [
+            self.retrieval[direction][f"r@{k}"]
+            for direction in ("text_to_image", "image_to_text")
+            for k in (1, 5, 10)
+        ]
+        return sum(values) / len(values)
+
+    def metrics(self) -> dict[str, Any]:
+        return {"kind": "epoch", **finite(asdict(self))}
+
+
+class Observer(Protocol):
+    """Watches a run; never reaches back into it."""
+
+    def started(self, plan: Plan, done_steps: int) -> None: ...
+
+    def stepped(self, result: StepResult) -> None: ...
+
+    def epoch_ended(self, result: EpochResult) -> None: ...
+
+    def closed(self) -> None: ...
+
+
+@dataclass
+class Observers:
+    """Several observers with the face of one."""
+
+    members: list[Observer] = field(default_factory=list)
+
+    def started(self, plan: Plan, done_steps: int) -> None:
+        for member in self.members:
+            member.started(plan, done_steps)
+
+    def stepped(self, result: StepResult) -> None:
+        for member in self.members:
+            member.stepped(result)
+
+    def epoch_ended(self, result: EpochResult) -> None:
+        for member in self.members:
+            member.epoch_ended(result)
+
+    def closed(self) -> None:
+        for member in reversed(self.members):
+            member.closed()

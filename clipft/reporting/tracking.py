@@ -1,0 +1,112 @@
+"""Where the figures of a run are kept: metrics.jsonl always, Weights & Biases if asked.
+
+W&B lives in a thread of its own behind a queue: training neither waits for it nor stops
+for it, whatever its server, its disk or its process does.
+"""
+
+import json
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from clipft.records import EpochResult, Plan, StepResult
+from clipft.settings import TrackingSettings
+
+_CLOSING_SECONDS = 30.0
+
+
+class JsonlTracker:
+    """One JSON object per line: ``kind`` is ``step`` or ``epoch``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def started(self, plan: Plan, done_steps: int) -> None:
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def stepped(self, result: StepResult) -> None:
+        self._write(result.metrics())
+
+    def epoch_ended(self, result: EpochResult) -> None:
+        self._write(result.metrics())
+
+    def closed(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+class WandbTracker:
+    """The same figures in W&B, under the run's own id, so that a resumed run goes on there."""
+
+    def __init__(
+        self,
+        settings: TrackingSettings,
+        folder: Path,
+        config: dict[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._settings, self._folder, self._config, self._warn = settings, folder, config, warn
+        self._queue: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+
+    def started(self, plan: Plan, done_steps: int) -> None:
+        self._thread.start()
+
+    def stepped(self, result: StepResult) -> None:
+        figures = {"loss": result.loss, "lr": result.lr, "epoch": result.epoch}
+        figures["grad_norm"] = result.grad_norm
+        figures["pairs_per_s"] = result.pairs / max(result.seconds, 1e-9)
+        self._queue.put((result.step, {f"train/{k}": v for k, v in figures.items()}))
+
+    def epoch_ended(self, result: EpochResult) -> None:
+        figures: dict[str, Any] = {"val/loss": result.val_loss, "val/epoch": result.epoch}
+        for direction in ("text_to_image", "image_to_text"):
+            for name, value in result.retrieval[direction].items():
+                figures[f"val/{direction}/{name}"] = value
+        self._queue.put((result.step, figures))
+
+    def closed(self) -> None:
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join(_CLOSING_SECONDS)
+            if self._thread.is_alive():
+                self._warn(f"warning: W&B has not finished after {_CLOSING_SECONDS:.0f} s.")
+
+    def _serve(self) -> None:
+        try:
+            run = self._init()
+            while (item := self._queue.get()) is not None:
+                step, figures = item
+                run.log(figures, step=step)
+            run.finish()
+        except Exception as error:  # never a reason to stop training
+            first_line = str(error).strip().partition("\n")[0]
+            self._warn(f"warning: W&B is off for this run: {type(error).__name__}: {first_line}")
+
+    def _init(self) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self._settings.wandb_project,
+            mode=self._settings.wandb,
+            id=self._run_id(),
+            resume="allow",
+            dir=str(self._folder),
+            config=self._config,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def _run_id(self) -> str:
+        path = self._folder / "wandb_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4), encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()

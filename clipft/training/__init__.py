@@ -1,0 +1,1 @@
+"""Batches + a trainable model -> a better model."""

@@ -1,0 +1,51 @@
+"""Embedding the validation pairs of some settings."""
+
+from clipft.data.loader import LoaderOptions, evaluation_batches
+from clipft.data.shards import PairDataset, open_pairs
+from clipft.errors import DataError
+from clipft.settings import Settings
+from clipft.training.embedding import Embeddings, embed
+from clipft.training.setup import LoadedModel
+
+_BATCH = 64
+"""Pairs per forward pass without gradients, where no micro-batch is set."""
+
+
+def validation_pairs(settings: Settings) -> PairDataset:
+    """``{data_dir}/val``, or ``data_dir`` itself where the shards lie directly in it."""
+    nested = settings.data_dir / "val"
+    flat = not nested.exists() and any(settings.data_dir.glob("*.tar"))
+    return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
+
+
+def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
+    """Open the validation pairs and embed them."""
+    return embed_pairs(loaded, validation_pairs(settings), settings)
+
+
+def embed_pairs(loaded: LoadedModel, pairs: PairDataset, settings: Settings) -> Embeddings:
+    """
+    Raises:
+        DataError: more of the pairs are unreadable than ``max_bad`` allows.
+    """
+    options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
+    preprocessing = loaded.preprocessing("none", settings.seed)
+    batch_size = settings.micro_batch_size or _BATCH
+    batches = evaluation_batches(pairs, preprocessing, batch_size, options)
+    embedded = embed(loaded.model, batches, loaded.precision)
+    _check_bad_share(embedded, len(pairs), settings.max_bad)
+    return embedded
+
+
+def _check_bad_share(embedded: Embeddings, pairs: int, max_bad: float) -> None:
+    """
+    Raises:
+        DataError: more than ``max_bad`` of the pairs, and more than one, are unreadable.
+    """
+    bad = embedded.skipped
+    if len(bad) > max(1.0, max_bad * pairs):
+        raise DataError(
+            f"{len(bad)} of {pairs} validation pairs could not be used, more than --max-bad "
+            f"{max_bad:g}: first {bad[0].key} in {bad[0].shard} ({bad[0].reason})",
+            "mend the data, or raise --max-bad",
+        )

@@ -1,0 +1,83 @@
+"""A checkpoint -> the tuned model that it holds."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from clipft.errors import ModelError
+from clipft.settings import LoadedSettings, Settings
+from clipft.training.setup import LoadedModel, load_model
+
+CHECKPOINT_GLOB = "*_checkpoint.pt"
+
+
+def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collection[str]) -> Settings:
+    """The settings of a checkpoint, but those named in ``anew`` as they are set now.
+
+    Raises:
+        ModelError: the checkpoint's settings are not valid ones.
+    """
+    current = now.values.model_dump()
+    changed = {name: current[name] for name in anew if now.origins[name] != "default"}
+    known = {k: v for k, v in content["settings"].items() if k in Settings.model_fields}
+    try:
+        return Settings(**{**known, **changed})
+    except ValidationError as error:
+        raise ModelError(
+            f"the settings in the checkpoint are not valid: {error.errors()[0]['msg']}",
+            "use another checkpoint",
+        ) from error
+
+
+def find_checkpoint(place: Path | None, settings: Settings) -> Path:
+    """The weights to evaluate: a file as it is; a run folder's best; else the settings' run.
+
+    Raises:
+        ModelError: none is there.
+    """
+    if place is not None and place.is_file():
+        return place
+    folder = place if place is not None else settings.run_dir
+    beside = folder.with_name(f"{folder.name}_checkpoint.pt")
+    candidates = [folder / "best.pt", beside, *sorted(folder.glob(CHECKPOINT_GLOB))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise ModelError(
+        f"no checkpoint in {folder}", "name a checkpoint or a run folder, or run `clipft train`"
+    )
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint written last in a folder of runs.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = sorted(output_dir.glob(CHECKPOINT_GLOB), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ModelError(
+            f"no *_checkpoint.pt in {output_dir}",
+            "name a checkpoint, or set --output-dir to the folder of the run",
+        )
+    return found[-1]
+
+
+def load_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
+    """The model of a checkpoint, with its weights.
+
+    Raises:
+        ModelError: the base model is not the one it was trained from.
+    """
+    loaded = load_model(settings)
+    theirs = content["base_model"]
+    if theirs["fingerprint"] != loaded.fingerprint:
+        raise ModelError(
+            f"the checkpoint was trained from other weights: {theirs['name']} "
+            f"({theirs['fingerprint'][:8]}) against {settings.model} ({loaded.fingerprint[:8]})",
+            "name the base model it was trained from with --model",
+        )
+    loaded.model.load_trainable_state(content["model_state_dict"])
+    return loaded

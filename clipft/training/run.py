@@ -1,0 +1,297 @@
+"""``train``: from settings to a better model in a run folder, from scratch or resumed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipft.data.loader import StepBatch, training_batches
+from clipft.errors import DataError, Interrupted, UsageError
+from clipft.records import EpochResult, Observer, StepResult
+from clipft.settings import Settings, fixed_on_resume
+from clipft.training.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training.early_stopping import EarlyStopping
+from clipft.training.measure import embed_pairs
+from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_metrics
+from clipft.training.setup import Note, RunSetup, prepare
+from clipft.training.signals import StopRequest, stop_on_signals
+from clipft.training.trainer import TrainState, fit
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Figures of the untouched model and of the best epoch (None: none improved)."""
+
+    before: EpochResult
+    best: EpochResult | None
+    steps: int
+    stopped_early: bool
+    skipped_pairs: int
+    folder: Path
+    checkpoint: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "before": self.before.retrieval,
+            "after": self.best.retrieval if self.best else None,
+            "val_loss_before": self.before.val_loss,
+            "val_loss_after": self.best.val_loss if self.best else None,
+            "best_epoch": self.best.epoch if self.best else None,
+            "steps": self.steps,
+            "stopped_early": self.stopped_early,
+            "skipped_pairs": self.skipped_pairs,
+            "run_dir": str(self.folder),
+            "checkpoint": str(self.checkpoint),
+        }
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Who is told: observers of the run, notes for people, each saved checkpoint."""
+
+    observer: Observer
+    note: Note
+    saved: Callable[[Path], None]
+
+
+def train(settings: Settings, watchers: Watchers, toml: str) -> TrainResult:
+    """Run to the end of the last epoch, or of patience.
+
+    ``toml`` is the settings as text, kept in the run folder.
+
+    Raises:
+        Interrupted: a signal asked to stop; the state is saved.
+        DataError, StorageError, ModelError, DivergedError, UsageError: as they say.
+    """
+    paths = RunPaths.of(settings)
+    with RunLock(paths), stop_on_signals() as stop:
+        checkpoint = _checkpoint_to_resume(settings, paths, watchers.note)
+        if checkpoint and checkpoint["finished"]:
+            watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
+            return _finished_result(checkpoint, paths)
+        setup = prepare(settings, watchers.note)
+        paths.write_text("settings.toml", toml)
+        run = _Run(setup, paths, watchers, stop)
+        try:
+            if checkpoint:
+                run.resume(checkpoint)
+            else:
+                run.start()
+            return run.to_the_end()
+        finally:
+            watchers.observer.closed()
+
+
+class _Run:
+    """One run under way: its state, and what happens between steps."""
+
+    def __init__(
+        self, setup: RunSetup, paths: RunPaths, watchers: Watchers, stop: StopRequest
+    ) -> None:
+        self.setup, self.paths, self.watchers, self.stop = setup, paths, watchers, stop
+        settings = setup.settings
+        self.stopping = EarlyStopping(settings.stop_on, settings.patience, settings.min_delta)
+        self.before: EpochResult | None = None
+        self.best: EpochResult | None = None
+        self.skipped_pairs = 0
+        self.state: TrainState | None = None
+        if setup.plan.epochs:
+            self.state = TrainState(
+                setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps
+            )
+
+    def start(self) -> None:
+        """From scratch: measure the untouched model."""
+        self.paths.best.unlink(missing_ok=True)
+        self.paths.skipped.unlink(missing_ok=True)
+        cut_metrics(self.paths.metrics, -1)
+        unusable = [*self.setup.train.skipped, *self.setup.val.skipped]
+        if unusable:
+            append_lines(self.paths.skipped, [asdict(skipped) for skipped in unusable])
+        self.watchers.observer.started(self.setup.plan, 0)
+        self.before = self._measure(epoch=0, train_loss=None)
+        self.watchers.observer.epoch_ended(self.before)
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Put back the state of ``checkpoint``."""
+        self._check_same_run(checkpoint)
+        if self.state:
+            self.state.load_state_dict(checkpoint)
+        self.stopping.load_state_dict(checkpoint["early_stopping"])
+        self.before = EpochResult(**checkpoint["before"])
+        self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
+        self.skipped_pairs = checkpoint["skipped_pairs"]
+        cut_metrics(self.paths.metrics, checkpoint["step"])
+        self.watchers.note(
+            f"Resuming after step {checkpoint['step']} of {self.setup.plan.total_steps}."
+        )
+        self.watchers.observer.started(self.setup.plan, checkpoint["step"])
+
+    def to_the_end(self) -> TrainResult:
+        """Train the epochs that are left."""
+        if self.state and not self.stopping.due:
+            self._train(self.state)
+        self._save(finished=True)
+        assert self.before
+        return TrainResult(
+            before=self.before,
+            best=self.best,
+            steps=self.state.step if self.state else 0,
+            stopped_early=self.stopping.due,
+            skipped_pairs=self.skipped_pairs,
+            folder=self.paths.folder,
+            checkpoint=self.paths.checkpoint,
+        )
+
+    def _train(self, state: TrainState) -> None:
+        accumulate = self.setup.make_accumulation(state.optimiser)
+        for result in fit(state, self._batches(state), accumulate):
+            self._after_step(result)
+            if state.epoch_ended:
+                self._after_epoch(state)
+                if self.stopping.due:
+                    return
+            self._save_if_due(state)
+            if self.stop.name:
+                self._interrupt(state)
+
+    def _batches(self, state: TrainState) -> Iterator[StepBatch]:
+        setup, settings = self.setup, self.setup.settings
+        preprocessing = setup.loaded.preprocessing(settings.augmentation, settings.seed)
+        return training_batches(
+            setup.train,
+            preprocessing,
+            setup.epoch_plan,
+            state.position,
+            setup.plan.epochs,
+            setup.loader_options,
+        )
+
+    def _after_step(self, result: StepResult) -> None:
+        self.watchers.observer.stepped(result)
+        if result.skipped:
+            self.skipped_pairs += len(result.skipped)
+            append_lines(self.paths.skipped, [dict(s) for s in result.skipped])
+            self._check_bad_share(result)
+
+    def _check_bad_share(self, result: StepResult) -> None:
+        """Bad pairs against ``max_bad`` of all pairs that an epoch has."""
+        seen_epochs = result.epoch
+        allowed = self.setup.settings.max_bad * len(self.setup.train) * seen_epochs
+        if self.skipped_pairs > max(1.0, allowed):
+            raise DataError(
+                f"{self.skipped_pairs} pairs could not be used, more than --max-bad "
+                f"{self.setup.settings.max_bad:g} of {len(self.setup.train)}: the last was "
+                f"{result.skipped[-1]['key']} in {result.skipped[-1]['shard']} "
+                f"({result.skipped[-1]['reason']})",
+                f"see {self.paths.skipped}; mend the data, or raise --max-bad",
+            )
+
+    def _after_epoch(self, state: TrainState) -> None:
+        train_loss = state.epoch_loss_sum / state.steps_per_epoch
+        measured = self._measure(state.position.epoch, train_loss)
+        improved = self.stopping.update(measured)
+        result = EpochResult(**{**asdict(measured), "improved": improved})
+        if improved:
+            self.best = result
+            save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))
+        self.watchers.observer.epoch_ended(result)
+
+    def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
+        setup = self.setup
+        embedded = embed_pairs(setup.loaded, setup.val, setup.settings)
+        step = self.state.step if self.state else 0
+        figures = embedded.retrieval().to_dict()
+        return EpochResult(epoch, step, train_loss, embedded.loss(), figures)
+
+    def _save_if_due(self, state: TrainState) -> None:
+        every = self.setup.settings.checkpoint_every
+        if state.epoch_ended or (every and state.step % every == 0):
+            self._save(finished=False)
+
+    def _interrupt(self, state: TrainState) -> None:
+        self._save(finished=False)
+        raise Interrupted(
+            f"stopped by {self.stop.name} after step {state.step}; the state is saved in "
+            f"{self.paths.checkpoint}",
+            f"go on with `clipft resume {self.paths.checkpoint}`",
+        )
+
+    def _save(self, finished: bool) -> None:
+        save_checkpoint(self.paths.checkpoint, self._content(finished))
+        self.watchers.saved(self.paths.checkpoint)
+
+    def _content(self, finished: bool, weights_only: bool = False) -> dict[str, Any]:
+        assert self.before
+        blank = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
+        state = self.state.state_dict() if self.state else blank
+        if weights_only:
+            state = {key: state[key] for key in blank}
+        return {
+            **state,
+            "settings": self.setup.settings.model_dump(mode="json"),
+            "base_model": self.setup.loaded.identity,
+            "data": self.setup.train.identity(),
+            "early_stopping": self.stopping.state_dict(),
+            "before": asdict(self.before),
+            "best": asdict(self.best) if self.best else None,
+            "skipped_pairs": self.skipped_pairs,
+            "finished": finished,
+        }
+
+    def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            UsageError: another base model, other data, or a changed setting that decides
+                the weights.
+        """
+        _refuse_changes(checkpoint["settings"], self.setup.settings)
+        theirs, ours = checkpoint["base_model"], self.setup.loaded.identity
+        if theirs["fingerprint"] != ours["fingerprint"]:
+            raise UsageError(
+                f"the checkpoint was trained from other weights: {theirs['name']} "
+                f"({theirs['fingerprint'][:8]}) against {ours['name']} "
+                f"({ours['fingerprint'][:8]})",
+                "resume with the base model it started from",
+            )
+        if checkpoint["data"] != self.setup.train.identity():
+            raise UsageError(
+                f"the training shards in {self.setup.settings.data_dir} are not those of the "
+                f"checkpoint",
+                "name the folder with the same shards with --data-dir, or start a new run",
+            )
+
+
+def _refuse_changes(saved: dict[str, Any], settings: Settings) -> None:
+    now = settings.model_dump(mode="json")
+    changed = [n for n in fixed_on_resume() if n in saved and saved[n] != now[n]]
+    if changed:
+        listed = ", ".join(f"{n} {saved[n]} -> {now[n]}" for n in changed)
+        raise UsageError(
+            f"these settings decide the weights and cannot change on resume: {listed}",
+            "set them back, or start a new run with another --output-dir",
+        )
+
+
+def _checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dict[str, Any] | None:
+    if not settings.resume_from_checkpoint:
+        return None
+    if not paths.checkpoint.exists():
+        note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
+        return None
+    checkpoint = load_checkpoint(paths.checkpoint)
+    _refuse_changes(checkpoint["settings"], settings)
+    return checkpoint
+
+
+def _finished_result(checkpoint: dict[str, Any], paths: RunPaths) -> TrainResult:
+    best = checkpoint["best"]
+    return TrainResult(
+        before=EpochResult(**checkpoint["before"]),
+        best=EpochResult(**best) if best else None,
+        steps=checkpoint["step"],
+        stopped_early=checkpoint["epoch"] < checkpoint["settings"]["epochs"],
+        skipped_pairs=checkpoint["skipped_pairs"],
+        folder=paths.folder,
+        checkpoint=paths.checkpoint,
+    )

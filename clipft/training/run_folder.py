@@ -1,0 +1,127 @@
+"""The folder of a run: one run at a time, and metrics without gaps or repeats.
+
+{output_dir}/{scenario}_checkpoint.pt    all that resume needs
+{output_dir}/{scenario}/settings.toml    the settings as they were used
+                        metrics.jsonl    a line per optimizer step and per epoch
+                        skipped.jsonl    pairs that could not be used, and why
+                        best.pt          the weights of the best epoch
+                        adapter/         them again as a PEFT adapter (LoRA scenarios)
+                        result.json      figures before and after
+"""
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from clipft.errors import StorageError, UsageError
+from clipft.settings import Settings
+from clipft.training.checkpoint import replacing
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    checkpoint: Path
+    folder: Path
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RunPaths":
+        return cls(settings.checkpoint_path, settings.run_dir)
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        return self.folder / "skipped.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def write_text(self, name: str, text: str) -> None:
+        with replacing(self.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+class RunLock:
+    """Keeps a second run out of the folder; the system releases it however this one ends.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+        UsageError: another run holds it.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._path = paths.folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {self._path.parent}: {error.strerror}",
+                "choose a writable --output-dir",
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held() from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()}, started {time.strftime('%F %T')}")
+        self._file.flush()
+        return self
+
+    def _held(self) -> UsageError:
+        holder = self._path.read_text(encoding="utf-8") or "another process"
+        if self._file:
+            self._file.close()
+        return UsageError(
+            f"a run is under way in {self._path.parent} ({holder})",
+            "wait for it, stop it, or choose another --output-dir",
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+
+def cut_metrics(path: Path, done_steps: int) -> None:
+    """Drop the lines of steps after ``done_steps``: the resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if _done(line, done_steps)
+    ]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _done(line: str, done_steps: int) -> bool:
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:  # the kill cut this line
+        return False
+    return int(record["step"]) <= done_steps
+
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,0 +1,189 @@
+"""What a run consists of, made once before it starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from clipft.data.loader import LoaderOptions, Preprocessing
+from clipft.data.order import EpochPlan
+from clipft.data.shards import PairDataset, open_pairs
+from clipft.modelling.adapt import TrainableModel, adapt
+from clipft.modelling.base import BaseModel, load_base
+from clipft.records import Plan
+from clipft.settings import Settings
+from clipft.training.batch_size import FALLBACK, Found, FoundCache, ModelProbe, Probe, find
+from clipft.training.contrastive import ACCUMULATIONS, Accumulation
+from clipft.training.optimisation import (
+    Optimiser,
+    choose_optimizer,
+    make_optimizer,
+    one_cycle,
+    parameter_groups,
+    warmup_steps,
+)
+from clipft.training.precision import Precision, choose_precision
+
+Note = Callable[[str], None]
+
+_FEW_STEPS = 50
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model under the scenario of some settings, on its device."""
+
+    base: BaseModel
+    fingerprint: str
+    model: TrainableModel
+    precision: Precision
+
+    def preprocessing(self, augmentation: str, seed: int) -> Preprocessing:
+        return Preprocessing(self.base.tokenizer, self.base.image_size, augmentation, seed)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"name": self.base.name, "fingerprint": self.fingerprint}
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Load and adapt; the adapters' first values follow from the seed."""
+    precision = choose_precision(settings)
+    base = load_base(settings.model)
+    fingerprint = base.fingerprint()
+    torch.manual_seed(settings.seed)
+    model = adapt(base, settings.declared_scenario, settings)
+    return LoadedModel(base, fingerprint, model.to(precision.device), precision)
+
+
+def find_micro_batch(
+    settings: Settings, loaded: LoadedModel, effective: int, report: Callable[[Probe], None]
+) -> Found:
+    """Search the micro-batch for an effective batch, or take what was found before."""
+    device = loaded.precision.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    probe = ModelProbe(
+        loaded.model, loaded.base.image_size, loaded.base.context_length, loaded.precision
+    )
+    key = "|".join(
+        map(
+            str,
+            (
+                loaded.fingerprint,
+                settings.scenario,
+                settings.lora_r,
+                loaded.precision.name,
+                name,
+                torch.get_num_threads(),
+                effective,
+                torch.__version__,
+            ),
+        )
+    )
+    cache = FoundCache()
+    found = cache.get(key)
+    if found is None:
+        found = find(probe, effective, report)
+        cache.put(key, found)
+    return found
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything of a run but its state."""
+
+    settings: Settings
+    loaded: LoadedModel
+    train: PairDataset
+    val: PairDataset
+    epoch_plan: EpochPlan
+    plan: Plan
+
+    @property
+    def loader_options(self) -> LoaderOptions:
+        on_gpu = self.loaded.precision.device.type == "cuda"
+        return LoaderOptions(self.settings.num_workers, pin_memory=on_gpu)
+
+    def make_optimiser(self) -> Optimiser:
+        settings, precision = self.settings, self.loaded.precision
+        groups = parameter_groups(self.loaded.model.trainable(), settings.wd)
+        name = self.plan.optimizer
+        optimizer = make_optimizer(name, groups, settings.lr, precision.device)
+        total, warmup = self.plan.total_steps, self.plan.warmup_steps
+        scheduler = one_cycle(optimizer, settings.lr, total, warmup)
+        return Optimiser(optimizer, scheduler, precision.make_scaler(), settings.grad_clip)
+
+    def make_accumulation(self, optimiser: Optimiser) -> Accumulation:
+        accumulate = ACCUMULATIONS[self.settings.accumulation]
+        loaded = self.loaded
+        return accumulate(loaded.model, loaded.precision, optimiser.scaler, self.settings.seed)
+
+
+def prepare(settings: Settings, note: Note) -> RunSetup:
+    """Open the data, load the model, choose the micro-batch, lay the plan.
+
+    Raises:
+        DataError, ModelError, UsageError: what is missing, before anything has started.
+    """
+    train = open_pairs(settings.data_dir / "train", settings.max_train_pairs)
+    val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
+    loaded = load_model(settings)
+    effective = min(settings.effective_batch_size, len(train))
+    trains = settings.declared_scenario.trains
+    micro = _micro_batch(settings, loaded, effective, note) if trains else effective
+    epoch_plan = EpochPlan(len(train), effective, micro, settings.seed)
+    epochs = settings.epochs if trains else 0
+    parameters = loaded.model.parameters_count()
+    steps = epoch_plan.steps
+    plan = Plan(
+        scenario=settings.scenario,
+        model=settings.model,
+        parameters=str(parameters),
+        train_pairs=len(train),
+        val_pairs=len(val),
+        epochs=epochs,
+        steps_per_epoch=steps,
+        warmup_steps=warmup_steps(settings.warmup_steps, epochs * steps),
+        effective_batch_size=effective,
+        micro_batch_size=micro,
+        device=str(loaded.precision.device),
+        precision=loaded.precision.name,
+        optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
+        notes=tuple(_remarks(settings, epoch_plan, train, val)) if trains else (),
+    )
+    return RunSetup(settings, loaded, train, val, epoch_plan, plan)
+
+
+def _micro_batch(settings: Settings, loaded: LoadedModel, effective: int, note: Note) -> int:
+    if settings.micro_batch_size:
+        return min(settings.micro_batch_size, effective)
+    if loaded.precision.device.type == "mps":  # its memory cannot be measured
+        return min(FALLBACK, effective)
+    note("Finding the micro-batch size (done once per model, scenario and machine) ...")
+    found = find_micro_batch(settings, loaded, effective, lambda probe: None)
+    return found.chosen
+
+
+def _remarks(
+    settings: Settings, plan: EpochPlan, train: PairDataset, val: PairDataset
+) -> list[str]:
+    """What a user should know before the run."""
+    remarks = []
+    if settings.effective_batch_size > len(train):
+        remarks.append(
+            f"effective batch {settings.effective_batch_size} is more than the {len(train)} "
+            f"training pairs: each step takes them all"
+        )
+    steps = plan.steps * settings.epochs
+    if steps < _FEW_STEPS and not settings.mini_train:
+        remarks.append(
+            f"only {steps} optimizer steps in the whole run: a smaller "
+            f"--effective-batch-size or more --epochs give more"
+        )
+    first, last = plan.bounds[-1]
+    if last - first != plan.effective:
+        remarks.append(f"the last step of each epoch takes {last - first} pairs")
+    for name, pairs in (("train", train), ("val", val)):
+        if pairs.skipped:
+            remarks.append(f"{len(pairs.skipped)} members of the {name} shards are no pairs")
+    return remarks

@@ -1,0 +1,85 @@
+"""The training loop."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clipft.data.loader import StepBatch
+from clipft.data.order import Position
+from clipft.modelling.adapt import TrainableModel
+from clipft.records import StepResult
+from clipft.training.contrastive import Accumulation
+from clipft.training.optimisation import Optimiser
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: TrainableModel
+    optimiser: Optimiser
+    steps_per_epoch: int
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    loss: float = float("nan")
+    epoch_loss_sum: float = 0.0
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.step > 0 and self.position.step == 0
+
+    def advance(self, batch: StepBatch, loss: float) -> None:
+        self.step += 1
+        self.loss = loss
+        self.epoch_loss_sum = loss + (self.epoch_loss_sum if batch.step else 0.0)
+        last = batch.step + 1 == self.steps_per_epoch
+        self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.position.epoch,
+            "step_in_epoch": self.position.step,
+            "step": self.step,
+            "loss": self.loss,
+            "epoch_loss_sum": self.epoch_loss_sum,
+            "model_state_dict": self.model.trainable_state(),
+            **self.optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_trainable_state(state["model_state_dict"])
+        self.optimiser.load_state_dict(state)
+        self.position = Position(state["epoch"], state["step_in_epoch"])
+        self.step, self.loss = state["step"], state["loss"]
+        self.epoch_loss_sum = state["epoch_loss_sum"]
+
+
+def fit(
+    state: TrainState, batches: Iterable[StepBatch], accumulate: Accumulation
+) -> Iterator[StepResult]:
+    """Learn from each batch and tell of it; the caller shows, saves, evaluates."""
+    state.model.train()
+    started = time.perf_counter()
+    for batch in batches:
+        got_data = time.perf_counter()
+
+        loss = float(accumulate(state.step, batch.micro_batches))
+        update = state.optimiser.update()
+        state.model.clamp_logit_scale()
+
+        state.advance(batch, loss)
+        ended = time.perf_counter()
+        yield StepResult(
+            epoch=batch.epoch + 1,
+            step=state.step,
+            loss=loss,
+            lr=update.lr,
+            grad_norm=update.grad_norm,
+            pairs=batch.pairs,
+            seconds=ended - started,
+            data_seconds=got_data - started,
+            applied=update.applied,
+            skipped=tuple(asdict(skipped) for skipped in batch.skipped),
+        )
+        started = time.perf_counter()
