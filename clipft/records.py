@@ -73,7 +73,7 @@ class EpochResult:
 
     def recall(self) -> float:
         """Mean R@1/5/10 of both directions, in 0..1."""
-        values = [
+        values: list[float] = [
             self.retrieval[direction][f"r@{k}"]
             for direction in ("text_to_image", "image_to_text")
             for k in (1, 5, 10)

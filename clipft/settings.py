@@ -50,7 +50,8 @@ class Section(BaseModel):
 class StorageSettings(Section):
     title = "Storage"
     data_dir: Path = _field(
-        Path("/tmp/furniture_data"), "folder with the shards: train/*.tar and val/*.tar"
+        Path("/tmp/furniture_data"),  # noqa: S108 (only read from, and the user's to set)
+        "folder with the shards: train/*.tar and val/*.tar",
     )
     s3_bucket: str | None = _field(None, "bucket that holds the pairs; none: data_dir as it is")
     s3_prefix: str = _field("data/train", "prefix of the training pairs in the bucket")
@@ -192,10 +193,8 @@ def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
 
 def fixed_on_resume() -> list[str]:
     """Names of the settings that decide the weights and so must not change on resume."""
-    extras = {name: f.json_schema_extra for name, f in Settings.model_fields.items()}
-    return [
-        n for n, extra in extras.items() if isinstance(extra, dict) and extra["fate"] == "fixed"
-    ]
+    extras = {name: field.json_schema_extra for name, field in Settings.model_fields.items()}
+    return [name for name, extra in extras.items() if extra == {"fate": "fixed"}]
 
 
 @dataclass(frozen=True)
@@ -330,5 +329,5 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
+        return '"' + "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped) + '"'
     return repr(value)

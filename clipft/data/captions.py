@@ -6,9 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONTEXT_LENGTH = 77
-"""Positions of CLIP's text tower."""
-
 
 class BadCaption(Exception):
     """The caption holds no text; the message says why."""
@@ -31,7 +28,7 @@ def clean_caption(data: bytes) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], context: int = CONTEXT_LENGTH) -> Tensor:
+def tokenize(tokenizer: Any, captions: Sequence[str], context: int) -> Tensor:
     """Token ids int64 [captions, T], padded to the longest, T at most ``context``.
 
     The text tower is causal and pools at the first end-of-text token, so padding past it

@@ -6,6 +6,7 @@ be decoded is left out of its batch and named in it: positions stay where they a
 """
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ class Preprocessing:
     """How raw bytes become model input."""
 
     tokenizer: Any
+    context_length: int
     image_size: int
     augmentation: str
     seed: int
@@ -118,10 +120,12 @@ def _loader(
 ) -> "DataLoader[Batch]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
     workers = min(options.workers, os.cpu_count() or 1)
+    decoded: Any = _Decoded(dataset, preprocessing)  # items become a Batch in collate
     return DataLoader(
-        _Decoded(dataset, preprocessing),
+        decoded,
         batch_sampler=micro_batches,
-        collate_fn=_Collate(preprocessing.tokenizer),
+        collate_fn=_Collate(preprocessing),
+        worker_init_fn=_ignore_signals,
         num_workers=workers,
         pin_memory=options.pin_memory,
         timeout=_TIMEOUT if workers else 0,
@@ -178,9 +182,15 @@ class _Decoded(Dataset["_Pair | Skipped"]):
             return self.transform(image)
 
 
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; when to stop is the main process's decision."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
 class _Collate:
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    preprocessing: Preprocessing
 
     def __call__(self, items: "list[_Pair | Skipped]") -> Batch:
         pairs = [item for item in items if isinstance(item, _Pair)]
@@ -188,5 +198,7 @@ class _Collate:
         if not pairs:
             return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
         pixels = torch.stack([pair.pixels for pair in pairs])
-        ids = tokenize(self.tokenizer, [pair.caption for pair in pairs])
+        captions = [pair.caption for pair in pairs]
+        preprocessing = self.preprocessing
+        ids = tokenize(preprocessing.tokenizer, captions, preprocessing.context_length)
         return Batch(pixels, ids, tuple(pair.number for pair in pairs), skipped)

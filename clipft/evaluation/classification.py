@@ -53,7 +53,7 @@ def classify(images: Tensor, targets: Tensor, label_vectors: Tensor) -> Classifi
     best = scores.topk(min(5, count), dim=1).indices
     right = best == targets[:, None]
     hits = right[:, 0].double()
-    recalls = [hits[targets == label].mean() for label in targets.unique()]
+    recalls = [hits[targets == label].mean() for label in torch.unique(targets)]
     return Classification(
         top1=hits.mean().item(),
         top5=right.any(1).double().mean().item() if count > 5 else None,

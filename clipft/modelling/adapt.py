@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Parameters:
 
 class TrainableModel(nn.Module):
     """CLIP under a scenario. Takes uint8 pixels and token ids, gives unit embeddings."""
+
+    clip: Any
+    _gain: Tensor
+    _shift: Tensor
 
     def __init__(self, base: BaseModel, clip: nn.Module) -> None:
         super().__init__()
@@ -122,19 +127,19 @@ def adapt(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> Train
     return TrainableModel(base, base.model)
 
 
-def _with_lora(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> nn.Module:
+def _with_lora(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     towers = "|".join(f"{tower}_model" for tower in scenario.lora)
     config = LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides: any number
+        lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=rf".*({towers})\..*\.({'|'.join(LORA_TARGETS)})",
         modules_to_save=list(scenario.projections),
     )
     try:
-        return get_peft_model(base.model, config)  # type: ignore[arg-type]
+        return get_peft_model(base.model, config)
     except ValueError as error:
         raise ModelError(
             f"LoRA found nothing to adapt in {base.name}: {error}",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from clipft.errors import ModelError
 
@@ -25,7 +24,8 @@ class BaseModel:
     """An untouched CLIP. ``mean`` and ``std`` normalise pixels in 0..1, per channel."""
 
     name: str
-    model: nn.Module
+    model: Any
+    """``transformers.CLIPModel``."""
     tokenizer: Any
     image_size: int
     mean: tuple[float, ...]

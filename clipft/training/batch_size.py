@@ -12,7 +12,7 @@ micro-batch is smaller than the effective batch.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,8 @@ FALLBACK = 64
 MAX_PROBES = 10
 _GROWTH_THAT_PAYS = 1.05
 _PREDICTION_MARGIN = 1.15
-_SMALLEST_STEP = 8
+_SMALLEST = 4
+_CLOSE_ENOUGH = 0.05
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def search(try_size: TrySize, effective: int, usable_bytes: int, refuses: bool) 
     Otherwise nothing is tried whose extrapolated memory passes ``usable_bytes``.
     """
     probes: list[Probe] = []
-    size = 1 if effective < _SMALLEST_STEP else _SMALLEST_STEP // 2
+    size = 1 if effective < _SMALLEST else _SMALLEST
     while len(probes) < MAX_PROBES:
         if not refuses and predict_bytes(probes, size) > usable_bytes:
             break
@@ -87,21 +88,29 @@ def search(try_size: TrySize, effective: int, usable_bytes: int, refuses: bool) 
             break
         if not refuses and _levelled_off(probes, effective):
             break
-        size = min(size * 2, effective)
+        leap = refuses and 0 < predict_bytes(probes, size * 4) < usable_bytes
+        size = min(size * (4 if leap else 2), effective)
     if refuses and not probes[-1].fits:
-        _bisect(try_size, probes)
+        _bisect(try_size, probes, usable_bytes)
     return _choose(probes, effective, usable_bytes, refuses)
 
 
-def _bisect(try_size: TrySize, probes: list[Probe]) -> None:
-    """Narrow between the largest size that fits and the smallest that does not, to 5 %."""
+def _bisect(try_size: TrySize, probes: list[Probe], usable_bytes: int) -> None:
+    """Narrow between the largest size that fits and the smallest that does not, to 5 %.
+
+    Memory grows as a line, so its extrapolation is tried before the middle.
+    """
     while len(probes) < MAX_PROBES:
-        low = max((p.size for p in probes if p.fits), default=0)
+        fitting = sorted((p for p in probes if p.fits), key=lambda p: p.size)
+        low = fitting[-1].size if fitting else 0
         high = min(p.size for p in probes if not p.fits)
-        middle = (low + high) // 2 // _SMALLEST_STEP * _SMALLEST_STEP or (low + high) // 2
-        if high - low <= max(1, low * 0.05) or middle in (low, high):
+        if high - low <= max(1, int(low * _CLOSE_ENOUGH)):
             return
-        probes.append(try_size(middle))
+        guess = _largest_predicted(fitting, high - 1, usable_bytes) if len(fitting) > 1 else 0
+        if guess <= low and len(fitting) > 2:  # the line has been followed to its end
+            guess = low + max(1, int(low * _CLOSE_ENOUGH))
+        inside = low < guess < high
+        probes.append(try_size(guess if inside else (low + high) // 2))
 
 
 def _levelled_off(probes: list[Probe], effective: int) -> bool:
@@ -111,13 +120,13 @@ def _levelled_off(probes: list[Probe], effective: int) -> bool:
     return now < before * _GROWTH_THAT_PAYS
 
 
-def predict_bytes(probes: list[Probe], size: int) -> int:
-    """Peak memory at ``size``: a line through the last two probes, and a margin."""
+def predict_bytes(probes: Sequence[Probe], size: int) -> int:
+    """Peak memory at ``size``: a line through the last two probes, its slope with a margin."""
     if len(probes) < 2:
         return 0
     a, b = probes[-2], probes[-1]
     slope = max(0.0, (b.peak_bytes - a.peak_bytes) / (b.size - a.size))
-    return int((b.peak_bytes + slope * (size - b.size)) * _PREDICTION_MARGIN)
+    return int(b.peak_bytes + slope * (size - b.size) * _PREDICTION_MARGIN)
 
 
 def _choose(probes: list[Probe], effective: int, usable_bytes: int, refuses: bool) -> Found:
@@ -136,7 +145,7 @@ def _choose(probes: list[Probe], effective: int, usable_bytes: int, refuses: boo
     return Found(chosen, largest, extrapolate, usable_bytes, tuple(probes))
 
 
-def _largest_predicted(probes: list[Probe], effective: int, usable_bytes: int) -> int:
+def _largest_predicted(probes: Sequence[Probe], effective: int, usable_bytes: int) -> int:
     low, high = probes[-1].size, effective
     while low < high:
         middle = (low + high + 1) // 2
@@ -188,7 +197,7 @@ class ModelProbe:
     def _step(self, batch: Batch) -> None:
         loss = contrastive_loss(*self._embed(batch), self.model.logit_scale)
         if loss.requires_grad:
-            loss.backward()
+            torch.autograd.backward(loss)
 
     def _timed(self, work: Callable[[], Any]) -> float:
         started = time.perf_counter()

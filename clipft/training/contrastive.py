@@ -78,27 +78,27 @@ class ExactAccumulation(_Encoder):
         image_leaf = torch.cat(images).requires_grad_()
         text_leaf = torch.cat(texts).requires_grad_()
         loss = self.loss(image_leaf, text_leaf)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         for i, (batch, image_grad, text_grad) in enumerate(
             zip(batches, _like(image_leaf, images), _like(text_leaf, texts), strict=True)
         ):
             if self.model.learns_images:
-                self.images(step, i, batch).backward(image_grad)
+                torch.autograd.backward(self.images(step, i, batch), image_grad)
             if self.model.learns_texts:
-                self.texts(step, i, batch).backward(text_grad)
+                torch.autograd.backward(self.texts(step, i, batch), text_grad)
         return loss.detach()
 
     def _at_once(self, step: int, batch: Batch) -> Tensor:
         batch = batch.to(self.precision.device)
         loss = self.loss(self.images(step, 0, batch), self.texts(step, 0, batch))
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         return loss.detach()
 
 
 def _like(leaf: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
     """The gradient of ``leaf``, cut as ``parts`` are."""
     assert leaf.grad is not None
-    yield from leaf.grad.split([len(part) for part in parts])
+    yield from torch.split(leaf.grad, [len(part) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LocalAccumulation(_Encoder):
             batch = micro_batch.to(self.precision.device)
             loss = self.loss(self.images(step, i, batch), self.texts(step, i, batch))
             share = loss * (len(batch) / total)
-            self.scaler.scale(share).backward()
+            torch.autograd.backward(self.scaler.scale(share))
             mean += share.detach()
         return mean
 

@@ -77,6 +77,7 @@ class _TextEncoder:
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> Tensor:
         model, precision = self.loaded.model.eval(), self.loaded.precision
-        ids = tokenize(self.loaded.base.tokenizer, texts).to(precision.device)
+        base = self.loaded.base
+        ids = tokenize(base.tokenizer, texts, base.context_length).to(precision.device)
         with precision.autocast():
             return model.encode_texts(ids).cpu()

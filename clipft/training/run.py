@@ -101,7 +101,10 @@ class _Run:
             )
 
     def start(self) -> None:
-        """From scratch: measure the untouched model."""
+        """From scratch: set an earlier run's checkpoint aside, measure the untouched model."""
+        if self.paths.checkpoint.exists():
+            self.paths.checkpoint.replace(self.paths.earlier)
+            self.watchers.note(f"The checkpoint of an earlier run is now {self.paths.earlier}.")
         self.paths.best.unlink(missing_ok=True)
         self.paths.skipped.unlink(missing_ok=True)
         cut_metrics(self.paths.metrics, -1)

@@ -37,6 +37,11 @@ class RunPaths:
         return self.folder / "best.pt"
 
     @property
+    def earlier(self) -> Path:
+        """The checkpoint of the run before, when a new one starts in its place."""
+        return self.checkpoint.with_suffix(".earlier.pt")
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
@@ -106,9 +111,8 @@ def cut_metrics(path: Path, done_steps: int) -> None:
     """Drop the lines of steps after ``done_steps``: the resumed run writes them again."""
     if not path.exists():
         return
-    kept = [
-        line for line in path.read_text(encoding="utf-8").splitlines() if _done(line, done_steps)
-    ]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _done(line, done_steps)]
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

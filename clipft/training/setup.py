@@ -39,7 +39,10 @@ class LoadedModel:
     precision: Precision
 
     def preprocessing(self, augmentation: str, seed: int) -> Preprocessing:
-        return Preprocessing(self.base.tokenizer, self.base.image_size, augmentation, seed)
+        base = self.base
+        return Preprocessing(
+            base.tokenizer, base.context_length, base.image_size, augmentation, seed
+        )
 
     @property
     def identity(self) -> dict[str, str]:

@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python 3.11+ with venv, and make. They share one
+# environment in .venv, made once and made anew when what it is made from changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types unit smoke slow gpu clean
+
+demo: $(STAMP)
+	$(BIN)/clipft demo
+
+test: $(STAMP) lint types unit smoke
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+# The whole way of a user in small: render, train, resume, evaluate
+smoke: $(STAMP)
+	rm -rf build/smoke
+	$(BIN)/clipft demo --render-only --pairs 300 --output-dir build/smoke
+	$(BIN)/clipft train --mini-train --model tiny --data-dir build/smoke/data --output-dir build/smoke/runs
+	$(BIN)/clipft evaluate build/smoke/runs/dual_lora --data-dir build/smoke/data
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

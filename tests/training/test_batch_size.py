@@ -1,0 +1,83 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
+
+
+class Machine:
+    """Memory ``fixed + size * each``; a pass takes ``overhead + size * per_pair`` seconds."""
+
+    def __init__(self, memory, each, fixed=100, overhead=0.0, per_pair=1.0):
+        self.memory, self.each, self.fixed = memory, each, fixed
+        self.overhead, self.per_pair = overhead, per_pair
+        self.tried = []
+
+    def __call__(self, size: int) -> Probe:
+        self.tried.append(size)
+        used = self.fixed + size * self.each
+        if used > self.memory:
+            return Probe(size, fits=False)
+        seconds = self.overhead + size * self.per_pair
+        return Probe(size, True, seconds, seconds / 3, used)
+
+    @property
+    def largest(self) -> int:
+        return (self.memory - self.fixed) // self.each
+
+
+@given(largest=st.integers(1, 5000), effective=st.integers(2, 4096))
+def test_a_gpu_is_searched_to_within_5_percent_in_ten_probes(largest, effective):
+    machine = Machine(memory=100 + largest * 10, each=10, overhead=1.0)
+    found = search(machine, effective, machine.memory, refuses=True)
+    true = min(largest, effective)
+    assert found.largest <= true
+    if largest >= 8:
+        assert found.largest >= true * 0.95 - 1
+    assert len(machine.tried) <= MAX_PROBES
+
+
+@given(largest=st.integers(20, 5000), effective=st.integers(2, 4096))
+def test_a_cpu_never_tries_what_its_memory_may_not_hold(largest, effective):
+    machine = Machine(memory=100 + largest * 10, each=10, overhead=3.0)
+    found = search(machine, effective, machine.memory, refuses=False)
+    assert all(100 + size * 10 <= machine.memory for size in machine.tried)
+    assert found.chosen <= max(found.largest, 1)
+    assert 100 + found.largest * 10 <= machine.memory
+
+
+def test_the_whole_batch_at_once_is_chosen_where_it_fits_for_it_saves_a_forward_pass():
+    machine = Machine(memory=10**6, each=10, overhead=1.0)
+    found = search(machine, 128, machine.memory, refuses=False)
+    assert found.chosen == 128
+
+
+def test_a_size_that_is_slower_is_not_chosen_for_being_larger():
+    class Thrashing(Machine):
+        def __call__(self, size):
+            probe = super().__call__(size)
+            slow = 10.0 if size > 16 else 1.0
+            return Probe(size, True, probe.step_seconds * slow, probe.forward_seconds, 1)
+
+    assert search(Thrashing(10**6, 10, overhead=1.0), 1024, 10**6, refuses=True).chosen <= 16
+
+
+def test_nothing_fits():
+    assert search(Machine(memory=50, each=10), 64, 50, refuses=True).chosen == 1
+
+
+def test_the_cache_keeps_and_survives_rubbish(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPFT_CACHE", str(tmp_path))
+    found = Found(8, 16, False, 100, (Probe(8, True, 1.0, 0.5, 90),))
+    FoundCache().put("a", found)
+    FoundCache().put("b", found)
+    assert FoundCache().get("a") == found
+    assert FoundCache().get("c") is None
+    FoundCache().path.write_text("rubbish")
+    assert FoundCache().get("a") is None
+
+
+@pytest.mark.parametrize("effective", [2, 3, 5])
+def test_small_effective_batches(effective):
+    machine = Machine(memory=10**6, each=10, overhead=1.0)
+    assert search(machine, effective, 10**6, refuses=False).chosen <= effective
