@@ -34,6 +34,16 @@ MINI_TRAIN = {
 }
 """Defaults under ``--mini-train``: the whole way of a run in seconds."""
 
+DEMO = {
+    "model": "tiny",
+    "output_dir": "./clipft-demo",
+    "epochs": 8,
+    "effective_batch_size": 128,
+    "lr": 2e-3,
+    "stop_on": "never",
+}
+"""Defaults of ``clipft demo``: as much learning as two cores do in a minute."""
+
 Fate = Literal["fixed", "free"]
 
 
@@ -221,8 +231,9 @@ def load_settings(
     flags: Mapping[str, Any] | None = None,
     config: Path | None = None,
     environ: Mapping[str, str] | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> LoadedSettings:
-    """Merge the sources, validate once.
+    """Merge the sources, validate once. ``profile`` are the defaults of one command.
 
     Raises:
         UsageError: with every mistake at once, each naming its source.
@@ -231,6 +242,7 @@ def load_settings(
         (dict(flags or {}), "flag"),
         (_from_environment(os.environ if environ is None else environ), "environment"),
         (_from_file(config) if config else {}, f"file {config}"),
+        (dict(profile or {}), "command"),
     ]
     values: dict[str, Any] = {}
     origins: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")

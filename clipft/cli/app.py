@@ -9,10 +9,12 @@ from typer.exceptions import TyperException
 
 from clipft import __version__
 from clipft.cli.console import print_error, silence_broken_pipe
+from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.resume import resume
 from clipft.cli.settings import settings
+from clipft.cli.sync import sync
 from clipft.cli.train import train
 from clipft.cli.zero_shot import zero_shot
 from clipft.errors import ClipftError, UsageError
@@ -30,6 +32,8 @@ app = typer.Typer(
     },
 )
 COMMANDS = (
+    demo,
+    sync,
     find_batch_size,
     train,
     resume,

@@ -6,6 +6,8 @@ With ``--json`` stdout carries one JSON object and nothing else.
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -24,6 +26,19 @@ class Output:
     def note(self, text: str) -> None:
         """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
         self.err.print(text, markup=False, soft_wrap=not self.err.is_terminal)
+
+    @contextmanager
+    def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for work that reports (done, total); one plain line where no terminal is."""
+        if not self.err.is_terminal:
+            self.note(f"{text} ...")
+            yield lambda done, total: None
+            return
+        from rich.progress import Progress
+
+        with Progress(console=self.err, transient=True) as bar:
+            task = bar.add_task(text, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def result(self, data: dict[str, Any], *shown: RenderableType) -> None:
         """The command's result: ``data`` for programs, ``shown`` for people."""

@@ -6,7 +6,7 @@ common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded set
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -41,47 +41,61 @@ _COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug
 
 def plain_command(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the common options but no settings; it is handed ``out``."""
-    return _wrapped(command, {}, takes_settings=False)
+    return _wrapped(command, {}, None)
 
 
 def settings_command(
-    *wanted: type[Section] | str,
+    *wanted: type[Section] | str, profile: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command with the options of whole sections or of single settings by name; it is
-    handed ``loaded`` and ``out``."""
+    handed ``loaded`` and ``out``. ``profile`` holds defaults of its own."""
     generated = {
         name: (field, section)
         for section in SECTIONS
         for name, field in fields_of(section)
         if section in wanted or name in wanted
     }
-    return lambda command: _wrapped(command, generated, takes_settings=True)
+    return lambda command: _wrapped(command, generated, profile or {})
 
 
 def _wrapped(
     command: Callable[..., None],
     generated: dict[str, tuple[FieldInfo, type[Section]]],
-    takes_settings: bool,
+    profile: Mapping[str, Any] | None,
 ) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         flags = {n: _given(given, n) for n in generated}
         config, as_json = given.pop("config"), given.pop("as_json")
         given.pop("debug")
-        if takes_settings:
+        if profile is not None:
             chosen = {name: value for name, value in flags.items() if value is not None}
-            given["loaded"] = load_settings(chosen, config)
+            given["loaded"] = load_settings(chosen, config, profile=profile)
         command(**given, out=Output(as_json))
 
     own = inspect.signature(command).parameters.values()
     parameters = [p for p in own if p.name not in {"loaded", "out"}]
-    parameters += [p for n, (f, s) in generated.items() for p in _options(n, f, s)]
+    parameters += [p for n, (f, s) in generated.items() for p in _options(n, f, s, profile)]
     parameters += [_parameter(n, annotation, d) for n, (annotation, d) in _COMMON.items()]
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     )
     run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = _unwrapped(command.__doc__ or "")
     return run
+
+
+def _unwrapped(text: str) -> str:
+    """Paragraphs on one line each, for the help to wrap at the terminal's width; indented
+    lines (examples) as they are."""
+    lines: list[str] = []
+    for line in inspect.cleandoc(text).split("\n"):
+        joins = lines and lines[-1] and line and not line.startswith(" ")
+        if joins and not lines[-1].startswith(" "):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _given(given: dict[str, Any], name: str) -> Any:
@@ -90,16 +104,19 @@ def _given(given: dict[str, Any], name: str) -> Any:
     return False if refused else value
 
 
-def _options(name: str, field: FieldInfo, section: type[Section]) -> Iterator[inspect.Parameter]:
+def _options(
+    name: str, field: FieldInfo, section: type[Section], profile: Mapping[str, Any] | None
+) -> Iterator[inspect.Parameter]:
     """The option of one setting; a switch has a hidden ``--no-`` twin.
 
     Text is passed on unread: the settings model judges it.
     """
     switch = field.annotation is bool
+    default = (profile or {}).get(name, field.default)
     shown = typer.Option(
         f"--{name.replace('_', '-')}",
         metavar=None if switch else _metavar(field),
-        help=escape(f"{_choices(field)}{field.description} {_default(field)}"),
+        help=escape(f"{_choices(field)}{field.description} {_default(default)}"),
         rich_help_panel=section.title,
         show_default=False,
     )
@@ -114,8 +131,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _default(field: FieldInfo) -> str:
-    value = field.default
+def _default(value: Any) -> str:
     if isinstance(value, bool):
         value = "on" if value else "off"
     return f"[default: {'none' if value is None else value}]"

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from clipft.cli.console import Output
+from clipft.cli.sync import sync_with_progress
 from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
 from clipft.reporting.tables import retrieval_table
@@ -20,9 +21,8 @@ def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
     """Sync if a bucket is set, train, and show figures before and after."""
     settings = loaded.values
     if settings.s3_bucket:
-        from clipft.cli.sync import sync_with_progress
-
         sync_with_progress(settings, out)
+    _fetch_checkpoint(settings, out)
     watchers = Watchers(_observers(settings, out), out.note, _after_save(settings, out))
     result = run_service(settings, watchers, loaded.to_toml())
     show(result, out)
@@ -37,8 +37,8 @@ def show(result: TrainResult, out: Output) -> None:
     out.result(result.to_dict(), retrieval_table("Validation", columns))
     if result.stopped_early:
         out.note("Stopped early: no improvement any more.")
-    if result.steps and not result.best:
-        out.note("No epoch improved on the start: try a higher --lr or more --epochs.")
+    if result.best and result.best.recall() <= result.before.recall():
+        out.note("No gain over the untouched model: try another --lr, or more --epochs.")
     out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
     out.note(f"Next: clipft evaluate {result.folder} --data-dir DATA")
 
@@ -53,6 +53,20 @@ def _observers(settings: Settings, out: Output) -> Observer:
         config = settings.model_dump(mode="json")
         members.append(WandbTracker(settings, settings.run_dir, config, out.note))
     return Observers(members)
+
+
+def _fetch_checkpoint(settings: Settings, out: Output) -> None:
+    """Bring the checkpoint to resume from the bucket, where the machine has none."""
+    wanted = settings.resume_from_checkpoint and settings.enable_s3_checkpoints
+    path = settings.checkpoint_path
+    if not wanted or path.exists():
+        return
+    from clipft.storage.checkpoints import fetch_checkpoint
+
+    if fetch_checkpoint(path.name, path, settings):
+        out.note(f"Fetched {path.name} from bucket {settings.s3_bucket}.")
+    else:
+        out.note(f"warning: no checkpoint {path.name} found in S3.")
 
 
 def _after_save(settings: Settings, out: Output) -> Callable[[Path], None]:

@@ -1,17 +1,19 @@
 """``train``: from settings to a better model in a run folder, from scratch or resumed."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError, Interrupted, UsageError
+from clipft.errors import DataError, Interrupted
 from clipft.records import EpochResult, Observer, StepResult
-from clipft.settings import Settings, fixed_on_resume
-from clipft.training.checkpoint import load_checkpoint, save_checkpoint
+from clipft.settings import Settings
+from clipft.training.checkpoint import load_checkpoint, replacing_folder, save_checkpoint
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.measure import embed_pairs
+from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_metrics
 from clipft.training.setup import Note, RunSetup, prepare
 from clipft.training.signals import StopRequest, stop_on_signals
@@ -65,7 +67,7 @@ def train(settings: Settings, watchers: Watchers, toml: str) -> TrainResult:
     """
     paths = RunPaths.of(settings)
     with RunLock(paths), stop_on_signals() as stop:
-        checkpoint = _checkpoint_to_resume(settings, paths, watchers.note)
+        checkpoint = checkpoint_to_resume(settings, paths, watchers.note)
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
             return _finished_result(checkpoint, paths)
@@ -117,7 +119,7 @@ class _Run:
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Put back the state of ``checkpoint``."""
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint, self.setup)
         if self.state:
             self.state.load_state_dict(checkpoint)
         self.stopping.load_state_dict(checkpoint["early_stopping"])
@@ -135,6 +137,12 @@ class _Run:
         if self.state and not self.stopping.due:
             self._train(self.state)
         self._save(finished=True)
+        result = self._result()
+        self._leave_best()
+        self.paths.write_text("result.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        return result
+
+    def _result(self) -> TrainResult:
         assert self.before
         return TrainResult(
             before=self.before,
@@ -145,6 +153,15 @@ class _Run:
             folder=self.paths.folder,
             checkpoint=self.paths.checkpoint,
         )
+
+    def _leave_best(self) -> None:
+        """The best epoch's weights in the model, and for others' tools in the run folder."""
+        model = self.setup.loaded.model
+        if self.best and self.paths.best.exists():
+            model.load_trainable_state(load_checkpoint(self.paths.best)["model_state_dict"])
+        if self.setup.settings.declared_scenario.lora:
+            with replacing_folder(self.paths.adapter) as temporary:
+                model.clip.save_pretrained(str(temporary))
 
     def _train(self, state: TrainState) -> None:
         accumulate = self.setup.make_accumulation(state.optimiser)
@@ -241,50 +258,6 @@ class _Run:
             "skipped_pairs": self.skipped_pairs,
             "finished": finished,
         }
-
-    def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
-        """
-        Raises:
-            UsageError: another base model, other data, or a changed setting that decides
-                the weights.
-        """
-        _refuse_changes(checkpoint["settings"], self.setup.settings)
-        theirs, ours = checkpoint["base_model"], self.setup.loaded.identity
-        if theirs["fingerprint"] != ours["fingerprint"]:
-            raise UsageError(
-                f"the checkpoint was trained from other weights: {theirs['name']} "
-                f"({theirs['fingerprint'][:8]}) against {ours['name']} "
-                f"({ours['fingerprint'][:8]})",
-                "resume with the base model it started from",
-            )
-        if checkpoint["data"] != self.setup.train.identity():
-            raise UsageError(
-                f"the training shards in {self.setup.settings.data_dir} are not those of the "
-                f"checkpoint",
-                "name the folder with the same shards with --data-dir, or start a new run",
-            )
-
-
-def _refuse_changes(saved: dict[str, Any], settings: Settings) -> None:
-    now = settings.model_dump(mode="json")
-    changed = [n for n in fixed_on_resume() if n in saved and saved[n] != now[n]]
-    if changed:
-        listed = ", ".join(f"{n} {saved[n]} -> {now[n]}" for n in changed)
-        raise UsageError(
-            f"these settings decide the weights and cannot change on resume: {listed}",
-            "set them back, or start a new run with another --output-dir",
-        )
-
-
-def _checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dict[str, Any] | None:
-    if not settings.resume_from_checkpoint:
-        return None
-    if not paths.checkpoint.exists():
-        note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
-        return None
-    checkpoint = load_checkpoint(paths.checkpoint)
-    _refuse_changes(checkpoint["settings"], settings)
-    return checkpoint
 
 
 def _finished_result(checkpoint: dict[str, Any], paths: RunPaths) -> TrainResult:

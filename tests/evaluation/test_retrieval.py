@@ -46,7 +46,10 @@ def test_figures_agree_with_open_clip():
     texts = functional.normalize(images + texts, dim=-1)
     theirs = metrics(images, texts, torch.tensor(100.0))
     ours = retrieval(images, texts)
-    for name, figures in (("image_to_text", ours.image_to_text), ("text_to_image", ours.text_to_image)):
+    for name, figures in (
+        ("image_to_text", ours.image_to_text),
+        ("text_to_image", ours.text_to_image),
+    ):
         assert figures.r1 == pytest.approx(theirs[f"{name}_R@1"])
         assert figures.r5 == pytest.approx(theirs[f"{name}_R@5"])
         assert figures.r10 == pytest.approx(theirs[f"{name}_R@10"])

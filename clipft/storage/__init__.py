@@ -1,0 +1,1 @@
+"""S3 <-> local folder: knows nothing of tars, models or training."""

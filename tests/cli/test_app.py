@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clipft.cli.app import COMMANDS, run
+from clipft.settings import Settings
+
+NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
+HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")
+
+
+def clipft(*args: str, **more) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "clipft", *args], capture_output=True, text=True, **more
+    )
+
+
+def test_every_command_of_the_promise_is_there():
+    promised = {"sync", "pack", "find-batch-size", "train", "resume", "evaluate", "zero-shot"}
+    assert promised | {"demo", "settings"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_has_examples_and_loads_nothing_heavy(name):
+    code = (
+        "import sys; from clipft.cli.app import run; "
+        f"code = run([{name!r}, '--help']); "
+        f"print(code, [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("0 []"), done.stdout[-300:] + done.stderr
+    assert "Examples" in done.stdout
+    for option in ("--json", "--debug"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_name_options_that_exist(name, capsys, monkeypatch):
+    """Each option in an example stands in the help of its command."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    command = next(c for c in COMMANDS if c.__name__.replace("_", "-") == name)
+    lines = [line.strip() for line in (command.__doc__ or "").splitlines()]
+    examples = [line for line in lines if "clipft" in line and line.split("clipft")[0].isupper()]
+    examples += [line for line in lines if line.startswith("clipft ")]
+    assert examples
+    helps = {}
+    for example in examples:
+        words = example[example.index("clipft ") :].split()
+        if words[1] not in helps:
+            assert run([words[1], "--help"]) == 0
+            helps[words[1]] = capsys.readouterr().out
+        for word in words[2:]:
+            if word.startswith("--"):
+                assert f" {word} " in helps[words[1]], f"{word} in {example!r}"
+
+
+def test_no_command_shows_the_help(capsys):
+    assert run([]) == 2
+    out = capsys.readouterr()
+    assert "Usage" in out.out
+    assert "error" not in out.err
+
+
+def test_unknown_options_and_commands_are_refused_with_the_nearest(capsys):
+    assert run(["train", "--epoch", "1"]) == 2
+    assert "--epochs" in capsys.readouterr().err
+    assert run(["trian"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_underscores_are_dashes(capsys):
+    assert run(["settings", "--s3_bucket", "my-bucket", "--mini_train", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["settings"]["s3_bucket"] == "my-bucket"
+    assert body["origins"]["s3_bucket"] == "flag"
+    assert body["settings"]["mini_train"] is True
+
+
+def test_a_switch_of_a_file_can_be_turned_off(tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text("mini_train = true\n")
+    assert run(["settings", "--config", str(file), "--no-mini-train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["mini_train"] is False
+
+
+def test_every_setting_is_an_option_of_train(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_help_is_readable_in_40_columns_and_without_colour():
+    done = clipft("train", "--help", env={**os.environ, "COLUMNS": "40", "NO_COLOR": "1"})
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 40
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m clipft settings | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("# clipft settings")
+
+
+def test_version():
+    assert clipft("--version").stdout.strip().count(".") == 2

@@ -1,0 +1,51 @@
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from clipft.data.render import RenderedPair, render_pair
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def jpeg(pair: RenderedPair) -> bytes:
+    buffer = io.BytesIO()
+    pair.image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, numbers: Iterable[int], bad: Iterable[int] = ()) -> None:
+    """A shard of rendered products; those numbered in ``bad`` have a broken picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            pair = render_pair(7, number)
+            picture = jpeg(pair)
+            add(tar, f"{number:05d}.jpg", picture[:200] if number in set(bad) else picture)
+            add(tar, f"{number:05d}.txt", pair.caption.encode())
+            add(tar, f"{number:05d}.json", json.dumps(pair.metadata).encode())
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory) -> Path:
+    """96 training pairs in 2 shards, 40 validation pairs. Read only."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    write_shard(folder / "train" / "00000.tar", range(60))
+    write_shard(folder / "train" / "00001.tar", range(60, 96))
+    write_shard(folder / "val" / "00000.tar", range(1000, 1040))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPFT_CACHE", str(tmp_path / "cache"))

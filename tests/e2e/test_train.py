@@ -1,0 +1,213 @@
+"""Training as a user does it, on the packaged tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipft.cli.app import run
+
+SMALL = [
+    *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "32"),
+    *("--micro-batch-size", "16", "--num-workers", "0", "--precision", "fp32"),
+    *("--stop-on", "never", "--checkpoint-every", "2"),
+]
+
+
+def train(catalogue: Path, out: Path, *more: str) -> int:
+    return run(["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = {"kind", "epoch", "step", "loss", "lr", "grad_norm", "val_loss", "retrieval"}
+    return [{k: v for k, v in line.items() if k in timeless} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path, scenario: str = "dual_lora") -> None:
+    for name in (f"{scenario}_checkpoint.pt", f"{scenario}/best.pt"):
+        ours, theirs = weights(one / name), weights(other / name)
+        assert ours.keys() == theirs.keys() and ours
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert metrics(one / scenario) == metrics(other / scenario)
+
+
+@pytest.fixture(scope="module")
+def whole(catalogue, tmp_path_factory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(catalogue, out) == 0
+    return out
+
+
+def test_a_run_leaves_all_that_is_promised(whole):
+    folder = whole / "dual_lora"
+    checkpoint = torch.load(whole / "dual_lora_checkpoint.pt", weights_only=True)
+    promised = {"epoch", "model_state_dict", "optimizer_state_dict", "loss"}
+    assert promised <= checkpoint.keys()
+    assert checkpoint["epoch"] == 3
+    assert {p.name for p in folder.iterdir()} >= {
+        "settings.toml",
+        "metrics.jsonl",
+        "best.pt",
+        "adapter",
+        "result.json",
+    }
+    assert not list(whole.rglob("*.part"))
+    kinds = [line["kind"] for line in metrics(folder)]
+    assert (kinds.count("step"), kinds.count("epoch")) == (9, 4)
+
+
+def test_its_settings_can_be_fed_back(whole, catalogue, tmp_path):
+    toml = whole / "dual_lora" / "settings.toml"
+    assert run(["train", "--config", str(toml), "--output-dir", str(tmp_path)]) == 0
+    assert_same_run(whole, tmp_path)
+
+
+def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
+    from peft import PeftModel
+
+    from clipft.cli.app import run as _  # the command line is loaded as users load it
+    from clipft.modelling.base import load_base
+    from clipft.settings import load_settings
+    from clipft.training.checkpoint import load_checkpoint
+    from clipft.training.restore import load_tuned, saved_settings
+
+    content = load_checkpoint(whole / "dual_lora" / "best.pt")
+    settings = saved_settings(content, load_settings({}, environ={}), ())
+    ours = load_tuned(content, settings).model.eval()
+    theirs = PeftModel.from_pretrained(
+        load_base("tiny").model, str(whole / "dual_lora" / "adapter")
+    ).eval()
+    size = load_base("tiny").image_size
+    pixels = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        a = ours.clip.get_image_features(pixel_values=pixels).pooler_output
+        b = theirs.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_workers_change_nothing(whole, catalogue, tmp_path, workers):
+    assert train(catalogue, tmp_path, "--num-workers", workers) == 0
+    assert_same_run(whole, tmp_path)
+
+
+def test_another_micro_batch_is_the_same_run_but_for_rounding(catalogue, tmp_path):
+    losses = []
+    for micro in ("8", "32"):
+        out = tmp_path / micro
+        assert train(catalogue, out, "--micro-batch-size", micro, "--lora-dropout", "0") == 0
+        losses.append([m["loss"] for m in metrics(out / "dual_lora") if m["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def start(catalogue: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+    args = ["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "clipft", *args],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CLIPFT_CACHE": str(out / "cache")},
+    )
+
+
+def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    path, limit = out / "dual_lora" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} never came: {process.communicate()}")
+
+
+def test_kill_9_in_the_second_epoch_then_resume_ends_bitwise_equal(whole, catalogue, tmp_path):
+    process = start(catalogue, tmp_path)
+    wait_for_step(tmp_path, 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = torch.load(tmp_path / "dual_lora_checkpoint.pt", weights_only=True)
+    assert not killed["finished"]
+    assert run(["resume", str(tmp_path / "dual_lora_checkpoint.pt")]) == 0
+    assert_same_run(whole, tmp_path)
+
+
+def test_sigterm_saves_and_exits_75_and_says_how_to_go_on(whole, catalogue, tmp_path):
+    process = start(catalogue, tmp_path, "--num-workers", "1")
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "error: stopped by SIGTERM" in stderr
+    assert "hint: go on with `clipft resume" in stderr
+    assert "Traceback" not in stderr
+    assert run(["resume", "--output-dir", str(tmp_path), "--num-workers", "0"]) == 0
+    assert_same_run(whole, tmp_path)
+
+
+def test_resume_of_a_finished_run_says_so(whole, capsys):
+    before = (whole / "dual_lora_checkpoint.pt").read_bytes()
+    assert run(["resume", "--output-dir", str(whole)]) == 0
+    assert "finished" in capsys.readouterr().err
+    assert (whole / "dual_lora_checkpoint.pt").read_bytes() == before
+
+
+def test_resume_flag_without_a_checkpoint_warns_and_starts(catalogue, tmp_path, capsys):
+    assert train(catalogue, tmp_path, "--resume-from-checkpoint", "--mini-train") == 0
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_settings_that_decide_the_weights_cannot_change(catalogue, tmp_path, capsys):
+    assert train(catalogue, tmp_path, "--epochs", "1") == 0
+    code = train(catalogue, tmp_path, "--epochs", "1", "--lr", "0.5", "--resume-from-checkpoint")
+    assert code == 2
+    assert "lr 0.0001 -> 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "scenario", ["zero_shot", "linear_probe", "vision_lora", "text_lora", "full"]
+)
+def test_every_scenario_trains_and_evaluates(catalogue, tmp_path, capsys, scenario):
+    more = ["--scenario", scenario, "--epochs", "1"]
+    assert train(catalogue, tmp_path, *more) == 0
+    capsys.readouterr()
+    place = str(tmp_path / f"{scenario}_checkpoint.pt")
+    assert run(["evaluate", place, "--data-dir", str(catalogue), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["pairs"] == 40
+    wanted = {"r@1", "r@5", "r@10", "median_rank", "mrr"}
+    assert set(figures["text_to_image"]) == set(figures["image_to_text"]) == wanted
+
+
+def test_training_learns(catalogue, tmp_path, capsys):
+    more = ["--epochs", "12", "--lr", "3e-3", "--json"]
+    assert train(catalogue, tmp_path, *more) == 0
+    result = json.loads(capsys.readouterr().out)
+    for direction in ("text_to_image", "image_to_text"):
+        assert result["after"][direction]["mrr"] > result["before"][direction]["mrr"]
+
+
+def test_early_stopping_stops(catalogue, tmp_path, capsys):
+    more = ["--lr", "0", "--stop-on", "loss", "--patience", "1", "--json"]
+    assert train(catalogue, tmp_path, *more) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["stopped_early"]
+    assert result["steps"] == 6
+
+
+def test_a_diverging_run_ends_with_6_and_its_last_good_state(catalogue, tmp_path, capsys):
+    assert train(catalogue, tmp_path, "--scenario", "full", "--lr", "1e30") == 6
+    captured = capsys.readouterr().err
+    assert "error:" in captured
+    assert "hint:" in captured

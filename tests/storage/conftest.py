@@ -1,0 +1,119 @@
+import contextlib
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Any
+
+import boto3
+import pytest
+from botocore.loaders import JSONFileLoader
+from moto.server import ThreadedMotoServer
+
+from clipft.settings import StorageSettings
+from clipft.storage import checkpoints, locations
+
+_NUMBERS = count()
+
+
+@dataclass
+class Bucket:
+    """A bucket on the server, the settings that reach it, and boto3 to look behind them."""
+
+    client: Any
+    settings: StorageSettings
+
+    def put(self, objects: dict[str, bytes]) -> None:
+        for key, body in objects.items():
+            self.client.put_object(Bucket=self.settings.s3_bucket, Key=key, Body=body)
+
+    def but(self, **changed: Any) -> StorageSettings:
+        return self.settings.model_copy(update=changed)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    yield "http://{}:{}".format(*moto.get_host_and_port())
+    moto.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """botocore reads its big descriptions for every client anew: most of these tests' time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", cache(JSONFileLoader.load_file))
+        patch.setattr(JSONFileLoader, "__hash__", lambda self: 0)
+        patch.setattr(JSONFileLoader, "__eq__", lambda self, other: True)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_credentials(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testtest")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The pauses between tries are seconds long: few tries, short pauses."""
+    monkeypatch.setattr(locations, "ATTEMPTS", 2)
+    monkeypatch.setattr(checkpoints, "BODY_ATTEMPTS", 2)
+    monkeypatch.setattr(checkpoints, "BODY_PAUSE", 0.01)
+
+
+@pytest.fixture(scope="session")
+def client(server) -> Any:
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "testtest"}
+    return boto3.client("s3", endpoint_url=server, region_name="us-east-1", **keys)
+
+
+@pytest.fixture
+def bucket(server, client, tmp_path) -> Bucket:
+    name = f"bucket-{next(_NUMBERS)}"
+    client.create_bucket(Bucket=name)
+    folder = tmp_path / "data"
+    return Bucket(client, StorageSettings(data_dir=folder, s3_bucket=name, endpoint_url=server))
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[[Answer], str]]:
+    """Starts a server that gives ``answer`` to every GET and HEAD; its URL."""
+    with contextlib.ExitStack() as servers:
+
+        def serve(answer: Answer) -> str:
+            methods = {"do_GET": answer, "do_HEAD": answer, "log_message": lambda *a: None}
+            handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods)
+            own = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=own.serve_forever, daemon=True).start()
+            servers.callback(own.server_close)
+            servers.callback(own.shutdown)
+            return f"http://127.0.0.1:{own.server_port}"
+
+        yield serve
+
+
+def refusing(status: int, code: str) -> Answer:
+    """An answer that is S3's error ``code``."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/xml")
+        handler.send_header("x-amz-bucket-region", "eu-west-1")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer

@@ -1,0 +1,335 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from clipft.cli.app import run
+from clipft.errors import StorageError, UsageError
+from clipft.storage import locations
+from clipft.storage.locations import RefusedKey, local_path
+from clipft.storage.sync import MANIFEST, sync
+from tests.storage.conftest import refusing
+
+PAIRS = {
+    "data/train/00000.tar": b"a" * 3000,
+    "data/train/deep/er/00001.tar": b"b" * 5,
+    "data/train/empty.txt": b"",
+    "data/training/other.tar": b"not ours",
+    "data/val/00000.tar": b"v" * 10,
+}
+
+
+def quiet(progress) -> None:
+    pass
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a user sees under ``folder``: without clipft's own bookkeeping."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name[:8] != ".clipft-")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+def expected() -> dict[str, bytes]:
+    kept = {key: body for key, body in PAIRS.items() if "training" not in key}
+    return {key.removeprefix("data/"): body for key, body in kept.items()}
+
+
+def parts(folder: Path) -> list[Path]:
+    return list(folder.rglob(".clipft-part-*"))
+
+
+@pytest.fixture
+def filled(bucket):
+    bucket.put(PAIRS)
+    return bucket
+
+
+def test_a_fresh_sync_brings_both_folders_and_nothing_else(filled):
+    seen = []
+    result = sync(filled.settings, seen.append)
+    assert files(filled.settings.data_dir) == expected()
+    assert (result.objects, result.downloaded, result.skipped, result.bytes) == (4, 4, 0, 3015)
+    assert (seen[-1].files_done, seen[-1].bytes_done) == (4, 3015)
+    assert parts(filled.settings.data_dir) == []
+
+
+def test_a_second_sync_does_nothing(filled):
+    sync(filled.settings, quiet)
+    before = (filled.settings.data_dir / "train/00000.tar").stat()
+    result = sync(filled.settings, quiet)
+    assert (result.downloaded, result.skipped, result.bytes) == (0, 4, 0)
+    assert (filled.settings.data_dir / "train/00000.tar").stat() == before
+
+
+def test_a_changed_object_is_fetched_again(filled):
+    sync(filled.settings, quiet)
+    filled.put({"data/train/00000.tar": b"A" * 3000})
+    assert sync(filled.settings, quiet).downloaded == 1
+    assert (filled.settings.data_dir / "train/00000.tar").read_bytes() == b"A" * 3000
+
+
+@pytest.mark.parametrize("damage", [b"a" * 100, b"x" * 3000, None])
+def test_a_damaged_local_file_is_fetched_again(filled, damage):
+    sync(filled.settings, quiet)
+    path = filled.settings.data_dir / "train/00000.tar"
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert sync(filled.settings, quiet).downloaded == 1
+    assert files(filled.settings.data_dir) == expected()
+
+
+@pytest.mark.parametrize("manifest", [None, "{", '{"objects": 3}', "[]"])
+def test_without_a_usable_manifest_equal_files_are_known_by_md5(filled, manifest):
+    sync(filled.settings, quiet)
+    path = filled.settings.data_dir / "train" / MANIFEST
+    path.unlink() if manifest is None else path.write_text(manifest)
+    assert sync(filled.settings, quiet).downloaded == 0
+
+
+def test_pages_past_a_thousand_keys(bucket, monkeypatch):
+    bucket.put({f"data/train/{n:03}": b"x" for n in range(30)})
+    paginate = type(bucket.client.get_paginator("list_objects_v2")).paginate
+    monkeypatch.setattr(
+        type(bucket.client.get_paginator("list_objects_v2")),
+        "paginate",
+        lambda self, **given: paginate(self, PaginationConfig={"PageSize": 7}, **given),
+    )
+    assert sync(bucket.settings, quiet).downloaded == 30
+
+
+def test_stale_parts_are_removed_and_left_over_files_are_named(filled):
+    sync(filled.settings, quiet)
+    stale = filled.settings.data_dir / "train" / ".clipft-part-1"
+    stale.write_bytes(b"half")
+    filled.client.delete_object(Bucket=filled.settings.s3_bucket, Key="data/train/empty.txt")
+    notes = sync(filled.settings, quiet).notes
+    assert not stale.exists()
+    assert len(notes) == 1 and "empty.txt" in notes[0]
+
+
+HOSTILE = [
+    "../out", "a/../../out", "/abs", "a//b", "a\\b", "a/./b", "..", ".", "a/", "x" * 256,
+    "é" * 128, "nul\0", "line\nfeed", "del\x7f", "c1\x85", "\ud800", ".clipft-sync.json",
+    ".CLIPFT-part-1", "a/.clipft-x", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_a_hostile_key_is_refused(key):
+    with pytest.raises(RefusedKey):
+        local_path(key)
+
+
+@given(st.one_of(st.text(), st.text("./\\a\0")))
+@example("a/../..")
+def test_every_key_stays_inside_the_target_or_is_refused(key):
+    root = Path("/target")
+    try:
+        path = Path(os.path.normpath(root / local_path(key)))
+    except RefusedKey:
+        return
+    assert path != root and path.is_relative_to(root)
+    assert path.relative_to(root).as_posix() == key
+
+
+def test_refused_keys_are_listed_and_the_rest_arrives(bucket, tmp_path):
+    bad = ["../../out", "a\\b", "x//y", "file/inside", "SAME", "sized/"]
+    good = ["file", "same"]
+    bucket.put({f"data/train/{name}": name.encode() for name in [*bad, *good]})
+    bucket.put({"data/train/": b"", "data/train/marker/": b""})
+    result = sync(bucket.settings, quiet)
+    # "SAME" is listed before "same": the first of the two stays
+    refused = {refusal.key.removeprefix("data/train/") for refusal in result.refused}
+    assert refused == {*bad, "same"} - {"SAME"}
+    assert set(files(bucket.settings.data_dir / "train")) == {"file", "SAME"}
+    assert not list(tmp_path.rglob("out"))
+
+
+def test_links_in_the_target_are_not_followed(bucket, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_bytes(b"mine")
+    train = bucket.settings.data_dir / "train"
+    train.mkdir(parents=True)
+    (train / "link").symlink_to(outside)
+    (train / "single").symlink_to(outside / "kept")
+    (train / "folder").mkdir()
+    bucket.put({f"data/train/{n}": b"THEM" for n in ("link/kept", "single", "folder")})
+    result = sync(bucket.settings, quiet)
+    assert {r.key for r in result.refused} == {"data/train/link/kept", "data/train/folder"}
+    assert files(outside) == {"kept": b"mine"}
+    assert (train / "single").read_bytes() == b"THEM" and not (train / "single").is_symlink()
+
+
+def test_empty_prefixes(bucket):
+    with pytest.raises(StorageError, match=rf"{bucket.settings.s3_bucket}.*'data/train'"):
+        sync(bucket.settings, quiet)
+    bucket.put({"data/train/a": b"a"})
+    assert "data/val" in sync(bucket.settings, quiet).notes[0]
+
+
+def test_settings_that_cannot_work_are_refused(bucket):
+    with pytest.raises(UsageError) as caught:
+        sync(bucket.but(s3_bucket=None), quiet)
+    assert "--s3-bucket" in caught.value.hint
+    with pytest.raises(UsageError, match="overlap"):
+        sync(bucket.but(s3_prefix="data"), quiet)
+    with pytest.raises(UsageError, match="not a URL"):
+        sync(bucket.but(endpoint_url="localhost"), quiet)
+
+
+def test_a_bucket_that_does_not_exist(bucket):
+    with pytest.raises(StorageError, match="nowhere-at-all does not exist"):
+        sync(bucket.but(s3_bucket="nowhere-at-all"), quiet)
+
+
+def test_no_credentials_and_no_such_profile(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageError, match="no usable AWS credentials"):
+        sync(bucket.settings, quiet)
+    with pytest.raises(StorageError, match="no profile absent"):
+        sync(bucket.but(s3_profile="absent"), quiet)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (403, "InvalidAccessKeyId", "key or its secret is wrong"),
+        (403, "SignatureDoesNotMatch", "key or its secret is wrong"),
+        (403, "AccessDenied", "forbidden"),
+        (403, "RequestTimeTooSkewed", "clock"),
+        (400, "ExpiredToken", "expired"),
+        (400, "AuthorizationHeaderMalformed", "another region"),
+        (301, "PermanentRedirect", "another region"),
+        (404, "NoSuchBucket", "does not exist"),
+        (503, "SlowDown", "overloaded"),
+        (500, "InternalError", "overloaded"),
+    ],
+)
+def test_errors_of_the_server_are_told_apart(bucket, serving, impatient, status, code, says):
+    with pytest.raises(StorageError, match=says) as caught:
+        sync(bucket.but(endpoint_url=serving(refusing(status, code))), quiet)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("http://127.0.0.1:1", "cannot be reached"), ("http://no.invalid:1", "name is unknown")],
+)
+def test_a_server_out_of_reach(bucket, impatient, url, says):
+    with pytest.raises(StorageError, match=says):
+        sync(bucket.but(endpoint_url=url), quiet)
+
+
+def test_a_server_that_does_not_speak_tls(bucket, impatient):
+    with pytest.raises(StorageError, match="TLS"):
+        sync(bucket.but(endpoint_url=bucket.settings.endpoint_url.replace("http", "https")), quiet)
+
+
+BODY = b"z" * 100_000
+LISTING = """<ListBucketResult><Contents><Key>{prefix}a.tar</Key><Size>{size}</Size>
+<ETag>"{etag}"</ETag></Contents><IsTruncated>false</IsTruncated></ListBucketResult>"""
+
+
+def one_object(body: bytes, etag: str, length: int = len(BODY)):
+    """A bucket with one object, whose body is answered as ``body`` of ``length`` bytes."""
+
+    def answer(handler) -> None:
+        listing = "list-type" in handler.path
+        prefix = "data/val/" if "val" in handler.path else "data/train/"
+        text = LISTING.format(prefix=prefix, size=len(BODY), etag=etag).encode()
+        handler.send_response(200)
+        handler.send_header("ETag", f'"{etag}"')
+        handler.send_header("Content-Length", str(len(text) if listing else length))
+        handler.end_headers()
+        handler.wfile.write(text if listing else body)
+
+    return answer
+
+
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (one_object(BODY[:40_000], MD5), "did not arrive whole"),
+        (one_object(b"y" + BODY[1:], MD5), "did not arrive whole"),
+        (one_object(BODY[:10], "multi-2", length=10), "changed"),
+    ],
+    ids=["cut", "corrupt", "other size"],
+)
+def test_a_body_that_is_not_the_object_gets_no_final_name(bucket, serving, impatient, answer, says):
+    with pytest.raises(StorageError, match=says):
+        sync(bucket.but(endpoint_url=serving(answer)), quiet)
+    assert files(bucket.settings.data_dir) == {}
+    assert parts(bucket.settings.data_dir) == []
+
+
+def test_an_object_changed_since_the_listing_is_not_accepted(bucket, serving, impatient):
+    listed = one_object(BODY, MD5)
+
+    def answer(handler) -> None:
+        assert "list-type" in handler.path or handler.headers["If-Match"] == f'"{MD5}"'
+        (listed if "list-type" in handler.path else refusing(412, "PreconditionFailed"))(handler)
+
+    with pytest.raises(StorageError, match="changed"):
+        sync(bucket.but(endpoint_url=serving(answer)), quiet)
+    assert files(bucket.settings.data_dir) == {}
+
+
+def test_a_stopped_sync_leaves_no_parts_and_the_next_goes_on(filled):
+    def stop(progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sync(filled.settings, stop)
+    assert parts(filled.settings.data_dir) == []
+    sync(filled.settings, quiet)
+    assert files(filled.settings.data_dir) == expected()
+
+
+def test_the_disk(filled, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write to"):
+        sync(filled.but(data_dir=tmp_path / "file"), quiet)
+    full = SimpleNamespace(free=3014)
+    monkeypatch.setattr(locations.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(StorageError, match="3,015 bytes wanted, 3,014 free"):
+        sync(filled.settings, quiet)
+
+
+def flags(bucket) -> list[str]:
+    kept = bucket.settings
+    where = ["--endpoint-url", kept.endpoint_url, "--data_dir", str(kept.data_dir)]
+    return ["sync", "--s3_bucket", kept.s3_bucket, *where]
+
+
+def test_the_command_prints_one_object(filled, capsys):
+    assert run([*flags(filled), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["objects"], result["downloaded"], result["refused"]) == (4, 4, [])
+
+
+def test_the_command_shows_a_table_and_the_refused(filled, capsys):
+    filled.put({"data/train/[red]\\b": b"x"})
+    assert run(flags(filled)) == 0
+    shown = capsys.readouterr()
+    assert "[red]" in shown.out and "backslash" in shown.out and "Next:" in shown.err
+
+
+def test_the_command_ends_with_4_for_an_empty_prefix(bucket, capsys):
+    assert run(flags(bucket)) == 4
+    assert "hint: check --s3-prefix" in capsys.readouterr().err
+
+
+def test_the_command_starts_without_boto3():
+    code = "import sys, clipft.cli.sync; sys.exit('boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
