@@ -68,7 +68,8 @@ def _make_catalogue(folder: Path, pairs: int, seed: int, out: Output) -> Path:
         out.note(f"Using the catalogue in {data}.")
         return data
     from clipft.data.demo import write_catalogue
-    from clipft.data.pack import PackOptions, pack
+    from clipft.data.pack import pack
+    from clipft.data.pack_options import PackOptions
 
     raw = folder / "raw"
     for old in (*folder.glob("catalogue-*"), raw, data):

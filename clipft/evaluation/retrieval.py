@@ -65,8 +65,10 @@ def partner_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
         scores = queries[start : start + _BLOCK] @ candidates.T
         own_index = index[start : start + _BLOCK, None]
         own = scores.gather(1, own_index)
-        before = (scores > own) | ((scores == own) & (index < own_index))
-        ranks.append(before.sum(1) + 1)
+        # Put so that not-a-number, which no comparison holds for, ranks last and not first
+        behind = (scores < own) | ((scores == own) & (index > own_index))
+        ahead = ~behind & (index != own_index)
+        ranks.append(ahead.sum(1) + 1)
     return torch.cat(ranks)
 
 

@@ -1,13 +1,14 @@
 """``train``: from settings to a better model in a run folder, from scratch or resumed."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError, Interrupted
+from clipft.errors import DataError, DivergedError, Interrupted
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import load_checkpoint, replacing_folder, save_checkpoint
@@ -210,6 +211,11 @@ class _Run:
     def _after_epoch(self, state: TrainState) -> None:
         train_loss = state.epoch_loss_sum / state.steps_per_epoch
         measured = self._measure(state.position.epoch, train_loss)
+        if not math.isfinite(measured.val_loss):
+            raise DivergedError(
+                f"the validation loss is not finite after epoch {measured.epoch}",
+                f"lower --lr; {self.paths.checkpoint} is the last good state, if there is one",
+            )
         improved = self.stopping.update(measured)
         result = EpochResult(**{**asdict(measured), "improved": improved})
         if improved:
@@ -226,7 +232,8 @@ class _Run:
 
     def _save_if_due(self, state: TrainState) -> None:
         every = self.setup.settings.checkpoint_every
-        if state.epoch_ended or (every and state.step % every == 0):
+        due = state.epoch_ended or (every and state.step % every == 0)
+        if due and math.isfinite(state.loss):  # never in the place of a good state
             self._save(finished=False)
 
     def _interrupt(self, state: TrainState) -> None:

@@ -69,3 +69,10 @@ def test_validation_loss_is_the_training_loss_of_one_batch():
     assert validation_loss(images, texts, float(torch.tensor(3.0).exp())) == pytest.approx(
         expected.item(), rel=1e-6
     )
+
+
+def test_not_a_number_ranks_last():
+    images, texts = unit(10, 8), unit(10, 9)
+    images[3] = float("nan")
+    assert partner_ranks(texts, images)[3] == 10
+    assert retrieval(images * float("nan"), texts).text_to_image.r1 == 0.0

@@ -1,0 +1,1 @@
+"""The packaged tiny CLIP, and the scripts that made it from nothing but drawn scenes."""
