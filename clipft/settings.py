@@ -37,10 +37,12 @@ MINI_TRAIN = {
 DEMO = {
     "model": "tiny",
     "output_dir": "./clipft-demo",
-    "epochs": 8,
+    "epochs": 3,
     "effective_batch_size": 128,
-    "lr": 2e-3,
-    "stop_on": "never",
+    "micro_batch_size": 128,
+    "lr": 4e-3,
+    "precision": "fp32",
+    "num_workers": 2,
 }
 """Defaults of ``clipft demo``: as much learning as two cores do in a minute."""
 

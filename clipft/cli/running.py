@@ -25,11 +25,11 @@ def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
     _fetch_checkpoint(settings, out)
     watchers = Watchers(_observers(settings, out), out.note, _after_save(settings, out))
     result = run_service(settings, watchers, loaded.to_toml())
-    show(result, out)
+    show(result, settings, out)
     return result
 
 
-def show(result: TrainResult, out: Output) -> None:
+def show(result: TrainResult, settings: Settings, out: Output) -> None:
     """The result for people and programs, and the next useful command."""
     columns = {"untouched": result.before.retrieval}
     if result.best:
@@ -40,7 +40,7 @@ def show(result: TrainResult, out: Output) -> None:
     if result.best and result.best.recall() <= result.before.recall():
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
     out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
-    out.note(f"Next: clipft evaluate {result.folder} --data-dir DATA")
+    out.note(f"Next: clipft evaluate {result.folder} --data-dir {settings.data_dir}")
 
 
 def _observers(settings: Settings, out: Output) -> Observer:
