@@ -343,5 +343,9 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped) + '"'
+        return (
+            '"'
+            + "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped)
+            + '"'
+        )
     return repr(value)

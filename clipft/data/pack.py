@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clipft.data.captions import BadCaption, clean_caption
 from clipft.data.images import BadImage, decode_image
@@ -177,7 +177,7 @@ def _check_image(path: Path, in_full: bool) -> None:
         with Image.open(path) as image:
             image.verify()
     except Exception as error:  # Pillow's plug-ins raise whatever they like
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadImage(reason or type(error).__name__) from error
 
 

@@ -70,6 +70,7 @@ def index_shard(path: Path) -> Shard:
                 reason = _file_member(member, found)
                 if reason:
                     skipped.append(Skipped(path.name, member.name, reason))
+            _check_end(tar)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{path} is not a whole tar: {error}", f"fetch the shard again, or {_PACK}"
@@ -85,6 +86,14 @@ def index_shard(path: Path) -> Shard:
             keys.append(key)
     places = [[found[key].get(name, (-1, -1)) for name in _FIELDS] for key in keys]
     return Shard(path, keys, np.array(places, np.int64).reshape(-1, len(_FIELDS), 2), skipped)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """A cut or damaged header ends tarfile's reading like a proper end does: tell them apart."""
+    assert tar.fileobj
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset}")
 
 
 def _file_member(

@@ -57,7 +57,8 @@ def load_base(name: str) -> BaseModel:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     source = str(_TINY_FOLDER) if name == TINY else name
-    _check_local(name)
+    if name != TINY:
+        _check_local(name)
     try:
         _check_architecture(name, source)
         model = CLIPModel.from_pretrained(source, dtype=torch.float32)

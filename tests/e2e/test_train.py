@@ -77,7 +77,6 @@ def test_its_settings_can_be_fed_back(whole, catalogue, tmp_path):
 def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     from peft import PeftModel
 
-    from clipft.cli.app import run as _  # the command line is loaded as users load it
     from clipft.modelling.base import load_base
     from clipft.settings import load_settings
     from clipft.training.checkpoint import load_checkpoint

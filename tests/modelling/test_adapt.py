@@ -111,3 +111,9 @@ def test_a_model_that_is_not_there(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=message):
         load_base(name)
+
+
+def test_tiny_is_the_packaged_model_whatever_lies_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_base("tiny").parameters_count > 1_000_000

@@ -36,7 +36,7 @@ def pairs() -> Batch:
     generator = torch.Generator().manual_seed(3)
     size = base.image_size
     pixels = torch.randint(0, 256, (PAIRS, 3, size, size), dtype=torch.uint8, generator=generator)
-    texts = [f"a {word} chair number {i}" for i, word in enumerate("red blue oak".split() * 4)]
+    texts = [f"a {word} chair number {i}" for i, word in enumerate(["red", "blue", "oak"] * 4)]
     ids = torch.tensor(base.tokenizer(texts, padding=True)["input_ids"])
     return Batch(pixels, ids, tuple(range(PAIRS)))
 

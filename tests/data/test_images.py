@@ -1,0 +1,132 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipft.data.augmentation import make_transform
+from clipft.data.images import BadImage, decode_image, resize_shorter
+
+PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
+needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the furniture photos are not here")
+
+
+def encoded(image: Image.Image, kind: str, **more) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def plain(colour=(200, 30, 40), size=(40, 20)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def near(image: Image.Image, colour, at=(5, 5)) -> bool:
+    return max(abs(a - b) for a, b in zip(image.getpixel(at), colour, strict=True)) <= 6
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encoded(plain(), "JPEG"), (200, 30, 40)),
+        (encoded(plain(), "JPEG", progressive=True), (200, 30, 40)),
+        (encoded(plain().convert("CMYK"), "JPEG"), (200, 30, 40)),
+        (encoded(plain().convert("L"), "JPEG"), (82, 82, 82)),
+        (encoded(plain().convert("P"), "PNG"), (204, 51, 51)),
+        (encoded(plain(), "WEBP", lossless=True), (200, 30, 40)),
+        (encoded(Image.new("RGBA", (40, 20), (0, 0, 0, 0)), "PNG"), (255, 255, 255)),
+        (encoded(Image.new("LA", (40, 20), (0, 128)), "PNG"), (127, 127, 127)),
+        (encoded(Image.new("1", (40, 20), 1), "PNG"), (255, 255, 255)),
+        (encoded(plain((200, 30, 40), (1, 1)).resize((1, 1)), "PNG"), (200, 30, 40)),
+    ],
+    ids="jpeg progressive cmyk grey palette webp alpha half-alpha one-bit 1x1".split(),  # noqa: SIM905
+)
+def test_every_kind_becomes_the_right_rgb(data, colour):
+    image = decode_image(data)
+    assert image.mode == "RGB"
+    assert near(image, colour, (0, 0))
+
+
+def test_16_bit_greys_keep_their_shades():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    image = decode_image(encoded(Image.fromarray(ramp), "PNG"))
+    assert np.abs(np.asarray(image)[..., 0].flatten().astype(int) - np.arange(256)).max() <= 1
+
+
+def test_float_pictures_are_not_black():
+    grey = np.full((4, 4), 0.5, np.float32)
+    assert near(decode_image(encoded(Image.fromarray(grey), "TIFF")), (128, 128, 128), (1, 1))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [plain((0, 0, 0)), plain((255, 255, 255))]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert near(decode_image(data), (0, 0, 0))
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(plain(), "JPEG", exif=exif)).size == (20, 40)
+
+
+def bomb() -> bytes:
+    """The header of a 30,000 x 30,000 PNG with next to no data."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + crc
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"<html>404</html>", encoded(plain(size=(300, 300)), "JPEG")[:300], bomb()],
+    ids=["empty", "html", "truncated", "bomb"],
+)
+def test_what_is_no_picture_is_refused_with_a_reason(data):
+    with pytest.raises(BadImage, match=r"\w"):
+        decode_image(data)
+
+
+def test_long_pictures_keep_their_aspect():
+    assert resize_shorter(plain(size=(100, 1)), 8).size == (800, 8)
+    assert resize_shorter(plain(size=(3, 7)), 224).size == (224, 522)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "simple", "advanced"])
+@pytest.mark.parametrize("size", [(64, 64), (300, 40), (40, 300), (1, 1), (500, 500)])
+def test_every_augmentation_gives_the_models_square(augmentation, size):
+    transform = make_transform(augmentation, 64)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        out = transform(plain(size=size))
+        assert out.shape == (3, 64, 64)
+        assert out.dtype == torch.uint8
+
+
+def test_simple_moves_the_picture_but_keeps_its_colours():
+    transform = make_transform("simple", 64)
+    assert all(
+        (transform(plain()) == torch.tensor([200, 30, 40])[:, None, None]).all() for _ in "ab"
+    )
+
+
+@needs_photos
+def test_none_is_within_one_step_of_the_models_own_processor():
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(do_normalize=False, do_rescale=False)
+    transform = make_transform("none", 224)
+    for path in sorted(PHOTOS.glob("*.jpg"))[::12]:
+        image = Image.open(path).convert("RGB")
+        theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        ours = transform(decode_image(path.read_bytes()))
+        assert (ours.int() - theirs.round().int()).abs().max() <= 1, path.name

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from clipft.data.loader import (
+    LoaderOptions,
+    Preprocessing,
+    evaluation_batches,
+    training_batches,
+)
+from clipft.data.order import EpochPlan, Position
+from clipft.data.shards import open_pairs
+from clipft.modelling.base import load_base
+from tests.conftest import write_shard
+
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_shard(folder / "00000.tar", range(20), bad=[3, 11])
+    write_shard(folder / "00001.tar", range(20, 30))
+    return open_pairs(folder)
+
+
+@pytest.fixture(scope="module")
+def preprocessing():
+    base = load_base("tiny")
+    return Preprocessing(base.tokenizer, base.context_length, base.image_size, "simple", 5)
+
+
+def steps(dataset, preprocessing, workers=0, start=None, micro=4):
+    start = start or Position()
+    plan = EpochPlan(len(dataset), 12, micro, seed=5)
+    return list(
+        training_batches(dataset, preprocessing, plan, start, EPOCHS, LoaderOptions(workers))
+    )
+
+
+def flat(steps):
+    return [
+        (step.epoch, step.step, batch.numbers, batch.pixel_values, batch.input_ids)
+        for step in steps
+        for batch in step.micro_batches
+    ]
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one[:3] == other[:3]
+        assert torch.equal(one[3], other[3])
+        assert torch.equal(one[4], other[4])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(dataset, preprocessing, workers):
+    expected = flat(steps(dataset, preprocessing))
+    torch.manual_seed(99)  # nor does the state of the global generator
+    assert_equal(flat(steps(dataset, preprocessing, workers)), expected)
+
+
+@pytest.mark.parametrize("start", [Position(0, 1), Position(1, 0), Position(1, 2), Position(2, 0)])
+def test_resumed_is_the_tail(dataset, preprocessing, start):
+    whole = steps(dataset, preprocessing)
+    tail = [step for step in whole if (step.epoch, step.step) >= (start.epoch, start.step)]
+    assert_equal(flat(steps(dataset, preprocessing, start=start)), flat(tail))
+
+
+def test_bad_pairs_are_left_out_and_named_and_the_others_seen_once_an_epoch(dataset, preprocessing):
+    whole = steps(dataset, preprocessing)
+    for epoch in range(EPOCHS):
+        mine = [step for step in whole if step.epoch == epoch]
+        numbers = [n for step in mine for batch in step.micro_batches for n in batch.numbers]
+        assert sorted(numbers) == [n for n in range(30) if n not in (3, 11)]
+        assert {s.key for step in mine for s in step.skipped} == {"00003", "00011"}
+
+
+def test_a_micro_batch_of_bad_pairs_only_vanishes(tmp_path, preprocessing):
+    write_shard(tmp_path / "a.tar", range(4), bad=range(4))
+    batches = steps(open_pairs(tmp_path), preprocessing, micro=2)
+    assert all(step.micro_batches == [] and len(step.skipped) == 4 for step in batches)
+
+
+def test_augmentation_differs_between_epochs_and_pairs_and_seeds(dataset, preprocessing):
+    whole = flat(steps(dataset, preprocessing, micro=1))
+    by_number = {}
+    for epoch, _, numbers, pixels, _ in whole:
+        by_number.setdefault(numbers, []).append((epoch, pixels))
+    changed = [not torch.equal(a[1], b[1]) for a, b in by_number.values()]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_evaluation_has_every_pair_in_order(dataset, preprocessing):
+    for size in (1, 7, 100):
+        batches = list(evaluation_batches(dataset, preprocessing, size, LoaderOptions()))
+        numbers = [n for batch in batches for n in batch.numbers]
+        assert numbers == [n for n in range(30) if n not in (3, 11)]
+
+
+def test_the_global_generator_is_left_alone(dataset, preprocessing):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    steps(dataset, preprocessing)
+    assert torch.equal(torch.rand(1), expected)
