@@ -27,6 +27,7 @@ from clipft.training.precision import Precision, choose_precision
 Note = Callable[[str], None]
 
 _FEW_STEPS = 50
+_ENOUGH_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def _remarks(
     steps = plan.steps * settings.epochs
     if steps < _FEW_STEPS and not settings.mini_train:
         remarks.append(
-            f"only {steps} optimizer steps in the whole run: a smaller "
-            f"--effective-batch-size or more --epochs give more"
+            f"only {steps} optimizer steps in the whole run, too few to learn much: "
+            f"{_smaller_batch(plan, settings.epochs)}more --epochs give more"
         )
     first, last = plan.bounds[-1]
     if last - first != plan.effective:
@@ -190,3 +191,10 @@ def _remarks(
         if pairs.skipped:
             remarks.append(f"{len(pairs.skipped)} members of the {name} shards are no pairs")
     return remarks
+
+
+def _smaller_batch(plan: EpochPlan, epochs: int) -> str:
+    """The power of two that makes about ``_ENOUGH_STEPS`` steps, where it is smaller."""
+    wanted = max(8, plan.pairs * epochs // _ENOUGH_STEPS)
+    power = 1 << (wanted.bit_length() - 1)
+    return f"--effective-batch-size {power} or " if power < plan.effective else ""
