@@ -7,6 +7,7 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.errors import UsageError
 from clipft.settings import LoadedSettings, Settings, fixed_on_resume
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
@@ -15,7 +16,7 @@ Checkpoint = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="Checkpoint of the run [default: the newest in --output-dir]",
+        help="Checkpoint of the run, or its folder [default: the newest in --output-dir]",
         show_default=False,
     ),
 ]
@@ -31,14 +32,20 @@ def resume(loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None) -
     Examples:
 
         clipft resume
+        clipft resume ./checkpoints/dual_lora
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
     """
     from clipft.cli.running import run_training
     from clipft.training.checkpoint import load_checkpoint
-    from clipft.training.restore import newest_checkpoint, saved_settings
+    from clipft.training.restore import resumable_checkpoint, saved_settings
 
-    path = checkpoint or newest_checkpoint(loaded.values.output_dir)
+    path = resumable_checkpoint(checkpoint, loaded.values.output_dir)
     saved = saved_settings(load_checkpoint(path), loaded, _FREE)
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
+    if path != settings.checkpoint_path:
+        raise UsageError(
+            f"{path} is not the checkpoint of a run in its place: a run goes on in its own folder",
+            f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
+        )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
     run_training(LoadedSettings(settings, origins), out)

@@ -37,7 +37,10 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
     out.result(result.to_dict(), retrieval_table("Validation", columns))
     if result.stopped_early:
         out.note("Stopped early: no improvement any more.")
-    if result.best and result.best.recall() <= result.before.recall():
+    if result.skipped_pairs:
+        reasons = result.folder / "skipped.jsonl"
+        out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
+    if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
     out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
     out.note(f"Next: clipft evaluate {result.folder} --data-dir {settings.data_dir}")

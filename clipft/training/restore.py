@@ -50,6 +50,20 @@ def find_checkpoint(place: Path | None, settings: Settings) -> Path:
     )
 
 
+def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
+    """A file as it is; a run folder's own checkpoint; else the newest in a folder of runs.
+
+    Raises:
+        ModelError: none is there.
+    """
+    if place is None:
+        return newest_checkpoint(output_dir)
+    own = place.with_name(f"{place.name}_checkpoint.pt")
+    if not place.is_dir():
+        return place
+    return own if own.is_file() else newest_checkpoint(place)
+
+
 def newest_checkpoint(output_dir: Path) -> Path:
     """The checkpoint written last in a folder of runs.
 

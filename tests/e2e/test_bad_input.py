@@ -64,7 +64,9 @@ def test_a_corrupt_picture_is_left_out_and_named(tmp_path, capsys):
     out = tmp_path / "out"
     args = ["train", *TINY, "--data-dir", str(tmp_path), "--output-dir", str(out), "--json"]
     assert run(args) == 0
-    assert json.loads(capsys.readouterr().out)["skipped_pairs"] == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["skipped_pairs"] == 1
+    assert "1 bad pairs were left out, see" in printed.err
     skipped = [json.loads(x) for x in (out / "dual_lora/skipped.jsonl").read_text().splitlines()]
     assert [(s["shard"], s["key"]) for s in skipped] == [("00000.tar", "00005")]
     assert "truncated" in skipped[0]["reason"].lower()

@@ -162,6 +162,16 @@ def test_resume_of_a_finished_run_says_so(whole, capsys):
     assert (whole / "dual_lora_checkpoint.pt").read_bytes() == before
 
 
+def test_resume_takes_the_run_folder_too(whole, capsys):
+    assert run(["resume", str(whole / "dual_lora")]) == 0
+    assert "finished" in capsys.readouterr().err
+
+
+def test_resume_refuses_weights_alone(whole, capsys):
+    assert run(["resume", str(whole / "dual_lora" / "best.pt")]) == 2
+    assert "best.pt is not the checkpoint of a run" in capsys.readouterr().err
+
+
 def test_resume_flag_without_a_checkpoint_warns_and_starts(catalogue, tmp_path, capsys):
     assert train(catalogue, tmp_path, "--resume-from-checkpoint", "--mini-train") == 0
     assert "no checkpoint" in capsys.readouterr().err
