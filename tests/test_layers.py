@@ -8,7 +8,7 @@ import pytest
 import clipft
 
 PACKAGE = Path(clipft.__file__).parent
-GROUND = {"settings", "errors", "scenarios", "records", "__init__"}
+GROUND = {"settings", "errors", "scenarios", "records", "cache", "__init__"}
 ALLOWED = {
     "storage": GROUND,
     "data": GROUND | {"drawing"},

@@ -19,7 +19,8 @@ from clipft.data.augmentation import make_transform
 from clipft.data.captions import BadCaption, clean_caption, tokenize
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import EpochPlan, Position, derived_seed
-from clipft.data.shards import PairDataset, Skipped
+from clipft.data.shard_index import Skipped
+from clipft.data.shards import PairDataset
 from clipft.errors import DataError
 
 _TIMEOUT = 300

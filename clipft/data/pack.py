@@ -22,7 +22,7 @@ from clipft.data.captions import BadCaption, clean_caption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import derived_seed
 from clipft.data.pack_options import PackOptions
-from clipft.data.shards import CAPTION_SUFFIX, IMAGE_SUFFIXES, METADATA_SUFFIX
+from clipft.data.shard_index import CAPTION_SUFFIX, IMAGE_SUFFIXES, METADATA_SUFFIX
 from clipft.data.split import validation_rows
 from clipft.errors import DataError, StorageError, UsageError
 

@@ -14,11 +14,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from clipft.cache import cache_folder
 from clipft.data.loader import Batch
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.contrastive import contrastive_loss
@@ -223,10 +223,7 @@ class FoundCache:
     """What was found before, by model, scenario and machine. Losing it costs a search."""
 
     def __init__(self) -> None:
-        base = os.environ.get("CLIPFT_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clipft"
-        )
-        self.path = Path(base) / "batch_sizes.json"
+        self.path = cache_folder() / "batch_sizes.json"
 
     def get(self, key: str) -> Found | None:
         try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clipft.data.loader import Batch
-from clipft.data.shards import Skipped
+from clipft.data.shard_index import Skipped
 from clipft.evaluation.retrieval import Retrieval, retrieval, validation_loss
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.precision import Precision

@@ -1,0 +1,244 @@
+"""The index of a shard: which pairs it holds and where their bytes lie.
+
+Made once per shard from the tar's headers and kept beside it (in the cache folder where that
+cannot be written). Reopened through a memory map: worker processes share one copy in the
+system's page cache, whatever the number of pairs; a pair takes 56 bytes and those of its key.
+
+File: 8 bytes magic, the length of the JSON header (little-endian uint64), the header, then
+``places`` int64 [pairs, 3, 2], ``key_ends`` int64 [pairs], the keys' UTF-8 bytes.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from clipft.cache import cache_folder
+from clipft.data.tar_headers import Member, read_members
+from clipft.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+CAPTION_SUFFIX = "txt"
+METADATA_SUFFIX = "json"
+FIELDS = ("image", "caption", "metadata")
+PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
+
+_MAGIC = b"clipftx1"
+_INT = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A pair that cannot be used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One indexed tar. ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
+
+    ``key_bytes`` uint8 holds all keys one after the other, ``key_ends`` int64 [pairs] where
+    each ends.
+    """
+
+    path: Path
+    places: "np.ndarray[Any, np.dtype[np.int64]]"
+    key_ends: "np.ndarray[Any, np.dtype[np.int64]]"
+    key_bytes: "np.ndarray[Any, np.dtype[np.uint8]]"
+    skipped: list[Skipped]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, row: int) -> str:
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.key_bytes[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A started (not forked) worker maps the index anew rather than being sent a copy
+        return open_shard, (self.path,)
+
+
+def open_shard(path: Path) -> Shard:
+    """A shard through its index; made now where there is none that fits size and mtime.
+
+    Raises:
+        DataError: the file is not a whole, uncompressed tar, or cannot be read.
+    """
+    try:
+        stamp = _stamp(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
+    for place in _index_places(path):
+        try:
+            return _load(place, path, stamp)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or of another state of the shard: it is made anew
+    shard = index_shard(path)
+    for place in _index_places(path):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _save(shard, place, stamp)
+            return _load(place, path, stamp)
+        except (OSError, ValueError):
+            continue
+    return shard
+
+
+def index_shard(path: Path) -> Shard:
+    """Read the headers of one tar.
+
+    Members that are not regular files, or whose key has no image or no caption, are left
+    out and listed in ``skipped``; nothing is ever extracted, so names cannot escape.
+
+    Raises:
+        DataError: the file is not a whole, uncompressed tar.
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    skipped: list[Skipped] = []
+    try:
+        for member in read_members(path):
+            reason = _file_member(member, found)
+            if reason:
+                skipped.append(Skipped(path.name, member.name, reason))
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"{path} is not a whole tar: {error}", f"fetch the shard again, or {PACK_HINT}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
+    keys, places = [], []
+    for key, members in found.items():
+        missing = [name for name in ("image", "caption") if name not in members]
+        if missing:
+            skipped.append(Skipped(path.name, key, f"no {' and no '.join(missing)}"))
+        else:
+            keys.append(key.encode("utf-8", "surrogateescape"))
+            places.append([members.get(name, (-1, -1)) for name in FIELDS])
+    return Shard(
+        path,
+        np.array(places, _INT).reshape(-1, len(FIELDS), 2),
+        np.cumsum([len(key) for key in keys], dtype=_INT),
+        np.frombuffer(b"".join(keys), np.uint8),
+        skipped,
+    )
+
+
+def _file_member(member: Member, found: dict[str, dict[str, tuple[int, int]]]) -> str | None:
+    """Note where ``member`` lies; returns why it cannot be used, if so."""
+    if member.kind == "folder":
+        return None
+    if member.kind != "file":
+        return "not a regular file"
+    folder, _, file = member.name.rpartition("/")
+    stem, dot, suffix = file.rpartition(".")
+    kind = _kind(suffix) if dot and stem else None
+    if kind is None or file.startswith("."):
+        return None  # other tools' members
+    members = found.setdefault(_key(folder, stem), {})
+    if kind in members:
+        return f"a second {kind} of one key"
+    members[kind] = (member.offset, member.size)
+    return None
+
+
+def _key(folder: str, stem: str) -> str:
+    if not folder:
+        return stem
+    plain = f"{folder}/{stem}"
+    return str(PurePosixPath(plain)) if "./" in plain or "//" in plain else plain
+
+
+def _kind(suffix: str) -> str | None:
+    bare = suffix.lower()
+    if bare in IMAGE_SUFFIXES:
+        return "image"
+    return {CAPTION_SUFFIX: "caption", METADATA_SUFFIX: "metadata"}.get(bare)
+
+
+def _index_places(path: Path) -> tuple[Path, Path]:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
+
+
+def _stamp(path: Path) -> list[int]:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
+def _save(shard: Shard, place: Path, stamp: list[int]) -> None:
+    head = {
+        "stamp": stamp,
+        "pairs": len(shard),
+        "key_bytes": len(shard.key_bytes),
+        "skipped": [asdict(skipped) for skipped in shard.skipped],
+    }
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % _INT.itemsize)  # the arrays after it stay aligned
+    temporary = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
+            for array in (shard.places, shard.key_ends, shard.key_bytes):
+                file.write(np.ascontiguousarray(array).data)
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(place: Path, path: Path, stamp: list[int]) -> Shard:
+    """
+    Raises:
+        OSError, ValueError, KeyError, TypeError: no index, or not one of this shard's state.
+    """
+    with place.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError("not an index")
+        length = int.from_bytes(file.read(8), "little")
+        if length > place.stat().st_size:
+            raise ValueError("cut off")
+        head = json.loads(file.read(length))
+    if head["stamp"] != stamp:
+        raise ValueError("of another state of the shard")
+    pairs, key_bytes = int(head["pairs"]), int(head["key_bytes"])
+    start = len(_MAGIC) + 8 + length
+    ends_at = start + pairs * len(FIELDS) * 2 * _INT.itemsize
+    keys_at = ends_at + pairs * _INT.itemsize
+    raw = np.memmap(place, np.uint8, mode="r")
+    if min(pairs, key_bytes) < 0 or len(raw) != keys_at + key_bytes:
+        raise ValueError("cut off")
+    places = raw[start:ends_at].view(_INT).reshape(pairs, len(FIELDS), 2)
+    shard = Shard(
+        path,
+        places,
+        raw[ends_at:keys_at].view(_INT),
+        raw[keys_at:],
+        [Skipped(**skipped) for skipped in head["skipped"]],
+    )
+    _check_bounds(shard, stamp[0])
+    return shard
+
+
+def _check_bounds(shard: Shard, size: int) -> None:
+    """An index comes from whoever supplied the shards: it may only point into its shard."""
+    offsets, sizes = shard.places[..., 0], shard.places[..., 1]
+    ends = shard.key_ends
+    if len(shard) and (
+        int(shard.places.min()) < -1
+        or int(offsets[:, :2].min()) < 0
+        or int(sizes[:, :2].min()) < 0
+        or int(offsets.max()) > size
+        or int(sizes.max()) > size
+        or int(ends[0]) < 0
+        or int(ends[-1]) != len(shard.key_bytes)
+        or bool((np.diff(ends) < 0).any())
+    ):
+        raise ValueError("points out of the shard")
