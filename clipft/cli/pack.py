@@ -13,7 +13,10 @@ from clipft.data.pack_options import PackOptions
 if TYPE_CHECKING:
     from clipft.data.pack import PackResult
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of pictures and .txt files")]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="Folder of pictures and .txt files, or a table of them"),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards")]
 _PANEL = "Packing"
 ValShare = Annotated[
@@ -55,6 +58,49 @@ Check = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a former pack", rich_help_panel=_PANEL)
 ]
+Size = Annotated[
+    int,
+    typer.Option(
+        "--size",
+        min=0,
+        metavar="PX",
+        help="Store pictures as JPEG with this shorter side; 0: as they are",
+        rich_help_panel=_PANEL,
+    ),
+]
+Quality = Annotated[
+    int,
+    typer.Option(
+        "--quality", min=1, max=100, metavar="N", help="JPEG's, with --size", rich_help_panel=_PANEL
+    ),
+]
+GroupField = Annotated[
+    str,
+    typer.Option(
+        "--group-field",
+        metavar="NAME",
+        help="Field of the metadata, a product id say, that the split keeps on one side",
+        rich_help_panel=_PANEL,
+    ),
+]
+ImageColumn = Annotated[
+    str,
+    typer.Option(
+        "--image-column",
+        metavar="NAME",
+        help="The table's column of paths; none: guessed",
+        rich_help_panel=_PANEL,
+    ),
+]
+CaptionColumn = Annotated[
+    str,
+    typer.Option(
+        "--caption-column",
+        metavar="NAME",
+        help="The table's column of captions; none: guessed",
+        rich_help_panel=_PANEL,
+    ),
+]
 
 
 @plain_command
@@ -67,20 +113,39 @@ def pack(
     seed: Seed = PackOptions.seed,
     check: Check = False,
     overwrite: Overwrite = False,
+    size: Size = PackOptions.size,
+    quality: Quality = PackOptions.quality,
+    group_field: GroupField = PackOptions.group_field,
+    image_column: ImageColumn = PackOptions.image_column,
+    caption_column: CaptionColumn = PackOptions.caption_column,
 ) -> None:
-    """Make WebDataset shards from a folder of raw files.
+    """Make WebDataset shards from a folder of raw files or a table.
 
-    chair.jpg, chair.txt and, where there is one, chair.json are a pair. With train/ and val/
-    in SRC the split is theirs; otherwise no photo and no caption is put on both sides.
+    chair.jpg, chair.txt and, where there is one, chair.json are a pair; so is a row of a
+    CSV, TSV or JSONL table with a path and a caption. With train/ and val/ in SRC the split
+    is theirs; otherwise no photo and no caption is put on both sides. A pack that was
+    stopped goes on when it is run again.
 
     Examples:
 
         clipft pack ./photos ./catalogue
         clipft pack ./photos ./catalogue --val-share 0.05 --overwrite
+        clipft pack ./products.csv ./catalogue --size 256 --group-field product_id
     """
     from clipft.data.pack import pack as make_shards
 
-    options = PackOptions(shard_pairs, val_share, seed, check, overwrite)
+    options = PackOptions(
+        shard_pairs,
+        val_share,
+        seed,
+        check,
+        overwrite,
+        size,
+        quality,
+        group_field,
+        image_column,
+        caption_column,
+    )
     with out.progress(f"Packing {source}") as report:
         result = make_shards(source, target, options, report)
     _remarks(result, out)

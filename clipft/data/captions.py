@@ -1,10 +1,10 @@
 """Bytes of a caption file -> text -> token ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # packing reads captions and needs no torch
+    from torch import Tensor
 
 
 class BadCaption(Exception):
@@ -28,7 +28,7 @@ def clean_caption(data: bytes) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], context: int) -> Tensor:
+def tokenize(tokenizer: Any, captions: Sequence[str], context: int) -> "Tensor":
     """Token ids int64 [captions, T], padded to the longest, T at most ``context``.
 
     The text tower is causal and pools at the first end-of-text token, so padding past it
@@ -42,4 +42,4 @@ def tokenize(tokenizer: Any, captions: Sequence[str], context: int) -> Tensor:
         return_tensors="pt",
     )
     ids: Tensor = encoded["input_ids"]
-    return ids.to(torch.int64)
+    return ids.long()

@@ -1,7 +1,7 @@
-"""Train and validation parts that share nothing: no photo bytes and no caption.
+"""Train and validation parts that share nothing: no photo bytes, no caption, no product.
 
 A random split of a catalogue leaks: the same photo, or the same words, stand on both sides
-and the validation figures flatter. Pairs that share either, directly or through others, form
+and the validation figures flatter. Pairs that share any, directly or through others, form
 a group, and a group goes to one side as a whole.
 """
 
@@ -33,18 +33,18 @@ class Groups:
             self.join(first.setdefault(value, row), row)
 
 
-def validation_rows(
-    photos: Sequence[str], captions: Sequence[str], share: float, seed: int
-) -> set[int]:
+def validation_rows(same: Sequence[Sequence[str]], share: float, seed: int) -> set[int]:
     """Rows for validation: about ``share`` of all, in whole groups.
 
-    ``photos`` and ``captions`` identify each row's bytes and words. Groups are taken in the
-    order of a hash of seed and leading row's photo, which a few new rows hardly disturb;
-    one that would overshoot by more than it fills is passed over.
+    Each of ``same`` names, per row, something that may not stand on both sides; the first is
+    the photo. Groups are taken in the order of a hash of seed and leading row's photo, which
+    a few new rows hardly disturb; one that would overshoot by more than it fills is passed
+    over.
     """
+    photos = same[0]
     groups = Groups(len(photos))
-    groups.join_equal(photos)
-    groups.join_equal(captions)
+    for values in same:
+        groups.join_equal(values)
     members: dict[int, list[int]] = {}
     for row in range(len(photos)):
         members.setdefault(groups.find(row), []).append(row)

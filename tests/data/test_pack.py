@@ -1,4 +1,6 @@
+import csv
 import hashlib
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -84,7 +86,7 @@ def test_webdataset_reads_the_shards(raw, tmp_path):
 )
 def test_no_photo_and_no_caption_is_ever_on_both_sides(rows, share, seed):
     photos, captions = [f"p{a}" for a, _ in rows], [f"c{b}" for _, b in rows]
-    val = validation_rows(photos, captions, share, seed)
+    val = validation_rows([photos, captions], share, seed)
     train = set(range(len(rows))) - val
     assert not {photos[i] for i in val} & {photos[i] for i in train}
     assert not {captions[i] for i in val} & {captions[i] for i in train}
@@ -93,7 +95,7 @@ def test_no_photo_and_no_caption_is_ever_on_both_sides(rows, share, seed):
 @given(n=st.integers(20, 500), share=st.floats(0, 0.5))
 def test_without_duplicates_the_share_is_met(n, share):
     names = [str(i) for i in range(n)]
-    assert len(validation_rows(names, names, share, 1)) == round(share * n)
+    assert len(validation_rows([names], share, 1)) == round(share * n)
 
 
 def test_the_sources_own_split_is_kept_and_its_leaks_are_told(tmp_path):
@@ -173,12 +175,15 @@ def test_a_full_disk_leaves_the_former_pack_as_it_was(raw, tmp_path, monkeypatch
     pack(raw, out, PackOptions(shard_pairs=7), quiet)
     before = digests(out)
 
-    def full(path, pairs, keys):
-        raise OSError(28, "No space left on device", str(path))
+    def full(building, job, options):
+        raise OSError(28, "No space left on device", job.name)
 
     monkeypatch.setattr(module, "_write_shard", full)
     with pytest.raises(StorageError, match="No space left"):
         pack(raw, out, PackOptions(overwrite=True), quiet)
+    assert digests(out) == before
+    monkeypatch.undo()
+    pack(raw, out, PackOptions(shard_pairs=7, overwrite=True), quiet)
     assert digests(out) == before
     assert not list(out.rglob(".clipft-part*"))
 
@@ -200,3 +205,126 @@ def test_the_command(raw, tmp_path, capsys):
     assert "Next: clipft train --data-dir" in captured.err
     assert run(["pack", str(raw), str(tmp_path / "out")]) == 2
     assert run(["pack", str(tmp_path / "none"), str(tmp_path / "out2")]) == 3
+
+
+def test_a_pack_that_broke_off_goes_on_and_ends_with_the_same_bytes(raw, tmp_path, monkeypatch):
+    options = PackOptions(shard_pairs=7, threads=1)
+    pack(raw, tmp_path / "whole", options, quiet)
+    write, written = module._write_shard, []
+
+    def dies_at_the_fourth(building, job, options):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(job.name)
+        return write(building, job, options)
+
+    monkeypatch.setattr(module, "_write_shard", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        pack(raw, tmp_path / "out", options, quiet)
+    assert not digests(tmp_path / "out" / "train")
+    kept = {p.name: p.stat().st_ino for p in (tmp_path / "out").rglob("*.tar")}
+    assert len(kept) == 3
+    monkeypatch.undo()
+    pack(raw, tmp_path / "out", options, quiet)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    now = {p.name: p.stat().st_ino for p in (tmp_path / "out" / "train").glob("*.tar")}
+    assert kept.items() <= now.items()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".clipft-pack.json",
+        "train",
+        "val",
+    ]
+
+
+def test_what_changed_since_it_broke_off_is_packed_anew(raw, tmp_path, monkeypatch):
+    options = PackOptions(shard_pairs=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_marks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(raw, tmp_path / "out", options, quiet)
+    for path in raw.rglob("*.txt"):
+        path.write_text(f"{path.read_text()} in oak")
+    pack(raw, tmp_path / "out", options, quiet)
+    pack(raw, tmp_path / "fresh", options, quiet)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_the_number_of_threads_changes_no_byte(raw, tmp_path):
+    for threads in (1, 5):
+        pack(raw, tmp_path / str(threads), PackOptions(shard_pairs=7, threads=threads), quiet)
+    assert digests(tmp_path / "1") == digests(tmp_path / "5")
+
+
+def test_size_makes_large_pictures_smaller_and_leaves_small_ones(tmp_path):
+    raw = tmp_path / "raw"
+    for name, size in (("wide", (400, 100)), ("tall", (90, 300)), ("small", (40, 30))):
+        picture(raw / f"{name}.png", 1, name)
+        Image.effect_noise(size, 50).save(raw / f"{name}.png")
+    pack(raw, tmp_path / "out", PackOptions(val_share=0, size=64), quiet)
+    dataset = open_pairs(tmp_path / "out" / "train")
+    sizes = {}
+    for number in range(len(dataset)):
+        image = Image.open(io.BytesIO(dataset[number].image))
+        sizes[dataset[number].caption.decode()] = (image.format, image.size)
+    assert sizes == {
+        "wide": ("JPEG", (256, 64)),
+        "tall": ("JPEG", (64, 213)),
+        "small": ("PNG", (40, 30)),
+    }
+
+
+def test_a_picture_that_breaks_when_made_smaller_is_left_out(tmp_path):
+    raw = tmp_path / "raw"
+    for i in range(3):
+        picture(raw / f"{i}.jpg", i, f"thing {i}")
+        Image.effect_noise((300, 300), 90).save(raw / f"{i}.jpg", "JPEG")
+    (raw / "1.jpg").write_bytes((raw / "1.jpg").read_bytes()[:9000])
+    result = pack(raw, tmp_path / "out", PackOptions(val_share=0, size=64), quiet)
+    assert result.train_pairs == 2
+    assert sum(result.skipped.values()) == 1
+    assert "1.jpg" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_tables(tmp_path, kind):
+    raw = tmp_path / "raw"
+    rows = []
+    for i in range(6):
+        picture(raw / f"p{i}.png", i, None)
+        rows.append({"id": str(i), "filepath": f"p{i}.png", "title": f'a "fine", chair {i}'})
+    rows.append({"id": "7", "filepath": "gone.png", "title": "x"})
+    rows.append({"id": "8", "filepath": "https://example.com/a.jpg", "title": "x"})
+    table = raw / f"products.{kind}"
+    with table.open("w", newline="") as file:
+        if kind == "jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter={"csv": ",", "tsv": "\t"}[kind])
+            writer.writeheader()
+            writer.writerows(rows)
+    result = pack(table, tmp_path / "out", PackOptions(val_share=0), quiet)
+    assert result.train_pairs == 6
+    assert result.skipped == {"no such file": 1, "a URL: download the pictures first": 1}
+    dataset = open_pairs(tmp_path / "out" / "train")
+    found = {dataset[n].caption.decode(): dataset.metadata(n) for n in range(6)}
+    assert found == {f'a "fine", chair {i}': {"id": str(i)} for i in range(6)}
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    (tmp_path / "t.csv").write_text("picture,words\na.png,x\n")
+    with pytest.raises(UsageError, match="it has picture, words") as caught:
+        pack(tmp_path / "t.csv", tmp_path / "out", PackOptions(), quiet)
+    assert "--image-column" in caught.value.hint
+
+
+def test_a_product_stays_on_one_side(tmp_path):
+    raw = tmp_path / "raw"
+    for i in range(60):
+        picture(raw / f"{i}.png", i, f"thing {i}", json.dumps({"sku": i // 5}))
+    pack(raw, tmp_path / "out", PackOptions(val_share=0.3, group_field="sku"), quiet)
+    sides = []
+    for split in ("train", "val"):
+        dataset = open_pairs(tmp_path / "out" / split)
+        sides.append({dataset.metadata(n)["sku"] for n in range(len(dataset))})
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == pytest.approx(4, abs=1)
