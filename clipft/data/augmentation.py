@@ -1,18 +1,23 @@
-"""Augmentations: an upright RGB image -> uint8 tensor [3, size, size].
+"""Augmentations: an upright RGB image and a seed -> uint8 tensor [3, size, size].
 
-Hue is left alone in ``simple``: in a catalogue the colour is part of the caption.
+Resizing is bicubic and antialiased by torch's 8-bit kernel: within one step of Pillow's and
+of ``CLIPImageProcessor``, at about a quarter of Pillow's time. Hue is left alone in
+``simple``: in a catalogue the colour is part of the caption.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from clipft.data.images import centre_crop, resize_shorter
+from clipft.data.images import resized_size
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image, int], Tensor]
+"""(image, seed): the same seed gives the same crop, whatever was drawn before."""
 
 _PADDING = 1 / 14
 """Of the side: 16 pixels at 224."""
@@ -21,20 +26,38 @@ _CLIP_GREY = (122, 117, 104)
 
 
 def make_transform(augmentation: str, size: int) -> Transform:
-    """The transform of one setting; random ones draw from torch's global generator."""
+    """The transform of one setting."""
     return {"none": _none, "simple": _simple, "advanced": _advanced}[augmentation](size)
 
 
 def _none(size: int) -> Transform:
-    return lambda image: _to_tensor(centre_crop(resize_shorter(image, size), size))
+    def transform(image: Image.Image, seed: int) -> Tensor:
+        pixels = _resized(image, size)
+        top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+        return pixels[:, top : top + size, left : left + size].contiguous()
+
+    return transform
 
 
 def _simple(size: int) -> Transform:
+    """A crop from the image padded with its edges, and half of the time its mirror image."""
     pad = max(1, round(size * _PADDING))
-    rest = v2.Compose(
-        [v2.RandomCrop(size, padding=pad, padding_mode="edge"), v2.RandomHorizontalFlip()]
-    )
-    return lambda image: rest(_to_tensor(resize_shorter(image, size)))
+
+    def transform(image: Image.Image, seed: int) -> Tensor:
+        pixels, draw = _resized(image, size), np.random.default_rng(seed)
+        rows = _window(pixels.shape[1], size, pad, draw)
+        columns = _window(pixels.shape[2], size, pad, draw)
+        if draw.random() < 0.5:
+            columns = columns.flip(0)
+        return pixels[:, rows][:, :, columns].contiguous()
+
+    return transform
+
+
+def _window(length: int, size: int, pad: int, draw: np.random.Generator) -> Tensor:
+    """``size`` indices in a row at a random place; those beyond an edge repeat it."""
+    start = int(draw.integers(-pad, length + pad - size, endpoint=True))
+    return torch.arange(start, start + size).clamp_(0, length - 1)
 
 
 def _advanced(size: int) -> Transform:
@@ -45,10 +68,21 @@ def _advanced(size: int) -> Transform:
             v2.RandomErasing(p=0.2, value=list(_CLIP_GREY)),
         ]
     )
-    return lambda image: rest(_to_tensor(resize_shorter(image, size)))
+
+    def transform(image: Image.Image, seed: int) -> Tensor:
+        pixels = _resized(image, size)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            augmented: Tensor = rest(pixels)
+        return augmented.contiguous()
+
+    return transform
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    # bytearray: torch wants memory that it may write to
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+def _resized(image: Image.Image, side: int) -> Tensor:
+    """Shorter side to ``side``: uint8 [3, H, W], channels last in memory."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if min(image.size) == side:
+        return pixels
+    width, height = resized_size(image.size, side)
+    return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]

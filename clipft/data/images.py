@@ -1,7 +1,6 @@
-"""Bytes of an image file -> the square the model sees, before normalising.
+"""Bytes of an image file -> an upright RGB picture, and how large it should become.
 
-Follows transformers' ``CLIPImageProcessor``: shorter side to the model's size (bicubic,
-antialiased), centre crop. What cannot be decoded rightly is refused with its reason.
+What cannot be decoded rightly is refused with its reason.
 """
 
 import io
@@ -82,18 +81,13 @@ def _from_deep(values: "np.ndarray[Any, Any]") -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) with the shorter one ``side``, rounded as ``CLIPImageProcessor`` does."""
+    width, height = size
+    long = max(side, int(side * max(size) / min(size)))
+    return (side, long) if width <= height else (long, side)
+
+
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
-    """Shorter side to ``side`` pixels, aspect kept, as ``CLIPImageProcessor`` rounds it."""
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if short == side:
-        return image
-    other = max(side, int(side * long / short))
-    size = (side, other) if width <= height else (other, side)
-    return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """The middle square of an image whose sides are at least ``side``."""
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    """Shorter side to ``side`` pixels, aspect kept; bicubic, antialiased."""
+    return image.resize(resized_size(image.size, side), Image.Resampling.BICUBIC)

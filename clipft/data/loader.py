@@ -161,9 +161,9 @@ class _Decoded(Dataset["_Pair | Skipped"]):
         self.dataset = dataset
         self.seed = preprocessing.seed
         self.transform = make_transform(preprocessing.augmentation, preprocessing.image_size)
-        self.random = preprocessing.augmentation != "none"
-        # Evaluation decodes in full, to the bit as the model's own processor would
-        self.at_least = preprocessing.image_size if self.random else 0
+        # Evaluation decodes in full, as the model's own processor would
+        random = preprocessing.augmentation != "none"
+        self.at_least = preprocessing.image_size if random else 0
 
     def __getitem__(self, place: tuple[int, int]) -> "_Pair | Skipped":
         epoch, number = place
@@ -171,16 +171,10 @@ class _Decoded(Dataset["_Pair | Skipped"]):
         try:
             caption = clean_caption(raw.caption)
             image = decode_image(raw.image, self.at_least)
-            return _Pair(number, self._transformed(image, epoch, number), caption)
+            pixels = self.transform(image, derived_seed(self.seed, epoch, number))
+            return _Pair(number, pixels, caption)
         except (BadImage, BadCaption) as error:
             return Skipped(raw.shard, raw.key, str(error))
-
-    def _transformed(self, image: Any, epoch: int, number: int) -> Tensor:
-        if not self.random:
-            return self.transform(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, epoch, number))
-            return self.transform(image)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -106,17 +106,44 @@ def test_long_pictures_keep_their_aspect():
 def test_every_augmentation_gives_the_models_square(augmentation, size):
     transform = make_transform(augmentation, 64)
     for seed in range(5):
-        torch.manual_seed(seed)
-        out = transform(plain(size=size))
+        out = transform(plain(size=size), seed)
         assert out.shape == (3, 64, 64)
         assert out.dtype == torch.uint8
 
 
 def test_simple_moves_the_picture_but_keeps_its_colours():
     transform = make_transform("simple", 64)
-    assert all(
-        (transform(plain()) == torch.tensor([200, 30, 40])[:, None, None]).all() for _ in "ab"
-    )
+    colour = torch.tensor([200, 30, 40])[:, None, None]
+    assert all((transform(plain(), seed) == colour).all() for seed in range(4))
+
+
+def test_simple_crops_within_the_padding_and_mirrors_half():
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (1, 64, 3))
+    down, across = Image.fromarray(ramp), Image.fromarray(ramp.transpose(1, 0, 2).copy())
+    transform = make_transform("simple", 64)
+    shifts, mirrored = set(), 0
+    for seed in range(400):
+        column = transform(down, seed)[0, :, 0].int() // 3
+        assert (column.diff() >= 0).all()
+        shifts.add(int(column[32]) - 32)
+        row = transform(across, seed)[0, 0].int()
+        mirrored += bool(row[0] > row[-1])
+    pad = round(64 / 14)
+    assert shifts == set(range(-pad, pad + 1))
+    assert 150 < mirrored < 250
+
+
+@pytest.mark.parametrize("augmentation", ["simple", "advanced"])
+def test_the_seed_alone_decides_and_the_global_generator_is_left_alone(augmentation):
+    photo = Image.effect_noise((90, 70), 80).convert("RGB")
+    transform = make_transform(augmentation, 64)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = transform(photo, 7)
+    assert (torch.get_rng_state() == before).all()
+    torch.manual_seed(2)
+    assert (transform(photo, 7) == first).all()
+    assert any((transform(photo, seed) != first).any() for seed in (8, 9, 10))
 
 
 @needs_photos
@@ -128,5 +155,5 @@ def test_none_is_within_one_step_of_the_models_own_processor():
     for path in sorted(PHOTOS.glob("*.jpg"))[::12]:
         image = Image.open(path).convert("RGB")
         theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
-        ours = transform(decode_image(path.read_bytes()))
+        ours = transform(decode_image(path.read_bytes()), 0)
         assert (ours.int() - theirs.round().int()).abs().max() <= 1, path.name
