@@ -12,6 +12,7 @@ from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
 from clipft.cli.find_batch_size import find_batch_size
+from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
 from clipft.cli.resume import resume
 from clipft.cli.settings import settings
@@ -36,6 +37,7 @@ COMMANDS = (
     demo,
     sync,
     pack,
+    inspect,
     find_batch_size,
     train,
     resume,
