@@ -1,0 +1,73 @@
+"""What the benchmarks share: ours and the peer in turn, the ratio with its spread."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Work = Callable[[], int]
+"""Does its work once and returns how many samples that were."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """``ours`` and ``peer`` in samples/s (medians); ``ratio`` is the median of the pairs'
+    ratios, ``spread`` their least and greatest; ``goal`` 0: none."""
+
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    spread: tuple[float, float]
+    goal: float
+    met: bool
+
+
+def compare(name: str, ours: Work, peer: Work, goal: float, pairs: int) -> Row:
+    """A B A B ..., after one uncounted run of each."""
+    ours(), peer()
+    speeds = [(_speed(ours), _speed(peer)) for _ in range(pairs)]
+    ratios = sorted(a / b for a, b in speeds)
+    ratio = statistics.median(ratios)
+    a, b = (statistics.median(column) for column in zip(*speeds, strict=True))
+    return Row(name, a, b, ratio, (ratios[0], ratios[-1]), goal, ratio >= goal)
+
+
+def _speed(work: Work) -> float:
+    started = time.perf_counter()
+    samples = work()
+    return samples / (time.perf_counter() - started)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--quick", action="store_true", help="under a minute: less of the same")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path | None) -> None:
+    """Print one table; write the figures where a file was named."""
+    print(f"{'':44} {'ours':>9} {'peer':>9} {'ratio':>7} {'spread':>13} {'goal':>6}")
+    for row in rows:
+        spread = f"{row.spread[0]:.2f}..{row.spread[1]:.2f}"
+        goal = f"{row.goal:g}x{'' if row.met else ' !'}" if row.goal else ""
+        speeds = f"{row.ours:9.1f} {row.peer:9.1f} {row.ratio:6.2f}x"
+        print(f"{row.name:44} {speeds} {spread:>13} {goal:>6}")
+    if file:
+        figures: dict[str, Any] = {
+            "figure": figure,
+            "rows": [asdict(row) for row in rows],
+            "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+            "date": datetime.date.today().isoformat(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
