@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
@@ -44,15 +45,27 @@ Near = Annotated[
         rich_help_panel="Inspection",
     ),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        dir_okay=False,
+        metavar="FILE",
+        help="Also a page with the figures and pictures of what was found [default: none]",
+        show_default=False,
+        rich_help_panel="Inspection",
+    ),
+]
 
 
-@settings_command("model", "data_dir")
+@settings_command("model", "data_dir", "num_workers")
 def inspect(
     loaded: LoadedSettings,
     out: Output,
     data: Data = None,
     against: Against = None,
     near: Near = 4,
+    html: Html = None,
 ) -> None:
     """What is in a catalogue and what is wrong with it, before training on it.
 
@@ -61,46 +74,61 @@ def inspect(
 
     Examples:
 
-        clipft inspect ./catalogue
+        clipft inspect ./catalogue --html findings.html
         clipft inspect ./catalogue --against ./general --json
     """
-    from clipft.data.inspection import leak, read_facts
+    from clipft.data.inspection import leak
     from clipft.modelling.base import load_base
 
+    folder, workers = data or loaded.values.data_dir, loaded.values.num_workers
+    splits = _splits(folder)
+    others = _splits(against, named=True) if against else {}
     base = load_base(loaded.values.model)
-    splits = _splits(data or loaded.values.data_dir)
-    facts: dict[str, list[PairFacts]] = {}
-    for name, pairs in splits.items():
-        with out.progress(f"Reading {name}, {len(pairs):,} pairs") as report:
-            facts[name] = read_facts(pairs, report)
+    facts = {name: _read(out, name, pairs, workers) for name, pairs in splits.items()}
     figures = {name: _figures(splits[name], facts[name], base, near) for name in splits}
     result: dict[str, Any] = {name: split.to_dict() for name, split in figures.items()}
-    shown = [_table(figures)]
+    leaks = {}
     if {"train", "val"} <= facts.keys():
         result["val_in_train"] = leak(facts["val"], facts["train"], near).to_dict()
-        shown.append(_leak_table("Validation pairs that training has too", result["val_in_train"]))
+        leaks["Validation pairs that training has too"] = result["val_in_train"]
     if against:
-        others = [fact for pairs in _splits(against).values() for fact in read_facts(pairs, _quiet)]
-        ours = [fact for split in facts.values() for fact in split]
-        result["against"] = leak(ours, others, near).to_dict()
-        shown.append(_leak_table(f"Pairs that {against} has too", result["against"]))
-    out.result(result, *shown)
+        theirs = {name: _read(out, name, pairs, workers) for name, pairs in others.items()}
+        result["against"] = leak(_all(facts), _all(theirs), near).to_dict()
+        leaks[f"Pairs that {against} has too"] = result["against"]
+        facts |= theirs
+    if html:
+        from clipft.reporting.inspection_page import write_page
+
+        heading = f"Catalogue {folder}"
+        write_page(html, _page(heading, figures, leaks, splits | others, _all(facts)))
+    tables = [_leak_table(title, found) for title, found in leaks.items()]
+    out.result(result, _table(figures), *tables)
     for name, split in figures.items():
-        for broken in split.broken[:5]:
+        for broken in [*split.broken[:5], *split.bad_captions[:5]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
+    if html:
+        out.note(f"Page: {html}")
 
 
-def _quiet(done: int, total: int) -> None:
-    return None
+def _read(out: Output, name: str, pairs: "PairDataset", workers: int) -> "list[PairFacts]":
+    from clipft.data.inspection import read_facts
+
+    with out.progress(f"Reading {name}, {len(pairs):,} pairs") as report:
+        return read_facts(pairs, report, max(1, workers), name)
 
 
-def _splits(folder: Path) -> "dict[str, PairDataset]":
+def _all(facts: "dict[str, list[PairFacts]]") -> "list[PairFacts]":
+    return [fact for split in facts.values() for fact in split]
+
+
+def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
+    """Shards by split; ``named`` puts the folder before, to tell two catalogues apart."""
     from clipft.data.shards import open_pairs
 
     names = [name for name in ("train", "val") if (folder / name).is_dir()]
     if not names:
-        return {folder.name: open_pairs(folder)}
-    return {name: open_pairs(folder / name) for name in names}
+        return {str(folder) if named else folder.resolve().name: open_pairs(folder)}
+    return {str(folder / name) if named else name: open_pairs(folder / name) for name in names}
 
 
 def _figures(
@@ -108,8 +136,8 @@ def _figures(
 ) -> "SplitFacts":
     from clipft.data.inspection import split_facts
 
-    words = [fact.words for fact in facts if not fact.broken]
-    encoded = base.tokenizer(words)["input_ids"] if words else []
+    captions = [fact.caption for fact in facts if fact.usable]
+    encoded = base.tokenizer(captions)["input_ids"] if captions else []
     lengths = [len(ids) for ids in encoded]
     return split_facts(pairs, facts, lengths, base.context_length, base.image_size, near)
 
@@ -118,41 +146,93 @@ def _table(figures: "dict[str, SplitFacts]") -> Table:
     table = Table(title="Catalogue", title_justify="left")
     table.add_column("")
     for name in figures:
-        table.add_column(name, justify="right")
-    rows = [_rows(split) for split in figures.values()]
-    for label in rows[0]:
-        table.add_row(label, *(row[label] for row in rows))
+        table.add_column(name, justify="right", overflow="fold")
+    for row in _rows(figures):
+        table.add_row(*row)
     return table
 
 
-def _rows(split: "SplitFacts") -> dict[str, str]:
-    def spread(values: dict[str, float]) -> str:
+def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
+    """A label and a cell per split."""
+    columns = [_column(split) for split in figures.values()]
+    return [[label, *(column[label] for column in columns)] for label in columns[0]]
+
+
+def _column(split: "SplitFacts") -> dict[str, str]:
+    def joined(values: dict[str, float]) -> str:
         return " / ".join(f"{value:g}" for value in values.values()) or "-"
 
-    ceilings = split.ceiling
+    def best(direction: str) -> str:
+        return " / ".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
+
     return {
         "pairs": f"{split.pairs:,}",
+        "size": f"{split.bytes / 2**20:.1f} MiB",
         "members that are no pairs": f"{sum(split.no_pairs.values()):,}",
-        "broken": f"{len(split.broken):,}",
+        "broken pictures": f"{len(split.broken):,}",
+        "bad captions": f"{len(split.bad_captions):,}",
         "formats": ", ".join(f"{kind} {count:,}" for kind, count in split.kinds.items()) or "-",
-        "shorter side, min / median / max": spread(split.shorter_side),
-        "smaller than the model's input": f"{split.smaller_than_model:,}",
-        "caption tokens, min / median / max": spread(split.caption_tokens),
+        "shorter side: min/median/max": joined(split.shorter_side),
+        "smaller than model's input": f"{split.smaller_than_model:,}",
+        "tokens: min/median/max": joined(split.caption_tokens),
         "captions too long, cut": f"{split.captions_cut:,}",
         "photos again, same bytes": f"{split.same_photo:,}",
-        "photos with a near-identical one": f"{split.near_photo:,}",
+        "with a near-identical photo": f"{split.near_photo:,}",
         "captions again": f"{split.same_caption:,}",
+        "groups of duplicates": f"{split.groups:,}",
         "largest group of duplicates": f"{split.largest_group:,}",
-        "best possible text -> image R@1": f"{ceilings['text_to_image']['r@1']:.1%}",
-        "best possible image -> text R@1": f"{ceilings['image_to_text']['r@1']:.1%}",
+        "labels in the metadata": _labels(split.categories),
+        "best text->image R@1/5/10, %": best("text_to_image"),
+        "best image->text R@1/5/10, %": best("image_to_text"),
     }
+
+
+def _labels(found: dict[str, Any]) -> str:
+    if not found:
+        return "-"
+    return f"{len(found['counts']):,} ({found['field']} of {found['labelled']:,})"
+
+
+def _leak_rows(figures: dict[str, Any]) -> list[list[str]]:
+    counts = ("same_photo", "near_photo", "same_caption")
+    labels = ("same photo", "near-identical photo", "same caption")
+    return [[label, f"{figures[c]:,}"] for label, c in zip(labels, counts, strict=True)]
 
 
 def _leak_table(title: str, figures: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("same photo", f"{figures['same_photo']:,}")
-    table.add_row("near-identical photo", f"{figures['near_photo']:,}")
-    table.add_row("same caption", f"{figures['same_caption']:,}")
-    for key in figures["examples"]:
-        table.add_row("for example", key)
+    for row in _leak_rows(figures):
+        table.add_row(*row)
+    for match in figures["matches"][: len(figures["examples"])]:
+        remark = Text(f"{match['pair']}\n= {match['other']}", overflow="fold")
+        table.add_row(f"for example, by {match['shares']}", remark)
     return table
+
+
+def _page(
+    heading: str,
+    figures: "dict[str, SplitFacts]",
+    leaks: dict[str, dict[str, Any]],
+    sources: "dict[str, PairDataset]",
+    facts: "list[PairFacts]",
+) -> str:
+    from clipft.data.images import decode_image
+    from clipft.reporting.inspection_page import (
+        SIDE,
+        PageTable,
+        Picture,
+        findings_page,
+        thumbnail,
+    )
+
+    by_place = {fact.place: fact for fact in facts}
+
+    def picture(place: str) -> Picture:
+        fact = by_place[place]
+        image = decode_image(sources[fact.split][fact.number].image, at_least=SIDE)
+        return Picture(place, fact.caption, thumbnail(image))
+
+    tables = [PageTable("Figures", list(figures), _rows(figures))]
+    tables += [PageTable(title, ["pairs"], _leak_rows(found)) for title, found in leaks.items()]
+    splits = {name: split.to_dict() for name, split in figures.items()}
+    return findings_page(heading, tables, splits, leaks, picture)

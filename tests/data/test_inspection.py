@@ -1,5 +1,8 @@
+import base64
 import io
 import json
+import os
+import re
 import tarfile
 
 import numpy as np
@@ -9,8 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data.inspection import leak, near_pairs, near_photos, read_facts
+from clipft.data import inspection
+from clipft.data.inspection import leak, near_pairs, near_photos, read_facts, split_facts
 from clipft.data.shards import open_pairs
+from clipft.errors import StorageError
+from clipft.reporting.inspection_page import Picture, findings_page, write_page
 from tests.conftest import add
 
 
@@ -76,9 +82,148 @@ def test_against_another_catalogue_and_tables_for_people(catalogue, tmp_path, ca
     args = ["inspect", str(catalogue / "train"), "--against", str(tmp_path / "other")]
     assert run([*args, "--model", "tiny"]) == 0
     shown = capsys.readouterr().out
-    assert "photos with a near-identical one" in shown
+    assert "with a near-identical photo" in shown
     assert run([*args, "--model", "tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["against"]["same_photo"] == 1
+
+
+def test_widths_fit_a_terminal_of_80_columns(catalogue, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["inspect", str(catalogue), "--model", "tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("best text->image R@1/5/10, %" in line for line in lines)
+
+
+def test_faults_of_picture_and_caption_are_told_apart(tmp_path, capsys):
+    fine, image = photo(1), Image.new("RGB", (30, 40), (200, 0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    pairs = [(fine, "a"), (fine[:900], " "), (fine[:900], "b"), (photo(2), "\ufeff \n")]
+    write(tmp_path / "0.tar", [*pairs, (buffer.getvalue(), "small")])
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add(tar, "alone.jpg", fine)
+    assert run(["inspect", str(tmp_path), "--model", "tiny", "--json", "--num-workers", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)[tmp_path.name]
+    assert (found["pairs"], found["usable"]) == (5, 2)
+    assert [b["pair"] for b in found["broken"]] == ["0.tar:1", "0.tar:2"]
+    assert found["bad_captions"] == [
+        {"pair": "0.tar:1", "reason": "empty caption"},
+        {"pair": "0.tar:3", "reason": "empty caption"},
+    ]
+    assert found["no_pairs"] == {"no caption": 1}
+    assert found["kinds"] == {"jpeg": 1, "png": 1}
+    stored = sum(len(data) + len(caption.encode()) for data, caption in pairs)
+    assert found["bytes"] == stored + len(buffer.getvalue()) + len("small")
+    assert found["smallest"] == [f"{tmp_path.name}/0.tar:4"]
+
+
+def test_labels_are_counted_by_the_first_field_that_is_used(tmp_path):
+    values = [{"category": None, "type": "sofa"}, {"type": " sofa "}, {"type": "lamp"}, {"type": 3}]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key, value in enumerate(values):
+            add(tar, f"{key}.jpg", photo(key))
+            add(tar, f"{key}.txt", b"words")
+            add(tar, f"{key}.json", json.dumps(value).encode())
+    pairs = open_pairs(tmp_path)
+    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4).categories
+    assert found == {"field": "type", "labelled": 3, "counts": {"sofa": 2, "lamp": 1}}
+
+
+def test_groups_name_what_links_them_and_the_ceiling_follows(tmp_path):
+    again = [(photo(1), "one"), (photo(1, quality=60), "two"), (photo(3), "TWO"), (photo(4), "x")]
+    many = [(photo(10 + i), "the same") for i in range(7)]
+    pairs = write(tmp_path / "0.tar", [*again, *many, (photo(4), "y")])
+    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
+    assert (found.groups, found.largest_group) == (3, 7)
+    assert [(g["size"], g["shares"]) for g in found.duplicates] == [
+        (3, ["near photo", "caption"]),  # one - two by look, two - TWO by words
+        (2, ["photo"]),
+        (7, ["caption"]),
+    ]
+    assert found.duplicates[1]["pairs"] == ["0.tar:3", "0.tar:11"]
+    assert found.ceiling["text_to_image"] == {"r@1": 5 / 12, "r@5": 10 / 12, "r@10": 1.0}
+    assert found.ceiling["image_to_text"] == {"r@1": 11 / 12, "r@5": 1.0, "r@10": 1.0}
+
+
+def test_many_copies_of_a_photo_are_compared_once(tmp_path, monkeypatch):
+    copies = [(photo(1), f"copy {i}") for i in range(60)] + [(photo(1, quality=60), "near")]
+    pairs = write(tmp_path / "0.tar", copies)
+    compared = []
+    monkeypatch.setattr(
+        inspection, "near_pairs", lambda h, near: compared.append(len(h)) or near_pairs(h, near)
+    )
+    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
+    assert compared == [2]
+    assert (found.same_photo, found.near_photo, found.largest_group) == (59, 61, 61)
+
+
+def test_matches_name_both_sides(catalogue):
+    train, val = (
+        read_facts(open_pairs(catalogue / name), quiet, 1, name) for name in ("train", "val")
+    )
+    assert leak(val, train, 4).matches == [
+        {"pair": "val/0.tar:1", "other": "train/0.tar:7", "shares": "photo"},
+        {"pair": "val/0.tar:2", "other": "train/0.tar:8", "shares": "near photo"},
+        {"pair": "val/0.tar:3", "other": "train/0.tar:9", "shares": "caption"},
+    ]
+
+
+def test_the_page_stands_alone(catalogue, tmp_path, capsys):
+    evil = [(photo(200 + i // 2), f'<script>alert({i})</script> & "{i}"') for i in range(90)]
+    write(catalogue / "train" / "1.tar", evil)
+    target = tmp_path / "new" / "page.html"
+    args = ["inspect", str(catalogue), "--model", "tiny", "--html", str(target), "--json"]
+    assert run(args) == 0
+    json.loads(capsys.readouterr().out)
+    page = target.read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;alert(0)" in page
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]+", "", page))
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert 6 < len(pictures) <= 60
+    assert len(pictures) == page.count("<img")
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    assert {max(size) for size in sizes} == {96, 40}
+    for finding in ("train/0.tar:23", "0.tar:23", "Smaller than the model", "val/0.tar:2"):
+        assert (finding in page) == (finding != "train/0.tar:23")
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+
+
+def test_a_page_has_sixty_pictures_at_most_and_some_of_each_kind():
+    fetched = []
+
+    def picture(place):
+        fetched.append(place)
+        return Picture(place, "words", b"jpeg")
+
+    group = {"size": 40, "shares": ["photo"], "pairs": [f"again {i}" for i in range(12)]}
+    split = {"broken": [], "bad_captions": [], "no_pairs": {}, "categories": {}}
+    split |= {"duplicates": [group] * 24, "smallest": [f"small {i}" for i in range(12)]}
+    matches = [{"pair": f"one {i}", "other": f"other {i}", "shares": "photo"} for i in range(12)]
+    page = findings_page("x", [], {"a": split, "b": split}, {"leak": {"matches": matches}}, picture)
+    assert len(fetched) == page.count("<img") <= 60
+    kinds = {place.split()[0] for place in fetched}
+    assert kinds == {"again", "small", "one", "other"}
+
+
+def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path, monkeypatch):
+    target = tmp_path / "page.html"
+    write_page(target, "former")
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        write_page(target, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert target.read_text() == "former"
+
+
+def test_missing_data_is_said_before_a_model_is_asked_for(tmp_path, capsys):
+    assert run(["inspect", str(tmp_path), "--model", str(tmp_path / "no-model")]) == 3
+    assert "no .tar" in capsys.readouterr().err
 
 
 def test_nothing_there(tmp_path, capsys):
@@ -99,12 +244,12 @@ def test_near_pairs_misses_none_and_makes_up_none(hashes, flips, near):
         if at < len(hashes):
             rows.append(hashes[at] ^ sum(1 << bit for bit in bits))
     wanted = [
-        (i, j)
+        [i, j]
         for i in range(len(rows))
         for j in range(i + 1, len(rows))
         if (rows[i] ^ rows[j]).bit_count() <= near
     ]
-    assert near_pairs(np.array(rows, np.uint64), near) == wanted
+    assert near_pairs(np.array(rows, np.uint64), near).tolist() == wanted
 
 
 def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
