@@ -135,16 +135,16 @@ def pack(
     from clipft.data.pack import pack as make_shards
 
     options = PackOptions(
-        shard_pairs,
-        val_share,
-        seed,
-        check,
-        overwrite,
-        size,
-        quality,
-        group_field,
-        image_column,
-        caption_column,
+        shard_pairs=shard_pairs,
+        val_share=val_share,
+        seed=seed,
+        check=check,
+        overwrite=overwrite,
+        size=size,
+        quality=quality,
+        group_field=group_field,
+        image_column=image_column,
+        caption_column=caption_column,
     )
     with out.progress(f"Packing {source}") as report:
         result = make_shards(source, target, options, report)
