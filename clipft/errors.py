@@ -55,3 +55,10 @@ def nearest(wrong: str, right: Iterable[str]) -> str | None:
     """The name of ``right`` that was probably meant by ``wrong``, if any is close."""
     matches = difflib.get_close_matches(wrong.lower(), list(right), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def unknown_choice(value: str, choices: Iterable[str]) -> str:
+    """The sentence for a value that is not among ``choices``."""
+    listed = list(choices)
+    near = nearest(value, listed)
+    return f"must be one of {', '.join(listed)}" + (f"; did you mean {near}?" if near else "")

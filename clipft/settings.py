@@ -1,28 +1,18 @@
 """The one settings model. Every default of clipft stands in this file and nowhere else.
 
-A value comes from, strongest first: a flag, the environment (``CLIPFT_LR``), a TOML file
-(``--config``), a profile (``--mini-train``, the scenario), the default. ``load_settings``
-merges them, validates once, and remembers where each value came from; after that the
-settings are frozen. Sections are base classes, so a service asks for the section it needs
-(``OptimSettings``) and is handed the whole.
+Settings are frozen. Sections are base classes, so a service asks for the section it needs
+(``OptimSettings``) and is handed the whole. ``settings_sources`` says where values come from.
 """
 
-import os
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from clipft.errors import UsageError, nearest
+from clipft.errors import unknown_choice
 from clipft.scenarios import SCENARIOS, Scenario
-
-ENV_PREFIX = "CLIPFT_"
-ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
-"""Names of the environment that are clipft's without being settings."""
 
 MINI_TRAIN = {
     "epochs": 1,
@@ -108,7 +98,7 @@ class ModelSettings(Section):
     @classmethod
     def _known_scenario(cls, value: str) -> str:
         if value not in SCENARIOS:
-            raise ValueError(_unknown_choice(value, SCENARIOS))
+            raise ValueError(unknown_choice(value, SCENARIOS))
         return value
 
 
@@ -207,145 +197,3 @@ def fixed_on_resume() -> list[str]:
     """Names of the settings that decide the weights and so must not change on resume."""
     extras = {name: field.json_schema_extra for name, field in Settings.model_fields.items()}
     return [name for name, extra in extras.items() if extra == {"fate": "fixed"}]
-
-
-@dataclass(frozen=True)
-class LoadedSettings:
-    """Validated settings and, for each, where its value came from."""
-
-    values: Settings
-    origins: dict[str, str]
-
-    def to_toml(self) -> str:
-        """The settings as TOML that ``--config`` reads back, each line with its origin."""
-        lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
-        dumped = self.values.model_dump(mode="json")
-        for section in SECTIONS:
-            lines += ["", f"# {section.title}"]
-            for name, _ in fields_of(section):
-                value, origin = dumped[name], self.origins[name]
-                text = f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
-                lines.append(f"{text}  # {origin}" if value is not None else text)
-        return "\n".join(lines) + "\n"
-
-
-def load_settings(
-    flags: Mapping[str, Any] | None = None,
-    config: Path | None = None,
-    environ: Mapping[str, str] | None = None,
-    profile: Mapping[str, Any] | None = None,
-) -> LoadedSettings:
-    """Merge the sources, validate once. ``profile`` are the defaults of one command.
-
-    Raises:
-        UsageError: with every mistake at once, each naming its source.
-    """
-    sources = [
-        (dict(flags or {}), "flag"),
-        (_from_environment(os.environ if environ is None else environ), "environment"),
-        (_from_file(config) if config else {}, f"file {config}"),
-        (dict(profile or {}), "command"),
-    ]
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
-    for source, origin in [*sources, *_profiles(sources)]:
-        for name, value in source.items():
-            if name not in values:
-                values[name], origins[name] = value, origin
-    try:
-        return LoadedSettings(Settings(**values), origins)
-    except ValidationError as error:
-        raise _mistakes(error, origins) from error
-
-
-def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
-    """Defaults that follow from another setting: a smoke test's, a scenario's."""
-
-    def chosen(name: str) -> Any:
-        given = (source[name] for source, _ in sources if name in source)
-        return next(given, Settings.model_fields[name].default)
-
-    profiles: list[tuple[dict[str, Any], str]] = []
-    if str(chosen("mini_train")).lower() in {"true", "1", "yes", "on"}:
-        profiles.append((dict(MINI_TRAIN), "mini_train"))
-    scenario = SCENARIOS.get(chosen("scenario"))
-    if scenario and scenario.lr is not None:
-        profiles.append(({"lr": scenario.lr}, f"scenario {scenario.name}"))
-    return profiles
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENV_OTHERS:
-            continue
-        key = name.removeprefix(ENV_PREFIX).lower()
-        if key not in Settings.model_fields:
-            raise _unknown_name(name, key, lambda near: ENV_PREFIX + near.upper())
-        values[key] = None if value == "" else value
-    return values
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read settings file {path}: {error}", "check --config") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(
-            f"{path} is not TOML: {error}", "compare with the output of `clipft settings`"
-        ) from error
-    for key in values:
-        if key not in Settings.model_fields:
-            raise _unknown_name(f"{key} in {path}", key, str)
-    return values
-
-
-def _unknown_name(shown: str, key: str, spell: Any) -> UsageError:
-    near = nearest(key, Settings.model_fields)
-    hint = f"did you mean {spell(near)}?" if near else "`clipft settings` lists every name"
-    return UsageError(f"unknown setting {shown}", hint)
-
-
-def _unknown_choice(value: str, choices: Any) -> str:
-    near = nearest(value, choices)
-    listed = f"one of {', '.join(choices)}"
-    return f"must be {listed}" + (f"; did you mean {near}?" if near else "")
-
-
-def _mistakes(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
-    lines = []
-    for mistake in error.errors():
-        name = str(mistake["loc"][0])
-        lines.append(f"{_spelled(name, origins[name])} {mistake['input']!r}: {_reason(mistake)}")
-    return UsageError("; ".join(lines), "`clipft settings` shows every value and its source")
-
-
-def _reason(mistake: Any) -> str:
-    if mistake["type"] == "literal_error":
-        annotation = Settings.model_fields[str(mistake["loc"][0])].annotation
-        return _unknown_choice(str(mistake["input"]), get_args(annotation))
-    message = str(mistake["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should be", "must be").replace("a valid ", "a ")
-
-
-def _spelled(name: str, origin: str) -> str:
-    """A setting as its user wrote it."""
-    if origin == "flag":
-        return f"--{name.replace('_', '-')}"
-    if origin == "environment":
-        return f"{ENV_PREFIX}{name.upper()}"
-    return f"{name} in {origin.removeprefix('file ')}"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return (
-            '"'
-            + "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped)
-            + '"'
-        )
-    return repr(value)

@@ -8,7 +8,16 @@ import pytest
 import clipft
 
 PACKAGE = Path(clipft.__file__).parent
-GROUND = {"settings", "errors", "scenarios", "records", "cache", "__init__"}
+GROUND = {
+    "settings",
+    "settings_sources",
+    "files",
+    "errors",
+    "scenarios",
+    "records",
+    "cache",
+    "__init__",
+}
 ALLOWED = {
     "storage": GROUND,
     "data": GROUND | {"drawing"},

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipft.errors import UsageError
-from clipft.settings import Settings, fixed_on_resume, load_settings
+from clipft.settings import Settings, fixed_on_resume
+from clipft.settings_sources import load_settings
 
 
 def load(flags=None, config=None, environ=None):

@@ -9,7 +9,8 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import DEMO, LoadedSettings
+from clipft.settings import DEMO
+from clipft.settings_sources import LoadedSettings
 
 Pairs = Annotated[
     int,

@@ -7,7 +7,7 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import LoadedSettings
+from clipft.settings_sources import LoadedSettings
 
 EVALUATION_SETTINGS = (
     "data_dir",

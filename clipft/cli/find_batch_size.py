@@ -4,7 +4,8 @@ from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import LoadedSettings, ModelSettings
+from clipft.settings import ModelSettings
+from clipft.settings_sources import LoadedSettings
 
 _GIB = 2**30
 

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import LoadedSettings
+from clipft.data.pack_options import NEAR_BITS
+from clipft.settings_sources import LoadedSettings
 
 if TYPE_CHECKING:
     from clipft.data.inspection import PairFacts, SplitFacts
@@ -64,7 +65,7 @@ def inspect(
     out: Output,
     data: Data = None,
     against: Against = None,
-    near: Near = 4,
+    near: Near = NEAR_BITS,
     html: Html = None,
 ) -> None:
     """What is in a catalogue and what is wrong with it, before training on it.

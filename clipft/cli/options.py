@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from clipft.cli.console import Output
-from clipft.settings import SECTIONS, Section, fields_of, load_settings
+from clipft.settings import SECTIONS, Section, fields_of
+from clipft.settings_sources import load_settings
 
 Config = Annotated[
     Path | None,

@@ -8,7 +8,8 @@ import typer
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
 from clipft.errors import UsageError
-from clipft.settings import LoadedSettings, Settings, fixed_on_resume
+from clipft.settings import Settings, fixed_on_resume
+from clipft.settings_sources import LoadedSettings
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
 

@@ -10,7 +10,8 @@ from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
 from clipft.reporting.tables import retrieval_table
 from clipft.reporting.tracking import JsonlTracker, WandbTracker
-from clipft.settings import LoadedSettings, Settings
+from clipft.settings import Settings
+from clipft.settings_sources import LoadedSettings
 from clipft.training.memory import memory_in_use
 from clipft.training.precision import choose_precision
 from clipft.training.run import TrainResult, Watchers

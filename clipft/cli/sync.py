@@ -11,7 +11,8 @@ from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import LoadedSettings, StorageSettings
+from clipft.settings import StorageSettings
+from clipft.settings_sources import LoadedSettings
 
 if TYPE_CHECKING:
     from clipft.storage.sync import SyncProgress, SyncResult

@@ -2,7 +2,8 @@
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.settings import SECTIONS, LoadedSettings
+from clipft.settings import SECTIONS
+from clipft.settings_sources import LoadedSettings
 
 
 @settings_command(*SECTIONS)

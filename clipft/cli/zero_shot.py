@@ -8,7 +8,7 @@ from rich.table import Table
 from clipft.cli.console import Output
 from clipft.cli.evaluate import EVALUATION_SETTINGS
 from clipft.cli.options import settings_command
-from clipft.settings import LoadedSettings
+from clipft.settings_sources import LoadedSettings
 
 Labels = Annotated[
     str | None,

@@ -1,10 +1,4 @@
-"""What is in a catalogue, and what is wrong with it, before anyone trains on it.
-
-Every picture is decoded in full. Candidates for near-identical photos are those whose 64-bit
-difference hashes (dHash: where a 9 x 8 grey thumbnail grows brighter to the right) differ in
-at most ``near`` bits. Catalogue photos are much white with the product in the middle, so many
-strangers agree in that: candidates count only if their 24 x 24 colour thumbnails agree too.
-"""
+"""What is in a catalogue, and what is wrong with it, before anyone trains on it."""
 
 import hashlib
 import io
@@ -14,31 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from clipft.data.captions import BadCaption, clean_caption
 from clipft.data.images import BadImage, decode_image
+from clipft.data.likeness import Look, look_of, near_photos
 from clipft.data.shards import PairDataset
 from clipft.data.split import Groups
 
-_BLOCK = 1024
 _EXAMPLES = 5
 _LISTED = 12
 LABEL_FIELDS = ("category", "type", "label", "class")
 """Fields of the metadata that may name what is shown, the likeliest first."""
-_FLAT = 2  # of 255: less is noise, and must not decide a bit
-_THUMBNAIL = 24
-_SAME_LOOK, _NOISE = 0.10, 1.0
-"""Two thumbnails show the same if the root mean square of their difference is at most
-``_SAME_LOOK`` of the larger one's contrast (its standard deviation), plus ``_NOISE`` of 255.
-Of 1,596 re-encoded and shrunk product photos this misses 3; other products start at 0.08."""
-
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +40,7 @@ class PairFacts:
     photo: str = ""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
-    hash: int = 0
-    thumbnail: bytes = b""
+    look: Look | None = None
     broken: str = ""
 
     @property
@@ -155,70 +137,15 @@ def _fact(pairs: PairDataset, number: int, split: str) -> PairFacts:
         return replace(fact, broken=str(error))
     with Image.open(io.BytesIO(raw.image)) as header:
         kind = (header.format or "?").lower()
-    photo, (bits, thumbnail) = hashlib.sha256(raw.image).hexdigest(), look(image)
-    return replace(fact, photo=photo, kind=kind, size=image.size, hash=bits, thumbnail=thumbnail)
-
-
-def look(image: Image.Image) -> tuple[int, bytes]:
-    """What a photo looks like: its dHash, and its thumbnail as RGB bytes."""
-    small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
-    grey = np.asarray(small, np.int16)
-    bits = (grey[:, 1:] > grey[:, :-1] + _FLAT).flatten()
-    thumbnail = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX).tobytes()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail
-
-
-def near_photos(facts: Sequence[PairFacts], near: int) -> list[tuple[int, int]]:
-    """All (i, j), i < j, that are near-identical."""
-    if not facts:
-        return []
-    hashes = np.array([fact.hash for fact in facts], np.uint64)
-    close = near_pairs(hashes, near)
-    looks = np.frombuffer(b"".join(fact.thumbnail for fact in facts), np.uint8)
-    looks = looks.reshape(len(facts), -1)
-    contrast = np.array([row.std() for row in looks])
-    found = []
-    for start in range(0, len(close), _BLOCK):
-        one, other = close[start : start + _BLOCK].T
-        difference = np.square(looks[one].astype(np.float32) - looks[other]).mean(axis=1) ** 0.5
-        allowed = _SAME_LOOK * np.maximum(contrast[one], contrast[other]) + _NOISE
-        found += close[start : start + _BLOCK][difference <= allowed].tolist()
-    return [(one, other) for one, other in found]
-
-
-def near_pairs(hashes: Hashes, near: int) -> Rows:
-    """All (i, j), i < j, in order, whose hashes differ in at most ``near`` bits; exact.
-
-    Of near + 1 bands of the hash, at least one must be equal (pigeonhole), so only rows that
-    share a band are compared. A pair is one number until the end: i * rows + j.
-    """
-    found = [np.empty(0, np.int64)]
-    edges = [round(band * 64 / (near + 1)) for band in range(near + 2)]
-    for low, high in pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        cuts = np.flatnonzero(np.diff(band[order])) + 1
-        for rows in np.split(order, cuts):
-            if len(rows) > 1:
-                found += _near_among(hashes, rows, near)
-    codes = np.unique(np.concatenate(found))
-    return np.stack(np.divmod(codes, max(1, len(hashes))), axis=1)
-
-
-def _near_among(hashes: Hashes, rows: Rows, near: int) -> Iterable[Rows]:
-    for start in range(0, len(rows), _BLOCK):
-        block, later = rows[start : start + _BLOCK], rows[start:]  # a stable order: rows rise
-        one, other = np.nonzero(
-            np.bitwise_count(hashes[block][:, None] ^ hashes[later][None]) <= near
-        )
-        rising = one < other
-        yield block[one[rising]] * len(hashes) + later[other[rising]]
+    photo = hashlib.sha256(raw.image).hexdigest()
+    return replace(fact, photo=photo, kind=kind, size=image.size, look=look_of(image))
 
 
 def _alike(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
     """Near-identical photos, by SHA-256: each is compared once, however often it stands."""
     once = list({fact.photo: fact for fact in facts}.values())
-    return [(once[i].photo, once[j].photo) for i, j in near_photos(once, near)]
+    looks = [fact.look for fact in once if fact.look]
+    return [(once[i].photo, once[j].photo) for i, j in near_photos(looks, near)]
 
 
 def split_facts(

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+NEAR_BITS = 4
+"""Usual ``near`` of ``likeness.near_photos``."""
+
 
 @dataclass(frozen=True)
 class PackOptions:

@@ -20,7 +20,8 @@ import numpy as np
 
 from clipft.cache import cache_folder
 from clipft.data.tar_headers import Member, read_members
-from clipft.errors import DataError
+from clipft.errors import DataError, StorageError
+from clipft.files import replacing
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 CAPTION_SUFFIX = "txt"
@@ -85,10 +86,9 @@ def open_shard(path: Path) -> Shard:
     shard = index_shard(path)
     for place in _index_places(path):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
             _save(shard, place, stamp)
             return _load(place, path, stamp)
-        except (OSError, ValueError):
+        except (StorageError, OSError, ValueError):
             continue
     return shard
 
@@ -183,15 +183,10 @@ def _save(shard: Shard, place: Path, stamp: list[int]) -> None:
     }
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % _INT.itemsize)  # the arrays after it stay aligned
-    temporary = place.with_name(f"{place.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-            for array in (shard.places, shard.key_ends, shard.key_bytes):
-                file.write(np.ascontiguousarray(array).data)
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(place, shared=True) as temporary, temporary.open("wb") as file:
+        file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
+        for array in (shard.places, shard.key_ends, shard.key_bytes):
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _load(place: Path, path: Path, stamp: list[int]) -> Shard:

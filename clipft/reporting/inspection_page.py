@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from clipft.errors import StorageError
+from clipft.files import replacing
 
 SIDE = 96
 """Thumbnails fit in a square of so many pixels; the file stays small enough to be mailed."""
@@ -189,14 +188,6 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         StorageError: it cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         # A file name in a tar may hold bytes that are no UTF-8
         temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", "name another file with --html"
-        ) from error

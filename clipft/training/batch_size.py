@@ -10,7 +10,6 @@ micro-batch is smaller than the effective batch.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ import torch
 
 from clipft.cache import cache_folder
 from clipft.data.loader import Batch
+from clipft.errors import StorageError
+from clipft.files import replacing
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.contrastive import contrastive_loss
 from clipft.training.memory import peak_memory, usable_memory
@@ -235,10 +236,8 @@ class FoundCache:
 
     def put(self, key: str, found: Found) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             known = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
-            temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({**known, key: found.to_dict()}), encoding="utf-8")
-            temporary.replace(self.path)
-        except (OSError, ValueError):
+            with replacing(self.path, shared=True) as temporary:
+                temporary.write_text(json.dumps({**known, key: found.to_dict()}), encoding="utf-8")
+        except (OSError, ValueError, StorageError):
             return

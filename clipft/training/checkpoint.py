@@ -20,18 +20,15 @@ format_version         of this list
 No random state is kept: everything random is a function of the seed and the position.
 """
 
-import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipft.errors import ModelError, StorageError
+from clipft.errors import ModelError
+from clipft.files import replacing
 
 FORMAT_VERSION = 1
 _REQUIRED = frozenset({"epoch", "model_state_dict", "settings", "base_model", "format_version"})
@@ -45,51 +42,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     with replacing(path) as temporary:
         torch.save({**content, "format_version": FORMAT_VERSION}, temporary)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
-        raise StorageError(
-            f"cannot write {path}: {' '.join(str(error).split())}",
-            "make room or choose another --output-dir; the file before it is untouched",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder of files: between the two names there is only a rename."""
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except (OSError, RuntimeError) as error:
-        raise StorageError(
-            f"cannot write {folder}: {' '.join(str(error).split())}",
-            "make room or choose another --output-dir; the checkpoint is whole",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from clipft.errors import ModelError
-from clipft.settings import LoadedSettings, Settings
+from clipft.settings import Settings
+from clipft.settings_sources import LoadedSettings
 from clipft.training.setup import LoadedModel, load_model
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"

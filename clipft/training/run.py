@@ -9,9 +9,10 @@ from typing import Any
 
 from clipft.data.loader import StepBatch, training_batches
 from clipft.errors import DataError, DivergedError, Interrupted
+from clipft.files import replacing_folder
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
-from clipft.training.checkpoint import load_checkpoint, replacing_folder, save_checkpoint
+from clipft.training.checkpoint import load_checkpoint, save_checkpoint
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.measure import embed_pairs
 from clipft.training.resuming import check_same_run, checkpoint_to_resume

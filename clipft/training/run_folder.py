@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from clipft.errors import StorageError, UsageError
+from clipft.files import replacing
 from clipft.settings import Settings
-from clipft.training.checkpoint import replacing
 
 
 @dataclass(frozen=True)

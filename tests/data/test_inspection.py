@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data import inspection
-from clipft.data.inspection import leak, near_pairs, near_photos, read_facts, split_facts
+from clipft.data import likeness
+from clipft.data.inspection import leak, read_facts, split_facts
+from clipft.data.likeness import near_pairs, near_photos
 from clipft.data.shards import open_pairs
 from clipft.errors import StorageError
 from clipft.reporting.inspection_page import Picture, findings_page, write_page
@@ -151,7 +152,7 @@ def test_many_copies_of_a_photo_are_compared_once(tmp_path, monkeypatch):
     pairs = write(tmp_path / "0.tar", copies)
     compared = []
     monkeypatch.setattr(
-        inspection, "near_pairs", lambda h, near: compared.append(len(h)) or near_pairs(h, near)
+        likeness, "near_pairs", lambda h, near: compared.append(len(h)) or near_pairs(h, near)
     )
     found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
     assert compared == [2]
@@ -262,5 +263,5 @@ def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
 
     pairs = [(swatch((90, 60, 30)), "walnut"), (swatch((200, 170, 130)), "oak")]
     facts = read_facts(write(tmp_path / "0.tar", pairs), quiet)
-    assert not near_photos(facts, 8)
+    assert not near_photos([fact.look for fact in facts], 8)
     assert leak(facts[:1], facts[1:], 8).near_photo == 0

@@ -78,7 +78,7 @@ def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     from peft import PeftModel
 
     from clipft.modelling.base import load_base
-    from clipft.settings import load_settings
+    from clipft.settings_sources import load_settings
     from clipft.training.checkpoint import load_checkpoint
     from clipft.training.restore import load_tuned, saved_settings
 

@@ -6,7 +6,7 @@ from clipft.errors import ModelError
 from clipft.modelling.adapt import MAX_LOGIT_SCALE, adapt
 from clipft.modelling.base import BaseModel, load_base
 from clipft.scenarios import SCENARIOS
-from clipft.settings import load_settings
+from clipft.settings_sources import load_settings
 
 SETTINGS = load_settings({}, environ={}).values
 

@@ -7,7 +7,7 @@ from clipft.data.loader import Batch
 from clipft.modelling.adapt import TrainableModel, adapt
 from clipft.modelling.base import load_base
 from clipft.scenarios import SCENARIOS
-from clipft.settings import load_settings
+from clipft.settings_sources import load_settings
 from clipft.training.contrastive import (
     ExactAccumulation,
     LocalAccumulation,

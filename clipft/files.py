@@ -1,0 +1,65 @@
+"""Writing so that a file under its final name is always whole: the old one or the new one."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clipft.errors import StorageError
+
+_HINT = "make room or write to another place; what was there before is untouched"
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well.
+
+    ``shared``: other processes may write the same file at this moment; the temporary name is
+    then this process's own, and a kill leaves it behind.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        raise StorageError(f"cannot write {path}: {_reason(error)}", _HINT) from error
+    finally:
+        # A folder that cannot be written cannot be unlinked from either
+        if os.path.lexists(temporary):
+            temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder of files: between the two names there is only a rename."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"cannot write {folder}: {_reason(error)}", _HINT) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
