@@ -66,11 +66,23 @@ class StorageSettings(Section):
 
 class DataSettings(Section):
     title = "Data"
+    caption: str = _field(
+        "{caption}",
+        "a pair's text: {caption} is its .txt, other names are fields of its .json, as in "
+        "'{type}, {color}. {name}'; || between several, of which each epoch draws one",
+        "fixed",
+    )
     augmentation: Literal["none", "simple", "advanced"] = _field(
         "simple",
         "the model's own preprocessing; flip and padded random crop; "
         "TrivialAugmentWide and random erasing 0.2",
         "fixed",
+    )
+    stream: bool = _field(
+        False, "read the training shards in sequence: for slow disks and network folders", "fixed"
+    )
+    shuffle_buffer: int = _field(
+        4096, "pairs that are shuffled among each other, with --stream", "fixed", ge=1
     )
     num_workers: int = _field(4, "processes that decode images; 0: none besides the main", ge=0)
     max_train_pairs: int = _field(0, "train on the first so many pairs; 0: all", "fixed", ge=0)

@@ -7,20 +7,22 @@ be decoded is left out of its batch and named in it: positions stay where they a
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.augmentation import make_transform
-from clipft.data.captions import BadCaption, clean_caption, tokenize
+from clipft.data.caption_source import CaptionSource
+from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import EpochPlan, Position, derived_seed
 from clipft.data.shard_index import Skipped
-from clipft.data.shards import PairDataset
+from clipft.data.shards import PairDataset, RawPair
+from clipft.data.tokens import padded
 from clipft.errors import DataError
 
 _TIMEOUT = 300
@@ -67,11 +69,28 @@ class StepBatch:
 class Preprocessing:
     """How raw bytes become model input."""
 
-    tokenizer: Any
-    context_length: int
+    captions: CaptionSource
     image_size: int
     augmentation: str
     seed: int
+
+
+class Pairs(Protocol):
+    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: Any, /) -> RawPair:
+        """In a worker: the pair at a place that ``order`` gave."""
+
+    def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[Any]]:
+        """(epoch, first) -> the places of an epoch from the ``first``-th on."""
+
+    def identity(self) -> str:
+        """Equal for equal data in an equal order, whatever the folder."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,7 @@ class LoaderOptions:
 
 
 def training_batches(
-    dataset: PairDataset,
+    dataset: Pairs,
     preprocessing: Preprocessing,
     plan: EpochPlan,
     start: Position,
@@ -93,7 +112,7 @@ def training_batches(
     """The steps from ``start`` to the end of the last epoch, each whole."""
     if start.epoch >= epochs:
         return
-    micro_batches = plan.from_position(start, epochs)
+    micro_batches = plan.from_position(start, epochs, dataset.order(plan))
     batches = iter(_loader(dataset, preprocessing, micro_batches, options))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
@@ -114,9 +133,9 @@ def evaluation_batches(
 
 
 def _loader(
-    dataset: PairDataset,
+    dataset: Pairs,
     preprocessing: Preprocessing,
-    micro_batches: Iterable[list[tuple[int, int]]],
+    micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
 ) -> "DataLoader[Batch]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
@@ -125,7 +144,7 @@ def _loader(
     return DataLoader(
         decoded,
         batch_sampler=micro_batches,
-        collate_fn=_Collate(preprocessing),
+        collate_fn=_Collate(preprocessing.captions.end),
         worker_init_fn=_ignore_signals,
         num_workers=workers,
         pin_memory=options.pin_memory,
@@ -151,28 +170,28 @@ def _next(batches: Iterator[Batch]) -> Batch:
 class _Pair:
     number: int
     pixels: Tensor
-    caption: str
+    ids: list[int]
 
 
 class _Decoded(Dataset["_Pair | Skipped"]):
-    """(epoch, number) -> a decoded pair; augmentation depends on (seed, epoch, number)."""
+    """(epoch, place) -> a decoded pair; augmentation depends on (seed, epoch, number)."""
 
-    def __init__(self, dataset: PairDataset, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
-        self.seed = preprocessing.seed
+        self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(preprocessing.augmentation, preprocessing.image_size)
         # Evaluation decodes in full, as the model's own processor would
         random = preprocessing.augmentation != "none"
         self.at_least = preprocessing.image_size if random else 0
 
-    def __getitem__(self, place: tuple[int, int]) -> "_Pair | Skipped":
-        epoch, number = place
-        raw = self.dataset[number]
+    def __getitem__(self, place: tuple[int, Any]) -> "_Pair | Skipped":
+        epoch, which = place
+        raw = self.dataset[which]
         try:
-            caption = clean_caption(raw.caption)
+            ids = self.captions.ids(raw, epoch)
             image = decode_image(raw.image, self.at_least)
-            pixels = self.transform(image, derived_seed(self.seed, epoch, number))
-            return _Pair(number, pixels, caption)
+            pixels = self.transform(image, derived_seed(self.seed, epoch, raw.number))
+            return _Pair(raw.number, pixels, ids)
         except (BadImage, BadCaption) as error:
             return Skipped(raw.shard, raw.key, str(error))
 
@@ -185,7 +204,7 @@ def _ignore_signals(worker: int) -> None:
 
 @dataclass(frozen=True)
 class _Collate:
-    preprocessing: Preprocessing
+    end: int
 
     def __call__(self, items: "list[_Pair | Skipped]") -> Batch:
         pairs = [item for item in items if isinstance(item, _Pair)]
@@ -193,7 +212,5 @@ class _Collate:
         if not pairs:
             return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
         pixels = torch.stack([pair.pixels for pair in pairs])
-        captions = [pair.caption for pair in pairs]
-        preprocessing = self.preprocessing
-        ids = tokenize(preprocessing.tokenizer, captions, preprocessing.context_length)
+        ids = padded([pair.ids for pair in pairs], self.end)
         return Batch(pixels, ids, tuple(pair.number for pair in pairs), skipped)

@@ -3,11 +3,14 @@
 Workers, processes and micro-batches take their share of this order, they never shape it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
+
+Place = TypeVar("Place")
 
 
 def derived_seed(*parts: int) -> int:
@@ -52,15 +55,22 @@ class EpochPlan:
         first, last = self.bounds[step]
         return -(-(last - first) // self.micro)
 
-    def order(self, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """The permutation of one epoch, int64 [pairs]."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+    def order(self, epoch: int, first: int = 0) -> Iterator[int]:
+        """The permutation of one epoch, from its ``first``-th pair on."""
+        permuted = np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+        return map(int, permuted[first:])
 
-    def from_position(self, start: Position, epochs: int) -> Iterator[list[tuple[int, int]]]:
-        """The micro-batches from ``start`` to the end, as lists of (epoch, pair number)."""
+    def from_position(
+        self, start: Position, epochs: int, order: Callable[[int, int], Iterator[Place]]
+    ) -> Iterator[list[tuple[int, Place]]]:
+        """The micro-batches from ``start`` to the end, as lists of (epoch, place).
+
+        ``order`` (epoch, first) gives the places of an epoch from the ``first``-th on.
+        """
         for epoch in range(start.epoch, epochs):
-            order, bounds = self.order(epoch), self.bounds
-            first_step = start.step if epoch == start.epoch else 0
-            for first, last in bounds[first_step:]:
+            bounds = self.bounds[start.step if epoch == start.epoch else 0 :]
+            places = order(epoch, bounds[0][0])
+            for first, last in bounds:
                 for at in range(first, last, self.micro):
-                    yield [(epoch, int(n)) for n in order[at : min(at + self.micro, last)]]
+                    count = min(self.micro, last - at)
+                    yield [(epoch, place) for place in islice(places, count)]

@@ -29,7 +29,7 @@ METADATA_SUFFIX = "json"
 FIELDS = ("image", "caption", "metadata")
 PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
 
-_MAGIC = b"clipftx1"
+_MAGIC = b"clipftx2"
 _INT = np.dtype("<i8")
 
 
@@ -44,13 +44,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Shard:
-    """One indexed tar. ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
+    """One indexed tar; ``stamp`` is its size and mtime (ns) when it was indexed.
+
+    ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
 
     ``key_bytes`` uint8 holds all keys one after the other, ``key_ends`` int64 [pairs] where
     each ends.
     """
 
     path: Path
+    stamp: tuple[int, int]
     places: "np.ndarray[Any, np.dtype[np.int64]]"
     key_ends: "np.ndarray[Any, np.dtype[np.int64]]"
     key_bytes: "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -86,7 +89,7 @@ def open_shard(path: Path) -> Shard:
     shard = index_shard(path)
     for place in _index_places(path):
         try:
-            _save(shard, place, stamp)
+            _save(shard, place)
             return _load(place, path, stamp)
         except (StorageError, OSError, ValueError):
             continue
@@ -96,8 +99,9 @@ def open_shard(path: Path) -> Shard:
 def index_shard(path: Path) -> Shard:
     """Read the headers of one tar.
 
-    Members that are not regular files, or whose key has no image or no caption, are left
-    out and listed in ``skipped``; nothing is ever extracted, so names cannot escape.
+    Members that are not regular files, or whose key has no image or no words (caption or
+    metadata), are left out and listed in ``skipped``; nothing is ever extracted, so names
+    cannot escape.
 
     Raises:
         DataError: the file is not a whole, uncompressed tar.
@@ -105,6 +109,7 @@ def index_shard(path: Path) -> Shard:
     found: dict[str, dict[str, tuple[int, int]]] = {}
     skipped: list[Skipped] = []
     try:
+        stamp = _stamp(path)
         for member in read_members(path):
             reason = _file_member(member, found)
             if reason:
@@ -117,14 +122,16 @@ def index_shard(path: Path) -> Shard:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
     keys, places = [], []
     for key, members in found.items():
-        missing = [name for name in ("image", "caption") if name not in members]
-        if missing:
-            skipped.append(Skipped(path.name, key, f"no {' and no '.join(missing)}"))
+        if "image" not in members:
+            skipped.append(Skipped(path.name, key, "no image"))
+        elif not members.keys() & {"caption", "metadata"}:
+            skipped.append(Skipped(path.name, key, "no caption"))
         else:
             keys.append(key.encode("utf-8", "surrogateescape"))
             places.append([members.get(name, (-1, -1)) for name in FIELDS])
     return Shard(
         path,
+        stamp,
         np.array(places, _INT).reshape(-1, len(FIELDS), 2),
         np.cumsum([len(key) for key in keys], dtype=_INT),
         np.frombuffer(b"".join(keys), np.uint8),
@@ -138,16 +145,25 @@ def _file_member(member: Member, found: dict[str, dict[str, tuple[int, int]]]) -
         return None
     if member.kind != "file":
         return "not a regular file"
-    folder, _, file = member.name.rpartition("/")
-    stem, dot, suffix = file.rpartition(".")
-    kind = _kind(suffix) if dot and stem else None
-    if kind is None or file.startswith("."):
+    found_as = member_of(member.name)
+    if found_as is None:
         return None  # other tools' members
-    members = found.setdefault(_key(folder, stem), {})
+    key, kind = found_as
+    members = found.setdefault(key, {})
     if kind in members:
         return f"a second {kind} of one key"
     members[kind] = (member.offset, member.size)
     return None
+
+
+def member_of(name: str) -> tuple[str, str] | None:
+    """(key, kind of ``FIELDS``) of a member's name; None: not of any pair."""
+    folder, _, file = name.rpartition("/")
+    stem, dot, suffix = file.rpartition(".")
+    kind = _kind(suffix) if dot and stem else None
+    if kind is None or file.startswith("."):
+        return None
+    return _key(folder, stem), kind
 
 
 def _key(folder: str, stem: str) -> str:
@@ -169,14 +185,14 @@ def _index_places(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> tuple[int, int]:
     state = path.stat()
-    return [state.st_size, state.st_mtime_ns]
+    return state.st_size, state.st_mtime_ns
 
 
-def _save(shard: Shard, place: Path, stamp: list[int]) -> None:
+def _save(shard: Shard, place: Path) -> None:
     head = {
-        "stamp": stamp,
+        "stamp": shard.stamp,
         "pairs": len(shard),
         "key_bytes": len(shard.key_bytes),
         "skipped": [asdict(skipped) for skipped in shard.skipped],
@@ -189,7 +205,7 @@ def _save(shard: Shard, place: Path, stamp: list[int]) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
-def _load(place: Path, path: Path, stamp: list[int]) -> Shard:
+def _load(place: Path, path: Path, stamp: tuple[int, int]) -> Shard:
     """
     Raises:
         OSError, ValueError, KeyError, TypeError: no index, or not one of this shard's state.
@@ -201,7 +217,7 @@ def _load(place: Path, path: Path, stamp: list[int]) -> Shard:
         if length > place.stat().st_size:
             raise ValueError("cut off")
         head = json.loads(file.read(length))
-    if head["stamp"] != stamp:
+    if head["stamp"] != list(stamp):
         raise ValueError("of another state of the shard")
     pairs, key_bytes = int(head["pairs"]), int(head["key_bytes"])
     start = len(_MAGIC) + 8 + length
@@ -213,23 +229,24 @@ def _load(place: Path, path: Path, stamp: list[int]) -> Shard:
     places = raw[start:ends_at].view(_INT).reshape(pairs, len(FIELDS), 2)
     shard = Shard(
         path,
+        stamp,
         places,
         raw[ends_at:keys_at].view(_INT),
         raw[keys_at:],
         [Skipped(**skipped) for skipped in head["skipped"]],
     )
-    _check_bounds(shard, stamp[0])
+    _check_bounds(shard)
     return shard
 
 
-def _check_bounds(shard: Shard, size: int) -> None:
+def _check_bounds(shard: Shard) -> None:
     """An index comes from whoever supplied the shards: it may only point into its shard."""
     offsets, sizes = shard.places[..., 0], shard.places[..., 1]
-    ends = shard.key_ends
+    size, ends = shard.stamp[0], shard.key_ends
     if len(shard) and (
         int(shard.places.min()) < -1
-        or int(offsets[:, :2].min()) < 0
-        or int(sizes[:, :2].min()) < 0
+        or int(offsets[:, 0].min()) < 0
+        or bool(((sizes < 0) & (offsets >= 0)).any())
         or int(offsets.max()) > size
         or int(sizes.max()) > size
         or int(ends[0]) < 0

@@ -5,26 +5,30 @@ there is one, ``chair.json``. Its index gives the place of each member, so a glo
 and a resumed run cost nothing; the pictures are read when asked for.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clipft.data.caption_template import parse_metadata
+from clipft.data.order import EpochPlan
 from clipft.data.shard_index import FIELDS, PACK_HINT, Shard, Skipped, open_shard
 from clipft.errors import DataError
 
 
 @dataclass(frozen=True)
 class RawPair:
-    """The bytes of one pair as they lie in the shard."""
+    """The bytes of one pair as they lie in the shard; no caption or metadata: b""."""
 
+    number: int
     key: str
     shard: str
     image: bytes
     caption: bytes
+    metadata: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -50,45 +54,58 @@ class PairDataset:
             DataError: the shard shrank or vanished since it was indexed.
         """
         shard, row = self._place(number)
-        image, caption = self._read(shard, row, "image"), self._read(shard, row, "caption")
-        return RawPair(shard.key(row), shard.path.name, image, caption)
+        members = _read(shard, row, FIELDS)
+        return RawPair(number, shard.key(row), shard.path.name, *members)
+
+    def words(self, number: int) -> tuple[bytes, bytes]:
+        """The pair without its picture: ``.txt`` and ``.json``; b"" where there is none."""
+        caption, metadata = _read(*self._place(number), ("caption", "metadata"))
+        return caption, metadata
 
     def metadata(self, number: int) -> dict[str, Any]:
         """The ``.json`` of a pair; empty where there is none or it is not an object."""
-        shard, row = self._place(number)
-        if shard.places[row, FIELDS.index("metadata"), 0] < 0:
-            return {}
-        try:
-            value = json.loads(self._read(shard, row, "metadata"))
-        except ValueError:
-            return {}
-        return value if isinstance(value, dict) else {}
+        return parse_metadata(self.words(number)[1])
+
+    def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[int]]:
+        """All pairs, shuffled anew each epoch."""
+        return plan.order
 
     @property
-    def skipped(self) -> list[Skipped]:
+    def skipped(self) -> Sequence[Skipped]:
         return [skipped for shard in self.shards for skipped in shard.skipped]
 
     def identity(self) -> str:
         """Names and counts of the shards: equal for equal data, whatever the folder."""
         return ";".join(f"{s.path.name}:{len(s)}" for s in self.shards) + f";{len(self)}"
 
+    def state(self) -> str:
+        """Paths, sizes and times of the shards: changes whenever any of them does."""
+        shards = (f"{s.path.resolve()}:{s.stamp}:{len(s)}" for s in self.shards)
+        return ";".join(shards) + f";{len(self)}"
+
     def _place(self, number: int) -> tuple[Shard, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.shards[which], number - int(self._starts[which])
 
-    @staticmethod
-    def _read(shard: Shard, row: int, name: str) -> bytes:
-        # Opened each time: 10 microseconds, and no descriptor is held or inherited.
-        offset, size = (int(v) for v in shard.places[row, FIELDS.index(name)])
-        try:
-            with shard.path.open("rb", buffering=0) as file:
+
+def _read(shard: Shard, row: int, names: Sequence[str]) -> list[bytes]:
+    """Some members of one pair; b"" for one that it does not have."""
+    found = []
+    try:
+        # Opened each time: 10 microseconds, and no descriptor is held or inherited
+        with shard.path.open("rb", buffering=0) as file:
+            for name in names:
+                offset, size = (int(v) for v in shard.places[row, FIELDS.index(name)])
+                if offset < 0:
+                    found.append(b"")
+                    continue
                 file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise _changed(shard.path) from error
-        if data is None or len(data) != size:
-            raise _changed(shard.path)
-        return data
+                found.append(file.read(size) or b"")
+                if len(found[-1]) != size:
+                    raise _changed(shard.path)
+    except OSError as error:
+        raise _changed(shard.path) from error
+    return found
 
 
 def _changed(path: Path) -> DataError:
@@ -104,9 +121,7 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     Raises:
         DataError: no folder, no tar in it (the message says what is there), no whole pair.
     """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(*_nothing(folder))
+    paths = shard_paths(folder)
     dataset = PairDataset([open_shard(path) for path in paths], limit)
     if not len(dataset):
         raise DataError(
@@ -115,7 +130,21 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     return dataset
 
 
+def shard_paths(folder: Path) -> list[Path]:
+    """Every ``*.tar`` of a folder, by name.
+
+    Raises:
+        DataError: no folder, or no tar in it (the message says what is there).
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(*_nothing(folder))
+    return paths
+
+
 def _nothing(folder: Path) -> tuple[str, str]:
+    if re.match(r"[a-z0-9]+:", str(folder)):
+        return f"{folder} is not a folder", "URLs and commands are not read: fetch the shards first"
     if not folder.is_dir():
         return (
             f"no folder {folder}",

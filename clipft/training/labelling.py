@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipft.data.captions import tokenize
 from clipft.data.shards import PairDataset
+from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import UsageError
 from clipft.evaluation.classification import Classification, classify, label_embeddings
 from clipft.evaluation.templates import TEMPLATES
@@ -78,6 +78,7 @@ class _TextEncoder:
     def __call__(self, texts: list[str]) -> Tensor:
         model, precision = self.loaded.model.eval(), self.loaded.precision
         base = self.loaded.base
-        ids = tokenize(base.tokenizer, texts, base.context_length).to(precision.device)
+        encoder = CaptionEncoder(base.tokenizer, base.context_length)
+        ids = padded([encoded.ids for encoded in encoder(texts)], encoder.end)
         with precision.autocast():
-            return model.encode_texts(ids).cpu()
+            return model.encode_texts(ids.to(precision.device)).cpu()

@@ -5,6 +5,7 @@ from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
+from clipft.training.preprocessing import validation_preprocessing
 from clipft.training.setup import LoadedModel
 
 _BATCH = 64
@@ -29,7 +30,7 @@ def embed_pairs(loaded: LoadedModel, pairs: PairDataset, settings: Settings) -> 
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
     """
     options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
-    preprocessing = loaded.preprocessing("none", settings.seed)
+    preprocessing = validation_preprocessing(loaded.base, pairs, settings)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, preprocessing, batch_size, options)
     embedded = embed(loaded.model, batches, loaded.precision)

@@ -178,11 +178,10 @@ class _Run:
                 self._interrupt(state)
 
     def _batches(self, state: TrainState) -> Iterator[StepBatch]:
-        setup, settings = self.setup, self.setup.settings
-        preprocessing = setup.loaded.preprocessing(settings.augmentation, settings.seed)
+        setup = self.setup
         return training_batches(
             setup.train,
-            preprocessing,
+            setup.preprocessing,
             setup.epoch_plan,
             state.position,
             setup.plan.epochs,

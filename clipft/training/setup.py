@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clipft.data.loader import LoaderOptions, Preprocessing
+from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.order import EpochPlan
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.modelling.adapt import TrainableModel, adapt
@@ -23,6 +23,7 @@ from clipft.training.optimisation import (
     warmup_steps,
 )
 from clipft.training.precision import Precision, choose_precision
+from clipft.training.preprocessing import caption_remarks, training_preprocessing
 
 Note = Callable[[str], None]
 
@@ -38,12 +39,6 @@ class LoadedModel:
     fingerprint: str
     model: TrainableModel
     precision: Precision
-
-    def preprocessing(self, augmentation: str, seed: int) -> Preprocessing:
-        base = self.base
-        return Preprocessing(
-            base.tokenizer, base.context_length, base.image_size, augmentation, seed
-        )
 
     @property
     def identity(self) -> dict[str, str]:
@@ -98,8 +93,9 @@ class RunSetup:
 
     settings: Settings
     loaded: LoadedModel
-    train: PairDataset
+    train: Pairs
     val: PairDataset
+    preprocessing: Preprocessing
     epoch_plan: EpochPlan
     plan: Plan
 
@@ -129,9 +125,10 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     Raises:
         DataError, ModelError, UsageError: what is missing, before anything has started.
     """
-    train = open_pairs(settings.data_dir / "train", settings.max_train_pairs)
+    train = _open_training(settings)
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     loaded = load_model(settings)
+    preprocessing = training_preprocessing(loaded.base, train, settings, note)
     effective = min(settings.effective_batch_size, len(train))
     trains = settings.declared_scenario.trains
     micro = _micro_batch(settings, loaded, effective, note) if trains else effective
@@ -139,6 +136,8 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     epochs = settings.epochs if trains else 0
     parameters = loaded.model.parameters_count()
     steps = epoch_plan.steps
+    remarks = _remarks(settings, epoch_plan, train, val)
+    remarks += caption_remarks(preprocessing.captions, len(train), loaded.base.context_length)
     plan = Plan(
         scenario=settings.scenario,
         model=settings.model,
@@ -153,9 +152,18 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
         device=str(loaded.precision.device),
         precision=loaded.precision.name,
         optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
-        notes=tuple(_remarks(settings, epoch_plan, train, val)) if trains else (),
+        notes=tuple(remarks) if trains else (),
     )
-    return RunSetup(settings, loaded, train, val, epoch_plan, plan)
+    return RunSetup(settings, loaded, train, val, preprocessing, epoch_plan, plan)
+
+
+def _open_training(settings: Settings) -> Pairs:
+    folder = settings.data_dir / "train"
+    if settings.stream:
+        from clipft.data.stream import open_stream  # webdataset takes its time to import
+
+        return open_stream(folder, settings.shuffle_buffer, settings.max_train_pairs)
+    return open_pairs(folder, settings.max_train_pairs)
 
 
 def _micro_batch(settings: Settings, loaded: LoadedModel, effective: int, note: Note) -> int:
@@ -168,9 +176,7 @@ def _micro_batch(settings: Settings, loaded: LoadedModel, effective: int, note: 
     return found.chosen
 
 
-def _remarks(
-    settings: Settings, plan: EpochPlan, train: PairDataset, val: PairDataset
-) -> list[str]:
+def _remarks(settings: Settings, plan: EpochPlan, train: Pairs, val: PairDataset) -> list[str]:
     """What a user should know before the run."""
     remarks = []
     if settings.effective_batch_size > len(train):
@@ -187,9 +193,9 @@ def _remarks(
     first, last = plan.bounds[-1]
     if last - first != plan.effective:
         remarks.append(f"the last step of each epoch takes {last - first} pairs")
-    for name, pairs in (("train", train), ("val", val)):
-        if pairs.skipped:
-            remarks.append(f"{len(pairs.skipped)} members of the {name} shards are no pairs")
+    for name, skipped in (("train", train.skipped), ("val", val.skipped)):
+        if skipped:
+            remarks.append(f"{len(skipped)} members of the {name} shards are no pairs")
     return remarks
 
 

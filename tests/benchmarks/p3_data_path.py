@@ -24,12 +24,15 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
 from clipft.data.augmentation import _resized, make_transform
+from clipft.data.caption_table import caption_table
+from clipft.data.caption_template import CaptionTemplate
 from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
 from clipft.data.shards import open_pairs
+from clipft.data.tokens import CaptionEncoder
 from clipft.modelling.base import load_base
 
 BATCH, SIDE = 64, 224
@@ -69,7 +72,9 @@ def write_shards(out: Path, pictures: Iterator[bytes]) -> None:
 
 def ours(folder: Path, tokenizer: Any) -> Work:
     dataset = open_pairs(folder)
-    preprocessing = Preprocessing(tokenizer, 77, SIDE, "simple", 1)
+    template, encoder = CaptionTemplate.parse("{caption}"), CaptionEncoder(tokenizer, 77)
+    captions = caption_table(dataset, template, encoder, 1, lambda: None)
+    preprocessing = Preprocessing(captions, SIDE, "simple", 1)
     plan = EpochPlan(len(dataset), BATCH, BATCH, 1)
 
     def work() -> int:

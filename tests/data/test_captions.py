@@ -2,8 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipft.data.captions import BadCaption, clean_caption, tokenize
+from clipft.data.captions import BadCaption, clean_caption
+from clipft.data.tokens import CaptionEncoder, padded
 from clipft.modelling.base import load_base
+
+
+def tokenize(tokenizer, texts, context):
+    encoder = CaptionEncoder(tokenizer, context)
+    return padded([encoded.ids for encoded in encoder(texts)], encoder.end)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from clipft.data.caption_source import LiveCaptions
+from clipft.data.caption_template import CaptionTemplate
 from clipft.data.loader import (
     LoaderOptions,
     Preprocessing,
@@ -9,6 +11,7 @@ from clipft.data.loader import (
 )
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import open_pairs
+from clipft.data.tokens import CaptionEncoder
 from clipft.modelling.base import load_base
 from tests.conftest import write_shard
 
@@ -26,7 +29,8 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preprocessing():
     base = load_base("tiny")
-    return Preprocessing(base.tokenizer, base.context_length, base.image_size, "simple", 5)
+    captions = LiveCaptions(CaptionTemplate.parse("{caption}"), CaptionEncoder(base.tokenizer, 77))
+    return Preprocessing(captions, base.image_size, "simple", 5)
 
 
 def steps(dataset, preprocessing, workers=0, start=None, micro=4):

@@ -1,0 +1,126 @@
+"""How the pairs of some settings become model input."""
+
+from collections.abc import Callable
+from typing import Any
+
+from clipft.data.caption_source import CaptionSource, LiveCaptions
+from clipft.data.caption_table import CaptionTable, caption_table
+from clipft.data.caption_template import CaptionTemplate
+from clipft.data.loader import Pairs, Preprocessing
+from clipft.data.shards import PairDataset
+from clipft.data.tokens import CaptionEncoder
+from clipft.errors import DataError, UsageError, nearest
+from clipft.modelling.base import BaseModel
+from clipft.settings import Settings
+
+_SAMPLED = 256
+"""Pairs whose metadata is looked at for its fields."""
+_MANY = 20_000
+"""Captions whose tokenising a user notices."""
+
+
+def training_preprocessing(
+    base: BaseModel, pairs: Pairs, settings: Settings, note: Callable[[str], None]
+) -> Preprocessing:
+    """Augmented pictures; a pair with several captions has another one in each epoch.
+
+    Raises:
+        UsageError: the caption template is wrong, or names a field that no pair has.
+        DataError: too many pairs have no text.
+    """
+    captions = _captions(base, pairs, settings, settings.seed, note)
+    return Preprocessing(captions, base.image_size, settings.augmentation, settings.seed)
+
+
+def validation_preprocessing(
+    base: BaseModel, pairs: PairDataset, settings: Settings
+) -> Preprocessing:
+    """The model's own preprocessing and the first caption of each pair."""
+    captions = _captions(base, pairs, settings, None, lambda note: None)
+    return Preprocessing(captions, base.image_size, "none", settings.seed)
+
+
+def _captions(
+    base: BaseModel,
+    pairs: Pairs,
+    settings: Settings,
+    seed: int | None,
+    note: Callable[[str], None],
+) -> CaptionSource:
+    template = CaptionTemplate.parse(settings.caption)
+    encoder = CaptionEncoder(base.tokenizer, base.context_length)
+    if not isinstance(pairs, PairDataset):
+        return LiveCaptions(template, encoder, seed)
+    _check_fields(template, pairs)
+
+    def building() -> None:
+        if len(pairs) > _MANY:
+            note(f"Tokenising the captions of {len(pairs):,} pairs (done once) ...")
+
+    table = caption_table(pairs, template, encoder, seed, building)
+    _check_texts(table, pairs, settings)
+    return table
+
+
+def _check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
+    """
+    Raises:
+        UsageError: a field of the template stands in none of the pairs that are looked at.
+    """
+    if not template.fields:
+        return
+    known = _known_fields(pairs)
+    for field in template.fields:
+        if field not in known:
+            near = nearest(field, known)
+            raise UsageError(
+                f"--caption {template.source!r}: no pair has a field {field!r}",
+                (f"did you mean {near}? " if near else "")
+                + f"the metadata has {', '.join(sorted(known)) or 'no fields'}",
+            )
+
+
+def _known_fields(pairs: PairDataset) -> set[str]:
+    found = set[str]()
+    for number in range(0, len(pairs), max(1, len(pairs) // _SAMPLED)):
+        found |= _names(pairs.metadata(number))
+    return found
+
+
+def _names(metadata: dict[str, Any], prefix: str = "") -> set[str]:
+    """Fields by name, those of objects within with dots."""
+    found = set[str]()
+    for name, value in metadata.items():
+        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return found
+
+
+def _check_texts(table: CaptionTable, pairs: PairDataset, settings: Settings) -> None:
+    """
+    Raises:
+        DataError: more pairs without text than ``max_bad`` allows, and more than one.
+    """
+    without = table.figures.none
+    if without > max(1.0, settings.max_bad * len(pairs)):
+        fields = ", ".join(sorted(_known_fields(pairs)))
+        raise DataError(
+            f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
+            f"under --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
+            (f"their metadata has {fields}: name them in --caption, " if fields else "")
+            + "mend the captions, or raise --max-bad",
+        )
+
+
+def caption_remarks(captions: CaptionSource, pairs: int, context: int) -> list[str]:
+    """What a user should know of the captions before a run."""
+    if not isinstance(captions, CaptionTable):
+        return []
+    figures, remarks = captions.figures, list[str]()
+    if figures.captions + figures.none > pairs:
+        remarks.append(f"{figures.captions:,} captions for {pairs:,} pairs: each epoch draws one")
+    if figures.cut:
+        remarks.append(
+            f"{figures.cut:,} captions are longer than the {context} tokens that the model "
+            f"takes (the longest has {figures.most_tokens:,}): cut at a word"
+        )
+    return remarks
