@@ -85,8 +85,8 @@ class CaptionTemplate:
         Raises:
             BadCaption: none has any text.
         """
-        values = parse_metadata(metadata) if self.fields else {}
         own = clean_text(caption.decode("utf-8", errors="replace"))
+        values = parse_metadata(metadata) if self.fields or not own else {}
         values[CAPTION_FIELD] = own or values.get(CAPTION_FIELD)
         texts = [text for parts in self.alternatives for text in _rendered(parts, values)]
         if not texts:
