@@ -11,6 +11,7 @@ from clipft.settings_sources import LoadedSettings
 
 EVALUATION_SETTINGS = (
     "data_dir",
+    "caption",
     "num_workers",
     "max_val_pairs",
     "max_bad",

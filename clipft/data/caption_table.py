@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ class CaptionTable:
         start = int(self.ends[which - 1]) if which else 0
         found: list[int] = self.ids_of_all[start : int(self.ends[which])].tolist()
         return found
+
+    def by_pair(self) -> Iterator[list[bytes]]:
+        """The captions of each pair, as bytes that are equal for equal ids."""
+        starts = np.concatenate([[0], self.ends])
+        for first, last in pairwise([0, *self.counts.tolist()]):
+            places = range(first, last)
+            yield [self.ids_of_all[starts[at] : starts[at + 1]].tobytes() for at in places]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A started (not forked) worker maps the files anew rather than being sent a copy

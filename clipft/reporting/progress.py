@@ -112,12 +112,15 @@ class Pace:
     def __init__(self) -> None:
         self.seconds_per_step = 0.0
         self.pairs_per_s = 0.0
+        self.data_share = 0.0
+        """Of the time, spent waiting for data."""
 
     def add(self, result: StepResult) -> None:
         seconds = max(result.seconds, 1e-9)
         weight = self._WEIGHT if self.seconds_per_step else 1.0
         self.seconds_per_step += weight * (seconds - self.seconds_per_step)
         self.pairs_per_s += weight * (result.pairs / seconds - self.pairs_per_s)
+        self.data_share += weight * (result.data_seconds / seconds - self.data_share)
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -139,7 +142,7 @@ def plan_lines(plan: Plan) -> list[str]:
 def step_figures(result: StepResult, pace: Pace, memory: int) -> str:
     text = (
         f"loss {result.loss:.4f} lr {result.lr:.2e} "
-        f"{pace.pairs_per_s:.0f} pairs/s {memory / 2**30:.1f} GiB"
+        f"{pace.pairs_per_s:.0f} pairs/s {memory / 2**30:.1f} GiB wait {pace.data_share:.0%}"
     )
     return text if result.applied else f"{text} (gradient not finite: skipped)"
 

@@ -1,6 +1,6 @@
 """Embedding the validation pairs of some settings."""
 
-from clipft.data.loader import LoaderOptions, evaluation_batches
+from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
@@ -21,16 +21,19 @@ def validation_pairs(settings: Settings) -> PairDataset:
 
 def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
     """Open the validation pairs and embed them."""
-    return embed_pairs(loaded, validation_pairs(settings), settings)
+    pairs = validation_pairs(settings)
+    preprocessing = validation_preprocessing(loaded.base, pairs, settings)
+    return embed_pairs(loaded, pairs, preprocessing, settings)
 
 
-def embed_pairs(loaded: LoadedModel, pairs: PairDataset, settings: Settings) -> Embeddings:
+def embed_pairs(
+    loaded: LoadedModel, pairs: PairDataset, preprocessing: Preprocessing, settings: Settings
+) -> Embeddings:
     """
     Raises:
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
     """
     options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
-    preprocessing = validation_preprocessing(loaded.base, pairs, settings)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, preprocessing, batch_size, options)
     embedded = embed(loaded.model, batches, loaded.precision)

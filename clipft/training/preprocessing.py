@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from clipft.data.caption_source import CaptionSource, LiveCaptions
-from clipft.data.caption_table import CaptionTable, caption_table
+from clipft.data.caption_table import CaptionFigures, CaptionTable, caption_table
 from clipft.data.caption_template import CaptionTemplate
 from clipft.data.loader import Pairs, Preprocessing
+from clipft.data.overlap import shared_captions, shared_photos
 from clipft.data.shards import PairDataset
 from clipft.data.tokens import CaptionEncoder
 from clipft.errors import DataError, UsageError, nearest
@@ -111,11 +112,33 @@ def _check_texts(table: CaptionTable, pairs: PairDataset, settings: Settings) ->
         )
 
 
-def caption_remarks(captions: CaptionSource, pairs: int, context: int) -> list[str]:
-    """What a user should know of the captions before a run."""
-    if not isinstance(captions, CaptionTable):
-        return []
-    figures, remarks = captions.figures, list[str]()
+def data_remarks(
+    train: Pairs, val: PairDataset, captions: tuple[CaptionSource, CaptionSource], context: int
+) -> list[str]:
+    """What a user should know of the pairs before a run; ``captions`` of train and val."""
+    remarks = []
+    for name, skipped in (("train", train.skipped), ("val", val.skipped)):
+        if skipped:
+            remarks.append(f"{len(skipped)} members of the {name} shards are no pairs")
+    ours, theirs = captions
+    if isinstance(ours, CaptionTable):
+        remarks += _caption_remarks(ours.figures, len(train), context)
+    shared = {}
+    if isinstance(train, PairDataset):
+        shared["photo"] = shared_photos(val, train)
+    if isinstance(ours, CaptionTable) and isinstance(theirs, CaptionTable):
+        shared["caption"] = shared_captions(theirs, ours)
+    listed = " and ".join(f"{count:,} share a {what}" for what, count in shared.items() if count)
+    if listed:
+        remarks.append(
+            f"of {len(val):,} validation pairs {listed} with training, which flatters the "
+            f"figures: see `clipft inspect`"
+        )
+    return remarks
+
+
+def _caption_remarks(figures: CaptionFigures, pairs: int, context: int) -> list[str]:
+    remarks = []
     if figures.captions + figures.none > pairs:
         remarks.append(f"{figures.captions:,} captions for {pairs:,} pairs: each epoch draws one")
     if figures.cut:

@@ -225,7 +225,7 @@ class _Run:
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup = self.setup
-        embedded = embed_pairs(setup.loaded, setup.val, setup.settings)
+        embedded = embed_pairs(setup.loaded, setup.val, setup.val_preprocessing, setup.settings)
         step = self.state.step if self.state else 0
         figures = embedded.retrieval().to_dict()
         return EpochResult(epoch, step, train_loss, embedded.loss(), figures)

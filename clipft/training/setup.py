@@ -23,7 +23,11 @@ from clipft.training.optimisation import (
     warmup_steps,
 )
 from clipft.training.precision import Precision, choose_precision
-from clipft.training.preprocessing import caption_remarks, training_preprocessing
+from clipft.training.preprocessing import (
+    data_remarks,
+    training_preprocessing,
+    validation_preprocessing,
+)
 
 Note = Callable[[str], None]
 
@@ -96,6 +100,7 @@ class RunSetup:
     train: Pairs
     val: PairDataset
     preprocessing: Preprocessing
+    val_preprocessing: Preprocessing
     epoch_plan: EpochPlan
     plan: Plan
 
@@ -129,6 +134,7 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     loaded = load_model(settings)
     preprocessing = training_preprocessing(loaded.base, train, settings, note)
+    val_preprocessing = validation_preprocessing(loaded.base, val, settings)
     effective = min(settings.effective_batch_size, len(train))
     trains = settings.declared_scenario.trains
     micro = _micro_batch(settings, loaded, effective, note) if trains else effective
@@ -136,8 +142,9 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     epochs = settings.epochs if trains else 0
     parameters = loaded.model.parameters_count()
     steps = epoch_plan.steps
-    remarks = _remarks(settings, epoch_plan, train, val)
-    remarks += caption_remarks(preprocessing.captions, len(train), loaded.base.context_length)
+    captions = (preprocessing.captions, val_preprocessing.captions)
+    remarks = _step_remarks(settings, epoch_plan, len(train))
+    remarks += data_remarks(train, val, captions, loaded.base.context_length)
     plan = Plan(
         scenario=settings.scenario,
         model=settings.model,
@@ -154,7 +161,9 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
         optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
         notes=tuple(remarks) if trains else (),
     )
-    return RunSetup(settings, loaded, train, val, preprocessing, epoch_plan, plan)
+    return RunSetup(
+        settings, loaded, train, val, preprocessing, val_preprocessing, epoch_plan, plan
+    )
 
 
 def _open_training(settings: Settings) -> Pairs:
@@ -176,12 +185,12 @@ def _micro_batch(settings: Settings, loaded: LoadedModel, effective: int, note: 
     return found.chosen
 
 
-def _remarks(settings: Settings, plan: EpochPlan, train: Pairs, val: PairDataset) -> list[str]:
-    """What a user should know before the run."""
+def _step_remarks(settings: Settings, plan: EpochPlan, pairs: int) -> list[str]:
+    """What a user should know of the steps before the run."""
     remarks = []
-    if settings.effective_batch_size > len(train):
+    if settings.effective_batch_size > pairs:
         remarks.append(
-            f"effective batch {settings.effective_batch_size} is more than the {len(train)} "
+            f"effective batch {settings.effective_batch_size} is more than the {pairs} "
             f"training pairs: each step takes them all"
         )
     steps = plan.steps * settings.epochs
@@ -193,9 +202,6 @@ def _remarks(settings: Settings, plan: EpochPlan, train: Pairs, val: PairDataset
     first, last = plan.bounds[-1]
     if last - first != plan.effective:
         remarks.append(f"the last step of each epoch takes {last - first} pairs")
-    for name, skipped in (("train", train.skipped), ("val", val.skipped)):
-        if skipped:
-            remarks.append(f"{len(skipped)} members of the {name} shards are no pairs")
     return remarks
 
 

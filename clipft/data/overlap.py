@@ -1,0 +1,45 @@
+"""What stands on both sides of a split, cheaply enough to look at before every run.
+
+Exact copies only; ``inspection`` finds those that merely look alike.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from clipft.data.caption_table import CaptionTable
+from clipft.data.shards import PairDataset
+
+_MOST_READ = 200_000
+"""Pictures that are looked into at most; beyond, copies are left to ``clipft inspect``."""
+
+
+def shared_photos(val: PairDataset, train: PairDataset) -> int:
+    """Pictures of ``val`` that ``train`` has as well, byte for byte.
+
+    The index knows the pictures' sizes: only those of equal size are read.
+    """
+    ours, theirs = _sizes(val), _sizes(train)
+    ours_alike = np.flatnonzero(np.isin(ours, theirs))
+    theirs_alike = np.flatnonzero(np.isin(theirs, ours))
+    if len(ours_alike) + len(theirs_alike) > _MOST_READ:
+        return 0
+    known = set(_hashes(train, theirs_alike))
+    return sum(photo in known for photo in _hashes(val, ours_alike))
+
+
+def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
+    """Pairs of ``val`` one of whose captions is one of ``train``'s."""
+    known = {caption for captions in train.by_pair() for caption in captions}
+    return sum(any(caption in known for caption in captions) for captions in val.by_pair())
+
+
+def _sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    whole = np.concatenate([shard.places[:, 0, 1] for shard in pairs.shards])
+    return whole[: len(pairs)]
+
+
+def _hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:
+    for number in numbers:
+        yield hashlib.sha256(pairs[int(number)].image).digest()
