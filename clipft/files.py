@@ -51,6 +51,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: Path) -> None:
+    """Before long work: could ``path`` be written at its end?
+
+    Raises:
+        StorageError: its folder cannot be made or written to, or it is a folder itself.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {_reason(error)}", _HINT) from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{path.parent} cannot be written to"
+        raise StorageError(f"cannot write {path}: {why}", _HINT)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

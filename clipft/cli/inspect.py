@@ -1,5 +1,6 @@
 """``clipft inspect``."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,14 @@ from rich.text import Text
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
 from clipft.data.pack_options import NEAR_BITS
+from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
 
 if TYPE_CHECKING:
+    from clipft.data.caption_template import CaptionTemplate
     from clipft.data.inspection import PairFacts, SplitFacts
     from clipft.data.shards import PairDataset
-    from clipft.modelling.base import BaseModel
+    from clipft.modelling.base import ModelInputs
 
 Data = Annotated[
     Path | None,
@@ -59,7 +62,7 @@ Html = Annotated[
 ]
 
 
-@settings_command("model", "data_dir", "num_workers")
+@settings_command("model", "data_dir", "caption", "num_workers")
 def inspect(
     loaded: LoadedSettings,
     out: Output,
@@ -78,22 +81,27 @@ def inspect(
         clipft inspect ./catalogue --html findings.html
         clipft inspect ./catalogue --against ./general --json
     """
+    from clipft.data.caption_template import CaptionTemplate
     from clipft.data.inspection import leak
-    from clipft.modelling.base import load_base
+    from clipft.modelling.base import load_inputs
 
     folder, workers = data or loaded.values.data_dir, loaded.values.num_workers
     splits = _splits(folder)
     others = _splits(against, named=True) if against else {}
-    base = load_base(loaded.values.model)
-    facts = {name: _read(out, name, pairs, workers) for name, pairs in splits.items()}
-    figures = {name: _figures(splits[name], facts[name], base, near) for name in splits}
+    if html:
+        check_writable(html)
+    template = CaptionTemplate.parse(loaded.values.caption)
+    model = load_inputs(loaded.values.model)
+    read = partial(_read, out, workers, template)
+    facts = {name: read(name, pairs) for name, pairs in splits.items()}
+    figures = {name: _figures(splits[name], facts[name], model, near) for name in splits}
     result: dict[str, Any] = {name: split.to_dict() for name, split in figures.items()}
     leaks = {}
     if {"train", "val"} <= facts.keys():
         result["val_in_train"] = leak(facts["val"], facts["train"], near).to_dict()
         leaks["Validation pairs that training has too"] = result["val_in_train"]
     if against:
-        theirs = {name: _read(out, name, pairs, workers) for name, pairs in others.items()}
+        theirs = {name: read(name, pairs) for name, pairs in others.items()}
         result["against"] = leak(_all(facts), _all(theirs), near).to_dict()
         leaks[f"Pairs that {against} has too"] = result["against"]
         facts |= theirs
@@ -111,11 +119,13 @@ def inspect(
         out.note(f"Page: {html}")
 
 
-def _read(out: Output, name: str, pairs: "PairDataset", workers: int) -> "list[PairFacts]":
+def _read(
+    out: Output, workers: int, template: "CaptionTemplate", name: str, pairs: "PairDataset"
+) -> "list[PairFacts]":
     from clipft.data.inspection import read_facts
 
     with out.progress(f"Reading {name}, {len(pairs):,} pairs") as report:
-        return read_facts(pairs, report, max(1, workers), name)
+        return read_facts(pairs, report, max(1, workers), name, template)
 
 
 def _all(facts: "dict[str, list[PairFacts]]") -> "list[PairFacts]":
@@ -133,14 +143,15 @@ def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
 
 
 def _figures(
-    pairs: "PairDataset", facts: "list[PairFacts]", base: "BaseModel", near: int
+    pairs: "PairDataset", facts: "list[PairFacts]", model: "ModelInputs", near: int
 ) -> "SplitFacts":
     from clipft.data.inspection import split_facts
+    from clipft.data.tokens import CaptionEncoder
 
     captions = [fact.caption for fact in facts if fact.usable]
-    encoded = base.tokenizer(captions)["input_ids"] if captions else []
-    lengths = [len(ids) for ids in encoded]
-    return split_facts(pairs, facts, lengths, base.context_length, base.image_size, near)
+    encoder = CaptionEncoder(model.tokenizer, model.context_length)
+    lengths = [encoded.length for encoded in encoder(captions)]
+    return split_facts(pairs, facts, lengths, model.context_length, model.image_size, near)
 
 
 def _table(figures: "dict[str, SplitFacts]") -> Table:

@@ -213,3 +213,6 @@ def _closed(gap: "re.Match[str]") -> str:
 def _rank(separator: str) -> int:
     ranks = [rank for rank, marks in enumerate(_STRENGTH) if set(marks) & set(separator)]
     return min(ranks, default=len(_STRENGTH) + (not separator))
+
+
+JUST_THE_TXT = CaptionTemplate.parse(f"{{{CAPTION_FIELD}}}")

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from clipft.data.captions import BadCaption, clean_caption
+from clipft.data.caption_template import JUST_THE_TXT, CaptionTemplate, parse_metadata
+from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.likeness import Look, look_of, near_photos
 from clipft.data.shards import PairDataset
@@ -104,21 +106,27 @@ class Leak:
 
 
 def read_facts(
-    pairs: PairDataset, report: Callable[[int, int], None], workers: int = 0, split: str = ""
+    pairs: PairDataset,
+    report: Callable[[int, int], None],
+    workers: int = 0,
+    split: str = "",
+    template: CaptionTemplate = JUST_THE_TXT,
 ) -> list[PairFacts]:
     """Decode every pair in ``workers`` threads (Pillow decodes outside of the interpreter's
     lock); 0: as many as there are processors."""
     facts = []
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        found = threads.map(lambda number: _fact(pairs, number, split), range(len(pairs)))
+        facts_of = partial(_fact, pairs, split, template)
+        found = threads.map(facts_of, range(len(pairs)))
         for done, fact in enumerate(found):
             facts.append(fact)
             report(done + 1, len(pairs))
     return facts
 
 
-def _fact(pairs: PairDataset, number: int, split: str) -> PairFacts:
-    raw, metadata = pairs[number], pairs.metadata(number)
+def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int) -> PairFacts:
+    raw = pairs[number]
+    metadata = parse_metadata(raw.metadata)
     values = [metadata.get(field) for field in LABEL_FIELDS]
     fact = PairFacts(
         f"{raw.shard}:{raw.key}",
@@ -128,7 +136,7 @@ def _fact(pairs: PairDataset, number: int, split: str) -> PairFacts:
         tuple(value.strip() if isinstance(value, str) else "" for value in values),
     )
     try:
-        fact = replace(fact, caption=clean_caption(raw.caption))
+        fact = replace(fact, caption=template.captions(raw.caption, raw.metadata)[0])
     except BadCaption as error:
         fact = replace(fact, bad_caption=str(error))
     try:

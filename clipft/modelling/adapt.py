@@ -45,8 +45,8 @@ class TrainableModel(nn.Module):
         self.learns_images = any("vision_model" in n or VISUAL in n for n in learning)
         self.learns_texts = any("text_model" in n or TEXTUAL in n for n in learning)
         # Pixels 0..255: (x / 255 - mean) / std in one multiply and add
-        std = torch.tensor(base.std).view(1, 3, 1, 1)
-        mean = torch.tensor(base.mean).view(1, 3, 1, 1)
+        std = torch.tensor(base.inputs.std).view(1, 3, 1, 1)
+        mean = torch.tensor(base.inputs.mean).view(1, 3, 1, 1)
         self.register_buffer("_gain", 1 / (255 * std), persistent=False)
         self.register_buffer("_shift", mean / std, persistent=False)
 

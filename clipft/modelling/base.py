@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +22,26 @@ _TINY_FOLDER = Path(__file__).parent / "tiny"
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """An untouched CLIP. ``mean`` and ``std`` normalise pixels in 0..1, per channel."""
+class ModelInputs:
+    """What a CLIP wants of texts and pictures: a side of ``image_size`` pixels, at most
+    ``context_length`` ids; ``mean`` and ``std`` normalise pixels in 0..1, per channel."""
 
-    name: str
-    model: Any
-    """``transformers.CLIPModel``."""
     tokenizer: Any
+    context_length: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    parameters_count: int
 
-    @property
-    def context_length(self) -> int:
-        return int(self.model.config.text_config.max_position_embeddings)
+@dataclass(frozen=True)
+class BaseModel:
+    """An untouched CLIP."""
+
+    name: str
+    model: Any
+    """``transformers.CLIPModel``."""
+    inputs: ModelInputs
+    parameters_count: int
 
     def fingerprint(self) -> str:
         """A hash over configuration and every weight: equal for equal models."""
@@ -53,30 +59,54 @@ def load_base(name: str) -> BaseModel:
     Raises:
         ModelError: it cannot be had (missing, no network, no CLIP, broken files).
     """
-    quiet_libraries()
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    inputs = load_inputs(name)
+    from transformers import CLIPModel
 
-    source = str(_TINY_FOLDER) if name == TINY else name
+    with _telling_of(name):
+        model = CLIPModel.from_pretrained(_source(name), dtype=torch.float32)
+    parameters = sum(p.numel() for p in model.parameters())
+    return BaseModel(name, model.eval(), inputs, parameters)
+
+
+def load_inputs(name: str) -> ModelInputs:
+    """Tokenizer and preprocessing of a model, without its weights.
+
+    Raises:
+        ModelError: as ``load_base``.
+    """
+    quiet_libraries()
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor
+
+    source = _source(name)
     if name != TINY:
         _check_local(name)
-    try:
+    with _telling_of(name):
         _check_architecture(name, source)
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
+        config = CLIPConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
-    except ModelError:
-        raise
-    except Exception as error:  # the hub's and the loaders' errors share no base class
-        raise _cannot_load(name, error) from error
-    return BaseModel(
-        name=name,
-        model=model.eval(),
+    return ModelInputs(
         tokenizer=tokenizer,
-        image_size=int(model.config.vision_config.image_size),
+        context_length=int(config.text_config.max_position_embeddings),
+        image_size=int(config.vision_config.image_size),
         mean=tuple(processor["image_mean"]),
         std=tuple(processor["image_std"]),
-        parameters_count=sum(p.numel() for p in model.parameters()),
     )
+
+
+def _source(name: str) -> str:
+    return str(_TINY_FOLDER) if name == TINY else name
+
+
+@contextmanager
+def _telling_of(name: str) -> Iterator[None]:
+    """The loaders' errors, which share no base class, as ours."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _cannot_load(name, error) from error
 
 
 def quiet_libraries() -> None:

@@ -77,8 +77,8 @@ class _TextEncoder:
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> Tensor:
         model, precision = self.loaded.model.eval(), self.loaded.precision
-        base = self.loaded.base
-        encoder = CaptionEncoder(base.tokenizer, base.context_length)
+        inputs = self.loaded.base.inputs
+        encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
         ids = padded([encoded.ids for encoded in encoder(texts)], encoder.end)
         with precision.autocast():
             return model.encode_texts(ids.to(precision.device)).cpu()

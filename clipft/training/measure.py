@@ -22,7 +22,7 @@ def validation_pairs(settings: Settings) -> PairDataset:
 def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
     """Open the validation pairs and embed them."""
     pairs = validation_pairs(settings)
-    preprocessing = validation_preprocessing(loaded.base, pairs, settings)
+    preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
     return embed_pairs(loaded, pairs, preprocessing, settings)
 
 

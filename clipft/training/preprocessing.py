@@ -11,7 +11,7 @@ from clipft.data.overlap import shared_captions, shared_photos
 from clipft.data.shards import PairDataset
 from clipft.data.tokens import CaptionEncoder
 from clipft.errors import DataError, UsageError, nearest
-from clipft.modelling.base import BaseModel
+from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
 
 _SAMPLED = 256
@@ -21,7 +21,7 @@ _MANY = 20_000
 
 
 def training_preprocessing(
-    base: BaseModel, pairs: Pairs, settings: Settings, note: Callable[[str], None]
+    model: ModelInputs, pairs: Pairs, settings: Settings, note: Callable[[str], None]
 ) -> Preprocessing:
     """Augmented pictures; a pair with several captions has another one in each epoch.
 
@@ -29,27 +29,27 @@ def training_preprocessing(
         UsageError: the caption template is wrong, or names a field that no pair has.
         DataError: too many pairs have no text.
     """
-    captions = _captions(base, pairs, settings, settings.seed, note)
-    return Preprocessing(captions, base.image_size, settings.augmentation, settings.seed)
+    captions = _captions(model, pairs, settings, settings.seed, note)
+    return Preprocessing(captions, model.image_size, settings.augmentation, settings.seed)
 
 
 def validation_preprocessing(
-    base: BaseModel, pairs: PairDataset, settings: Settings
+    model: ModelInputs, pairs: PairDataset, settings: Settings
 ) -> Preprocessing:
     """The model's own preprocessing and the first caption of each pair."""
-    captions = _captions(base, pairs, settings, None, lambda note: None)
-    return Preprocessing(captions, base.image_size, "none", settings.seed)
+    captions = _captions(model, pairs, settings, None, lambda note: None)
+    return Preprocessing(captions, model.image_size, "none", settings.seed)
 
 
 def _captions(
-    base: BaseModel,
+    model: ModelInputs,
     pairs: Pairs,
     settings: Settings,
     seed: int | None,
     note: Callable[[str], None],
 ) -> CaptionSource:
     template = CaptionTemplate.parse(settings.caption)
-    encoder = CaptionEncoder(base.tokenizer, base.context_length)
+    encoder = CaptionEncoder(model.tokenizer, model.context_length)
     if not isinstance(pairs, PairDataset):
         return LiveCaptions(template, encoder, seed)
     _check_fields(template, pairs)

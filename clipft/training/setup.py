@@ -65,9 +65,8 @@ def find_micro_batch(
     """Search the micro-batch for an effective batch, or take what was found before."""
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    probe = ModelProbe(
-        loaded.model, loaded.base.image_size, loaded.base.context_length, loaded.precision
-    )
+    inputs = loaded.base.inputs
+    probe = ModelProbe(loaded.model, inputs.image_size, inputs.context_length, loaded.precision)
     key = "|".join(
         map(
             str,
@@ -133,8 +132,8 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     train = _open_training(settings)
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     loaded = load_model(settings)
-    preprocessing = training_preprocessing(loaded.base, train, settings, note)
-    val_preprocessing = validation_preprocessing(loaded.base, val, settings)
+    preprocessing = training_preprocessing(loaded.base.inputs, train, settings, note)
+    val_preprocessing = validation_preprocessing(loaded.base.inputs, val, settings)
     effective = min(settings.effective_batch_size, len(train))
     trains = settings.declared_scenario.trains
     micro = _micro_batch(settings, loaded, effective, note) if trains else effective
@@ -144,7 +143,7 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     steps = epoch_plan.steps
     captions = (preprocessing.captions, val_preprocessing.captions)
     remarks = _step_remarks(settings, epoch_plan, len(train))
-    remarks += data_remarks(train, val, captions, loaded.base.context_length)
+    remarks += data_remarks(train, val, captions, loaded.base.inputs.context_length)
     plan = Plan(
         scenario=settings.scenario,
         model=settings.model,

@@ -33,7 +33,7 @@ from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
 from clipft.data.shards import open_pairs
 from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_base
+from clipft.modelling.base import load_inputs
 
 BATCH, SIDE = 64, 224
 CAPTIONS = ("a grey oak side table", "velvet armchair with brass legs, emerald", "white shelf")
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of .jpg files to make the shards of")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer, rows = load_base("tiny").tokenizer, []
+    tokenizer, rows = load_inputs("tiny").tokenizer, []
     pairs, count = (2, 128) if options.quick else (5, 768)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -14,7 +14,7 @@ from clipft.data.caption_template import CaptionTemplate
 from clipft.data.captions import BadCaption
 from clipft.data.shards import open_pairs
 from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_base
+from clipft.modelling.base import load_inputs
 from tests.conftest import add
 
 TEMPLATE = CaptionTemplate.parse("{names} || {caption}")
@@ -22,7 +22,7 @@ TEMPLATE = CaptionTemplate.parse("{names} || {caption}")
 
 @pytest.fixture(scope="module")
 def encoder():
-    return CaptionEncoder(load_base("tiny").tokenizer, 20)
+    return CaptionEncoder(load_inputs("tiny").tokenizer, 20)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from clipft.data.captions import BadCaption, clean_caption
 from clipft.data.tokens import CaptionEncoder, padded
-from clipft.modelling.base import load_base
+from clipft.modelling.base import load_inputs
 
 
 def tokenize(tokenizer, texts, context):
@@ -14,7 +14,7 @@ def tokenize(tokenizer, texts, context):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_base("tiny").tokenizer
+    return load_inputs("tiny").tokenizer
 
 
 @pytest.mark.parametrize(

@@ -265,3 +265,22 @@ def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
     facts = read_facts(write(tmp_path / "0.tar", pairs), quiet)
     assert not near_photos([fact.look for fact in facts], 8)
     assert leak(facts[:1], facts[1:], 8).near_photo == 0
+
+
+def test_the_caption_is_what_training_would_take(catalogue, capsys):
+    more = ["--model", "tiny", "--caption", "always {caption}", "--json"]
+    assert run(["inspect", str(catalogue), *more]) == 0
+    longer = json.loads(capsys.readouterr().out)["train"]["caption_tokens"]
+    assert run(["inspect", str(catalogue), "--model", "tiny", "--json"]) == 0
+    shorter = json.loads(capsys.readouterr().out)["train"]["caption_tokens"]
+    assert longer["max"] > shorter["max"]
+
+
+def test_a_page_that_cannot_be_written_is_found_before_the_scan(catalogue, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    page = ["--html", str(blocked / "page.html")]
+    assert run(["inspect", str(catalogue), "--model", "tiny", *page]) == 4
+    printed = capsys.readouterr()
+    assert "cannot write" in printed.err
+    assert "Reading" not in printed.err

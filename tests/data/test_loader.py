@@ -12,7 +12,7 @@ from clipft.data.loader import (
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import open_pairs
 from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_base
+from clipft.modelling.base import load_inputs
 from tests.conftest import write_shard
 
 EPOCHS = 2
@@ -28,9 +28,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def preprocessing():
-    base = load_base("tiny")
-    captions = LiveCaptions(CaptionTemplate.parse("{caption}"), CaptionEncoder(base.tokenizer, 77))
-    return Preprocessing(captions, base.image_size, "simple", 5)
+    model = load_inputs("tiny")
+    captions = LiveCaptions(CaptionTemplate.parse("{caption}"), CaptionEncoder(model.tokenizer, 77))
+    return Preprocessing(captions, model.image_size, "simple", 5)
 
 
 def steps(dataset, preprocessing, workers=0, start=None, micro=4):

@@ -3,12 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipft.data.tokens import CaptionEncoder, padded
-from clipft.modelling.base import load_base
+from clipft.modelling.base import load_inputs
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_base("tiny").tokenizer
+    return load_inputs("tiny").tokenizer
 
 
 TEXTS = st.lists(st.text(max_size=60).map(lambda t: t.replace("<|", "< |")), min_size=1, max_size=8)

@@ -4,7 +4,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from clipft.errors import ModelError
 from clipft.modelling.adapt import MAX_LOGIT_SCALE, adapt
-from clipft.modelling.base import BaseModel, load_base
+from clipft.modelling.base import BaseModel, ModelInputs, load_base
 from clipft.scenarios import SCENARIOS
 from clipft.settings_sources import load_settings
 
@@ -26,7 +26,8 @@ def test_trainable_parameters_of_the_true_vit_b_32(name):
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig())
     total = sum(p.numel() for p in clip.parameters())
-    base = BaseModel("vit", clip, None, 224, (0.5,) * 3, (0.5,) * 3, total)
+    inputs = ModelInputs(None, 77, 224, (0.5,) * 3, (0.5,) * 3)
+    base = BaseModel("vit", clip, inputs, total)
     counted = adapt(base, SCENARIOS[name], SETTINGS).parameters_count()
     assert counted.base == 151_277_313
     assert counted.trainable == TRAINABLE[name]
@@ -47,8 +48,10 @@ def test_only_what_the_scenario_names_gets_a_gradient(name):
 
 def test_an_adapted_model_starts_as_the_untouched_one():
     base = load_base("tiny")
-    pixels = torch.randint(0, 256, (2, 3, base.image_size, base.image_size), dtype=torch.uint8)
-    ids = torch.tensor(base.tokenizer(["a red chair", "a lamp"], padding=True)["input_ids"])
+    pixels = torch.randint(
+        0, 256, (2, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
+    )
+    ids = torch.tensor(base.inputs.tokenizer(["a red chair", "a lamp"], padding=True)["input_ids"])
     untouched = adapt(base, SCENARIOS["zero_shot"], SETTINGS).eval()
     with torch.no_grad():
         expected = untouched(pixels, ids)
@@ -60,8 +63,12 @@ def test_normalising_is_that_of_the_image_processor():
     from transformers import CLIPImageProcessor
 
     base = load_base("tiny")
-    processor = CLIPImageProcessor(image_mean=list(base.mean), image_std=list(base.std))
-    pixels = torch.randint(0, 256, (1, 3, base.image_size, base.image_size), dtype=torch.uint8)
+    processor = CLIPImageProcessor(
+        image_mean=list(base.inputs.mean), image_std=list(base.inputs.std)
+    )
+    pixels = torch.randint(
+        0, 256, (1, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
+    )
     theirs = processor(
         images=list(pixels), do_resize=False, do_center_crop=False, return_tensors="pt"
     )["pixel_values"]

@@ -34,10 +34,10 @@ def make_model(scenario: str, dropout: float = 0.0) -> TrainableModel:
 def pairs() -> Batch:
     base = load_base("tiny")
     generator = torch.Generator().manual_seed(3)
-    size = base.image_size
+    size = base.inputs.image_size
     pixels = torch.randint(0, 256, (PAIRS, 3, size, size), dtype=torch.uint8, generator=generator)
     texts = [f"a {word} chair number {i}" for i, word in enumerate(["red", "blue", "oak"] * 4)]
-    ids = torch.tensor(base.tokenizer(texts, padding=True)["input_ids"])
+    ids = torch.tensor(base.inputs.tokenizer(texts, padding=True)["input_ids"])
     return Batch(pixels, ids, tuple(range(PAIRS)))
 
 
