@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,46 @@ def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path 
         speeds = f"{row.ours:9.1f} {row.peer:9.1f} {row.ratio:6.2f}x"
         print(f"{row.name:44} {speeds} {spread:>13} {goal:>6}")
     if file:
-        figures: dict[str, Any] = {
-            "figure": figure,
-            "rows": [asdict(row) for row in rows],
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
-            "date": datetime.date.today().isoformat(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-        }
-        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        _write(file, figure, rows, packages)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Cosine between features, and the difference of pixels in steps of 255."""
+
+    name: str
+    least_cosine: float
+    median_cosine: float
+    mean_step: float
+    most_step: float
+
+
+def publish_fidelity(rows: list[Fidelity], file: Path | None) -> None:
+    """Print one table; write the figures where a file was named."""
+    print(f"{'':48} {'cosine: least':>14} {'median':>10} {'pixels: mean':>13} {'most':>6}")
+    for row in rows:
+        cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
+        print(f"{row.name:48} {cosines} {row.mean_step:13.3f} {row.most_step:6.0f}")
+    if file:
+        _write(file, "decode fidelity", rows, ("torch", "transformers", "pillow"))
+
+
+def _write(file: Path, figure: str, rows: Sequence[Any], packages: Sequence[str]) -> None:
+    figures = {
+        "figure": figure,
+        "rows": [asdict(row) for row in rows],
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
