@@ -29,7 +29,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
   max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .lists { display: flex; flex-wrap: wrap; gap: 0 4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; font-weight: normal; }
@@ -85,25 +85,30 @@ def findings_page(
 ) -> str:
     """The page of what ``SplitFacts.to_dict`` (by split) and ``Leak.to_dict`` (by title) hold;
     ``picture`` fetches a pair's by its place, ``MOST`` times at most."""
-    lists = [table for name, split in splits.items() for table in _lists(name, split)]
+    wrong = [table for name, split in splits.items() for table in _wrong(name, split)]
+    labels = [table for name, split in splits.items() for table in _labels(name, split)]
     wanted = {title: groups for title, groups in _wanted(splits, leaks).items() if groups}
     share = MOST // max(1, len(wanted))
     galleries = [
         Gallery(title, _fetched(groups, share, picture)) for title, groups in wanted.items()
     ]
-    return inspection_page(heading, [*tables, *lists], galleries)
+    return inspection_page(heading, [*tables, *wrong], galleries, labels)
 
 
-def _lists(name: str, split: Mapping[str, Any]) -> list[PageTable]:
+def _wrong(name: str, split: Mapping[str, Any]) -> list[PageTable]:
     broken = [[b["pair"], b["reason"]] for b in (*split["broken"], *split["bad_captions"])]
     no_pairs = [[reason, f"{count:,}"] for reason, count in split["no_pairs"].items()]
-    counts = split["categories"].get("counts", {})
     found = (
         (f"Broken in {name}", "why", broken),
         (f"Members of {name} that are no pairs", "members", no_pairs),
-        (f"Labels in {name}", "pairs", [[label, f"{count:,}"] for label, count in counts.items()]),
     )
     return [PageTable(title, [column], rows[:_LISTED]) for title, column, rows in found if rows]
+
+
+def _labels(name: str, split: Mapping[str, Any]) -> list[PageTable]:
+    counts = split["categories"].get("counts", {})
+    rows = [[label, f"{count:,}"] for label, count in counts.items()]
+    return [PageTable(f"Labels in {name}", ["pairs"], rows[:_LISTED])] if rows else []
 
 
 def _wanted(
@@ -111,12 +116,12 @@ def _wanted(
 ) -> dict[str, list[tuple[str, list[str]]]]:
     """By gallery: groups of a remark and the places of pairs."""
     wanted = {
-        title: [(f"same {m['shares']}", [m["pair"], m["other"]]) for m in found["matches"]]
+        title: [(_shared(m["shares"]), [m["pair"], m["other"]]) for m in found["matches"]]
         for title, found in leaks.items()
     }
     for name, split in splits.items():
         wanted[f"Duplicates in {name}"] = [
-            (f"{group['size']:,} pairs, same {', '.join(group['shares'])}", group["pairs"])
+            (f"{group['size']:,} pairs, {_shared(', '.join(group['shares']))}", group["pairs"])
             for group in split["duplicates"]
         ]
         small = split["smallest"]
@@ -124,6 +129,10 @@ def _wanted(
             [("smallest first", small)] if small else []
         )
     return wanted
+
+
+def _shared(names: str) -> str:
+    return f"same {names}".replace("same near photo", "near-identical photo")
 
 
 def _fetched(
@@ -140,9 +149,16 @@ def _fetched(
     return fetched
 
 
-def inspection_page(heading: str, tables: Iterable[PageTable], galleries: Iterable[Gallery]) -> str:
-    """The whole page; every string is shown as it is, markup in it included."""
+def inspection_page(
+    heading: str,
+    tables: Iterable[PageTable],
+    galleries: Iterable[Gallery],
+    lists: Iterable[PageTable] = (),
+) -> str:
+    """The whole page, ``lists`` beside each other at its end; every string is shown as it is,
+    markup in it included."""
     parts = [*map(_table, tables), *(_gallery(gallery) for gallery in galleries if gallery.groups)]
+    parts += ['<div class="lists">\n', *map(_table, lists), "</div>\n"]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -160,8 +176,8 @@ def _table(table: PageTable) -> str:
         for label, *cells in table.rows
     )
     return (
-        f'<h2>{escape(table.title)}</h2>\n<div class="wide"><table>\n'
-        f"<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
+        f'<section><h2>{escape(table.title)}</h2>\n<div class="wide"><table>\n'
+        f"<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div></section>\n"
     )
 
 
