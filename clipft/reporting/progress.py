@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from clipft.records import EpochResult, Observer, Plan, StepResult
 
@@ -50,7 +51,8 @@ class LiveProgress(_Lines):
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}", justify="right"),
-            TimeRemainingColumn(compact=True),
+            # The one column that is not cut where the terminal is narrow
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             console=console,
             transient=True,
         )
