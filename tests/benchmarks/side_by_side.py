@@ -63,7 +63,7 @@ def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path 
         speeds = f"{row.ours:9.1f} {row.peer:9.1f} {row.ratio:6.2f}x"
         print(f"{row.name:44} {speeds} {spread:>13} {goal:>6}")
     if file:
-        _write(file, figure, rows, packages)
+        write_figures(file, figure, rows, packages)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def publish_fidelity(rows: list[Fidelity], file: Path | None) -> None:
         cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
         print(f"{row.name:48} {cosines} {row.mean_step:13.3f} {row.most_step:6.0f}")
     if file:
-        _write(file, "decode fidelity", rows, ("torch", "transformers", "pillow"))
+        write_figures(file, "decode fidelity", rows, ("torch", "transformers", "pillow"))
 
 
-def _write(file: Path, figure: str, rows: Sequence[Any], packages: Sequence[str]) -> None:
+def write_figures(file: Path, figure: str, rows: Sequence[Any], packages: Sequence[str]) -> None:
     figures = {
         "figure": figure,
         "rows": [asdict(row) for row in rows],
