@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are taken for decompression bombs."""
+MAX_ASPECT = 100
+"""Longer pictures are refused: once the shorter side is the model's, 20,000 x 1 fills 5 GB."""
 
 WHITE = (255, 255, 255)
 _DEEP = {"I", "F"}
@@ -39,22 +41,34 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
     twice that many pixels: faster, and close to, but not bitwise, the full decode.
 
     Raises:
-        BadImage: not an image, truncated, or more than ``MAX_PIXELS``.
+        BadImage: not an image, truncated, more than ``MAX_PIXELS`` or ``MAX_ASPECT``.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width}x{image.height} pixels are too many")
+            _refuse_harmful(image)
             if at_least:
                 image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # its own message names an object in memory
+        raise BadImage("not a picture" if data else "an empty file") from error
     except Exception as error:  # Pillow's plug-ins raise whatever they like
         raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def _refuse_harmful(image: Image.Image) -> None:
+    """Look at what the header says, before anything is decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels are too many")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
+    if image.format == "EPS":  # a program: Pillow has Ghostscript run it
+        raise BadImage("EPS is not decoded")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

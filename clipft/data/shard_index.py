@@ -13,6 +13,7 @@ import json
 import os
 import tarfile
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,18 +43,24 @@ class Skipped:
     reason: str
 
 
+Stamp = tuple[int, int]
+"""Bytes and time of the last change in ns: another state of a file has another stamp."""
+
+
+def stamp_of(state: os.stat_result) -> Stamp:
+    return state.st_size, state.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One indexed tar; ``stamp`` is its size and mtime (ns) when it was indexed.
-
-    ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
+    """One indexed tar. ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
 
     ``key_bytes`` uint8 holds all keys one after the other, ``key_ends`` int64 [pairs] where
-    each ends.
+    each ends. ``stamp`` tells the state of the file that was indexed.
     """
 
     path: Path
-    stamp: tuple[int, int]
+    stamp: Stamp
     places: "np.ndarray[Any, np.dtype[np.int64]]"
     key_ends: "np.ndarray[Any, np.dtype[np.int64]]"
     key_bytes: "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -66,9 +73,26 @@ class Shard:
         start = int(self.key_ends[row - 1]) if row else 0
         return self.key_bytes[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
 
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal keys, sizes of members and their order, wherever the shard lies."""
+        content = hashlib.blake2b(self.key_bytes.data, digest_size=8)
+        for array in (self.key_ends, self.places[..., 1]):
+            content.update(np.ascontiguousarray(array).data)
+        return content.hexdigest()
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A started (not forked) worker maps the index anew rather than being sent a copy
-        return open_shard, (self.path,)
+        return _reopened, (self.path, self.stamp)
+
+
+def _reopened(path: Path, stamp: Stamp) -> Shard:
+    """The shard as it was when indexed; without pairs where it is no longer that."""
+    try:
+        shard = open_shard(path)
+    except DataError:
+        shard = None
+    return shard if shard and shard.stamp == stamp else _shard(path, stamp, {}, [])
 
 
 def open_shard(path: Path) -> Shard:
@@ -78,7 +102,7 @@ def open_shard(path: Path) -> Shard:
         DataError: the file is not a whole, uncompressed tar, or cannot be read.
     """
     try:
-        stamp = _stamp(path)
+        stamp = stamp_of(path.stat())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
     for place in _index_places(path):
@@ -90,7 +114,7 @@ def open_shard(path: Path) -> Shard:
     for place in _index_places(path):
         try:
             _save(shard, place)
-            return _load(place, path, stamp)
+            return _load(place, path, shard.stamp)
         except (StorageError, OSError, ValueError):
             continue
     return shard
@@ -109,32 +133,41 @@ def index_shard(path: Path) -> Shard:
     found: dict[str, dict[str, tuple[int, int]]] = {}
     skipped: list[Skipped] = []
     try:
-        stamp = _stamp(path)
+        stamp = stamp_of(path.stat())  # before the reading: a change meanwhile is noticed
         for member in read_members(path):
             reason = _file_member(member, found)
             if reason:
-                skipped.append(Skipped(path.name, member.name, reason))
+                skipped.append(Skipped(path.name, _printable(member.name), reason))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{path} is not a whole tar: {error}", f"fetch the shard again, or {PACK_HINT}"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
-    keys, places = [], []
+    pairs = {}
     for key, members in found.items():
         if "image" not in members:
-            skipped.append(Skipped(path.name, key, "no image"))
+            skipped.append(Skipped(path.name, _printable(key), "no image"))
         elif not members.keys() & {"caption", "metadata"}:
-            skipped.append(Skipped(path.name, key, "no caption"))
+            skipped.append(Skipped(path.name, _printable(key), "no caption"))
         else:
-            keys.append(key.encode("utf-8", "surrogateescape"))
-            places.append([members.get(name, (-1, -1)) for name in FIELDS])
+            pairs[key.encode("utf-8", "surrogateescape")] = members
+    return _shard(path, stamp, pairs, skipped)
+
+
+def _shard(
+    path: Path,
+    stamp: Stamp,
+    pairs: dict[bytes, dict[str, tuple[int, int]]],
+    skipped: list[Skipped],
+) -> Shard:
+    places = [[members.get(name, (-1, -1)) for name in FIELDS] for members in pairs.values()]
     return Shard(
         path,
         stamp,
         np.array(places, _INT).reshape(-1, len(FIELDS), 2),
-        np.cumsum([len(key) for key in keys], dtype=_INT),
-        np.frombuffer(b"".join(keys), np.uint8),
+        np.cumsum([len(key) for key in pairs], dtype=_INT),
+        np.frombuffer(b"".join(pairs), np.uint8),
         skipped,
     )
 
@@ -166,6 +199,11 @@ def member_of(name: str) -> tuple[str, str] | None:
     return _key(folder, stem), kind
 
 
+def _printable(name: str) -> str:
+    """Bytes that are not UTF-8 as replacement characters, as ``Shard.key`` has them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _key(folder: str, stem: str) -> str:
     if not folder:
         return stem
@@ -185,11 +223,6 @@ def _index_places(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
-
-
 def _save(shard: Shard, place: Path) -> None:
     head = {
         "stamp": shard.stamp,
@@ -205,7 +238,7 @@ def _save(shard: Shard, place: Path) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
-def _load(place: Path, path: Path, stamp: tuple[int, int]) -> Shard:
+def _load(place: Path, path: Path, stamp: Stamp) -> Shard:
     """
     Raises:
         OSError, ValueError, KeyError, TypeError: no index, or not one of this shard's state.

@@ -9,6 +9,7 @@ whole shard.
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,15 +106,23 @@ def _member(header: bytes, offset: int, size: int) -> Member | None:
 
 
 def _any_members(path: Path) -> list[Member]:
-    members = []
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            kind = "folder" if info.isdir() else "other"
-            if info.isreg() and not info.issparse():
-                kind = "file"
-            members.append(Member(info.name, kind, info.offset_data, info.size))
-        _check_end(tar)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = list(_tarfile_members(tar))
+            _check_end(tar)
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise tarfile.ReadError(f"damaged header: {error}") from error  # absurd sizes and depths
     return members
+
+
+def _tarfile_members(tar: tarfile.TarFile) -> Iterator[Member]:
+    for info in tar:
+        if info.size < 0:  # tarfile would go back by it, again and again
+            raise ValueError(f"{info.size} bytes in {info.name}")
+        kind = "folder" if info.isdir() else "other"
+        if info.isreg() and not info.issparse():
+            kind = "file"
+        yield Member(info.name, kind, info.offset_data, info.size)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
