@@ -176,7 +176,8 @@ def _load(folder: Path, end: int, seed: int | None) -> CaptionTable:
         OSError, ValueError, KeyError, TypeError: no table, or a broken one.
     """
     figures = CaptionFigures(**json.loads((folder / "figures.json").read_text()))
-    ids, ends, counts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    mapped = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    ids, ends, counts = map(np.asarray, mapped)  # memmap's own indexing is slow
     if (len(counts) and int(counts[-1]) != len(ends)) or (len(ends) and int(ends[-1]) != len(ids)):
         raise ValueError("the arrays do not belong together")
     return CaptionTable(figures, end, seed, ids, ends, counts, folder)

@@ -22,6 +22,7 @@ CAPTION_FIELD = "caption"
 """The ``.txt`` of the pair, unless the metadata has a field of that name alone."""
 
 _EMPTY = "\0"
+_SHOWN = (str, int, float)
 _DASHES = "/|·&+\u2013\u2014-"
 _SEPARATOR = rf"[\s,;:.!?{_DASHES}]"
 _EMPTIED_BRACKETS = re.compile(
@@ -186,7 +187,7 @@ def _text(value: Any) -> str:
     """A value as it stands in a caption; objects, switches and nothing are empty."""
     if isinstance(value, list):
         return ", ".join(text for text in map(_text, value) if text)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, _SHOWN):
         return ""
     return clean_text(f"{value:g}" if isinstance(value, float) else str(value))
 

@@ -256,7 +256,7 @@ def _load(place: Path, path: Path, stamp: Stamp) -> Shard:
     start = len(_MAGIC) + 8 + length
     ends_at = start + pairs * len(FIELDS) * 2 * _INT.itemsize
     keys_at = ends_at + pairs * _INT.itemsize
-    raw = np.memmap(place, np.uint8, mode="r")
+    raw = np.asarray(np.memmap(place, np.uint8, mode="r"))  # memmap's own indexing is slow
     if min(pairs, key_bytes) < 0 or len(raw) != keys_at + key_bytes:
         raise ValueError("cut off")
     places = raw[start:ends_at].view(_INT).reshape(pairs, len(FIELDS), 2)
