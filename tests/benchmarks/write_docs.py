@@ -1,0 +1,70 @@
+"""Writes the tables of docs/benchmarks.md from the JSON files beside it.
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, NAME that of its file.
+
+    python tests/benchmarks/write_docs.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+_MARKED = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+Rows = list[dict[str, Any]]
+
+
+def written(text: str) -> str:
+    """``text`` with its tables as the JSON files have them."""
+
+    def table(found: "re.Match[str]") -> str:
+        name = found.group(1)
+        figures = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+        machine = figures["machine"]
+        versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+        lines = _table(figures["rows"])
+        where = f"{figures['date']}, {machine['cores']} cores ({machine['cpu']}); {versions}."
+        return "\n".join([f"<!-- {name} -->", *lines, "", where, "<!-- end -->"])
+
+    return _MARKED.sub(table, text)
+
+
+def _table(rows: Rows) -> list[str]:
+    columns = _speeds if "ratio" in rows[0] else _plain
+    cells = [columns(row) for row in rows]
+    head = list(cells[0])
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    return lines + [_line(list(row.values())) for row in cells]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _speeds(row: dict[str, Any]) -> dict[str, str]:
+    goal = f"{row['goal']:g}x{'' if row['met'] else ', missed'}" if row["goal"] else ""
+    return {
+        "samples/s": row["name"],
+        "ours": f"{row['ours']:.0f}",
+        "peer": f"{row['peer']:.0f}",
+        "ratio": f"{row['ratio']:.2f}x",
+        "spread": f"{row['spread'][0]:.2f}..{row['spread'][1]:.2f}",
+        "goal": goal,
+    }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): _shown(value) for name, value in row.items()}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}" if 0.99 < value < 1 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    page = DOCS / "benchmarks.md"
+    page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
