@@ -134,7 +134,7 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     if plan.total_steps:
         lines.append(
-            f"{plan.epochs} epochs x {plan.steps_per_epoch} steps of "
+            f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''} x {plan.steps_per_epoch} steps of "
             f"{plan.effective_batch_size} pairs (micro-batches of {plan.micro_batch_size}), "
             f"warm-up {plan.warmup_steps} steps, {plan.optimizer}."
         )
