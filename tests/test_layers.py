@@ -12,6 +12,7 @@ GROUND = {
     "settings",
     "settings_sources",
     "files",
+    "machine",
     "errors",
     "scenarios",
     "records",

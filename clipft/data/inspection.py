@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from clipft.data.images import BadImage, decode_image
 from clipft.data.likeness import Look, look_of, near_photos
 from clipft.data.shards import PairDataset
 from clipft.data.split import Groups
+from clipft.machine import processors
 
 _EXAMPLES = 5
 _LISTED = 12
@@ -115,7 +115,7 @@ def read_facts(
     """Decode every pair in ``workers`` threads (Pillow decodes outside of the interpreter's
     lock); 0: as many as there are processors."""
     facts = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
+    with ThreadPoolExecutor(workers or processors()) as threads:
         facts_of = partial(_fact, pairs, split, template)
         found = threads.map(facts_of, range(len(pairs)))
         for done, fact in enumerate(found):

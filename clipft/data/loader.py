@@ -24,7 +24,10 @@ from clipft.data.shard_index import Skipped
 from clipft.data.shards import PairDataset, RawPair
 from clipft.data.tokens import padded
 from clipft.errors import DataError
+from clipft.machine import processors
 
+_AHEAD_BYTES = 1 << 30
+"""Of decoded pictures that workers hold ready at most."""
 _TIMEOUT = 300
 """Seconds without a batch after which a worker is taken for hung."""
 
@@ -113,12 +116,21 @@ def training_batches(
     if start.epoch >= epochs:
         return
     micro_batches = plan.from_position(start, epochs, dataset.order(plan))
-    batches = iter(_loader(dataset, preprocessing, micro_batches, options))
+    ahead = _ahead(plan, preprocessing.image_size, options.workers)
+    batches = iter(_loader(dataset, preprocessing, micro_batches, options, ahead))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
             micros = [_next(batches) for _ in range(plan.micro_batches(step))]
             skipped = [skipped for batch in micros for skipped in batch.skipped]
             yield StepBatch(epoch, step, [batch for batch in micros if len(batch)], skipped)
+
+
+def _ahead(plan: EpochPlan, image_size: int, workers: int) -> int:
+    """Micro-batches that each worker has ready: together a whole step, so that the next one is
+    there when this one is done, and one more; less where that would take too much memory."""
+    step = -(-plan.effective // plan.micro)
+    room = _AHEAD_BYTES // (plan.micro * 3 * image_size**2)
+    return max(2, min(-(-step // max(1, workers)) + 1, room // max(1, workers)))
 
 
 def evaluation_batches(
@@ -137,9 +149,10 @@ def _loader(
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
+    ahead: int = 2,
 ) -> "DataLoader[Batch]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
-    workers = min(options.workers, os.cpu_count() or 1)
+    workers = min(options.workers, processors())
     decoded: Any = _Decoded(dataset, preprocessing)  # items become a Batch in collate
     return DataLoader(
         decoded,
@@ -147,6 +160,7 @@ def _loader(
         collate_fn=_Collate(preprocessing.captions.end),
         worker_init_fn=_ignore_signals,
         num_workers=workers,
+        prefetch_factor=ahead if workers else None,
         pin_memory=options.pin_memory,
         timeout=_TIMEOUT if workers else 0,
         # Otherwise iter() draws a seed from the global generator, and dropout would follow

@@ -133,8 +133,9 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plan.device}, {plan.precision}.",
     ]
     if plan.total_steps:
+        epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
         lines.append(
-            f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''} x {plan.steps_per_epoch} steps of "
+            f"{epochs} x {plan.steps_per_epoch} steps of "
             f"{plan.effective_batch_size} pairs (micro-batches of {plan.micro_batch_size}), "
             f"warm-up {plan.warmup_steps} steps, {plan.optimizer}."
         )

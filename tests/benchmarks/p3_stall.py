@@ -1,0 +1,94 @@
+"""How long a training step waits for data: workers ahead by a whole step, or by two batches each.
+
+The step sleeps as long as a GPU would compute, so that the workers have the processors for
+themselves; how long is set to what the workers need for a step, times ``--slack``. An optimizer
+step takes ``EFFECTIVE`` pairs in micro-batches of ``MICRO``. 500 x 500 JPEGs, made up or of
+``--photos``.
+
+    python tests/benchmarks/p3_stall.py [--photos DIR] [--quick] [--json FILE]
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from p3_data_path import photos, write_shards
+from side_by_side import arguments, write_figures
+
+from clipft.data import loader
+from clipft.data.caption_source import LiveCaptions
+from clipft.data.caption_template import JUST_THE_TXT
+from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.order import EpochPlan, Position
+from clipft.data.shards import PairDataset, open_pairs
+from clipft.data.tokens import CaptionEncoder
+from clipft.modelling.base import load_inputs
+
+EFFECTIVE, MICRO = 512, 32
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Shares of the time that steps waited for data, after the first step."""
+
+    workers: int
+    step_seconds: float
+    two_ahead: float
+    a_step_ahead: float
+
+
+def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep: float) -> float:
+    """The share of waiting over one epoch."""
+    plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
+    steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
+    next(steps)
+    time.sleep(sleep)
+    waited, started = 0.0, time.perf_counter()
+    asked = started
+    for _ in steps:
+        waited += time.perf_counter() - asked
+        time.sleep(sleep)
+        asked = time.perf_counter()
+    return waited / (time.perf_counter() - started)
+
+
+def needed(pairs: PairDataset, preprocessing: Preprocessing, workers: int) -> float:
+    """Seconds that the workers take for a step, when nothing else runs."""
+    plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
+    steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
+    next(steps)
+    started = time.perf_counter()
+    count = sum(1 for _ in steps)
+    return (time.perf_counter() - started) / count
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--photos", type=Path, help="folder of .jpg files to make the shards of")
+    parser.add_argument("--slack", type=float, default=1.3)
+    options = parser.parse_args()
+    model, rows = load_inputs("tiny"), []
+    captions = LiveCaptions(JUST_THE_TXT, CaptionEncoder(model.tokenizer, 77))
+    preprocessing = Preprocessing(captions, 224, "simple", 1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "train"
+        write_shards(folder, photos(options.photos, 500, 6 * EFFECTIVE))
+        pairs = open_pairs(folder)
+        for workers in (1, 2):
+            sleep = options.slack * needed(pairs, preprocessing, workers)
+            shares: tuple[list[float], list[float]] = ([], [])
+            for _ in range(1 if options.quick else 3):
+                with mock.patch.object(loader, "_ahead", return_value=2):
+                    shares[0].append(waits(pairs, preprocessing, workers, sleep))
+                shares[1].append(waits(pairs, preprocessing, workers, sleep))
+            rows.append(Stall(workers, sleep, *map(statistics.median, shares)))
+            print(rows[-1], flush=True)
+    if options.json:
+        write_figures(options.json, "P3 stall", rows, ("torch", "torchvision", "pillow"))
+
+
+if __name__ == "__main__":
+    main()
