@@ -163,5 +163,5 @@ def _counted(names: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for name in names:
         counts[name] = counts.get(name, 0) + 1
-    ranked = sorted(counts.items(), key=lambda item: -item[1])[:5]
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     return ", ".join(f"{count} {name}" for name, count in ranked) or "nothing"

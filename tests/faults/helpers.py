@@ -1,0 +1,88 @@
+"""Making faulty catalogues, and looking at what a command left."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from clipft.cli.app import run
+from clipft.data.render import render_pair
+from tests.conftest import add, jpeg
+
+Member = tuple[str, bytes]
+TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", "fp32"]
+
+
+def write_tar(path: Path, members: Iterable[Member | tarfile.TarInfo], form: int = 2) -> None:
+    """``form`` as ``tarfile`` numbers them; a bare ``TarInfo`` is a member without content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                add(tar, *member)
+
+
+def good(numbers: Iterable[int]) -> list[Member]:
+    """Rendered products that nothing is wrong with."""
+    members = []
+    for number in numbers:
+        pair = render_pair(7, number)
+        members += [(f"{number:05d}.jpg", jpeg(pair)), (f"{number:05d}.txt", pair.caption.encode())]
+    return members
+
+
+def catalogue(folder: Path, train: Iterable[Member | tarfile.TarInfo], val: int = 4) -> Path:
+    write_tar(folder / "train" / "00000.tar", train)
+    write_tar(folder / "val" / "00000.tar", good(range(1000, 1000 + val)))
+    return folder
+
+
+def train(folder: Path, *more: str) -> int:
+    args = [*TINY, "--data-dir", str(folder), "--output-dir", str(folder / "out"), *more]
+    return run(["train", *args])
+
+
+def one_error(capsys) -> tuple[str, str]:
+    """What stands after ``error: `` and ``hint: ``, each of which is there once."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in " ".join(lines)
+    said = [
+        [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+        for mark in ("error: ", "hint: ")
+    ]
+    assert len(said[0]) == len(said[1]) == 1, lines
+    return said[0][0], said[1][0]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def skipped(folder: Path) -> dict[tuple[str, str], str]:
+    """(shard, key) -> reason as the run of ``train`` lists them, none twice."""
+    listed = lines(folder / "out" / "dual_lora" / "skipped.jsonl")
+    reasons = {(line["shard"], line["key"]): line["reason"] for line in listed}
+    assert len(reasons) == len(listed)
+    return reasons
+
+
+def trained_pairs(folder: Path) -> int:
+    metrics = lines(folder / "out" / "dual_lora" / "metrics.jsonl")
+    return sum(line["pairs"] for line in metrics if line["kind"] == "step")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that lies in a folder but indexes and locks."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def encoded(image: Image.Image, kind: str, **more) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
