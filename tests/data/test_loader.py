@@ -1,18 +1,14 @@
 import pytest
 import torch
 
-from clipft.data.caption_source import LiveCaptions
-from clipft.data.caption_template import CaptionTemplate
 from clipft.data.loader import (
     LoaderOptions,
-    Preprocessing,
     evaluation_batches,
     training_batches,
 )
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import open_pairs
-from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_inputs
+from tests import inputs
 from tests.conftest import write_shard
 
 EPOCHS = 2
@@ -28,9 +24,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def preprocessing():
-    model = load_inputs("tiny")
-    captions = LiveCaptions(CaptionTemplate.parse("{caption}"), CaptionEncoder(model.tokenizer, 77))
-    return Preprocessing(captions, model.image_size, "simple", 5)
+    return inputs.preprocessing()
 
 
 def steps(dataset, preprocessing, workers=0, start=None, micro=4):

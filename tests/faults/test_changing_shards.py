@@ -10,14 +10,14 @@ import pytest
 
 from clipft.cli import running
 from clipft.cli.app import run
-from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import open_pairs
 from clipft.errors import DataError
-from clipft.modelling.base import load_base
 from clipft.records import EpochResult, Plan, StepResult
 from clipft.training.checkpoint import load_checkpoint
 from tests.faults.helpers import Member, catalogue, good, lines, one_error, train, write_tar
+from tests.inputs import preprocessing
 
 SIZES = ["--effective-batch-size", "4", "--micro-batch-size", "4", "--checkpoint-every", "1"]
 
@@ -127,10 +127,13 @@ def test_every_change_is_noticed_at_the_next_reading(tmp_path, harm):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_notice_too(tmp_path, harm, workers):
     write_tar(tmp_path / "a.tar", even(range(60)))
-    base = load_base("tiny")
-    how = Preprocessing(base.tokenizer, base.context_length, base.image_size, "simple", 5)
     batches = training_batches(
-        open_pairs(tmp_path), how, EpochPlan(60, 4, 4, 5), Position(), 1, LoaderOptions(workers)
+        open_pairs(tmp_path),
+        preprocessing(),
+        EpochPlan(60, 4, 4, 5),
+        Position(),
+        1,
+        LoaderOptions(workers),
     )
     next(batches)
     harm(tmp_path / "a.tar")

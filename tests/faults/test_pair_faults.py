@@ -12,16 +12,13 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data.captions import tokenize
 from clipft.data.images import decode_image
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches, training_batches
+from clipft.data.loader import LoaderOptions, evaluation_batches, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import open_pairs
-from clipft.modelling.base import load_base
 from tests.conftest import write_shard
 from tests.faults.helpers import (
     catalogue,
@@ -33,6 +30,7 @@ from tests.faults.helpers import (
     trained_pairs,
     write_tar,
 )
+from tests.inputs import encoder, preprocessing
 
 SIDE = 64
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 160, 60), (30, 60, 200), (128, 128, 128)
@@ -180,22 +178,16 @@ CAPTIONS = {  # caption -> the text that the model is to read
 EMPTY = {"empty": b"", "blank": b" \t\r\n", "nuls": b"\x00\x00", "only-bom": b"\xef\xbb\xbf"}
 
 
-@pytest.fixture(scope="module")
-def preprocessing() -> Preprocessing:
-    base = load_base("tiny")
-    return Preprocessing(base.tokenizer, base.context_length, SIDE, "none", 5)
-
-
 def squares(pixels: np.ndarray) -> np.ndarray:
     """The four squares' middles of [S, S, 3], int [4, 3]."""
     near, far = pixels.shape[0] // 4, pixels.shape[0] * 3 // 4
     return pixels[[near, near, far, far], [near, far, near, far]].astype(int)
 
 
-def loaded(folder, preprocessing):
+def loaded(folder):
     """Key -> (picture [S, S, 3], token ids) of all usable pairs; key -> reason of the others."""
     dataset, pairs, reasons = open_pairs(folder), {}, {}
-    for batch in evaluation_batches(dataset, preprocessing, 1, LoaderOptions()):
+    for batch in evaluation_batches(dataset, preprocessing("none", SIDE), 1, LoaderOptions()):
         reasons |= {bad.key: bad.reason for bad in batch.skipped}
         for number, pixels, ids in zip(
             batch.numbers, batch.pixel_values, batch.input_ids, strict=True
@@ -204,7 +196,7 @@ def loaded(folder, preprocessing):
     return pairs, reasons
 
 
-def test_every_kind_of_picture_looks_as_it_should(tmp_path, preprocessing):
+def test_every_kind_of_picture_looks_as_it_should(tmp_path):
     wanted = pictures()
     members = [
         member
@@ -212,7 +204,7 @@ def test_every_kind_of_picture_looks_as_it_should(tmp_path, preprocessing):
         for member in ((f"{name}_.{name.rpartition('.')[2]}", data), (f"{name}_.txt", b"text"))
     ]
     write_tar(tmp_path / "a.tar", members)
-    pairs, reasons = loaded(tmp_path, preprocessing)
+    pairs, reasons = loaded(tmp_path)
     assert reasons == {}
     for name, (data, colours) in wanted.items():
         seen = squares(pairs[f"{name}_"][0])
@@ -222,20 +214,19 @@ def test_every_kind_of_picture_looks_as_it_should(tmp_path, preprocessing):
         assert np.abs(seen - np.array(colours)).max() <= 8, f"{name} reduced"
 
 
-def test_every_kind_of_caption_reads_as_it_should(tmp_path, preprocessing):
+def test_every_kind_of_caption_reads_as_it_should(tmp_path):
     picture = good([1])[0][1]
     members = []
     for name, (data, _) in CAPTIONS.items():
         members += [(f"{name}.jpg", picture), (f"{name}.txt", data)]
     write_tar(tmp_path / "a.tar", members)
-    pairs, reasons = loaded(tmp_path, preprocessing)
+    pairs, reasons = loaded(tmp_path)
     assert reasons == {}
-    end = preprocessing.tokenizer.eos_token_id
     for name, (_, text) in CAPTIONS.items():
         ids = pairs[name][1]
-        assert torch.equal(ids, tokenize(preprocessing.tokenizer, [text], 77)[0]), name
-        assert ids.tolist().count(end) == 1, name
-        assert ids[-1] == end, name
+        assert ids.tolist() == encoder()([text])[0].ids, name
+        assert ids.tolist().count(encoder().end) == 1, name
+        assert ids[-1] == encoder().end, name
 
 
 def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsys):
@@ -275,7 +266,7 @@ def test_too_many_broken_validation_pairs_end_with_3_before_training(tmp_path, c
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_with_a_tenth_of_the_pairs_bad_the_others_are_seen_once_an_epoch(
-    tmp_path, preprocessing, monkeypatch, workers
+    tmp_path, monkeypatch, workers
 ):
     monkeypatch.setattr("os.cpu_count", lambda: 8)  # 3 workers are 3 everywhere
     bad = set(range(4, 100, 10))
@@ -283,7 +274,7 @@ def test_with_a_tenth_of_the_pairs_bad_the_others_are_seen_once_an_epoch(
     dataset, plan = open_pairs(tmp_path), EpochPlan(100, 32, 5, seed=1)
     seen, left_out = {0: [], 1: []}, {0: [], 1: []}
     for step in training_batches(
-        dataset, preprocessing, plan, Position(), 2, LoaderOptions(workers)
+        dataset, preprocessing("none", SIDE), plan, Position(), 2, LoaderOptions(workers)
     ):
         seen[step.epoch] += [n for batch in step.micro_batches for n in batch.numbers]
         left_out[step.epoch] += [int(skipped.key) for skipped in step.skipped]

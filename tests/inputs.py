@@ -1,0 +1,23 @@
+"""Preprocessing as the tiny model has it."""
+
+from functools import cache
+
+from clipft.data.caption_source import LiveCaptions
+from clipft.data.caption_template import JUST_THE_TXT
+from clipft.data.loader import Preprocessing
+from clipft.data.tokens import CaptionEncoder
+from clipft.modelling.base import ModelInputs, load_inputs
+
+
+@cache
+def tiny() -> ModelInputs:
+    return load_inputs("tiny")
+
+
+def encoder(context: int = 77) -> CaptionEncoder:
+    return CaptionEncoder(tiny().tokenizer, context)
+
+
+def preprocessing(augmentation: str = "simple", side: int = 0) -> Preprocessing:
+    captions = LiveCaptions(JUST_THE_TXT, encoder())
+    return Preprocessing(captions, side or tiny().image_size, augmentation, 5)
