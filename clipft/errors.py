@@ -26,6 +26,9 @@ class ClipftError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type["ClipftError"], tuple[str, str]]:
+        return type(self), (self.message, self.hint)
+
 
 class UsageError(ClipftError):
     exit_code = 2

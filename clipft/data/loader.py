@@ -5,10 +5,13 @@ uint8 pictures leave the workers; normalising is the model's business. A pair th
 be decoded is left out of its batch and named in it: positions stay where they are.
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -150,9 +153,11 @@ def _loader(
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
     ahead: int = 2,
-) -> "DataLoader[Batch]":
+) -> "DataLoader[Batch | DataError]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
     workers = min(options.workers, processors())
+    if workers:
+        _kill_workers_at_exit()
     decoded: Any = _Decoded(dataset, preprocessing)  # items become a Batch in collate
     return DataLoader(
         decoded,
@@ -168,9 +173,9 @@ def _loader(
     )
 
 
-def _next(batches: Iterator[Batch]) -> Batch:
+def _next(batches: "Iterator[Batch | DataError]") -> Batch:
     try:
-        return next(batches)
+        batch = next(batches)
     except RuntimeError as error:  # torch's word for a dead or hung worker
         if "DataLoader" not in str(error):
             raise
@@ -178,6 +183,9 @@ def _next(batches: Iterator[Batch]) -> Batch:
             f"a data worker died or hung: {' '.join(str(error).split())}",
             "use fewer --num-workers if memory is short, then `clipft resume`",
         ) from error
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 @dataclass(frozen=True)
@@ -187,8 +195,12 @@ class _Pair:
     ids: list[int]
 
 
-class _Decoded(Dataset["_Pair | Skipped"]):
-    """(epoch, place) -> a decoded pair; augmentation depends on (seed, epoch, number)."""
+class _Decoded(Dataset["_Pair | Skipped | DataError"]):
+    """(epoch, place) -> a decoded pair; augmentation depends on (seed, epoch, number).
+
+    A ``DataError`` is handed on rather than raised: from a worker torch would bring its text
+    alone.
+    """
 
     def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
@@ -198,9 +210,12 @@ class _Decoded(Dataset["_Pair | Skipped"]):
         random = preprocessing.augmentation != "none"
         self.at_least = preprocessing.image_size if random else 0
 
-    def __getitem__(self, place: tuple[int, Any]) -> "_Pair | Skipped":
+    def __getitem__(self, place: tuple[int, Any]) -> "_Pair | Skipped | DataError":
         epoch, which = place
-        raw = self.dataset[which]
+        try:
+            raw = self.dataset[which]
+        except DataError as error:
+            return error
         try:
             ids = self.captions.ids(raw, epoch)
             image = decode_image(raw.image, self.at_least)
@@ -216,11 +231,26 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@cache
+def _kill_workers_at_exit() -> None:
+    """An iterator that a traceback keeps alive leaves its workers running; multiprocessing then
+    sends SIGTERM, which they ignore, and would wait for them for ever."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(kill)
+
+
 @dataclass(frozen=True)
 class _Collate:
     end: int
 
-    def __call__(self, items: "list[_Pair | Skipped]") -> Batch:
+    def __call__(self, items: "list[_Pair | Skipped | DataError]") -> "Batch | DataError":
+        for item in items:
+            if isinstance(item, DataError):
+                return item
         pairs = [item for item in items if isinstance(item, _Pair)]
         skipped = tuple(item for item in items if isinstance(item, Skipped))
         if not pairs:

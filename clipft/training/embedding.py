@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clipft.data.loader import Batch
 from clipft.data.shard_index import Skipped
+from clipft.errors import DataError
 from clipft.evaluation.retrieval import Retrieval, retrieval, validation_loss
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.precision import Precision
@@ -32,7 +33,11 @@ class Embeddings:
 
 @torch.inference_mode()
 def embed(model: TrainableModel, batches: Iterable[Batch], precision: Precision) -> Embeddings:
-    """Embed all pairs with dropout off; the model's mode is put back."""
+    """Embed all pairs with dropout off; the model's mode is put back.
+
+    Raises:
+        DataError: none of them can be used.
+    """
     was_training = model.training
     model.eval()
     images, texts, numbers, skipped = [], [], list[int](), list[Skipped]()
@@ -46,5 +51,12 @@ def embed(model: TrainableModel, batches: Iterable[Batch], precision: Precision)
             texts.append(model.encode_texts(moved.input_ids).cpu())
         numbers += batch.numbers
     model.train(was_training)
+    if not numbers:
+        raise _nothing(skipped)
     scale = float(model.logit_scale.detach().exp())
     return Embeddings(torch.cat(images), torch.cat(texts), tuple(numbers), tuple(skipped), scale)
+
+
+def _nothing(skipped: list[Skipped]) -> DataError:
+    first = f": first {skipped[0].key} in {skipped[0].shard} ({skipped[0].reason})"
+    return DataError(f"none of the {len(skipped)} pairs can be used{first}", "mend the data")

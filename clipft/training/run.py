@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,8 @@ class _Run:
         self.paths.best.unlink(missing_ok=True)
         self.paths.skipped.unlink(missing_ok=True)
         cut_metrics(self.paths.metrics, -1)
-        unusable = [*self.setup.train.skipped, *self.setup.val.skipped]
-        if unusable:
-            append_lines(self.paths.skipped, [asdict(skipped) for skipped in unusable])
+        for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
+            self._list_skipped(split, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
         self.before = self._measure(epoch=0, train_loss=None)
         self.watchers.observer.epoch_ended(self.before)
@@ -166,6 +165,14 @@ class _Run:
                 model.clip.save_pretrained(str(temporary))
 
     def _train(self, state: TrainState) -> None:
+        try:
+            self._train_steps(state)
+        except DataError:
+            if state.step and math.isfinite(state.loss):
+                self._save(finished=False)
+            raise
+
+    def _train_steps(self, state: TrainState) -> None:
         accumulate = self.setup.make_accumulation(state.optimiser)
         for result in fit(state, self._batches(state), accumulate):
             self._after_step(result)
@@ -179,7 +186,7 @@ class _Run:
 
     def _batches(self, state: TrainState) -> Iterator[StepBatch]:
         setup = self.setup
-        return training_batches(
+        batches = training_batches(
             setup.train,
             setup.preprocessing,
             setup.epoch_plan,
@@ -187,26 +194,29 @@ class _Run:
             setup.plan.epochs,
             setup.loader_options,
         )
+        for batch in batches:
+            if not batch.pairs:
+                raise self._too_many_bad(len(batch.skipped), asdict(batch.skipped[-1]))
+            yield batch
 
     def _after_step(self, result: StepResult) -> None:
         self.watchers.observer.stepped(result)
-        if result.skipped:
+        if result.skipped and result.epoch == 1:  # later epochs meet the same ones again
             self.skipped_pairs += len(result.skipped)
-            append_lines(self.paths.skipped, [dict(s) for s in result.skipped])
-            self._check_bad_share(result)
+            self._list_skipped("train", result.skipped)
+            if self.skipped_pairs > max(1.0, self.setup.settings.max_bad * len(self.setup.train)):
+                raise self._too_many_bad(self.skipped_pairs, result.skipped[-1])
 
-    def _check_bad_share(self, result: StepResult) -> None:
-        """Bad pairs against ``max_bad`` of all pairs that an epoch has."""
-        seen_epochs = result.epoch
-        allowed = self.setup.settings.max_bad * len(self.setup.train) * seen_epochs
-        if self.skipped_pairs > max(1.0, allowed):
-            raise DataError(
-                f"{self.skipped_pairs} pairs could not be used, more than --max-bad "
-                f"{self.setup.settings.max_bad:g} of {len(self.setup.train)}: the last was "
-                f"{result.skipped[-1]['key']} in {result.skipped[-1]['shard']} "
-                f"({result.skipped[-1]['reason']})",
-                f"see {self.paths.skipped}; mend the data, or raise --max-bad",
-            )
+    def _too_many_bad(self, count: int, last: dict[str, str]) -> DataError:
+        return DataError(
+            f"{count} pairs could not be used, more than --max-bad "
+            f"{self.setup.settings.max_bad:g} of {len(self.setup.train)}: the last was "
+            f"{last['key']} in {last['shard']} ({last['reason']})",
+            f"see {self.paths.skipped}; mend the data, or raise --max-bad",
+        )
+
+    def _list_skipped(self, split: str, skipped: Iterable[dict[str, str]]) -> None:
+        append_lines(self.paths.skipped, [{"split": split, **entry} for entry in skipped])
 
     def _after_epoch(self, state: TrainState) -> None:
         train_loss = state.epoch_loss_sum / state.steps_per_epoch
@@ -227,6 +237,8 @@ class _Run:
         setup = self.setup
         embedded = embed_pairs(setup.loaded, setup.val, setup.val_preprocessing, setup.settings)
         step = self.state.step if self.state else 0
+        if not epoch:  # later epochs meet the same ones again
+            self._list_skipped("val", map(asdict, embedded.skipped))
         figures = embedded.retrieval().to_dict()
         return EpochResult(epoch, step, train_loss, embedded.loss(), figures)
 

@@ -126,6 +126,8 @@ def _done(line: str, done_steps: int) -> bool:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a JSONL file."""
+    """Add records to a JSONL file; none: no file is made."""
+    if not records:
+        return
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -102,3 +106,26 @@ def test_the_global_generator_is_left_alone(dataset, preprocessing):
     torch.manual_seed(1)
     steps(dataset, preprocessing)
     assert torch.equal(torch.rand(1), expected)
+
+
+LEFT_OVER = """
+from pathlib import Path
+from clipft.data.loader import LoaderOptions, training_batches
+from clipft.data.order import EpochPlan, Position
+from clipft.data.shards import open_pairs
+from tests.inputs import preprocessing
+
+plan = EpochPlan(30, 4, 4, 5)
+held = training_batches(
+    open_pairs(Path({folder!r})), preprocessing(), plan, Position(), 9, LoaderOptions(2)
+)
+next(held)
+"""
+
+
+def test_workers_that_are_still_wanted_do_not_keep_the_program_from_ending(dataset):
+    script = (
+        LEFT_OVER.format(folder=str(dataset.shards[0].path.parent)) + "import sys\nsys.x = held"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=root)

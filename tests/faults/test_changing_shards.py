@@ -185,7 +185,6 @@ def test_the_validation_shard_is_watched_too(tmp_path, monkeypatch, capsys):
     assert one_error(capsys)[0] == f"{val} was changed or removed while it was in use"
 
 
-@pytest.mark.xfail(strict=True, reason="the loader takes a worker's DataError for its death")
 def test_a_worker_says_it_as_clearly_as_the_main_process(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(60)))
     path = tmp_path / "train" / "00000.tar"
@@ -193,7 +192,6 @@ def test_a_worker_says_it_as_clearly_as_the_main_process(tmp_path, monkeypatch, 
     assert one_error(capsys)[0] == f"{path} was changed or removed while it was in use"
 
 
-@pytest.mark.xfail(strict=True, reason="the steps since the last checkpoint are not saved")
 def test_the_state_is_saved_when_the_data_fail(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(12)))
     no_checkpoints = ("--checkpoint-every", "0")

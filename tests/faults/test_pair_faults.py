@@ -306,28 +306,24 @@ def with_bad(folder, train_pairs, bad_train, val_pairs=4, bad_val=()):
     write_shard(folder / "val" / "00000.tar", range(1000, 1000 + val_pairs), bad_val)
 
 
-@pytest.mark.xfail(strict=True, reason="a bad pair counts and is listed anew in each epoch")
 def test_a_bad_pair_counts_once_whatever_the_epochs(tmp_path):
     with_bad(tmp_path, 8, [5])
     assert train(tmp_path, "--epochs", "2") == 0  # one is allowed in one epoch, why not in two
     assert list(skipped(tmp_path)) == [("00000.tar", "00005")]
 
 
-@pytest.mark.xfail(strict=True, reason="pairs of val/ that cannot be decoded are not listed")
 def test_a_bad_validation_pair_is_listed(tmp_path):
     with_bad(tmp_path, 4, [], 4, [1002])
     assert train(tmp_path) == 0
     assert list(skipped(tmp_path)) == [("00000.tar", "01002")]
 
 
-@pytest.mark.xfail(strict=True, reason="no embedding at all: torch.cat of an empty list, exit 1")
 def test_a_step_of_bad_pairs_only_is_a_data_error(tmp_path, capsys):
     with_bad(tmp_path, 4, range(4))
     assert train(tmp_path) == 3
     assert "--max-bad" in one_error(capsys)[0]
 
 
-@pytest.mark.xfail(strict=True, reason="no embedding at all: torch.cat of an empty list, exit 1")
 def test_no_readable_validation_pair_is_a_data_error(tmp_path, capsys):
     with_bad(tmp_path, 4, [], 1, [1000])
     assert train(tmp_path) == 3
