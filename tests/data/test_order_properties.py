@@ -1,0 +1,218 @@
+"""What a run sees is a function of the pairs and the seed: not of workers, micro-batches, the
+cut into shards, nor of how often it was killed. Over real shards, pictures and captions."""
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
+from clipft.data.order import EpochPlan
+from clipft.data.shards import open_pairs
+from clipft.modelling.base import load_base
+from clipft.training.trainer import TrainState
+from tests.faults.helpers import encoded, write_tar
+
+Kills = dict[int, bool]
+"""Steps done -> killed right then, or only while the next step was under way."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """``cuts``: the numbers of the pairs that begin another shard."""
+
+    pairs: int
+    cuts: frozenset[int]
+    bad: frozenset[int]
+    effective: int
+    micro: int
+    epochs: int
+    seed: int
+    workers: int = 0
+
+    @property
+    def plan(self) -> EpochPlan:
+        return EpochPlan(self.pairs, min(self.effective, self.pairs), self.micro, self.seed)
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps * self.epochs
+
+
+@st.composite
+def runs(draw: st.DrawFn, workers: int = 0) -> Run:
+    pairs = draw(st.integers(1, 24))
+    numbers = st.frozensets(st.integers(0, pairs - 1), max_size=6)
+    return Run(
+        pairs,
+        cuts=draw(numbers),
+        bad=draw(numbers),
+        effective=draw(st.integers(2, 12)),
+        micro=draw(st.integers(1, 12)),
+        epochs=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 3)),
+        workers=draw(st.integers(1, workers)) if workers else 0,
+    )
+
+
+@st.composite
+def killed_runs(draw: st.DrawFn, workers: int = 0) -> tuple[Run, Kills]:
+    run = draw(runs(workers))
+    kills = st.dictionaries(st.integers(0, run.steps), st.booleans(), max_size=2 if workers else 6)
+    return run, draw(kills)
+
+
+@cache
+def preprocessing(seed: int) -> Preprocessing:
+    base = load_base("tiny")
+    return Preprocessing(base.tokenizer, base.context_length, 8, "simple", seed)
+
+
+@cache
+def picture(number: int) -> bytes:
+    ramp = Image.linear_gradient("L").resize((11, 9)).convert("RGB")
+    return encoded(Image.blend(ramp, Image.new("RGB", (11, 9), (number * 9, 50, 0)), 0.5), "PNG")
+
+
+def write_shards(folder: Path, run: Run) -> None:
+    shards: list[list[tuple[str, bytes]]] = [[]]
+    for number in range(run.pairs):
+        if number in run.cuts and shards[-1]:
+            shards.append([])
+        data = b"broken" if number in run.bad else picture(number)
+        caption = f"pair {number}" + " more" * (number % 3)
+        shards[-1] += [(f"{number:03d}.png", data), (f"{number:03d}.txt", caption.encode())]
+    for number, members in enumerate(shards):
+        write_tar(folder / f"{number:05d}.tar", members)
+
+
+@patch("os.cpu_count", lambda: 8)  # 3 workers are 3 everywhere
+def steps_of(run: Run, kills: Kills | None = None) -> list[StepBatch]:
+    """The steps that a run counts, from its start over all its kills to its end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, done = Path(name), list[StepBatch]()
+        write_shards(folder, run)
+        state = TrainState(None, None, run.plan.steps)  # type: ignore[arg-type]
+        for stop, under_way in [*sorted((kills or {}).items()), (run.steps, False)]:
+            batches = training_batches(
+                open_pairs(folder),
+                preprocessing(run.seed),
+                run.plan,
+                state.position,
+                run.epochs,
+                LoaderOptions(run.workers),
+            )
+            while state.step < stop:
+                done.append(next(batches))
+                state.advance(done[-1], 0.0)
+            if under_way:  # fetched, but neither counted nor recorded
+                next(batches, None)
+        assert next(batches, None) is None
+        return done
+
+
+def batches_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
+    """Each step and its micro-batches, bit by bit."""
+    return [
+        (
+            (step.epoch, step.step, step.skipped),
+            [
+                (b.numbers, b.pixel_values.tolist(), b.input_ids.tolist())
+                for b in step.micro_batches
+            ],
+        )
+        for step in steps
+    ]
+
+
+def pairs_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
+    """The pairs in their order, without the micro-batches and without padding."""
+    end = preprocessing(0).tokenizer.eos_token_id
+    return [
+        (step.epoch, step.step, number, pixels.tolist(), ids.tolist()[: ids.tolist().index(end)])
+        for step in steps
+        for b in step.micro_batches
+        for number, pixels, ids in zip(b.numbers, b.pixel_values, b.input_ids, strict=True)
+    ]
+
+
+def each_epoch_sees_every_good_pair_once(run: Run) -> None:
+    steps = steps_of(run)
+    assert len(steps) == run.steps
+    for epoch in range(run.epochs):
+        mine = [step for step in steps if step.epoch == epoch]
+        seen = [n for step in mine for batch in step.micro_batches for n in batch.numbers]
+        left_out = [int(skipped.key) for step in mine for skipped in step.skipped]
+        assert sorted(seen) == sorted(set(range(run.pairs)) - run.bad)
+        assert sorted(left_out) == sorted(run.bad)
+
+
+def kills_change_nothing(run: Run, kills: Kills) -> None:
+    assert batches_of(steps_of(run, kills)) == batches_of(steps_of(replace(run, workers=0)))
+
+
+def neither_micro_batches_nor_shards_change_the_order(run: Run, other: Run) -> None:
+    same = replace(run, micro=other.micro, cuts=other.cuts, workers=other.workers)
+    assert pairs_of(steps_of(same)) == pairs_of(steps_of(run))
+
+
+PROPERTIES = (
+    (each_epoch_sees_every_good_pair_once, lambda workers: (runs(workers),)),
+    (kills_change_nothing, lambda workers: (killed_runs(workers),)),
+    (neither_micro_batches_nor_shards_change_the_order, lambda w: (runs(), runs(w))),
+)
+properties = pytest.mark.parametrize(
+    ("check", "arguments"), PROPERTIES, ids=[check.__name__ for check, _ in PROPERTIES]
+)
+
+
+def hold(check, arguments, examples: int) -> None:
+    """Try ``check`` on so many draws of ``arguments``."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.tuples(*arguments))
+    def tried(values) -> None:
+        check(*(values[0] if isinstance(values[0], tuple) else values))
+
+    tried()
+
+
+@properties
+def test_in_the_main_process(check, arguments):
+    hold(check, arguments(0), 40)
+
+
+@properties
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_with_worker_processes(check, arguments):
+    hold(check, arguments(3), 8)
+
+
+@pytest.mark.slow
+@properties
+@pytest.mark.parametrize(("workers", "examples"), [(0, 1500), (3, 150)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_many_more(check, arguments, workers, examples):
+    hold(check, arguments(workers), examples)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("under_way", [False, True], ids=["between-steps", "within-a-step"])
+def test_five_kills_in_one_epoch(workers, under_way):
+    run = Run(24, frozenset({7, 8}), frozenset({3, 19}), 4, 3, 2, seed=1, workers=workers)
+    kills_change_nothing(run, dict.fromkeys([0, 1, 2, 4, 5], under_way))
+
+
+def test_another_seed_is_another_order():
+    run = Run(12, frozenset(), frozenset(), 4, 4, 1, seed=1)
+    one, other = steps_of(run), steps_of(replace(run, seed=2))
+    assert [b.numbers for s in one for b in s.micro_batches] != [
+        b.numbers for s in other for b in s.micro_batches
+    ]
