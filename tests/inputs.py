@@ -18,6 +18,6 @@ def encoder(context: int = 77) -> CaptionEncoder:
     return CaptionEncoder(tiny().tokenizer, context)
 
 
-def preprocessing(augmentation: str = "simple", side: int = 0) -> Preprocessing:
+def preprocessing(augmentation: str = "simple", side: int = 0, seed: int = 5) -> Preprocessing:
     captions = LiveCaptions(JUST_THE_TXT, encoder())
-    return Preprocessing(captions, side or tiny().image_size, augmentation, 5)
+    return Preprocessing(captions, side or tiny().image_size, augmentation, seed)

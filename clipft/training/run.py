@@ -16,7 +16,7 @@ from clipft.training.checkpoint import load_checkpoint, save_checkpoint
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.measure import embed_pairs
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
-from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_metrics
+from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
 from clipft.training.setup import Note, RunSetup, prepare
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
@@ -111,7 +111,7 @@ class _Run:
             self.watchers.note(f"The checkpoint of an earlier run is now {self.paths.earlier}.")
         self.paths.best.unlink(missing_ok=True)
         self.paths.skipped.unlink(missing_ok=True)
-        cut_metrics(self.paths.metrics, -1)
+        cut_lines(self.paths.metrics, -1)
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self._list_skipped(split, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
@@ -127,7 +127,8 @@ class _Run:
         self.before = EpochResult(**checkpoint["before"])
         self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
         self.skipped_pairs = checkpoint["skipped_pairs"]
-        cut_metrics(self.paths.metrics, checkpoint["step"])
+        for path in (self.paths.metrics, self.paths.skipped):
+            cut_lines(path, checkpoint["step"])
         self.watchers.note(
             f"Resuming after step {checkpoint['step']} of {self.setup.plan.total_steps}."
         )
@@ -216,7 +217,10 @@ class _Run:
         )
 
     def _list_skipped(self, split: str, skipped: Iterable[dict[str, str]]) -> None:
-        append_lines(self.paths.skipped, [{"split": split, **entry} for entry in skipped])
+        step = self.state.step if self.state else 0
+        append_lines(
+            self.paths.skipped, [{"split": split, "step": step, **entry} for entry in skipped]
+        )
 
     def _after_epoch(self, state: TrainState) -> None:
         train_loss = state.epoch_loss_sum / state.steps_per_epoch

@@ -107,7 +107,7 @@ class RunLock:
             self._file.close()
 
 
-def cut_metrics(path: Path, done_steps: int) -> None:
+def cut_lines(path: Path, done_steps: int) -> None:
     """Drop the lines of steps after ``done_steps``: the resumed run writes them again."""
     if not path.exists():
         return

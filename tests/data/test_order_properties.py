@@ -16,8 +16,8 @@ from PIL import Image
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan
 from clipft.data.shards import open_pairs
-from clipft.modelling.base import load_base
 from clipft.training.trainer import TrainState
+from tests import inputs
 from tests.faults.helpers import encoded, write_tar
 
 Kills = dict[int, bool]
@@ -71,8 +71,7 @@ def killed_runs(draw: st.DrawFn, workers: int = 0) -> tuple[Run, Kills]:
 
 @cache
 def preprocessing(seed: int) -> Preprocessing:
-    base = load_base("tiny")
-    return Preprocessing(base.tokenizer, base.context_length, 8, "simple", seed)
+    return inputs.preprocessing(side=8, seed=seed)
 
 
 @cache
@@ -134,7 +133,7 @@ def batches_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
 
 def pairs_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
     """The pairs in their order, without the micro-batches and without padding."""
-    end = preprocessing(0).tokenizer.eos_token_id
+    end = preprocessing(0).captions.end
     return [
         (step.epoch, step.step, number, pixels.tolist(), ids.tolist()[: ids.tolist().index(end)])
         for step in steps
