@@ -93,6 +93,15 @@ def open_shard(path: Path) -> Shard:
     return shard
 
 
+def metadata_fields(data: bytes | None) -> dict[str, Any]:
+    """The fields of a pair's metadata; none where it is not a JSON object."""
+    try:
+        value = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def index_shard(path: Path) -> Shard:
     """Read the headers of one tar.
 

@@ -5,7 +5,6 @@ there is one, ``chair.json``. Its index gives the place of each member, so a glo
 and a resumed run cost nothing; the pictures are read when asked for.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from clipft.data.shard_index import FIELDS, PACK_HINT, Shard, Skipped, open_shard
+from clipft.data.shard_index import (
+    FIELDS,
+    PACK_HINT,
+    Shard,
+    Skipped,
+    metadata_fields,
+    open_shard,
+)
 from clipft.errors import DataError
 
 
@@ -58,11 +64,7 @@ class PairDataset:
         shard, row = self._place(number)
         if shard.places[row, FIELDS.index("metadata"), 0] < 0:
             return {}
-        try:
-            value = json.loads(self._read(shard, row, "metadata"))
-        except ValueError:
-            return {}
-        return value if isinstance(value, dict) else {}
+        return metadata_fields(self._read(shard, row, "metadata"))
 
     @property
     def skipped(self) -> list[Skipped]:
