@@ -217,7 +217,8 @@ def pack(
 
 def _remarks(result: "PackResult", options: PackOptions, out: Output) -> None:
     if result.skipped:
-        out.note(f"note: {sum(result.skipped.values()):,} pairs left out: see skipped*.jsonl.")
+        count, file = sum(result.skipped.values()), f"skipped{options.part.suffix}.jsonl"
+        out.note(f"note: {count:,} left out, see {file}.")
     shared = {
         "their photo": result.shared_photos,
         "a near-identical photo": result.shared_near_photos,

@@ -10,9 +10,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from clipft import __version__
 from clipft.data.blob import Blob
@@ -101,21 +101,6 @@ class _Refused(Exception):
     """The picture will not be had, however often it is asked for; the message says why."""
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if urlsplit(newurl).scheme not in {"http", "https"}:
-            raise _Refused("redirected away from http and https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def _opener() -> urllib.request.OpenerDirector:
     """One that knows no file:, ftp: or data:, which urllib's usual one does."""
     opener = urllib.request.OpenerDirector()
@@ -125,7 +110,8 @@ def _opener() -> urllib.request.OpenerDirector:
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
-        _Redirects(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
     opener.addheaders = [("User-Agent", _AGENT), ("Accept", "image/*,*/*;q=0.5")]
@@ -144,6 +130,8 @@ def _tried(get: Callable[[], bytes]) -> bytes | str:
             return str(error)
         except HTTPError as error:
             error.close()
+            if 300 <= error.code < 400:
+                return "redirected in circles, or away from http and https"
             reason = f"HTTP status {error.code}"
             if error.code not in _BUSY:
                 return reason
@@ -156,6 +144,8 @@ def _reason(error: Exception) -> str:
     """Short, and without what differs from one picture to the next: reasons are counted."""
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         return _reason(error.reason)
+    if isinstance(error, URLError):  # of urllib itself: no network was asked
+        return "no http or https address"
     if isinstance(error, TimeoutError):
         return "the server did not answer in time"
     if isinstance(error, ValueError | http.client.InvalidURL):

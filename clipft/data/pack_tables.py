@@ -187,7 +187,8 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | Decimal):
-        return float(value) if math.isfinite(value) else None
+        number = math.nan if isinstance(value, Decimal) and value.is_nan() else float(value)
+        return number if math.isfinite(number) else None
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
