@@ -59,8 +59,8 @@ Near = Annotated[
         min=-1,
         max=8,
         metavar="BITS",
-        help="Near-identical photos stand on one side: their 64-bit hashes differ in at most so "
-        "many bits and their colours agree; -1: not looked for",
+        help="Near-identical photos, whose 64-bit hashes differ in at most so many bits, stand "
+        "on one side; -1: not looked for",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -181,7 +181,7 @@ def pack(
         clipft pack ./photos ./catalogue
         clipft pack ./products.csv ./catalogue --size 256 --group-field product_id
         clipft pack ./old-shards ./catalogue --shard-mb 256 --val-share 0.05
-        clipft pack ./photos ./catalogue --part 2/4    # the same on 3 other machines
+        clipft pack ./photos ./catalogue --part 2/4
     """
     from clipft.data.pack import pack as make_shards
 

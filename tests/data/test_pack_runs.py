@@ -99,7 +99,7 @@ def heavy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heavy")
     for i in range(40):
         picture(folder / "raw" / f"{i}.png", i, f"thing {i}")
-        pattern(i, 700).save(folder / "raw" / f"{i}.png", compress_level=1)
+        pattern(i, 450).save(folder / "raw" / f"{i}.png", compress_level=1)
     packed(folder / "raw", folder / "whole", size=64, shard_pairs=2)
     return folder
 
