@@ -3,14 +3,14 @@
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """``size`` bytes of ``path`` from ``offset``; -1: all up to its end."""
+    """``size`` bytes of ``path`` from ``offset``; -1: all up to its end. A catalogue has
+    millions of these: the path is text, a fifth of a ``Path``."""
 
-    path: Path
+    path: str
     offset: int = 0
     size: int = -1
 
@@ -23,7 +23,7 @@ class Blob:
         # Opening a pipe would wait for its writer
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError(None, "not a regular file")
-        with self.path.open("rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0) as file:
             size = self.size if self.size >= 0 else os.fstat(file.fileno()).st_size
             if 0 <= limit < size:
                 raise OSError(None, f"more than {limit >> 20} MiB")

@@ -5,11 +5,13 @@ What cannot be decoded rightly is refused with its reason.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are taken for decompression bombs."""
@@ -41,19 +43,57 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
     Raises:
         BadImage: not an image, truncated, or more than ``MAX_PIXELS``.
     """
+    return decode_opened(open_image(data), at_least)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture with its header read: format and size are known, the pixels not yet.
+
+    Raises:
+        BadImage: not an image, or more than ``MAX_PIXELS``.
+    """
+    with _refusing():
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width}x{image.height} pixels are too many")
+        return image
+
+
+def decode_opened(image: Image.Image, at_least: int = 0) -> Image.Image:
+    """As ``decode_image``, of a picture whose header was read.
+
+    Raises:
+        BadImage: truncated, or otherwise broken.
+    """
+    with _refusing():
+        if at_least:
+            image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def verify_opened(image: Image.Image) -> None:
+    """Check what can be without decoding; the picture cannot be used after that.
+
+    Raises:
+        BadImage: it is broken, as far as its format has checksums.
+    """
+    with _refusing():
+        image.verify()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever Pillow's plug-ins raise becomes ``BadImage``; what they warn of is not told."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width}x{image.height} pixels are too many")
-            if at_least:
-                image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield
     except BadImage:
         raise
-    except Exception as error:  # Pillow's plug-ins raise whatever they like
+    except UnidentifiedImageError as error:  # its own text holds an address in memory
+        raise BadImage("not an image") from error
+    except Exception as error:
         raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
 
 

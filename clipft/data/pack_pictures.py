@@ -42,7 +42,7 @@ class Pictures:
         Raises:
             OSError: the disk does not take it.
         """
-        return Blob(_put(self.folder / hashlib.sha256(data).hexdigest(), data))
+        return _put(self.folder / hashlib.sha256(data).hexdigest(), data)
 
     def fetch(self, urls: Collection[str]) -> Iterator[tuple[str, Blob | str]]:
         """Each URL with its picture, or why there is none, as they come.
@@ -83,18 +83,18 @@ class Pictures:
     def _fetched(self, opener: urllib.request.OpenerDirector, url: str) -> Blob | str:
         place = self.folder / hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()
         if place.exists():
-            return Blob(place)
+            return Blob(str(place))
         data = _tried(lambda: _get(opener, url))
-        return data if isinstance(data, str) else Blob(_put(place, data))
+        return data if isinstance(data, str) else _put(place, data)
 
 
-def _put(place: Path, data: bytes) -> Path:
+def _put(place: Path, data: bytes) -> Blob:
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_suffix(f".{threading.get_ident()}")
         temporary.write_bytes(data)
         os.replace(temporary, place)
-    return place
+    return Blob(str(place))
 
 
 class _Refused(Exception):

@@ -1,16 +1,13 @@
 """Reading what was listed: each picture is hashed, verified and looked at, once."""
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from PIL import Image, UnidentifiedImageError
-
 from clipft.data.blob import Blob
 from clipft.data.captions import BadCaption, clean_caption
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
 from clipft.data.likeness import THUMBNAIL, Look, look_of
 from clipft.data.pack_options import PackOptions
 from clipft.data.pack_records import Candidate, Listing, PackPair, Scan
@@ -30,11 +27,22 @@ _SUFFIXES = {
 }
 """Pillow's names of the formats, and what their members are called."""
 
-_Read = tuple[PackPair, Look | None] | str
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What reading a candidate adds to it."""
+
+    caption: bytes
+    metadata: bytes | None
+    words: str
+    group: str
+    picture: "_Picture"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Picture:
+    size: int
+    photo: str
     suffix: str
     shorter: int
     look: Look | None
@@ -47,31 +55,46 @@ def scan(
     found = Scan(skipped=list(listing.skipped))
     every = listing.candidates
     chunks = [every[start : start + _CHUNK] for start in range(0, len(every), _CHUNK)]
-    for chunk, results in zip(
-        chunks, workers.map(partial(_read_all, options=options), chunks), strict=True
-    ):
-        for candidate, result in zip(chunk, results, strict=True):
-            if isinstance(result, str):
-                found.skipped.append({"file": candidate.where, "reason": result})
+    results = workers.map(partial(_read_all, options=options), chunks)
+    for chunk, reads in zip(chunks, results, strict=True):
+        for candidate, read in zip(chunk, reads, strict=True):
+            if isinstance(read, str):
+                found.skipped.append({"file": candidate.where, "reason": read})
             else:
-                found.pairs.append(result[0])
-                found.looks.append(result[1])
+                found.pairs.append(_pair(candidate, read))
+                found.looks.append(read.picture.look)
         step(len(chunk))
     return found
 
 
-def _read_all(candidates: Sequence[Candidate], options: PackOptions) -> list[_Read]:
+def _pair(candidate: Candidate, read: _Read) -> PackPair:
+    assert isinstance(candidate.image, Blob)
+    picture = read.picture
+    return PackPair(
+        candidate.name,
+        candidate.where,
+        replace(candidate.image, size=picture.size),
+        picture.suffix,
+        picture.shorter,
+        read.caption,
+        read.metadata,
+        picture.photo,
+        read.words,
+        read.group,
+    )
+
+
+def _read_all(candidates: Sequence[Candidate], options: PackOptions) -> list[_Read | str]:
     return [_read(candidate, options) for candidate in candidates]
 
 
-def _read(candidate: Candidate, options: PackOptions) -> _Read:
-    """The pair, or why it cannot be used."""
+def _read(candidate: Candidate, options: PackOptions) -> _Read | str:
+    """What is in it, or why it cannot be used."""
     assert isinstance(candidate.image, Blob)
     try:
         caption, metadata = _bytes(candidate.caption) or b"", _bytes(candidate.metadata)
         words = clean_caption(caption).casefold()
-        data = candidate.image.read(_MAX_BYTES)
-        picture = _picture(data, options)
+        picture = _picture(candidate.image.read(_MAX_BYTES), options)
     except (BadCaption, BadImage) as error:
         return str(error)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL in a name
@@ -79,19 +102,7 @@ def _read(candidate: Candidate, options: PackOptions) -> _Read:
     except OSError as error:
         return error.strerror or type(error).__name__
     group = metadata_fields(metadata).get(options.group_field) if options.group_field else None
-    pair = PackPair(
-        candidate.name,
-        candidate.where,
-        replace(candidate.image, size=len(data)),
-        picture.suffix,
-        picture.shorter,
-        caption,
-        metadata,
-        hashlib.sha256(data).hexdigest(),
-        words,
-        "" if group is None else str(group),
-    )
-    return pair, picture.look
+    return _Read(caption, metadata, words, "" if group is None else str(group), picture)
 
 
 def _bytes(value: Blob | bytes | None) -> bytes | None:
@@ -99,24 +110,19 @@ def _bytes(value: Blob | bytes | None) -> bytes | None:
 
 
 def _picture(data: bytes, options: PackOptions) -> _Picture:
-    """Format, size and look.
-
+    """
     Raises:
         BadImage: it is broken as far as was looked: decoded, or its header read.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, shorter = image.format or "?", min(image.size)
-            if options.near < 0 and not options.check:
-                image.verify()
-    except Exception as error:  # Pillow's plug-ins raise whatever they like
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BadImage(reason or type(error).__name__) from error
+    image, look = open_image(data), None
+    kind, shorter = image.format or "?", min(image.size)
     if kind not in _SUFFIXES:
         raise BadImage(f"{kind} is no format that shards hold: make it JPEG or PNG")
-    look = None
     if options.near >= 0:  # a JPEG at an eighth of its size: half the time, the same faults
-        look = look_of(decode_image(data, at_least=THUMBNAIL))
+        look = look_of(decode_opened(image, at_least=THUMBNAIL))
     elif options.check:
-        decode_image(data)
-    return _Picture(_SUFFIXES[kind], shorter, look)
+        decode_opened(image)
+    else:
+        verify_opened(image)
+    photo = hashlib.sha256(data).hexdigest()
+    return _Picture(len(data), photo, _SUFFIXES[kind], shorter, look)

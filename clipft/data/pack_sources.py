@@ -112,9 +112,9 @@ def _list_files(files: _Files, listing: Listing) -> None:
         image, caption = members.get("image"), members.get(CAPTION_SUFFIX)
         metadata = members.get(METADATA_SUFFIX)
         if image and caption:
-            rest = Blob(metadata) if metadata else None
+            place, rest = str(image), Blob(str(metadata)) if metadata else None
             listing.candidates.append(
-                Candidate(stem.name, str(image), Blob(image), Blob(caption), rest)
+                Candidate(stem.name, place, Blob(place), Blob(str(caption)), rest)
             )
         elif image or caption:
             listing.skip(image or caption, "no caption" if image else "no image")
@@ -123,10 +123,11 @@ def _list_files(files: _Files, listing: Listing) -> None:
 def _list_shard(shard: Shard, listing: Listing) -> None:
     for skipped in shard.skipped:
         listing.skip(f"{shard.path}:{skipped.key}", skipped.reason)
+    path = str(shard.path)
     for row in range(len(shard)):
         key = shard.key(row)
         blobs = {
-            name: Blob(shard.path, offset, size)
+            name: Blob(path, offset, size)
             for name, (offset, size) in zip(FIELDS, shard.places[row].tolist(), strict=True)
             if offset >= 0
         }

@@ -85,7 +85,8 @@ def _picture(
         if not value.lower().startswith(("http://", "https://")):
             return "neither a path nor an http or https address"
         return _name_in(value), value, value
-    return PurePosixPath(value).stem, str(table.parent / value), Blob(table.parent / value)
+    path = str(table.parent / value)
+    return PurePosixPath(value).stem, path, Blob(path)
 
 
 def _name_in(url: str) -> str:
