@@ -16,7 +16,7 @@ from PIL import Image
 
 _BLOCK = 1024
 _FLAT = 2  # of 255: less is noise, and must not decide a bit
-THUMBNAIL = 24
+_THUMBNAIL = 24
 _SAME_LOOK, _NOISE = 0.10, 1.0
 """Two thumbnails show the same if the root mean square of their difference is at most
 ``_SAME_LOOK`` of the larger one's contrast (its standard deviation), plus ``_NOISE`` of 255.
@@ -39,7 +39,7 @@ def look_of(image: Image.Image) -> Look:
     small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
     grey = np.asarray(small, np.int16)
     bits = (grey[:, 1:] > grey[:, :-1] + _FLAT).flatten()
-    thumbnail = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
+    thumbnail = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX).tobytes()
     return Look(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail)
 
 

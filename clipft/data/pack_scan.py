@@ -8,13 +8,16 @@ from functools import partial
 from clipft.data.blob import Blob
 from clipft.data.captions import BadCaption, clean_caption
 from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
-from clipft.data.likeness import THUMBNAIL, Look, look_of
+from clipft.data.likeness import Look, look_of
 from clipft.data.pack_options import PackOptions
 from clipft.data.pack_records import Candidate, Listing, PackPair, Scan
 from clipft.data.processes import Workers
 from clipft.data.shard_index import metadata_fields
 
 _CHUNK = 32
+_LOOK_SIDE = 96
+"""JPEGs are looked at from a decode above twice that: at 1/8 of 500 pixels a thumbnail's edges
+fall between the pixels, and two thirds of the enlarged copies of a photo are not recognised."""
 _MAX_BYTES = 512 << 20
 _SUFFIXES = {
     "JPEG": "jpg",
@@ -118,8 +121,8 @@ def _picture(data: bytes, options: PackOptions) -> _Picture:
     kind, shorter = image.format or "?", min(image.size)
     if kind not in _SUFFIXES:
         raise BadImage(f"{kind} is no format that shards hold: make it JPEG or PNG")
-    if options.near >= 0:  # a JPEG at an eighth of its size: half the time, the same faults
-        look = look_of(decode_opened(image, at_least=THUMBNAIL))
+    if options.near >= 0:  # which also finds what a full decode finds broken
+        look = look_of(decode_opened(image, at_least=_LOOK_SIDE))
     elif options.check:
         decode_opened(image)
     else:

@@ -120,7 +120,9 @@ class Target:
         for name in notes:
             if (self.building / name).exists():
                 os.replace(self.building / name, self.out / name)
-        shutil.rmtree(self.building, ignore_errors=True)
+        # What parts left that broke off is of no use to a whole
+        for path in self.out.glob(f"{_BUILDING}*" if self.part.of == 1 else self.building.name):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _note(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """A file of JSON lines; none for no lines. Half characters of a name are escaped."""
