@@ -8,14 +8,16 @@ from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.options import plain_command
-from clipft.data.pack_options import PackOptions
+from clipft.data.pack_options import PackOptions, Part
 
 if TYPE_CHECKING:
     from clipft.data.pack import PackResult
 
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="Folder of pictures and .txt files, or a table of them"),
+    typer.Argument(
+        metavar="SRC", help="Folder of pictures and .txt files or of .tar shards, or a table"
+    ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards")]
 _PANEL = "Packing"
@@ -40,6 +42,47 @@ ShardPairs = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+ShardMb = Annotated[
+    int,
+    typer.Option(
+        "--shard-mb",
+        min=0,
+        metavar="N",
+        help="MiB in a shard, about, whatever the number of pairs; 0: --shard-pairs",
+        rich_help_panel=_PANEL,
+    ),
+]
+Near = Annotated[
+    int,
+    typer.Option(
+        "--near",
+        min=-1,
+        max=8,
+        metavar="BITS",
+        help="Near-identical photos, whose 64-bit hashes differ in at most so many bits, stand "
+        "on one side; -1: not looked for",
+        rich_help_panel=_PANEL,
+    ),
+]
+PartOf = Annotated[
+    str,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Write the I-th of N parts of the shards: N machines share the work",
+        rich_help_panel=_PANEL,
+    ),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        min=0,
+        metavar="N",
+        help="How many work; 0: one per processor",
+        rich_help_panel=_PANEL,
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -52,7 +95,9 @@ Seed = Annotated[
 Check = Annotated[
     bool,
     typer.Option(
-        "--check", help="Decode every picture, not only its header", rich_help_panel=_PANEL
+        "--check",
+        help="Decode every picture, not only its header; --near does it anyway",
+        rich_help_panel=_PANEL,
     ),
 ]
 Overwrite = Annotated[
@@ -88,7 +133,7 @@ ImageColumn = Annotated[
     typer.Option(
         "--image-column",
         metavar="NAME",
-        help="The table's column of paths; none: guessed",
+        help="The table's column of paths or URLs; none: guessed",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -109,35 +154,43 @@ def pack(
     target: Out,
     out: Output,
     val_share: ValShare = PackOptions.val_share,
-    shard_pairs: ShardPairs = PackOptions.shard_pairs,
-    seed: Seed = PackOptions.seed,
-    check: Check = False,
-    overwrite: Overwrite = False,
+    near: Near = PackOptions.near,
+    group_field: GroupField = PackOptions.group_field,
     size: Size = PackOptions.size,
     quality: Quality = PackOptions.quality,
-    group_field: GroupField = PackOptions.group_field,
+    shard_pairs: ShardPairs = PackOptions.shard_pairs,
+    shard_mb: ShardMb = PackOptions.shard_mb,
     image_column: ImageColumn = PackOptions.image_column,
     caption_column: CaptionColumn = PackOptions.caption_column,
+    check: Check = PackOptions.check,
+    overwrite: Overwrite = PackOptions.overwrite,
+    seed: Seed = PackOptions.seed,
+    part: PartOf = "",
+    processes: Processes = PackOptions.processes,
 ) -> None:
-    """Make WebDataset shards from a folder of raw files or a table.
+    """Make WebDataset shards from raw files, a table or other shards.
 
-    chair.jpg, chair.txt and, where there is one, chair.json are a pair; so is a row of a
-    CSV, TSV or JSONL table with a path and a caption. With train/ and val/ in SRC the split
-    is theirs; otherwise no photo and no caption is put on both sides. A pack that was
-    stopped goes on when it is run again.
+    chair.jpg, chair.txt and, where there is one, chair.json are a pair, in a folder or in
+    .tar shards; so is a row of a CSV, TSV, JSONL or Parquet table with a caption and a path
+    or URL of a picture. With train/ and val/ in SRC the split is theirs; otherwise no photo,
+    no near-identical photo and no caption is put on both sides. A pack that was stopped goes
+    on when it is run again.
 
     Examples:
 
         clipft pack ./photos ./catalogue
-        clipft pack ./photos ./catalogue --val-share 0.05 --overwrite
         clipft pack ./products.csv ./catalogue --size 256 --group-field product_id
+        clipft pack ./old-shards ./catalogue --shard-mb 256 --val-share 0.05
+        clipft pack ./photos ./catalogue --part 2/4
     """
     from clipft.data.pack import pack as make_shards
 
     options = PackOptions(
         shard_pairs=shard_pairs,
+        shard_mb=shard_mb,
         val_share=val_share,
         seed=seed,
+        near=near,
         check=check,
         overwrite=overwrite,
         size=size,
@@ -145,21 +198,36 @@ def pack(
         group_field=group_field,
         image_column=image_column,
         caption_column=caption_column,
+        part=Part.parse(part),
+        processes=processes,
     )
-    with out.progress(f"Packing {source}") as report:
-        result = make_shards(source, target, options, report)
-    _remarks(result, out)
+    try:
+        with out.progress(f"Packing {source}") as report:
+            result = make_shards(source, target, options, report)
+    except KeyboardInterrupt:
+        out.note("Stopped: the same command goes on from here.")
+        raise
+    _remarks(result, options, out)
     out.result(result.to_dict(), _table(result))
-    out.note(f"Next: clipft train --data-dir {target}")
+    if options.part.of > 1:
+        out.note(f"Part {part}: train when all {options.part.of} are in one folder.")
+    else:
+        out.note(f"Next: clipft train --data-dir {target}")
 
 
-def _remarks(result: "PackResult", out: Output) -> None:
+def _remarks(result: "PackResult", options: PackOptions, out: Output) -> None:
     if result.skipped:
-        out.note(f"note: {sum(result.skipped.values())} files skipped, see skipped.jsonl.")
-    for count, what in ((result.shared_photos, "photo"), (result.shared_captions, "caption")):
+        count, file = sum(result.skipped.values()), f"skipped{options.part.suffix}.jsonl"
+        out.note(f"note: {count:,} left out, see {file}.")
+    shared = {
+        "their photo": result.shared_photos,
+        "a near-identical photo": result.shared_near_photos,
+        "their caption": result.shared_captions,
+    }
+    for what, count in shared.items():
         if count:
-            out.note(f"warning: {count} validation pairs share their {what} with training.")
-    if not result.val_pairs:
+            out.note(f"warning: {count:,} validation pairs share {what} with training.")
+    if not result.val_pairs and options.part.of == 1:
         out.note("warning: nothing to validate on: add pictures, or raise --val-share.")
 
 

@@ -5,6 +5,8 @@ What cannot be decoded rightly is refused with its reason.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,19 +45,57 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
     Raises:
         BadImage: not an image, truncated, more than ``MAX_PIXELS`` or ``MAX_ASPECT``.
     """
+    return decode_opened(open_image(data), at_least)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture with its header read: format and size are known, the pixels not yet.
+
+    Raises:
+        BadImage: not an image, or one that would do harm: too large, too thin, code.
+    """
+    if not data:
+        raise BadImage("an empty file")
+    with _refusing():
+        image = Image.open(io.BytesIO(data))
+        _refuse_harmful(image)
+        return image
+
+
+def decode_opened(image: Image.Image, at_least: int = 0) -> Image.Image:
+    """As ``decode_image``, of a picture whose header was read.
+
+    Raises:
+        BadImage: truncated, or otherwise broken.
+    """
+    with _refusing():
+        if at_least:
+            image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def verify_opened(image: Image.Image) -> None:
+    """Check what can be without decoding; the picture cannot be used after that.
+
+    Raises:
+        BadImage: it is broken, as far as its format has checksums.
+    """
+    with _refusing():
+        image.verify()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever Pillow's plug-ins raise becomes ``BadImage``; what they warn of is not told."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            _refuse_harmful(image)
-            if at_least:
-                image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise BadImage("not a picture" if data else "an empty file") from error
+        raise BadImage("not a picture") from error
     except Exception as error:  # Pillow's plug-ins raise whatever they like
         raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
 

@@ -33,7 +33,7 @@ class Groups:
             self.join(first.setdefault(value, row), row)
 
 
-def validation_rows(same: Sequence[Sequence[str]], share: float, seed: int) -> set[int]:
+def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int) -> set[int]:
     """Rows for validation: about ``share`` of all, in whole groups.
 
     Each of ``same`` names, per row, something that may not stand on both sides; the first is
@@ -55,5 +55,5 @@ def validation_rows(same: Sequence[Sequence[str]], share: float, seed: int) -> s
     return chosen
 
 
-def _draw(seed: int, photo: str) -> str:
+def _draw(seed: int, photo: Hashable) -> str:
     return hashlib.sha256(f"{seed} {photo}".encode()).hexdigest()

@@ -146,25 +146,26 @@ def shares(folder: Path, tokenizer: Any) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, help="folder of .jpg files to make the shards of")
-    options = parser.parse_args()
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, rows = load_inputs("tiny").tokenizer, []
-    pairs, count = (2, 128) if options.quick else (5, 768)
+    pairs, count = (2, 128) if chosen.quick else (5, 768)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         for side, samples, goal in ((500, count, 1.5), (1200, count // 2, 2.5)):
             raw = root / str(side) / "train"
-            write_shards(raw, photos(options.photos, side, samples))
+            write_shards(raw, photos(chosen.photos, side, samples))
             mine, peer = ours(raw, tokenizer), transformers_way(raw, tokenizer)
             name = f"raw {side}x{side}"
             rows.append(compare(f"{name}, transformers' way", mine, peer, goal, pairs))
             rows.append(compare(f"{name}, open_clip", mine, open_clip_way(raw), 0, pairs))
         files = root / "files"
         files.mkdir()
-        for number, data in enumerate(photos(options.photos, 1200, count // 2)):
+        for number, data in enumerate(photos(chosen.photos, 1200, count // 2)):
             (files / f"{number}.jpg").write_bytes(data)
             (files / f"{number}.txt").write_text(f"{CAPTIONS[number % 3]} {number}")
-        pack(files, root / "256", PackOptions(val_share=0, size=256), lambda done, total: None)
+        options = PackOptions(val_share=0, size=256, processes=1)
+        pack(files, root / "256", options, lambda done, total: None)
         packed, name = root / "256" / "train", "packed --size 256"
         mine, raw = ours(packed, tokenizer), root / "1200" / "train"
         peer = transformers_way(raw, tokenizer)
@@ -180,7 +181,7 @@ def main() -> None:
             "open_clip_torch",
             "pillow",
         )
-        publish("P3", rows, packages, options.json)
+        publish("P3", rows, packages, chosen.json)
         for folder in (root / "500" / "train", raw, packed):
             shares(folder, tokenizer)
 
