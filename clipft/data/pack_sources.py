@@ -131,6 +131,9 @@ def _list_shard(shard: Shard, listing: Listing) -> None:
             for name, (offset, size) in zip(FIELDS, shard.places[row].tolist(), strict=True)
             if offset >= 0
         }
+        if "caption" not in blobs:
+            listing.skip(f"{shard.path}:{key}", "no caption")
+            continue
         listing.candidates.append(
             Candidate(
                 key.rpartition("/")[2],

@@ -190,6 +190,18 @@ def test_shards_as_img2dataset_leaves_them(tmp_path):
     assert "00000.tar:000000099" in told
 
 
+def test_a_pair_of_a_shard_that_has_metadata_alone_is_left_out(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    with tarfile.open(source / "0.tar", "w") as tar:
+        for number, suffix in ((1, "txt"), (2, "txt"), (3, "json")):
+            add(tar, f"{number}.png", png(number))
+            add(tar, f"{number}.{suffix}", b'"%d"' % number)
+    result = packed(source, tmp_path / "out")
+    assert result.train_pairs + result.val_pairs == 2
+    assert result.skipped == {"no caption": 1}
+
+
 def test_shards_beside_loose_pictures_are_refused(raw, tmp_path):
     packed(raw, tmp_path / "a")
     shutil.copy(tmp_path / "a" / "train" / "00000.tar", raw / "backup.tar")

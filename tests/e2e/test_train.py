@@ -88,7 +88,7 @@ def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     theirs = PeftModel.from_pretrained(
         load_base("tiny").model, str(whole / "dual_lora" / "adapter")
     ).eval()
-    size = load_base("tiny").image_size
+    size = load_base("tiny").inputs.image_size
     pixels = torch.rand(2, 3, size, size)
     with torch.no_grad():
         a = ours.clip.get_image_features(pixel_values=pixels).pooler_output
