@@ -166,10 +166,11 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    os.replace(temporary, path)
     pairs = len(job.pairs) - len(skipped)
     written = Written(job.split, job.number, pairs, size, skipped, job.fingerprint)
+    path.unlink(missing_ok=True)  # an older shard must not pass for what the new note says
     note.write_text(json.dumps(asdict(written)), encoding="utf-8")
+    os.replace(temporary, path)  # last: a kill before it costs this shard, never a whole one
     return written
 
 
