@@ -89,6 +89,10 @@ class DataSettings(Section):
     max_val_pairs: int = _field(0, "validate on the first so many pairs; 0: all", "fixed", ge=0)
     max_bad: float = _field(0.01, "share of unreadable pairs above which a run stops", ge=0, le=1)
 
+    def too_many_bad(self, bad: int, pairs: int) -> bool:
+        """More than ``max_bad`` of the pairs, and more than one: one never stops a small run."""
+        return bad > max(1.0, self.max_bad * pairs)
+
 
 class ModelSettings(Section):
     title = "Model"

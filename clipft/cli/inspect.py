@@ -81,6 +81,7 @@ def inspect(
         clipft inspect ./catalogue --html findings.html
         clipft inspect ./catalogue --against ./general --json
     """
+    from clipft.data.caption_fields import check_fields
     from clipft.data.caption_template import CaptionTemplate
     from clipft.data.inspection import leak
     from clipft.modelling.base import load_inputs
@@ -91,6 +92,8 @@ def inspect(
     if html:
         check_writable(html)
     template = CaptionTemplate.parse(loaded.values.caption)
+    for pairs in (splits | others).values():
+        check_fields(template, pairs)
     model = load_inputs(loaded.values.model)
     read = partial(_read, out, workers, template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}

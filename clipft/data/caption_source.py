@@ -38,7 +38,7 @@ def drawn(captions: int, seed: int | None, epoch: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class LiveCaptions:
-    """Tokenised each time: for what is read once, validation and streams."""
+    """Tokenised each time: for streams, whose captions come with the pictures."""
 
     template: CaptionTemplate
     encoder: CaptionEncoder

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from clipft.data.captions import BadCaption, clean_text
+from clipft.data.captions import BadCaption, clean_text, decode_text
 from clipft.errors import UsageError
 
 CAPTION_FIELD = "caption"
@@ -86,7 +86,7 @@ class CaptionTemplate:
         Raises:
             BadCaption: none has any text.
         """
-        own = clean_text(caption.decode("utf-8", errors="replace"))
+        own = decode_text(caption)
         values = parse_metadata(metadata) if self.fields or not own else {}
         values[CAPTION_FIELD] = own or values.get(CAPTION_FIELD)
         texts = [text for parts in self.alternatives for text in _rendered(parts, values)]

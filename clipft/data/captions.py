@@ -6,15 +6,20 @@ class BadCaption(Exception):
 
 
 def clean_caption(data: bytes) -> str:
-    """Decode and tidy one caption; bytes that are not UTF-8 become replacement characters.
+    """The text of one caption.
 
     Raises:
         BadCaption: nothing is left.
     """
-    text = clean_text(data.decode("utf-8", errors="replace"))
+    text = decode_text(data)
     if not text:
         raise BadCaption("empty caption")
     return text
+
+
+def decode_text(data: bytes) -> str:
+    """Tidied text; bytes that are not UTF-8 become replacement characters."""
+    return clean_text(data.decode("utf-8", errors="replace"))
 
 
 def clean_text(text: str) -> str:

@@ -7,7 +7,6 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,6 @@ _DRAFT_MARGIN = 2
 
 class BadImage(Exception):
     """The bytes are no picture that can be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What a model wants of its pictures: side in pixels, mean and std per channel in 0..1."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def decode_image(data: bytes, at_least: int = 0) -> Image.Image:

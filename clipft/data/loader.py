@@ -30,7 +30,7 @@ from clipft.errors import DataError
 from clipft.machine import processors
 
 _AHEAD_BYTES = 1 << 30
-"""Of decoded pictures that workers hold ready at most."""
+"""Of decoded pictures that workers hold ready at most, beyond two micro-batches each."""
 _TIMEOUT = 300
 """Seconds without a batch after which a worker is taken for hung."""
 
@@ -106,6 +106,11 @@ class LoaderOptions:
     workers: int = 0
     pin_memory: bool = False
 
+    @property
+    def processes(self) -> int:
+        """Of the workers asked for, as many as there are processors."""
+        return min(self.workers, processors())
+
 
 def training_batches(
     dataset: Pairs,
@@ -119,7 +124,7 @@ def training_batches(
     if start.epoch >= epochs:
         return
     micro_batches = plan.from_position(start, epochs, dataset.order(plan))
-    ahead = _ahead(plan, preprocessing.image_size, options.workers)
+    ahead = _ahead(plan, preprocessing.image_size, options.processes)
     batches = iter(_loader(dataset, preprocessing, micro_batches, options, ahead))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
@@ -155,7 +160,7 @@ def _loader(
     ahead: int = 2,
 ) -> "DataLoader[Batch | DataError]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
-    workers = min(options.workers, processors())
+    workers = options.processes
     if workers:
         _kill_workers_at_exit()
     decoded: Any = _Decoded(dataset, preprocessing)  # items become a Batch in collate

@@ -6,25 +6,19 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
 from clipft.errors import DataError
+from clipft.machine import processors
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 _AHEAD = 4
 """Results per process that may wait for an earlier one, and be held in memory."""
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Workers:
@@ -128,20 +122,20 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker: do what comes through the pipe until it ends."""
+    """A worker: do what comes through the pipe until it ends, or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            work, task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = (True, work(task))
-        except Exception as error:  # raised again where the result is awaited
-            error.add_note(traceback.format_exc())
-            answer = (False, error)
-        pipe.send(answer)
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(_answer(*pipe.recv()))
+
+
+def _answer(work: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
+    try:
+        return True, work(task)
+    except Exception as error:  # raised again where the result is awaited
+        error.add_note(traceback.format_exc())
+        return False, error
 
 
 def _end_with_parent() -> None:

@@ -137,7 +137,7 @@ def index_shard(path: Path) -> Shard:
         for member in read_members(path):
             reason = _file_member(member, found)
             if reason:
-                skipped.append(Skipped(path.name, _printable(member.name), reason))
+                skipped.append(Skipped(path.name, printable(member.name), reason))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{path} is not a whole tar: {error}", f"fetch the shard again, or {PACK_HINT}"
@@ -147,9 +147,9 @@ def index_shard(path: Path) -> Shard:
     pairs = {}
     for key, members in found.items():
         if "image" not in members:
-            skipped.append(Skipped(path.name, _printable(key), "no image"))
+            skipped.append(Skipped(path.name, printable(key), "no image"))
         elif not members.keys() & {"caption", "metadata"}:
-            skipped.append(Skipped(path.name, _printable(key), "no caption"))
+            skipped.append(Skipped(path.name, printable(key), "no caption"))
         else:
             pairs[key.encode("utf-8", "surrogateescape")] = members
     return _shard(path, stamp, pairs, skipped)
@@ -199,7 +199,7 @@ def member_of(name: str) -> tuple[str, str] | None:
     return _key(folder, stem), kind
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Bytes that are not UTF-8 as replacement characters, as ``Shard.key`` has them."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 

@@ -20,7 +20,7 @@ import numpy as np
 from webdataset.tariterators import tar_file_iterator
 
 from clipft.data.order import EpochPlan, derived_seed
-from clipft.data.shard_index import Skipped, member_of, open_shard
+from clipft.data.shard_index import Skipped, member_of, open_shard, printable
 from clipft.data.shards import RawPair, shard_paths
 from clipft.errors import DataError
 
@@ -117,6 +117,8 @@ def _sizes(folder: Path) -> dict[str, int]:
     for path in sorted(folder.glob("sizes*.json")):
         try:
             found = {str(name): int(pairs) for name, pairs in json.loads(path.read_text()).items()}
+            if min(found.values(), default=0) < 0:
+                raise ValueError("a number below 0")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} does not give numbers of pairs by shard: {error}",
@@ -155,7 +157,7 @@ def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
 
 def _pair(shard: StreamShard, number: int, key: str, members: dict[str, bytes]) -> RawPair:
     caption, metadata = members.get("caption", b""), members.get("metadata", b"")
-    return RawPair(number, key, shard.path.name, members["image"], caption, metadata)
+    return RawPair(number, printable(key), shard.path.name, members["image"], caption, metadata)
 
 
 def _grouped(file: Any) -> Iterator[tuple[str, dict[str, bytes]]]:

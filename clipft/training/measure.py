@@ -37,19 +37,19 @@ def embed_pairs(
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, preprocessing, batch_size, options)
     embedded = embed(loaded.model, batches, loaded.precision)
-    _check_bad_share(embedded, len(pairs), settings.max_bad)
+    _check_bad_share(embedded, len(pairs), settings)
     return embedded
 
 
-def _check_bad_share(embedded: Embeddings, pairs: int, max_bad: float) -> None:
+def _check_bad_share(embedded: Embeddings, pairs: int, settings: Settings) -> None:
     """
     Raises:
         DataError: more than ``max_bad`` of the pairs, and more than one, are unreadable.
     """
     bad = embedded.skipped
-    if len(bad) > max(1.0, max_bad * pairs):
+    if settings.too_many_bad(len(bad), pairs):
         raise DataError(
             f"{len(bad)} of {pairs} validation pairs could not be used, more than --max-bad "
-            f"{max_bad:g}: first {bad[0].key} in {bad[0].shard} ({bad[0].reason})",
+            f"{settings.max_bad:g}: first {bad[0].key} in {bad[0].shard} ({bad[0].reason})",
             "mend the data, or raise --max-bad",
         )

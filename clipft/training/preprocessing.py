@@ -1,8 +1,8 @@
 """How the pairs of some settings become model input."""
 
 from collections.abc import Callable
-from typing import Any
 
+from clipft.data.caption_fields import check_fields, known_fields
 from clipft.data.caption_source import CaptionSource, LiveCaptions
 from clipft.data.caption_table import CaptionFigures, CaptionTable, caption_table
 from clipft.data.caption_template import CaptionTemplate
@@ -10,12 +10,10 @@ from clipft.data.loader import Pairs, Preprocessing
 from clipft.data.overlap import shared_captions, shared_photos
 from clipft.data.shards import PairDataset
 from clipft.data.tokens import CaptionEncoder
-from clipft.errors import DataError, UsageError, nearest
+from clipft.errors import DataError
 from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
 
-_SAMPLED = 256
-"""Pairs whose metadata is looked at for its fields."""
 _MANY = 20_000
 """Captions whose tokenising a user notices."""
 
@@ -52,7 +50,7 @@ def _captions(
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
     if not isinstance(pairs, PairDataset):
         return LiveCaptions(template, encoder, seed)
-    _check_fields(template, pairs)
+    check_fields(template, pairs)
 
     def building() -> None:
         if len(pairs) > _MANY:
@@ -63,47 +61,14 @@ def _captions(
     return table
 
 
-def _check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
-    """
-    Raises:
-        UsageError: a field of the template stands in none of the pairs that are looked at.
-    """
-    if not template.fields:
-        return
-    known = _known_fields(pairs)
-    for field in template.fields:
-        if field not in known:
-            near = nearest(field, known)
-            raise UsageError(
-                f"--caption {template.source!r}: no pair has a field {field!r}",
-                (f"did you mean {near}? " if near else "")
-                + f"the metadata has {', '.join(sorted(known)) or 'no fields'}",
-            )
-
-
-def _known_fields(pairs: PairDataset) -> set[str]:
-    found = set[str]()
-    for number in range(0, len(pairs), max(1, len(pairs) // _SAMPLED)):
-        found |= _names(pairs.metadata(number))
-    return found
-
-
-def _names(metadata: dict[str, Any], prefix: str = "") -> set[str]:
-    """Fields by name, those of objects within with dots."""
-    found = set[str]()
-    for name, value in metadata.items():
-        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-    return found
-
-
 def _check_texts(table: CaptionTable, pairs: PairDataset, settings: Settings) -> None:
     """
     Raises:
         DataError: more pairs without text than ``max_bad`` allows, and more than one.
     """
     without = table.figures.none
-    if without > max(1.0, settings.max_bad * len(pairs)):
-        fields = ", ".join(sorted(_known_fields(pairs)))
+    if settings.too_many_bad(without, len(pairs)):
+        fields = ", ".join(sorted(known_fields(pairs)))
         raise DataError(
             f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
             f"under --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",

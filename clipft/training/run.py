@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,8 @@ class _Run:
         try:
             self._train_steps(state)
         except DataError:
-            if state.step and math.isfinite(state.loss):
+            # At an epoch's end the state was saved, unless the epoch is still to be validated
+            if not state.epoch_ended and state.step and math.isfinite(state.loss):
                 self._save(finished=False)
             raise
 
@@ -197,24 +198,35 @@ class _Run:
         )
         for batch in batches:
             if not batch.pairs:
-                raise self._too_many_bad(len(batch.skipped), asdict(batch.skipped[-1]))
+                self._count_bad(batch.epoch + 1, [asdict(skipped) for skipped in batch.skipped])
+                raise DataError(
+                    f"none of the {len(batch.skipped)} pairs of step {state.step + 1} can be used",
+                    f"see {self.paths.skipped}; mend the data, or take a larger "
+                    "--effective-batch-size",
+                )
             yield batch
 
     def _after_step(self, result: StepResult) -> None:
         self.watchers.observer.stepped(result)
-        if result.skipped and result.epoch == 1:  # later epochs meet the same ones again
-            self.skipped_pairs += len(result.skipped)
-            self._list_skipped("train", result.skipped)
-            if self.skipped_pairs > max(1.0, self.setup.settings.max_bad * len(self.setup.train)):
-                raise self._too_many_bad(self.skipped_pairs, result.skipped[-1])
+        self._count_bad(result.epoch, result.skipped)
 
-    def _too_many_bad(self, count: int, last: dict[str, str]) -> DataError:
-        return DataError(
-            f"{count} pairs could not be used, more than --max-bad "
-            f"{self.setup.settings.max_bad:g} of {len(self.setup.train)}: the last was "
-            f"{last['key']} in {last['shard']} ({last['reason']})",
-            f"see {self.paths.skipped}; mend the data, or raise --max-bad",
-        )
+    def _count_bad(self, epoch: int, skipped: Sequence[dict[str, str]]) -> None:
+        """
+        Raises:
+            DataError: they are too many by now.
+        """
+        if not skipped or epoch > 1:  # later epochs meet the same ones again
+            return
+        self.skipped_pairs += len(skipped)
+        self._list_skipped("train", skipped)
+        settings, pairs, last = self.setup.settings, len(self.setup.train), skipped[-1]
+        if settings.too_many_bad(self.skipped_pairs, pairs):
+            raise DataError(
+                f"{self.skipped_pairs} pairs could not be used, more than --max-bad "
+                f"{settings.max_bad:g} of {pairs}: the last was {last['key']} in "
+                f"{last['shard']} ({last['reason']})",
+                f"see {self.paths.skipped}; mend the data, or raise --max-bad",
+            )
 
     def _list_skipped(self, split: str, skipped: Iterable[dict[str, str]]) -> None:
         step = self.state.step if self.state else 0

@@ -141,9 +141,11 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
     epochs = settings.epochs if trains else 0
     parameters = loaded.model.parameters_count()
     steps = epoch_plan.steps
-    captions = (preprocessing.captions, val_preprocessing.captions)
-    remarks = _step_remarks(settings, epoch_plan, len(train))
-    remarks += data_remarks(train, val, captions, loaded.base.inputs.context_length)
+    remarks = []
+    if trains:
+        captions = (preprocessing.captions, val_preprocessing.captions)
+        remarks += _step_remarks(settings, epoch_plan, len(train))
+        remarks += data_remarks(train, val, captions, loaded.base.inputs.context_length)
     plan = Plan(
         scenario=settings.scenario,
         model=settings.model,
@@ -158,7 +160,7 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
         device=str(loaded.precision.device),
         precision=loaded.precision.name,
         optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
-        notes=tuple(remarks) if trains else (),
+        notes=tuple(remarks),
     )
     return RunSetup(
         settings, loaded, train, val, preprocessing, val_preprocessing, epoch_plan, plan

@@ -8,11 +8,12 @@ Features of the packaged tiny model, and of a ViT-B/32 of random weights (or of 
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from side_by_side import Fidelity, arguments, publish_fidelity
+from side_by_side import arguments, write_figures
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -22,6 +23,27 @@ from clipft.data.images import decode_image
 from clipft.modelling.base import load_base
 
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Cosine between features, and the difference of pixels in steps of 255."""
+
+    name: str
+    least_cosine: float
+    median_cosine: float
+    mean_step: float
+    most_step: float
+
+
+def publish(rows: list[Fidelity], file: Path | None) -> None:
+    """Print one table; write the figures where a file was named."""
+    print(f"{'':48} {'cosine: least':>14} {'median':>10} {'pixels: mean':>13} {'most':>6}")
+    for row in rows:
+        cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
+        print(f"{row.name:48} {cosines} {row.mean_step:13.3f} {row.most_step:6.0f}")
+    if file:
+        write_figures(file, "decode fidelity", rows, ("torch", "transformers", "pillow"))
 
 
 def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
@@ -91,7 +113,7 @@ def main() -> None:
                         float(steps.max()),
                     )
                 )
-    publish_fidelity(rows, options.json)
+    publish(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ step takes ``EFFECTIVE`` pairs in micro-batches of ``MICRO``. 500 x 500 JPEGs, m
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,7 +22,7 @@ from side_by_side import arguments, write_figures
 from clipft.data import loader
 from clipft.data.caption_source import LiveCaptions
 from clipft.data.caption_template import JUST_THE_TXT
-from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.data.tokens import CaptionEncoder
@@ -40,11 +41,19 @@ class Stall:
     a_step_ahead: float
 
 
-def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep: float) -> float:
-    """The share of waiting over one epoch."""
+def after_the_first(
+    pairs: PairDataset, preprocessing: Preprocessing, workers: int
+) -> Iterator[StepBatch]:
+    """The steps of an epoch, the first of which has gone by."""
     plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
     steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
     next(steps)
+    return steps
+
+
+def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep: float) -> float:
+    """The share of waiting over one epoch."""
+    steps = after_the_first(pairs, preprocessing, workers)
     time.sleep(sleep)
     waited, started = 0.0, time.perf_counter()
     asked = started
@@ -57,9 +66,7 @@ def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep:
 
 def needed(pairs: PairDataset, preprocessing: Preprocessing, workers: int) -> float:
     """Seconds that the workers take for a step, when nothing else runs."""
-    plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
-    steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
-    next(steps)
+    steps = after_the_first(pairs, preprocessing, workers)
     started = time.perf_counter()
     count = sum(1 for _ in steps)
     return (time.perf_counter() - started) / count

@@ -19,7 +19,7 @@ from side_by_side import Work, arguments, compare, publish
 
 from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
-from clipft.data.processes import processors
+from clipft.machine import processors
 
 SIDE, SHARD = 256, 250
 QUALITY = PackOptions.quality
@@ -103,7 +103,15 @@ def main() -> None:
                 label = f"{name}, {processes} process{'es' * (processes > 1)}"
                 rows.append(compare(label, mine, peer, 0, pairs))
         with_near, without = ours(files, out, 0, 1), ours(files, loop, 0, 1, near=-1)
-        rows.append(compare("as they are, 1 process, --near 4 / -1", with_near, without, 0, pairs))
+        rows.append(
+            compare(
+                f"as they are, 1 process, --near {PackOptions.near} / -1",
+                with_near,
+                without,
+                0,
+                pairs,
+            )
+        )
         publish("pack", rows, ("pillow", "webdataset", "numpy"), chosen.json)
 
 

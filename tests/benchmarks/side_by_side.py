@@ -66,27 +66,6 @@ def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path 
         write_figures(file, figure, rows, packages)
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Cosine between features, and the difference of pixels in steps of 255."""
-
-    name: str
-    least_cosine: float
-    median_cosine: float
-    mean_step: float
-    most_step: float
-
-
-def publish_fidelity(rows: list[Fidelity], file: Path | None) -> None:
-    """Print one table; write the figures where a file was named."""
-    print(f"{'':48} {'cosine: least':>14} {'median':>10} {'pixels: mean':>13} {'most':>6}")
-    for row in rows:
-        cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
-        print(f"{row.name:48} {cosines} {row.mean_step:13.3f} {row.most_step:6.0f}")
-    if file:
-        write_figures(file, "decode fidelity", rows, ("torch", "transformers", "pillow"))
-
-
 def write_figures(file: Path, figure: str, rows: Sequence[Any], packages: Sequence[str]) -> None:
     figures = {
         "figure": figure,

@@ -284,3 +284,8 @@ def test_a_page_that_cannot_be_written_is_found_before_the_scan(catalogue, tmp_p
     printed = capsys.readouterr()
     assert "cannot write" in printed.err
     assert "Reading" not in printed.err
+
+
+def test_a_misspelt_field_of_the_caption_is_no_catalogue_of_empty_captions(catalogue, capsys):
+    assert run(["inspect", str(catalogue), "--model", "tiny", "--caption", "{colour}"]) == 2
+    assert "no pair has a field 'colour'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clipft.data import loader
 from clipft.data.loader import (
     LoaderOptions,
     evaluation_batches,
@@ -106,6 +107,15 @@ def test_the_global_generator_is_left_alone(dataset, preprocessing):
     torch.manual_seed(1)
     steps(dataset, preprocessing)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_workers_that_there_are_prepare_a_whole_step(monkeypatch):
+    monkeypatch.setattr(loader, "processors", lambda: 2)
+    plan = EpochPlan(4096, 1024, 64, seed=5)
+    for asked, there in ((1, 1), (2, 2), (16, 2)):
+        options = LoaderOptions(asked)
+        assert options.processes == there
+        assert there * loader._ahead(plan, 224, options.processes) >= 16
 
 
 LEFT_OVER = """

@@ -64,6 +64,15 @@ def test_pairs_are_those_of_the_index(tmp_path):
         assert pair == indexed[pair.number]
 
 
+def test_a_key_that_is_not_utf_8_is_that_of_the_index(tmp_path):
+    with tarfile.open(tmp_path / "00.tar", "w") as tar:
+        for name in ("caf\udce9.jpg", "caf\udce9.txt", "b.jpg", "b.txt"):
+            add(tar, name, b"x")
+    indexed, stream = open_pairs(tmp_path), open_stream(tmp_path, 4)
+    keys = {p.number: p.key for p in stream.order(EpochPlan(2, 2, 2, 1))(0, 0)}
+    assert keys == {0: indexed[0].key, 1: indexed[1].key} == {0: "caf\ufffd", 1: "b"}
+
+
 def test_order_changes_with_seed_and_epoch_and_mixes_shards(tmp_path):
     stream = open_stream(write(tmp_path / "s", [20, 20, 20]), 40)
     orders = {
@@ -89,7 +98,7 @@ def test_sizes_beside_the_shards_spare_the_counting(tmp_path):
     assert not list(folder.glob(".*index"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"00.tar": "x"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"00.tar": "x"}', '{"00.tar": -1}'])
 def test_broken_sizes_are_named(tmp_path, text):
     folder = write(tmp_path / "s", [5])
     (folder / "sizes.json").write_text(text)

@@ -185,6 +185,26 @@ def test_the_validation_shard_is_watched_too(tmp_path, monkeypatch, capsys):
     assert one_error(capsys)[0] == f"{val} was changed or removed while it was in use"
 
 
+def test_a_run_whose_validation_failed_validates_that_epoch_when_resumed(tmp_path, monkeypatch):
+    catalogue(tmp_path, even(range(8)))
+    val, out = tmp_path / "val" / "00000.tar", tmp_path / "out"
+    write_tar(val, even(range(4)))
+    assert train(tmp_path, *SIZES, "--epochs", "2") == 0
+    whole = lines(out / "dual_lora" / "metrics.jsonl")
+    was, state = val.read_bytes(), val.stat()
+    args = ("--epochs", "2")
+    assert train_with_harm(tmp_path, monkeypatch, 2, lambda _: replace(val), *args) == 3
+    val.write_bytes(was)
+    os.utime(val, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert train(tmp_path, *SIZES, *args, "--resume-from-checkpoint") == 0
+    resumed = lines(out / "dual_lora" / "metrics.jsonl")
+    assert [timeless(line) for line in resumed] == [timeless(line) for line in whole]
+
+
+def timeless(line: dict) -> dict:
+    return {k: v for k, v in line.items() if "second" not in k and "per_s" not in k}
+
+
 def test_a_worker_says_it_as_clearly_as_the_main_process(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(60)))
     path = tmp_path / "train" / "00000.tar"

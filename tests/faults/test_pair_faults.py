@@ -324,6 +324,15 @@ def test_a_step_of_bad_pairs_only_is_a_data_error(tmp_path, capsys):
     assert "--max-bad" in one_error(capsys)[0]
 
 
+def test_a_step_of_bad_pairs_only_is_told_as_that_where_bad_ones_are_allowed(tmp_path, capsys):
+    with_bad(tmp_path, 4, range(4))
+    assert train(tmp_path, "--max-bad", "1") == 3
+    error, _ = one_error(capsys)
+    assert "none of the 4 pairs of step 1 can be used" in error
+    assert "more than" not in error
+    assert len(skipped(tmp_path)) == 4
+
+
 def test_no_readable_validation_pair_is_a_data_error(tmp_path, capsys):
     with_bad(tmp_path, 4, [], 1, [1000])
     assert train(tmp_path) == 3
