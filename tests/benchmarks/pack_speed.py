@@ -103,15 +103,8 @@ def main() -> None:
                 label = f"{name}, {processes} process{'es' * (processes > 1)}"
                 rows.append(compare(label, mine, peer, 0, pairs))
         with_near, without = ours(files, out, 0, 1), ours(files, loop, 0, 1, near=-1)
-        rows.append(
-            compare(
-                f"as they are, 1 process, --near {PackOptions.near} / -1",
-                with_near,
-                without,
-                0,
-                pairs,
-            )
-        )
+        label = f"as they are, 1 process, --near {PackOptions.near} / -1"
+        rows.append(compare(label, with_near, without, 0, pairs))
         publish("pack", rows, ("pillow", "webdataset", "numpy"), chosen.json)
 
 
