@@ -40,26 +40,44 @@ class TrainableModel(nn.Module):
     def __init__(self, base: BaseModel, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        self.architecture = base.architecture
         self._base_count = base.parameters_count
-        learning = [name for name, _ in self.trainable()]
-        self.learns_images = any("vision_model" in n or VISUAL in n for n in learning)
-        self.learns_texts = any("text_model" in n or TEXTUAL in n for n in learning)
+        learning = {self._part_of(name) for name, _ in self.trainable()}
+        self.vision_tower_learns, self.text_tower_learns = "vision" in learning, "text" in learning
+        self.learns_images = self.vision_tower_learns or VISUAL in learning
+        self.learns_texts = self.text_tower_learns or TEXTUAL in learning
         # Pixels 0..255: (x / 255 - mean) / std in one multiply and add
         std = torch.tensor(base.inputs.std).view(1, 3, 1, 1)
         mean = torch.tensor(base.inputs.mean).view(1, 3, 1, 1)
         self.register_buffer("_gain", 1 / (255 * std), persistent=False)
         self.register_buffer("_shift", mean / std, persistent=False)
 
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> [B, W]: the vision tower, up to its projection."""
+        pixels = pixel_values.float() * self._gain - self._shift
+        return self.architecture.image_features(self.clip, pixels)
+
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, W]: the text tower, up to its projection."""
+        return self.architecture.text_features(self.clip, input_ids)
+
+    def project_images(self, features: Tensor) -> Tensor:
+        """What ``image_features`` gave -> float32 [B, D] of unit length."""
+        projected = self.architecture.project_images(self.clip, features)
+        return functional.normalize(projected.float(), dim=-1)
+
+    def project_texts(self, features: Tensor) -> Tensor:
+        """What ``text_features`` gave -> float32 [B, D] of unit length."""
+        projected = self.architecture.project_texts(self.clip, features)
+        return functional.normalize(projected.float(), dim=-1)
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32 [B, D] of unit length."""
-        pixels = pixel_values.float() * self._gain - self._shift
-        features = self.clip.get_image_features(pixel_values=pixels)
-        return functional.normalize(features.pooler_output.float(), dim=-1)
+        return self.project_images(self.image_features(pixel_values))
 
     def encode_texts(self, input_ids: Tensor) -> Tensor:
         """int64 [B, T] -> float32 [B, D] of unit length."""
-        features = self.clip.get_text_features(input_ids=input_ids)
-        return functional.normalize(features.pooler_output.float(), dim=-1)
+        return self.project_texts(self.text_features(input_ids))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Both encodings: what distributed wrappers call."""
@@ -75,6 +93,14 @@ class TrainableModel(nn.Module):
         """Keep the scale at or below 100, as CLIP's authors do."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def _part_of(self, name: str) -> str:
+        """Of a parameter: ``vision`` or ``text`` tower, a projection's name, or ``scale``."""
+        for projection, path in self.architecture.projections.items():
+            if f"{path}." in name:
+                return projection
+        towers = (tower for tower in ("vision", "text") if f"{tower}_model." in name)
+        return next(towers, "scale")
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that learn, in a fixed order."""

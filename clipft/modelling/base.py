@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clipft.errors import ModelError
+from clipft.modelling.architectures import ARCHITECTURES, Architecture
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
@@ -42,6 +43,10 @@ class BaseModel:
     """``transformers.CLIPModel``."""
     inputs: ModelInputs
     parameters_count: int
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model.config.model_type]
 
     def fingerprint(self) -> str:
         """A hash over configuration and every weight: equal for equal models."""

@@ -46,6 +46,23 @@ def test_only_what_the_scenario_names_gets_a_gradient(name):
         assert found == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "vision_tower", "text_tower", "images", "texts"),
+    [
+        ("zero_shot", False, False, False, False),
+        ("linear_probe", False, False, True, True),
+        ("dual_lora", True, True, True, True),
+        ("vision_lora", True, False, True, False),
+        ("text_lora", False, True, False, True),
+        ("full", True, True, True, True),
+    ],
+)
+def test_what_learns_is_told_apart(name, vision_tower, text_tower, images, texts):
+    model = adapt(load_base("tiny"), SCENARIOS[name], SETTINGS)
+    assert (model.vision_tower_learns, model.text_tower_learns) == (vision_tower, text_tower)
+    assert (model.learns_images, model.learns_texts) == (images, texts)
+
+
 def test_an_adapted_model_starts_as_the_untouched_one():
     base = load_base("tiny")
     pixels = torch.randint(

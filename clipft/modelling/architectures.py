@@ -1,0 +1,105 @@
+"""The families of CLIP: where each keeps its projections, and how its towers pool.
+
+A tower turns pictures or texts into pooled features; its projection turns these into the
+shared space. Splitting there lets features of a tower that does not train be kept.
+
+CLIP's projections are its two bias-free linear maps. SigLIP has none by that name; what
+follows its pooling takes their place: the MLP of the attention pool, with its norm and its
+residual, for pictures; the linear head for texts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from clipft.scenarios import TEXTUAL, VISUAL
+
+
+class Architecture(Protocol):
+    """Takes ``clip``, transformers' model or PEFT's wrapping of it, apart."""
+
+    @property
+    def projections(self) -> Mapping[str, str]:
+        """Where the modules that scenarios call projections lie."""
+
+    @property
+    def fills_texts(self) -> bool:
+        """The text tower sees what follows a text, so texts are filled to one length."""
+
+    def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
+        """float [B, 3, S, S], normalised -> [B, W], before the projection."""
+
+    def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, W], before the projection."""
+
+    def project_images(self, clip: Any, features: Tensor) -> Tensor:
+        """[B, W] -> [B, D]."""
+
+    def project_texts(self, clip: Any, features: Tensor) -> Tensor:
+        """[B, W] -> [B, D]."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``transformers.CLIPModel``: OpenAI's, and conversions of LAION's, DataComp's, MetaCLIP's."""
+
+    projections: Mapping[str, str] = field(
+        default_factory=lambda: {VISUAL: "visual_projection", TEXTUAL: "text_projection"}
+    )
+    fills_texts: bool = False
+
+    def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
+        pooled: Tensor = clip.vision_model(pixel_values=pixels).pooler_output
+        return pooled
+
+    def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
+        pooled: Tensor = clip.text_model(input_ids=input_ids).pooler_output
+        return pooled
+
+    def project_images(self, clip: Any, features: Tensor) -> Tensor:
+        projected: Tensor = clip.visual_projection(features)
+        return projected
+
+    def project_texts(self, clip: Any, features: Tensor) -> Tensor:
+        projected: Tensor = clip.text_projection(features)
+        return projected
+
+
+@dataclass(frozen=True)
+class Siglip:
+    """``transformers.SiglipModel``: SigLIP, and SigLIP 2 at a fixed resolution."""
+
+    projections: Mapping[str, str] = field(
+        default_factory=lambda: {VISUAL: "vision_model.head.mlp", TEXTUAL: "text_model.head"}
+    )
+    fills_texts: bool = True
+
+    def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
+        tower = clip.vision_model
+        encoded = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
+        patches = tower.post_layernorm(encoded)
+        probe = tower.head.probe.expand(len(patches), -1, -1)
+        pooled: Tensor = tower.head.attention(probe, patches, patches, need_weights=False)[0][:, 0]
+        return pooled
+
+    def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
+        tower = clip.text_model
+        embedded = tower.embeddings(input_ids=input_ids)
+        encoded = tower.encoder(inputs_embeds=embedded).last_hidden_state
+        pooled: Tensor = tower.final_layer_norm(encoded[:, -1])
+        return pooled
+
+    def project_images(self, clip: Any, features: Tensor) -> Tensor:
+        head = clip.vision_model.head
+        projected: Tensor = features + head.mlp(head.layernorm(features))
+        return projected
+
+    def project_texts(self, clip: Any, features: Tensor) -> Tensor:
+        projected: Tensor = clip.text_model.head(features)
+        return projected
+
+
+ARCHITECTURES: dict[str, Architecture] = {"clip": Clip(), "siglip": Siglip()}
+"""By the ``model_type`` of a checkpoint's configuration."""
