@@ -255,8 +255,9 @@ class _Run:
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
             self._list_skipped("val", map(asdict, embedded.skipped))
-        figures = embedded.retrieval().to_dict()
-        return EpochResult(epoch, step, train_loss, embedded.loss(), figures)
+        memory = setup.settings.evaluation_bytes
+        figures = embedded.retrieval(memory).to_dict()
+        return EpochResult(epoch, step, train_loss, embedded.loss(memory), figures)
 
     def _save_if_due(self, state: TrainState) -> None:
         every = self.setup.settings.checkpoint_every
