@@ -168,6 +168,28 @@ class RunSettings(Section):
     )
 
 
+class EvaluationSettings(Section):
+    title = "Evaluation"
+    label_field: str = _field(
+        "category", "metadata field with a pair's label: figures per label, and classification"
+    )
+    group_field: str | None = _field(
+        None,
+        "metadata field whose equal values belong together, as of one product; none: equal "
+        "captions and equal photos alone",
+    )
+    resamples: int = _field(
+        1000, "bootstrap resamples behind the 95 % intervals; 0: no intervals", ge=0, le=100_000
+    )
+    evaluation_memory: int = _field(
+        256, "MiB that the comparing of all with all may take, besides the embeddings", ge=1
+    )
+
+    @property
+    def evaluation_bytes(self) -> int:
+        return self.evaluation_memory << 20
+
+
 class TrackingSettings(Section):
     title = "Tracking"
     wandb: Literal["disabled", "offline", "online"] = _field(
@@ -182,12 +204,19 @@ SECTIONS: tuple[type[Section], ...] = (
     ModelSettings,
     OptimSettings,
     RunSettings,
+    EvaluationSettings,
     TrackingSettings,
 )
 
 
 class Settings(
-    TrackingSettings, RunSettings, OptimSettings, ModelSettings, DataSettings, StorageSettings
+    TrackingSettings,
+    EvaluationSettings,
+    RunSettings,
+    OptimSettings,
+    ModelSettings,
+    DataSettings,
+    StorageSettings,
 ):
     """Everything that can be set."""
 

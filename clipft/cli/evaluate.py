@@ -52,7 +52,7 @@ def evaluate(loaded: LoadedSettings, out: Output, checkpoint: Place = None) -> N
     content = load_checkpoint(path)
     settings = saved_settings(content, loaded, (*EVALUATION_SETTINGS, "model"))
     tuned = load_tuned(content, settings)
-    figures = embed_validation(tuned, settings).retrieval().to_dict()
+    figures = embed_validation(tuned, settings).retrieval(settings.evaluation_bytes).to_dict()
     out.note(f"{settings.scenario} on {settings.model}, weights of {path}.")
     out.result(
         {**figures, "scenario": settings.scenario, "checkpoint": str(path)},

@@ -66,7 +66,7 @@ def zero_shot(
     source = LabelSource(labels, label_field, templates)
     pairs = validation_pairs(settings)
     classification = classify_validation(untouched, pairs, embedded, source)
-    figures = embedded.retrieval().to_dict()
+    figures = embedded.retrieval(settings.evaluation_bytes).to_dict()
     shown: list[Any] = [retrieval_table("Validation", {settings.model: figures})]
     if classification:
         shown.append(_table(classification.to_dict(), label_field))

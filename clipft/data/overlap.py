@@ -20,13 +20,13 @@ def shared_photos(val: PairDataset, train: PairDataset) -> int:
 
     The index knows the pictures' sizes: only those of equal size are read.
     """
-    ours, theirs = _sizes(val), _sizes(train)
+    ours, theirs = picture_sizes(val), picture_sizes(train)
     ours_alike = np.flatnonzero(np.isin(ours, theirs))
     theirs_alike = np.flatnonzero(np.isin(theirs, ours))
     if len(ours_alike) + len(theirs_alike) > _MOST_READ:
         return 0
-    known = set(_hashes(train, theirs_alike))
-    return sum(photo in known for photo in _hashes(val, ours_alike))
+    known = set(picture_hashes(train, theirs_alike))
+    return sum(photo in known for photo in picture_hashes(val, ours_alike))
 
 
 def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
@@ -35,11 +35,13 @@ def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
     return sum(any(caption in known for caption in captions) for captions in val.by_pair())
 
 
-def _sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def picture_sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """Bytes of each picture, by the index."""
     whole = np.concatenate([shard.places[:, 0, 1] for shard in pairs.shards])
     return whole[: len(pairs)]
 
 
-def _hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:
+def picture_hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:
+    """SHA-256 of the pictures of some pairs."""
     for number in numbers:
         yield hashlib.sha256(pairs[int(number)].image).digest()

@@ -1,9 +1,6 @@
-"""Paired retrieval, as in the CLIP papers and open_clip.
+"""What is looked at after every epoch: paired retrieval in short, and the validation loss.
 
-Row i of the images belongs to row i of the texts. The rank of a query is the place of its
-own partner among all candidates, from 1, ties going to the lower index. R@K is the share
-of queries ranked K or better; MRR is the mean of 1 / rank. Two pairs with one caption are
-not each other's partners, so duplicates cap what any model can reach.
+Row i of the images belongs to row i of the texts; ``metrics.PAIRED`` defines the figures.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_BLOCK = 1024
-"""Queries compared at once: bounds the memory to a block times the candidates."""
+from clipft.evaluation.ranking import ranks_of
+
+_BYTES = 12
+"""Of a logit in flight: itself, its shift and its logarithm."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +47,19 @@ class Retrieval:
         }
 
 
-def retrieval(images: Tensor, texts: Tensor) -> Retrieval:
-    """Paired retrieval of unit embeddings, float [N, D] each."""
+def retrieval(images: Tensor, texts: Tensor, memory: int) -> Retrieval:
+    """Paired retrieval of unit embeddings, float [N, D] each, in ``memory`` bytes."""
     return Retrieval(
-        text_to_image=_figures(partner_ranks(texts, images)),
-        image_to_text=_figures(partner_ranks(images, texts)),
+        text_to_image=_figures(partner_ranks(texts, images, memory)),
+        image_to_text=_figures(partner_ranks(images, texts, memory)),
         pairs=len(images),
     )
 
 
-def partner_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
+def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
     """Rank of candidate i for query i, int64 [N], from 1; equal scores: lower index first."""
-    ranks = []
-    index = torch.arange(len(candidates), device=candidates.device)
-    for start in range(0, len(queries), _BLOCK):
-        scores = queries[start : start + _BLOCK] @ candidates.T
-        own_index = index[start : start + _BLOCK, None]
-        own = scores.gather(1, own_index)
-        # Put so that not-a-number, which no comparison holds for, ranks last and not first
-        behind = (scores < own) | ((scores == own) & (index > own_index))
-        ahead = ~behind & (index != own_index)
-        ranks.append(ahead.sum(1) + 1)
-    return torch.cat(ranks)
+    own = torch.arange(len(queries))
+    return ranks_of(queries, candidates, own, own, memory)
 
 
 def _figures(ranks: Tensor) -> Direction:
@@ -79,22 +69,31 @@ def _figures(ranks: Tensor) -> Direction:
         r1=hits[1],
         r5=hits[5],
         r10=hits[10],
-        median_rank=exact.quantile(0.5).item(),
+        median_rank=median(exact),
         mrr=(1 / exact).mean().item(),
     )
 
 
-def validation_loss(images: Tensor, texts: Tensor, scale: float) -> float:
+def median(values: Tensor) -> float:
+    """As numpy's; torch's own takes the lower of the two in the middle, and its ``quantile``
+    refuses more than 16 million values."""
+    ordered = values.sort().values
+    middle = len(ordered) // 2
+    return float((ordered[middle] + ordered[-middle - 1]) / 2)
+
+
+def validation_loss(images: Tensor, texts: Tensor, scale: float, memory: int) -> float:
     """CLIP's loss over the whole set as one batch, whatever the batches it came in."""
-    losses = (_mean_loss(images, texts, scale), _mean_loss(texts, images, scale))
+    losses = (_mean_loss(images, texts, scale, memory), _mean_loss(texts, images, scale, memory))
     return sum(losses) / 2
 
 
-def _mean_loss(queries: Tensor, candidates: Tensor, scale: float) -> float:
+def _mean_loss(queries: Tensor, candidates: Tensor, scale: float, memory: int) -> float:
     total = 0.0
+    size = max(1, memory // (_BYTES * len(candidates)))
     target = torch.arange(len(candidates), device=candidates.device)
-    for start in range(0, len(queries), _BLOCK):
-        logits = scale * queries[start : start + _BLOCK] @ candidates.T
-        block = target[start : start + _BLOCK]
+    for start in range(0, len(queries), size):
+        logits = scale * queries[start : start + size] @ candidates.T
+        block = target[start : start + size]
         total += functional.cross_entropy(logits, block, reduction="sum").item()
     return total / len(queries)

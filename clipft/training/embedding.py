@@ -24,11 +24,11 @@ class Embeddings:
     skipped: tuple[Skipped, ...]
     scale: float
 
-    def retrieval(self) -> Retrieval:
-        return retrieval(self.images, self.texts)
+    def retrieval(self, memory: int) -> Retrieval:
+        return retrieval(self.images, self.texts, memory)
 
-    def loss(self) -> float:
-        return validation_loss(self.images, self.texts, self.scale)
+    def loss(self, memory: int) -> float:
+        return validation_loss(self.images, self.texts, self.scale, memory)
 
 
 @torch.inference_mode()

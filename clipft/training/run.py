@@ -14,6 +14,7 @@ from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import load_checkpoint, save_checkpoint
 from clipft.training.early_stopping import EarlyStopping
+from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.measure import embed_pairs
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
@@ -95,6 +96,7 @@ class _Run:
         self.setup, self.paths, self.watchers, self.stop = setup, paths, watchers, stop
         settings = setup.settings
         self.stopping = EarlyStopping(settings.stop_on, settings.patience, settings.min_delta)
+        self.judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
         self.before: EpochResult | None = None
         self.best: EpochResult | None = None
         self.skipped_pairs = 0
@@ -111,6 +113,7 @@ class _Run:
             self.watchers.note(f"The checkpoint of an earlier run is now {self.paths.earlier}.")
         self.paths.best.unlink(missing_ok=True)
         self.paths.skipped.unlink(missing_ok=True)
+        self.paths.evaluation.unlink(missing_ok=True)
         cut_lines(self.paths.metrics, -1)
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self._list_skipped(split, map(asdict, pairs.skipped))
@@ -142,7 +145,15 @@ class _Run:
         result = self._result()
         self._leave_best()
         self.paths.write_text("result.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        self._evaluate()
         return result
+
+    def _evaluate(self) -> None:
+        """All figures of the untouched model and of the best epoch, with intervals."""
+        tuned = self.setup.loaded if self.best else None
+        judged = compare(self.judged_on, load_untouched(self.setup.settings), tuned)
+        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
+        self.paths.write_text(self.paths.evaluation.name, text + "\n")
 
     def _result(self) -> TrainResult:
         assert self.before
@@ -255,8 +266,9 @@ class _Run:
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
             self._list_skipped("val", map(asdict, embedded.skipped))
-        figures = embedded.retrieval().to_dict()
-        return EpochResult(epoch, step, train_loss, embedded.loss(), figures)
+        memory = setup.settings.evaluation_bytes
+        figures = embedded.retrieval(memory).to_dict()
+        return EpochResult(epoch, step, train_loss, embedded.loss(memory), figures)
 
     def _save_if_due(self, state: TrainState) -> None:
         every = self.setup.settings.checkpoint_every

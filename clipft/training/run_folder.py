@@ -7,6 +7,7 @@
                         best.pt          the weights of the best epoch
                         adapter/         them again as a PEFT adapter (LoRA scenarios)
                         result.json      figures before and after
+                        evaluation.json  all of them, with intervals and differences
 """
 
 import fcntl
@@ -48,6 +49,10 @@ class RunPaths:
     @property
     def skipped(self) -> Path:
         return self.folder / "skipped.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.json"
 
     @property
     def adapter(self) -> Path:
