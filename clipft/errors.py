@@ -6,6 +6,7 @@ ClipftError               1   (never raised itself)
 ├── StorageError          4   disks and buckets
 ├── ModelError            5   base models, hubs, checkpoints
 ├── DivergedError         6   training diverged; the last good state is kept
+├── ProcessError          7   another process of the run ended, hangs, or never came
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
 A service raises one of these with the sentence and the mend; ``cli.app.main`` alone
@@ -17,9 +18,13 @@ from collections.abc import Iterable
 
 
 class ClipftError(Exception):
-    """What was wrong and where (``message``), what to do (``hint``), and the exit code."""
+    """What was wrong and where (``message``), what to do (``hint``), and the exit code.
+
+    ``said``: another process of the run tells the user of it.
+    """
 
     exit_code = 1
+    said = False
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -48,6 +53,10 @@ class ModelError(ClipftError):
 
 class DivergedError(ClipftError):
     exit_code = 6
+
+
+class ProcessError(ClipftError):
+    exit_code = 7
 
 
 class Interrupted(ClipftError):

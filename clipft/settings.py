@@ -160,6 +160,14 @@ class RunSettings(Section):
         False, "smoke test: a few steps on a few pairs; other settings still win", "fixed"
     )
     seed: int = _field(42, "decides order, augmentation, initialisation, dropout", "fixed", ge=0)
+    processes: int = _field(
+        1,
+        "processes that train together on this machine: one per GPU, or shares of its cores",
+        ge=1,
+    )
+    process_timeout: float = _field(
+        10, "minutes after which a process that is not heard of is taken for lost", gt=0
+    )
     checkpoint_every: int = _field(
         100, "optimizer steps between checkpoints, besides each epoch's end; 0: none", ge=0
     )

@@ -82,7 +82,8 @@ def run(args: list[str]) -> int:
         known = _bug(error)
     if "--debug" in args:
         traceback.print_exception(known)
-    print_error(known, as_json="--json" in args)
+    if not known.said:
+        print_error(known, as_json="--json" in args)
     return known.exit_code
 
 

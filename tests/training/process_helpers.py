@@ -1,0 +1,69 @@
+"""Starting two or more real processes that meet over gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+START = """
+import json, sys
+import torch
+from clipft.settings import Settings
+from clipft.training.starting import start_processes
+torch.set_num_threads(1)
+with start_processes(Settings(device="cpu", process_timeout={minutes})) as processes:
+    rank, count = processes.rank, processes.count
+    result = None
+{body}
+    print("RESULT", json.dumps(result))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Popen[str]"]:
+    """``body`` (one indented block, which may set ``result``) in each process."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", START.format(body=body, minutes=minutes)],
+            env=torchrun_environment(rank, count, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(count)
+    ]
+
+
+def results(body: str, count: int = 2) -> list[Any]:
+    """What ``body`` left in ``result`` on each process; fails if any of them failed."""
+    found = []
+    for process in start_all(body, count):
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        line = next(line for line in stdout.splitlines() if line.startswith("RESULT"))
+        found.append(json.loads(line.removeprefix("RESULT")))
+    return found
