@@ -109,6 +109,14 @@ class ModelSettings(Section):
     lora_r: int = _field(16, "rank of the LoRA adapters", "fixed", ge=1)
     lora_alpha: float = _field(32, "LoRA scale: alpha / r", "fixed", gt=0)
     lora_dropout: float = _field(0.05, "dropout before the adapters", "fixed", ge=0, lt=1)
+    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = _field(
+        "qv", "adapted maps: of attention two or all four, of the MLP, or both", "fixed"
+    )
+    lora_rslora: bool = _field(False, "LoRA scale alpha / sqrt(r) (Kalajdzievski 2023)", "fixed")
+    lora_dora: bool = _field(False, "magnitudes apart from directions (Liu et al. 2024)", "fixed")
+    lora_init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = _field(
+        "default", "first values of the adapters; olora and pissa change the base weights", "fixed"
+    )
 
     @field_validator("scenario")
     @classmethod
@@ -116,6 +124,40 @@ class ModelSettings(Section):
         if value not in SCENARIOS:
             raise ValueError(unknown_choice(value, SCENARIOS))
         return value
+
+
+class LossSettings(Section):
+    title = "Loss"
+    loss: Literal["auto", "clip", "siglip"] = _field(
+        "auto",
+        "softmax over the batch; sigmoid of each image with each text; "
+        "auto is the one that the checkpoint was made with",
+        "fixed",
+    )
+    positives: Literal["pair", "caption", "group"] = _field(
+        "pair",
+        "what is no negative of a row: nothing but itself; rows with the same caption; rows "
+        "with the same group_field",
+        "fixed",
+    )
+    positives_mode: Literal["soft", "mask"] = _field(
+        "soft",
+        "such rows are positives, with equal shares; or are left out of the comparison",
+        "fixed",
+    )
+    group_field: str = _field(
+        "", "field of the metadata, a product id say, for --positives group", "fixed"
+    )
+    logit_scale: Literal["auto", "frozen", "trained"] = _field(
+        "auto",
+        "the temperature (and the bias of siglip), at most 100; auto trains them in scenario "
+        "full, and where siglip meets a checkpoint without a bias",
+        "fixed",
+    )
+
+
+class AdaptSettings(ModelSettings, LossSettings):
+    """What decides a trainable model."""
 
 
 class OptimSettings(Section):
@@ -180,6 +222,7 @@ SECTIONS: tuple[type[Section], ...] = (
     StorageSettings,
     DataSettings,
     ModelSettings,
+    LossSettings,
     OptimSettings,
     RunSettings,
     TrackingSettings,
@@ -187,7 +230,7 @@ SECTIONS: tuple[type[Section], ...] = (
 
 
 class Settings(
-    TrackingSettings, RunSettings, OptimSettings, ModelSettings, DataSettings, StorageSettings
+    TrackingSettings, RunSettings, OptimSettings, AdaptSettings, DataSettings, StorageSettings
 ):
     """Everything that can be set."""
 
