@@ -37,9 +37,9 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     """The same for a folder of files: between the two names there is only a rename."""
-    temporary = folder.with_name(f".{folder.name}.part")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid() if shared else 'part'}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary

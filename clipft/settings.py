@@ -72,6 +72,12 @@ class DataSettings(Section):
         "'{type}, {color}. {name}'; || between several, of which each epoch draws one",
         "fixed",
     )
+    group_field: str | None = _field(
+        None,
+        "metadata field whose equal values belong together, as of one product: in evaluation, "
+        "and in training with --positives group",
+        "fixed",
+    )
     augmentation: Literal["none", "simple", "advanced"] = _field(
         "simple",
         "the model's own preprocessing; flip and padded random crop; "
@@ -83,6 +89,9 @@ class DataSettings(Section):
     )
     shuffle_buffer: int = _field(
         4096, "pairs that are shuffled among each other, with --stream", "fixed", ge=1
+    )
+    feature_cache: bool = _field(
+        True, "keep what a tower that does not train makes of unchanging inputs in the cache folder"
     )
     num_workers: int = _field(4, "processes that decode images; 0: none besides the main", ge=0)
     max_train_pairs: int = _field(0, "train on the first so many pairs; 0: all", "fixed", ge=0)
@@ -109,6 +118,14 @@ class ModelSettings(Section):
     lora_r: int = _field(16, "rank of the LoRA adapters", "fixed", ge=1)
     lora_alpha: float = _field(32, "LoRA scale: alpha / r", "fixed", gt=0)
     lora_dropout: float = _field(0.05, "dropout before the adapters", "fixed", ge=0, lt=1)
+    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = _field(
+        "qv", "adapted maps: of attention two or all four, of the MLP, or both", "fixed"
+    )
+    lora_rslora: bool = _field(False, "LoRA scale alpha / sqrt(r) (Kalajdzievski 2023)", "fixed")
+    lora_dora: bool = _field(False, "magnitudes apart from directions (Liu et al. 2024)", "fixed")
+    lora_init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = _field(
+        "default", "first values of the adapters; olora and pissa change the base weights", "fixed"
+    )
 
     @field_validator("scenario")
     @classmethod
@@ -116,6 +133,37 @@ class ModelSettings(Section):
         if value not in SCENARIOS:
             raise ValueError(unknown_choice(value, SCENARIOS))
         return value
+
+
+class LossSettings(Section):
+    title = "Loss"
+    loss: Literal["auto", "clip", "siglip"] = _field(
+        "auto",
+        "softmax over the batch; sigmoid of each image with each text; "
+        "auto is the one that the checkpoint was made with",
+        "fixed",
+    )
+    positives: Literal["pair", "caption", "group"] = _field(
+        "pair",
+        "what is no negative of a row: nothing but itself; rows with the same caption; rows "
+        "with the same group_field",
+        "fixed",
+    )
+    positives_mode: Literal["soft", "mask"] = _field(
+        "soft",
+        "such rows are positives, with equal shares; or are left out of the comparison",
+        "fixed",
+    )
+    logit_scale: Literal["auto", "frozen", "trained"] = _field(
+        "auto",
+        "the temperature (and the bias of siglip), at most 100; auto trains them in scenario "
+        "full, and where siglip meets a checkpoint without a bias",
+        "fixed",
+    )
+
+
+class AdaptSettings(ModelSettings, LossSettings):
+    """What decides a trainable model."""
 
 
 class OptimSettings(Section):
@@ -126,6 +174,12 @@ class OptimSettings(Section):
     )
     micro_batch_size: int = _field(
         0, "pairs per forward pass; 0: find it (64 where nothing can be found)", ge=0
+    )
+    graph_memory: float | None = _field(
+        None,
+        "GiB for graphs of micro-batches kept for the backward pass rather than computed twice; "
+        "none: what is free",
+        ge=0,
     )
     accumulation: Literal["exact", "local"] = _field(
         "exact",
@@ -181,11 +235,6 @@ class EvaluationSettings(Section):
     label_field: str = _field(
         "category", "metadata field with a pair's label: figures per label, and classification"
     )
-    group_field: str | None = _field(
-        None,
-        "metadata field whose equal values belong together, as of one product; none: equal "
-        "captions and equal photos alone",
-    )
     resamples: int = _field(
         1000, "bootstrap resamples behind the 95 % intervals; 0: no intervals", ge=0, le=100_000
     )
@@ -210,6 +259,7 @@ SECTIONS: tuple[type[Section], ...] = (
     StorageSettings,
     DataSettings,
     ModelSettings,
+    LossSettings,
     OptimSettings,
     RunSettings,
     EvaluationSettings,
@@ -222,7 +272,7 @@ class Settings(
     EvaluationSettings,
     RunSettings,
     OptimSettings,
-    ModelSettings,
+    AdaptSettings,
     DataSettings,
     StorageSettings,
 ):

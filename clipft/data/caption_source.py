@@ -52,3 +52,13 @@ class LiveCaptions:
         texts = self.template.captions(pair.caption, pair.metadata)
         text = texts[drawn(len(texts), self.seed, epoch, pair.number)]
         return self.encoder([text])[0].ids
+
+
+@dataclass(frozen=True)
+class NoCaptions:
+    """Where the pictures alone matter."""
+
+    end: int = 0
+
+    def ids(self, pair: RawPair, epoch: int) -> list[int]:
+        return [self.end]

@@ -9,8 +9,8 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -73,12 +73,18 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How raw bytes become model input."""
+    """How raw bytes become model input.
+
+    ``pictures`` False: none is read, because the vision tower's features are there already;
+    ``bad`` are then the pairs, by number, whose pictures cannot be used, and why.
+    """
 
     captions: CaptionSource
     image_size: int
     augmentation: str
     seed: int
+    pictures: bool = True
+    bad: Mapping[int, str] = field(default_factory=dict)
 
 
 class Pairs(Protocol):
@@ -160,10 +166,12 @@ def _loader(
     ahead: int = 2,
 ) -> "DataLoader[Batch | DataError]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
-    workers = options.processes
+    # Looking captions up takes less time than sending them between processes
+    workers = options.processes if preprocessing.pictures else 0
     if workers:
         _kill_workers_at_exit()
-    decoded: Any = _Decoded(dataset, preprocessing)  # items become a Batch in collate
+    kind = _Decoded if preprocessing.pictures else _Captioned
+    decoded: Any = kind(dataset, preprocessing)  # items become a Batch in collate
     return DataLoader(
         decoded,
         batch_sampler=micro_batches,
@@ -228,6 +236,26 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
             return _Pair(raw.number, pixels, ids)
         except (BadImage, BadCaption) as error:
             return Skipped(raw.shard, raw.key, str(error))
+
+
+class _Captioned(Dataset["_Pair | Skipped"]):
+    """(epoch, number) -> the caption of a pair, and in the picture's place nothing."""
+
+    _NOTHING = torch.empty(0, dtype=torch.uint8)
+
+    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+        assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
+        self.dataset, self.preprocessing = dataset, preprocessing
+
+    def __getitem__(self, place: tuple[int, int]) -> "_Pair | Skipped":
+        epoch, number = place
+        named, bad = self.dataset.named(number), self.preprocessing.bad.get(number)
+        if bad:
+            return Skipped(named.shard, named.key, bad)
+        try:
+            return _Pair(number, self._NOTHING, self.preprocessing.captions.ids(named, epoch))
+        except BadCaption as error:
+            return Skipped(named.shard, named.key, str(error))
 
 
 def _ignore_signals(worker: int) -> None:

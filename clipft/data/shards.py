@@ -58,6 +58,11 @@ class PairDataset:
         members = _read(shard, row, FIELDS)
         return RawPair(number, shard.key(row), shard.path.name, *members)
 
+    def named(self, number: int) -> RawPair:
+        """A pair's key and shard alone, without reading anything."""
+        shard, row = self._place(number)
+        return RawPair(number, shard.key(row), shard.path.name, b"", b"")
+
     def words(self, number: int) -> tuple[bytes, bytes]:
         """The pair without its picture: ``.txt`` and ``.json``; b"" where there is none."""
         caption, metadata = _read(*self._place(number), ("caption", "metadata"))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +60,33 @@ def padded(rows: Sequence[Sequence[int]], end: int) -> Tensor:
     """
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[end] * (longest - len(row))] for row in rows])
+
+
+Keys = np.ndarray[Any, np.dtype[np.uint64]]
+
+_PLACE, _ODD, _MIX = (
+    np.uint64(0x9E3779B97F4A7C15),
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+)
+
+
+def lengths(ids: Tensor, fill: int) -> Tensor:
+    """int64 [rows]: the ids of each row of [rows, T] up to the last that is no ``fill``."""
+    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return (places * (ids != fill)).amax(1)
+
+
+def caption_keys(ids: Tensor, fill: int) -> Keys:
+    """uint64 [rows]: equal for equal captions however far they are filled, and, by 64 bits,
+    for no others. SplitMix64 (Steele et al. 2014) of each id and place, added up."""
+    values = ids.cpu().numpy().astype(np.uint64)
+    places = np.arange(1, values.shape[1] + 1, dtype=np.uint64) * _PLACE
+    counted = np.arange(values.shape[1]) < lengths(ids, fill).cpu().numpy()[:, None]
+    return _mixed((_mixed(values + places) * counted).sum(1, dtype=np.uint64))
+
+
+def _mixed(values: Keys) -> Keys:
+    values = (values ^ (values >> np.uint64(30))) * _ODD
+    values = (values ^ (values >> np.uint64(27))) * _MIX
+    return values ^ (values >> np.uint64(31))

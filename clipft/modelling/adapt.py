@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipft.errors import ModelError
+from clipft.modelling.adapters import with_lora
 from clipft.modelling.base import BaseModel
 from clipft.scenarios import TEXTUAL, VISUAL, Scenario
-from clipft.settings import ModelSettings
+from clipft.settings import AdaptSettings
 
 MAX_LOGIT_SCALE = math.log(100)
-LORA_TARGETS = ("q_proj", "v_proj")
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,21 @@ class TrainableModel(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The temperature, as the natural logarithm that CLIP stores; a scalar."""
+        """The temperature, as the natural logarithm that CLIP stores; one value."""
         scale: Tensor = self.clip.logit_scale
         return scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What the sigmoid loss adds to the logits; one value."""
+        bias: Tensor | None = getattr(self.clip, "logit_bias", None)
+        return bias
+
+    def train_logit_scale(self, learns: bool) -> None:
+        """Whether the temperature, and the bias where there is one, learn."""
+        for value in (self.logit_scale, self.logit_bias):
+            if value is not None:
+                value.requires_grad_(learns)
 
     def clamp_logit_scale(self) -> None:
         """Keep the scale at or below 100, as CLIP's authors do."""
@@ -133,41 +146,54 @@ class TrainableModel(nn.Module):
         return Parameters(self._base_count, sum(p.numel() for _, p in self.trainable()))
 
 
-def adapt(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> TrainableModel:
+def adapt(base: BaseModel, scenario: Scenario, settings: AdaptSettings) -> TrainableModel:
     """Freeze, adapt and unfreeze as ``scenario`` declares. ``base.model`` is used up.
 
     Raises:
         ModelError: the scenario's adapters or projections match no module of this model.
     """
-    base.model.requires_grad_(scenario.full)
-    for projection in scenario.projections:
-        if getattr(base.model, projection, None) is None:
+    clip = base.model
+    clip.requires_grad_(scenario.full)
+    learns_anew = settings.loss == "siglip" and _give_bias(clip)
+    paths = _projection_paths(base, scenario)
+    if scenario.lora:
+        clip = with_lora(base, scenario.lora, paths, settings)
+    for path in () if scenario.lora else paths:
+        clip.get_submodule(path).requires_grad_(True)
+    model = TrainableModel(base, clip)
+    wanted = scenario.full or (scenario.trains and learns_anew)
+    model.train_logit_scale(
+        wanted if settings.logit_scale == "auto" else settings.logit_scale == "trained"
+    )
+    return model
+
+
+def _give_bias(clip: Any) -> bool:
+    """Make a checkpoint without a bias ready for the sigmoid loss; False: it has one.
+
+    Temperature and bias start as Zhai et al. (2023) have it. CLIP's own temperature of 100
+    would take nearly all negatives for positives, and push the towers apart before any bias
+    could make up for it.
+    """
+    if getattr(clip, "logit_bias", None) is not None:
+        return False
+    clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, SIGLIP_BIAS))
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(SIGLIP_SCALE))
+    return True
+
+
+def _projection_paths(base: BaseModel, scenario: Scenario) -> list[str]:
+    """
+    Raises:
+        ModelError: this model has none there.
+    """
+    paths = [base.architecture.projections[name] for name in scenario.projections]
+    there = {name for name, _ in base.model.named_modules()}
+    for path in paths:
+        if path not in there:
             raise ModelError(
-                f"{base.name} has no {projection}, which {scenario.name} trains",
+                f"{base.name} has no {path}, which {scenario.name} trains",
                 "choose another scenario or base model",
             )
-    if scenario.lora:
-        return TrainableModel(base, _with_lora(base, scenario, settings))
-    for projection in scenario.projections:
-        getattr(base.model, projection).requires_grad_(True)
-    return TrainableModel(base, base.model)
-
-
-def _with_lora(base: BaseModel, scenario: Scenario, settings: ModelSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    towers = "|".join(f"{tower}_model" for tower in scenario.lora)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=rf".*({towers})\..*\.({'|'.join(LORA_TARGETS)})",
-        modules_to_save=list(scenario.projections),
-    )
-    try:
-        return get_peft_model(base.model, config)
-    except ValueError as error:
-        raise ModelError(
-            f"LoRA found nothing to adapt in {base.name}: {error}",
-            "choose a CLIP checkpoint whose encoders have q_proj and v_proj",
-        ) from error
+    return paths

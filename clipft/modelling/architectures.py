@@ -25,6 +25,10 @@ class Architecture(Protocol):
         """Where the modules that scenarios call projections lie."""
 
     @property
+    def loss(self) -> str:
+        """The loss that such checkpoints were made with."""
+
+    @property
     def fills_texts(self) -> bool:
         """The text tower sees what follows a text, so texts are filled to one length."""
 
@@ -48,6 +52,7 @@ class Clip:
     projections: Mapping[str, str] = field(
         default_factory=lambda: {VISUAL: "visual_projection", TEXTUAL: "text_projection"}
     )
+    loss: str = "clip"
     fills_texts: bool = False
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
@@ -74,6 +79,7 @@ class Siglip:
     projections: Mapping[str, str] = field(
         default_factory=lambda: {VISUAL: "vision_model.head.mlp", TEXTUAL: "text_model.head"}
     )
+    loss: str = "siglip"
     fills_texts: bool = True
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:

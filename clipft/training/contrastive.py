@@ -1,34 +1,28 @@
-"""CLIP's loss over the effective batch, in the memory of a micro-batch.
+"""The loss over the effective batch, in the memory of a micro-batch.
 
 The loss compares every image with every text of the batch, so averaging the losses of
 micro-batches is another loss with fewer negatives. ``ExactAccumulation`` keeps it whole
-(GradCache, Gao et al. 2021, arXiv:2101.06983): embed all micro-batches without a graph,
-take the loss and its gradient with respect to the embeddings, then run each micro-batch
-once more and push its part of that gradient through. The gradients are those of one large
-batch; the cost is a second forward pass of the towers that learn.
+(GradCache, Gao et al. 2021, arXiv:2101.06983): embed everything, take the loss and its
+gradient with respect to the embeddings, then push each piece's part of that gradient back
+through its tower. A piece whose graph had no room in memory goes forward once more for that.
+The gradients are those of one large batch, on any number of processes: each embeds its own
+pairs, all see all embeddings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from clipft.data.loader import Batch
-from clipft.data.order import derived_seed
 from clipft.modelling.adapt import TrainableModel
-from clipft.training.precision import Precision
-
-
-def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross entropy of unit embeddings [N, D] (Radford et al. 2021, figure 3)."""
-    logits = logit_scale.exp() * images @ texts.T
-    target = torch.arange(len(images), device=images.device)
-    by_image = functional.cross_entropy(logits, target)
-    by_text = functional.cross_entropy(logits.T, target)
-    return (by_image + by_text) / 2
+from clipft.training.distributed import Processes
+from clipft.training.graphs import GraphMemory
+from clipft.training.losses import ContrastiveLoss
+from clipft.training.positives import Positives
+from clipft.training.sides import Piece, Side, Sides
 
 
 class Accumulation(Protocol):
@@ -37,84 +31,115 @@ class Accumulation(Protocol):
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor: ...
 
 
+@dataclass
+class _Passed:
+    """A side after its first pass: ``leaf`` [rows, D] stands for the rows of its pieces."""
+
+    side: Side
+    step: int
+    pieces: Sequence[Piece]
+    graphs: list[Tensor | None]
+    leaf: Tensor
+    order: Tensor
+
+    def by_pair(self) -> Tensor:
+        """[pairs, D], differentiable in ``leaf``."""
+        return self.leaf[self.order]
+
+    def push_back(self) -> None:
+        """From the gradient that the loss left in ``leaf`` to that of the parameters."""
+        if not self.side.learns or self.leaf.grad is None:
+            return
+        gradients = self.leaf.grad.split([len(piece.keys) for piece in self.pieces])
+        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
+            graph, self.graphs[i] = self.graphs[i], None
+            rows = self.side.encode(self.step, piece) if graph is None else graph
+            self.side.push_back(self.step, piece, rows, gradient)
+
+
 @dataclass(frozen=True)
-class _Encoder:
-    """Both towers under the run's precision, with the dropout of (seed, step, micro-batch).
-
-    Reseeding before each pass is what makes a second pass draw the masks of the first, and
-    what frees a resumed run from restoring any random state.
-    """
-
+class _Accumulation:
     model: TrainableModel
-    precision: Precision
+    sides: Sides
+    loss: ContrastiveLoss
+    positives: Positives
+    processes: Processes
     scaler: "torch.amp.GradScaler"
-    seed: int
+    graphs: GraphMemory
 
-    def images(self, step: int, micro: int, batch: Batch) -> Tensor:
-        torch.manual_seed(derived_seed(self.seed, step, micro, 0))
-        with self.precision.autocast():
-            return self.model.encode_images(batch.pixel_values)
+    @property
+    def _scalars(self) -> list[nn.Parameter]:
+        """Their gradients come from the loss itself, so every process has them whole."""
+        return [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
 
-    def texts(self, step: int, micro: int, batch: Batch) -> Tensor:
-        torch.manual_seed(derived_seed(self.seed, step, micro, 1))
-        with self.precision.autocast():
-            return self.model.encode_texts(batch.input_ids)
+    def _pass(self, side: Side, step: int, batches: Sequence[Batch]) -> _Passed:
+        cut = side.cut(batches)
+        embedded = [self.graphs.embed(side, step, piece) for piece in cut.pieces]
+        rows = torch.cat([e.rows for e in embedded]) if embedded else torch.empty(0)
+        leaf = rows.to(self.sides.images.precision.device).requires_grad_(side.learns)
+        return _Passed(side, step, cut.pieces, [e.graph for e in embedded], leaf, cut.order)
 
-    def loss(self, images: Tensor, texts: Tensor) -> Tensor:
-        return contrastive_loss(images, texts, self.model.logit_scale)
-
-
-@dataclass(frozen=True)
-class ExactAccumulation(_Encoder):
-    """The loss of the whole effective batch. One micro-batch needs no second pass."""
-
-    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
-        if len(micro_batches) == 1:
-            return self._at_once(step, micro_batches[0])
-        batches = [batch.to(self.precision.device) for batch in micro_batches]
-        with torch.no_grad():
-            images = [self.images(step, i, batch) for i, batch in enumerate(batches)]
-            texts = [self.texts(step, i, batch) for i, batch in enumerate(batches)]
-        image_leaf = torch.cat(images).requires_grad_()
-        text_leaf = torch.cat(texts).requires_grad_()
-        loss = self.loss(image_leaf, text_leaf)
-        torch.autograd.backward(self.scaler.scale(loss))
-        for i, (batch, image_grad, text_grad) in enumerate(
-            zip(batches, _like(image_leaf, images), _like(text_leaf, texts), strict=True)
-        ):
-            if self.model.learns_images:
-                torch.autograd.backward(self.images(step, i, batch), image_grad)
-            if self.model.learns_texts:
-                torch.autograd.backward(self.texts(step, i, batch), text_grad)
-        return loss.detach()
-
-    def _at_once(self, step: int, batch: Batch) -> Tensor:
-        batch = batch.to(self.precision.device)
-        loss = self.loss(self.images(step, 0, batch), self.texts(step, 0, batch))
-        torch.autograd.backward(self.scaler.scale(loss))
-        return loss.detach()
-
-
-def _like(leaf: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
-    """The gradient of ``leaf``, cut as ``parts`` are."""
-    assert leaf.grad is not None
-    yield from torch.split(leaf.grad, [len(part) for part in parts])
+    def _sum_gradients(self) -> None:
+        self.processes.sum_gradients([p for _, p in self.model.trainable()], self._scalars)
 
 
 @dataclass(frozen=True)
-class LocalAccumulation(_Encoder):
-    """The mean of the micro-batches' own losses: fewer negatives, one forward pass."""
+class ExactAccumulation(_Accumulation):
+    """The loss of the whole effective batch."""
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
-        total = sum(len(batch) for batch in micro_batches)
-        mean = torch.zeros((), device=self.precision.device)
-        for i, micro_batch in enumerate(micro_batches):
-            batch = micro_batch.to(self.precision.device)
-            loss = self.loss(self.images(step, i, batch), self.texts(step, i, batch))
-            share = loss * (len(batch) / total)
-            torch.autograd.backward(self.scaler.scale(share))
+        device = self.sides.images.precision.device
+        batches = [batch.to(device) for batch in micro_batches]
+        self.graphs.begin_step()
+        images = self._pass(self.sides.images, step, batches)
+        texts = self._pass(self.sides.texts, step, batches)
+        loss = self.loss(
+            self._among_all(images.by_pair()), self._among_all(texts.by_pair()), self._groups(batches)
+        )
+        if loss.requires_grad:
+            torch.autograd.backward(self.scaler.scale(loss))
+        images.push_back()
+        texts.push_back()
+        self._sum_gradients()
+        return loss.detach()
+
+    def _among_all(self, own: Tensor) -> Tensor:
+        """The rows of all processes, [N, D]: this one's with their gradient."""
+        counts = self.processes.gather_rows(torch.tensor([len(own)])).tolist()
+        rows = self.processes.gather_rows(own)
+        first = sum(counts[: self.processes.rank])
+        return torch.cat([rows[:first], own, rows[first + len(own) :]]) if len(own) else rows
+
+    def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
+        own = self.positives.ids_of(batches)
+        return None if own is None else self.processes.gather_rows(own)
+
+
+@dataclass(frozen=True)
+class LocalAccumulation(_Accumulation):
+    """The mean of the micro-batches' own losses: fewer negatives."""
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+        device = self.sides.images.precision.device
+        own = torch.tensor([sum(len(batch) for batch in micro_batches)])
+        total = int(self.processes.gather_rows(own).sum())
+        mean = torch.zeros(1, device=device)
+        for micro_batch in micro_batches:
+            batches = [micro_batch.to(device)]
+            self.graphs.begin_step()
+            images = self._pass(self.sides.images, step, batches)
+            texts = self._pass(self.sides.texts, step, batches)
+            groups = self.positives.ids_of(batches)
+            share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
+                len(micro_batch) / total
+            )
+            if share.requires_grad:
+                torch.autograd.backward(self.scaler.scale(share))
+            images.push_back()
+            texts.push_back()
             mean += share.detach()
-        return mean
+        self._sum_gradients()
+        return self.processes.gather_rows(mean).sum()
 
 
 ACCUMULATIONS: dict[str, type[ExactAccumulation] | type[LocalAccumulation]] = {

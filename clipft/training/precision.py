@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from clipft.errors import UsageError
 from clipft.settings import OptimSettings
@@ -17,11 +18,14 @@ class Precision:
     name: str
     device: torch.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name, torch.float32)
+
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
-        if dtype is None:
+        if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype)
+        return torch.autocast(self.device.type, self.dtype)
 
     def make_scaler(self) -> "torch.amp.GradScaler":
         """Scales the loss where fp16 gradients would underflow; else hands it through."""
@@ -39,6 +43,16 @@ def choose_precision(settings: OptimSettings) -> Precision:
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
     return Precision(name, device)
+
+
+def settle_frozen(model: nn.Module, precision: Precision) -> None:
+    """Keep the weights that autocast would cast at each use, and that do not learn, in the
+    dtype it casts them to: the same numbers, half the memory, no casting."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for weight in layer.parameters(recurse=False):
+                if not weight.requires_grad:
+                    weight.data = weight.data.to(precision.dtype)
 
 
 def _device(asked: str) -> torch.device:

@@ -3,7 +3,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from clipft.errors import ModelError
-from clipft.modelling.adapt import MAX_LOGIT_SCALE, adapt
+from clipft.modelling.adapt import MAX_LOGIT_SCALE, TrainableModel, adapt
 from clipft.modelling.base import BaseModel, ModelInputs, load_base
 from clipft.scenarios import SCENARIOS
 from clipft.settings_sources import load_settings
@@ -105,6 +105,44 @@ def test_weights_go_back_where_they_came_from_or_are_refused():
     other = adapt(load_base("tiny"), SCENARIOS["vision_lora"], SETTINGS)
     with pytest.raises(ModelError, match="does not fit"):
         other.load_trainable_state(state)
+
+
+def adapted(scenario: str, **given: str) -> TrainableModel:
+    settings = load_settings(given, environ={}).values
+    return adapt(load_base("tiny"), SCENARIOS[scenario], settings)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "given", "scales"),
+    [
+        ("full", {}, ["logit_scale"]),
+        ("full", {"logit_scale": "frozen"}, []),
+        ("dual_lora", {}, []),
+        ("dual_lora", {"logit_scale": "trained"}, ["logit_scale"]),
+        ("linear_probe", {"logit_scale": "trained"}, ["logit_scale"]),
+        ("dual_lora", {"loss": "siglip"}, ["logit_bias", "logit_scale"]),
+        ("linear_probe", {"loss": "siglip", "logit_scale": "frozen"}, []),
+        ("zero_shot", {"loss": "siglip"}, []),
+    ],
+)
+def test_which_scales_train_and_that_they_are_kept(scenario, given, scales):
+    model = adapted(scenario, **given)
+    named = {name.rpartition(".")[2]: p for name, p in model.trainable() if p.ndim == 0}
+    assert sorted(named) == scales
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.fill_(1.25)
+    again = adapted(scenario, **given)
+    again.load_trainable_state(model.trainable_state())
+    values = {"logit_scale": again.logit_scale, "logit_bias": again.logit_bias}
+    assert all(values[name].item() == 1.25 for name in scales)
+
+
+def test_siglip_gives_a_clip_checkpoint_a_bias_and_starts_its_temperature_anew():
+    model = adapted("dual_lora", loss="siglip")
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    assert adapted("dual_lora").logit_bias is None
 
 
 def test_the_logit_scale_stays_at_or_below_100():
