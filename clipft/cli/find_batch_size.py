@@ -23,7 +23,8 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
     from clipft.training.batch_size import Probe
-    from clipft.training.setup import find_micro_batch, load_model
+    from clipft.training.loaded import load_model
+    from clipft.training.setup import find_micro_batch
 
     settings = loaded.values
     effective = settings.effective_batch_size

@@ -24,7 +24,9 @@ def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
     if settings.s3_bucket:
         sync_with_progress(settings, out)
     _fetch_checkpoint(settings, out)
-    watchers = Watchers(_observers(settings, out), out.note, _after_save(settings, out))
+    watchers = Watchers(
+        _observers(settings, out), out.note, _after_save(settings, out), out.progress
+    )
     result = run_service(settings, watchers, loaded.to_toml())
     show(result, settings, out)
     return result

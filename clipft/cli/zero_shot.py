@@ -57,8 +57,8 @@ def zero_shot(
     """
     from clipft.reporting.tables import retrieval_table
     from clipft.training.labelling import LabelSource, classify_validation
+    from clipft.training.loaded import load_model
     from clipft.training.measure import embed_validation, validation_pairs
-    from clipft.training.setup import load_model
 
     settings = loaded.values.model_copy(update={"scenario": "zero_shot"})
     untouched = load_model(settings)

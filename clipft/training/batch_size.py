@@ -22,7 +22,7 @@ from clipft.data.loader import Batch
 from clipft.errors import StorageError
 from clipft.files import replacing
 from clipft.modelling.adapt import TrainableModel
-from clipft.training.contrastive import contrastive_loss
+from clipft.training.losses import ContrastiveLoss
 from clipft.training.memory import peak_memory, usable_memory
 from clipft.training.precision import Precision
 
@@ -162,6 +162,7 @@ class ModelProbe:
     """Tries sizes on a real model with made-up pairs, captions at their longest."""
 
     model: TrainableModel
+    loss: ContrastiveLoss
     image_size: int
     context_length: int
     precision: Precision
@@ -196,7 +197,7 @@ class ModelProbe:
         return embedded
 
     def _step(self, batch: Batch) -> None:
-        loss = contrastive_loss(*self._embed(batch), self.model.logit_scale)
+        loss = self.loss(*self._embed(batch))
         if loss.requires_grad:
             torch.autograd.backward(loss)
 

@@ -24,6 +24,8 @@ from clipft.training.losses import ContrastiveLoss
 from clipft.training.positives import Positives
 from clipft.training.sides import Piece, Side, Sides
 
+_NO_PAIRS = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
+
 
 class Accumulation(Protocol):
     """Leaves the gradient of a step in the parameters; returns its loss, detached."""
@@ -50,7 +52,7 @@ class _Passed:
         """From the gradient that the loss left in ``leaf`` to that of the parameters."""
         if not self.side.learns or self.leaf.grad is None:
             return
-        gradients = self.leaf.grad.split([len(piece.keys) for piece in self.pieces])
+        gradients = torch.split(self.leaf.grad, [len(piece.keys) for piece in self.pieces])
         for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
             graph, self.graphs[i] = self.graphs[i], None
             rows = self.side.encode(self.step, piece) if graph is None else graph
@@ -79,6 +81,11 @@ class _Accumulation:
         leaf = rows.to(self.sides.images.precision.device).requires_grad_(side.learns)
         return _Passed(side, step, cut.pieces, [e.graph for e in embedded], leaf, cut.order)
 
+    def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
+        ids = [self.positives.ids(batch) for batch in batches or [_NO_PAIRS]]
+        known = [i.to(self.sides.images.precision.device) for i in ids if i is not None]
+        return torch.cat(known) if known else None
+
     def _sum_gradients(self) -> None:
         self.processes.sum_gradients([p for _, p in self.model.trainable()], self._scalars)
 
@@ -94,7 +101,9 @@ class ExactAccumulation(_Accumulation):
         images = self._pass(self.sides.images, step, batches)
         texts = self._pass(self.sides.texts, step, batches)
         loss = self.loss(
-            self._among_all(images.by_pair()), self._among_all(texts.by_pair()), self._groups(batches)
+            self._among_all(images.by_pair()),
+            self._among_all(texts.by_pair()),
+            self._groups(batches),
         )
         if loss.requires_grad:
             torch.autograd.backward(self.scaler.scale(loss))
@@ -111,7 +120,7 @@ class ExactAccumulation(_Accumulation):
         return torch.cat([rows[:first], own, rows[first + len(own) :]]) if len(own) else rows
 
     def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
-        own = self.positives.ids_of(batches)
+        own = self._own_groups(batches)
         return None if own is None else self.processes.gather_rows(own)
 
 
@@ -129,7 +138,7 @@ class LocalAccumulation(_Accumulation):
             self.graphs.begin_step()
             images = self._pass(self.sides.images, step, batches)
             texts = self._pass(self.sides.texts, step, batches)
-            groups = self.positives.ids_of(batches)
+            groups = self._own_groups(batches)
             share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
                 len(micro_batch) / total
             )

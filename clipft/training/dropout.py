@@ -94,7 +94,7 @@ class Randomness:
 def row_masks(tower: nn.Module, p: float, device: torch.device) -> Masks | None:
     """Replace the adapters' dropouts in a tower; None: there are none, or torch draws."""
     masks = Masks(p)
-    layers = [layer for layer in tower.modules() if hasattr(layer, "lora_dropout")]
+    layers: list[Any] = [layer for layer in tower.modules() if hasattr(layer, "lora_dropout")]
     if device.type != "cpu" or not p or not layers:
         return None
     for layer in layers:

@@ -11,7 +11,7 @@ from clipft.data.shard_index import Skipped
 from clipft.errors import DataError
 from clipft.evaluation.retrieval import Retrieval, retrieval, validation_loss
 from clipft.modelling.adapt import TrainableModel
-from clipft.training.precision import Precision
+from clipft.training.sides import Side, Sides
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Embeddings:
 
 
 @torch.inference_mode()
-def embed(model: TrainableModel, batches: Iterable[Batch], precision: Precision) -> Embeddings:
+def embed(model: TrainableModel, sides: Sides, batches: Iterable[Batch]) -> Embeddings:
     """Embed all pairs with dropout off; the model's mode is put back.
 
     Raises:
@@ -45,16 +45,21 @@ def embed(model: TrainableModel, batches: Iterable[Batch], precision: Precision)
         skipped += batch.skipped
         if not len(batch):
             continue
-        moved = batch.to(precision.device)
-        with precision.autocast():
-            images.append(model.encode_images(moved.pixel_values).cpu())
-            texts.append(model.encode_texts(moved.input_ids).cpu())
+        images.append(_rows(sides.images, batch))
+        texts.append(_rows(sides.texts, batch))
         numbers += batch.numbers
     model.train(was_training)
     if not numbers:
         raise _nothing(skipped)
     scale = float(model.logit_scale.detach().exp())
     return Embeddings(torch.cat(images), torch.cat(texts), tuple(numbers), tuple(skipped), scale)
+
+
+def _rows(side: Side, batch: Batch) -> Tensor:
+    """[B, D], on the CPU."""
+    cut = side.cut([batch.to(side.precision.device)])
+    rows = torch.cat([side.encode(0, piece) for piece in cut.pieces])
+    return rows[cut.order].cpu()
 
 
 def _nothing(skipped: list[Skipped]) -> DataError:

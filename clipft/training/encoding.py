@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clipft.data.caption_table import CaptionTable
-from clipft.data.loader import Pairs, Preprocessing
+from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.shards import PairDataset
 from clipft.errors import StorageError
-from clipft.training.feature_cache import FeatureCache
+from clipft.settings import Settings
+from clipft.training.feature_cache import FeatureCache, Progress, silent
 from clipft.training.loaded import LoadedModel
 from clipft.training.sides import Sides, make_sides, with_image_features, with_text_features
 
@@ -28,25 +29,42 @@ def live_encoding(loaded: LoadedModel, preprocessing: Preprocessing, seed: int) 
     return Encoding(preprocessing, make_sides(loaded, seed, preprocessing.captions.end))
 
 
-def encoding(
-    live: Encoding, pairs: Pairs, cache: FeatureCache, note: Callable[[str], None]
+def open_encoding(
+    loaded: LoadedModel,
+    pairs: Pairs,
+    preprocessing: Preprocessing,
+    settings: Settings,
+    note: Callable[[str], None],
+    progress: Progress = silent,
 ) -> Encoding:
-    """``live``, with features in the place of each tower that would always give the same.
+    """Features in the place of each tower that would always give the same.
 
     A cache that cannot be written is said and done without.
     """
-    model, preprocessing, sides = cache.loaded.model, live.preprocessing, live.sides
-    captions, fill = preprocessing.captions, preprocessing.captions.end
+    live = live_encoding(loaded, preprocessing, settings.seed)
+    if not settings.feature_cache:
+        return live
+    on_gpu = loaded.precision.device.type == "cuda"
+    cache = FeatureCache(loaded, LoaderOptions(settings.num_workers, pin_memory=on_gpu), progress)
     try:
-        if not model.text_tower_learns and isinstance(captions, CaptionTable):
-            features = cache.of_captions(captions, fill)
-            sides = with_text_features(sides, model, features, fill)
-        unchanged = isinstance(pairs, PairDataset) and preprocessing.augmentation == "none"
-        if not model.vision_tower_learns and unchanged:
-            assert isinstance(pairs, PairDataset)
-            features = cache.of_images(pairs)
-            sides = with_image_features(sides, model, features)
-            preprocessing = replace(preprocessing, pictures=False, bad=features.bad)
+        return _with_images(_with_texts(live, cache), pairs, cache)
     except StorageError as error:
-        note(f"warning: features are not kept and each epoch computes them anew: {error.message}")
-    return Encoding(preprocessing, sides)
+        note(f"warning: features are not kept, each epoch computes them anew: {error.message}")
+        return live
+
+
+def _with_texts(live: Encoding, cache: FeatureCache) -> Encoding:
+    captions, model = live.preprocessing.captions, cache.loaded.model
+    if model.text_tower_learns or not isinstance(captions, CaptionTable):
+        return live
+    features = cache.of_captions(captions, captions.end)
+    return replace(live, sides=with_text_features(live.sides, model, features, captions.end))
+
+
+def _with_images(live: Encoding, pairs: Pairs, cache: FeatureCache) -> Encoding:
+    model, unchanging = cache.loaded.model, live.preprocessing.augmentation == "none"
+    if model.vision_tower_learns or not unchanging or not isinstance(pairs, PairDataset):
+        return live
+    features = cache.of_images(pairs)
+    preprocessing = replace(live.preprocessing, pictures=False, bad=features.bad)
+    return Encoding(preprocessing, with_image_features(live.sides, model, features))

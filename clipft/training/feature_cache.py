@@ -9,7 +9,7 @@ the row of each; ``about.json``, the width and the pictures that cannot be used.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ from clipft.training.loaded import LoadedModel
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a display under a heading; what it gives is told (done, all)."""
+
+
+@contextmanager
+def silent(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress that nobody looks at."""
+    yield lambda done, rows: None
+
 
 _FORMAT = "1"
 _BATCH = 64

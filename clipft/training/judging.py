@@ -15,9 +15,10 @@ from clipft.evaluation.relevance import Identities, normalised, numbered, releva
 from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings
+from clipft.training.encoding import open_encoding
+from clipft.training.loaded import LoadedModel, load_model
 from clipft.training.measure import embed_pairs, validation_pairs
 from clipft.training.preprocessing import validation_preprocessing
-from clipft.training.setup import LoadedModel, load_model
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class EvaluationSet:
 
     def judge(self, loaded: LoadedModel) -> Judged:
         """Embed all pairs with a model and measure."""
-        embedded = embed_pairs(loaded, self.pairs, self.preprocessing, self.settings)
+        settings = self.settings
+        how = open_encoding(loaded, self.pairs, self.preprocessing, settings, lambda note: None)
+        embedded = embed_pairs(loaded, self.pairs, how, settings)
         chosen = np.array(embedded.numbers)
-        own, settings = self.identities, self.settings
+        own = self.identities
         groups = None if own.groups is None else own.groups[chosen]
         device = loaded.precision.device
         where = device if device.type == "cuda" else "cpu"

@@ -13,7 +13,7 @@ from clipft.errors import UsageError
 from clipft.evaluation.classification import Classification, classify, label_embeddings
 from clipft.evaluation.templates import TEMPLATES
 from clipft.training.embedding import Embeddings
-from clipft.training.setup import LoadedModel
+from clipft.training.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

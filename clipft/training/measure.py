@@ -1,12 +1,13 @@
 """Embedding the validation pairs of some settings."""
 
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
+from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
+from clipft.training.encoding import Encoding, open_encoding
+from clipft.training.loaded import LoadedModel
 from clipft.training.preprocessing import validation_preprocessing
-from clipft.training.setup import LoadedModel
 
 _BATCH = 64
 """Pairs per forward pass without gradients, where no micro-batch is set."""
@@ -23,11 +24,12 @@ def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
     """Open the validation pairs and embed them."""
     pairs = validation_pairs(settings)
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-    return embed_pairs(loaded, pairs, preprocessing, settings)
+    how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None)
+    return embed_pairs(loaded, pairs, how, settings)
 
 
 def embed_pairs(
-    loaded: LoadedModel, pairs: PairDataset, preprocessing: Preprocessing, settings: Settings
+    loaded: LoadedModel, pairs: PairDataset, how: Encoding, settings: Settings
 ) -> Embeddings:
     """
     Raises:
@@ -35,8 +37,8 @@ def embed_pairs(
     """
     options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
     batch_size = settings.micro_batch_size or _BATCH
-    batches = evaluation_batches(pairs, preprocessing, batch_size, options)
-    embedded = embed(loaded.model, batches, loaded.precision)
+    batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
+    embedded = embed(loaded.model, how.sides, batches)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

@@ -53,6 +53,21 @@ def usable_memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss + min(free) * USABLE_SHARE)
 
 
+GRAPH_SHARE = 0.6
+"""Of what is usable and not in use when graphs of a step are first kept: backward passes,
+fragments and what else a run comes to need have the rest."""
+
+
+def free_for_graphs(device: torch.device, to_come: int) -> int:
+    """Bytes that the graphs of a step may hold; ``to_come`` is known to be needed later."""
+    if device.type == "mps":  # its memory cannot be measured
+        return 0
+    used = memory_in_use(device)
+    if device.type == "cuda":
+        used = int(torch.cuda.memory_allocated(device))
+    return max(0, int((usable_memory(device) - used - to_come) * GRAPH_SHARE))
+
+
 def _cgroup_free() -> list[int]:
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()

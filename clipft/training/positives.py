@@ -76,25 +76,24 @@ def make_positives(
             "--positives group does not go with --stream: groups are looked up by pair",
             "leave --stream out, or use --positives caption",
         )
-    _check_field(settings.group_field, pairs)
-    assert settings.group_field
+    field = _checked(settings.group_field, pairs)
     if len(pairs) > _MANY:
-        note(f"Reading {settings.group_field} of {len(pairs):,} pairs ...")
-    return GroupPositives(_table(settings.group_field, pairs))
+        note(f"Reading {field} of {len(pairs):,} pairs ...")
+    return GroupPositives(_table(field, pairs))
 
 
-def _check_field(name: str | None, pairs: PairDataset) -> None:
+def _checked(field: str | None, pairs: PairDataset) -> str:
     known = known_fields(pairs)
-    if name in known:
-        return
-    near = nearest(name, known) if name else None
     has = f"the metadata has {', '.join(sorted(known)) or 'no fields'}"
-    raise UsageError(
-        f"--positives group: no pair has a field {name!r}"
-        if name
-        else "--positives group needs --group-field",
-        f"did you mean {near}? {has}" if near else has,
-    )
+    if not field:
+        raise UsageError("--positives group needs --group-field", has)
+    if field not in known:
+        near = nearest(field, known)
+        raise UsageError(
+            f"--positives group: no pair has a field {field!r}",
+            f"did you mean {near}? {has}" if near else has,
+        )
+    return field
 
 
 def _table(name: str, pairs: PairDataset) -> Tensor:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from clipft.errors import ModelError
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
-from clipft.training.setup import LoadedModel, load_model
+from clipft.training.loaded import LoadedModel, load_model
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"
 

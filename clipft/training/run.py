@@ -14,6 +14,7 @@ from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import load_checkpoint, save_checkpoint
 from clipft.training.early_stopping import EarlyStopping
+from clipft.training.feature_cache import Progress, silent
 from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.measure import embed_pairs
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
@@ -57,6 +58,7 @@ class Watchers:
     observer: Observer
     note: Note
     saved: Callable[[Path], None]
+    progress: Progress = silent
 
 
 def train(settings: Settings, watchers: Watchers, toml: str) -> TrainResult:
@@ -74,7 +76,7 @@ def train(settings: Settings, watchers: Watchers, toml: str) -> TrainResult:
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
             return _finished_result(checkpoint, paths)
-        setup = prepare(settings, watchers.note)
+        setup = prepare(settings, watchers.note, watchers.progress)
         paths.write_text("settings.toml", toml)
         run = _Run(setup, paths, watchers, stop)
         try:
@@ -201,7 +203,7 @@ class _Run:
         setup = self.setup
         batches = training_batches(
             setup.train,
-            setup.preprocessing,
+            setup.encoding.preprocessing,
             setup.epoch_plan,
             state.position,
             setup.plan.epochs,
@@ -262,7 +264,7 @@ class _Run:
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup = self.setup
-        embedded = embed_pairs(setup.loaded, setup.val, setup.val_preprocessing, setup.settings)
+        embedded = embed_pairs(setup.loaded, setup.val, setup.val_encoding, setup.settings)
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
             self._list_skipped("val", map(asdict, embedded.skipped))

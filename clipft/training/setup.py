@@ -1,19 +1,24 @@
 """What a run consists of, made once before it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.order import EpochPlan
 from clipft.data.shards import PairDataset, open_pairs
-from clipft.modelling.adapt import TrainableModel, adapt
-from clipft.modelling.base import BaseModel, load_base
 from clipft.records import Plan
 from clipft.settings import Settings
 from clipft.training.batch_size import FALLBACK, Found, FoundCache, ModelProbe, Probe, find
 from clipft.training.contrastive import ACCUMULATIONS, Accumulation
+from clipft.training.distributed import OneProcess, Processes
+from clipft.training.encoding import Encoding, open_encoding
+from clipft.training.feature_cache import Progress, silent
+from clipft.training.graphs import GraphMemory
+from clipft.training.loaded import LoadedModel, load_model
+from clipft.training.losses import make_loss
+from clipft.training.memory import free_for_graphs
 from clipft.training.optimisation import (
     Optimiser,
     choose_optimizer,
@@ -22,7 +27,7 @@ from clipft.training.optimisation import (
     parameter_groups,
     warmup_steps,
 )
-from clipft.training.precision import Precision, choose_precision
+from clipft.training.positives import Positives, make_positives
 from clipft.training.preprocessing import (
     data_remarks,
     training_preprocessing,
@@ -33,30 +38,8 @@ Note = Callable[[str], None]
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A base model under the scenario of some settings, on its device."""
-
-    base: BaseModel
-    fingerprint: str
-    model: TrainableModel
-    precision: Precision
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return {"name": self.base.name, "fingerprint": self.fingerprint}
-
-
-def load_model(settings: Settings) -> LoadedModel:
-    """Load and adapt; the adapters' first values follow from the seed."""
-    precision = choose_precision(settings)
-    base = load_base(settings.model)
-    fingerprint = base.fingerprint()
-    torch.manual_seed(settings.seed)
-    model = adapt(base, settings.declared_scenario, settings)
-    return LoadedModel(base, fingerprint, model.to(precision.device), precision)
+_STATES = 4
+"""Of the trainable weights' bytes, that a first step adds: gradient, two moments, one to spare."""
 
 
 def find_micro_batch(
@@ -66,7 +49,13 @@ def find_micro_batch(
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     inputs = loaded.base.inputs
-    probe = ModelProbe(loaded.model, inputs.image_size, inputs.context_length, loaded.precision)
+    probe = ModelProbe(
+        loaded.model,
+        make_loss(settings, loaded.model),
+        inputs.image_size,
+        inputs.context_length,
+        loaded.precision,
+    )
     key = "|".join(
         map(
             str,
@@ -98,10 +87,13 @@ class RunSetup:
     loaded: LoadedModel
     train: Pairs
     val: PairDataset
-    preprocessing: Preprocessing
+    encoding: Encoding
+    val_encoding: Encoding
     val_preprocessing: Preprocessing
+    positives: Positives
     epoch_plan: EpochPlan
     plan: Plan
+    processes: Processes = field(default_factory=OneProcess)
 
     @property
     def loader_options(self) -> LoaderOptions:
@@ -118,12 +110,27 @@ class RunSetup:
         return Optimiser(optimizer, scheduler, precision.make_scaler(), settings.grad_clip)
 
     def make_accumulation(self, optimiser: Optimiser) -> Accumulation:
-        accumulate = ACCUMULATIONS[self.settings.accumulation]
-        loaded = self.loaded
-        return accumulate(loaded.model, loaded.precision, optimiser.scaler, self.settings.seed)
+        model, settings = self.loaded.model, self.settings
+        return ACCUMULATIONS[settings.accumulation](
+            model=model,
+            sides=self.encoding.sides,
+            loss=make_loss(settings, model),
+            positives=self.positives,
+            processes=self.processes,
+            scaler=optimiser.scaler,
+            graphs=GraphMemory(self._graph_bytes),
+        )
+
+    def _graph_bytes(self) -> int:
+        """What graphs may hold, asked once in the first step."""
+        if self.settings.graph_memory is not None:
+            return int(self.settings.graph_memory * 2**30)
+        trainable = sum(p.nbytes for _, p in self.loaded.model.trainable())
+        free = free_for_graphs(self.loaded.precision.device, to_come=_STATES * trainable)
+        return free // self.processes.on_this_machine
 
 
-def prepare(settings: Settings, note: Note) -> RunSetup:
+def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunSetup:
     """Open the data, load the model, choose the micro-batch, lay the plan.
 
     Raises:
@@ -162,8 +169,18 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
         optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
         notes=tuple(remarks),
     )
+    tell = (note, progress)
     return RunSetup(
-        settings, loaded, train, val, preprocessing, val_preprocessing, epoch_plan, plan
+        settings=settings,
+        loaded=loaded,
+        train=train,
+        val=val,
+        encoding=open_encoding(loaded, train, preprocessing, settings, *tell),
+        val_encoding=open_encoding(loaded, val, val_preprocessing, settings, *tell),
+        val_preprocessing=val_preprocessing,
+        positives=make_positives(settings, train, preprocessing.captions.end, note),
+        epoch_plan=epoch_plan,
+        plan=plan,
     )
 
 

@@ -83,7 +83,10 @@ def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
     """Both towers at work. ``fill`` is the id that texts are filled with."""
     model, precision = loaded.model, loaded.precision
     cut_texts = _Captions(fill, trims=not model.architecture.fills_texts)
-    images, texts = Randomness(seed, 0, loaded.masks.images), Randomness(seed, 1, loaded.masks.texts)
+    images, texts = (
+        Randomness(seed, 0, loaded.masks.images),
+        Randomness(seed, 1, loaded.masks.texts),
+    )
     return Sides(
         Side("images", model.learns_images, _pictures, model.encode_images, images, precision),
         Side("texts", model.learns_texts, cut_texts, model.encode_texts, texts, precision),
@@ -97,9 +100,7 @@ def with_image_features(sides: Sides, model: TrainableModel, features: Features)
     return Sides(side, sides.texts)
 
 
-def with_text_features(
-    sides: Sides, model: TrainableModel, features: Features, fill: int
-) -> Sides:
+def with_text_features(sides: Sides, model: TrainableModel, features: Features, fill: int) -> Sides:
     """The text tower's work looked up by the caption."""
     cut = _Looked(features, lambda batch: caption_keys(batch.input_ids, fill))
     side = replace(sides.texts, cut=cut, encode_inputs=model.project_texts)
@@ -133,7 +134,7 @@ class _Captions:
         ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
         longest = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
         rows = max(len(batch) for batch in micro_batches)
-        pieces = []
+        pieces = list[Piece]()
         for start in range(0, len(ranked), rows):
             among = ranked[start : start + rows]
             tokens = int(longest[start : start + rows][-1])

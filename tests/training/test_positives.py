@@ -12,7 +12,7 @@ from clipft.data.stream import open_stream
 from clipft.data.tokens import padded
 from clipft.errors import UsageError
 from clipft.settings_sources import load_settings
-from clipft.training.positives import make_positives, row_hashes
+from clipft.training.positives import make_positives
 from tests.conftest import add, jpeg, write_shard
 from tests.inputs import encoder
 
@@ -45,21 +45,6 @@ def test_captions_are_equal_just_where_their_ids_are(rows):
     assert all(0 <= one < 1 << 63 for one in together)
     same = [[a == b for a in rows] for b in rows]
     assert [[a == b for a in together] for b in together] == same
-
-
-def test_what_follows_the_first_end_is_not_read_by_the_model_and_does_not_count():
-    source = positives([], positives="caption")
-    one, other = source.ids(batch([[5, END, 7, END], [5, END, 8, 9]]))
-    assert one == other
-
-
-def test_rows_of_numbers_hash_apart_and_order_counts():
-    rows = torch.cartesian_prod(*[torch.arange(40)] * 3)
-    assert len(row_hashes(rows).unique()) == len(rows)
-    features = torch.randn(500, 16)
-    hashes = row_hashes(features.view(torch.int32))
-    assert len(hashes.unique()) == 500
-    assert torch.equal(row_hashes(features[100:].clone().view(torch.int32)), hashes[100:])
 
 
 def test_groups_are_the_values_of_a_field(catalogue):
