@@ -66,8 +66,8 @@ class FeatureCache:
             StorageError: the cache folder has no room for them.
         """
         inputs = self.loaded.base.inputs
-        how = f"{inputs.image_size} {inputs.mean} {inputs.std}"
-        wordless = Preprocessing(NoCaptions(), inputs.image_size, "none", seed=0)
+        how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
+        wordless = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
         bad: dict[int, str] = {}
 
         def rows() -> Iterator[tuple[Keys, Tensor]]:
