@@ -191,12 +191,14 @@ class OptimSettings(Section):
         "fixed",
     )
     lr: float = _field(1e-4, "highest learning rate (linear_probe: 1e-3)", "fixed", ge=0)
-    lr_projections: float = _field(
-        0, "that of projections which a scenario trains; 0: as lr", "fixed", ge=0
+    lr_projections: float | None = _field(
+        None, "that of projections which a scenario trains; none: as lr", "fixed", ge=0
     )
-    lr_scale: float = _field(0, "that of the temperature, where it trains; 0: as lr", "fixed", ge=0)
+    lr_scale: float | None = _field(
+        None, "that of the temperature, where it trains; none: as lr", "fixed", ge=0
+    )
     layer_decay: float = _field(
-        1,
+        1.0,
         "each encoder layer's learning rate is that of the one above times this, for scenario "
         "full; 1: all the same",
         "fixed",

@@ -52,7 +52,8 @@ def parameter_groups(model: TrainableModel, settings: OptimSettings) -> list[dic
     }
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.trainable():
-        rate = rates.get(model.part_of(name)) or settings.lr
+        own = rates.get(model.part_of(name))
+        rate = settings.lr if own is None else own
         rate *= settings.layer_decay ** model.layers_above(name)
         decay = settings.wd if parameter.ndim >= 2 else 0.0
         found.setdefault((rate, decay), []).append(parameter)

@@ -56,8 +56,6 @@ def load_model(settings: Settings) -> LoadedModel:
     fingerprint = base.fingerprint()
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings)
-    if settings.gradient_checkpointing:
-        model.checkpoint_gradients()
     return LoadedModel(base, fingerprint, model.to(precision.device), precision)
 
 
