@@ -105,7 +105,7 @@ class TrainableModel(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Keep only the encoder layers' inputs for the backward pass, which runs each layer
-        again, with the dropout it had: memory for about a third more time. Only in training."""
+        again, with the dropout it had: less memory, one more forward pass. Only in training."""
         self.clip.gradient_checkpointing_enable({"use_reentrant": False})
 
     def clamp_logit_scale(self) -> None:
