@@ -156,7 +156,7 @@ class LossSettings(Section):
     )
     logit_scale: Literal["auto", "frozen", "trained"] = _field(
         "auto",
-        "the temperature (and the bias of siglip), at most 100; auto trains them in scenario "
+        "the temperature (and the bias of siglip); auto trains them in scenario "
         "full, and where siglip meets a checkpoint without a bias",
         "fixed",
     )

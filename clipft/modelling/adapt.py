@@ -16,7 +16,6 @@ from clipft.modelling.base import BaseModel
 from clipft.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.settings import AdaptSettings
 
-MAX_LOGIT_SCALE = math.log(100)
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 
@@ -109,9 +108,9 @@ class TrainableModel(nn.Module):
         self.clip.gradient_checkpointing_enable({"use_reentrant": False})
 
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at or below 100, as CLIP's authors do."""
+        """Keep the scale of a CLIP at or below 100, as its authors do."""
         with torch.no_grad():
-            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            self.logit_scale.clamp_(max=self.architecture.max_logit_scale)
 
     def part_of(self, name: str) -> str:
         """Of a parameter: ``vision`` or ``text`` tower, a projection's name, or ``scale``."""

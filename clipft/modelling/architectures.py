@@ -8,6 +8,7 @@ follows its pooling takes their place: the MLP of the attention pool, with its n
 residual, for pictures; the linear head for texts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,6 +39,10 @@ class Architecture(Protocol):
     @property
     def loss(self) -> str:
         """The loss that such checkpoints were made with."""
+
+    @property
+    def max_logit_scale(self) -> float:
+        """What the temperature, as its logarithm, is kept at or below."""
 
     @property
     def fills_texts(self) -> bool:
@@ -72,6 +77,7 @@ class Clip:
         default_factory=lambda: {VISUAL: "visual_projection", TEXTUAL: "text_projection"}
     )
     loss: str = "clip"
+    max_logit_scale: float = math.log(100)
     fills_texts: bool = False
     model_class: str = "CLIPModel"
     picture: PictureDefaults = field(
@@ -107,6 +113,7 @@ class Siglip:
         default_factory=lambda: {VISUAL: "vision_model.head.mlp", TEXTUAL: "text_model.head"}
     )
     loss: str = "siglip"
+    max_logit_scale: float = math.inf  # its checkpoints begin above 100
     fills_texts: bool = True
     model_class: str = "SiglipModel"
     picture: PictureDefaults = field(
