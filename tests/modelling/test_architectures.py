@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -191,6 +192,26 @@ def test_every_scenario_trains_siglip(name, folders):
     assert any(".lora_B" in name for name in learning) == bool(scenario.lora)
     again = tuned(folders("SigLIP"), name)
     again.load_trainable_state(model.trainable_state())
+
+
+def test_siglips_adapter_opens_with_peft_alone(folders, tmp_path):
+    model = tuned(folders("SigLIP"), "dual_lora", lora_targets="all")
+    with torch.no_grad():
+        for _, parameter in model.trainable():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.clip.save_pretrained(str(tmp_path))
+    base = SiglipModel.from_pretrained(str(folders("SigLIP")))
+    alone = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    pixels, ids = pixels_and_ids(folders("SigLIP"))
+    filled = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=1)
+    normal = pixels.float() * model._gain - model._shift
+    with torch.no_grad():
+        images = alone.get_image_features(pixel_values=normal).pooler_output
+        texts = alone.get_text_features(input_ids=filled).pooler_output
+        ours = model(pixels, ids)
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(ours[0], unit(images, dim=-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours[1], unit(texts, dim=-1), atol=1e-6, rtol=1e-5)
 
 
 def test_siglips_own_bias_and_temperature_stay(folders):
