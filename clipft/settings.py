@@ -156,7 +156,7 @@ class LossSettings(Section):
     )
     logit_scale: Literal["auto", "frozen", "trained"] = _field(
         "auto",
-        "the temperature (and the bias of siglip), at most 100; auto trains them in scenario "
+        "the temperature (and the bias of siglip); auto trains them in scenario "
         "full, and where siglip meets a checkpoint without a bias",
         "fixed",
     )
@@ -181,6 +181,9 @@ class OptimSettings(Section):
         "none: what is free",
         ge=0,
     )
+    gradient_checkpointing: bool = _field(
+        False, "run encoder layers again in the backward pass instead of keeping their values"
+    )
     accumulation: Literal["exact", "local"] = _field(
         "exact",
         "loss over the whole effective batch in the memory of a micro-batch; "
@@ -188,6 +191,20 @@ class OptimSettings(Section):
         "fixed",
     )
     lr: float = _field(1e-4, "highest learning rate (linear_probe: 1e-3)", "fixed", ge=0)
+    lr_projections: float | None = _field(
+        None, "that of projections which a scenario trains; none: as lr", "fixed", ge=0
+    )
+    lr_scale: float | None = _field(
+        None, "that of the temperature, where it trains; none: as lr", "fixed", ge=0
+    )
+    layer_decay: float = _field(
+        1.0,
+        "each encoder layer's learning rate is that of the one above times this, for scenario "
+        "full; 1: all the same",
+        "fixed",
+        gt=0,
+        le=1,
+    )
     wd: float = _field(0.1, "weight decay; none on norms, biases and logit scale", "fixed", ge=0)
     warmup_steps: int = _field(
         100, "optimizer steps of warm-up, at most a tenth of all steps", "fixed", ge=0

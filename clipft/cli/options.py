@@ -140,7 +140,9 @@ def _default(value: Any) -> str:
 
 def _metavar(field: FieldInfo) -> str:
     kinds: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
-    return kinds.get(field.annotation, "CHOICE" if _choices(field) else "TEXT")
+    given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = given[0] if len(given) == 1 else field.annotation
+    return kinds.get(kind, "CHOICE" if _choices(field) else "TEXT")
 
 
 def _choices(field: FieldInfo) -> str:

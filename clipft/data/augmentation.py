@@ -6,6 +6,7 @@ of ``CLIPImageProcessor``, at about a quarter of Pillow's time. Hue is left alon
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from clipft.data.images import resized_size
 Transform = Callable[[Image.Image, int], Tensor]
 """(image, seed): the same seed gives the same crop, whatever was drawn before."""
 
+_Resized = Callable[[Image.Image], Tensor]
 _Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 _PADDING = 1 / 14
@@ -28,26 +30,28 @@ _CLIP_GREY = (122, 117, 104)
 """Erased areas take CLIP's mean colour, which normalises to about 0."""
 
 
-def make_transform(augmentation: str, size: int) -> Transform:
-    """The transform of one setting."""
-    return {"none": _none, "simple": _simple, "advanced": _advanced}[augmentation](size)
+def make_transform(augmentation: str, size: int, squashed: bool = False) -> Transform:
+    """The transform of one setting. ``squashed``: the whole picture in the square, whatever its
+    shape; else its shorter side gives the size."""
+    resized = partial(_squashed if squashed else _resized, side=size)
+    return {"none": _none, "simple": _simple, "advanced": _advanced}[augmentation](size, resized)
 
 
-def _none(size: int) -> Transform:
+def _none(size: int, resized: _Resized) -> Transform:
     def transform(image: Image.Image, seed: int) -> Tensor:
-        pixels = _resized(image, size)
+        pixels = resized(image)
         top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
         return pixels[:, top : top + size, left : left + size].contiguous()
 
     return transform
 
 
-def _simple(size: int) -> Transform:
+def _simple(size: int, resized: _Resized) -> Transform:
     """A crop from the image padded with its edges, and half of the time its mirror image."""
     pad = max(1, round(size * _PADDING))
 
     def transform(image: Image.Image, seed: int) -> Tensor:
-        pixels, draw = _resized(image, size), np.random.default_rng(seed)
+        pixels, draw = resized(image), np.random.default_rng(seed)
         rows = _window(pixels.shape[1], size, pad, draw)
         columns = _window(pixels.shape[2], size, pad, draw)
         if draw.random() < 0.5:
@@ -64,7 +68,7 @@ def _window(length: int, size: int, pad: int, draw: np.random.Generator) -> _Ind
     return np.arange(start, start + size).clip(0, length - 1)
 
 
-def _advanced(size: int) -> Transform:
+def _advanced(size: int, resized: _Resized) -> Transform:
     rest = v2.Compose(
         [
             v2.RandomCrop(size),
@@ -74,7 +78,7 @@ def _advanced(size: int) -> Transform:
     )
 
     def transform(image: Image.Image, seed: int) -> Tensor:
-        pixels = _resized(image, size)
+        pixels = resized(image)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             augmented: Tensor = rest(pixels)
@@ -85,8 +89,17 @@ def _advanced(size: int) -> Transform:
 
 def _resized(image: Image.Image, side: int) -> Tensor:
     """Shorter side to ``side``: uint8 [3, H, W], channels last in memory."""
+    return _to_size(image, resized_size(image.size, side))
+
+
+def _squashed(image: Image.Image, side: int) -> Tensor:
+    """Both sides to ``side``."""
+    return _to_size(image, (side, side))
+
+
+def _to_size(image: Image.Image, size: tuple[int, int]) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if min(image.size) == side:
+    if image.size == size:
         return pixels
-    width, height = resized_size(image.size, side)
+    width, height = size
     return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]

@@ -83,6 +83,7 @@ class Preprocessing:
     image_size: int
     augmentation: str
     seed: int
+    squashed: bool = False
     pictures: bool = True
     bad: Mapping[int, str] = field(default_factory=dict)
 
@@ -218,7 +219,9 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
-        self.transform = make_transform(preprocessing.augmentation, preprocessing.image_size)
+        self.transform = make_transform(
+            preprocessing.augmentation, preprocessing.image_size, preprocessing.squashed
+        )
         # Evaluation decodes in full, as the model's own processor would
         random = preprocessing.augmentation != "none"
         self.at_least = preprocessing.image_size if random else 0

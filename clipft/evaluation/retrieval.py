@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clipft.evaluation.ranking import ranks_of
 
@@ -80,20 +79,3 @@ def median(values: Tensor) -> float:
     ordered = values.sort().values
     middle = len(ordered) // 2
     return float((ordered[middle] + ordered[-middle - 1]) / 2)
-
-
-def validation_loss(images: Tensor, texts: Tensor, scale: float, memory: int) -> float:
-    """CLIP's loss over the whole set as one batch, whatever the batches it came in."""
-    losses = (_mean_loss(images, texts, scale, memory), _mean_loss(texts, images, scale, memory))
-    return sum(losses) / 2
-
-
-def _mean_loss(queries: Tensor, candidates: Tensor, scale: float, memory: int) -> float:
-    total = 0.0
-    size = max(1, memory // (_BYTES * len(candidates)))
-    target = torch.arange(len(candidates), device=candidates.device)
-    for start in range(0, len(queries), size):
-        logits = scale * queries[start : start + size] @ candidates.T
-        block = target[start : start + size]
-        total += functional.cross_entropy(logits, block, reduction="sum").item()
-    return total / len(queries)

@@ -1,6 +1,7 @@
 """A base model + a declared scenario -> a trainable model."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from clipft.modelling.base import BaseModel
 from clipft.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.settings import AdaptSettings
 
-MAX_LOGIT_SCALE = math.log(100)
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 
@@ -43,7 +43,7 @@ class TrainableModel(nn.Module):
         self.clip = clip
         self.architecture = base.architecture
         self._base_count = base.parameters_count
-        learning = {self._part_of(name) for name, _ in self.trainable()}
+        learning = {self.part_of(name) for name, _ in self.trainable()}
         self.vision_tower_learns, self.text_tower_learns = "vision" in learning, "text" in learning
         self.learns_images = self.vision_tower_learns or VISUAL in learning
         self.learns_texts = self.text_tower_learns or TEXTUAL in learning
@@ -102,18 +102,35 @@ class TrainableModel(nn.Module):
             if value is not None:
                 value.requires_grad_(learns)
 
-    def clamp_logit_scale(self) -> None:
-        """Keep the scale at or below 100, as CLIP's authors do."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    def checkpoint_gradients(self) -> None:
+        """Keep only the encoder layers' inputs for the backward pass, which runs each layer
+        again, with the dropout it had: less memory, one more forward pass. Only in training."""
+        self.clip.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def _part_of(self, name: str) -> str:
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale of a CLIP at or below 100, as its authors do."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=self.architecture.max_logit_scale)
+
+    def part_of(self, name: str) -> str:
         """Of a parameter: ``vision`` or ``text`` tower, a projection's name, or ``scale``."""
         for projection, path in self.architecture.projections.items():
             if f"{path}." in name:
                 return projection
         towers = (tower for tower in ("vision", "text") if f"{tower}_model." in name)
         return next(towers, "scale")
+
+    def layers_above(self, name: str) -> int:
+        """Of a parameter: how many layers of its tower stand between it and the embedding;
+        0 for what follows the encoder, and for the temperature."""
+        part = self.part_of(name)
+        if part not in {"vision", "text"}:
+            return 0
+        layers: int = getattr(self.clip.config, f"{part}_config").num_hidden_layers
+        if inside := re.search(r"\.encoder\.layers\.(\d+)\.", name):
+            return layers - int(inside.group(1))
+        below = ".embeddings." in name or ".pre_layrnorm." in name
+        return layers + 1 if below else 0
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that learn, in a fixed order."""

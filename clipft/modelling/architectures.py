@@ -8,13 +8,25 @@ follows its pooling takes their place: the MLP of the attention pool, with its n
 residual, for pictures; the linear head for texts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 from clipft.scenarios import TEXTUAL, VISUAL
+
+
+@dataclass(frozen=True)
+class PictureDefaults:
+    """``mean`` and ``std`` normalise pixels in 0..1, per channel; ``squashed`` pictures are
+    brought to the square whole, whatever their shape, others are cropped to it."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    squashed: bool
 
 
 class Architecture(Protocol):
@@ -29,8 +41,20 @@ class Architecture(Protocol):
         """The loss that such checkpoints were made with."""
 
     @property
+    def max_logit_scale(self) -> float:
+        """What the temperature, as its logarithm, is kept at or below."""
+
+    @property
     def fills_texts(self) -> bool:
-        """The text tower sees what follows a text, so texts are filled to one length."""
+        """The text tower looks at all places, and takes the same time for any text."""
+
+    @property
+    def model_class(self) -> str:
+        """Its name in transformers."""
+
+    @property
+    def picture(self) -> "PictureDefaults":
+        """Where a checkpoint's own preprocessing leaves something out."""
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         """float [B, 3, S, S], normalised -> [B, W], before the projection."""
@@ -53,7 +77,16 @@ class Clip:
         default_factory=lambda: {VISUAL: "visual_projection", TEXTUAL: "text_projection"}
     )
     loss: str = "clip"
+    max_logit_scale: float = math.log(100)
     fills_texts: bool = False
+    model_class: str = "CLIPModel"
+    picture: PictureDefaults = field(
+        default_factory=lambda: PictureDefaults(
+            mean=(0.48145466, 0.4578275, 0.40821073),
+            std=(0.26862954, 0.26130258, 0.27577711),
+            squashed=False,
+        )
+    )
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         pooled: Tensor = clip.vision_model(pixel_values=pixels).pooler_output
@@ -80,7 +113,12 @@ class Siglip:
         default_factory=lambda: {VISUAL: "vision_model.head.mlp", TEXTUAL: "text_model.head"}
     )
     loss: str = "siglip"
+    max_logit_scale: float = math.inf  # its checkpoints begin above 100
     fills_texts: bool = True
+    model_class: str = "SiglipModel"
+    picture: PictureDefaults = field(
+        default_factory=lambda: PictureDefaults(mean=(0.5,) * 3, std=(0.5,) * 3, squashed=True)
+    )
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         tower = clip.vision_model
@@ -92,7 +130,7 @@ class Siglip:
 
     def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
         tower = clip.text_model
-        embedded = tower.embeddings(input_ids=input_ids)
+        embedded = tower.embeddings(input_ids=_filled(input_ids, clip.config.text_config))
         encoded = tower.encoder(inputs_embeds=embedded).last_hidden_state
         pooled: Tensor = tower.final_layer_norm(encoded[:, -1])
         return pooled
@@ -105,6 +143,16 @@ class Siglip:
     def project_texts(self, clip: Any, features: Tensor) -> Tensor:
         projected: Tensor = clip.text_model.head(features)
         return projected
+
+
+def _filled(input_ids: Tensor, config: Any) -> Tensor:
+    """int64 [B, T] -> [B, context]: SigLIP's text tower looks at all places, and was trained
+    with each text's end followed by padding up to the last."""
+    ends = (input_ids == config.eos_token_id).long()
+    behind = ends.cumsum(1) - ends > 0
+    room = config.max_position_embeddings - input_ids.shape[1]
+    padding: int = config.pad_token_id
+    return functional.pad(input_ids.masked_fill(behind, padding), (0, room), value=padding)
 
 
 ARCHITECTURES: dict[str, Architecture] = {"clip": Clip(), "siglip": Siglip()}

@@ -25,13 +25,15 @@ _TINY_FOLDER = Path(__file__).parent / "tiny"
 @dataclass(frozen=True)
 class ModelInputs:
     """What a CLIP wants of texts and pictures: a side of ``image_size`` pixels, at most
-    ``context_length`` ids; ``mean`` and ``std`` normalise pixels in 0..1, per channel."""
+    ``context_length`` ids; ``mean`` and ``std`` normalise pixels in 0..1, per channel;
+    ``squashed`` pictures are brought to the square whole, others are cropped to it."""
 
     tokenizer: Any
     context_length: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    squashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class BaseModel:
 
     name: str
     model: Any
-    """``transformers.CLIPModel``."""
+    """``transformers.CLIPModel`` or ``SiglipModel``."""
     inputs: ModelInputs
     parameters_count: int
 
@@ -65,10 +67,13 @@ def load_base(name: str) -> BaseModel:
         ModelError: it cannot be had (missing, no network, no CLIP, broken files).
     """
     inputs = load_inputs(name)
-    from transformers import CLIPModel
+    import transformers
 
     with _telling_of(name):
-        model = CLIPModel.from_pretrained(_source(name), dtype=torch.float32)
+        kind = _architecture(name).model_class
+        loader = getattr(transformers, kind)
+        model = loader.from_pretrained(_source(name), dtype=torch.float32)
+    _read_texts_as(inputs.tokenizer, model)
     parameters = sum(p.numel() for p in model.parameters())
     return BaseModel(name, model.eval(), inputs, parameters)
 
@@ -80,23 +85,47 @@ def load_inputs(name: str) -> ModelInputs:
         ModelError: as ``load_base``.
     """
     quiet_libraries()
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor
+    from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor
 
     source = _source(name)
     if name != TINY:
         _check_local(name)
     with _telling_of(name):
-        _check_architecture(name, source)
-        config = CLIPConfig.from_pretrained(source)
+        defaults = _architecture(name).picture
+        config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
     return ModelInputs(
         tokenizer=tokenizer,
         context_length=int(config.text_config.max_position_embeddings),
-        image_size=int(config.vision_config.image_size),
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
+        image_size=_side(name, config.vision_config.image_size),
+        mean=tuple(processor.get("image_mean", defaults.mean)),
+        std=tuple(processor.get("image_std", defaults.std)),
+        squashed=_squashed(processor.get("size"), defaults.squashed),
     )
+
+
+def _side(name: str, size: int | list[int] | tuple[int, ...]) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ModelError(f"{name} takes pictures of {size}, not square", "choose another model")
+    return sides.pop()
+
+
+def _squashed(size: Any, default: bool) -> bool:
+    """``size`` as image processors have it: ``shortest_edge``, or ``height`` and ``width``."""
+    return "height" in size if isinstance(size, dict) else default
+
+
+def _read_texts_as(tokenizer: Any, model: Any) -> None:
+    """Pool a text where its tokenizer ends it, and fill it as its tokenizer does.
+
+    Configurations are not to be trusted there: early CLIPs say end 2, with which transformers
+    pools at the highest id instead, and SigLIP's name ids beyond its vocabulary.
+    """
+    config, end = model.config.text_config, tokenizer.eos_token_id
+    config.eos_token_id = model.text_model.eos_token_id = end
+    config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _source(name: str) -> str:
@@ -131,18 +160,26 @@ def _check_local(name: str) -> None:
         )
 
 
-def _check_architecture(name: str, source: str) -> None:
+def _architecture(name: str) -> Architecture:
+    """
+    Raises:
+        ModelError: none that can be trained here.
+        OSError: no configuration.
+    """
     from transformers import PretrainedConfig
 
-    config, _ = PretrainedConfig.get_config_dict(source)
-    kind = config.get("model_type")
+    config, _ = PretrainedConfig.get_config_dict(_source(name))
     if not config:
         raise OSError("no config.json found")
-    if kind != "clip":
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
         raise ModelError(
             f"{name} is a {kind} model, not CLIP",
-            "choose a CLIP checkpoint, such as openai/clip-vit-base-patch32",
+            "choose a CLIP or SigLIP checkpoint, such as openai/clip-vit-base-patch32",
         )
+    if config.get("vision_config", {}).get("vision_use_head") is False:
+        raise ModelError(f"{name} has no head to pool pictures", "choose a whole checkpoint")
+    return ARCHITECTURES[kind]
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
@@ -153,6 +190,10 @@ def _cannot_load(name: str, error: Exception) -> ModelError:
             f"({type(error).__name__}: {first_line})",
             "check the name and the network, or point --model at a local folder "
             "(one written by save_pretrained); --model tiny needs neither",
+        )
+    if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
+        return ModelError(
+            f"the tokenizer of {name} needs sentencepiece", "pip install 'clipft[siglip]'"
         )
     return ModelError(
         f"cannot load model {name}: {type(error).__name__}: {first_line}",

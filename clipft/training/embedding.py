@@ -9,8 +9,9 @@ from torch import Tensor
 from clipft.data.loader import Batch
 from clipft.data.shard_index import Skipped
 from clipft.errors import DataError
-from clipft.evaluation.retrieval import Retrieval, retrieval, validation_loss
+from clipft.evaluation.retrieval import Retrieval, retrieval
 from clipft.modelling.adapt import TrainableModel
+from clipft.training.positives import Positives
 from clipft.training.sides import Side, Sides
 
 
@@ -22,17 +23,17 @@ class Embeddings:
     texts: Tensor
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...]
-    scale: float
+    groups: Tensor | None = None
+    """int64 [N]: pairs that are no negatives of each other; None: each for itself."""
 
     def retrieval(self, memory: int) -> Retrieval:
         return retrieval(self.images, self.texts, memory)
 
-    def loss(self, memory: int) -> float:
-        return validation_loss(self.images, self.texts, self.scale, memory)
-
 
 @torch.inference_mode()
-def embed(model: TrainableModel, sides: Sides, batches: Iterable[Batch]) -> Embeddings:
+def embed(
+    model: TrainableModel, sides: Sides, batches: Iterable[Batch], positives: Positives
+) -> Embeddings:
     """Embed all pairs with dropout off; the model's mode is put back.
 
     Raises:
@@ -40,19 +41,27 @@ def embed(model: TrainableModel, sides: Sides, batches: Iterable[Batch]) -> Embe
     """
     was_training = model.training
     model.eval()
-    images, texts, numbers, skipped = [], [], list[int](), list[Skipped]()
+    images, texts, groups = list[Tensor](), list[Tensor](), list[Tensor]()
+    numbers, skipped = list[int](), list[Skipped]()
     for batch in batches:
         skipped += batch.skipped
         if not len(batch):
             continue
         images.append(_rows(sides.images, batch))
         texts.append(_rows(sides.texts, batch))
+        ids = positives.ids(batch)
+        groups += [] if ids is None else [ids]
         numbers += batch.numbers
     model.train(was_training)
     if not numbers:
         raise _nothing(skipped)
-    scale = float(model.logit_scale.detach().exp())
-    return Embeddings(torch.cat(images), torch.cat(texts), tuple(numbers), tuple(skipped), scale)
+    return Embeddings(
+        torch.cat(images),
+        torch.cat(texts),
+        tuple(numbers),
+        tuple(skipped),
+        torch.cat(groups) if groups else None,
+    )
 
 
 def _rows(side: Side, batch: Batch) -> Tensor:

@@ -23,7 +23,7 @@ from clipft.data.caption_source import NoCaptions
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards import PairDataset
-from clipft.data.tokens import Keys, caption_keys, padded
+from clipft.data.tokens import Keys, caption_keys, padded, stacked
 from clipft.files import replacing_folder
 from clipft.training.loaded import LoadedModel
 
@@ -73,8 +73,8 @@ class FeatureCache:
             StorageError: the cache folder has no room for them.
         """
         inputs = self.loaded.base.inputs
-        how = f"{inputs.image_size} {inputs.mean} {inputs.std}"
-        wordless = Preprocessing(NoCaptions(), inputs.image_size, "none", seed=0)
+        how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
+        wordless = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
         bad: dict[int, str] = {}
 
         def rows() -> Iterator[tuple[Keys, Tensor]]:
@@ -100,11 +100,13 @@ class FeatureCache:
         different = {ids for captions in table.by_pair() for ids in captions}
         width = table.ids_of_all.dtype
         captions = sorted((np.frombuffer(ids, width).tolist() for ids in different), key=len)
+        model, inputs = self.loaded.model, self.loaded.base.inputs
+        filled = inputs.context_length if model.architecture.fills_texts else 0
         digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
 
         def rows() -> Iterator[tuple[Keys, Tensor]]:
             for start in range(0, len(captions), _BATCH):
-                ids = padded(captions[start : start + _BATCH], fill)
+                ids = stacked([padded(captions[start : start + _BATCH], fill)], fill, filled)
                 yield caption_keys(ids, fill), self._texts(ids.to(self.loaded.precision.device))
 
         title = f"Text features of {len(captions):,} captions"

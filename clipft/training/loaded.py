@@ -41,6 +41,8 @@ def load_model(settings: Settings) -> LoadedModel:
     fingerprint = base.fingerprint()
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings).to(precision.device)
+    if settings.gradient_checkpointing:
+        model.checkpoint_gradients()
     masks = (
         row_masks(tower, settings.lora_dropout, precision.device)
         for tower in (model.clip.vision_model, model.clip.text_model)

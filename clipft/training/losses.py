@@ -267,7 +267,7 @@ class ContrastiveLoss:
         shared targets, in nats; else 0."""
         if groups is None or self.masked or self.name != "clip":
             return 0.0
-        return float(_sizes(groups).double().log().mean())
+        return float(_sizes(groups).cpu().double().log().mean())
 
     def _targets(self, groups: Tensor | None, like: Tensor) -> _Targets:
         if groups is None:

@@ -7,6 +7,7 @@ from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
 from clipft.training.encoding import Encoding, open_encoding
 from clipft.training.loaded import LoadedModel
+from clipft.training.positives import PairPositives, Positives
 from clipft.training.preprocessing import validation_preprocessing
 
 _BATCH = 64
@@ -29,7 +30,11 @@ def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
 
 
 def embed_pairs(
-    loaded: LoadedModel, pairs: PairDataset, how: Encoding, settings: Settings
+    loaded: LoadedModel,
+    pairs: PairDataset,
+    how: Encoding,
+    settings: Settings,
+    positives: Positives = PairPositives(),  # noqa: B008 (it holds nothing)
 ) -> Embeddings:
     """
     Raises:
@@ -38,7 +43,7 @@ def embed_pairs(
     options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
-    embedded = embed(loaded.model, how.sides, batches)
+    embedded = embed(loaded.model, how.sides, batches, positives)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from clipft.errors import DivergedError, UsageError
+from clipft.errors import DivergedError, ModelError, UsageError
+from clipft.modelling.adapt import TrainableModel
+from clipft.scenarios import TEXTUAL, VISUAL
 from clipft.settings import OptimSettings
 
 EIGHT_BIT_PAYS_FROM = 20_000_000
@@ -37,29 +38,39 @@ def choose_optimizer(settings: OptimSettings, device: torch.device, trainable: i
     return "adamw8bit" if pays else "adamw"
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Weights decay; vectors and scalars (norms, biases, logit scale) do not."""
-    parameters = [parameter for _, parameter in named]
-    decaying = [p for p in parameters if p.ndim >= 2]
-    steady = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": steady, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: TrainableModel, settings: OptimSettings) -> list[dict[str, Any]]:
+    """One group per learning rate and weight decay, the first with ``settings.lr`` if any does,
+    and the most weights.
+
+    Weights decay; vectors and scalars (norms, biases, temperature) do not. ``layer_decay`` as
+    in BEiT (Bao et al. 2021): a layer's rate falls with the layers above it.
+    """
+    rates = {
+        VISUAL: settings.lr_projections,
+        TEXTUAL: settings.lr_projections,
+        "scale": settings.lr_scale,
+    }
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.trainable():
+        own = rates.get(model.part_of(name))
+        rate = settings.lr if own is None else own
+        rate *= settings.layer_decay ** model.layers_above(name)
+        decay = settings.wd if parameter.ndim >= 2 else 0.0
+        found.setdefault((rate, decay), []).append(parameter)
+    weights = {key: sum(p.numel() for p in members) for key, members in found.items()}
+    order = sorted(found, key=lambda key: (key[0] != settings.lr, -weights[key]))
+    return [{"params": found[key], "lr": key[0], "weight_decay": key[1]} for key in order]
 
 
 def make_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, device: torch.device
+    name: str, groups: list[dict[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:
     """
     Raises:
         UsageError: bitsandbytes cannot be loaded.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=device.type in {"cpu", "cuda"})
+        return torch.optim.AdamW(groups, fused=device.type in {"cpu", "cuda"})
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, OSError, RuntimeError) as error:
@@ -67,21 +78,20 @@ def make_optimizer(
             f"--optimizer adamw8bit: bitsandbytes does not load: {error}",
             "use --optimizer adamw, or mend the installation of bitsandbytes",
         ) from error
-    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=lr)
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups)
     return eight_bit
 
 
-def one_cycle(
-    optimizer: torch.optim.Optimizer, lr: float, total_steps: int, warmup: int
-) -> OneCycleLR:
-    """Rise to ``lr`` over the warm-up, then fall as a cosine (Smith & Topin 2018).
+def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, warmup: int) -> OneCycleLR:
+    """Each group rises to its rate over the warm-up, then falls as a cosine (Smith & Topin
+    2018).
 
     The cycle is laid over one step more than there are, so the last step still learns.
     """
     length = total_steps + 1
     return OneCycleLR(
         optimizer,
-        max_lr=lr,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=length,
         pct_start=warmup / length,
         cycle_momentum=False,
@@ -90,7 +100,10 @@ def one_cycle(
 
 @dataclass(frozen=True)
 class Update:
-    """What came of one step's gradient: its norm before clipping, and whether it was used."""
+    """What came of one step's gradient: its norm before clipping, and whether it was used.
+
+    ``lr`` is the first group's: that of encoders or adapters where they learn.
+    """
 
     grad_norm: float
     lr: float
@@ -151,7 +164,24 @@ class Optimiser:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        """
+        Raises:
+            ModelError: it is the state of other parameter groups, or lost its learning rates.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        except ValueError as error:
+            raise _other_groups(str(error)) from error
         self.scheduler.load_state_dict(state["scheduler_state_dict"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if rates != self.scheduler.get_last_lr():
+            raise _other_groups(f"learning rates {rates} and {self.scheduler.get_last_lr()}")
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def _other_groups(why: str) -> ModelError:
+    return ModelError(
+        f"the optimizer state in the checkpoint does not fit: {why}",
+        "resume with the clipft and the settings it was written by, or start a new run",
+    )

@@ -28,7 +28,9 @@ def training_preprocessing(
         DataError: too many pairs have no text.
     """
     captions = _captions(model, pairs, settings, settings.seed, note)
-    return Preprocessing(captions, model.image_size, settings.augmentation, settings.seed)
+    return Preprocessing(
+        captions, model.image_size, settings.augmentation, settings.seed, model.squashed
+    )
 
 
 def validation_preprocessing(
@@ -36,7 +38,7 @@ def validation_preprocessing(
 ) -> Preprocessing:
     """The model's own preprocessing and the first caption of each pair."""
     captions = _captions(model, pairs, settings, None, lambda note: None)
-    return Preprocessing(captions, model.image_size, "none", settings.seed)
+    return Preprocessing(captions, model.image_size, "none", settings.seed, model.squashed)
 
 
 def _captions(

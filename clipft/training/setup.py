@@ -63,6 +63,9 @@ def find_micro_batch(
                 loaded.fingerprint,
                 settings.scenario,
                 settings.lora_r,
+                settings.lora_targets,
+                settings.lora_dora,
+                settings.gradient_checkpointing,
                 loaded.precision.name,
                 name,
                 torch.get_num_threads(),
@@ -102,11 +105,10 @@ class RunSetup:
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
-        groups = parameter_groups(self.loaded.model.trainable(), settings.wd)
-        name = self.plan.optimizer
-        optimizer = make_optimizer(name, groups, settings.lr, precision.device)
+        groups = parameter_groups(self.loaded.model, settings)
+        optimizer = make_optimizer(self.plan.optimizer, groups, precision.device)
         total, warmup = self.plan.total_steps, self.plan.warmup_steps
-        scheduler = one_cycle(optimizer, settings.lr, total, warmup)
+        scheduler = one_cycle(optimizer, total, warmup)
         return Optimiser(optimizer, scheduler, precision.make_scaler(), settings.grad_clip)
 
     def make_accumulation(self, optimiser: Optimiser) -> Accumulation:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipft.data.loader import Batch
-from clipft.data.tokens import Keys, caption_keys, lengths
+from clipft.data.tokens import Keys, caption_keys, lengths, stacked
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.dropout import Randomness
 from clipft.training.feature_cache import Features
@@ -82,7 +82,8 @@ class Sides:
 def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
     """Both towers at work. ``fill`` is the id that texts are filled with."""
     model, precision = loaded.model, loaded.precision
-    cut_texts = _Captions(fill, trims=not model.architecture.fills_texts)
+    context = loaded.base.inputs.context_length
+    cut_texts = _Captions(fill, context if model.architecture.fills_texts else 0)
     images, texts = (
         Randomness(seed, 0, loaded.masks.images),
         Randomness(seed, 1, loaded.masks.texts),
@@ -117,20 +118,21 @@ def _pictures(micro_batches: Sequence[Batch]) -> Pieces:
 
 @dataclass(frozen=True)
 class _Captions:
-    """Each caption once, shortest first, in pieces of at most a micro-batch's rows."""
+    """Each caption once, shortest first, in pieces of at most a micro-batch's rows; filled to
+    ``width`` tokens where it is not 0, else cut at the longest of the piece."""
 
     fill: int
-    trims: bool
+    width: int
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Pieces:
         if not micro_batches:
             return Pieces([], torch.arange(0))
-        ids = _stacked([batch.input_ids for batch in micro_batches], self.fill)
+        ids = stacked([b.input_ids for b in micro_batches], self.fill, self.width)
         keys, first, which = np.unique(
             caption_keys(ids, self.fill), return_index=True, return_inverse=True
         )
         once = ids[torch.from_numpy(first).to(ids.device)]
-        needed = lengths(once, self.fill).cpu().numpy() + 1 if self.trims else ids.shape[1]
+        needed = self.width or lengths(once, self.fill).cpu().numpy() + 1
         ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
         longest = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
         rows = max(len(batch) for batch in micro_batches)
@@ -143,13 +145,6 @@ class _Captions:
         place = np.empty(len(ranked), np.int64)
         place[ranked] = np.arange(len(ranked))
         return Pieces(pieces, torch.from_numpy(place[which]).to(ids.device))
-
-
-def _stacked(parts: Sequence[Tensor], fill: int) -> Tensor:
-    """Rows of [b_i, T_i] under each other, int64 [sum b_i, longest T_i]."""
-    longest = max(part.shape[1] for part in parts)
-    wide = (torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=fill) for p in parts)
-    return torch.cat(list(wide))
 
 
 @dataclass(frozen=True)

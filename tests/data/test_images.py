@@ -157,3 +157,26 @@ def test_none_is_within_one_step_of_the_models_own_processor():
         theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
         ours = transform(decode_image(path.read_bytes()), 0)
         assert (ours.int() - theirs.round().int()).abs().max() <= 1, path.name
+
+
+@pytest.mark.parametrize("augmentation", ["none", "simple", "advanced"])
+def test_squashed_pictures_are_whole_in_the_square(augmentation):
+    halves = np.zeros((40, 300, 3), np.uint8)
+    halves[:, 150:] = 255
+    transform = make_transform(augmentation, 64, squashed=True)
+    out = transform(Image.fromarray(halves), 3)
+    assert out.shape == (3, 64, 64)
+    if augmentation != "advanced":
+        assert out[:, :, 0].float().mean() != pytest.approx(out[:, :, -1].float().mean(), abs=200)
+
+
+def test_squashing_is_within_one_step_of_siglips_processor():
+    from transformers import SiglipImageProcessor
+
+    processor = SiglipImageProcessor(
+        do_normalize=False, do_rescale=False, size={"height": 64, "width": 64}
+    )
+    image = Image.effect_noise((150, 90), 80).convert("RGB")
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    ours = make_transform("none", 64, squashed=True)(image, 0)
+    assert (ours.int() - theirs.round().int()).abs().max() <= 1

@@ -115,3 +115,34 @@ def test_a_rank_above_the_matrix_works(pairs):
     expected = embedded(adapted("zero_shot"), pairs)
     wide = adapted(lora_r="1000")
     torch.testing.assert_close(embedded(wide, pairs), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scenario", ["dual_lora", "full"])
+def test_gradient_checkpointing_changes_memory_alone(scenario, pairs):
+    """The same value and gradients, dropout included, from fewer kept values."""
+
+    def step(model):
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            images, texts = model.train()(*pairs)
+            loss = (images @ texts.T * torch.arange(4.0)).sum()
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.trainable() if p.grad is not None}
+        return loss.item(), gradients, kept
+
+    plain = step(trained(adapted(scenario, lora_dropout="0.3")))
+    model = trained(adapted(scenario, lora_dropout="0.3"))
+    model.checkpoint_gradients()
+    checkpointed = step(model)
+    assert checkpointed[0] == plain[0]
+    assert checkpointed[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        assert torch.equal(checkpointed[1][name], gradient), name
+    assert checkpointed[2] < plain[2] / 2

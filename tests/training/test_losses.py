@@ -156,6 +156,22 @@ def test_extreme_logits_stay_finite_in_fp32():
         assert all(gradient.isfinite().all() for gradient in case.gradients(loss))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_computes_the_same(name, mode):
+    case = Case.drawn(6, 200, 40, width=32)
+    plain = case.loss(name, mode)(case.images, case.texts, case.groups)
+    moved = [t.detach().cuda().float().requires_grad_() for t in (case.images, case.texts)]
+    scales = [t.detach().cuda().float().requires_grad_() for t in (case.scale, case.bias)]
+    there = Case(*moved, *scales, case.groups)
+    with torch.autocast("cuda", torch.bfloat16):  # the loss itself stays in fp32
+        loss = there.loss(name, mode, block=3000)(*moved, case.groups)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for ours, theirs in zip(there.gradients(loss), case.gradients(plain), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_32768_pairs_run_in_bounded_memory(name):

@@ -1,11 +1,16 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.errors import DivergedError
+from clipft.errors import DivergedError, ModelError
+from clipft.modelling.adapt import TrainableModel, adapt
+from clipft.modelling.base import load_base
+from clipft.scenarios import SCENARIOS
+from clipft.settings_sources import load_settings
 from clipft.training.optimisation import (
     MAX_SKIPPED_STEPS,
     Optimiser,
@@ -18,7 +23,7 @@ from clipft.training.optimisation import (
 def make(total: int, warmup: int, lr: float = 1.0, clip: float = 0.0) -> Optimiser:
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.AdamW([weight], lr=lr)
-    scheduler = one_cycle(optimizer, lr, total, warmup)
+    scheduler = one_cycle(optimizer, total, warmup)
     return Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), clip)
 
 
@@ -43,12 +48,71 @@ def test_any_number_of_steps_has_a_learning_rate(total, asked):
     assert rates[-1] > 1e-5  # the last step still learns
 
 
-def test_norms_biases_and_scale_do_not_decay():
-    layer = torch.nn.Linear(3, 3)
-    named = [*layer.named_parameters(), ("logit_scale", torch.nn.Parameter(torch.tensor(1.0)))]
-    decaying, steady = parameter_groups(named, 0.1)
-    assert (decaying["weight_decay"], steady["weight_decay"]) == (0.1, 0.0)
-    assert [p.ndim for p in steady["params"]] == [1, 0]
+def tiny(scenario: str, **given: object) -> tuple[TrainableModel, list[dict[str, Any]]]:
+    values = load_settings({"scenario": scenario, "lr": "0.01", **given}, environ={}).values
+    model = adapt(load_base("tiny"), SCENARIOS[scenario], values)
+    return model, parameter_groups(model, values)
+
+
+def rates(model: TrainableModel, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """(learning rate, decay) by the name of the parameter."""
+    by_id = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {name: by_id.pop(id(p)) for name, p in model.trainable()}
+    assert not by_id
+    return found
+
+
+@pytest.mark.parametrize("given", [{}, {"layer_decay": "0.5"}, {"lr_scale": "1e-5"}])
+@pytest.mark.parametrize("scenario", ["full", "dual_lora", "linear_probe"])
+def test_norms_biases_and_scale_do_not_decay(scenario, given):
+    model, groups = tiny(scenario, lora_dora=True, logit_scale="trained", **given)
+    for name, parameter in model.trainable():
+        steady = parameter.ndim < 2
+        assert (rates(model, groups)[name][1] == 0.0) == steady, name
+
+
+def test_by_default_all_learn_alike():
+    for scenario in ("full", "dual_lora"):
+        _, groups = tiny(scenario)
+        assert all(group["lr"] == 0.01 for group in groups)
+        assert len(groups) == (2 if scenario == "full" else 1)
+
+
+def test_projections_and_scale_have_rates_of_their_own():
+    given = {"lr_projections": "0.002", "lr_scale": "0.003", "logit_scale": "trained"}
+    model, groups = tiny("dual_lora", **given)
+    for name, (rate, _) in rates(model, groups).items():
+        projection = "_projection" in name and ".layers." not in name
+        assert rate == (0.002 if projection else 0.003 if "logit" in name else 0.01), name
+    assert groups[0]["lr"] == 0.01
+    assert tiny("linear_probe", **given)[1][0]["lr"] == 0.002
+
+
+def test_layer_decay_falls_from_the_top_of_each_tower():
+    model, groups = tiny("full", layer_decay="0.5", wd="0")
+    found = rates(model, groups)
+    for tower in ("vision", "text"):
+        layers = getattr(model.clip.config, f"{tower}_config").num_hidden_layers
+        for layer in range(layers):
+            rate, _ = found[f"{tower}_model.encoder.layers.{layer}.mlp.fc1.weight"]
+            assert rate == pytest.approx(0.01 * 0.5 ** (layers - layer))
+        embedding = f"{tower}_model.embeddings.position_embedding.weight"
+        assert found[embedding][0] == pytest.approx(0.01 * 0.5 ** (layers + 1))
+    top = ("visual_projection.weight", "text_model.final_layer_norm.bias", "logit_scale")
+    assert [found[name][0] for name in top] == [0.01] * 3
+    assert groups[0]["lr"] == 0.01
+
+
+def test_each_group_has_its_own_cycle():
+    one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [other], "lr": 0.1}])
+    scheduler = one_cycle(optimizer, 20, 2)
+    optimiser = Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), 0.0)
+    for _ in range(20):
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert second == pytest.approx(first / 10)
+        assert optimiser.update().lr == first
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_are_too_many():
@@ -85,3 +149,16 @@ def test_state_goes_on_where_it_was():
     set_gradient(other, 0.3)
     assert one.update() == other.update()
     assert other.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"]
+
+
+def test_the_state_of_other_groups_is_refused():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.5} for weight in weights])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    two = Optimiser(optimizer, one_cycle(optimizer, 20, 2), scaler, 0.0)
+    with pytest.raises(ModelError, match="does not fit"):
+        two.load_state_dict(make(20, 2).state_dict())
+    state = make(20, 2, lr=1.0).state_dict()
+    state["scheduler_state_dict"]["_last_lr"] = [0.25]
+    with pytest.raises(ModelError, match="learning rates"):
+        make(20, 2).load_state_dict(state)
