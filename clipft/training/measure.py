@@ -7,7 +7,7 @@ from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
 from clipft.training.encoding import Encoding, open_encoding
 from clipft.training.loaded import LoadedModel
-from clipft.training.positives import PairPositives, Positives
+from clipft.training.positives import EACH_FOR_ITSELF, Positives
 from clipft.training.preprocessing import validation_preprocessing
 
 _BATCH = 64
@@ -34,7 +34,7 @@ def embed_pairs(
     pairs: PairDataset,
     how: Encoding,
     settings: Settings,
-    positives: Positives = PairPositives(),  # noqa: B008 (it holds nothing)
+    positives: Positives = EACH_FOR_ITSELF,
 ) -> Embeddings:
     """
     Raises:

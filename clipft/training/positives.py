@@ -38,6 +38,9 @@ class PairPositives:
         return None
 
 
+EACH_FOR_ITSELF = PairPositives()
+
+
 @dataclass(frozen=True)
 class CaptionPositives:
     """Rows with the same caption. ``end`` is the id that ends a text and fills it."""
@@ -68,7 +71,7 @@ def make_positives(
         UsageError: groups of a stream, or by a field that no pair has.
     """
     if settings.positives == "pair":
-        return PairPositives()
+        return EACH_FOR_ITSELF
     if settings.positives == "caption":
         return CaptionPositives(end)
     if not isinstance(pairs, PairDataset):

@@ -264,13 +264,15 @@ class _Run:
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup = self.setup
-        embedded = embed_pairs(setup.loaded, setup.val, setup.val_encoding, setup.settings)
+        embedded = embed_pairs(
+            setup.loaded, setup.val, setup.val_encoding, setup.settings, setup.val_positives
+        )
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
             self._list_skipped("val", map(asdict, embedded.skipped))
         memory = setup.settings.evaluation_bytes
         figures = embedded.retrieval(memory).to_dict()
-        return EpochResult(epoch, step, train_loss, embedded.loss(memory), figures)
+        return EpochResult(epoch, step, train_loss, setup.validation_loss(embedded), figures)
 
     def _save_if_due(self, state: TrainState) -> None:
         every = self.setup.settings.checkpoint_every

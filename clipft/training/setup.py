@@ -13,11 +13,12 @@ from clipft.settings import Settings
 from clipft.training.batch_size import FALLBACK, Found, FoundCache, ModelProbe, Probe, find
 from clipft.training.contrastive import ACCUMULATIONS, Accumulation
 from clipft.training.distributed import OneProcess, Processes
+from clipft.training.embedding import Embeddings
 from clipft.training.encoding import Encoding, open_encoding
 from clipft.training.feature_cache import Progress, silent
 from clipft.training.graphs import GraphMemory
 from clipft.training.loaded import LoadedModel, load_model
-from clipft.training.losses import make_loss
+from clipft.training.losses import ContrastiveLoss, make_loss
 from clipft.training.memory import free_for_graphs
 from clipft.training.optimisation import (
     Optimiser,
@@ -94,6 +95,8 @@ class RunSetup:
     val_encoding: Encoding
     val_preprocessing: Preprocessing
     positives: Positives
+    val_positives: Positives
+    loss: ContrastiveLoss
     epoch_plan: EpochPlan
     plan: Plan
     processes: Processes = field(default_factory=OneProcess)
@@ -116,12 +119,19 @@ class RunSetup:
         return ACCUMULATIONS[settings.accumulation](
             model=model,
             sides=self.encoding.sides,
-            loss=make_loss(settings, model),
+            loss=self.loss,
             positives=self.positives,
             processes=self.processes,
             scaler=optimiser.scaler,
             graphs=GraphMemory(self._graph_bytes),
         )
+
+    @torch.no_grad()
+    def validation_loss(self, embedded: Embeddings) -> float:
+        """The training loss over the whole validation set as one batch."""
+        device = self.loaded.precision.device
+        images, texts = embedded.images.to(device), embedded.texts.to(device)
+        return float(self.loss(images, texts, embedded.groups))
 
     def _graph_bytes(self) -> int:
         """What graphs may hold, asked once in the first step."""
@@ -181,6 +191,8 @@ def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunS
         val_encoding=open_encoding(loaded, val, val_preprocessing, settings, *tell),
         val_preprocessing=val_preprocessing,
         positives=make_positives(settings, train, preprocessing.captions.end, note),
+        val_positives=make_positives(settings, val, preprocessing.captions.end, note),
+        loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=plan,
     )
