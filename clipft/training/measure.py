@@ -1,11 +1,10 @@
-"""Embedding the validation pairs of some settings."""
+"""Opening and embedding the pairs that are measured."""
 
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
+from clipft.data.loader import Indexed, LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
-from clipft.training.preprocessing import validation_preprocessing
 from clipft.training.setup import LoadedModel
 
 _BATCH = 64
@@ -19,15 +18,8 @@ def validation_pairs(settings: Settings) -> PairDataset:
     return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
 
 
-def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
-    """Open the validation pairs and embed them."""
-    pairs = validation_pairs(settings)
-    preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-    return embed_pairs(loaded, pairs, preprocessing, settings)
-
-
 def embed_pairs(
-    loaded: LoadedModel, pairs: PairDataset, preprocessing: Preprocessing, settings: Settings
+    loaded: LoadedModel, pairs: Indexed, preprocessing: Preprocessing, settings: Settings
 ) -> Embeddings:
     """
     Raises:
