@@ -24,7 +24,7 @@ from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import EpochPlan, Position, derived_seed
 from clipft.data.shard_index import Skipped
-from clipft.data.shards import RawPair
+from clipft.data.shards import PairDataset, RawPair
 from clipft.data.tokens import padded
 from clipft.errors import DataError
 from clipft.machine import processors
@@ -247,7 +247,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
     _NOTHING = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Indexed, preprocessing: Preprocessing) -> None:
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
         self.dataset, self.preprocessing = dataset, preprocessing
 
