@@ -36,6 +36,10 @@ DEMO = {
 }
 """Defaults of ``clipft demo``: as much learning as two cores do in a minute."""
 
+ZERO_SHOT_TEMPLATES = "furniture"
+ZERO_SHOT_LINEAR_PAIRS = 2000
+"""Of ``clipft zero-shot``: its prompts, and the training pairs of its linear classifier."""
+
 Fate = Literal["fixed", "free"]
 
 

@@ -1,13 +1,18 @@
 """``clipft evaluate``."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.settings import EvaluationSettings, Settings
 from clipft.settings_sources import LoadedSettings
+
+if TYPE_CHECKING:
+    from clipft.training.kept import Evaluated
 
 EVALUATION_SETTINGS = (
     "data_dir",
@@ -18,7 +23,9 @@ EVALUATION_SETTINGS = (
     "micro_batch_size",
     "precision",
     "device",
+    *EvaluationSettings.model_fields,
 )
+_PANEL = "Kept ability"
 
 Place = Annotated[
     Path | None,
@@ -29,32 +36,102 @@ Place = Annotated[
         show_default=False,
     ),
 ]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep",
+        metavar="DATA",
+        help="A second, general data set: what did tuning cost there?",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Interpolate = Annotated[
+    str | None,
+    typer.Option(
+        "--interpolate",
+        metavar="0:1:0.1",
+        help="Measure at points between the untouched (0) and the tuned (1) weights: "
+        "START:STOP:STEP, or values with commas",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+SaveInterpolated = Annotated[
+    tuple[float, Path] | None,
+    typer.Option(
+        "--save-interpolated",
+        metavar="ALPHA FILE",
+        help="Write the weights at one point as a checkpoint, for evaluate and export",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
 
 
 @settings_command(*EVALUATION_SETTINGS, "model", "scenario", "output_dir")
-def evaluate(loaded: LoadedSettings, out: Output, checkpoint: Place = None) -> None:
-    """Retrieval of a checkpoint on the validation pairs: recall, median rank, MRR.
+def evaluate(
+    loaded: LoadedSettings,
+    out: Output,
+    checkpoint: Place = None,
+    keep: Keep = None,
+    interpolate: Interpolate = None,
+    save_interpolated: SaveInterpolated = None,
+) -> None:
+    """The tuned model beside the untouched one, with 95 % intervals of both and of what they
+    differ in: retrieval of pairs and of groups, in both directions, and by category.
 
-    R@K is the share of queries whose own partner is among the first K; equal scores rank by
-    position.
+    With --keep the same on a general set. With --interpolate at points between the untouched
+    and the tuned weights; with a run folder as CHECKPOINT both are also written into it, as
+    kept.json and interpolation.json.
 
     Examples:
 
         clipft evaluate ./checkpoints/dual_lora --data-dir ./catalogue
         clipft evaluate ./checkpoints/dual_lora_checkpoint.pt --json
+        clipft evaluate ./checkpoints/dual_lora --keep ./general --interpolate 0:1:0.1
+        clipft evaluate ./checkpoints/dual_lora --save-interpolated 0.6 ./dual_lora_0.6.pt
     """
-    from clipft.reporting.tables import retrieval_table
     from clipft.training.checkpoint import load_checkpoint
-    from clipft.training.measure import embed_validation
-    from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
+    from clipft.training.kept import Request, evaluate_checkpoint
+    from clipft.training.restore import find_checkpoint, saved_settings
 
     path = find_checkpoint(checkpoint, loaded.values)
     content = load_checkpoint(path)
     settings = saved_settings(content, loaded, (*EVALUATION_SETTINGS, "model"))
-    tuned = load_tuned(content, settings)
-    figures = embed_validation(tuned, settings).retrieval(settings.evaluation_bytes).to_dict()
+    alpha, file = save_interpolated or (None, None)
+    request = Request.of(keep, interpolate, alpha, file)
     out.note(f"{settings.scenario} on {settings.model}, weights of {path}.")
-    out.result(
-        {**figures, "scenario": settings.scenario, "checkpoint": str(path)},
-        retrieval_table("Validation", {settings.scenario: figures}),
+    found = evaluate_checkpoint(content, settings, request, out.note)
+    if checkpoint and checkpoint.is_dir():
+        found.write(checkpoint, settings)
+    result = {"scenario": settings.scenario, "checkpoint": str(path), **found.to_dict()}
+    out.result(result, *_shown(found, settings))
+    if file:
+        out.note(f"Weights at {alpha:g} are in {file}.")
+
+
+def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
+    from clipft.reporting.evaluation_tables import (
+        UNCLEAR,
+        category_table,
+        comparison_tables,
+        definitions,
+        sweep_table,
     )
+
+    compared = found.comparison.to_dict()
+    yield from comparison_tables("Validation", compared)
+    by_category = category_table(compared)
+    if by_category:
+        yield by_category
+    if found.keep:
+        yield from comparison_tables("Kept", found.keep.to_dict())
+    if found.points:
+        points = [point.to_dict() for point in found.points]
+        yield sweep_table(points, found.best_alpha)
+        loss = " without a clear loss on the kept set" if found.keep else ""
+        yield f"Most recall{loss}: alpha {found.best_alpha:g}\n"
+    yield definitions(compared)
+    if found.comparison.after:
+        yield UNCLEAR + "\n"

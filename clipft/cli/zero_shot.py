@@ -1,15 +1,28 @@
 """``clipft zero-shot``."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.evaluate import EVALUATION_SETTINGS
 from clipft.cli.options import settings_command
+from clipft.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES, Settings
 from clipft.settings_sources import LoadedSettings
 
+_PANEL = "Classification"
+_SETTINGS = (*EVALUATION_SETTINGS, "model", "max_train_pairs", "seed")
+
+Tuned = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CHECKPOINT]",
+        help="Classify with this checkpoint or run folder [default: the untouched --model]",
+        show_default=False,
+    ),
+]
 Labels = Annotated[
     str | None,
     typer.Option(
@@ -17,16 +30,7 @@ Labels = Annotated[
         metavar="A,B|FILE",
         help="Labels, with commas between or one a line in a file [default: those in the metadata]",
         show_default=False,
-        rich_help_panel="Classification",
-    ),
-]
-LabelField = Annotated[
-    str,
-    typer.Option(
-        "--label-field",
-        metavar="NAME",
-        help="Field of the metadata that names the right label",
-        rich_help_panel="Classification",
+        rich_help_panel=_PANEL,
     ),
 ]
 Templates = Annotated[
@@ -35,52 +39,105 @@ Templates = Annotated[
         "--templates",
         metavar="general|furniture|FILE",
         help="Prompts, each with {} for the label; a file has one a line",
-        rich_help_panel="Classification",
+        rich_help_panel=_PANEL,
+    ),
+]
+LinearPairs = Annotated[
+    int,
+    typer.Option(
+        "--linear-pairs",
+        metavar="N",
+        min=0,
+        help="Labelled training pairs at most for a linear classifier on the frozen features, "
+        "the point of reference; 0: none",
+        rich_help_panel=_PANEL,
+    ),
+]
+SaveClassifier = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-classifier",
+        metavar="FILE",
+        help="Write the labels' vectors as safetensors",
+        show_default=False,
+        rich_help_panel=_PANEL,
     ),
 ]
 
 
-@settings_command(*EVALUATION_SETTINGS, "model")
+@settings_command(*_SETTINGS)
 def zero_shot(
     loaded: LoadedSettings,
     out: Output,
+    checkpoint: Tuned = None,
     labels: Labels = None,
-    label_field: LabelField = "category",
-    templates: Templates = "furniture",
+    templates: Templates = ZERO_SHOT_TEMPLATES,
+    linear_pairs: LinearPairs = ZERO_SHOT_LINEAR_PAIRS,
+    save_classifier: SaveClassifier = None,
 ) -> None:
-    """The untouched model: retrieval, and classification by prompts over the labels.
+    """The untouched model (or a checkpoint): retrieval, and classification by prompts over the
+    labels, beside a linear classifier that learns from labelled training pairs.
 
     Examples:
 
         clipft zero-shot --data-dir ./catalogue
         clipft zero-shot --model tiny --labels "chair,table,lamp" --label-field type
+        clipft zero-shot ./checkpoints/dual_lora --save-classifier furniture.safetensors
     """
-    from clipft.reporting.tables import retrieval_table
-    from clipft.training.labelling import LabelSource, classify_validation
-    from clipft.training.loaded import load_model
-    from clipft.training.measure import embed_validation, validation_pairs
+    from clipft.files import check_writable
+    from clipft.training.checkpoint import load_checkpoint
+    from clipft.training.classifier_file import classifier_of
+    from clipft.training.classifier_file import save_classifier as save
+    from clipft.training.judging import Comparison, EvaluationSet, load_untouched
+    from clipft.training.labelling import LabelSource, label_validation
+    from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
 
-    settings = loaded.values.model_copy(update={"scenario": "zero_shot"})
-    untouched = load_model(settings)
-    embedded = embed_validation(untouched, settings)
-    source = LabelSource(labels, label_field, templates)
-    pairs = validation_pairs(settings)
-    classification = classify_validation(untouched, pairs, embedded, source)
-    figures = embedded.retrieval(settings.evaluation_bytes).to_dict()
-    shown: list[Any] = [retrieval_table("Validation", {settings.model: figures})]
-    if classification:
-        shown.append(_table(classification.to_dict(), label_field))
-    else:
-        out.note(f"No pair has a {label_field!r} in its metadata: no classification.")
-    result = classification.to_dict() if classification else None
-    out.result({**figures, "model": settings.model, "classification": result}, *shown)
+    if save_classifier:
+        check_writable(save_classifier)
+    path = find_checkpoint(checkpoint, loaded.values) if checkpoint else None
+    content = load_checkpoint(path) if path else None
+    settings = saved_settings(content, loaded, _SETTINGS) if content else _untouched(loaded.values)
+    model = load_tuned(content, settings) if content else load_untouched(settings)
+    pairs = EvaluationSet.open(model.base.inputs, settings)
+    judged = pairs.judge(model)
+    source = LabelSource(labels, templates, linear_pairs)
+    labelling = label_validation(model, pairs, judged.embedded, source)
+    found = labelling.to_dict(settings) if labelling else None
+    compared = Comparison(judged.evaluation, None).to_dict()
+    figures = judged.embedded.retrieval(settings.evaluation_bytes).to_dict()
+    result = {
+        **figures,
+        "model": settings.model,
+        "checkpoint": path,
+        "evaluation": compared,
+        "classification": found,
+    }
+    out.result(result, *_shown(compared, found, settings))
+    if not labelling:
+        field = settings.label_field
+        out.note(f"No pair has one of the labels as its {field!r}: no classification.")
+    elif save_classifier:
+        save(save_classifier, classifier_of(model, labelling, path))
+        out.note(f"The classifier is in {save_classifier}.")
 
 
-def _table(figures: dict[str, Any], field: str) -> Table:
-    title = f"Classification by {field} ({figures['images']} images, {figures['labels']} labels)"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("top-1", f"{figures['top1']:.1%}")
-    if figures["top5"] is not None:
-        table.add_row("top-5", f"{figures['top5']:.1%}")
-    table.add_row("mean per-class recall", f"{figures['mean_per_class_recall']:.1%}")
-    return table
+def _untouched(settings: Settings) -> Settings:
+    return settings.model_copy(update={"scenario": "zero_shot"})
+
+
+def _shown(
+    compared: dict[str, Any], classified: dict[str, Any] | None, settings: Settings
+) -> Iterator[Any]:
+    from clipft.reporting.evaluation_tables import (
+        classification_table,
+        comparison_tables,
+        confused_table,
+        definitions,
+    )
+
+    yield from comparison_tables("Validation", compared, settings.scenario)
+    if classified:
+        yield classification_table(f"Classification by {settings.label_field}", classified)
+        if classified["confused"]:
+            yield confused_table(classified["confused"])
+    yield definitions(compared)

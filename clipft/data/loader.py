@@ -88,16 +88,20 @@ class Preprocessing:
     bad: Mapping[int, str] = field(default_factory=dict)
 
 
-class Pairs(Protocol):
-    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
-
-    @property
-    def skipped(self) -> Sequence[Skipped]: ...
+class Indexed(Protocol):
+    """Pairs at places."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, place: Any, /) -> RawPair:
-        """In a worker: the pair at a place that ``order`` gave."""
+    def __getitem__(self, place: Any, /) -> RawPair: ...
+
+
+class Pairs(Indexed, Protocol):
+    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``. Its places are
+    those that ``order`` gave; a worker takes the pair."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]: ...
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[Any]]:
         """(epoch, first) -> the places of an epoch from the ``first``-th on."""
@@ -149,7 +153,7 @@ def _ahead(plan: EpochPlan, image_size: int, workers: int) -> int:
 
 
 def evaluation_batches(
-    dataset: PairDataset, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
+    dataset: Indexed, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
     """All pairs once, in their own order."""
     numbers = range(len(dataset))
@@ -160,7 +164,7 @@ def evaluation_batches(
 
 
 def _loader(
-    dataset: Pairs,
+    dataset: Indexed,
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
@@ -216,7 +220,7 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     alone.
     """
 
-    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Indexed, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(
@@ -246,7 +250,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
     _NOTHING = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Indexed, preprocessing: Preprocessing) -> None:
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
         self.dataset, self.preprocessing = dataset, preprocessing
 

@@ -124,6 +124,20 @@ def _changed(path: Path) -> DataError:
     )
 
 
+@dataclass(frozen=True)
+class ChosenPairs:
+    """Some pairs of a data set; each keeps its number there."""
+
+    pairs: PairDataset
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> RawPair:
+        return self.pairs[self.numbers[place]]
+
+
 def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     """Open every ``*.tar`` of a folder.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clipft.evaluation.bootstrap import CONFIDENCE, interval, resampled
 from clipft.evaluation.metrics import (
-    DEFINITIONS,
     DIRECTIONS,
     Floats,
     Integers,
@@ -116,7 +115,6 @@ class Evaluation:
                 name: {"pairs": category.pairs, **_dicts(category.parts)}
                 for name, category in self.categories.items()
             },
-            "definitions": DEFINITIONS,
         }
 
 

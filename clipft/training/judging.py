@@ -11,6 +11,7 @@ from clipft.data.descriptions import describe, same_photos
 from clipft.data.loader import Preprocessing
 from clipft.data.shards import PairDataset
 from clipft.evaluation.evaluation import Evaluation, EvaluationOptions, difference, evaluate
+from clipft.evaluation.metrics import DEFINITIONS
 from clipft.evaluation.relevance import Identities, normalised, numbered, relevance
 from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
@@ -93,8 +94,10 @@ class Comparison:
     after: Evaluation | None
 
     def to_dict(self) -> dict[str, Any]:
-        """``before``, ``after`` and ``difference`` as ``evaluation`` gives them."""
+        """``before``, ``after`` and ``difference`` as ``evaluation`` gives them, with the
+        definitions of their figures."""
         return {
+            "definitions": DEFINITIONS,
             "before": self.before.to_dict(),
             "after": self.after.to_dict() if self.after else None,
             "difference": difference(self.after, self.before) if self.after else None,

@@ -1,14 +1,13 @@
-"""Embedding the validation pairs of some settings."""
+"""Opening and embedding the pairs that are measured."""
 
-from clipft.data.loader import LoaderOptions, evaluation_batches
+from clipft.data.loader import Indexed, LoaderOptions, evaluation_batches
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings, embed
-from clipft.training.encoding import Encoding, open_encoding
+from clipft.training.encoding import Encoding
 from clipft.training.loaded import LoadedModel
 from clipft.training.positives import EACH_FOR_ITSELF, Positives
-from clipft.training.preprocessing import validation_preprocessing
 
 _BATCH = 64
 """Pairs per forward pass without gradients, where no micro-batch is set."""
@@ -21,17 +20,9 @@ def validation_pairs(settings: Settings) -> PairDataset:
     return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
 
 
-def embed_validation(loaded: LoadedModel, settings: Settings) -> Embeddings:
-    """Open the validation pairs and embed them."""
-    pairs = validation_pairs(settings)
-    preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-    how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None)
-    return embed_pairs(loaded, pairs, how, settings)
-
-
 def embed_pairs(
     loaded: LoadedModel,
-    pairs: PairDataset,
+    pairs: Indexed,
     how: Encoding,
     settings: Settings,
     positives: Positives = EACH_FOR_ITSELF,

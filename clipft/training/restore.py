@@ -7,11 +7,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from clipft.errors import ModelError
+from clipft.modelling.interpolate import Interpolation
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
+from clipft.training.checkpoint import save_checkpoint
 from clipft.training.loaded import LoadedModel, load_model
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"
+_OF_TRAINING = frozenset(
+    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
+)
 
 
 def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collection[str]) -> Settings:
@@ -96,3 +101,23 @@ def load_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
         )
     loaded.model.load_trainable_state(content["model_state_dict"])
     return loaded
+
+
+def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
+    """The way from the untouched weights to those of a checkpoint.
+
+    Raises:
+        ModelError: nothing was trained, or not so that there is a way back.
+    """
+    untouched = load_model(settings).model.trainable_state()
+    return Interpolation(untouched, content["model_state_dict"])
+
+
+def save_interpolated(path: Path, content: dict[str, Any], way: Interpolation, at: float) -> None:
+    """A checkpoint of weights alone, as ``best.pt`` is, at a point of the way.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    kept = {key: value for key, value in content.items() if key not in _OF_TRAINING}
+    save_checkpoint(path, {**kept, "model_state_dict": way.at(at), "interpolated_at": at})

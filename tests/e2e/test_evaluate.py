@@ -1,0 +1,152 @@
+"""``evaluate`` and ``zero-shot`` as a user runs them, on a run of the tiny model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from clipft.cli.app import run
+from clipft.errors import ModelError, UsageError
+from clipft.training.classifier_file import load_classifier
+from clipft.training.sweep import parse_alphas
+from tests.conftest import write_shard
+
+SMALL = ("--num-workers", "0", "--precision", "fp32", "--resamples", "100")
+
+
+@pytest.fixture(scope="module")
+def trained(catalogue, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    small = ("--effective-batch-size", "32", "--micro-batch-size", "32", "--lr", "4e-3")
+    where = ("--data-dir", str(catalogue), "--output-dir", str(out))
+    assert run(["train", "--model", "tiny", "--epochs", "1", *small, *where, *SMALL]) == 0
+    return out / "dual_lora"
+
+
+@pytest.fixture
+def data(catalogue):
+    return ("--data-dir", str(catalogue), *SMALL)
+
+
+def answer(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_leaves_its_evaluation_and_evaluate_finds_the_same(trained, data, capsys):
+    left = json.loads((trained / "evaluation.json").read_text())
+    assert run(["evaluate", str(trained), *data, "--json"]) == 0
+    found = answer(capsys)
+    assert found["evaluation"] == left
+    recall = left["difference"]["recall"]
+    assert recall["value"] == pytest.approx(left["after"]["recall"] - left["before"]["recall"])
+    assert recall["low"] <= recall["value"] <= recall["high"]
+    epochs = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    start = next(e for e in epochs if e["kind"] == "epoch")["retrieval"]["text_to_image"]
+    figures = left["before"]["paired"]["text_to_image"]["figures"]
+    assert {name: figures[name]["value"] for name in start} == pytest.approx(start, abs=1e-6)
+
+
+def test_people_see_both_models_the_difference_and_what_it_means(trained, data, capsys):
+    assert run(["evaluate", str(trained), *data]) == 0
+    shown = capsys.readouterr().out
+    for word in ("untouched", "tuned", "difference", "ceiling", "grouped", "share of queries"):
+        assert word in shown
+    assert "[low, high]" in shown
+
+
+def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys):
+    folder = tmp_path / "dual_lora"
+    shutil.copytree(trained, folder)
+    general = tmp_path / "general"
+    write_shard(general / "00000.tar", range(2000, 2020))
+    half = tmp_path / "half.pt"
+    wish = ["--keep", str(general), "--interpolate", "0,0.5,1"]
+    wish += ["--save-interpolated", "0.5", str(half)]
+    assert run(["evaluate", str(folder), *data, *wish, "--json"]) == 0
+    found = answer(capsys)
+    compared, points = found["evaluation"], found["interpolation"]["points"]
+    assert [point["alpha"] for point in points] == [0, 0.5, 1]
+    assert points[0]["recall"] == compared["before"]["recall"]
+    assert points[-1]["recall"] == compared["after"]["recall"]
+    assert points[-1]["gain"] == compared["difference"]["recall"]
+    assert points[0]["keep"]["recall"] == found["keep"]["before"]["recall"]
+    assert points[-1]["keep"]["change"] == found["keep"]["difference"]["recall"]
+    assert json.loads((folder / "interpolation.json").read_text())["points"] == points
+    assert json.loads((folder / "kept.json").read_text())["before"]["pairs"] == 20
+
+    assert run(["evaluate", str(half), *data, "--json"]) == 0
+    assert answer(capsys)["evaluation"]["after"]["recall"] == points[1]["recall"]
+
+
+def test_wishes_that_cannot_be_met_are_refused_before_the_work(trained, data, tmp_path, capsys):
+    def refused(*wish):
+        code = run(["evaluate", str(trained), *data, *wish])
+        return code, capsys.readouterr().err
+
+    assert refused("--interpolate", "0:2:0.5")[0] == 2
+    code, said = refused("--save-interpolated", "1.5", str(tmp_path / "x.pt"))
+    assert code == 2 and "between 0" in said
+    assert refused("--save-interpolated", "0.5", str(tmp_path))[0] == 4
+    code, said = refused("--group-field", "colr")
+    assert code == 2 and "did you mean color" in said
+    assert refused("--keep", str(tmp_path / "nowhere"))[0] == 3
+
+
+def test_an_untouched_model_has_nothing_between(catalogue, data, tmp_path, capsys):
+    where = ("--data-dir", str(catalogue), "--output-dir", str(tmp_path), *SMALL)
+    assert run(["train", "--model", "tiny", "--scenario", "zero_shot", *where]) == 0
+    left = json.loads((tmp_path / "zero_shot" / "evaluation.json").read_text())
+    assert left["after"] is None and left["difference"] is None
+    assert run(["evaluate", str(tmp_path / "zero_shot"), *data]) == 0
+    assert run(["evaluate", str(tmp_path / "zero_shot"), *data, "--interpolate", "0,1"]) == 5
+    assert "nothing was trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]), ("0.3", [0.3]), ("0,1", [0, 1]), ("1:1:1", [1])],
+)
+def test_points_are_read(text, points):
+    assert parse_alphas(text) == points
+    assert len(parse_alphas("0:1:0.01")) == 101
+
+
+WRONG = ("", "a", "0:1", "0:1:0", "0:1:-1", "0:1:0.001", "1:0:0.1", "-1", "nan", "0:inf:1")
+
+
+@pytest.mark.parametrize("text", [*WRONG, "0:1:nan"])
+def test_other_points_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_alphas(text)
+
+
+def test_zero_shot_classifies_by_prompts_and_linearly_and_saves(catalogue, data, tmp_path, capsys):
+    file = tmp_path / "classifier.safetensors"
+    wish = ("--label-field", "type", "--save-classifier", str(file))
+    assert run(["zero-shot", "--model", "tiny", *data, *wish, "--json"]) == 0
+    found = answer(capsys)["classification"]
+    assert sum(map(sum, found["confusion"])) == found["images"] == 40
+    assert found["top1_interval"]["low"] <= found["top1"] <= found["top1_interval"]["high"]
+    assert found["linear"]["training_images"] > 40
+    assert found["linear"]["images"] == 40 and found["linear"]["c"] > 0
+    saved = load_classifier(file)
+    assert list(saved.labels) == found["names"]
+    assert saved.base_model["name"] == "tiny" and saved.checkpoint is None
+    torch.testing.assert_close(saved.vectors.norm(dim=1), torch.ones(len(saved.labels)))
+
+
+def test_a_tuned_model_classifies_too(trained, data, capsys):
+    wish = ("--label-field", "type", "--linear-pairs", "0")
+    assert run(["zero-shot", str(trained), *data, *wish, "--json"]) == 0
+    found = answer(capsys)
+    assert found["checkpoint"].endswith("best.pt") and found["classification"]["linear"] is None
+
+
+def test_a_file_that_is_no_classifier_is_named(tmp_path):
+    for content in (b"", b"\x08" + bytes(7) + b"{}      ", b"x" * 100):
+        (tmp_path / "c").write_bytes(content)
+        with pytest.raises(ModelError, match="c"):
+            load_classifier(tmp_path / "c")
+    with pytest.raises(ModelError):
+        load_classifier(tmp_path / "missing")
