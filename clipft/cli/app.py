@@ -14,6 +14,7 @@ from clipft.cli.evaluate import evaluate
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
+from clipft.cli.report import report
 from clipft.cli.resume import resume
 from clipft.cli.settings import settings
 from clipft.cli.sync import sync
@@ -43,6 +44,7 @@ COMMANDS = (
     resume,
     evaluate,
     zero_shot,
+    report,
     settings,
 )
 for command in COMMANDS:

@@ -33,12 +33,9 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Picture:
-    """``mark`` is what makes the picture the right one of its group; "" where it is not."""
-
     place: str
     caption: str
     jpeg: bytes
-    mark: str = ""
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -107,14 +104,19 @@ def group(pictures: Iterable[Picture]) -> str:
 
 
 def figure(picture: Picture) -> str:
-    source = f"data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}"
-    kind = ' class="right"' if picture.mark else ""
-    mark = f'<span class="mark">{escape(picture.mark)}</span> ' if picture.mark else ""
     words = f"<br>{escape(picture.caption)}" if picture.caption else ""
     return (
-        f'<figure{kind}><img src="{source}" alt="{escape(f"Photo {picture.place}")}">'
-        f"<figcaption>{mark}<b>{escape(picture.place)}</b>{words}</figcaption></figure>\n"
+        f"<figure>{image(picture.jpeg, picture.place)}"
+        f"<figcaption><b>{escape(picture.place)}</b>{words}</figcaption></figure>\n"
     )
+
+
+def image(jpeg: bytes, place: str) -> str:
+    """A picture within the page; words in the stead of one that cannot be shown."""
+    if not jpeg:
+        return "<p>no picture</p>"
+    source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    return f'<img src="{source}" alt="{escape(f"Photo {place}")}">'
 
 
 def write_page(path: Path, page: str) -> None:

@@ -8,6 +8,9 @@
                         adapter/         them again as a PEFT adapter (LoRA scenarios)
                         result.json      figures before and after
                         evaluation.json  all of them, with intervals and differences
+                        run.json         the plan, versions and device, time and memory
+                        rankings-before.json, rankings-best.json   first pictures of some captions
+                        report.html, report.json   all of it for people, and for programs
 """
 
 import fcntl
@@ -57,6 +60,14 @@ class RunPaths:
     @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
+
+    @property
+    def rankings_before(self) -> Path:
+        return self.folder / "rankings-before.json"
+
+    @property
+    def rankings_best(self) -> Path:
+        return self.folder / "rankings-best.json"
 
     def write_text(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as temporary:

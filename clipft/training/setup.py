@@ -150,6 +150,7 @@ def prepare(settings: Settings, note: Note) -> RunSetup:
         scenario=settings.scenario,
         model=settings.model,
         parameters=str(parameters),
+        trainable_parameters=parameters.trainable,
         train_pairs=len(train),
         val_pairs=len(val),
         epochs=epochs,
