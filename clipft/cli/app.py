@@ -8,6 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from clipft import __version__
+from clipft.cli.ablate import ablate
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
@@ -44,6 +45,7 @@ COMMANDS = (
     resume,
     evaluate,
     zero_shot,
+    ablate,
     report,
     settings,
 )

@@ -9,8 +9,35 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: Path, page: Path, data_dir: Path | None) -> dict[str, Any]:
-    """Of a run's folder or an ablation's."""
+    """Of a run's folder or an ablation's, as the two below."""
+    from clipft.training.ablation_state import STATE
+
+    if (folder / STATE).is_file():
+        return write_ablation_report(folder, page)
     return write_run_report(folder, page, data_dir)
+
+
+def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
+    """Write ``page`` and its content as JSON beside it; returns the content.
+
+    Raises:
+        UsageError: no ablation is there.
+        StorageError: the page cannot be written.
+    """
+    from clipft.reporting.ablation_content import ablation_content
+    from clipft.reporting.ablation_page import ablation_page
+    from clipft.training.ablation_state import read_state
+
+    content = ablation_content(str(folder), read_state(folder))
+    _write(page, ablation_page(content), content)
+    return content
+
+
+def _write(page: Path, html: str, content: dict[str, Any]) -> None:
+    from clipft.reporting.page import write_page
+
+    write_page(page, html)
+    write_page(page.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -22,7 +49,6 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
         UsageError: no run is there.
         StorageError: the page cannot be written.
     """
-    from clipft.reporting.page import write_page
     from clipft.reporting.run_content import run_content
     from clipft.reporting.run_page import run_page
     from clipft.training.run_reading import read_run, run_settings
@@ -32,8 +58,7 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
         settings = settings.model_copy(update={"data_dir": data_dir})
     cases, pictures, note = _gallery(folder, settings)
     content = run_content(records, cases, note)
-    write_page(page, run_page(content, pictures))
-    write_page(page.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    _write(page, run_page(content, pictures), content)
     return content
 
 

@@ -104,6 +104,12 @@ class RunLock:
         self._file.flush()
         return self
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file: a process that inherits it holds the lock too."""
+        assert self._file
+        return self._file.fileno()
+
     def _held(self) -> UsageError:
         holder = self._path.read_text(encoding="utf-8") or "another process"
         if self._file:

@@ -90,7 +90,8 @@
         scales: bars ? { x: value, y: labels } : { x: other, y: value },
         plugins: {
           legend: { display: spec.series.length > 1, position: "bottom",
-            labels: { color: colour("--ink"), usePointStyle: !bars, boxWidth: 12 } },
+            labels: { color: colour("--ink"), usePointStyle: !bars, boxWidth: 12, boxHeight: 8,
+              pointStyleWidth: 12 } },
           tooltip: { callbacks: { label: tip, title: heading } },
         },
       },
