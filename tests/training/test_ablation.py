@@ -30,7 +30,7 @@ def test_every_combination_once_seed_by_seed():
 def test_what_a_scenario_does_not_use_makes_no_run():
     varied = {"lr": ["1e-4", "1e-3"], "lora_r": [8, 16]}
     runs = planned(list(SCENARIOS), [1, 2, 3], varied)
-    counts = {name: 0 for name in SCENARIOS}
+    counts = dict.fromkeys(SCENARIOS, 0)
     for run in runs:
         counts[run.settings.values.scenario] += 1
     assert counts == {
