@@ -1,6 +1,6 @@
 """Figures before and after as rows: the same for every table and page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DIRECTIONS = (("text → image", "text_to_image"), ("image → text", "image_to_text"))
@@ -21,15 +21,27 @@ def mean_recall(figures: Mapping[str, Any]) -> float:
     return float(sum(values) / len(values))
 
 
+def before_and_after(
+    metrics: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Retrieval of the untouched model and of the best epoch so far, from the lines of
+    metrics.jsonl; None: not measured yet, or no epoch was better."""
+    epochs = [line for line in metrics if line.get("kind") == "epoch"]
+    untouched = [epoch["retrieval"] for epoch in epochs if epoch["epoch"] == 0]
+    improved = [epoch["retrieval"] for epoch in epochs if epoch["improved"]]
+    return (untouched or [None])[0], (improved or [None])[-1]
+
+
 def paired_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Name, percent, before, after of every figure of ``Retrieval.to_dict``, the mean first."""
     recalls = (mean_recall(before), mean_recall(after) if after else None)
-    rows = [_row(RECALL_NAME, True, *recalls)]
+    rows = [{"key": "mean_recall", **_row(RECALL_NAME, True, *recalls)}]
     for label, direction in DIRECTIONS:
         for name in (*RECALLS, "median_rank", "mrr"):
             then = after[direction][name] if after else None
             shown = name.replace("r@", "R@").replace("_", " ").replace("mrr", "MRR")
-            rows.append(_row(f"{label} {shown}", name in RECALLS, before[direction][name], then))
+            row = _row(f"{label} {shown}", name in RECALLS, before[direction][name], then)
+            rows.append({"key": f"{direction}/{name}", **row})
     return rows
 
 

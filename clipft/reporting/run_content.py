@@ -5,14 +5,14 @@ from typing import Any
 
 from clipft.records import RunRecords
 from clipft.reporting.curves import epoch_curves, step_curves
-from clipft.reporting.figures import DEFINITION, mean_recall, paired_rows
+from clipft.reporting.figures import DEFINITION, before_and_after, mean_recall, paired_rows
 
 
 def run_content(
     records: RunRecords, gallery: Sequence[Mapping[str, Any]], gallery_note: str
 ) -> dict[str, Any]:
     """JSON values alone. ``gallery_note`` says why there is no gallery, or is empty."""
-    before, after = _before_and_after(records)
+    before, after = before_and_after(records.epochs)
     return {
         "kind": "run",
         "format_version": 1,
@@ -32,15 +32,6 @@ def run_content(
         "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
         "settings": records.settings,
     }
-
-
-def _before_and_after(
-    records: RunRecords,
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Of the best epoch so far, where the run is under way."""
-    untouched = [e["retrieval"] for e in records.epochs if e["epoch"] == 0]
-    improved = [e["retrieval"] for e in records.epochs if e["improved"]]
-    return (untouched or [None])[0], (improved or [None])[-1]
 
 
 def _figures(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:

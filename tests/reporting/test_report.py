@@ -210,3 +210,13 @@ def test_many_steps_stay_few_points():
     assert curves["step"][-1] == 100_000
     assert set(curves["loss"]) == {2.0} and curves["pairs_per_s"][0] == pytest.approx(16)
     assert curves["data_wait"][0] == pytest.approx(0.2)
+
+
+def test_wandb_has_the_same_figures_as_summary(made, content, tmp_path):
+    args = ["--data-dir", str(made / "data"), "--output-dir", str(tmp_path), "--max-bad", "0.1"]
+    assert run(["train", *SMALL, *args, "--wandb", "offline"]) == 0
+    (kept,) = tmp_path.glob("dual_lora/wandb/offline-run-*/*.wandb")
+    sent = kept.read_bytes()
+    for row in content["figures"][0]["rows"]:
+        for kind in ("before", "after", "change"):
+            assert f"{kind}/{row['key']}".encode() in sent
