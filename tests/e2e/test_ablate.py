@@ -105,7 +105,7 @@ def test_the_resumed_run_is_a_normal_run(ablation, tmp_path):
 
 def test_a_failed_run_is_in_the_table_and_the_exit_code(ablation):
     code, stdout, stderr = ablation["second"]
-    assert code == 7
+    assert code == 8
     assert "error: 1 of 3 runs failed, first full lr=1e+30 seed 1 with exit code 6" in stderr
     content = json.loads(stdout)
     states = {entry["variant"]: entry for entry in content["runs"]}
