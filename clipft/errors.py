@@ -7,6 +7,7 @@ ClipftError               1   (never raised itself)
 ├── ModelError            5   base models, hubs, checkpoints
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
+├── RunsFailed            8   some runs of an ablation failed; the others are in its table
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
 A service raises one of these with the sentence and the mend; ``cli.app.main`` alone
@@ -57,6 +58,10 @@ class DivergedError(ClipftError):
 
 class ProcessError(ClipftError):
     exit_code = 7
+
+
+class RunsFailed(ClipftError):
+    exit_code = 8
 
 
 class Interrupted(ClipftError):

@@ -17,6 +17,7 @@ class Plan:
     scenario: str
     model: str
     parameters: str
+    trainable_parameters: int
     train_pairs: int
     val_pairs: int
     epochs: int
@@ -117,3 +118,24 @@ class Observers:
     def closed(self) -> None:
         for member in reversed(self.members):
             member.closed()
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run left in its folder. ``result`` and ``evaluation`` are None until the run has
+    ended, or was evaluated; ``skipped`` holds at most so many as a page lists."""
+
+    folder: str
+    settings: list[dict[str, Any]]
+    """Of each: section, name, value, default, changed."""
+    run: dict[str, Any]
+    """As ``reporting.run_record`` writes it."""
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    skipped: list[dict[str, Any]]
+    skipped_counts: dict[str, int]
+
+    def setting(self, name: str) -> Any:
+        return next(entry["value"] for entry in self.settings if entry["name"] == name)

@@ -6,7 +6,7 @@ file (``--config``), a profile (``--mini-train``, the scenario), the default.
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -100,18 +100,36 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    values = read_toml(path)
+    refuse_unknown(values, path)
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UsageError: it cannot be read, or is not TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read settings file {path}: {error}", "check --config") from error
+        raise UsageError(
+            f"cannot read settings file {path}: {error}", "check the path and the file"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
             f"{path} is not TOML: {error}", "compare with the output of `clipft settings`"
         ) from error
-    for key in values:
-        if key not in Settings.model_fields:
-            raise _unknown_name(f"{key} in {path}", key, str)
-    return values
+
+
+def refuse_unknown(names: Iterable[str], source: Path | str) -> None:
+    """
+    Raises:
+        UsageError: one of them is not the name of a setting.
+    """
+    for name in names:
+        if name not in Settings.model_fields:
+            raise _unknown_name(f"{name} in {source}", name, str)
 
 
 def _unknown_name(shown: str, key: str, spell: Any) -> UsageError:

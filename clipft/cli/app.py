@@ -8,12 +8,14 @@ import typer
 from typer.exceptions import TyperException
 
 from clipft import __version__
+from clipft.cli.ablate import ablate
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
+from clipft.cli.report import report
 from clipft.cli.resume import resume
 from clipft.cli.settings import settings
 from clipft.cli.sync import sync
@@ -43,6 +45,8 @@ COMMANDS = (
     resume,
     evaluate,
     zero_shot,
+    ablate,
+    report,
     settings,
 )
 for command in COMMANDS:

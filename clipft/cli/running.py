@@ -5,14 +5,17 @@ from functools import partial
 from pathlib import Path
 
 from clipft.cli.console import Output
+from clipft.cli.reports import write_run_report
 from clipft.cli.sync import sync_with_progress
 from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
+from clipft.reporting.run_record import RunRecorder
 from clipft.reporting.tables import retrieval_table
 from clipft.reporting.tracking import JsonlTracker, WandbTracker
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
-from clipft.training.memory import memory_in_use
+from clipft.training.environment import environment
+from clipft.training.memory import memory_in_use, peak_memory_so_far
 from clipft.training.precision import choose_precision
 from clipft.training.run import TrainResult, Watchers
 from clipft.training.run import train as run_service
@@ -28,6 +31,7 @@ def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
         _observers(settings, out), out.note, _after_save(settings, out), out.progress
     )
     result = run_service(settings, watchers, loaded.to_toml())
+    write_run_report(result.folder, result.folder / "report.html")
     show(result, settings, out)
     return result
 
@@ -45,15 +49,18 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
         out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
+    out.note(f"Report: {result.folder / 'report.html'}")
     out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
     out.note(f"Next: clipft evaluate {result.folder} --data-dir {settings.data_dir}")
 
 
 def _observers(settings: Settings, out: Output) -> Observer:
     device = choose_precision(settings).device
+    peak = partial(peak_memory_so_far, device)
     members: list[Observer] = [
         make_progress(out.err, partial(memory_in_use, device)),
         JsonlTracker(settings.run_dir / "metrics.jsonl"),
+        RunRecorder(settings.run_dir / "run.json", environment(device), peak),
     ]
     if settings.wandb != "disabled":
         config = settings.model_dump(mode="json")

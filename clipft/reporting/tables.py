@@ -1,5 +1,6 @@
 """Figures as Rich tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -26,4 +27,15 @@ def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
             *[f"{figures[direction]['mrr']:.3f}" for figures in columns.values()],
             end_section=True,
         )
+    return table
+
+
+def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """``rows`` hold a label and a cell for each of ``columns``."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table

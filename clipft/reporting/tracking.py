@@ -8,13 +8,16 @@ import json
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from clipft.records import EpochResult, Plan, StepResult
+from clipft.reporting.figures import before_and_after, paired_rows
 from clipft.settings import TrackingSettings
 
+METRICS = "metrics.jsonl"
 _CLOSING_SECONDS = 30.0
 
 
@@ -44,6 +47,39 @@ class JsonlTracker:
         self._file.flush()
 
 
+@dataclass(frozen=True)
+class _Logged:
+    """``step`` None: for the summary."""
+
+    step: int | None
+    figures: dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # a kill cut this line
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def _summary(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``before/``, ``after/`` and ``change/`` of each figure of the report; also of a resumed
+    run, whose first process measured the untouched model."""
+    before, after = before_and_after(metrics)
+    if before is None:
+        return {}
+    return {
+        f"{kind}/{row['key']}": row[kind]
+        for row in paired_rows(before, after)
+        for kind in ("before", "after", "change")
+        if row[kind] is not None
+    }
+
+
 class WandbTracker:
     """The same figures in W&B, under the run's own id, so that a resumed run goes on there."""
 
@@ -55,7 +91,7 @@ class WandbTracker:
         warn: Callable[[str], None],
     ) -> None:
         self._settings, self._folder, self._config, self._warn = settings, folder, config, warn
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Logged | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
 
     def started(self, plan: Plan, done_steps: int) -> None:
@@ -65,16 +101,19 @@ class WandbTracker:
         figures = {"loss": result.loss, "lr": result.lr, "epoch": result.epoch}
         figures["grad_norm"] = result.grad_norm
         figures["pairs_per_s"] = result.pairs / max(result.seconds, 1e-9)
-        self._queue.put((result.step, {f"train/{k}": v for k, v in figures.items()}))
+        named = {f"train/{k}": v for k, v in figures.items()}
+        self._queue.put(_Logged(result.step, named))
 
     def epoch_ended(self, result: EpochResult) -> None:
         figures: dict[str, Any] = {"val/loss": result.val_loss, "val/epoch": result.epoch}
         for direction in ("text_to_image", "image_to_text"):
             for name, value in result.retrieval[direction].items():
                 figures[f"val/{direction}/{name}"] = value
-        self._queue.put((result.step, figures))
+        self._queue.put(_Logged(result.step, figures))
 
     def closed(self) -> None:
+        """The last that W&B is told are the figures of the report, as the run's summary."""
+        self._queue.put(_Logged(None, _summary(read_metrics(self._folder / METRICS))))
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join(_CLOSING_SECONDS)
@@ -85,8 +124,10 @@ class WandbTracker:
         try:
             run = self._init()
             while (item := self._queue.get()) is not None:
-                step, figures = item
-                run.log(figures, step=step)
+                if item.step is None:
+                    run.summary.update(item.figures)
+                else:
+                    run.log(item.figures, step=item.step)
             run.finish()
         except Exception as error:  # never a reason to stop training
             first_line = str(error).strip().partition("\n")[0]

@@ -45,6 +45,13 @@ def memory_in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_memory_so_far(device: torch.device) -> int:
+    """Peak bytes: reserved on a GPU, resident of this process (without its workers) on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return _peak_rss()
+
+
 def usable_memory(device: torch.device) -> int:
     """Bytes that this process may hold, what it holds already included, within all limits."""
     if device.type == "cuda":

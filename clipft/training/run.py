@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
 from clipft.errors import DataError, DivergedError, Interrupted
 from clipft.files import replacing_folder
@@ -17,6 +18,7 @@ from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
 from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.measure import embed_pairs
+from clipft.training.rankings import Ranker, Rankings
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
 from clipft.training.setup import Note, RunSetup, prepare
@@ -102,6 +104,11 @@ class _Run:
         self.before: EpochResult | None = None
         self.best: EpochResult | None = None
         self.skipped_pairs = 0
+        captions = setup.val_preprocessing.captions
+        assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
+        self.rank = Ranker.of(setup.val, captions)
+        self.rankings: Rankings | None = None
+        """Of the last measurement."""
         self.state: TrainState | None = None
         if setup.plan.epochs:
             self.state = TrainState(
@@ -113,14 +120,15 @@ class _Run:
         if self.paths.checkpoint.exists():
             self.paths.checkpoint.replace(self.paths.earlier)
             self.watchers.note(f"The checkpoint of an earlier run is now {self.paths.earlier}.")
-        self.paths.best.unlink(missing_ok=True)
-        self.paths.skipped.unlink(missing_ok=True)
-        self.paths.evaluation.unlink(missing_ok=True)
+        p = self.paths
+        for old in (p.best, p.skipped, p.rankings_best, p.evaluation):
+            old.unlink(missing_ok=True)
         cut_lines(self.paths.metrics, -1)
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self._list_skipped(split, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
         self.before = self._measure(epoch=0, train_loss=None)
+        self._keep_rankings(self.paths.rankings_before)
         self.watchers.observer.epoch_ended(self.before)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -260,6 +268,7 @@ class _Run:
         if improved:
             self.best = result
             save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))
+            self._keep_rankings(self.paths.rankings_best)
         self.watchers.observer.epoch_ended(result)
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
@@ -272,7 +281,12 @@ class _Run:
             self._list_skipped("val", map(asdict, embedded.skipped))
         memory = setup.settings.evaluation_bytes
         figures = embedded.retrieval(memory).to_dict()
+        self.rankings = self.rank(embedded)
         return EpochResult(epoch, step, train_loss, setup.validation_loss(embedded), figures)
+
+    def _keep_rankings(self, path: Path) -> None:
+        assert self.rankings
+        self.rankings.write(path)
 
     def _save_if_due(self, state: TrainState) -> None:
         every = self.setup.settings.checkpoint_every

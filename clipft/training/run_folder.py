@@ -8,6 +8,9 @@
                         adapter/         them again as a PEFT adapter (LoRA scenarios)
                         result.json      figures before and after
                         evaluation.json  all of them, with intervals and differences
+                        run.json         the plan, versions and device, time and memory
+                        rankings-before.json, rankings-best.json   first pictures of some captions
+                        report.html, report.json   all of it for people, and for programs
 """
 
 import fcntl
@@ -58,6 +61,14 @@ class RunPaths:
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
+    @property
+    def rankings_before(self) -> Path:
+        return self.folder / "rankings-before.json"
+
+    @property
+    def rankings_best(self) -> Path:
+        return self.folder / "rankings-best.json"
+
     def write_text(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -92,6 +103,12 @@ class RunLock:
         self._file.write(f"process {os.getpid()}, started {time.strftime('%F %T')}")
         self._file.flush()
         return self
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file: a process that inherits it holds the lock too."""
+        assert self._file
+        return self._file.fileno()
 
     def _held(self) -> UsageError:
         holder = self._path.read_text(encoding="utf-8") or "another process"

@@ -169,6 +169,7 @@ def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunS
         scenario=settings.scenario,
         model=settings.model,
         parameters=str(parameters),
+        trainable_parameters=parameters.trainable,
         train_pairs=len(train),
         val_pairs=len(val),
         epochs=epochs,

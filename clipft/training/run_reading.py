@@ -1,0 +1,101 @@
+"""What a run left in its folder, as plain values; a run under way or stopped counts too."""
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from clipft.errors import UsageError
+from clipft.records import RunRecords
+from clipft.settings import SECTIONS, Settings, fields_of
+
+_LISTED = 50
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "settings.toml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def run_settings(folder: Path) -> Settings:
+    """
+    Raises:
+        UsageError: no run is there, or its files are not clipft's.
+    """
+    if not is_run(folder):
+        raise UsageError(f"no run in {folder}", "name the folder that holds its metrics.jsonl")
+    try:
+        return Settings(**tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{folder / 'settings.toml'} is not as a run left it: {_first_line(error)}",
+            "put the file back as it was",
+        ) from error
+
+
+def read_run(folder: Path) -> RunRecords:
+    """
+    Raises:
+        UsageError: no run is there, or its files are not clipft's.
+    """
+    settings = run_settings(folder)
+    metrics = _lines(folder / "metrics.jsonl")
+    skipped = _lines(folder / "skipped.jsonl")
+    return RunRecords(
+        folder=str(folder),
+        settings=_settings_list(settings),
+        run=_object(folder / "run.json") or {},
+        steps=[line for line in metrics if line.get("kind") == "step"],
+        epochs=[line for line in metrics if line.get("kind") == "epoch"],
+        result=_object(folder / "result.json"),
+        evaluation=_object(folder / "evaluation.json"),
+        skipped=skipped[:_LISTED],
+        skipped_counts=dict(Counter(str(entry.get("split", "train")) for entry in skipped)),
+    )
+
+
+def _settings_list(settings: Settings) -> list[dict[str, Any]]:
+    values = settings.model_dump(mode="json")
+    standard = Settings().model_dump(mode="json")
+    return [
+        {
+            "section": section.title,
+            "name": name,
+            "value": values[name],
+            "default": standard[name],
+            "changed": values[name] != standard[name],
+        }
+        for section in SECTIONS
+        for name, _ in fields_of(section)
+    ]
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {_first_line(error)}", "remove it") from error
+    return found if isinstance(found, dict) else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a kill may have cut the last one."""
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
