@@ -109,7 +109,7 @@ def inspect(
         leaks[f"Pairs that {against} has too"] = result["against"]
         facts |= theirs
     if html:
-        from clipft.reporting.inspection_page import write_page
+        from clipft.reporting.page import write_page
 
         heading = f"Catalogue {folder}"
         write_page(html, _page(heading, figures, leaks, splits | others, _all(facts)))
@@ -232,13 +232,8 @@ def _page(
     facts: "list[PairFacts]",
 ) -> str:
     from clipft.data.images import decode_image
-    from clipft.reporting.inspection_page import (
-        SIDE,
-        PageTable,
-        Picture,
-        findings_page,
-        thumbnail,
-    )
+    from clipft.reporting.inspection_page import findings_page
+    from clipft.reporting.page import SIDE, PageTable, Picture, thumbnail
 
     by_place = {fact.place: fact for fact in facts}
 
@@ -247,7 +242,10 @@ def _page(
         image = decode_image(sources[fact.split][fact.number].image, at_least=SIDE)
         return Picture(place, fact.caption, thumbnail(image))
 
-    tables = [PageTable("Figures", list(figures), _rows(figures))]
-    tables += [PageTable(title, ["pairs"], _leak_rows(found)) for title, found in leaks.items()]
+    tables = [PageTable("Figures", list(figures), _rows(figures), heading=True)]
+    tables += [
+        PageTable(title, ["pairs"], _leak_rows(found), heading=True)
+        for title, found in leaks.items()
+    ]
     splits = {name: split.to_dict() for name, split in figures.items()}
     return findings_page(heading, tables, splits, leaks, picture)

@@ -17,7 +17,8 @@ from clipft.data.inspection import leak, read_facts, split_facts
 from clipft.data.likeness import near_pairs, near_photos
 from clipft.data.shards import open_pairs
 from clipft.errors import StorageError
-from clipft.reporting.inspection_page import Picture, findings_page, write_page
+from clipft.reporting.inspection_page import findings_page
+from clipft.reporting.page import Picture, write_page
 from tests.conftest import add
 
 
