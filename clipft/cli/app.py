@@ -11,6 +11,7 @@ from clipft import __version__
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
+from clipft.cli.export import export
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
@@ -43,6 +44,7 @@ COMMANDS = (
     resume,
     evaluate,
     zero_shot,
+    export,
     settings,
 )
 for command in COMMANDS:
