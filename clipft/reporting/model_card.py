@@ -107,9 +107,10 @@ def _header(facts: CardFacts, kind: str) -> str:
 
 
 def _about(facts: CardFacts) -> str:
+    link = f"[{facts.base}](https://huggingface.co/{facts.base_id})"
     return (
-        f"Base model: {f'[{facts.base}](https://huggingface.co/{facts.base_id})' if facts.base_id else facts.base}. "
-        f"Scenario `{facts.scenario}`: {facts.summary} ({facts.parameters}). It takes pictures of "
+        f"Base model: {link if facts.base_id else facts.base}. Scenario `{facts.scenario}`: "
+        f"{facts.summary} ({facts.parameters}). It takes pictures of "
         f"{facts.image_size} x {facts.image_size} pixels and texts of at most "
         f"{facts.context_length} tokens, and gives one embedding for each; their cosine says how "
         f"well they go together. Made with clipft.\n"

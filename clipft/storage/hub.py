@@ -36,7 +36,7 @@ def push(folder: Path, repo: str) -> str:
 
 @contextmanager
 def _telling_of(repo: str) -> Iterator[None]:
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         yield
