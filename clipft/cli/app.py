@@ -16,6 +16,7 @@ from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
 from clipft.cli.resume import resume
+from clipft.cli.search import search
 from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
@@ -45,6 +46,7 @@ COMMANDS = (
     evaluate,
     zero_shot,
     export,
+    search,
     settings,
 )
 for command in COMMANDS:

@@ -24,7 +24,7 @@ from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import EpochPlan, Position, derived_seed
 from clipft.data.shard_index import Skipped
-from clipft.data.shards import PairDataset, RawPair
+from clipft.data.shards import RawPair
 from clipft.data.tokens import padded
 from clipft.errors import DataError
 from clipft.machine import processors
@@ -88,16 +88,24 @@ class Preprocessing:
     bad: Mapping[int, str] = field(default_factory=dict)
 
 
-class Pairs(Protocol):
-    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
-
-    @property
-    def skipped(self) -> Sequence[Skipped]: ...
+class Places(Protocol):
+    """What a worker reads from."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, place: Any, /) -> RawPair:
-        """In a worker: the pair at a place that ``order`` gave."""
+        """In a worker: the pair at a place: a number, or what ``Pairs.order`` gave.
+
+        Raises:
+            DataError: what it lies in was changed or removed.
+        """
+
+
+class Pairs(Places, Protocol):
+    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]: ...
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[Any]]:
         """(epoch, first) -> the places of an epoch from the ``first``-th on."""
@@ -149,9 +157,9 @@ def _ahead(plan: EpochPlan, image_size: int, workers: int) -> int:
 
 
 def evaluation_batches(
-    dataset: PairDataset, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
+    dataset: Places, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
-    """All pairs once, in their own order."""
+    """All pairs once, by number, in their own order."""
     numbers = range(len(dataset))
     chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in numbers[::batch_size])
     batches = iter(_loader(dataset, preprocessing, chunks, options))
@@ -160,7 +168,7 @@ def evaluation_batches(
 
 
 def _loader(
-    dataset: Pairs,
+    dataset: Places,
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
@@ -216,7 +224,7 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     alone.
     """
 
-    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(
