@@ -144,7 +144,7 @@ def _facts(opened: "OpenedModel") -> "CardFacts":
         parameters=str(model.parameters_count()),
         image_size=base.inputs.image_size,
         context_length=base.inputs.context_length,
-        logit_scale=float(model.logit_scale) if model.logit_scale.requires_grad else None,
+        logit_scale=model.logit_scale.item() if model.logit_scale.requires_grad else None,
     )
     return _with_history(facts, opened)
 
