@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,13 +10,13 @@ from clipft.records import EpochResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import save_checkpoint
 from clipft.training.opened import OpenedModel, open_model
-from clipft.training.setup import load_model
+from clipft.training.loaded import load_model
 from tests.loaded_settings import loaded_settings
 
 
-def write_checkpoint(folder: Path, scenario: str) -> Path:
+def write_checkpoint(folder: Path, scenario: str, **more: Any) -> Path:
     """As a run leaves it, of the tiny model."""
-    settings = Settings(model="tiny", scenario=scenario, device="cpu", precision="fp32")
+    settings = Settings(model="tiny", scenario=scenario, device="cpu", precision="fp32", **more)
     loaded = load_model(settings)
     generator = torch.Generator().manual_seed(3)
     state = {

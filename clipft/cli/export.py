@@ -130,11 +130,12 @@ def _checked(check: "OnnxCheck | None") -> str:
 
 
 def _facts(opened: "OpenedModel") -> "CardFacts":
-    from clipft.modelling.export import hub_id, license_of, public_name
+    from clipft.modelling.export import given_bias, hub_id, license_of, public_name
     from clipft.reporting.model_card import CardFacts
     from clipft.scenarios import SCENARIOS
 
     base, model = opened.loaded.base, opened.loaded.model
+    moved = model.logit_scale.requires_grad or given_bias(model) is not None
     facts = CardFacts(
         base=public_name(base.name),
         base_id=hub_id(base.name),
@@ -144,7 +145,8 @@ def _facts(opened: "OpenedModel") -> "CardFacts":
         parameters=str(model.parameters_count()),
         image_size=base.inputs.image_size,
         context_length=base.inputs.context_length,
-        logit_scale=model.logit_scale.item() if model.logit_scale.requires_grad else None,
+        logit_scale=model.logit_scale.item() if moved else None,
+        logit_bias=given_bias(model),
     )
     return _with_history(facts, opened)
 

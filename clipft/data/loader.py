@@ -24,7 +24,7 @@ from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import EpochPlan, Position, derived_seed
 from clipft.data.shard_index import Skipped
-from clipft.data.shards import RawPair
+from clipft.data.shards import PairDataset, RawPair
 from clipft.data.tokens import padded
 from clipft.errors import DataError
 from clipft.machine import processors

@@ -114,7 +114,15 @@ def merged(model: TrainableModel) -> Any:
     """The plain ``transformers`` model with adapters merged into its weights, in eval mode;
     ``model`` is used up."""
     clip = model.clip.merge_and_unload() if has_adapter(model) else model.clip
+    if given_bias(model) is not None:
+        del clip.logit_bias
     return clip.eval()
+
+
+def given_bias(model: TrainableModel) -> float | None:
+    """What the sigmoid loss added to a model whose class in transformers has no place for it."""
+    bias = model.logit_bias
+    return None if bias is None or model.architecture.loss == "siglip" else bias.item()
 
 
 def write_transformers(clip: Any, base: str, folder: Path) -> None:

@@ -35,7 +35,8 @@ Figures = Mapping[str, Mapping[str, Figure]]
 @dataclass(frozen=True)
 class CardFacts:
     """All that a card can say. ``base_id`` is the base model's name on the hub, ``license``
-    what its own card states; None: not known. ``logit_scale`` is set where it was trained."""
+    what its own card states; None: not known. ``logit_scale`` is set where it is not the base
+    model's any more, ``logit_bias`` where the model's class has no place for the one learned."""
 
     base: str
     base_id: str | None
@@ -46,6 +47,7 @@ class CardFacts:
     image_size: int
     context_length: int
     logit_scale: float | None = None
+    logit_bias: float | None = None
     train_pairs: int | None = None
     val_pairs: int | None = None
     epoch: int | None = None
@@ -127,9 +129,14 @@ def _use(facts: CardFacts, kind: str, checked: str) -> str:
     remarks = [f"## Use\n\n```python\n{code}```\n"]
     if kind == "peft" and facts.logit_scale is not None:
         remarks.append(
-            "The temperature was trained too, and PEFT does not carry it. Scores between 0 and 1 "
-            "are unchanged in order; for probabilities set it after loading: "
+            "The temperature is not the base model's, and PEFT does not carry it. Cosines need "
+            "none; for probabilities set it after loading: "
             f"`model.logit_scale.data.fill_({facts.logit_scale:.6f})`.\n"
+        )
+    if facts.logit_bias is not None:
+        remarks.append(
+            f"The sigmoid loss learned a bias of {facts.logit_bias:.6f}, which this model's class "
+            "has no place for. A pair's probability is sigmoid(exp(logit_scale) * cosine + bias).\n"
         )
     if checked:
         remarks.append(f"{checked}\n")

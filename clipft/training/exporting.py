@@ -25,7 +25,7 @@ from clipft.settings import Settings
 from clipft.training.measure import validation_pairs
 from clipft.training.opened import OpenedModel
 from clipft.training.preprocessing import validation_preprocessing
-from clipft.training.setup import LoadedModel
+from clipft.training.loaded import LoadedModel
 
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
 MARK = "clipft.json"

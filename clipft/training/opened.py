@@ -9,7 +9,7 @@ from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
 from clipft.training.checkpoint import load_checkpoint
 from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
-from clipft.training.setup import LoadedModel, load_model
+from clipft.training.loaded import LoadedModel, load_model
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from clipft.data.shards import RawPair
 from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import DataError
 from clipft.files import replacing
-from clipft.settings import ModelSettings
+from clipft.settings import AdaptSettings
 from clipft.training.opened import OpenedModel
 
 _FORMAT = "1"
@@ -123,7 +123,7 @@ def _model_key(opened: OpenedModel) -> str:
     """All that decides a picture's embedding but the picture."""
     loaded, inputs = opened.loaded, opened.loaded.base.inputs
     digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
-    adapted = {name: getattr(opened.settings, name) for name in ModelSettings.model_fields}
+    adapted = {name: getattr(opened.settings, name) for name in AdaptSettings.model_fields}
     adapted.pop("model")
     seen = (inputs.image_size, inputs.mean, inputs.std, loaded.precision.name, loaded.fingerprint)
     digest.update(f"{adapted} {seen} {loaded.precision.device.type}".encode())

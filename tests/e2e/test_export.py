@@ -247,6 +247,30 @@ def test_the_documents_show_the_same_code():
         assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
 
 
+def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, batch):
+    from peft import PeftModel
+    from transformers import CLIPModel
+
+    from clipft.modelling.base import load_base
+
+    checkpoint = write_checkpoint(tmp_path, "dual_lora", loss="siglip")
+    out = tmp_path / "out"
+    given = ["export", str(checkpoint), str(out), "--format", "all"]
+    assert run(given) == 0
+    clip, info = CLIPModel.from_pretrained(out / "transformers", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert_same(theirs(clip.eval(), batch), ours(checkpoint, batch))
+    model = opened(checkpoint).loaded.model
+    bias = f"bias of {model.logit_bias.item():.6f}"
+    for kind in FORMATS:
+        assert bias in (out / kind / "README.md").read_text()
+    told = re.search(r"`(model\.logit_scale\S+)`", (out / "peft" / "README.md").read_text())
+    assert told
+    loaded = PeftModel.from_pretrained(load_base("tiny").model, out / "peft")
+    exec(told[1], {"model": loaded})
+    assert loaded.logit_scale.item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
+
+
 def test_evaluations_give_intervals_to_the_best_epochs_card(checkpoints, tmp_path):
     figure = {"value": 0.5, "low": 0.4, "high": 0.61}
     names = ("r@1", "r@5", "r@10", "median_rank")
