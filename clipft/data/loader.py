@@ -254,7 +254,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
     _NOTHING = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, dataset: Pairs, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
         self.dataset, self.preprocessing = dataset, preprocessing
 
