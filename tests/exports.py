@@ -9,8 +9,8 @@ import torch
 from clipft.records import EpochResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import save_checkpoint
-from clipft.training.opened import OpenedModel, open_model
 from clipft.training.loaded import load_model
+from clipft.training.opened import OpenedModel, open_model
 from tests.loaded_settings import loaded_settings
 
 

@@ -2,14 +2,16 @@
 
 ``image_encoder.onnx``: pixel_values float32 [batch, 3, S, S], normalised as the image processor
 does -> image_embeds float32 [batch, D]. ``text_encoder.onnx``: input_ids int64 [batch, length]
--> text_embeds float32 [batch, D]. Both of unit length. There is no attention mask: the text
-tower is causal and pools at the first end token, so padding after it changes nothing.
+-> text_embeds float32 [batch, D]. Both of unit length. There is no attention mask: what follows
+the first end token changes nothing (CLIP's text tower looks backwards only; SigLIP's is given
+its own filling).
 """
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipft.errors import ModelError, UsageError
-from clipft.modelling.base import ModelInputs
+from clipft.modelling.architectures import Architecture
+from clipft.modelling.base import BaseModel, ModelInputs
 from clipft.modelling.export import write_processors
 
 OPSET = 18
@@ -28,6 +31,7 @@ OPSET = 18
 TOLERANCE = 1e-4
 IMAGE_FILE, TEXT_FILE = "image_encoder.onnx", "text_encoder.onnx"
 
+_OTHER_VERSIONS = "use other versions of torch, onnxscript or onnxruntime, or --format transformers"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of weights that still fit in the one file, whose limit is 2 GiB."""
@@ -53,24 +57,22 @@ class OnnxCheck:
         return asdict(self)
 
 
-class _ImageTower(nn.Module):
-    def __init__(self, clip: Any) -> None:
+class _Tower(nn.Module):
+    def __init__(self, clip: Any, architecture: Architecture) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.architecture = clip, architecture
 
+
+class _ImageTower(_Tower):
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features = self.clip.get_image_features(pixel_values=pixel_values)
-        return functional.normalize(features.pooler_output, dim=-1)
+        features = self.architecture.image_features(self.clip, pixel_values)
+        return functional.normalize(self.architecture.project_images(self.clip, features), dim=-1)
 
 
-class _TextTower(nn.Module):
-    def __init__(self, clip: Any) -> None:
-        super().__init__()
-        self.clip = clip
-
+class _TextTower(_Tower):
     def forward(self, input_ids: Tensor) -> Tensor:
-        features = self.clip.get_text_features(input_ids=input_ids)
-        return functional.normalize(features.pooler_output, dim=-1)
+        features = self.architecture.text_features(self.clip, input_ids)
+        return functional.normalize(self.architecture.project_texts(self.clip, features), dim=-1)
 
 
 def check_onnx_installed() -> None:
@@ -86,21 +88,23 @@ def check_onnx_installed() -> None:
         )
 
 
-def write_onnx(clip: Any, base: str, inputs: ModelInputs, folder: Path) -> None:
-    """Both towers of a merged fp32 model, with tokenizer and image processor.
+def write_onnx(clip: Any, base: BaseModel, folder: Path) -> None:
+    """Both towers of ``clip``, the merged fp32 model, with tokenizer and image processor.
 
     Raises:
         OSError: the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    inputs, architecture = base.inputs, base.architecture
     side, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
     batch = torch.export.Dim("batch")
     length = torch.export.Dim("length", max=inputs.context_length)
     # Two rows and eight ids: a dimension of one would be taken for fixed
     pixels, ids = torch.zeros(2, 3, side, side), torch.full((2, 8), end)
-    _trace(_ImageTower(clip), pixels, {0: batch}, "image_embeds", folder / IMAGE_FILE)
-    _trace(_TextTower(clip), ids, {0: batch, 1: length}, "text_embeds", folder / TEXT_FILE)
-    write_processors(base, folder)
+    images, texts = _ImageTower(clip, architecture), _TextTower(clip, architecture)
+    _trace(images, pixels, {0: batch}, "image_embeds", folder / IMAGE_FILE)
+    _trace(texts, ids, {0: batch, 1: length}, "text_embeds", folder / TEXT_FILE)
+    write_processors(base.name, folder)
 
 
 def _trace(
@@ -130,41 +134,66 @@ def _trace(
 
 @torch.inference_mode()
 def check_onnx(
-    folder: Path, clip: Any, inputs: ModelInputs, batches: Iterable[OnnxInputs]
+    folder: Path, clip: Any, base: BaseModel, batches: Iterable[OnnxInputs]
 ) -> OnnxCheck:
     """Run onnxruntime and torch on the same inputs.
 
     Raises:
-        ModelError: they differ by more than ``TOLERANCE``.
+        ModelError: onnxruntime cannot, or they differ by more than ``TOLERANCE``.
     """
-    import onnxruntime
-
-    providers = ["CPUExecutionProvider"]
-    image_session = onnxruntime.InferenceSession(str(folder / IMAGE_FILE), providers=providers)
-    text_session = onnxruntime.InferenceSession(str(folder / TEXT_FILE), providers=providers)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (inputs.mean, inputs.std))
-    pairs, image_difference, text_difference = 0, 0.0, 0.0
+    images = _Runtime(folder / IMAGE_FILE, _ImageTower(clip, base.architecture))
+    texts = _Runtime(folder / TEXT_FILE, _TextTower(clip, base.architecture))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (base.inputs.mean, base.inputs.std))
+    check = OnnxCheck(0, 0.0, 0.0)
     for batch in batches:
         pixels = (batch.pixel_values.float() / 255 - mean) / std
-        images = image_session.run(None, {"pixel_values": pixels.numpy()})[0]
-        texts = text_session.run(None, {"input_ids": batch.input_ids.numpy()})[0]
-        image_difference = max(image_difference, _difference(images, _ImageTower(clip)(pixels)))
-        text_difference = max(
-            text_difference, _difference(texts, _TextTower(clip)(batch.input_ids))
+        check = OnnxCheck(
+            check.pairs + len(pixels),
+            max(check.image_difference, images.difference(pixels)),
+            max(check.text_difference, texts.difference(batch.input_ids)),
         )
-        pairs += len(pixels)
-    check = OnnxCheck(pairs, image_difference, text_difference)
-    if not max(image_difference, text_difference) <= TOLERANCE:
+    worst = max(check.image_difference, check.text_difference)
+    if not worst <= TOLERANCE:
         raise ModelError(
-            f"onnxruntime differs from torch by {max(image_difference, text_difference):.1e}, "
-            f"more than {TOLERANCE:g}: nothing was exported",
-            "use other versions of torch, onnxscript or onnxruntime, or --format transformers",
+            f"onnxruntime differs from torch by {worst:.1e}, more than {TOLERANCE:g}: nothing was "
+            "exported",
+            _OTHER_VERSIONS,
         )
     return check
 
 
-def _difference(theirs: Any, ours: Tensor) -> float:
-    return float((torch.from_numpy(theirs) - ours).abs().max())
+class _Runtime:
+    """onnxruntime and torch side by side.
+
+    Raises:
+        ModelError: onnxruntime does not take the file, or what it is given.
+    """
+
+    def __init__(self, path: Path, tower: nn.Module) -> None:
+        import onnxruntime
+
+        self._path, self._tower = path, tower
+        with self._telling():
+            self._session = onnxruntime.InferenceSession(
+                str(path), providers=["CPUExecutionProvider"]
+            )
+
+    def difference(self, inputs: Tensor) -> float:
+        """The greatest of a component; NaN where there is one."""
+        name = self._session.get_inputs()[0].name
+        with self._telling():
+            theirs = self._session.run(None, {name: inputs.numpy()})[0]
+        return float((torch.from_numpy(theirs) - self._tower(inputs)).abs().max())
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # onnxruntime's own kinds
+            first_line = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"onnxruntime cannot run {self._path.name}: {first_line}", _OTHER_VERSIONS
+            ) from error
 
 
 def made_up_inputs(inputs: ModelInputs) -> list[OnnxInputs]:

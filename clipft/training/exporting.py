@@ -22,10 +22,10 @@ from clipft.modelling.export_onnx import (
     write_onnx,
 )
 from clipft.settings import Settings
+from clipft.training.loaded import LoadedModel
 from clipft.training.measure import validation_pairs
 from clipft.training.opened import OpenedModel
 from clipft.training.preprocessing import validation_preprocessing
-from clipft.training.loaded import LoadedModel
 
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
 MARK = "clipft.json"
@@ -115,8 +115,8 @@ class Export:
 
     def write_onnx(self, folder: Path) -> None:
         base = self.loaded.base
-        write_onnx(self.merged, base.name, base.inputs, folder)
-        self.onnx = check_onnx(folder, self.merged, base.inputs, self._onnx_inputs())
+        write_onnx(self.merged, base, folder)
+        self.onnx = check_onnx(folder, self.merged, base, self._onnx_inputs())
 
     def _onnx_inputs(self) -> Iterator[OnnxInputs]:
         inputs, settings = self.loaded.base.inputs, self.checked_on

@@ -8,8 +8,8 @@ from typing import Any
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
 from clipft.training.checkpoint import load_checkpoint
-from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
 from clipft.training.loaded import LoadedModel, load_model
+from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
 
 
 @dataclass(frozen=True)

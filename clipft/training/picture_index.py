@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clipft.cache import cache_folder
 from clipft.data.augmentation import make_transform
+from clipft.data.caption_source import NoCaptions
 from clipft.data.images import BadImage, decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.picture_parts import PicturePart
@@ -125,7 +126,14 @@ def _model_key(opened: OpenedModel) -> str:
     digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
     adapted = {name: getattr(opened.settings, name) for name in AdaptSettings.model_fields}
     adapted.pop("model")
-    seen = (inputs.image_size, inputs.mean, inputs.std, loaded.precision.name, loaded.fingerprint)
+    seen = (
+        inputs.image_size,
+        inputs.squashed,
+        inputs.mean,
+        inputs.std,
+        loaded.precision.name,
+        loaded.fingerprint,
+    )
     digest.update(f"{adapted} {seen} {loaded.precision.device.type}".encode())
     for name, weight in loaded.model.trainable_state().items():
         digest.update(name.encode())
@@ -152,16 +160,6 @@ class _Joined:
         return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
 
 
-@dataclass(frozen=True)
-class _NoCaptions:
-    """In the place of captions: the pictures alone are embedded."""
-
-    end: int
-
-    def ids(self, pair: RawPair, epoch: int) -> list[int]:
-        return [self.end]
-
-
 @torch.inference_mode()
 def _embedded(
     opened: OpenedModel,
@@ -172,10 +170,11 @@ def _embedded(
     """The embeddings of one part after the other."""
     inputs, precision = opened.loaded.base.inputs, opened.loaded.precision
     model = opened.loaded.model.eval()
-    preprocessing = Preprocessing(_NoCaptions(0), inputs.image_size, "none", 0)
+    preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
     side = inputs.image_size
     nothing = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=precision.device)
-    width = model.encode_images(nothing).shape[1]
+    with precision.autocast():
+        width = model.encode_images(nothing).shape[1]
     batches = evaluation_batches(pairs, preprocessing, _BATCH, options)
     waiting, numbers, done = list[Tensor](), list[int](), 0
     ends = pairs.ends
@@ -219,7 +218,8 @@ def embed_picture(opened: OpenedModel, data: bytes, name: str) -> Tensor:
         image = decode_image(data)
     except BadImage as error:
         raise DataError(f"{name}: {error}", "choose another picture") from error
-    pixels = make_transform("none", loaded.base.inputs.image_size)(image, 0)[None]
+    inputs = loaded.base.inputs
+    pixels = make_transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
     with loaded.precision.autocast():
         return (
             loaded.model.eval().encode_images(pixels.to(loaded.precision.device))[0].float().cpu()

@@ -18,6 +18,7 @@ from clipft.cli.app import run
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards import open_pairs
 from clipft.scenarios import SCENARIOS
+from clipft.training.picture_index import embed_text
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
 
@@ -355,3 +356,26 @@ def test_json_names_the_folders(checkpoints, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert set(result["folders"]) == set(FORMATS) - {"peft"}
     assert result["onnx_check"]["image_difference"] < 1e-4
+
+
+def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
+    import onnxruntime
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    from tests.modelling.checkpoints import TEXTS, write_siglip
+
+    (tmp_path / "base").mkdir()
+    base = str(write_siglip(tmp_path / "base"))
+    assert run(["export", base, str(tmp_path / "all"), "--format", "all"]) == 0
+    loaded = opened(base)
+    texts = [embed_text(loaded, text) for text in TEXTS]
+    clip = AutoModel.from_pretrained(tmp_path / "all" / "transformers")
+    assert clip.logit_bias.item() == pytest.approx(-12.9, abs=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "all" / "onnx" / "text_encoder.onnx")
+    for text, own in zip(TEXTS, texts, strict=True):
+        ids = loaded.loaded.base.inputs.tokenizer(text)["input_ids"]
+        found = session.run(None, {"input_ids": np.array([ids], np.int64)})[0]
+        assert_same(found, own[None])
+    model = SentenceTransformer(str(tmp_path / "all" / "sentence-transformers"), device="cpu")
+    assert_same(model.encode(TEXTS), torch.stack(texts))
