@@ -12,7 +12,7 @@ from typing import Any
 
 from clipft.errors import UsageError
 from clipft.modelling.adapt import TrainableModel
-from clipft.modelling.base import TINY, load_processors
+from clipft.modelling.base import TINY, BaseModel, load_processors
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _TINY_LICENSE = "apache-2.0"
@@ -34,14 +34,6 @@ _SENTENCE_MODULES = [
 ]
 _SENTENCE_FILES: dict[str, Any] = {
     "modules.json": _SENTENCE_MODULES,
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {
-            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
-            for kind in ("text", "image")
-        },
-        "module_output_name": "sentence_embedding",
-    },
     "config_sentence_transformers.json": {
         "model_type": "SentenceTransformer",
         "prompts": {"query": "", "document": ""},
@@ -54,6 +46,22 @@ _SENTENCE_FILES: dict[str, Any] = {
     },
 }
 """As sentence-transformers 6 writes a CLIP itself, with unit embeddings at the end."""
+
+
+def _sentence_files(base: BaseModel) -> dict[str, Any]:
+    """File -> content."""
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+            for kind in ("text", "image")
+        },
+        "module_output_name": "sentence_embedding",
+    }
+    if base.architecture.fills_texts:
+        filled = {"padding": "max_length", "max_length": base.inputs.context_length}
+        transformer["processing_kwargs"] = {"text": filled}
+    return {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}
 
 
 def hub_id(name: str) -> str | None:
@@ -143,15 +151,15 @@ def write_processors(base: str, folder: Path) -> None:
     processors.image_processor.save_pretrained(str(folder))
 
 
-def write_sentence_transformers(clip: Any, base: str, folder: Path) -> None:
+def write_sentence_transformers(clip: Any, base: BaseModel, folder: Path) -> None:
     """The same folder with what ``SentenceTransformer(folder)`` needs; its ``encode`` takes
     texts and pictures and gives unit embeddings.
 
     Raises:
         OSError: the disk refuses.
     """
-    write_transformers(clip, base, folder)
-    for name, content in _SENTENCE_FILES.items():
+    write_transformers(clip, base.name, folder)
+    for name, content in _sentence_files(base).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

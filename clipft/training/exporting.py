@@ -111,7 +111,7 @@ class Export:
         folders.write_adapter(self.loaded.model, self.loaded.base.name, folder)
 
     def write_sentence_transformers(self, folder: Path) -> None:
-        folders.write_sentence_transformers(self.merged, self.loaded.base.name, folder)
+        folders.write_sentence_transformers(self.merged, self.loaded.base, folder)
 
     def write_onnx(self, folder: Path) -> None:
         base = self.loaded.base
