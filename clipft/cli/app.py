@@ -12,11 +12,13 @@ from clipft.cli.ablate import ablate
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
 from clipft.cli.evaluate import evaluate
+from clipft.cli.export import export
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
 from clipft.cli.pack import pack
 from clipft.cli.report import report
 from clipft.cli.resume import resume
+from clipft.cli.search import search
 from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
@@ -47,6 +49,8 @@ COMMANDS = (
     zero_shot,
     ablate,
     report,
+    export,
+    search,
     settings,
 )
 for command in COMMANDS:

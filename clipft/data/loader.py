@@ -88,17 +88,21 @@ class Preprocessing:
     bad: Mapping[int, str] = field(default_factory=dict)
 
 
-class Indexed(Protocol):
-    """Pairs at places."""
+class Places(Protocol):
+    """What a worker reads from."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, place: Any, /) -> RawPair: ...
+    def __getitem__(self, place: Any, /) -> RawPair:
+        """In a worker: the pair at a place: a number, or what ``Pairs.order`` gave.
+
+        Raises:
+            DataError: what it lies in was changed or removed.
+        """
 
 
-class Pairs(Indexed, Protocol):
-    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``. Its places are
-    those that ``order`` gave; a worker takes the pair."""
+class Pairs(Places, Protocol):
+    """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
 
     @property
     def skipped(self) -> Sequence[Skipped]: ...
@@ -153,9 +157,9 @@ def _ahead(plan: EpochPlan, image_size: int, workers: int) -> int:
 
 
 def evaluation_batches(
-    dataset: Indexed, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
+    dataset: Places, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
-    """All pairs once, in their own order."""
+    """All pairs once, by number, in their own order."""
     numbers = range(len(dataset))
     chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in numbers[::batch_size])
     batches = iter(_loader(dataset, preprocessing, chunks, options))
@@ -164,7 +168,7 @@ def evaluation_batches(
 
 
 def _loader(
-    dataset: Indexed,
+    dataset: Places,
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
@@ -220,7 +224,7 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     alone.
     """
 
-    def __init__(self, dataset: Indexed, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(
@@ -250,7 +254,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
     _NOTHING = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, dataset: Indexed, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
         self.dataset, self.preprocessing = dataset, preprocessing
 

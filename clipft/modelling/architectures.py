@@ -124,7 +124,8 @@ class Siglip:
         tower = clip.vision_model
         encoded = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
         patches = tower.post_layernorm(encoded)
-        probe = tower.head.probe.expand(len(patches), -1, -1)
+        # Not len(): exporters would take this batch's for the only one
+        probe = tower.head.probe.expand(patches.shape[0], -1, -1)
         pooled: Tensor = tower.head.attention(probe, patches, patches, need_weights=False)[0][:, 0]
         return pooled
 

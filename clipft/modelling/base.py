@@ -128,6 +128,30 @@ def _read_texts_as(tokenizer: Any, model: Any) -> None:
     config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+@dataclass(frozen=True)
+class Processors:
+    """As their files say, to be written out again: nothing has changed their state."""
+
+    tokenizer: Any
+    image_processor: Any
+
+
+def load_processors(name: str) -> Processors:
+    """Tokenizer and image processor of a model that ``load_base`` takes.
+
+    Raises:
+        ModelError: as ``load_base``.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    source = _source(name)
+    with _telling_of(name):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        for where_from in ("is_local", "local_files_only"):  # of this loading, not of the files
+            tokenizer.init_kwargs.pop(where_from, None)
+        return Processors(tokenizer, AutoImageProcessor.from_pretrained(source))
+
+
 def _source(name: str) -> str:
     return str(_TINY_FOLDER) if name == TINY else name
 

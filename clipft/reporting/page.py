@@ -38,10 +38,10 @@ class Picture:
     jpeg: bytes
 
 
-def thumbnail(image: Image.Image) -> bytes:
+def thumbnail(image: Image.Image, side: int = SIDE) -> bytes:
     """A small JPEG of an upright RGB picture, which is made small itself."""
     buffer = io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     image.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
 

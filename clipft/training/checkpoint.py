@@ -12,6 +12,7 @@ step_in_epoch          of them in the epoch under way
 settings               every setting of the run, as JSON values
 base_model             name and fingerprint of the untouched model
 data                   identity of the training pairs: names and counts of the shards
+train_pairs            how many they are
 early_stopping         best value, epochs waited
 before, best           figures of the untouched model and of the best epoch
 finished               True once there is nothing left to do

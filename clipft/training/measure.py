@@ -1,6 +1,6 @@
 """Opening and embedding the pairs that are measured."""
 
-from clipft.data.loader import Indexed, LoaderOptions, evaluation_batches
+from clipft.data.loader import LoaderOptions, Places, evaluation_batches
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
@@ -22,7 +22,7 @@ def validation_pairs(settings: Settings) -> PairDataset:
 
 def embed_pairs(
     loaded: LoadedModel,
-    pairs: Indexed,
+    pairs: Places,
     how: Encoding,
     settings: Settings,
     positives: Positives = EACH_FOR_ITSELF,

@@ -11,6 +11,7 @@ from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
 from clipft.errors import DataError, DivergedError, Interrupted
 from clipft.files import replacing_folder
+from clipft.modelling.export import write_adapter
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import load_checkpoint, save_checkpoint
@@ -184,7 +185,7 @@ class _Run:
             model.load_trainable_state(load_checkpoint(self.paths.best)["model_state_dict"])
         if self.setup.settings.declared_scenario.lora:
             with replacing_folder(self.paths.adapter) as temporary:
-                model.clip.save_pretrained(str(temporary))
+                write_adapter(model, self.setup.settings.model, temporary)
 
     def _train(self, state: TrainState) -> None:
         try:
@@ -317,6 +318,7 @@ class _Run:
             "settings": self.setup.settings.model_dump(mode="json"),
             "base_model": self.setup.loaded.identity,
             "data": self.setup.train.identity(),
+            "train_pairs": len(self.setup.train),
             "early_stopping": self.stopping.state_dict(),
             "before": asdict(self.before),
             "best": asdict(self.best) if self.best else None,

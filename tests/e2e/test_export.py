@@ -1,0 +1,381 @@
+"""Each exported folder is opened by the library it is for, and computes what clipft computes."""
+
+import json
+import os
+import re
+import resource
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from clipft.cli.app import run
+from clipft.data.loader import LoaderOptions, evaluation_batches
+from clipft.data.shards import open_pairs
+from clipft.scenarios import SCENARIOS
+from clipft.training.picture_index import embed_text
+from tests.exports import opened, write_checkpoint
+from tests.inputs import preprocessing, tiny
+
+LORA = [name for name, scenario in SCENARIOS.items() if scenario.lora]
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_checkpoint(folder, name) for name in SCENARIOS}
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory, catalogue) -> Path:
+    """Every format of a dual_lora checkpoint."""
+    out = tmp_path_factory.mktemp("exports") / "all"
+    given = ["export", str(checkpoints["dual_lora"]), str(out), "--format", "all"]
+    assert run([*given, "--data-dir", str(catalogue)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def batch(catalogue):
+    pairs = open_pairs(catalogue / "val", limit=12)
+    return next(evaluation_batches(pairs, preprocessing("none"), 12, LoaderOptions()))
+
+
+@pytest.fixture(scope="module")
+def pictures(catalogue, tmp_path_factory) -> list[Path]:
+    """Some of the catalogue as files, without loss."""
+    from clipft.data.images import decode_image
+
+    folder, pairs = tmp_path_factory.mktemp("pictures"), open_pairs(catalogue / "val", limit=4)
+    for number in range(4):
+        decode_image(pairs[number].image).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+def ours(checkpoint, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    model = opened(checkpoint).loaded.model.eval()
+    with torch.inference_mode():
+        return model.encode_images(batch.pixel_values), model.encode_texts(batch.input_ids)
+
+
+def normalised(batch) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny().mean, tiny().std))
+    return (batch.pixel_values / 255 - mean) / std
+
+
+def theirs(clip, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        images = clip.get_image_features(pixel_values=normalised(batch)).pooler_output
+        texts = clip.get_text_features(input_ids=batch.input_ids).pooler_output
+    return normalize(images, dim=-1), normalize(texts, dim=-1)
+
+
+def assert_same(one, other, tolerance=1e-5) -> None:
+    for mine, yours in zip(one, other, strict=True):
+        assert float((torch.as_tensor(mine) - torch.as_tensor(yours)).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_transformers_computes_the_same(scenario, checkpoints, batch, tmp_path):
+    from transformers import CLIPModel
+
+    out = tmp_path / "out"
+    assert run(["export", str(checkpoints[scenario]), str(out)]) == 0
+    clip, info = CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(theirs(clip.eval(), batch), ours(checkpoints[scenario], batch))
+    scale = opened(checkpoints[scenario]).loaded.model.logit_scale
+    assert torch.equal(clip.logit_scale, scale)
+
+
+def test_the_pipeline_classifies_as_the_model_does(exported, checkpoints, pictures):
+    from transformers import pipeline
+
+    labels = ["a chair", "a table", "a green lamp"]
+    folder = str(exported / "transformers")
+    classify = pipeline("zero-shot-image-classification", model=folder, device="cpu")
+    found = classify(str(pictures[0]), candidate_labels=labels, hypothesis_template="{}")
+    scores = {entry["label"]: entry["score"] for entry in found}
+    image, texts = embedded(checkpoints["dual_lora"], pictures[:1], labels, classify)
+    scale = opened(checkpoints["dual_lora"]).loaded.model.logit_scale.exp().item()
+    expected = (scale * image @ texts.T).softmax(-1)[0]
+    assert [scores[label] for label in labels] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def embedded(checkpoint, files, texts, from_pipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """By our model, of the pixels that the folder's own image processor makes."""
+    model = opened(checkpoint).loaded.model.eval()
+    images = [Image.open(file).convert("RGB") for file in files]
+    pixels = from_pipeline.image_processor(images, return_tensors="pt")["pixel_values"]
+    ids = from_pipeline.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        features = model.clip.get_image_features(pixel_values=pixels).pooler_output
+        return normalize(features, dim=-1), model.encode_texts(ids)
+
+
+@pytest.mark.parametrize("scenario", LORA)
+def test_peft_computes_the_same(scenario, checkpoints, batch, tmp_path):
+    from peft import PeftModel
+
+    from clipft.modelling.base import load_base
+
+    out = tmp_path / "out"
+    assert run(["export", str(checkpoints[scenario]), str(out), "--format", "peft"]) == 0
+    model = PeftModel.from_pretrained(load_base("tiny").model, out).eval()
+    assert_same(theirs(model, batch), ours(checkpoints[scenario], batch))
+    assert (out / "adapter_model.safetensors").is_file()
+    assert not (out / "model.safetensors").exists()
+    assert (
+        json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    )
+
+
+@pytest.mark.parametrize("scenario", sorted(SCENARIOS.keys() - set(LORA)))
+def test_a_scenario_without_adapter_has_no_peft_export(scenario, checkpoints, tmp_path, capsys):
+    given = ["export", str(checkpoints[scenario]), str(tmp_path / "out"), "--format"]
+    assert run([*given, "peft"]) == 2
+    told = capsys.readouterr().err
+    assert f"{scenario} trains no adapter" in told and "--format transformers" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows, length", [(1, 3), (7, 20), (2, 77)])
+def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoints, batch):
+    import onnxruntime
+
+    folder, model = exported / "onnx", opened(checkpoints["dual_lora"]).loaded.model.eval()
+    ids = torch.randint(1, 2558, (rows, length), generator=torch.Generator().manual_seed(rows))
+    ids[:, -1] = ids[0, length // 2 :] = tiny().tokenizer.eos_token_id
+    pixels = normalised(batch)[:rows]
+    images = onnxruntime.InferenceSession(folder / "image_encoder.onnx")
+    texts = onnxruntime.InferenceSession(folder / "text_encoder.onnx")
+    found = (
+        images.run(None, {"pixel_values": pixels.numpy()})[0],
+        texts.run(None, {"input_ids": ids.numpy()})[0],
+    )
+    with torch.inference_mode():
+        expected = model.encode_images(batch.pixel_values[:rows]), model.encode_texts(ids)
+    assert_same(found, expected)
+    assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+
+
+def test_sentence_transformers_computes_the_same(exported, checkpoints, pictures):
+    from sentence_transformers import SentenceTransformer
+    from transformers import pipeline
+
+    captions = ["a light oak chair", "a black lamp with a long and slender foot"]
+    model = SentenceTransformer(str(exported / "sentence-transformers"), device="cpu")
+    found = (model.encode([Image.open(p) for p in pictures]), model.encode(captions))
+    folder = str(exported / "transformers")
+    reader = pipeline("zero-shot-image-classification", model=folder, device="cpu")
+    assert_same(found, embedded(checkpoints["dual_lora"], pictures, captions, reader))
+    assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+
+
+def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pictures):
+    from clipft.training.picture_index import embed_picture
+
+    model = opened(exported / "transformers")
+    from sentence_transformers import SentenceTransformer
+
+    other = SentenceTransformer(str(exported / "sentence-transformers"), device="cpu")
+    for picture, vector in zip(
+        pictures, other.encode([Image.open(p) for p in pictures]), strict=True
+    ):
+        own = embed_picture(model, picture.read_bytes(), picture.name)
+        assert float(own @ torch.from_numpy(vector)) > 0.999
+
+
+FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
+
+
+def test_each_card_has_valid_metadata_and_tells_the_story(exported):
+    from huggingface_hub import ModelCard
+
+    for kind in FORMATS:
+        card = ModelCard.load(exported / kind / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert card.data.library_name == kind
+        assert "clip" in card.data.tags
+        for told in (
+            "dual_lora",
+            "96 image-text pairs",
+            "R@10",
+            "30.0 %",
+            "lora_r: `16`",
+            "epoch 2",
+        ):
+            assert told in card.text, told
+    assert "Checked with onnxruntime" in (exported / "onnx" / "README.md").read_text()
+
+
+def test_nothing_names_this_machine_and_all_weights_are_safetensors(exported, catalogue):
+    private = [str(exported.parent), str(catalogue), str(REPOSITORY), os.path.expanduser("~/")]
+    files = [path for path in exported.rglob("*") if path.is_file()]
+    for path in files:
+        content = path.read_bytes()
+        assert not [place for place in private if place.encode() in content], path
+        assert b"site-packages" not in content, path
+    suffixes = {path.suffix for path in files}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in files}
+    assert len(modes) == 1, "all as readable as each other"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_code_of_each_card_runs_as_it_stands(kind, exported, pictures, tmp_path, monkeypatch):
+    card = (exported / kind / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.S)
+    assert code
+    Image.open(pictures[0]).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert run(["export", "tiny", "base"]) == 0
+    text = code[1].replace("PATH/TO/THIS/FOLDER", str(exported / kind))
+    exec(compile(text.replace("PATH/TO/tiny", "base"), kind, "exec"), {})
+
+
+def test_the_documents_show_the_same_code():
+    page = (REPOSITORY / "docs" / "export.md").read_text()
+    for kind in FORMATS:
+        name = f"use_{kind.replace('-', '_')}.py.txt"
+        shown = (REPOSITORY / "clipft" / "reporting" / "assets" / name).read_text()
+        assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
+
+
+def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, batch):
+    from peft import PeftModel
+    from transformers import CLIPModel
+
+    from clipft.modelling.base import load_base
+
+    checkpoint = write_checkpoint(tmp_path, "dual_lora", loss="siglip")
+    out = tmp_path / "out"
+    given = ["export", str(checkpoint), str(out), "--format", "all"]
+    assert run(given) == 0
+    clip, info = CLIPModel.from_pretrained(out / "transformers", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert_same(theirs(clip.eval(), batch), ours(checkpoint, batch))
+    model = opened(checkpoint).loaded.model
+    bias = f"bias of {model.logit_bias.item():.6f}"
+    for kind in FORMATS:
+        assert bias in (out / kind / "README.md").read_text()
+    told = re.search(r"`(model\.logit_scale\S+)`", (out / "peft" / "README.md").read_text())
+    assert told
+    loaded = PeftModel.from_pretrained(load_base("tiny").model, out / "peft")
+    exec(told[1], {"model": loaded})
+    assert loaded.logit_scale.item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
+
+
+def test_evaluations_give_intervals_to_the_best_epochs_card(checkpoints, tmp_path):
+    figure = {"value": 0.5, "low": 0.4, "high": 0.61}
+    names = ("r@1", "r@5", "r@10", "median_rank")
+    sides = {
+        d: {"figures": dict.fromkeys(names, figure)} for d in ("text_to_image", "image_to_text")
+    }
+    (tmp_path / "best.pt").write_bytes(checkpoints["full"].read_bytes())
+    judged = {"before": {"paired": sides}, "after": {"paired": sides}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(judged))
+    assert run(["export", str(tmp_path), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "50.0 % (40.0 % to 61.0 %)" in card and "95 % intervals" in card
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_not(checkpoints, tmp_path, capsys):
+    out, checkpoint = tmp_path / "out", str(checkpoints["zero_shot"])
+    out.mkdir()
+    assert run(["export", checkpoint, str(out)]) == 0  # an empty folder is nobody's
+    (out / "left-over").touch()
+    assert run(["export", checkpoint, str(out), "--format", "sentence-transformers"]) == 0
+    assert (out / "modules.json").is_file() and not (out / "left-over").exists()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    assert run(["export", checkpoint, str(theirs)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]
+    assert run(["export", checkpoint, str(theirs / "thesis.txt")]) == 2
+
+
+@pytest.fixture
+def files_end_at_100_kb():
+    """The system refuses to make a file longer, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def earlier(tmp_path) -> Path:
+    out = tmp_path / "out"
+    assert run(["export", "tiny", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk_is_told_and_leaves_the_earlier_export(
+    kind, checkpoints, earlier, files_end_at_100_kb, capsys
+):
+    before = sorted(path.name for path in earlier.iterdir())
+    capsys.readouterr()
+    assert run(["export", str(checkpoints["dual_lora"]), str(earlier), "--format", kind]) == 4
+    assert f"error: cannot write {earlier}" in capsys.readouterr().err
+    assert sorted(path.name for path in earlier.iterdir()) == before
+    assert not list(earlier.parent.glob(".*part"))
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    given = ["export", str(checkpoints["full"]), str(tmp_path / "out"), "--format", "onnx"]
+    assert run(given) == 2
+    told = capsys.readouterr().err
+    assert "needs onnxruntime" in told and "clipft[onnx]" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_models_and_formats(tmp_path, capsys):
+    assert run(["export", "tiny", str(tmp_path / "out"), "--format", "onyx"]) == 2
+    assert "did you mean onnx" in capsys.readouterr().err
+    assert run(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 5
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_json_names_the_folders(checkpoints, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run(["export", str(checkpoints["zero_shot"]), str(out), "--format", "all", "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["folders"]) == set(FORMATS) - {"peft"}
+    assert result["onnx_check"]["image_difference"] < 1e-4
+
+
+def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
+    import onnxruntime
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    from tests.modelling.checkpoints import TEXTS, write_siglip
+
+    (tmp_path / "base").mkdir()
+    base = str(write_siglip(tmp_path / "base"))
+    assert run(["export", base, str(tmp_path / "all"), "--format", "all"]) == 0
+    loaded = opened(base)
+    texts = [embed_text(loaded, text) for text in TEXTS]
+    clip = AutoModel.from_pretrained(tmp_path / "all" / "transformers")
+    assert clip.logit_bias.item() == pytest.approx(-12.9, abs=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "all" / "onnx" / "text_encoder.onnx")
+    for text, own in zip(TEXTS, texts, strict=True):
+        ids = loaded.loaded.base.inputs.tokenizer(text)["input_ids"]
+        found = session.run(None, {"input_ids": np.array([ids], np.int64)})[0]
+        assert_same(found, own[None])
+    model = SentenceTransformer(str(tmp_path / "all" / "sentence-transformers"), device="cpu")
+    assert_same(model.encode(TEXTS), torch.stack(texts))
