@@ -1,0 +1,363 @@
+"""P1: training throughput on the true ViT-B/32 (random weights: speed does not depend on them).
+
+dual_lora r = 16, fp32 on the CPU, effective batch 128 as 4 micro-batches of 32, from shards to
+the optimizer step; ours computes the 128-way loss exactly. Against (a) transformers' Trainer
+with PEFT: captions filled to 77, four micro-batches with a loss of their own; (b)
+sentence-transformers' cached loss with PEFT; (c) open_clip's own ``train_one_epoch`` with
+``accum_freq`` 4, over the same adapted model. No worker processes on either side.
+
+    python tests/benchmarks/p1_training.py --photos DIR [--quick] [--json FILE]
+
+DIR holds NAME.jpg and NAME.txt. ``--profile`` tells where our own time goes, beside the rate
+of matrix products that the machine reaches in the same run.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset
+from peft import LoraConfig, get_peft_model
+from side_by_side import Row, Work, arguments, compare, publish
+from torch import nn
+from torchvision.transforms import v2
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
+
+from clipft.data.loader import training_batches
+from clipft.data.order import Position
+from clipft.data.pack import pack
+from clipft.data.pack_options import PackOptions
+from clipft.settings_sources import load_settings
+from clipft.training.setup import RunSetup, prepare
+from clipft.training.trainer import TrainState, fit
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.modelling.checkpoints import clip_tokenizer
+
+LENGTH = 77
+
+
+@dataclass(frozen=True)
+class Size:
+    """An optimizer step takes ``effective`` pairs, ``micro`` at a time."""
+
+    pairs: int
+    effective: int
+    micro: int
+
+
+FULL, QUICK = Size(128, 128, 32), Size(16, 16, 4)
+
+
+@dataclass(frozen=True)
+class Place:
+    """``model``: the random ViT-B/32 as transformers saves it; ``data``: packed shards."""
+
+    model: Path
+    data: Path
+
+
+def make_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig()).save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+
+
+def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
+    flags = {
+        "model": str(place.model),
+        "scenario": "dual_lora",
+        "data_dir": str(place.data),
+        "effective_batch_size": size.effective,
+        "micro_batch_size": size.micro,
+        "max_train_pairs": size.pairs,
+        "max_val_pairs": 8,
+        "num_workers": 0,
+        "precision": "fp32",
+        "device": "cpu",
+        "epochs": 1,
+        **given,
+    }
+    return prepare(load_settings(flags, environ={}).values, lambda note: None)
+
+
+def ours(place: Place, size: Size, **given: Any) -> Work:
+    setup = setup_of(place, size, **given)
+    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
+    accumulate = setup.make_accumulation(state.optimiser)
+    how, plan = setup.encoding.preprocessing, setup.epoch_plan
+
+    def work() -> int:
+        batches = training_batches(setup.train, how, plan, Position(), 1, setup.loader_options)
+        return sum(result.pairs for result in fit(state, batches, accumulate))
+
+    return work
+
+
+def adapted(place: Place) -> Any:
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["visual_projection", "text_projection"],
+    )
+    return get_peft_model(CLIPModel.from_pretrained(place.model), config)
+
+
+class Samples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """As transformers' CLIP example prepares them: crop, flip, processor, filled captions."""
+
+    def __init__(self, place: Place, pairs: int) -> None:
+        self.shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
+        self.pairs = pairs
+        self.tokenizer, self.processor = clip_tokenizer(), CLIPImageProcessor()
+        side = self.processor.size["shortest_edge"]
+        self.augment = v2.Compose(
+            [v2.RandomResizedCrop(side, scale=(0.8, 1.0)), v2.RandomHorizontalFlip()]
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        stream = webdataset.WebDataset(self.shards, shardshuffle=False).shuffle(1000)
+        for image, text in stream.decode("pilrgb").to_tuple("jpg", "txt").slice(self.pairs):
+            pixels = self.processor(images=self.augment(image), return_tensors="pt")
+            ids = self.tokenizer(
+                text, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+            )
+            yield {
+                "pixel_values": pixels["pixel_values"][0],
+                "input_ids": ids["input_ids"][0],
+                "attention_mask": ids["attention_mask"][0],
+            }
+
+
+QUIET: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "use_cpu": True,
+}
+
+
+def transformers_way(place: Place, size: Size) -> Work:
+    model = adapted(place)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory() as out:
+            how = TrainingArguments(
+                output_dir=out,
+                per_device_train_batch_size=size.micro,
+                gradient_accumulation_steps=size.effective // size.micro,
+                max_steps=size.pairs // size.effective,
+                **QUIET,
+            )
+            data = Samples(place, size.pairs)
+            Trainer(model=model, args=how, train_dataset=data, data_collator=collate).train()
+        return size.pairs
+
+    return work
+
+
+def sentence_transformers_way(place: Place, size: Size) -> Work:
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    module = Transformer(str(place.model))
+    module.model = adapted(place)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
+    stored = webdataset.WebDataset(shards, shardshuffle=False).to_tuple("jpg", "txt")
+    pairs = list(stored.slice(size.pairs))
+    columns = {
+        "image": [{"bytes": image, "path": None} for image, _ in pairs],
+        "text": [text.decode() for _, text in pairs],
+    }
+    data = Dataset.from_dict(columns).cast_column("image", ImageColumn())
+    loss = CachedMultipleNegativesRankingLoss(
+        model,
+        scale=100.0,
+        mini_batch_size=size.micro,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory() as out:
+            how = SentenceTransformerTrainingArguments(
+                output_dir=out,
+                per_device_train_batch_size=size.effective,
+                max_steps=size.pairs // size.effective,
+                **QUIET,
+            )
+            SentenceTransformerTrainer(model=model, args=how, train_dataset=data, loss=loss).train()
+        return size.pairs
+
+    return work
+
+
+class AsOpenClip(nn.Module):
+    """The adapted model with the outputs that open_clip's loop and loss expect."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    @property
+    def logit_scale(self) -> Any:
+        return self.clip.logit_scale
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.clip(pixel_values=images, input_ids=texts)
+        return {
+            "image_features": out.image_embeds,
+            "text_features": out.text_embeds,
+            "logit_scale": self.clip.logit_scale.exp(),
+        }
+
+
+def open_clip_way(place: Place, size: Size) -> Work:
+    from open_clip import ClipLoss, SimpleTokenizer, image_transform
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip_train.train import train_one_epoch
+
+    model = AsOpenClip(adapted(place))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    transform = image_transform(
+        224, is_train=True, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
+    )
+    tokenize = SimpleTokenizer(context_length=LENGTH)
+    shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
+    args = argparse.Namespace(
+        device="cpu",
+        precision="fp32",
+        distill=False,
+        accum_freq=size.effective // size.micro,
+        skip_scheduler=True,
+        horovod=False,
+        grad_clip_norm=1.0,
+        log_every_n_steps=100,
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        log_local=False,
+        batch_size=size.micro,
+        wandb=False,
+    )
+
+    class Data:
+        num_batches, num_samples = size.pairs // size.micro, size.pairs
+
+        @property
+        def dataloader(self) -> "Data":
+            return self
+
+        def set_epoch(self, epoch: int) -> None:
+            return
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            stream = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb")
+            named = stream.rename(image="jpg", text="txt").slice(size.pairs)
+            ready = named.map_dict(image=transform, text=lambda text: tokenize(text)[0])
+            return iter(ready.to_tuple("image", "text").batched(size.micro))
+
+    def work() -> int:
+        train_one_epoch(model, {"train": Data()}, ClipLoss(), 0, optimizer, None, None, None, args)
+        return size.pairs
+
+    return work
+
+
+Peer = Callable[[Place, Size], Work]
+
+FIGURES: tuple[tuple[str, Peer, dict[str, Any], float], ...] = (
+    ("exact, transformers' Trainer (its 32 negatives)", transformers_way, {}, 1.3),
+    ("local, transformers' Trainer", transformers_way, {"accumulation": "local"}, 1.6),
+    ("exact, sentence-transformers' cached loss", sentence_transformers_way, {}, 1.6),
+    ("exact, open_clip's loop, accum_freq 4", open_clip_way, {}, 1.6),
+    (
+        "exact, no graph kept; sentence-transformers'",
+        sentence_transformers_way,
+        {"graph_memory": 0},
+        0,
+    ),
+)
+
+
+def measured(place: Place, size: Size, pairs: int) -> list[Row]:
+    rows = []
+    for name, peer, given, goal in FIGURES:
+        rows.append(compare(name, ours(place, size, **given), peer(place, size), goal, pairs))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def profile(place: Place, size: Size) -> None:
+    """Our step by operator, and the machine's matrix products beside those of the step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    work = ours(place, size)
+    work()
+    with profiled(activities=[ProfilerActivity.CPU], with_flops=True) as found:
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+    operators = found.key_averages()
+    print(operators.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
+    products = [o for o in operators if o.key in {"aten::mm", "aten::addmm", "aten::bmm"}]
+    done, took = sum(o.flops for o in products), sum(o.self_cpu_time_total for o in products) / 1e6
+    print(
+        f"step {seconds:.1f} s; matrix products {took / seconds:.0%} of it, at {done / took / 1e9:.0f}"
+        f" GFLOP/s; a plain 1600 x 768 x 3072 product here: {peak():.0f} GFLOP/s"
+    )
+
+
+def peak() -> float:
+    a, b, seconds = torch.randn(1600, 768), torch.randn(768, 3072), []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1600 * 768 * 3072 / statistics.median(seconds) / 1e9
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg with .txt")
+    parser.add_argument("--profile", action="store_true", help="where our own time goes")
+    chosen = parser.parse_args()
+    size, pairs = (QUICK, 1) if chosen.quick else (FULL, 3)
+    with tempfile.TemporaryDirectory() as made:
+        place = Place(Path(made) / "model", Path(made) / "data")
+        make_model(place.model)
+        pack(chosen.photos, place.data, PackOptions(), lambda done, total: None)
+        if chosen.profile:
+            return profile(place, size)
+        rows = measured(place, size, pairs)
+    packages = ("torch", "transformers", "peft", "sentence-transformers", "open_clip_torch")
+    publish("P1", rows, packages, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
