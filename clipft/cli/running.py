@@ -19,7 +19,8 @@ from clipft.training.distributed import Processes, by_first, on_each_machine
 from clipft.training.environment import environment
 from clipft.training.memory import memory_in_use, peak_memory_so_far
 from clipft.training.precision import choose_precision
-from clipft.training.run import TrainResult, Watchers
+from clipft.training.result import TrainResult
+from clipft.training.run import Watchers
 from clipft.training.run import train as run_service
 from clipft.training.starting import start_processes
 

@@ -176,11 +176,6 @@ def processes_together_see_what_one_sees(run: Run, processes: int) -> None:
     alone = steps_of(replace(run, workers=0))
     assert batches_of(together) == batches_of(alone)
     assert [step.pairs for step in together] == [step.pairs for step in alone]
-    assert indices_of(together) == indices_of(alone)  # dropout follows them
-
-
-def indices_of(steps: Iterable[StepBatch]) -> list[list[int]]:
-    return [[batch.index for batch in step.micro_batches] for step in steps]
 
 
 def neither_micro_batches_nor_shards_change_the_order(run: Run, other: Run) -> None:
