@@ -29,6 +29,7 @@ class Plan:
     precision: str
     optimizer: str
     notes: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def total_steps(self) -> int:

@@ -15,6 +15,7 @@ from clipft.cli.evaluate import evaluate
 from clipft.cli.export import export
 from clipft.cli.find_batch_size import find_batch_size
 from clipft.cli.inspect import inspect
+from clipft.cli.launching import told_launcher
 from clipft.cli.pack import pack
 from clipft.cli.report import report
 from clipft.cli.resume import resume
@@ -74,7 +75,7 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        return int(app(args, standalone_mode=False, prog_name="clipft") or 0)
+        return int(app(args, standalone_mode=False, prog_name="clipft", obj=args) or 0)
     except ClipftError as error:
         known = error
     except TyperException as error:
@@ -90,7 +91,7 @@ def run(args: list[str]) -> int:
         known = _bug(error)
     if "--debug" in args:
         traceback.print_exception(known)
-    if not known.said:
+    if not known.said and not told_launcher(known):
         print_error(known, as_json="--json" in args)
     return known.exit_code
 

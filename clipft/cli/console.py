@@ -18,10 +18,10 @@ from clipft.errors import ClipftError
 class Output:
     """What a command says: notes on the way, and one result at its end."""
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.err = Console(stderr=True, highlight=False)
-        self._out = self.err if as_json else Console(highlight=False)
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
+        self.as_json = as_json and not quiet
+        self.err = Console(stderr=True, highlight=False, quiet=quiet)
+        self._out = self.err if as_json else Console(highlight=False, quiet=quiet)
 
     def note(self, text: str) -> None:
         """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
@@ -50,6 +50,11 @@ class Output:
     def raw(self, data: dict[str, Any], text: str) -> None:
         """A result whose text is itself read by programs (TOML): never wrapped or coloured."""
         print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, end="")
+
+
+def silent() -> Output:
+    """For all processes of a run but the one that speaks."""
+    return Output(as_json=False, quiet=True)
 
 
 def print_error(error: ClipftError, as_json: bool) -> None:

@@ -57,7 +57,8 @@ def demo(
     from clipft.cli.running import run_training
 
     settings = loaded.values.model_copy(update={"data_dir": data, "output_dir": folder / "runs"})
-    run_training(LoadedSettings(settings, loaded.origins), out)
+    alone = settings.model_copy(update={"processes": 1})
+    run_training(LoadedSettings(alone, loaded.origins), out, ())
     out.note(f"{time.perf_counter() - started:.0f} s in all.")
 
 

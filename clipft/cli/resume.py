@@ -24,7 +24,9 @@ Checkpoint = Annotated[
 
 
 @settings_command(*_FREE)
-def resume(loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None) -> None:
+def resume(
+    ctx: typer.Context, loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None
+) -> None:
     """Go on with a run that was stopped, to where it would have ended.
 
     The settings come from the checkpoint. Only those listed here may be changed: the others
@@ -49,4 +51,4 @@ def resume(loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None) -
             f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
         )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
-    run_training(LoadedSettings(settings, origins), out)
+    run_training(LoadedSettings(settings, origins), out, ctx.obj)

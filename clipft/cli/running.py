@@ -1,10 +1,11 @@
 """What ``train``, ``resume`` and ``demo`` share: run the training service and show it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from clipft.cli.console import Output
+from clipft.cli.console import Output, silent
+from clipft.cli.launching import follow_launcher, launch, starts_others
 from clipft.cli.reports import write_run_report
 from clipft.cli.sync import sync_with_progress
 from clipft.records import Observer, Observers
@@ -14,26 +15,44 @@ from clipft.reporting.tables import retrieval_table
 from clipft.reporting.tracking import JsonlTracker, WandbTracker
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
+from clipft.training.distributed import Processes, by_first, on_each_machine
 from clipft.training.environment import environment
 from clipft.training.memory import memory_in_use, peak_memory_so_far
 from clipft.training.precision import choose_precision
-from clipft.training.run import TrainResult, Watchers
+from clipft.training.result import TrainResult
+from clipft.training.run import Watchers
 from clipft.training.run import train as run_service
+from clipft.training.starting import start_processes
 
 
-def run_training(loaded: LoadedSettings, out: Output) -> TrainResult:
-    """Sync if a bucket is set, train, and show figures before and after."""
+def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
+    """Sync if a bucket is set, train, and show figures before and after.
+
+    Where this is one of several processes, together with them; where it is to start them
+    (``args``: the command line, to be run in each), by that.
+    """
+    if starts_others(loaded.values.processes):
+        launch(loaded.values.processes, args)
+        return
+    follow_launcher()
+    with start_processes(loaded.values) as processes:
+        _run_in(processes, loaded, out if processes.rank == 0 else silent())
+
+
+def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     settings = loaded.values
     if settings.s3_bucket:
-        sync_with_progress(settings, out)
-    _fetch_checkpoint(settings, out)
-    watchers = Watchers(
-        _observers(settings, out), out.note, _after_save(settings, out), out.progress
-    )
-    result = run_service(settings, watchers, loaded.to_toml())
+        on_each_machine(processes, lambda: sync_with_progress(settings, out))
+    by_first(processes, lambda: _fetch_checkpoint(settings, out))
+    observer = _observers(settings, out) if processes.rank == 0 else Observers()
+    watchers = Watchers(observer, out.note, _after_save(settings, out), out.progress)
+    result = run_service(settings, watchers, loaded.to_toml(), processes)
+    by_first(processes, lambda: _finish(result, settings, out))
+
+
+def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
     write_run_report(result.folder, result.folder / "report.html")
     show(result, settings, out)
-    return result
 
 
 def show(result: TrainResult, settings: Settings, out: Output) -> None:

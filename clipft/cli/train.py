@@ -1,5 +1,7 @@
 """``clipft train``."""
 
+import typer
+
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
 from clipft.settings import SECTIONS
@@ -7,7 +9,7 @@ from clipft.settings_sources import LoadedSettings
 
 
 @settings_command(*SECTIONS)
-def train(loaded: LoadedSettings, out: Output) -> None:
+def train(ctx: typer.Context, loaded: LoadedSettings, out: Output) -> None:
     """Fine-tune CLIP under one scenario and show the gain over the untouched model.
 
     With --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run goes
@@ -17,8 +19,9 @@ def train(loaded: LoadedSettings, out: Output) -> None:
 
         clipft train --scenario dual_lora --data-dir ./catalogue
         clipft train --scenario vision_lora --epochs 5 --effective-batch-size 256
+        clipft train --processes 2 --data-dir ./catalogue
         clipft train --mini-train --model tiny --data-dir ./catalogue
     """
     from clipft.cli.running import run_training
 
-    run_training(loaded, out)
+    run_training(loaded, out, ctx.obj)

@@ -22,7 +22,7 @@ from clipft.data.augmentation import make_transform
 from clipft.data.caption_source import CaptionSource
 from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
-from clipft.data.order import EpochPlan, Position, derived_seed
+from clipft.data.order import WHOLE, EpochPlan, Position, Share, derived_seed
 from clipft.data.shard_index import Skipped
 from clipft.data.shards import PairDataset, RawPair
 from clipft.data.tokens import padded
@@ -57,18 +57,20 @@ class Batch:
         return Batch(pixels, ids, self.numbers, self.skipped)
 
 
+NO_PAIRS = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
+"""What a process has that has nothing."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
-    """The micro-batches of one optimizer step: step ``step`` of ``epoch``, from 0."""
+    """One optimizer step: step ``step`` of ``epoch``, from 0. ``micro_batches`` are this
+    process's, ``pairs`` and ``skipped`` those of as many processes as are known."""
 
     epoch: int
     step: int
     micro_batches: list[Batch]
     skipped: list[Skipped]
-
-    @property
-    def pairs(self) -> int:
-        return sum(len(batch) for batch in self.micro_batches)
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,11 @@ class Pairs(Places, Protocol):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches travel. ``workers`` 0: decoded by the main process."""
+    """How batches travel, and which. ``workers`` 0: decoded by the main process."""
 
     workers: int = 0
     pin_memory: bool = False
+    share: Share = WHOLE
 
     @property
     def processes(self) -> int:
@@ -135,35 +138,41 @@ def training_batches(
     epochs: int,
     options: LoaderOptions,
 ) -> Iterator[StepBatch]:
-    """The steps from ``start`` to the end of the last epoch, each whole."""
+    """The steps from ``start`` to the end of the last epoch, of each what is in
+    ``options.share``."""
     if start.epoch >= epochs:
         return
-    micro_batches = plan.from_position(start, epochs, dataset.order(plan))
-    ahead = _ahead(plan, preprocessing.image_size, options.processes)
+    share = options.share
+    micro_batches = plan.from_position(start, epochs, dataset.order(plan), share)
+    ahead = _ahead(plan, preprocessing.image_size, options)
     batches = iter(_loader(dataset, preprocessing, micro_batches, options, ahead))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
-            micros = [_next(batches) for _ in range(plan.micro_batches(step))]
+            micros = [_next(batches) for _ in share.of(plan.micro_batches(step))]
             skipped = [skipped for batch in micros for skipped in batch.skipped]
-            yield StepBatch(epoch, step, [batch for batch in micros if len(batch)], skipped)
+            pairs = sum(len(batch) for batch in micros)
+            yield StepBatch(epoch, step, [b for b in micros if len(b)], skipped, pairs)
 
 
-def _ahead(plan: EpochPlan, image_size: int, workers: int) -> int:
+def _ahead(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
     """Micro-batches that each worker has ready: together a whole step, so that the next one is
     there when this one is done, and one more; less where that would take too much memory."""
-    step = -(-plan.effective // plan.micro)
+    step = -(-plan.effective // (plan.micro * options.share.count))
     room = _AHEAD_BYTES // (plan.micro * 3 * image_size**2)
-    return max(2, min(-(-step // max(1, workers)) + 1, room // max(1, workers)))
+    workers = max(1, options.processes)
+    return max(2, min(-(-step // workers) + 1, room // workers))
 
 
 def evaluation_batches(
     dataset: Places, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
-    """All pairs once, by number, in their own order."""
+    """All pairs once, in their own order; of its batches those in ``options.share``."""
     numbers = range(len(dataset))
-    chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in numbers[::batch_size])
+    starts = numbers[::batch_size]
+    mine = [starts[i] for i in options.share.of(len(starts))]
+    chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in mine)
     batches = iter(_loader(dataset, preprocessing, chunks, options))
-    for _ in numbers[::batch_size]:
+    for _ in mine:
         yield _next(batches)
 
 

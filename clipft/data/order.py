@@ -3,6 +3,7 @@
 Workers, processes and micro-batches take their share of this order, they never shape it.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,21 @@ class Position:
 
     epoch: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of ``count`` processes takes of things in a row: neighbours, so that the shares
+    one after another are the row."""
+
+    rank: int = 0
+    count: int = 1
+
+    def of(self, things: int) -> range:
+        return range(things * self.rank // self.count, things * (self.rank + 1) // self.count)
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -61,9 +77,14 @@ class EpochPlan:
         return map(int, permuted[first:])
 
     def from_position(
-        self, start: Position, epochs: int, order: Callable[[int, int], Iterator[Place]]
+        self,
+        start: Position,
+        epochs: int,
+        order: Callable[[int, int], Iterator[Place]],
+        share: Share = WHOLE,
     ) -> Iterator[list[tuple[int, Place]]]:
-        """The micro-batches from ``start`` to the end, as lists of (epoch, place).
+        """The micro-batches from ``start`` to the end, as lists of (epoch, place): of each
+        step those in ``share``.
 
         ``order`` (epoch, first) gives the places of an epoch from the ``first``-th on.
         """
@@ -71,6 +92,11 @@ class EpochPlan:
             bounds = self.bounds[start.step if epoch == start.epoch else 0 :]
             places = order(epoch, bounds[0][0])
             for first, last in bounds:
-                for at in range(first, last, self.micro):
-                    count = min(self.micro, last - at)
-                    yield [(epoch, place) for place in islice(places, count)]
+                starts = range(first, last, self.micro)
+                mine = share.of(len(starts))
+                for micro, at in enumerate(starts):
+                    taken = islice(places, min(self.micro, last - at))
+                    if micro in mine:
+                        yield [(epoch, place) for place in taken]
+                    else:
+                        deque(taken, maxlen=0)  # another process's

@@ -134,9 +134,10 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     if plan.total_steps:
         epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
+        among = f" over {plan.processes} processes" if plan.processes > 1 else ""
         lines.append(
             f"{epochs} x {plan.steps_per_epoch} steps of "
-            f"{plan.effective_batch_size} pairs (micro-batches of {plan.micro_batch_size}), "
+            f"{plan.effective_batch_size} pairs (micro-batches of {plan.micro_batch_size}{among}), "
             f"warm-up {plan.warmup_steps} steps, {plan.optimizer}."
         )
     return lines + [f"note: {note}." for note in plan.notes]

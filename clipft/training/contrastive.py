@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from clipft.data.loader import Batch
+from clipft.data.loader import NO_PAIRS, Batch
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.distributed import Processes
 from clipft.training.graphs import GraphMemory
@@ -24,11 +24,10 @@ from clipft.training.losses import ContrastiveLoss
 from clipft.training.positives import Positives
 from clipft.training.sides import Piece, Side, Sides
 
-_NO_PAIRS = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
-
 
 class Accumulation(Protocol):
-    """Leaves the gradient of a step in the parameters; returns its loss, detached."""
+    """Leaves the gradient of a step in the parameters; returns its loss, detached. Over many
+    processes each has its own micro-batches, and all end with the same gradient and loss."""
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor: ...
 
@@ -82,7 +81,7 @@ class _Accumulation:
         return _Passed(side, step, cut.pieces, [e.graph for e in embedded], leaf, cut.order)
 
     def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
-        ids = [self.positives.ids(batch) for batch in batches or [_NO_PAIRS]]
+        ids = [self.positives.ids(batch) for batch in batches or [NO_PAIRS]]
         known = [i.to(self.sides.images.precision.device) for i in ids if i is not None]
         return torch.cat(known) if known else None
 

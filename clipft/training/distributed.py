@@ -46,8 +46,11 @@ class Processes(Protocol):
     def count(self) -> int: ...
 
     @property
+    def local_rank(self) -> int: ...
+
+    @property
     def on_this_machine(self) -> int:
-        """Of all, those that share this machine's memory and processors."""
+        """Of all, those that share this machine's memory, processors and disks."""
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """[n_i, ...] of each process -> [sum n_i, ...] on all, in the order of ranks. n_i may
@@ -93,6 +96,7 @@ class OneProcess:
 
     rank: int = 0
     count: int = 1
+    local_rank: int = 0
     on_this_machine: int = 1
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -119,6 +123,9 @@ class OneProcess:
         return
 
 
+ALONE = OneProcess()
+
+
 @dataclass(frozen=True)
 class ManyProcesses:
     """Over torch's default group, in which gloo moves CPU tensors and NCCL those of GPUs.
@@ -129,6 +136,7 @@ class ManyProcesses:
 
     rank: int
     count: int
+    local_rank: int
     on_this_machine: int
     patient: Any
 
@@ -267,16 +275,12 @@ def _attempt(work: Callable[[], Any]) -> _Outcome:
 
 
 def together(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on each process. What one of them raises, all raise, and the first one says.
+    """``work`` on each process. What one of them raises, all raise.
 
     Raises:
         ClipftError: the error of the lowest rank that had one.
     """
-    ours = _attempt(work)
-    for error in processes.gather_objects(ours.error):
-        if error:
-            raise _said_by_first(error, processes)
-    value: T = ours.value
+    value: T = _agreed(processes, _attempt(work))
     return value
 
 
@@ -289,22 +293,36 @@ def by_first(processes: Processes, work: Callable[[], T]) -> T:
     ours = _attempt(work) if processes.rank == 0 else _Outcome()
     outcome = processes.broadcast_object(ours)
     if outcome.error:
-        raise _said_by_first(outcome.error, processes)
+        raise outcome.error
     value: T = outcome.value
     return value
 
 
+def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
+    """``work`` on one process of each machine, however long it takes.
+
+    Raises:
+        ClipftError: what it raised on one of them.
+    """
+    ours = _attempt(work) if processes.local_rank == 0 else _Outcome()
+    processes.barrier()
+    _agreed(processes, ours)
+
+
 def first_then_all(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on the first process, then on the others: it leaves a cache that they find.
+    """``work`` on one process of each machine, then on the others: it leaves a cache on the
+    disk that they find.
 
     Raises:
         ClipftError: what it raised on one of them.
     """
     made: list[T] = []
-    by_first(processes, lambda: made.append(work()))
+    on_each_machine(processes, lambda: made.append(work()))
     return together(processes, lambda: made[0] if made else work())
 
 
-def _said_by_first(error: ClipftError, processes: Processes) -> ClipftError:
-    error.said = processes.rank > 0
-    return error
+def _agreed(processes: Processes, ours: _Outcome) -> Any:
+    for error in processes.gather_objects(ours.error):
+        if error:
+            raise error
+    return ours.value

@@ -1,16 +1,18 @@
 """A model + a data set -> one embedding per pair."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch
+from clipft.data.loader import NO_PAIRS, Batch
 from clipft.data.shard_index import Skipped
 from clipft.errors import DataError
 from clipft.evaluation.retrieval import Retrieval, retrieval
 from clipft.modelling.adapt import TrainableModel
+from clipft.training.distributed import Processes, together
 from clipft.training.positives import Positives
 from clipft.training.sides import Side, Sides
 
@@ -30,18 +32,37 @@ class Embeddings:
         return retrieval(self.images, self.texts, memory)
 
 
-@torch.inference_mode()
 def embed(
-    model: TrainableModel, sides: Sides, batches: Iterable[Batch], positives: Positives
+    model: TrainableModel,
+    sides: Sides,
+    batches: Iterable[Batch],
+    positives: Positives,
+    processes: Processes,
 ) -> Embeddings:
-    """Embed all pairs with dropout off; the model's mode is put back.
+    """Embed all pairs with dropout off; the model's mode is put back. Each process has its own
+    ``batches``; all get the embeddings of all, in the order of ranks.
 
     Raises:
         DataError: none of them can be used.
     """
+    own = together(processes, lambda: _embed_own(model, sides, batches, positives))
+    skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))
+    numbers = tuple(chain.from_iterable(processes.gather_objects(own.numbers)))
+    if not numbers:
+        raise _nothing(skipped)
+    groups = None if own.groups is None else processes.gather_rows(own.groups)
+    images, texts = processes.gather_rows(own.images), processes.gather_rows(own.texts)
+    return Embeddings(images, texts, numbers, skipped, groups)
+
+
+@torch.inference_mode()
+def _embed_own(
+    model: TrainableModel, sides: Sides, batches: Iterable[Batch], positives: Positives
+) -> Embeddings:
     was_training = model.training
     model.eval()
-    images, texts, groups = list[Tensor](), list[Tensor](), list[Tensor]()
+    images, texts = [torch.empty(0)], [torch.empty(0)]
+    groups = [] if (none := positives.ids(NO_PAIRS)) is None else [none]
     numbers, skipped = list[int](), list[Skipped]()
     for batch in batches:
         skipped += batch.skipped
@@ -53,8 +74,6 @@ def embed(
         groups += [] if ids is None else [ids]
         numbers += batch.numbers
     model.train(was_training)
-    if not numbers:
-        raise _nothing(skipped)
     return Embeddings(
         torch.cat(images),
         torch.cat(texts),
@@ -71,6 +90,6 @@ def _rows(side: Side, batch: Batch) -> Tensor:
     return rows[cut.order].cpu()
 
 
-def _nothing(skipped: list[Skipped]) -> DataError:
+def _nothing(skipped: Sequence[Skipped]) -> DataError:
     first = f": first {skipped[0].key} in {skipped[0].shard} ({skipped[0].reason})"
     return DataError(f"none of the {len(skipped)} pairs can be used{first}", "mend the data")

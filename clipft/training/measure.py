@@ -1,9 +1,11 @@
 """Opening and embedding the pairs that are measured."""
 
 from clipft.data.loader import LoaderOptions, Places, evaluation_batches
+from clipft.data.order import Share
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
+from clipft.training.distributed import ALONE, Processes
 from clipft.training.embedding import Embeddings, embed
 from clipft.training.encoding import Encoding
 from clipft.training.loaded import LoadedModel
@@ -26,15 +28,18 @@ def embed_pairs(
     how: Encoding,
     settings: Settings,
     positives: Positives = EACH_FOR_ITSELF,
+    processes: Processes = ALONE,
 ) -> Embeddings:
-    """
+    """Each process embeds its share; all get all, in the pairs' own order.
+
     Raises:
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
     """
-    options = LoaderOptions(settings.num_workers, loaded.precision.device.type == "cuda")
+    share, on_gpu = Share(processes.rank, processes.count), loaded.precision.device.type == "cuda"
+    options = LoaderOptions(settings.num_workers, on_gpu, share)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
-    embedded = embed(loaded.model, how.sides, batches, positives)
+    embedded = embed(loaded.model, how.sides, batches, positives, processes)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

@@ -3,55 +3,32 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError, DivergedError, Interrupted
+from clipft.errors import DataError, DivergedError, Interrupted, ProcessError
 from clipft.files import replacing_folder
 from clipft.modelling.export import write_adapter
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
 from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.measure import embed_pairs
 from clipft.training.rankings import Ranker, Rankings
+from clipft.training.result import TrainResult
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
 from clipft.training.setup import Note, RunSetup, prepare
+from clipft.training.shared_steps import agreed
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Figures of the untouched model and of the best epoch (None: none improved)."""
-
-    before: EpochResult
-    best: EpochResult | None
-    steps: int
-    stopped_early: bool
-    skipped_pairs: int
-    folder: Path
-    checkpoint: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "before": self.before.retrieval,
-            "after": self.best.retrieval if self.best else None,
-            "val_loss_before": self.before.val_loss,
-            "val_loss_after": self.best.val_loss if self.best else None,
-            "best_epoch": self.best.epoch if self.best else None,
-            "steps": self.steps,
-            "stopped_early": self.stopped_early,
-            "skipped_pairs": self.skipped_pairs,
-            "run_dir": str(self.folder),
-            "checkpoint": str(self.checkpoint),
-        }
 
 
 @dataclass(frozen=True)
@@ -64,41 +41,56 @@ class Watchers:
     progress: Progress = silent
 
 
-def train(settings: Settings, watchers: Watchers, toml: str) -> TrainResult:
+def train(settings: Settings, watchers: Watchers, toml: str, processes: Processes) -> TrainResult:
     """Run to the end of the last epoch, or of patience.
 
-    ``toml`` is the settings as text, kept in the run folder.
+    ``toml`` is the settings as text, kept in the run folder. Of several processes the first
+    one keeps the files.
 
     Raises:
         Interrupted: a signal asked to stop; the state is saved.
-        DataError, StorageError, ModelError, DivergedError, UsageError: as they say.
+        DataError, StorageError, ModelError, DivergedError, UsageError, ProcessError: as they say.
     """
     paths = RunPaths.of(settings)
-    with RunLock(paths), stop_on_signals() as stop:
-        checkpoint = checkpoint_to_resume(settings, paths, watchers.note)
+
+    def begin(held: ExitStack) -> dict[str, Any] | None:
+        held.enter_context(RunLock(paths))
+        return checkpoint_to_resume(settings, paths, watchers.note)
+
+    with ExitStack() as held, stop_on_signals() as stop:
+        checkpoint = by_first(processes, lambda: begin(held))
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
-            return _finished_result(checkpoint, paths)
-        setup = prepare(settings, watchers.note, watchers.progress)
-        paths.write_text("settings.toml", toml)
-        run = _Run(setup, paths, watchers, stop)
+            return TrainResult.of_finished(checkpoint, paths)
+        setup = prepare(settings, watchers.note, processes, watchers.progress)
+        by_first(processes, lambda: paths.write_text("settings.toml", toml))
         try:
-            if checkpoint:
-                run.resume(checkpoint)
-            else:
-                run.start()
-            return run.to_the_end()
-        finally:
-            watchers.observer.closed()
+            return _through(_Run(setup, paths, watchers, stop), checkpoint)
+        except Interrupted:
+            processes.barrier()  # a launcher would end the others as soon as one is gone
+            raise
+
+
+def _through(run: "_Run", checkpoint: dict[str, Any] | None) -> TrainResult:
+    try:
+        if checkpoint:
+            run.resume(checkpoint)
+        else:
+            run.start()
+        return run.to_the_end()
+    finally:
+        run.watchers.observer.closed()
 
 
 class _Run:
-    """One run under way: its state, and what happens between steps."""
+    """One run under way: its state, and what happens between steps. All processes go the same
+    way through it; what leaves a trace is done ``by_first``."""
 
     def __init__(
         self, setup: RunSetup, paths: RunPaths, watchers: Watchers, stop: StopRequest
     ) -> None:
         self.setup, self.paths, self.watchers, self.stop = setup, paths, watchers, stop
+        self.processes = setup.processes
         settings = setup.settings
         self.stopping = EarlyStopping(settings.stop_on, settings.patience, settings.min_delta)
         self.judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
@@ -118,35 +110,41 @@ class _Run:
 
     def start(self) -> None:
         """From scratch: set an earlier run's checkpoint aside, measure the untouched model."""
-        if self.paths.checkpoint.exists():
-            self.paths.checkpoint.replace(self.paths.earlier)
-            self.watchers.note(f"The checkpoint of an earlier run is now {self.paths.earlier}.")
-        p = self.paths
-        for old in (p.best, p.skipped, p.rankings_best, p.evaluation):
-            old.unlink(missing_ok=True)
-        cut_lines(self.paths.metrics, -1)
+        by_first(self.processes, self._clear)
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self._list_skipped(split, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
         self.before = self._measure(epoch=0, train_loss=None)
-        self._keep_rankings(self.paths.rankings_before)
+        by_first(self.processes, lambda: self._keep_rankings(self.paths.rankings_before))
         self.watchers.observer.epoch_ended(self.before)
+
+    def _clear(self) -> None:
+        p = self.paths
+        if p.checkpoint.exists():
+            p.checkpoint.replace(p.earlier)
+            self.watchers.note(f"The checkpoint of an earlier run is now {p.earlier}.")
+        for old in (p.best, p.skipped, p.rankings_best, p.evaluation):
+            old.unlink(missing_ok=True)
+        cut_lines(p.metrics, -1)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Put back the state of ``checkpoint``."""
-        check_same_run(checkpoint, self.setup)
+        together(self.processes, lambda: check_same_run(checkpoint, self.setup))
         if self.state:
             self.state.load_state_dict(checkpoint)
         self.stopping.load_state_dict(checkpoint["early_stopping"])
         self.before = EpochResult(**checkpoint["before"])
         self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
         self.skipped_pairs = checkpoint["skipped_pairs"]
-        for path in (self.paths.metrics, self.paths.skipped):
-            cut_lines(path, checkpoint["step"])
+        by_first(self.processes, lambda: self._cut(checkpoint["step"]))
         self.watchers.note(
             f"Resuming after step {checkpoint['step']} of {self.setup.plan.total_steps}."
         )
         self.watchers.observer.started(self.setup.plan, checkpoint["step"])
+
+    def _cut(self, done_steps: int) -> None:
+        for path in (self.paths.metrics, self.paths.skipped):
+            cut_lines(path, done_steps)
 
     def to_the_end(self) -> TrainResult:
         """Train the epochs that are left."""
@@ -154,10 +152,14 @@ class _Run:
             self._train(self.state)
         self._save(finished=True)
         result = self._result()
+        by_first(self.processes, lambda: self._leave(result))
+        return result
+
+    def _leave(self, result: TrainResult) -> None:
+        """What a finished run has in its folder."""
         self._leave_best()
         self.paths.write_text("result.json", json.dumps(result.to_dict(), indent=2) + "\n")
         self._evaluate()
-        return result
 
     def _evaluate(self) -> None:
         """All figures of the untouched model and of the best epoch, with intervals."""
@@ -191,10 +193,17 @@ class _Run:
         try:
             self._train_steps(state)
         except DataError:
-            # At an epoch's end the state was saved, unless the epoch is still to be validated
-            if not state.epoch_ended and state.step and math.isfinite(state.loss):
+            if self._unsaved(state):
                 self._save(finished=False)
             raise
+        except ProcessError:  # nothing can be done together any more
+            if self._unsaved(state) and self.processes.rank == 0:
+                self._write_checkpoint(finished=False)
+            raise
+
+    def _unsaved(self, state: TrainState) -> bool:
+        """At an epoch's end the state was saved, unless the epoch is still to be validated."""
+        return not state.epoch_ended and state.step > 0 and math.isfinite(state.loss)
 
     def _train_steps(self, state: TrainState) -> None:
         accumulate = self.setup.make_accumulation(state.optimiser)
@@ -205,7 +214,7 @@ class _Run:
                 if self.stopping.due:
                     return
             self._save_if_due(state)
-            if self.stop.name:
+            if self.processes.any(self.stop.name is not None):
                 self._interrupt(state)
 
     def _batches(self, state: TrainState) -> Iterator[StepBatch]:
@@ -218,7 +227,7 @@ class _Run:
             setup.plan.epochs,
             setup.loader_options,
         )
-        for batch in batches:
+        for batch in agreed(self.processes, batches):
             if not batch.pairs:
                 self._count_bad(batch.epoch + 1, [asdict(skipped) for skipped in batch.skipped])
                 raise DataError(
@@ -252,9 +261,8 @@ class _Run:
 
     def _list_skipped(self, split: str, skipped: Iterable[dict[str, str]]) -> None:
         step = self.state.step if self.state else 0
-        append_lines(
-            self.paths.skipped, [{"split": split, "step": step, **entry} for entry in skipped]
-        )
+        lines = [{"split": split, "step": step, **entry} for entry in skipped]
+        by_first(self.processes, lambda: append_lines(self.paths.skipped, lines))
 
     def _after_epoch(self, state: TrainState) -> None:
         train_loss = state.epoch_loss_sum / state.steps_per_epoch
@@ -268,22 +276,29 @@ class _Run:
         result = EpochResult(**{**asdict(measured), "improved": improved})
         if improved:
             self.best = result
-            save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))
-            self._keep_rankings(self.paths.rankings_best)
+            by_first(self.processes, self._write_best)
         self.watchers.observer.epoch_ended(result)
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup = self.setup
         embedded = embed_pairs(
-            setup.loaded, setup.val, setup.val_encoding, setup.settings, setup.val_positives
+            setup.loaded,
+            setup.val,
+            setup.val_encoding,
+            setup.settings,
+            setup.val_positives,
+            self.processes,
         )
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
             self._list_skipped("val", map(asdict, embedded.skipped))
-        memory = setup.settings.evaluation_bytes
-        figures = embedded.retrieval(memory).to_dict()
-        self.rankings = self.rank(embedded)
-        return EpochResult(epoch, step, train_loss, setup.validation_loss(embedded), figures)
+
+        def figures() -> EpochResult:
+            found = embedded.retrieval(setup.settings.evaluation_bytes).to_dict()
+            self.rankings = self.rank(embedded)
+            return EpochResult(epoch, step, train_loss, setup.validation_loss(embedded), found)
+
+        return by_first(self.processes, figures)
 
     def _keep_rankings(self, path: Path) -> None:
         assert self.rankings
@@ -297,15 +312,23 @@ class _Run:
 
     def _interrupt(self, state: TrainState) -> None:
         self._save(finished=False)
+        name = next(name for name in self.processes.gather_objects(self.stop.name) if name)
         raise Interrupted(
-            f"stopped by {self.stop.name} after step {state.step}; the state is saved in "
+            f"stopped by {name} after step {state.step}; the state is saved in "
             f"{self.paths.checkpoint}",
             f"go on with `clipft resume {self.paths.checkpoint}`",
         )
 
     def _save(self, finished: bool) -> None:
+        by_first(self.processes, lambda: self._write_checkpoint(finished))
+
+    def _write_checkpoint(self, finished: bool) -> None:
         save_checkpoint(self.paths.checkpoint, self._content(finished))
         self.watchers.saved(self.paths.checkpoint)
+
+    def _write_best(self) -> None:
+        save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))
+        self._keep_rankings(self.paths.rankings_best)
 
     def _content(self, finished: bool, weights_only: bool = False) -> dict[str, Any]:
         assert self.before
@@ -325,16 +348,3 @@ class _Run:
             "skipped_pairs": self.skipped_pairs,
             "finished": finished,
         }
-
-
-def _finished_result(checkpoint: dict[str, Any], paths: RunPaths) -> TrainResult:
-    best = checkpoint["best"]
-    return TrainResult(
-        before=EpochResult(**checkpoint["before"]),
-        best=EpochResult(**best) if best else None,
-        steps=checkpoint["step"],
-        stopped_early=checkpoint["epoch"] < checkpoint["settings"]["epochs"],
-        skipped_pairs=checkpoint["skipped_pairs"],
-        folder=paths.folder,
-        checkpoint=paths.checkpoint,
-    )

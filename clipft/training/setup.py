@@ -1,18 +1,20 @@
 """What a run consists of, made once before it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
-from clipft.data.order import EpochPlan
+from clipft.data.order import EpochPlan, Share
 from clipft.data.shards import PairDataset, open_pairs
+from clipft.errors import UsageError
+from clipft.machine import processors
 from clipft.records import Plan
 from clipft.settings import Settings
 from clipft.training.batch_size import FALLBACK, Found, FoundCache, ModelProbe, Probe, find
 from clipft.training.contrastive import ACCUMULATIONS, Accumulation
-from clipft.training.distributed import OneProcess, Processes
+from clipft.training.distributed import Processes, by_first, first_then_all, together
 from clipft.training.embedding import Embeddings
 from clipft.training.encoding import Encoding, open_encoding
 from clipft.training.feature_cache import Progress, silent
@@ -99,12 +101,15 @@ class RunSetup:
     loss: ContrastiveLoss
     epoch_plan: EpochPlan
     plan: Plan
-    processes: Processes = field(default_factory=OneProcess)
+    processes: Processes
 
     @property
     def loader_options(self) -> LoaderOptions:
+        """Of the machine's processors each process takes its part."""
+        processes = self.processes
+        workers = min(self.settings.num_workers, max(1, processors() // processes.on_this_machine))
         on_gpu = self.loaded.precision.device.type == "cuda"
-        return LoaderOptions(self.settings.num_workers, pin_memory=on_gpu)
+        return LoaderOptions(workers, on_gpu, Share(processes.rank, processes.count))
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
@@ -142,20 +147,34 @@ class RunSetup:
         return free // self.processes.on_this_machine
 
 
-def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunSetup:
-    """Open the data, load the model, choose the micro-batch, lay the plan.
+def prepare(
+    settings: Settings, note: Note, processes: Processes, progress: Progress = silent
+) -> RunSetup:
+    """Open the data, load the model, choose the micro-batch, lay the plan: all processes the
+    same.
 
     Raises:
         DataError, ModelError, UsageError: what is missing, before anything has started.
     """
-    train = _open_training(settings)
-    val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
-    loaded = load_model(settings)
-    preprocessing = training_preprocessing(loaded.base.inputs, train, settings, note)
-    val_preprocessing = validation_preprocessing(loaded.base.inputs, val, settings)
+    train = first_then_all(processes, lambda: _open_training(settings))
+    val = first_then_all(
+        processes, lambda: open_pairs(settings.data_dir / "val", settings.max_val_pairs)
+    )
+    loaded = together(processes, lambda: load_model(settings))
+    _check_same_everywhere(processes, loaded, train)
+    inputs = loaded.base.inputs
+    preprocessing = first_then_all(
+        processes, lambda: training_preprocessing(inputs, train, settings, note)
+    )
+    val_preprocessing = first_then_all(
+        processes, lambda: validation_preprocessing(inputs, val, settings)
+    )
     effective = min(settings.effective_batch_size, len(train))
     trains = settings.declared_scenario.trains
-    micro = _micro_batch(settings, loaded, effective, note) if trains else effective
+    micro = effective
+    if trains:
+        found = by_first(processes, lambda: _micro_batch(settings, loaded, effective, note))
+        micro = even_micro_batch(effective, found, processes.count)
     epoch_plan = EpochPlan(len(train), effective, micro, settings.seed)
     epochs = settings.epochs if trains else 0
     parameters = loaded.model.parameters_count()
@@ -164,7 +183,8 @@ def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunS
     if trains:
         captions = (preprocessing.captions, val_preprocessing.captions)
         remarks += _step_remarks(settings, epoch_plan, len(train))
-        remarks += data_remarks(train, val, captions, loaded.base.inputs.context_length)
+        context = inputs.context_length
+        remarks += by_first(processes, lambda: data_remarks(train, val, captions, context))
     plan = Plan(
         scenario=settings.scenario,
         model=settings.model,
@@ -181,22 +201,53 @@ def prepare(settings: Settings, note: Note, progress: Progress = silent) -> RunS
         precision=loaded.precision.name,
         optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
         notes=tuple(remarks),
+        processes=processes.count,
     )
     tell = (note, progress)
+    encoding = first_then_all(
+        processes, lambda: open_encoding(loaded, train, preprocessing, settings, *tell)
+    )
+    val_encoding = first_then_all(
+        processes, lambda: open_encoding(loaded, val, val_preprocessing, settings, *tell)
+    )
     return RunSetup(
         settings=settings,
         loaded=loaded,
         train=train,
         val=val,
-        encoding=open_encoding(loaded, train, preprocessing, settings, *tell),
-        val_encoding=open_encoding(loaded, val, val_preprocessing, settings, *tell),
+        encoding=encoding,
+        val_encoding=val_encoding,
         val_preprocessing=val_preprocessing,
         positives=make_positives(settings, train, preprocessing.captions.end, note),
         val_positives=make_positives(settings, val, preprocessing.captions.end, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=plan,
+        processes=processes,
     )
+
+
+def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pairs) -> None:
+    """
+    Raises:
+        UsageError: a process, on another machine perhaps, has another model or other pairs.
+    """
+    ours = {"model": loaded.fingerprint, "set of training pairs": train.identity()}
+    for rank, theirs in enumerate(processes.gather_objects(ours)):
+        differing = [what for what in ours if theirs[what] != ours[what]]
+        if differing:
+            raise UsageError(
+                f"process {rank} has another {differing[0]} than process {processes.rank}",
+                "give all machines the same model folder and the same shards",
+            )
+
+
+def even_micro_batch(effective: int, micro: int, processes: int) -> int:
+    """The largest micro-batch up to ``micro`` of which each process has equally many."""
+    if processes == 1:
+        return micro
+    share = -(-effective // processes)
+    return -(-share // -(-share // micro))
 
 
 def _open_training(settings: Settings) -> Pairs:

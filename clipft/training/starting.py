@@ -16,9 +16,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from clipft.errors import ProcessError, UsageError
+from clipft.errors import ClipftError, ProcessError, UsageError
 from clipft.settings import Settings
-from clipft.training.distributed import ManyProcesses, OneProcess, Processes
+from clipft.training.distributed import ALONE, ManyProcesses, Processes
 from clipft.training.precision import choose_precision
 
 _PORTS = (20_000, 20_000)
@@ -95,7 +95,8 @@ def _first_node(listed: str) -> str:
 
 @contextmanager
 def start_processes(settings: Settings) -> Iterator[Processes]:
-    """Meet the other processes; on a GPU, take the one of this process's place.
+    """Meet the other processes; on a GPU, take the one of this process's place. An error that
+    leaves the block is said by the first process alone.
 
     Raises:
         UsageError: the environment is not complete, or there are too few GPUs.
@@ -103,9 +104,15 @@ def start_processes(settings: Settings) -> Iterator[Processes]:
     """
     place = find_place(os.environ)
     if place is None or place.count == 1:
-        yield OneProcess()
+        yield ALONE
         return
-    yield _meet(place, settings)
+    try:
+        yield _meet(place, settings)
+    except ProcessError:  # of which only this one may know
+        raise
+    except ClipftError as error:  # all raise it
+        error.said = place.rank > 0
+        raise
     # Not after an error: NCCL would wait for a process that is gone
     dist.destroy_process_group()
 
@@ -130,7 +137,7 @@ def _meet(place: Place, settings: Settings) -> Processes:
             f"({' '.join(str(error).split())[:120]})",
             "check that all of them were started, and that the address can be reached",
         ) from error
-    return ManyProcesses(place.rank, place.count, place.on_this_machine, patient)
+    return ManyProcesses(place.rank, place.count, place.local_rank, place.on_this_machine, patient)
 
 
 def _take_device(place: Place, settings: Settings) -> str:

@@ -35,6 +35,7 @@ from clipft.data.order import Position
 from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
 from clipft.settings_sources import load_settings
+from clipft.training.distributed import ALONE
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.trainer import TrainState, fit
 
@@ -86,7 +87,7 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
         "epochs": 1,
         **given,
     }
-    return prepare(load_settings(flags, environ={}).values, lambda note: None)
+    return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
 
 
 def ours(place: Place, size: Size, **given: Any) -> Work:
@@ -327,10 +328,8 @@ def profile(place: Place, size: Size) -> None:
     print(operators.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
     products = [o for o in operators if o.key in {"aten::mm", "aten::addmm", "aten::bmm"}]
     done, took = sum(o.flops for o in products), sum(o.self_cpu_time_total for o in products) / 1e6
-    print(
-        f"step {seconds:.1f} s; matrix products {took / seconds:.0%} of it, at {done / took / 1e9:.0f}"
-        f" GFLOP/s; a plain 1600 x 768 x 3072 product here: {peak():.0f} GFLOP/s"
-    )
+    print(f"step {seconds:.1f} s; {took / seconds:.0%} of it in matrix products, which reach")
+    print(f"{done / took / 1e9:.0f} GFLOP/s; a plain 1600 x 768 x 3072 product: {peak():.0f}")
 
 
 def peak() -> float:

@@ -1,5 +1,6 @@
-"""What a run sees is a function of the pairs and the seed: not of workers, micro-batches, the
-cut into shards, nor of how often it was killed. Over real shards, pictures and captions."""
+"""What a run sees is a function of the pairs and the seed: not of workers, processes,
+micro-batches, the cut into shards, nor of how often it was killed. Over real shards, pictures
+and captions."""
 
 import tempfile
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
-from clipft.data.order import EpochPlan
+from clipft.data.order import WHOLE, EpochPlan, Share
 from clipft.data.shards import open_pairs
 from clipft.training.trainer import TrainState
 from tests import inputs
@@ -36,6 +37,7 @@ class Run:
     epochs: int
     seed: int
     workers: int = 0
+    share: Share = WHOLE
 
     @property
     def plan(self) -> EpochPlan:
@@ -106,7 +108,7 @@ def steps_of(run: Run, kills: Kills | None = None) -> list[StepBatch]:
                 run.plan,
                 state.position,
                 run.epochs,
-                LoaderOptions(run.workers),
+                LoaderOptions(run.workers, share=run.share),
             )
             while state.step < stop:
                 done.append(next(batches))
@@ -157,6 +159,25 @@ def kills_change_nothing(run: Run, kills: Kills) -> None:
     assert batches_of(steps_of(run, kills)) == batches_of(steps_of(replace(run, workers=0)))
 
 
+def processes_together_see_what_one_sees(run: Run, processes: int) -> None:
+    """Each step's micro-batches, one process's after another's, are those of one process."""
+    parts = [steps_of(replace(run, share=Share(rank, processes))) for rank in range(processes)]
+    assert {len(part) for part in parts} == {run.steps}  # nobody waits for another
+    together = [
+        StepBatch(
+            of_all[0].epoch,
+            of_all[0].step,
+            [batch for part in of_all for batch in part.micro_batches],
+            [skipped for part in of_all for skipped in part.skipped],
+            sum(part.pairs for part in of_all),
+        )
+        for of_all in zip(*parts, strict=True)
+    ]
+    alone = steps_of(replace(run, workers=0))
+    assert batches_of(together) == batches_of(alone)
+    assert [step.pairs for step in together] == [step.pairs for step in alone]
+
+
 def neither_micro_batches_nor_shards_change_the_order(run: Run, other: Run) -> None:
     same = replace(run, micro=other.micro, cuts=other.cuts, workers=other.workers)
     assert pairs_of(steps_of(same)) == pairs_of(steps_of(run))
@@ -165,6 +186,7 @@ def neither_micro_batches_nor_shards_change_the_order(run: Run, other: Run) -> N
 PROPERTIES = (
     (each_epoch_sees_every_good_pair_once, lambda workers: (runs(workers),)),
     (kills_change_nothing, lambda workers: (killed_runs(workers),)),
+    (processes_together_see_what_one_sees, lambda w: (st.tuples(runs(w), st.integers(2, 5)),)),
     (neither_micro_batches_nor_shards_change_the_order, lambda w: (runs(), runs(w))),
 )
 properties = pytest.mark.parametrize(
