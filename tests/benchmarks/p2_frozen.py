@@ -1,0 +1,162 @@
+"""P2: frozen towers: what a tower that does not train would compute again is looked up.
+
+The true ViT-B/32 with random weights, fp32 on the CPU, augmentation ``none``, 10 epochs, from
+loading the model to the last step, the making of the features included: against the same
+without the feature cache, and against (a) transformers' Trainer with the same weights learning
+(PEFT for the LoRA scenarios), captions filled to 77. The features' folder is empty before each
+run. The ratio does not depend on the number of pairs: both sides' work is proportional to it.
+
+    python tests/benchmarks/p2_frozen.py --photos DIR [--quick] [--json FILE]
+
+DIR holds NAME.jpg and NAME.txt. The weights after all epochs with and without the cache are
+compared as well: the greatest difference is printed, and is an error above 1e-5.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from p1_training import QUIET, Place, Samples, Size, make_model, setup_of
+from peft import LoraConfig, get_peft_model
+from side_by_side import Row, Work, arguments, compare, publish
+from transformers import CLIPModel, Trainer, TrainingArguments
+
+from clipft.data.loader import training_batches
+from clipft.data.order import Position
+from clipft.data.pack import pack
+from clipft.data.pack_options import PackOptions
+from clipft.training.trainer import TrainState, fit
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scenario, its goals against the same without cache (0: none) and against (a)."""
+
+    scenario: str
+    against_uncached: float
+    against_trainer: float
+
+
+JOBS = (Job("linear_probe", 8, 8), Job("vision_lora", 0, 1.3), Job("text_lora", 0, 1.5))
+SIZE, QUICK, EPOCHS = Size(128, 64, 32), Size(16, 8, 8), 10
+
+
+def ours(place: Place, size: Size, scenario: str, cached: bool, kept: dict[bool, Weights]) -> Work:
+    def work() -> int:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["CLIPFT_CACHE"] = cache
+            setup = setup_of(
+                place,
+                size,
+                scenario=scenario,
+                augmentation="none",
+                feature_cache=cached,
+                lora_dropout=0,
+                epochs=EPOCHS,
+            )
+            model = setup.loaded.model
+            state = TrainState(model, setup.make_optimiser(), setup.epoch_plan.steps)
+            batches = training_batches(
+                setup.train,
+                setup.encoding.preprocessing,
+                setup.epoch_plan,
+                Position(),
+                EPOCHS,
+                setup.loader_options,
+            )
+            steps = fit(state, batches, setup.make_accumulation(state.optimiser))
+            pairs = sum(result.pairs for result in steps)
+            kept[cached] = model.trainable_state()
+        return pairs
+
+    return work
+
+
+def learning(place: Place, scenario: str) -> Any:
+    clip = CLIPModel.from_pretrained(place.model)
+    clip.requires_grad_(False)
+    if scenario == "linear_probe":
+        clip.visual_projection.requires_grad_(True)
+        clip.text_projection.requires_grad_(True)
+        return clip
+    tower = scenario.removesuffix("_lora")
+    projection = "visual_projection" if tower == "vision" else "text_projection"
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=rf".*{tower}_model.*\.(q_proj|v_proj)",
+        modules_to_save=[projection],
+    )
+    return get_peft_model(clip, config)
+
+
+class Plain(Samples):
+    """Without augmentation."""
+
+    def __init__(self, place: Place, pairs: int) -> None:
+        super().__init__(place, pairs)
+        self.augment = lambda image: image
+
+
+def transformers_way(place: Place, size: Size, scenario: str) -> Work:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory() as out:
+            how = TrainingArguments(
+                output_dir=out,
+                per_device_train_batch_size=size.micro,
+                gradient_accumulation_steps=size.effective // size.micro,
+                max_steps=EPOCHS * (size.pairs // size.effective),
+                learning_rate=1e-4,
+                **QUIET,
+            )
+            data, model = Plain(place, size.pairs), learning(place, scenario)
+            Trainer(model=model, args=how, train_dataset=data, data_collator=collate).train()
+        return EPOCHS * size.pairs
+
+    return work
+
+
+def measured(place: Place, size: Size, pairs: int) -> list[Row]:
+    rows = []
+    for job in JOBS:
+        kept: dict[bool, Weights] = {}
+        make: Callable[[bool], Work] = lambda on, job=job, kept=kept: ours(  # noqa: E731
+            place, size, job.scenario, on, kept
+        )
+        name = job.scenario
+        rows.append(
+            compare(f"{name}, without cache", make(True), make(False), job.against_uncached, pairs)
+        )
+        difference = max((kept[True][n] - w).abs().max().item() for n, w in kept[False].items())
+        print(f"{name}: weights differ by at most {difference:.1e} after {EPOCHS} epochs")
+        assert difference < 1e-5, "the cache changes what is learned"
+        peer = transformers_way(place, size, name)
+        rows.append(compare(f"{name}, Trainer", make(True), peer, job.against_trainer, pairs))
+        print(*rows[-2:], sep="\n", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg with .txt")
+    chosen = parser.parse_args()
+    size, pairs = (QUICK, 1) if chosen.quick else (SIZE, 3)
+    with tempfile.TemporaryDirectory() as made:
+        place = Place(Path(made) / "model", Path(made) / "data")
+        make_model(place.model)
+        pack(chosen.photos, place.data, PackOptions(), lambda done, total: None)
+        rows = measured(place, size, pairs)
+    publish("P2", rows, ("torch", "transformers", "peft"), chosen.json)
+
+
+if __name__ == "__main__":
+    main()
