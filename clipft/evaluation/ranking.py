@@ -64,7 +64,7 @@ class _Room:
         behind = torch.lt(picked, own, out=compared).sum(1).long()
         tied = torch.eq(picked, own, out=compared).sum(1) > 1
         index = torch.arange(picked.shape[1], device=picked.device)
-        for some in tied.nonzero().flatten().split(-(-self.size // 4)):
+        for some in torch.split(tied.nonzero().flatten(), -(-self.size // 4)):
             later = (picked[some] == own[some]) & (index > columns[some, None])
             behind[some] += later.sum(1)
         return picked.shape[1] - behind
