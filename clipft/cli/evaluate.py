@@ -23,6 +23,7 @@ EVALUATION_SETTINGS = (
     "micro_batch_size",
     "precision",
     "device",
+    "group_field",
     *EvaluationSettings.model_fields,
 )
 _PANEL = "Kept ability"

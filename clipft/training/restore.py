@@ -120,4 +120,6 @@ def save_interpolated(path: Path, content: dict[str, Any], way: Interpolation, a
         StorageError: the disk is full or refuses.
     """
     kept = {key: value for key, value in content.items() if key not in _OF_TRAINING}
-    save_checkpoint(path, {**kept, "model_state_dict": way.at(at), "interpolated_at": at})
+    # The best epoch's figures are not those of these weights, and there is nothing to go on with
+    own = {"model_state_dict": way.at(at), "interpolated_at": at, "best": None, "finished": True}
+    save_checkpoint(path, {**kept, **own})

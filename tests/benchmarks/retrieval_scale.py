@@ -123,7 +123,7 @@ def chosen() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=200_000)
     parser.add_argument("--dimensions", type=int, default=128)
-    parser.add_argument("--room", type=float, default=8, help="GiB for the peer")
+    parser.add_argument("--room", type=float, default=4, help="GiB for the peer")
     return parser.parse_args()
 
 

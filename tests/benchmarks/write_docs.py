@@ -1,4 +1,5 @@
-"""Writes the tables of docs/benchmarks.md from the JSON files beside it.
+"""Writes the tables of docs/benchmarks.md from the JSON files beside it, and that of
+docs/evaluation.md from the code's own definitions.
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, NAME that of its file.
 
@@ -10,8 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clipft.evaluation.classification import CLASSIFICATION
+from clipft.evaluation.metrics import DEFINITIONS
+
 DOCS = Path(__file__).parents[2] / "docs"
 _MARKED = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+_DEFINITIONS = re.compile(r"<!-- definitions -->\n.*?<!-- end definitions -->", re.DOTALL)
 
 Rows = list[dict[str, Any]]
 
@@ -65,6 +71,25 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def defined(text: str) -> str:
+    """``text`` with the figures' definitions as the code prints them."""
+    groups = {
+        "paired": DEFINITIONS["paired"],
+        "grouped": DEFINITIONS["grouped"],
+        "classification": CLASSIFICATION,
+    }
+    rows = [
+        [group, f"`{name}`", words]
+        for group, named in groups.items()
+        for name, words in named.items()
+        if name != "protocol"
+    ]
+    lines = [_line(["", "figure", "definition"]), _line(["---"] * 3), *map(_line, rows)]
+    table = "\n".join(["<!-- definitions -->", *lines, "<!-- end definitions -->"])
+    return _DEFINITIONS.sub(lambda found: table, text)
+
+
 if __name__ == "__main__":
-    page = DOCS / "benchmarks.md"
-    page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, make in (("benchmarks", written), ("evaluation", defined)):
+        page = DOCS / f"{name}.md"
+        page.write_text(make(page.read_text(encoding="utf-8")), encoding="utf-8")

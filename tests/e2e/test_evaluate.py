@@ -8,6 +8,7 @@ import torch
 
 from clipft.cli.app import run
 from clipft.errors import ModelError, UsageError
+from clipft.training.checkpoint import load_checkpoint
 from clipft.training.classifier_file import load_classifier
 from clipft.training.sweep import parse_alphas
 from tests.conftest import write_shard
@@ -75,6 +76,8 @@ def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys
     assert json.loads((folder / "interpolation.json").read_text())["points"] == points
     assert json.loads((folder / "kept.json").read_text())["before"]["pairs"] == 20
 
+    kept = load_checkpoint(half)
+    assert kept["best"] is None and kept["interpolated_at"] == 0.5
     assert run(["evaluate", str(half), *data, "--json"]) == 0
     assert answer(capsys)["evaluation"]["after"]["recall"] == points[1]["recall"]
 

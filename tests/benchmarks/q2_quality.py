@@ -1,0 +1,272 @@
+"""Q2: retrieval after equal epochs from the same weights: ours against transformers' Trainer
+with PEFT, and sentence-transformers with its cached loss (scale 100, both directions).
+
+All adapt the packaged tiny model alike (LoRA r = 16 on q and v of both encoders, both
+projections whole) with one learning rate, and keep their own defaults for the rest: schedule,
+augmentation, decay. The last epoch's weights are measured, all by ``clipft``, on the
+validation pairs. DIR holds train/ and val/ with NAME.jpg and NAME.txt.
+
+    python tests/benchmarks/q2_quality.py --photos DIR [--quick] [--json FILE]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from side_by_side import arguments, write_figures
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
+
+import clipft.modelling
+
+TINY = Path(clipft.modelling.__file__).parent / "tiny"
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Work:
+    """An optimizer step takes ``batch`` pairs, ``micro`` of them at a time."""
+
+    name: str
+    batch: int
+    micro: int
+    epochs: int
+    lr: float
+
+
+WORKS = (
+    Work("128 pairs as 4 x 32, 10 epochs", 128, 32, 10, 2e-3),
+    Work("32 pairs at once, 5 epochs", 32, 32, 5, 1e-3),
+)
+QUICK = (Work("128 pairs as 4 x 32, 1 epoch", 128, 32, 1, 2e-3),)
+
+
+@dataclass(frozen=True)
+class Result:
+    """R@10 on the validation pairs, in percent; ``met``: ours is no less than either."""
+
+    work: str
+    seed: int
+    direction: str
+    untouched: float
+    ours: float
+    transformers: float
+    sentence_transformers: float
+    met: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """``photos`` as files, ``data`` the same as shards, ``out`` for what is made."""
+
+    photos: Path
+    data: Path
+    out: Path
+
+
+def clipft_json(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "clipft", *arguments, "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def recall(found: Any) -> dict[str, float]:
+    return {d: 100 * found[d]["r@10"] for d in ("text_to_image", "image_to_text")}
+
+
+def ours(work: Work, seed: int, place: Place) -> dict[str, float]:
+    out = place.out / "ours"
+    shutil.rmtree(out, ignore_errors=True)
+    settings = {
+        "--model": "tiny",
+        "--scenario": "dual_lora",
+        "--data-dir": place.data,
+        "--output-dir": out,
+        "--epochs": work.epochs,
+        "--effective-batch-size": work.batch,
+        "--micro-batch-size": work.micro,
+        "--lr": work.lr,
+        "--seed": seed,
+        "--stop-on": "never",
+        "--precision": "fp32",
+        "--num-workers": 0,
+    }
+    clipft_json("train", *(str(part) for pair in settings.items() for part in pair))
+    last = str(out / "dual_lora_checkpoint.pt")
+    return recall(clipft_json("evaluate", last, "--data-dir", str(place.data), "--resamples", "0"))
+
+
+def measured(model: str, place: Place) -> dict[str, float]:
+    plain = ("--linear-pairs", "0", "--resamples", "0", "--num-workers", "0")
+    return recall(clipft_json("zero-shot", "--model", model, "--data-dir", str(place.data), *plain))
+
+
+def adapted(clip: Any) -> Any:
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["visual_projection", "text_projection"],
+    )
+    return get_peft_model(clip, config)
+
+
+def merged(adapted: Any, place: Place) -> dict[str, float]:
+    """Figures of a peer's weights, as a folder of transformers'."""
+    folder = place.out / "peer"
+    shutil.rmtree(folder, ignore_errors=True)
+    adapted.merge_and_unload().save_pretrained(folder)
+    for name in SIDE_FILES:
+        shutil.copy(TINY / name, folder / name)
+    return measured(str(folder), place)
+
+
+def captioned(place: Place) -> list[tuple[Path, str]]:
+    photos = sorted((place.photos / "train").glob("*.jpg"))
+    return [(photo, photo.with_suffix(".txt").read_text(encoding="utf-8")) for photo in photos]
+
+
+def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
+    """As run_clip.py: the model's own loss over what goes through it at once."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    processor = CLIPImageProcessor.from_pretrained(TINY)
+    pairs = captioned(place)
+    with torch.no_grad():
+        pixels = torch.cat(
+            [
+                processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+                for path, _ in pairs
+            ]
+        )
+    clip = CLIPModel.from_pretrained(TINY)
+    length = clip.config.text_config.max_position_embeddings
+    padding = {"padding": "max_length", "truncation": True, "max_length": length}
+    texts = tokenizer([text for _, text in pairs], return_tensors="pt", **padding)
+    items = [
+        {
+            "pixel_values": pixels[i],
+            "input_ids": texts["input_ids"][i],
+            "attention_mask": texts["attention_mask"][i],
+        }
+        for i in range(len(pairs))
+    ]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
+
+    model = adapted(clip)
+    how = TrainingArguments(
+        output_dir=str(place.out / "trainer"),
+        per_device_train_batch_size=work.micro,
+        gradient_accumulation_steps=work.batch // work.micro,
+        num_train_epochs=work.epochs,
+        learning_rate=work.lr,
+        seed=seed,
+        **SILENT,
+    )
+    Trainer(model=model, args=how, train_dataset=items, data_collator=collate).train()
+    return merged(model, place)
+
+
+SILENT: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "use_cpu": True,
+}
+
+
+def sentence_transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    torch.manual_seed(seed)
+    module = Transformer(str(TINY))
+    module.model = adapted(module.model)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    pairs = captioned(place)
+    columns = {"image": [str(path) for path, _ in pairs], "text": [text for _, text in pairs]}
+    data = Dataset.from_dict(columns).cast_column("image", ImageColumn())
+    loss = CachedMultipleNegativesRankingLoss(
+        model,
+        scale=100.0,
+        mini_batch_size=work.micro,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    how = SentenceTransformerTrainingArguments(
+        output_dir=str(place.out / "trainer"),
+        per_device_train_batch_size=work.batch,
+        num_train_epochs=work.epochs,
+        learning_rate=work.lr,
+        seed=seed,
+        **SILENT,
+    )
+    SentenceTransformerTrainer(model=model, args=how, train_dataset=data, loss=loss).train()
+    return merged(module.model, place)
+
+
+Way = Callable[[Work, int, Place], dict[str, float]]
+
+
+def results(work: Work, seed: int, place: Place, untouched: dict[str, float]) -> list[Result]:
+    ways: tuple[Way, ...] = (ours, transformers_way, sentence_transformers_way)
+    found = [way(work, seed, place) for way in ways]
+    return [
+        Result(
+            work.name,
+            seed,
+            direction.replace("_", " "),
+            untouched[direction],
+            *(way[direction] for way in found),
+            "yes" if found[0][direction] >= max(way[direction] for way in found) else "no",
+        )
+        for direction in untouched
+    ]
+
+
+def chosen() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and val/")
+    return parser.parse_args()
+
+
+def main() -> None:
+    wish, rows = chosen(), list[Result]()
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made)
+        clipft_json("pack", str(wish.photos), str(out / "data"))
+        place = Place(wish.photos, out / "data", out)
+        untouched = measured("tiny", place)
+        for work in QUICK if wish.quick else WORKS:
+            for seed in (1,) if wish.quick else (1, 2, 3):
+                rows += results(work, seed, place, untouched)
+                for row in rows[-2:]:
+                    print(row, flush=True)
+    if wish.json:
+        packages = ("torch", "transformers", "peft", "sentence-transformers")
+        write_figures(wish.json, "Q2", rows, packages)
+
+
+if __name__ == "__main__":
+    main()
