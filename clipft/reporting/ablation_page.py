@@ -16,7 +16,15 @@ from clipft.reporting.page import PageTable, document, paragraph, section, table
 from clipft.reporting.progress import duration
 from clipft.reporting.run_page import environment_section, settings_tables
 
-COLUMNS = ("runs", "mean recall", "gain", "text→image R@1", "R@10", "image→text R@1", "R@10")
+COLUMNS = (
+    "runs",
+    "mean recall",
+    "gain",
+    "text→image R@1",
+    "text→image R@10",
+    "image→text R@1",
+    "image→text R@10",
+)
 COSTS = ("parameters", "time", "memory")
 EXPLANATION = (
     f"{RECALL_DEFINITION}; figures in %, of each run's best epoch: mean ± standard deviation "

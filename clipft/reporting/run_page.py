@@ -6,7 +6,15 @@ from typing import Any
 
 from clipft.reporting.charts import chart_figures, chart_scripts
 from clipft.reporting.curves import run_charts
-from clipft.reporting.figures import RECALL_DEFINITION, shown, shown_bytes, shown_change
+from clipft.reporting.evaluation_charts import category_charts, interpolation_charts
+from clipft.reporting.figures import (
+    RECALL_DEFINITION,
+    figure_name,
+    shown,
+    shown_bytes,
+    shown_change,
+    shown_interval,
+)
 from clipft.reporting.page import (
     PageTable,
     document,
@@ -27,12 +35,17 @@ _KINDS = {
 
 def run_page(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
     """``pictures`` holds the JPEG of each pair of the gallery that has one."""
-    charts = run_charts(content["steps"], content["epochs"])
+    curves = run_charts(content["steps"], content["epochs"])
+    categories = category_charts(content["categories"])
+    ways = interpolation_charts(content["interpolation"])
+    at = len(curves)
     parts = [
         "" if content["finished"] else paragraph("This run has not ended.", "warning"),
         paragraph(content["verdict"], "verdict"),
         section("Before and after", *map(_figures, content["figures"])),
-        section("Curves", chart_figures(charts)),
+        section("Curves", chart_figures(curves)),
+        section("By category", chart_figures(categories, at)),
+        section("Between untouched and tuned", chart_figures(ways, at + len(categories))),
         _gallery(content, pictures),
         _skipped(content["skipped"]),
         section("Settings", *settings_tables(content["settings"])),
@@ -41,25 +54,40 @@ def run_page(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
         ),
         environment_section(content["environment"]),
     ]
-    return document(content["title"], parts, chart_scripts() if charts else "")
+    return document(
+        content["title"], parts, chart_scripts() if curves or categories or ways else ""
+    )
 
 
 _TEXT = frozenset({0})
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            row["name"],
-            shown(row["before"], row["percent"]),
-            shown(row["after"], row["percent"]),
-            shown_change(row["change"], row["percent"]),
-        ]
-        for row in found["rows"]
-    ]
-    definition = f"{RECALL_DEFINITION}. {found['definition']}"
-    columns = ["untouched", "tuned", "change"]
-    return table(PageTable(found["title"], columns, rows)) + paragraph(definition, "remark")
+    """Intervals and ceilings have columns where there are any."""
+    rows = found["rows"]
+    tuned = any(row["after"] for row in rows)
+    kinds = ("before", *(("after", "change") if tuned else ()))
+    columns = []
+    for kind, title in zip(kinds, ("untouched", "tuned", "change"), strict=False):
+        columns.append((title, [_cell(row, kind) for row in rows]))
+        columns.append(("95 %", [shown_interval(row[kind], row["percent"]) for row in rows]))
+    columns.append(("ceiling", [_ceiling(row) for row in rows]))
+    kept = [(title, cells) for title, cells in columns if any(cells)]
+    cells = zip(*(column for _, column in kept), strict=True)
+    named = [[row["name"], *line] for row, line in zip(rows, cells, strict=True)]
+    shown_table = table(PageTable(found["title"], [title for title, _ in kept], named))
+    words = [[figure_name(name), text] for name, text in found["definitions"].items()]
+    defined = table(PageTable(f"{RECALL_DEFINITION}", ["definition"], words, texts=_TEXT))
+    return shown_table + folded("What these figures mean", defined)
+
+
+def _cell(row: Mapping[str, Any], kind: str) -> str:
+    value = row[kind]["value"] if row[kind] else None
+    return (shown_change if kind == "change" else shown)(value, row["percent"])
+
+
+def _ceiling(row: Mapping[str, Any]) -> str:
+    return "" if row["ceiling"] is None else shown(row["ceiling"], row["percent"])
 
 
 def _gallery(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
