@@ -56,7 +56,7 @@ def _row(variant: Mapping[str, Any]) -> list[str]:
     gain = variant["gain"]
     gained = NOTHING
     if variant["trains"]:
-        gained = shown_change(gain["mean"], True)
+        gained = shown_change(gain["mean"], "percent")
         gained += f" ± {100 * gain['sd']:.1f}" if gain["sd"] is not None else ""
     parameters, seconds = variant["trainable_parameters"], variant["seconds"]["mean"]
     return [

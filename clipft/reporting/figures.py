@@ -5,7 +5,7 @@ A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval; a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 DIRECTIONS = (("text → image", "text_to_image"), ("image → text", "image_to_text"))
 RECALLS = ("r@1", "r@5", "r@10")
@@ -18,11 +18,15 @@ _DEFINITION = (
     "A query's own partner is the right answer. R@K: share of queries with it among the first "
     "K; MRR: mean of 1 / rank; equal scores rank by position."
 )
-_PROTOCOLS = (("paired", "Paired retrieval"), ("grouped", "Grouped retrieval"))
-_NO_SHARES = frozenset({"median_rank", "mean_rank", "mrr", "map", "ndcg@10", "r_precision"})
-_NAMES = {"mrr": "MRR", "map": "mAP", "ndcg@10": "nDCG@10", "r_precision": "R-precision"}
-
 Json = Mapping[str, Any]
+Unit = Literal["percent", "decimal", "rank"]
+
+_PROTOCOLS = (("paired", "Paired retrieval"), ("grouped", "Grouped retrieval"))
+_UNITS: dict[str, Unit] = {
+    **dict.fromkeys(("median_rank", "mean_rank"), "rank"),
+    **dict.fromkeys(("mrr", "map", "ndcg@10", "r_precision"), "decimal"),
+}
+_NAMES = {"mrr": "MRR", "map": "mAP", "ndcg@10": "nDCG@10", "r_precision": "R-precision"}
 
 
 def mean_recall(figures: Json) -> float:
@@ -106,11 +110,10 @@ def _grouped_size(before: Json) -> str:
 def _row(
     key: str, name: str, before: Json, after: Json | None, change: Json | None
 ) -> dict[str, Any]:
-    percent = key.rsplit("/", 1)[-1] not in _NO_SHARES
     return {
         "key": key,
         "name": name,
-        "percent": percent,
+        "unit": _UNITS.get(key.rsplit("/", 1)[-1], "percent"),
         "before": dict(before),
         "after": dict(after) if after else None,
         "change": dict(change) if change else None,
@@ -124,24 +127,28 @@ def figure_name(name: str) -> str:
     return _NAMES.get(name) or plain.replace("_", " ")
 
 
-def shown(value: float | None, percent: bool) -> str:
+def shown(value: float | None, unit: Unit) -> str:
     if value is None:
         return NOTHING
-    return f"{100 * value:.1f} %" if percent else f"{value:.3g}"
+    return f"{_number(value, unit)} %" if unit == "percent" else _number(value, unit)
 
 
-def shown_change(value: float | None, percent: bool) -> str:
+def shown_change(value: float | None, unit: Unit) -> str:
     """With its sign; shares in percentage points."""
-    if value is None:
-        return NOTHING
-    return f"{100 * value:+.1f}" if percent else f"{value:+.3g}"
+    return NOTHING if value is None else _number(value, unit, "+")
 
 
-def shown_interval(figure: Json | None, percent: bool) -> str:
+def shown_interval(figure: Json | None, unit: Unit) -> str:
+    """Its ends; "" where it has none."""
     if not figure or figure.get("low") is None:
         return ""
-    low, high = (100 * figure[end] if percent else figure[end] for end in ("low", "high"))
-    return f"{low:.1f} to {high:.1f}" if percent else f"{low:.3g} to {high:.3g}"
+    return f"{_number(figure['low'], unit)} to {_number(figure['high'], unit)}"
+
+
+def _number(value: float, unit: Unit, sign: str = "") -> str:
+    if unit == "decimal":
+        return f"{value:{sign}.3f}"
+    return f"{100 * value if unit == 'percent' else value:{sign}.1f}"
 
 
 def shown_bytes(count: float | None) -> str:

@@ -63,31 +63,36 @@ _TEXT = frozenset({0})
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    """Intervals and ceilings have columns where there are any."""
+    """Each with its interval below it, and a column of ceilings, where there are any."""
     rows = found["rows"]
-    tuned = any(row["after"] for row in rows)
-    kinds = ("before", *(("after", "change") if tuned else ()))
-    columns = []
-    for kind, title in zip(kinds, ("untouched", "tuned", "change"), strict=False):
-        columns.append((title, [_cell(row, kind) for row in rows]))
-        columns.append(("95 %", [shown_interval(row[kind], row["percent"]) for row in rows]))
-    columns.append(("ceiling", [_ceiling(row) for row in rows]))
-    kept = [(title, cells) for title, cells in columns if any(cells)]
-    cells = zip(*(column for _, column in kept), strict=True)
-    named = [[row["name"], *line] for row, line in zip(rows, cells, strict=True)]
-    shown_table = table(PageTable(found["title"], [title for title, _ in kept], named))
+    kinds = {"untouched": "before"}
+    if any(row["after"] for row in rows):
+        kinds |= {"tuned": "after", "change": "change"}
+    columns = {title: [_cell(row, kind) for row in rows] for title, kind in kinds.items()}
+    ceilings = [_ceiling(row) for row in rows]
+    if any(ceilings):
+        columns["ceiling"] = ceilings
+    names = [row["name"] for row in rows]
+    lines = list(map(list, zip(names, *columns.values(), strict=True)))
+    title = found["title"]
+    if any(row["before"].get("low") is not None for row in rows):
+        title += ", with 95 % intervals"
     words = [[figure_name(name), text] for name, text in found["definitions"].items()]
-    defined = table(PageTable(f"{RECALL_DEFINITION}", ["definition"], words, texts=_TEXT))
+    defined = table(PageTable(RECALL_DEFINITION, ["definition"], words, texts=_TEXT))
+    shown_table = table(PageTable(title, list(columns), lines))
     return shown_table + folded("What these figures mean", defined)
 
 
 def _cell(row: Mapping[str, Any], kind: str) -> str:
-    value = row[kind]["value"] if row[kind] else None
-    return (shown_change if kind == "change" else shown)(value, row["percent"])
+    figure, unit = row[kind], row["unit"]
+    value = figure["value"] if figure else None
+    text = (shown_change if kind == "change" else shown)(value, unit)
+    around = shown_interval(figure, unit)
+    return f"{text}\n{around}" if around else text
 
 
 def _ceiling(row: Mapping[str, Any]) -> str:
-    return "" if row["ceiling"] is None else shown(row["ceiling"], row["percent"])
+    return "" if row["ceiling"] is None else shown(row["ceiling"], row["unit"])
 
 
 def _gallery(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:

@@ -57,10 +57,16 @@
     };
   };
 
+  // Room for the intervals, which Chart.js does not know of
+  const reach = (spec) => {
+    const ends = spec.series.flatMap((series) => series.intervals.filter(Boolean).flat());
+    return ends.length ? { suggestedMin: Math.min(...ends), suggestedMax: Math.max(...ends) } : {};
+  };
+
   const axis = (spec, title, percent, values) => ({
     title: { display: Boolean(title), text: title, color: colour("--faint") },
     grid: { color: colour("--line") }, border: { color: colour("--line") },
-    beginAtZero: values && spec.zero,
+    beginAtZero: values && spec.zero, ...(values ? reach(spec) : {}),
     ticks: { color: colour("--faint"), maxTicksLimit: 7, maxRotation: 0,
       callback: (value) => shown(value, percent) },
   });
