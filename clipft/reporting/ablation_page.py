@@ -16,7 +16,15 @@ from clipft.reporting.page import PageTable, document, paragraph, section, table
 from clipft.reporting.progress import duration
 from clipft.reporting.run_page import environment_section, settings_tables
 
-COLUMNS = ("runs", "mean recall", "gain", "text→image R@1", "R@10", "image→text R@1", "R@10")
+COLUMNS = (
+    "runs",
+    "mean recall",
+    "gain",
+    "text→image R@1",
+    "text→image R@10",
+    "image→text R@1",
+    "image→text R@10",
+)
 COSTS = ("parameters", "time", "memory")
 EXPLANATION = (
     f"{RECALL_DEFINITION}; figures in %, of each run's best epoch: mean ± standard deviation "
@@ -48,7 +56,7 @@ def _row(variant: Mapping[str, Any]) -> list[str]:
     gain = variant["gain"]
     gained = NOTHING
     if variant["trains"]:
-        gained = shown_change(gain["mean"], True)
+        gained = shown_change(gain["mean"], "percent")
         gained += f" ± {100 * gain['sd']:.1f}" if gain["sd"] is not None else ""
     parameters, seconds = variant["trainable_parameters"], variant["seconds"]["mean"]
     return [

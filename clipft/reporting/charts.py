@@ -41,10 +41,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """``percent``: shares of 1 are shown as percent. ``zero``: the axis of values starts at 0."""
+    """A path is a line that may turn back. ``percent``: shares of 1 are shown as percent.
+    ``zero``: the axis of values starts at 0."""
 
     title: str
-    kind: Literal["lines", "points", "bars"]
+    kind: Literal["lines", "path", "points", "bars"]
     series: Sequence[Series]
     x: str = ""
     y: str = ""

@@ -20,8 +20,9 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class PageTable:
-    """``rows`` hold a label and a cell for each of ``columns``; ``texts`` are the numbers of
-    the columns that hold words, from 0; ``best`` those of the rows that stand out."""
+    """``rows`` hold a label and a cell for each of ``columns``, whose second line is small;
+    ``texts`` are the numbers of the columns that hold words, from 0; ``best`` those of the rows
+    that stand out."""
 
     title: str
     columns: Sequence[str]
@@ -80,7 +81,9 @@ def table(shown: PageTable) -> str:
 
     def cell(tag: str, number: int, text: str, scope: str = "") -> str:
         kind = ' class="text"' if number in shown.texts else ""
-        return f"<{tag}{kind}{scope}>{escape(text)}</{tag}>"
+        first, below, rest = escape(text).partition("\n")
+        small = f"<br><small>{rest}</small>" if below else ""
+        return f"<{tag}{kind}{scope}>{first}{small}</{tag}>"
 
     scope = ' scope="col"'
     head = "".join(cell("th", i, column, scope) for i, column in enumerate(shown.columns))

@@ -5,7 +5,7 @@ from typing import Any
 
 from clipft.records import RunRecords
 from clipft.reporting.curves import epoch_curves, step_curves
-from clipft.reporting.figures import DEFINITION, before_and_after, mean_recall, paired_rows
+from clipft.reporting.figures import before_and_after, figure_tables, mean_recall
 
 
 def run_content(
@@ -24,9 +24,11 @@ def run_content(
         "seconds": records.run.get("seconds"),
         "peak_memory_bytes": records.run.get("peak_memory_bytes"),
         "environment": records.run.get("environment", {}),
-        "figures": _figures(before, after),
+        "figures": figure_tables(records.epochs, records.evaluation),
         "steps": step_curves(records.steps),
         "epochs": epoch_curves(records.epochs),
+        "categories": _categories(records.evaluation),
+        "interpolation": records.interpolation,
         "gallery": list(gallery),
         "gallery_note": gallery_note,
         "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
@@ -34,15 +36,29 @@ def run_content(
     }
 
 
-def _figures(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if before is None:
+def _categories(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """R@10 from text to image of each category, the largest first."""
+    if not evaluation:
         return []
-    title = f"Retrieval over {before['pairs']:,} validation pairs"
-    return [{"title": title, "definition": DEFINITION, "rows": paired_rows(before, after)}]
+
+    def figure(part: str, name: str) -> Any:
+        of = (evaluation[part] or {}).get("by_category", {}).get(name)
+        return of["paired"]["text_to_image"]["figures"]["r@10"] if of else None
+
+    before = evaluation["before"]["by_category"]
+    return [
+        {
+            "name": name,
+            "pairs": category["pairs"],
+            "before": figure("before", name),
+            "after": figure("after", name),
+        }
+        for name, category in before.items()
+    ]
 
 
 def _verdict(
-    records: RunRecords, before: dict[str, Any] | None, after: dict[str, Any] | None
+    records: RunRecords, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> str:
     if before is None:
         return "The untouched model has not been measured yet."
@@ -55,7 +71,17 @@ def _verdict(
     best = next(e["epoch"] for e in reversed(records.epochs) if e["improved"])
     end = f"epoch {best} of {last}" + ("" if records.result else " so far")
     advice = "" if gain > 0 else " No gain over the untouched model."
+    around = _around(records.evaluation)
     return (
         f"Mean recall {untouched} before, {100 * mean_recall(after):.1f} % after "
-        f"({gain:+.1f} points) at {end}.{advice}"
+        f"({gain:+.1f} points{around}) at {end}.{advice}"
     )
+
+
+def _around(evaluation: Mapping[str, Any] | None) -> str:
+    """The interval of the gain in words."""
+    change = ((evaluation or {}).get("difference") or {}).get("recall") or {}
+    if change.get("low") is None:
+        return ""
+    words = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+    return words if change["clear"] else f"{words}: it may be chance"

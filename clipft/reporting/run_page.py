@@ -6,7 +6,15 @@ from typing import Any
 
 from clipft.reporting.charts import chart_figures, chart_scripts
 from clipft.reporting.curves import run_charts
-from clipft.reporting.figures import RECALL_DEFINITION, shown, shown_bytes, shown_change
+from clipft.reporting.evaluation_charts import category_charts, interpolation_charts
+from clipft.reporting.figures import (
+    RECALL_DEFINITION,
+    figure_name,
+    shown,
+    shown_bytes,
+    shown_change,
+    shown_interval,
+)
 from clipft.reporting.page import (
     PageTable,
     document,
@@ -27,12 +35,17 @@ _KINDS = {
 
 def run_page(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
     """``pictures`` holds the JPEG of each pair of the gallery that has one."""
-    charts = run_charts(content["steps"], content["epochs"])
+    curves = run_charts(content["steps"], content["epochs"])
+    categories = category_charts(content["categories"])
+    ways = interpolation_charts(content["interpolation"])
+    at = len(curves)
     parts = [
         "" if content["finished"] else paragraph("This run has not ended.", "warning"),
         paragraph(content["verdict"], "verdict"),
         section("Before and after", *map(_figures, content["figures"])),
-        section("Curves", chart_figures(charts)),
+        section("Curves", chart_figures(curves)),
+        section("By category", chart_figures(categories, at)),
+        section("Between untouched and tuned", chart_figures(ways, at + len(categories))),
         _gallery(content, pictures),
         _skipped(content["skipped"]),
         section("Settings", *settings_tables(content["settings"])),
@@ -41,25 +54,45 @@ def run_page(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
         ),
         environment_section(content["environment"]),
     ]
-    return document(content["title"], parts, chart_scripts() if charts else "")
+    return document(
+        content["title"], parts, chart_scripts() if curves or categories or ways else ""
+    )
 
 
 _TEXT = frozenset({0})
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            row["name"],
-            shown(row["before"], row["percent"]),
-            shown(row["after"], row["percent"]),
-            shown_change(row["change"], row["percent"]),
-        ]
-        for row in found["rows"]
-    ]
-    definition = f"{RECALL_DEFINITION}. {found['definition']}"
-    columns = ["untouched", "tuned", "change"]
-    return table(PageTable(found["title"], columns, rows)) + paragraph(definition, "remark")
+    """Each with its interval below it, and a column of ceilings, where there are any."""
+    rows = found["rows"]
+    kinds = {"untouched": "before"}
+    if any(row["after"] for row in rows):
+        kinds |= {"tuned": "after", "change": "change"}
+    columns = {title: [_cell(row, kind) for row in rows] for title, kind in kinds.items()}
+    ceilings = [_ceiling(row) for row in rows]
+    if any(ceilings):
+        columns["ceiling"] = ceilings
+    names = [row["name"] for row in rows]
+    lines = list(map(list, zip(names, *columns.values(), strict=True)))
+    title = found["title"]
+    if any(row["before"].get("low") is not None for row in rows):
+        title += ", with 95 % intervals"
+    words = [[figure_name(name), text] for name, text in found["definitions"].items()]
+    defined = table(PageTable(RECALL_DEFINITION, ["definition"], words, texts=_TEXT))
+    shown_table = table(PageTable(title, list(columns), lines))
+    return shown_table + folded("What these figures mean", defined)
+
+
+def _cell(row: Mapping[str, Any], kind: str) -> str:
+    figure, unit = row[kind], row["unit"]
+    value = figure["value"] if figure else None
+    text = (shown_change if kind == "change" else shown)(value, unit)
+    around = shown_interval(figure, unit)
+    return f"{text}\n{around}" if around else text
+
+
+def _ceiling(row: Mapping[str, Any]) -> str:
+    return "" if row["ceiling"] is None else shown(row["ceiling"], row["unit"])
 
 
 def _gallery(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:

@@ -8,13 +8,13 @@ import json
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from clipft.records import EpochResult, Plan, StepResult
-from clipft.reporting.figures import before_and_after, paired_rows
+from clipft.reporting.figures import figure_tables
 from clipft.settings import TrackingSettings
 
 METRICS = "metrics.jsonl"
@@ -55,7 +55,7 @@ class _Logged:
     figures: dict[str, Any]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file; none where there is no file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -66,17 +66,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line, dict)]
 
 
-def _summary(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``before/``, ``after/`` and ``change/`` of each figure of the report; also of a resumed
-    run, whose first process measured the untouched model."""
-    before, after = before_and_after(metrics)
-    if before is None:
-        return {}
+def _summary(folder: Path) -> dict[str, Any]:
+    """``before/``, ``after/`` and ``change/`` of each figure of the report, and the ends of its
+    interval; also of a resumed run, whose first process measured the untouched model."""
+    evaluation = folder / "evaluation.json"
+    judged = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None
     return {
-        f"{kind}/{row['key']}": row[kind]
-        for row in paired_rows(before, after)
+        f"{kind}/{row['key']}{'' if end == 'value' else f'/{end}'}": number
+        for table in figure_tables(_metrics(folder / METRICS), judged)
+        for row in table["rows"]
         for kind in ("before", "after", "change")
-        if row[kind] is not None
+        for end, number in (row[kind] or {}).items()
     }
 
 
@@ -113,7 +113,7 @@ class WandbTracker:
 
     def closed(self) -> None:
         """The last that W&B is told are the figures of the report, as the run's summary."""
-        self._queue.put(_Logged(None, _summary(read_metrics(self._folder / METRICS))))
+        self._queue.put(_Logged(None, _summary(self._folder)))
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join(_CLOSING_SECONDS)

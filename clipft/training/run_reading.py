@@ -51,6 +51,7 @@ def read_run(folder: Path) -> RunRecords:
         epochs=[line for line in metrics if line.get("kind") == "epoch"],
         result=_object(folder / "result.json"),
         evaluation=_object(folder / "evaluation.json"),
+        interpolation=_object(folder / "interpolation.json"),
         skipped=skipped[:_LISTED],
         skipped_counts=dict(Counter(str(entry.get("split", "train")) for entry in skipped)),
     )

@@ -122,8 +122,8 @@ def test_the_json_says_what_the_run_left(folder, content):
     steps = [line for line in lines if line["kind"] == "step"]
     assert content["steps"]["loss"] == [line["loss"] for line in steps]
     rows = {row["name"]: row for row in content["figures"][0]["rows"]}
-    assert rows["text → image R@10"]["before"] == result["before"]["text_to_image"]["r@10"]
-    assert rows["text → image R@10"]["after"] == result["after"]["text_to_image"]["r@10"]
+    assert rows["text → image R@10"]["before"]["value"] == result["before"]["text_to_image"]["r@10"]
+    assert rows["text → image R@10"]["after"]["value"] == result["after"]["text_to_image"]["r@10"]
     assert content["plan"]["trainable_parameters"] == 81920
     assert content["environment"]["torch"] and content["seconds"] > 0
     assert content["peak_memory_bytes"] > 1e8

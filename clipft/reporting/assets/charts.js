@@ -6,6 +6,7 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const number = (value) => Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3)
     ? value.toExponential(1) : String(+value.toPrecision(4));
+  const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
   const shown = (value, percent) => percent ? `${+(100 * value).toPrecision(4)} %` : number(value);
   // A long label on several lines, broken between words
   const lines = (label, width) => label.split(" ").reduce((found, word) => {
@@ -51,15 +52,21 @@
     return {
       ...common, data: points, borderWidth: 2, backgroundColor: paint, spanGaps: false,
       borderDash: series.dash ? DASHES[series.dash % DASHES.length] : [],
-      pointStyle: POINTS[at % POINTS.length], showLine: spec.kind === "lines",
+      pointStyle: POINTS[at % POINTS.length], showLine: spec.kind !== "points",
       pointRadius: spec.kind === "points" ? 6 : points.length > 40 ? 0 : 3, pointHitRadius: 8,
     };
+  };
+
+  // Room for the intervals, which Chart.js does not know of
+  const reach = (spec) => {
+    const ends = spec.series.flatMap((series) => series.intervals.filter(Boolean).flat());
+    return ends.length ? { suggestedMin: Math.min(...ends), suggestedMax: Math.max(...ends) } : {};
   };
 
   const axis = (spec, title, percent, values) => ({
     title: { display: Boolean(title), text: title, color: colour("--faint") },
     grid: { color: colour("--line") }, border: { color: colour("--line") },
-    beginAtZero: values && spec.zero,
+    beginAtZero: values && spec.zero, ...(values ? reach(spec) : {}),
     ticks: { color: colour("--faint"), maxTicksLimit: 7, maxRotation: 0,
       callback: (value) => shown(value, percent) },
   });
@@ -72,6 +79,12 @@
     labels.ticks = { color: colour("--ink"), autoSkip: false,
       callback(at) { return lines(this.getLabelForValue(at), width); } };
     const other = { ...axis(spec, spec.x, spec.percent_x), type: spec.log ? "logarithmic" : "linear" };
+    if (spec.log) {
+      // Only powers of ten and their 2 and 5 fold, so that labels do not meet
+      const round = (value) => [1, 2, 5].includes(+(value / 10 ** Math.floor(Math.log10(value))).toFixed(6));
+      other.ticks = { ...other.ticks, autoSkip: false,
+        callback: (value) => round(value) ? compact.format(value) : "" };
+    }
     const tip = (item) => {
       const set = item.dataset, raw = item.raw, pair = (set.intervals || [])[item.dataIndex];
       const text = shown(bars ? raw : raw.y, spec.percent);
@@ -86,7 +99,7 @@
       options: {
         animation: false, responsive: true, maintainAspectRatio: false, parsing: bars,
         indexAxis: bars ? "y" : "x",
-        interaction: { mode: bars || spec.kind === "points" ? "nearest" : "index", intersect: false },
+        interaction: { mode: spec.kind === "lines" ? "index" : "nearest", intersect: false },
         scales: bars ? { x: value, y: labels } : { x: other, y: value },
         plugins: {
           legend: { display: spec.series.length > 1, position: "bottom",
