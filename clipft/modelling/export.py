@@ -59,8 +59,13 @@ def _sentence_files(base: BaseModel) -> dict[str, Any]:
         "module_output_name": "sentence_embedding",
     }
     if base.architecture.fills_texts:
-        filled = {"padding": "max_length", "max_length": base.inputs.context_length}
-        transformer["processing_kwargs"] = {"text": filled}
+        transformer["processing_kwargs"] = {
+            "text": {
+                "padding": "max_length",
+                "max_length": base.inputs.context_length,
+                "return_attention_mask": False,  # the tower was trained to see the filling
+            }
+        }
     return {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}
 
 
