@@ -42,6 +42,7 @@ class StepResult:
 
     ``loss`` is that of the whole effective batch; ``seconds`` includes ``data_seconds``,
     the wait for the batch. ``applied`` is False where the gradient was not finite.
+    ``loss_floor`` is the least that any model's loss could be on these pairs.
     """
 
     epoch: int
@@ -54,9 +55,11 @@ class StepResult:
     data_seconds: float
     applied: bool
     skipped: tuple[dict[str, str], ...] = ()
+    loss_floor: float = 0.0
 
     def metrics(self) -> dict[str, Any]:
-        values = {k: v for k, v in asdict(self).items() if k not in {"skipped", "applied"}}
+        left_out = {"skipped", "applied"} | (set() if self.loss_floor else {"loss_floor"})
+        values = {k: v for k, v in asdict(self).items() if k not in left_out}
         values["pairs_per_s"] = self.pairs / max(self.seconds, 1e-9)
         return {"kind": "step", **finite(values)}
 
@@ -72,6 +75,8 @@ class EpochResult:
     retrieval: dict[str, Any]
     """As ``evaluation.retrieval.Retrieval.to_dict`` gives it."""
     improved: bool = False
+    val_floor: float = 0.0
+    """The least that any model's ``val_loss`` could be."""
 
     def recall(self) -> float:
         """Mean R@1/5/10 of both directions, in 0..1."""
@@ -83,7 +88,9 @@ class EpochResult:
         return sum(values) / len(values)
 
     def metrics(self) -> dict[str, Any]:
-        return {"kind": "epoch", **finite(asdict(self))}
+        left_out = set() if self.val_floor else {"val_floor"}
+        values = {k: v for k, v in asdict(self).items() if k not in left_out}
+        return {"kind": "epoch", **finite(values)}
 
 
 class Observer(Protocol):

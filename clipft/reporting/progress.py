@@ -162,7 +162,8 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
         )
     )
     best = "  best so far" if result.improved else ""
-    return f"{label}:{train} val loss {result.val_loss:.4f}  {recalls}{best}"
+    floor = f" (floor {result.val_floor:.4f})" if result.val_floor else ""
+    return f"{label}:{train} val loss {result.val_loss:.4f}{floor}  {recalls}{best}"
 
 
 def duration(seconds: float) -> str:

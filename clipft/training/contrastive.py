@@ -31,6 +31,9 @@ class Accumulation(Protocol):
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor: ...
 
+    def floor(self, micro_batches: list[Batch]) -> float:
+        """The least value that the loss of these could have: see ``ContrastiveLoss.floor``."""
+
 
 @dataclass
 class _Passed:
@@ -111,6 +114,9 @@ class ExactAccumulation(_Accumulation):
         self._sum_gradients()
         return loss.detach()
 
+    def floor(self, micro_batches: list[Batch]) -> float:
+        return self.loss.floor(self._groups(micro_batches))
+
     def _among_all(self, own: Tensor) -> Tensor:
         """The rows of all processes, [N, D]: this one's with their gradient."""
         counts = self.processes.gather_rows(torch.tensor([len(own)])).tolist()
@@ -148,6 +154,13 @@ class LocalAccumulation(_Accumulation):
             mean += share.detach()
         self._sum_gradients()
         return self.processes.gather_rows(mean).sum()
+
+    def floor(self, micro_batches: list[Batch]) -> float:
+        groups = [self._own_groups([batch]) for batch in micro_batches]
+        floors = [self.loss.floor(own) * len(own) for own in groups if own is not None]
+        pairs = sum(len(batch) for batch in micro_batches)
+        summed, all_pairs = self.processes.gather_rows(torch.tensor([[sum(floors), pairs]])).sum(0)
+        return float(summed / all_pairs)
 
 
 ACCUMULATIONS: dict[str, type[ExactAccumulation] | type[LocalAccumulation]] = {

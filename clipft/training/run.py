@@ -296,7 +296,8 @@ class _Run:
         def figures() -> EpochResult:
             found = embedded.retrieval(setup.settings.evaluation_bytes).to_dict()
             self.rankings = self.rank(embedded)
-            return EpochResult(epoch, step, train_loss, setup.validation_loss(embedded), found)
+            loss, floor = setup.validation_loss(embedded), setup.loss.floor(embedded.groups)
+            return EpochResult(epoch, step, train_loss, loss, found, val_floor=floor)
 
         return by_first(self.processes, figures)
 

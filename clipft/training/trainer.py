@@ -65,6 +65,7 @@ def fit(
         got_data = time.perf_counter()
 
         loss = float(accumulate(state.step, batch.micro_batches))
+        floor = accumulate.floor(batch.micro_batches)
         update = state.optimiser.update()
         state.model.clamp_logit_scale()
 
@@ -81,5 +82,6 @@ def fit(
             data_seconds=got_data - started,
             applied=update.applied,
             skipped=tuple(asdict(skipped) for skipped in batch.skipped),
+            loss_floor=floor,
         )
         started = time.perf_counter()
