@@ -131,8 +131,8 @@ class Observers:
 @dataclass(frozen=True)
 class RunRecords:
     """What a run left in its folder. ``result`` and ``evaluation`` are None until the run has
-    ended, ``interpolation`` until it was asked for; ``skipped`` holds at most so many as a page
-    lists."""
+    ended, ``interpolation`` and ``kept`` until they were asked for; ``skipped`` holds at most
+    so many as a page lists."""
 
     folder: str
     settings: list[dict[str, Any]]
@@ -144,6 +144,7 @@ class RunRecords:
     result: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     interpolation: dict[str, Any] | None
+    kept: dict[str, Any] | None
     skipped: list[dict[str, Any]]
     skipped_counts: dict[str, int]
 

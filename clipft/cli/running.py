@@ -8,6 +8,7 @@ from clipft.cli.console import Output, silent
 from clipft.cli.launching import follow_launcher, launch, starts_others
 from clipft.cli.reports import write_run_report
 from clipft.cli.sync import sync_with_progress
+from clipft.errors import ClipftError
 from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
 from clipft.reporting.run_record import RunRecorder
@@ -51,7 +52,10 @@ def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
 
 
 def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
-    write_run_report(result.folder, result.folder / "report.html")
+    try:
+        write_run_report(result.folder, result.folder / "report.html")
+    except ClipftError as error:  # never a reason to lose the result of a run
+        out.note(f"warning: no report was written: {error.message}")
     show(result, settings, out)
 
 
@@ -68,7 +72,6 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
         out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
-    out.note(f"Report: {result.folder / 'report.html'}")
     out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
     out.note(f"Next: clipft evaluate {result.folder} --data-dir {settings.data_dir}")
 

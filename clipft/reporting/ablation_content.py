@@ -61,11 +61,29 @@ def _variant(name: str, runs: Sequence[Run]) -> dict[str, Any]:
             }
             for _, direction in DIRECTIONS
         },
+        "grouped": _grouped(done),
         "trains": bool(plans and plans[0]["epochs"]),
         "trainable_parameters": plans[0]["trainable_parameters"] if plans else None,
         "seconds": spread(seconds),
         "peak_memory_bytes": max((r["peak_memory_bytes"] or 0 for r in done.values()), default=0),
         "curve": _mean_curve(list(done.values())),
+    }
+
+
+def _grouped(runs: Mapping[int, Run]) -> dict[str, Any] | None:
+    """Grouped recall@10 of the tuned model, or of the untouched where none was better; None
+    where a run has no evaluation."""
+    if not runs or not all(run["evaluation"] for run in runs.values()):
+        return None
+    judged = {s: r["evaluation"]["after"] or r["evaluation"]["before"] for s, r in runs.items()}
+    return {
+        direction: spread(
+            {
+                seed: found["grouped"][direction]["figures"]["recall@10"]["value"]
+                for seed, found in judged.items()
+            }
+        )
+        for _, direction in DIRECTIONS
     }
 
 

@@ -10,12 +10,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from clipft.reporting.figures import figure_name
+
 _DIRECTIONS = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 _RANKS = frozenset({"median_rank", "mean_rank"})
 _DECIMALS = frozenset({"mrr", "map", "ndcg@10", "r_precision"})
 _SHOWN = ("hit@1", "hit@5", "hit@10", "recall@10", "mrr", "map", "ndcg@10", "r_precision")
 """Of the grouped figures; the JSON has all."""
-_NAMES = {"mrr": "MRR", "map": "mAP", "ndcg@10": "nDCG@10", "r_precision": "R-precision"}
 UNCLEAR = "~ the interval of this difference includes 0: it may be chance"
 
 
@@ -69,13 +70,6 @@ def _rows(compared: dict[str, Any], protocol: str, direction: str) -> Iterator[l
 def _shown(protocol: str, named: dict[str, Any]) -> dict[str, Any]:
     hidden = () if protocol == "paired" else set(named) - set(_SHOWN)
     return {name: of for name, of in named.items() if name not in hidden}
-
-
-def figure_name(name: str) -> str:
-    """As people write it: R@10, mAP, median rank."""
-    return _NAMES.get(name) or (name[0].upper() + name[1:] if "@" in name else name).replace(
-        "_", " "
-    )
 
 
 def value(name: str, number: float | None, sign: str = "") -> str:

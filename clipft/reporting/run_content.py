@@ -29,6 +29,7 @@ def run_content(
         "epochs": epoch_curves(records.epochs),
         "categories": _categories(records.evaluation),
         "interpolation": records.interpolation,
+        "kept": _kept(records.kept),
         "gallery": list(gallery),
         "gallery_note": gallery_note,
         "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
@@ -55,6 +56,13 @@ def _categories(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         }
         for name, category in before.items()
     ]
+
+
+def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The paired figures on the general pairs."""
+    if not kept:
+        return None
+    return {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
 
 
 def _verdict(

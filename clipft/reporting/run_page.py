@@ -43,6 +43,7 @@ def run_page(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
         "" if content["finished"] else paragraph("This run has not ended.", "warning"),
         paragraph(content["verdict"], "verdict"),
         section("Before and after", *map(_figures, content["figures"])),
+        _kept(content["kept"]),
         section("Curves", chart_figures(curves)),
         section("By category", chart_figures(categories, at)),
         section("Between untouched and tuned", chart_figures(ways, at + len(categories))),
@@ -93,6 +94,13 @@ def _cell(row: Mapping[str, Any], kind: str) -> str:
 
 def _ceiling(row: Mapping[str, Any]) -> str:
     return "" if row["ceiling"] is None else shown(row["ceiling"], row["unit"])
+
+
+def _kept(kept: Mapping[str, Any] | None) -> str:
+    if not kept:
+        return ""
+    words = paragraph(f"What the model kept of its general ability, on {kept['keep_dir']}.")
+    return section("Kept ability", words, *map(_figures, kept["figures"]))
 
 
 def _gallery(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:

@@ -52,6 +52,7 @@ def read_run(folder: Path) -> RunRecords:
         result=_object(folder / "result.json"),
         evaluation=_object(folder / "evaluation.json"),
         interpolation=_object(folder / "interpolation.json"),
+        kept=_object(folder / "kept.json"),
         skipped=skipped[:_LISTED],
         skipped_counts=dict(Counter(str(entry.get("split", "train")) for entry in skipped)),
     )

@@ -34,6 +34,7 @@ def a_run(variant: str, seed: int, after: float | None, before: float = 0.2) -> 
         "steps": 3,
         "skipped_pairs": 0,
         "epochs": epochs,
+        "evaluation": None,
         "plan": {"epochs": 3 if trains else 0, "trainable_parameters": 10 if trains else 0},
         "environment": {"torch": "2"},
         "seconds": 60.0,
