@@ -54,6 +54,7 @@ def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
 def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
     try:
         write_run_report(result.folder, result.folder / "report.html")
+        out.note(f"Report: {result.folder / 'report.html'}")
     except ClipftError as error:  # never a reason to lose the result of a run
         out.note(f"warning: no report was written: {error.message}")
     show(result, settings, out)
