@@ -57,7 +57,7 @@ class StorageSettings(Section):
     title = "Storage"
     data_dir: Path = _field(
         Path("/tmp/furniture_data"),  # noqa: S108 (only read from, and the user's to set)
-        "folder with the shards: train/*.tar and val/*.tar",
+        "folder with the shards: train/*.tar and val/*.tar; or s3://bucket/prefix",
     )
     s3_bucket: str | None = _field(None, "bucket that holds the pairs; none: data_dir as it is")
     s3_prefix: str = _field("data/train", "prefix of the training pairs in the bucket")
@@ -65,7 +65,20 @@ class StorageSettings(Section):
     endpoint_url: str | None = _field(None, "URL of an S3-compatible server other than AWS")
     s3_region: str | None = _field(None, "region of the bucket; none: as boto3 finds it")
     s3_profile: str | None = _field(None, "profile of the AWS configuration")
+    s3_anonymous: bool = _field(False, "ask without credentials: public buckets")
+    s3_addressing: Literal["auto", "path", "virtual"] = _field(
+        "auto", "bucket in the path or in the host name; auto: path with --endpoint-url"
+    )
+    s3_requests: int = _field(16, "requests in flight", ge=1, le=256)
+    s3_patience: float = _field(
+        600, "seconds for which a failing server or network is asked again", ge=0
+    )
+    pack: bool = _field(True, "after a sync, pack raw files into shards (once)")
     enable_s3_checkpoints: bool = _field(False, "upload each saved checkpoint to the bucket")
+    s3_checkpoint_prefix: str = _field("checkpoints", "prefix of the checkpoints in the bucket")
+    keep_s3_checkpoints: int = _field(
+        3, "checkpoints of a run that stay in the bucket, besides the best", ge=1
+    )
 
 
 class DataSettings(Section):

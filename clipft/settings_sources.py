@@ -13,7 +13,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from clipft.cache import cache_folder
 from clipft.errors import UsageError, nearest, unknown_choice
+from clipft.s3_url import parse_s3_url
 from clipft.scenarios import SCENARIOS
 from clipft.settings import MINI_TRAIN, SECTIONS, Settings, fields_of
 
@@ -65,10 +67,43 @@ def load_settings(
         for name, value in source.items():
             if name not in values:
                 values[name], origins[name] = value, origin
+    _expand_data_url(values, origins)
     try:
         return LoadedSettings(Settings(**values), origins)
     except ValidationError as error:
         raise _mistakes(error, origins) from error
+
+
+def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """``--data-dir s3://bucket/prefix``: the bucket, its two prefixes, and a folder of the
+    cache to bring them to.
+
+    Raises:
+        UsageError: another bucket is set beside it.
+    """
+    url = parse_s3_url(values.get("data_dir", ""))
+    if url is None:
+        return
+    if values.get("s3_bucket") not in {None, url.bucket}:
+        raise UsageError(
+            f"--data-dir {url} is not in bucket {values['s3_bucket']}",
+            "leave out --s3-bucket, or name a folder with --data-dir",
+        )
+    found = {
+        "data_dir": cached_bucket(url.bucket) / url.prefix,
+        "s3_bucket": url.bucket,
+        "s3_prefix": url.below("train"),
+        "s3_val_prefix": url.below("val"),
+    }
+    origin = origins["data_dir"]
+    for name, value in found.items():
+        if name == "data_dir" or name not in values:
+            values[name], origins[name] = value, origin
+
+
+def cached_bucket(bucket: str) -> Path:
+    """The folder that what commands name in a bucket is brought to."""
+    return cache_folder() / "s3" / bucket
 
 
 def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:

@@ -17,6 +17,7 @@ GROUND = {
     "scenarios",
     "records",
     "cache",
+    "s3_url",
     "__init__",
 }
 ALLOWED = {

@@ -198,9 +198,9 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
     """Pairs in a bucket are fetched before the runs start, which then find them there."""
     settings = runs[0].settings.values
     if settings.s3_bucket:
-        from clipft.cli.sync import sync_with_progress
+        from clipft.cli.remote_data import bring_data
 
-        sync_with_progress(settings, out)
+        bring_data(settings, out)
 
 
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":

@@ -8,6 +8,7 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import LOCATION_SETTINGS
 from clipft.settings import EvaluationSettings, Settings
 from clipft.settings_sources import LoadedSettings
 
@@ -25,6 +26,7 @@ EVALUATION_SETTINGS = (
     "device",
     "group_field",
     *EvaluationSettings.model_fields,
+    *LOCATION_SETTINGS,
 )
 _PANEL = "Kept ability"
 
@@ -32,7 +34,7 @@ Place = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="Checkpoint, or run folder (its best epoch) "
+        help="Checkpoint, or run folder (its best epoch), or s3://bucket/prefix "
         "[default: the scenario's run in --output-dir]",
         show_default=False,
     ),
@@ -92,12 +94,16 @@ def evaluate(
         clipft evaluate ./checkpoints/dual_lora_checkpoint.pt --json
         clipft evaluate ./checkpoints/dual_lora --keep ./general --interpolate 0:1:0.1
         clipft evaluate ./checkpoints/dual_lora --save-interpolated 0.6 ./dual_lora_0.6.pt
+        clipft evaluate s3://my-bucket/checkpoints --data-dir s3://my-bucket/catalogue
     """
+    from clipft.cli.remote_checkpoints import fetched_checkpoint
+    from clipft.cli.remote_data import bring_named_data
     from clipft.training.checkpoint import load_checkpoint
     from clipft.training.kept import Request, evaluate_checkpoint
     from clipft.training.restore import find_checkpoint, saved_settings
 
-    path = find_checkpoint(checkpoint, loaded.values)
+    bring_named_data(loaded, out)
+    path = find_checkpoint(fetched_checkpoint(checkpoint, loaded.values, out), loaded.values)
     content = load_checkpoint(path)
     settings = saved_settings(content, loaded, (*EVALUATION_SETTINGS, "model"))
     alpha, file = save_interpolated or (None, None)

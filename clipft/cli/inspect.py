@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
 from clipft.data.pack_options import NEAR_BITS
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
@@ -62,7 +63,7 @@ Html = Annotated[
 ]
 
 
-@settings_command("model", "data_dir", "caption", "num_workers")
+@settings_command("model", "data_dir", "caption", "num_workers", *LOCATION_SETTINGS)
 def inspect(
     loaded: LoadedSettings,
     out: Output,
@@ -86,6 +87,8 @@ def inspect(
     from clipft.data.inspection import leak
     from clipft.modelling.base import load_inputs
 
+    if data is None:
+        bring_named_data(loaded, out)
     folder, workers = data or loaded.values.data_dir, loaded.values.num_workers
     splits = _splits(folder)
     others = _splits(against, named=True) if against else {}

@@ -8,6 +8,7 @@ import typer
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
 from clipft.errors import UsageError
+from clipft.s3_url import parse_s3_url
 from clipft.settings import Settings, fixed_on_resume
 from clipft.settings_sources import LoadedSettings
 
@@ -17,7 +18,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="Checkpoint of the run, or its folder [default: the newest in --output-dir]",
+        help="Checkpoint of the run, its folder, or s3://bucket/prefix "
+        "[default: the newest in --output-dir]",
         show_default=False,
     ),
 ]
@@ -37,12 +39,19 @@ def resume(
         clipft resume
         clipft resume ./checkpoints/dual_lora
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
+        clipft resume s3://my-bucket/checkpoints --endpoint-url http://localhost:9000
     """
+    from clipft.cli.remote_checkpoints import fetch_place
     from clipft.cli.running import run_training
     from clipft.training.checkpoint import load_checkpoint
     from clipft.training.restore import resumable_checkpoint, saved_settings
 
-    path = resumable_checkpoint(checkpoint, loaded.values.output_dir)
+    url = parse_s3_url(checkpoint) if checkpoint else None
+    now = loaded.values
+    if url:
+        path = fetch_place(url, now, now.output_dir, out)
+    else:
+        path = resumable_checkpoint(checkpoint, now.output_dir)
     saved = saved_settings(load_checkpoint(path), loaded, _FREE)
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
     if path != settings.checkpoint_path:

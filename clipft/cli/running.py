@@ -1,13 +1,14 @@
 """What ``train``, ``resume`` and ``demo`` share: run the training service and show it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output, silent
 from clipft.cli.launching import follow_launcher, launch, starts_others
+from clipft.cli.remote_checkpoints import Uploads
+from clipft.cli.remote_data import bring_data, bring_validation, stream_source
 from clipft.cli.reports import write_run_report
-from clipft.cli.sync import sync_with_progress
 from clipft.errors import ClipftError
 from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
@@ -25,12 +26,18 @@ from clipft.training.run import Watchers
 from clipft.training.run import train as run_service
 from clipft.training.starting import start_processes
 
+if TYPE_CHECKING:
+    from clipft.data.stream import ShardSource
+
 
 def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
     """Sync if a bucket is set, train, and show figures before and after.
 
     Where this is one of several processes, together with them; where it is to start them
     (``args``: the command line, to be run in each), by that.
+
+    Raises:
+        StorageError: training has ended, but its last checkpoint is not in the bucket.
     """
     if starts_others(loaded.values.processes):
         launch(loaded.values.processes, args)
@@ -42,13 +49,27 @@ def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> No
 
 def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     settings = loaded.values
-    if settings.s3_bucket:
-        on_each_machine(processes, lambda: sync_with_progress(settings, out))
-    by_first(processes, lambda: _fetch_checkpoint(settings, out))
+    source = _bring_data(processes, settings, out)
+    uploads = Uploads(settings, out)
+    by_first(processes, uploads.begin)
     observer = _observers(settings, out) if processes.rank == 0 else Observers()
-    watchers = Watchers(observer, out.note, _after_save(settings, out), out.progress)
-    result = run_service(settings, watchers, loaded.to_toml(), processes)
+    watchers = Watchers(observer, out.note, uploads.saved, out.progress)
+    with uploads.awaited():
+        result = run_service(settings, watchers, loaded.to_toml(), processes, source)
+        uploads.finished(result.checkpoint, result.steps)
     by_first(processes, lambda: _finish(result, settings, out))
+    by_first(processes, uploads.check)
+
+
+def _bring_data(processes: Processes, settings: Settings, out: Output) -> "ShardSource | None":
+    if not settings.s3_bucket:
+        return None
+    if settings.stream:
+        source = stream_source(settings, out)
+        on_each_machine(processes, lambda: bring_validation(settings, out))
+        return source
+    on_each_machine(processes, lambda: bring_data(settings, out))
+    return None
 
 
 def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
@@ -89,38 +110,3 @@ def _observers(settings: Settings, out: Output) -> Observer:
         config = settings.model_dump(mode="json")
         members.append(WandbTracker(settings, settings.run_dir, config, out.note))
     return Observers(members)
-
-
-def _fetch_checkpoint(settings: Settings, out: Output) -> None:
-    """Bring the checkpoint to resume from the bucket, where the machine has none."""
-    wanted = settings.resume_from_checkpoint and settings.enable_s3_checkpoints
-    path = settings.checkpoint_path
-    if not wanted or path.exists():
-        return
-    from clipft.storage.checkpoints import fetch_checkpoint
-
-    if fetch_checkpoint(path.name, path, settings):
-        out.note(f"Fetched {path.name} from bucket {settings.s3_bucket}.")
-    else:
-        out.note(f"warning: no checkpoint {path.name} found in S3.")
-
-
-def _after_save(settings: Settings, out: Output) -> Callable[[Path], None]:
-    """What happens to a saved checkpoint: nothing, or an upload that never stops a run."""
-    if not settings.enable_s3_checkpoints:
-        return lambda path: None
-    from clipft.errors import StorageError, UsageError
-    from clipft.storage.checkpoints import upload_checkpoint
-
-    if not settings.s3_bucket:
-        raise UsageError(
-            "--enable-s3-checkpoints needs a bucket", "name it with --s3-bucket, or leave it out"
-        )
-
-    def upload(path: Path) -> None:
-        try:
-            upload_checkpoint(path, settings)
-        except StorageError as error:
-            out.note(f"warning: the checkpoint was not uploaded: {error.message}")
-
-    return upload

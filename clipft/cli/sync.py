@@ -1,113 +1,128 @@
 """``clipft sync``."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import bring_data, transfer_progress
+from clipft.errors import UsageError
 from clipft.settings import StorageSettings
 from clipft.settings_sources import LoadedSettings
 
 if TYPE_CHECKING:
-    from clipft.storage.sync import SyncProgress, SyncResult
+    from clipft.storage.sync import SyncOptions, SyncResult
 
-_PLAIN_EVERY = 5.0
-"""Seconds between lines where there is no terminal."""
+_SHOWN = 20
+_PANEL = "Sync"
 
-_SHOWN_REFUSED = 20
+Up = Annotated[
+    bool, typer.Option("--up", help="Send data_dir to the bucket", rich_help_panel=_PANEL)
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="GLOB",
+        help="Only paths below train/ and val/ that match; * stands for / too; repeatable",
+        rich_help_panel=_PANEL,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="GLOB",
+        help="Not those that match; repeatable",
+        rich_help_panel=_PANEL,
+    ),
+]
+Delete = Annotated[
+    bool,
+    typer.Option(
+        "--delete",
+        help="Delete what the source lacks, in the two folders, or with --up under the prefixes",
+        rich_help_panel=_PANEL,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Change nothing, show what", rich_help_panel=_PANEL)
+]
 
 
 @settings_command(StorageSettings)
-def sync(loaded: LoadedSettings, out: Output) -> None:
+def sync(
+    loaded: LoadedSettings,
+    out: Output,
+    up: Up = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    delete: Delete = False,
+    dry_run: DryRun = False,
+) -> None:
     """Bring the pairs from a bucket to --data-dir: what is there already is not fetched again.
 
     Each object is checked (size, ETag, md5) and appears whole or not at all, so a sync that was
-    cut off goes on where it was. Nothing is deleted.
+    cut off goes on where it was. Raw files are packed into shards; --no-pack leaves them.
 
     Examples:
 
         clipft sync --s3-bucket catalogue --data-dir ./catalogue
         clipft sync --s3-bucket catalogue --endpoint-url http://localhost:9000 --json
+        clipft sync --s3-bucket catalogue --data-dir ./catalogue --exclude '*.json' --dry-run
+        clipft sync --up --s3-bucket catalogue --data-dir ./catalogue
     """
-    result = sync_with_progress(loaded.values, out)
-    out.result(result.to_dict(), *_tables(result))
-    out.note(f"Next: clipft train --data-dir {loaded.values.data_dir}")
+    from clipft.storage.keys import Filter
+    from clipft.storage.sync import SyncOptions
+
+    settings = loaded.values
+    chosen = Filter(tuple(include or ()), tuple(exclude or ()))
+    options = SyncOptions(chosen, delete, dry_run)
+    result = _send(settings, options, out) if up else bring_data(settings, out, options)
+    out.result(result.to_dict(), *_tables(result, "sent" if up else "fetched"))
+    if not dry_run and not up:
+        out.note(f"Next: clipft train --data-dir {settings.data_dir}")
 
 
-def sync_with_progress(settings: StorageSettings, out: Output) -> "SyncResult":
-    """Sync and show how far it is; also the first thing that ``train`` does with a bucket."""
-    from clipft.storage.sync import sync as bring
+def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "SyncResult":
+    from clipft.s3_url import parse_s3_url
+    from clipft.storage.sending import send
 
-    with _progress(out) as report:
-        result = bring(settings, report)
-    for note in result.notes:
-        out.note(f"note: {note}.")
-    return result
-
-
-@contextmanager
-def _progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]:
-    """A bar on a terminal, a line every few seconds elsewhere."""
-    if not out.err.is_terminal:
-        yield _PlainProgress(out).report
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), left)
-    with Progress(*columns, console=out.err, transient=True) as bar:
-        task = bar.add_task("listing", total=None)
-
-        def report(now: "SyncProgress") -> None:
-            files = f"{now.files_done}/{now.files} files"
-            bar.update(task, description=files, completed=now.bytes_done, total=now.bytes)
-
-        yield report
+    if parse_s3_url(settings.data_dir):
+        raise UsageError("--up sends a folder", "name the folder with --data-dir")
+    with transfer_progress(out) as report:
+        return send(settings, report, options, out.note)
 
 
-class _PlainProgress:
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._start = self._last = time.monotonic()
-
-    def report(self, now: "SyncProgress") -> None:
-        clock = time.monotonic()
-        if clock - self._last < _PLAIN_EVERY:
-            return
-        self._last = clock
-        rate = max(now.bytes_done, 1) / (clock - self._start)
-        self._out.note(
-            f"{now.files_done}/{now.files} files, {decimal(now.bytes_done)} of "
-            f"{decimal(now.bytes)}, {decimal(int(rate))}/s, "
-            f"{(now.bytes - now.bytes_done) / rate:.0f} s left"
-        )
-
-
-def _tables(result: "SyncResult") -> Iterator[Table]:
+def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
+    if result.planned:
+        planned = Table("would", title="Dry run", title_justify="left", show_header=False)
+        for line in result.planned[:_SHOWN]:
+            planned.add_row(escape(ascii(line)[1:-1]))
+        if len(result.planned) > _SHOWN:
+            planned.add_row(f"... {len(result.planned):,} in all; --json lists them")
+        yield planned
     table = Table(title="Sync", title_justify="left")
-    for heading in ("objects", "downloaded", "skipped", "refused", "size", "seconds"):
+    for heading in ("objects", verb, "skipped", "deleted", "refused", "size", "seconds"):
         table.add_column(heading, justify="right")
-    counts = (result.objects, result.downloaded, result.skipped, len(result.refused))
+    counts = (result.objects, result.transferred, result.skipped, result.deleted)
+    refused = len(result.refused)
     size, seconds = decimal(result.bytes), f"{result.seconds:.1f}"
-    table.add_row(*(f"{count:,}" for count in counts), size, seconds)
+    table.add_row(*(f"{count:,}" for count in (*counts, refused)), size, seconds)
     yield table
     if result.refused:
-        refused = Table("key", "refused because it", title="Refused", title_justify="left")
-        for refusal in result.refused[:_SHOWN_REFUSED]:
-            refused.add_row(escape(ascii(refusal.key)), escape(refusal.reason))
-        if len(result.refused) > _SHOWN_REFUSED:
-            refused.add_row("...", f"{len(result.refused):,} in all; --json lists them")
-        yield refused
+        yield _refused(result)
+
+
+def _refused(result: "SyncResult") -> Table:
+    refused = Table("key", "refused because it", title="Refused", title_justify="left")
+    for refusal in result.refused[:_SHOWN]:
+        refused.add_row(escape(ascii(refusal.key)), escape(refusal.reason))
+    if len(result.refused) > _SHOWN:
+        refused.add_row("...", f"{len(result.refused):,} in all; --json lists them")
+    return refused

@@ -9,6 +9,7 @@ import typer
 from clipft.cli.console import Output
 from clipft.cli.evaluate import EVALUATION_SETTINGS
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import bring_named_data
 from clipft.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES, Settings
 from clipft.settings_sources import LoadedSettings
 
@@ -92,6 +93,7 @@ def zero_shot(
     from clipft.training.labelling import LabelSource, label_validation
     from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
 
+    bring_named_data(loaded, out)
     if save_classifier:
         check_writable(save_classifier)
     path = find_checkpoint(checkpoint, loaded.values) if checkpoint else None

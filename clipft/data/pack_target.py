@@ -20,6 +20,7 @@ from clipft.errors import StorageError, UsageError
 
 _BUILDING = ".clipft-part-pack"
 _MARK = re.compile(r"\.clipft-pack(-\d+-of-(\d+))?\.json")
+_OWN = ".clipft-"
 _ANOTHER = "name a new folder for the shards"
 
 
@@ -53,7 +54,8 @@ class Target:
         names = {path.name for path in self.out.iterdir()}
         marks = {name: mark for name in names if (mark := _MARK.fullmatch(name))}
         begun = any(name.startswith(_BUILDING) for name in names)
-        if names and not marks and not begun:
+        others = [name for name in names if not name.startswith(_OWN)]
+        if others and not marks and not begun:
             raise UsageError(f"{self.out} is not empty", _ANOTHER)
         if self.part.of > 1 and any(m[2] != str(self.part.of) for m in marks.values()):
             raise UsageError(f"{self.out} holds a pack that was not of {self.part.of}", _ANOTHER)

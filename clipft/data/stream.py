@@ -1,6 +1,9 @@
 """Shards read in sequence, for catalogues that random access would starve: slow disks, network
 file systems, and more than the disk holds.
 
+Where the shards lie is the business of a ``ShardSource``: a folder, or whatever else lists and
+opens tars; storage has one that reads from S3.
+
 The order is a function of (seed, epoch): the shards are shuffled, then every ``buffer`` pairs
 that follow each other. The main process reads, workers decode, so their number changes nothing;
 a thread reads one buffer ahead. A run goes on at its place by skipping whole shards and, of
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 from webdataset.tariterators import tar_file_iterator
@@ -32,12 +35,70 @@ _POLL = 0.1
 """Seconds after which a reading thread looks whether it is still wanted."""
 
 
+class ShardSource(Protocol):
+    """Tars and the ``sizes*.json`` beside them, by name."""
+
+    @property
+    def place(self) -> str:
+        """Where they lie, for people."""
+
+    def names(self) -> Sequence[str]:
+        """Of the tars, sorted.
+
+        Raises:
+            DataError: there is none.
+        """
+
+    def sizes(self) -> dict[str, bytes]:
+        """The content of each ``sizes*.json``."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """A tar from its start, to be read in sequence."""
+
+    def count(self, name: str) -> tuple[int, Sequence[Skipped]]:
+        """Pairs of a tar that no ``sizes*.json`` names, and those that are none.
+
+        Raises:
+            DataError: it cannot be read, or not be counted here.
+        """
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """The source that is a folder."""
+
+    folder: Path
+
+    @property
+    def place(self) -> str:
+        return str(self.folder)
+
+    def names(self) -> Sequence[str]:
+        return [path.name for path in shard_paths(self.folder)]
+
+    def sizes(self) -> dict[str, bytes]:
+        paths = sorted(self.folder.glob("sizes*.json"))
+        return {path.name: path.read_bytes() for path in paths}
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self.folder / name).open("rb")
+
+    def count(self, name: str) -> tuple[int, Sequence[Skipped]]:
+        indexed = open_shard(self.folder / name)
+        return len(indexed), indexed.skipped
+
+
 @dataclass(frozen=True)
 class StreamShard:
     """One tar, and how many pairs of it are used: the first so many."""
 
-    path: Path
+    name: str
     pairs: int
+    source: ShardSource
+
+    @property
+    def where(self) -> str:
+        return f"{self.source.place}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +117,7 @@ class PairStream:
 
     def identity(self) -> str:
         """As that of ``PairDataset``, and the buffer, which shapes the order."""
-        names = ";".join(f"{shard.path.name}:{shard.pairs}" for shard in self.shards)
+        names = ";".join(f"{shard.name}:{shard.pairs}" for shard in self.shards)
         return f"{names};{len(self)};buffer {self.buffer}"
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[RawPair]]:
@@ -88,40 +149,42 @@ class PairStream:
             first = 0
 
 
-def open_stream(folder: Path, buffer: int, limit: int = 0) -> PairStream:
-    """Shards of a folder; their numbers of pairs from ``sizes*.json`` beside them, else from
-    their indexes.
+def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> PairStream:
+    """Shards of a source or folder; their numbers of pairs from ``sizes*.json`` beside them,
+    else counted.
 
     Raises:
         DataError: no folder, no tar, or nothing in it.
     """
-    sizes, shards, skipped, left = _sizes(folder), list[StreamShard](), list[Skipped](), limit
-    for path in shard_paths(folder):
-        pairs = sizes.get(path.name)
+    if isinstance(source, Path):
+        source = ShardFolder(source)
+    names = source.names()
+    sizes, shards, skipped, left = _sizes(source), list[StreamShard](), list[Skipped](), limit
+    for name in names:
+        pairs = sizes.get(name)
         if pairs is None:
-            indexed = open_shard(path)
-            pairs = len(indexed)
-            skipped += indexed.skipped
+            pairs, bad = source.count(name)
+            skipped += bad
         used = min(pairs, left) if limit else pairs
         left -= used
         if used:
-            shards.append(StreamShard(path, used))
+            shards.append(StreamShard(name, used, source))
     if not shards:
-        raise DataError(f"no pair in the shards of {folder}", "see `clipft inspect`")
+        raise DataError(f"no pair in the shards of {source.place}", "see `clipft inspect`")
     return PairStream(shards, skipped, buffer)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(source: ShardSource) -> dict[str, int]:
     """``{"00000.tar": 1000}``, as ``clipft pack`` and others write it."""
     sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("sizes*.json")):
+    for file, text in source.sizes().items():
         try:
-            found = {str(name): int(pairs) for name, pairs in json.loads(path.read_text()).items()}
+            found = {str(name): int(pairs) for name, pairs in json.loads(text).items()}
             if min(found.values(), default=0) < 0:
                 raise ValueError("a number below 0")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} does not give numbers of pairs by shard: {error}",
+                f"{source.place}/{file} does not give numbers of pairs by shard: {error}",
                 "remove it: the shards are counted then",
             ) from error
         sizes |= found
@@ -136,7 +199,7 @@ def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
     """
     row = 0
     try:
-        with shard.path.open("rb") as file:
+        with shard.source.open(shard.name) as file:
             for key, members in _grouped(file):
                 if row >= shard.pairs:
                     return
@@ -145,11 +208,12 @@ def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
                 row += 1
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"cannot read {shard.path} to its end: {error}", "fetch it again, then `clipft resume`"
+            f"cannot read {shard.where} to its end: {error}",
+            "fetch it again, then `clipft resume`",
         ) from error
     if row < shard.pairs:
         raise DataError(
-            f"{shard.path} gave {row} pairs in sequence, {shard.pairs} were expected",
+            f"{shard.where} gave {row} pairs in sequence, {shard.pairs} were expected",
             "the files of a pair must follow each other: `clipft pack` it anew, or train "
             "without --stream; or mend sizes.json beside it",
         )
@@ -157,7 +221,7 @@ def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
 
 def _pair(shard: StreamShard, number: int, key: str, members: dict[str, bytes]) -> RawPair:
     caption, metadata = members.get("caption", b""), members.get("metadata", b"")
-    return RawPair(number, printable(key), shard.path.name, members["image"], caption, metadata)
+    return RawPair(number, printable(key), shard.name, members["image"], caption, metadata)
 
 
 def _grouped(file: Any) -> Iterator[tuple[str, dict[str, bytes]]]:

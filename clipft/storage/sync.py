@@ -1,332 +1,231 @@
-"""``sync``: the bucket's pairs as local files, each whole or not there at all.
+"""``sync``: the bucket's pairs as local files, each whole or not there at all; or the way up.
 
 An object arrives under a temporary name, is checked and only then renamed. What is there
-already is known by a small manifest in each target folder (size, ETag, time of change), or,
-without it, by its md5. Nothing is deleted.
+already is known by a journal in each folder (size, ETag, time of change) or, without it, by
+its md5. Nothing is deleted but on demand.
 """
 
-import hashlib
-import json
-import os
-import stat
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clipft.errors import StorageError
 from clipft.settings import StorageSettings
-from clipft.storage.checkpoints import download
-from clipft.storage.locations import (
-    OWN_PREFIX,
-    PLAIN_MD5,
-    THREADS,
-    Refused,
-    RefusedKey,
-    RemoteObject,
-    bucket_url,
-    check_space,
-    disk_error,
-    folder_prefixes,
-    list_objects,
-    open_client,
-    storage_errors,
-)
+from clipft.storage.bucket import Bucket, bucket_url, open_bucket, quiet
+from clipft.storage.failures import check_space
+from clipft.storage.fetching import Fetch, SyncProgress, part_name
+from clipft.storage.folder import Folder
+from clipft.storage.keys import Filter, Refused, RemoteObject, folder_prefixes
+from clipft.storage.local_files import local_files, remove_files
 
-MANIFEST = f"{OWN_PREFIX}sync.json"
-LOCK = f"{OWN_PREFIX}sync.lock"
-PART = f"{OWN_PREFIX}part-"
-
-_SAVE_EVERY = 2.0
-_REPORT_EVERY = 0.2
+SIDES = ("train", "val")
 
 
 @dataclass(frozen=True)
-class SyncProgress:
-    """How far a sync is with what was not there yet."""
+class SyncOptions:
+    """``delete``: what the source lacks goes, inside the two folders or prefixes alone;
+    ``dry_run``: nothing is changed."""
 
-    files_done: int
-    files: int
-    bytes_done: int
-    bytes: int
+    filter: Filter = field(default_factory=Filter)
+    delete: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """``bytes`` are those downloaded; ``notes`` are sentences that deserve a reader."""
+    """``transferred`` objects of ``bytes`` came, or went up; ``notes`` are sentences that
+    deserve a reader; ``planned`` names what a dry run would have transferred or deleted."""
 
     objects: int
-    downloaded: int
+    transferred: int
     skipped: int
+    deleted: int
     bytes: int
     refused: tuple[Refused, ...]
     notes: tuple[str, ...]
     seconds: float
+    planned: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-@dataclass
-class _Target:
-    """A local folder, what belongs there, and what the manifest says of it."""
+@dataclass(frozen=True)
+class Found:
+    """What the bucket holds for each side, as far as the filter takes it."""
 
-    folder: Path
-    objects: list[RemoteObject]
-    refused: list[Refused]
-    records: dict[str, Any] = field(default_factory=dict)
-    saved: float = 0.0
+    bucket: Bucket
+    prefixes: dict[str, str]
+    objects: dict[str, list[RemoteObject]]
+    refused: dict[str, list[Refused]]
 
-    def load(self) -> None:
-        """Read the manifest; a broken one counts as none."""
-        with suppress(OSError, ValueError):
-            content = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            if isinstance(content, dict) and isinstance(content.get("objects"), dict):
-                self.records = content["objects"]
-
-    def save(self) -> None:
-        text = json.dumps({"version": 1, "objects": self.records}, ensure_ascii=False)
-        part = _part(self.folder)
-        try:
-            with open(part, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / MANIFEST)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise disk_error(error, self.folder / MANIFEST, len(text)) from error
-        self.saved = time.monotonic()
-
-    def status(self, wanted: RemoteObject) -> os.stat_result | None:
-        """Of a regular file that is reached without any link inside the folder."""
-        if any((self.folder / parent).is_symlink() for parent in wanted.folders):
-            return None
-        with suppress(OSError):
-            status = (self.folder / wanted.path).lstat()
-            return status if stat.S_ISREG(status.st_mode) else None
-        return None
-
-    def record(self, wanted: RemoteObject) -> None:
-        status = (self.folder / wanted.path).lstat()
-        self.records[wanted.path.as_posix()] = _record(wanted, status)
-
-    def has(self, wanted: RemoteObject) -> bool:
-        """Whether the file is as a sync left it, and the object as it was then."""
-        status = self.status(wanted)
-        if status is None or status.st_size != wanted.size:
-            return False
-        return bool(self.records.get(wanted.path.as_posix()) == _record(wanted, status))
-
-    def has_same_bytes(self, wanted: RemoteObject) -> bool:
-        """Whether the file is the object by its md5, where the ETag is one."""
-        status = self.status(wanted)
-        if status is None or status.st_size != wanted.size:
-            return False
-        if not PLAIN_MD5.fullmatch(wanted.etag.strip('"')):
-            return False
-        with open(self.folder / wanted.path, "rb") as file:
-            return hashlib.file_digest(file, "md5").hexdigest() == wanted.etag.strip('"')
-
-    def bytes_short(self, wanted: RemoteObject) -> int:
-        status = self.status(wanted)
-        return wanted.size - (status.st_size if status else 0)
+    def names(self, side: str) -> list[str]:
+        """Paths below the folder of ``side``."""
+        return [wanted.path.as_posix() for wanted in self.objects[side]]
 
 
-def _record(wanted: RemoteObject, status: os.stat_result) -> dict[str, Any]:
-    return {"etag": wanted.etag, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+def look(
+    settings: StorageSettings,
+    chosen: Filter = Filter(),  # noqa: B008 (frozen)
+    say: Callable[[str], None] = quiet,
+) -> Found:
+    """List both prefixes. ``say`` is told when failures last.
+
+    Raises:
+        UsageError: no bucket is set, or one prefix lies within the other.
+        StorageError: the bucket cannot be read.
+    """
+    bucket = open_bucket(settings, say)
+    prefixes = dict(zip(SIDES, folder_prefixes(settings), strict=True))
+    objects, refused = {}, {}
+    for side, prefix in prefixes.items():
+        listed, refused[side] = bucket.list(prefix)
+        objects[side] = [o for o in listed if chosen.takes(o.path.as_posix())]
+    return Found(bucket, prefixes, objects, refused)
 
 
-def _part(folder: Path) -> Path:
-    return folder / f"{PART}{uuid.uuid4().hex}"
+def sync(
+    settings: StorageSettings,
+    report: Callable[[SyncProgress], None],
+    options: SyncOptions = SyncOptions(),
+) -> SyncResult:
+    """``look`` and ``bring``, to ``data_dir``."""
+    return bring(look(settings, options.filter), settings.data_dir, report, options)
 
 
-class _Stopped(Exception):
-    """Another object failed, or the user stopped the sync."""
-
-
-class _Sync:
-    """One run: a few threads that fetch, the caller's thread that books and reports."""
-
-    def __init__(self, client: Any, settings: StorageSettings, targets: list[_Target]) -> None:
-        self._client, self._settings = client, settings
-        self.todo = [(t, o) for t in targets for o in t.objects if not t.has(o)]
-        self.bytes_wanted = sum(o.size for _, o in self.todo)
-        self.files_done = self.bytes_done = self.downloaded = self.bytes = 0
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
-
-    def run(self, report: Callable[[SyncProgress], None]) -> None:
-        work = iter(self.todo)
-        with ThreadPoolExecutor(THREADS) as pool:
-            running: dict[Future[bool], tuple[_Target, RemoteObject]] = {}
-            try:
-                while running or self.files_done < len(self.todo):
-                    for target, wanted in islice(work, 2 * THREADS - len(running)):
-                        running[pool.submit(self._bring, target, wanted)] = (target, wanted)
-                    finished, _ = wait(running, _REPORT_EVERY, FIRST_COMPLETED)
-                    for future in finished:
-                        self._book(future, *running.pop(future))
-                    report(self._progress())
-            except BaseException:
-                self._stopping.set()
-                pool.shutdown(cancel_futures=True)
-                for future, place in running.items():
-                    with suppress(Exception, CancelledError):
-                        self._book(future, *place)
-                raise
-
-    def _progress(self) -> SyncProgress:
-        return SyncProgress(self.files_done, len(self.todo), self.bytes_done, self.bytes_wanted)
-
-    def _book(self, future: Future[bool], target: _Target, wanted: RemoteObject) -> None:
-        try:
-            fetched = future.result()
-        except RefusedKey as refusal:
-            target.refused.append(Refused(wanted.key, str(refusal)))
-        else:
-            target.record(wanted)
-            self.downloaded += fetched
-            self.bytes += wanted.size if fetched else 0
-        self.files_done += 1
-        if time.monotonic() - target.saved > _SAVE_EVERY:
-            target.save()
-
-    def _count(self, count: int) -> None:
-        if self._stopping.is_set():
-            raise _Stopped
-        with self._lock:
-            self.bytes_done += count
-
-    def _bring(self, target: _Target, wanted: RemoteObject) -> bool:
-        """Whether the object had to be downloaded."""
-        if target.has_same_bytes(wanted):
-            self._count(wanted.size)
-            return False
-        place, part = target.folder / wanted.path, _part(target.folder)
-        try:
-            _make_way(target.folder, wanted)
-            self._download(wanted, part)
-            os.replace(part, place)
-        except OSError as error:
-            raise disk_error(error, place, wanted.size) from error
-        finally:
-            part.unlink(missing_ok=True)
-        return True
-
-    def _download(self, wanted: RemoteObject, part: Path) -> None:
-        """Exactly the version that was listed."""
-        bucket, url = str(self._settings.s3_bucket), bucket_url(self._settings, wanted.key)
-        request = {"Bucket": bucket, "Key": wanted.key, "IfMatch": wanted.etag}
-        with storage_errors(self._settings, url):
-            answer = download(self._client, request, part, self._count)
-        if answer["ETag"] != wanted.etag or answer["ContentLength"] != wanted.size:
-            raise StorageError(f"{url} was changed while it was read", "repeat the command")
-
-
-def sync(settings: StorageSettings, report: Callable[[SyncProgress], None]) -> SyncResult:
-    """Bring the bucket's training and validation pairs to ``data_dir``.
+def bring(
+    found: Found,
+    target: Path,
+    report: Callable[[SyncProgress], None],
+    options: SyncOptions = SyncOptions(),
+) -> SyncResult:
+    """Bring what was found to ``target``/train and ``target``/val.
 
     ``report`` is called on the caller's thread, several times a second.
 
     Raises:
-        UsageError: no bucket is set, or one prefix lies within the other.
-        StorageError: the bucket cannot be read, its training prefix is empty, an object does
-            not arrive whole, or the disk does not take it.
+        StorageError: there is nothing to train on, an object does not arrive whole, or the
+            disk does not take it.
     """
+    return _bring(found, SIDES, target, report, options, _check_found(found))
+
+
+def bring_side(
+    found: Found, side: str, target: Path, report: Callable[[SyncProgress], None]
+) -> SyncResult:
+    """The same for one of the two."""
+    return _bring(found, (side,), target, report, SyncOptions(), [])
+
+
+def _bring(
+    found: Found,
+    sides: tuple[str, ...],
+    target: Path,
+    report: Callable[[SyncProgress], None],
+    options: SyncOptions,
+    notes: list[str],
+) -> SyncResult:
     start = time.monotonic()
-    client = open_client(settings)
-    prefixes = dict(zip(("train", "val"), folder_prefixes(settings), strict=True))
-    targets = [
-        _Target(settings.data_dir / name, *list_objects(client, settings, prefix))
-        for name, prefix in prefixes.items()
-    ]
-    notes = _check_found(targets, settings)
-    listed = sum(len(target.objects) + len(target.refused) for target in targets)
+    folders = [Folder(target / s, found.objects[s], list(found.refused[s])) for s in sides]
+    listed = sum(len(folder.objects) + len(folder.refused) for folder in folders)
+    if options.dry_run:
+        return _planned(folders, listed, options, time.monotonic() - start)
     with ExitStack() as held:
-        for target in targets:
-            held.enter_context(_opened(target))
-        notes += [note for target in targets for note in _left_over(target)]
-        work = _Sync(client, settings, targets)
-        check_space(settings.data_dir, sum(t.bytes_short(o) for t, o in work.todo))
-        work.run(report)
-    refused = tuple(refusal for target in targets for refusal in target.refused)
+        for folder in folders:
+            held.enter_context(folder.opened())
+        work = [(f, o) for f in folders for o in f.objects if not f.has(o)]
+        kept = {part_name(wanted) for _, wanted in work}
+        for folder in folders:
+            folder.remove_stale_parts(kept)
+        check_space(target, sum(folder.bytes_short(wanted) for folder, wanted in work))
+        fetch = Fetch(found.bucket, work)
+        if work:
+            fetch.run(report)
+        deleted = _delete(folders, options) if options.delete else 0
+        notes += [] if options.delete else [n for f in folders for n in _left_over(f, options)]
+    refused = tuple(refusal for folder in folders for refusal in folder.refused)
     return SyncResult(
         objects=listed,
-        downloaded=work.downloaded,
-        skipped=listed - work.downloaded - len(refused),
-        bytes=work.bytes,
+        transferred=fetch.downloaded,
+        skipped=listed - fetch.downloaded - len(refused),
+        deleted=deleted,
+        bytes=fetch.bytes,
         refused=refused,
         notes=tuple(notes),
         seconds=time.monotonic() - start,
     )
 
 
-def _check_found(targets: list[_Target], settings: StorageSettings) -> list[str]:
-    train, val = targets
-    if not train.objects and not train.refused:
+def _check_found(found: Found) -> list[str]:
+    settings = found.bucket.settings
+    if not found.objects["train"] and not found.refused["train"]:
         raise StorageError(
             f"bucket {settings.s3_bucket} has nothing under prefix {settings.s3_prefix!r}",
             "check --s3-prefix; its objects become the files of the train folder",
         )
-    if not val.objects and not val.refused:
+    if not found.objects["val"] and not found.refused["val"]:
         return [f"nothing to validate on under {bucket_url(settings, settings.s3_val_prefix)}"]
     return []
 
 
-def _left_over(target: _Target) -> Iterator[str]:
+def _planned(
+    folders: list[Folder], listed: int, options: SyncOptions, seconds: float
+) -> SyncResult:
+    """What ``bring`` would do; nothing is locked or made."""
+    work, gone = [], list[str]()
+    for folder in folders:
+        folder.load()
+        work += [(folder, o) for o in folder.objects if not folder.has(o)]
+        if options.delete:
+            gone += [str(folder.path / name) for name in _surplus(folder, options)]
+    refused = tuple(refusal for folder in folders for refusal in folder.refused)
+    return SyncResult(
+        objects=listed,
+        transferred=len(work),
+        skipped=listed - len(work) - len(refused),
+        deleted=len(gone),
+        bytes=sum(wanted.size for _, wanted in work),
+        refused=refused,
+        notes=("dry run: nothing was changed",),
+        seconds=seconds,
+        planned=(
+            *(f"get {folder.path / wanted.path}" for folder, wanted in work),
+            *(f"delete {name}" for name in gone),
+        ),
+    )
+
+
+def _surplus(folder: Folder, options: SyncOptions) -> list[str]:
+    """Files of the folder that the bucket does not have, as far as the filter takes them."""
+    present = {wanted.path.as_posix() for wanted in folder.objects}
+    return [
+        name
+        for name in local_files(folder.path)
+        if name not in present and options.filter.takes(name)
+    ]
+
+
+def _delete(folders: list[Folder], options: SyncOptions) -> int:
+    deleted = 0
+    for folder in folders:
+        names = _surplus(folder, options)
+        remove_files(folder.path, names)
+        folder.forget(names)
+        deleted += len(names)
+    return deleted
+
+
+def _left_over(folder: Folder, options: SyncOptions) -> Iterator[str]:
     """What an earlier sync brought and the bucket has no longer: training would read it."""
-    present = {wanted.path.as_posix() for wanted in target.objects}
-    gone = [name for name in target.records if name not in present]
-    gone = [name for name in gone if (target.folder / name).exists()]
+    gone = [name for name in _surplus(folder, options) if name in folder.records]
     if gone:
-        yield f"{len(gone)} files of {target.folder} are no longer in the bucket: {gone[0]} ..."
+        yield (
+            f"{len(gone)} files of {folder.path} are no longer in the bucket: {gone[0]} ... "
+            "(--delete removes them)"
+        )
 
 
-@contextmanager
-def _opened(target: _Target) -> Iterator[None]:
-    """The folder made, locked and rid of stale parts; its manifest read, and at last saved."""
-    import fcntl
-
-    try:
-        target.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock_file(target.folder)
-    except OSError as error:
-        raise disk_error(error, target.folder, 0) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(
-                f"another sync is writing to {target.folder}", "wait until it has ended"
-            ) from error
-        for part in target.folder.glob(f"{PART}*"):
-            part.unlink(missing_ok=True)
-        target.load()
-        try:
-            yield
-        finally:
-            target.save()
-
-
-def _lock_file(folder: Path) -> IO[str]:
-    return open(folder / LOCK, "a")
-
-
-def _make_way(folder: Path, wanted: RemoteObject) -> None:
-    """Make the folders of an object, following no link and taking nobody's place."""
-    for parent in reversed(wanted.folders):
-        if (folder / parent).is_symlink():
-            raise RefusedKey(f"{parent} in the target is a link")
-        try:
-            (folder / parent).mkdir(exist_ok=True)
-        except FileExistsError:
-            raise RefusedKey(f"{parent} in the target is a file") from None
-    if (folder / wanted.path).is_dir() and not (folder / wanted.path).is_symlink():
-        raise RefusedKey(f"{wanted.path} in the target is a folder")
+__all__ = ["Filter", "Found", "SyncOptions", "SyncProgress", "SyncResult", "bring", "look", "sync"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
@@ -30,6 +30,9 @@ from clipft.training.shared_steps import agreed
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
 
+if TYPE_CHECKING:
+    from clipft.data.stream import ShardSource
+
 
 @dataclass(frozen=True)
 class Watchers:
@@ -37,15 +40,23 @@ class Watchers:
 
     observer: Observer
     note: Note
-    saved: Callable[[Path], None]
+    saved: Callable[[Path, int], None]
+    """With the number of optimizer steps done."""
     progress: Progress = silent
 
 
-def train(settings: Settings, watchers: Watchers, toml: str, processes: Processes) -> TrainResult:
+def train(
+    settings: Settings,
+    watchers: Watchers,
+    toml: str,
+    processes: Processes,
+    source: "ShardSource | None" = None,
+) -> TrainResult:
     """Run to the end of the last epoch, or of patience.
 
     ``toml`` is the settings as text, kept in the run folder. Of several processes the first
-    one keeps the files.
+    one keeps the files. ``source`` gives a stream's training shards, where they lie elsewhere
+    than in ``data_dir``.
 
     Raises:
         Interrupted: a signal asked to stop; the state is saved.
@@ -62,7 +73,7 @@ def train(settings: Settings, watchers: Watchers, toml: str, processes: Processe
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
             return TrainResult.of_finished(checkpoint, paths)
-        setup = prepare(settings, watchers.note, processes, watchers.progress)
+        setup = prepare(settings, watchers.note, processes, watchers.progress, source)
         by_first(processes, lambda: paths.write_text("settings.toml", toml))
         try:
             return _through(_Run(setup, paths, watchers, stop), checkpoint)
@@ -325,7 +336,7 @@ class _Run:
 
     def _write_checkpoint(self, finished: bool) -> None:
         save_checkpoint(self.paths.checkpoint, self._content(finished))
-        self.watchers.saved(self.paths.checkpoint)
+        self.watchers.saved(self.paths.checkpoint, self.state.step if self.state else 0)
 
     def _write_best(self) -> None:
         save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,9 @@ from clipft.training.preprocessing import (
     training_preprocessing,
     validation_preprocessing,
 )
+
+if TYPE_CHECKING:
+    from clipft.data.stream import ShardSource
 
 Note = Callable[[str], None]
 
@@ -148,7 +152,11 @@ class RunSetup:
 
 
 def prepare(
-    settings: Settings, note: Note, processes: Processes, progress: Progress = silent
+    settings: Settings,
+    note: Note,
+    processes: Processes,
+    progress: Progress = silent,
+    source: "ShardSource | None" = None,
 ) -> RunSetup:
     """Open the data, load the model, choose the micro-batch, lay the plan: all processes the
     same.
@@ -156,7 +164,7 @@ def prepare(
     Raises:
         DataError, ModelError, UsageError: what is missing, before anything has started.
     """
-    train = first_then_all(processes, lambda: _open_training(settings))
+    train = first_then_all(processes, lambda: _open_training(settings, source))
     val = first_then_all(
         processes, lambda: open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     )
@@ -250,12 +258,12 @@ def even_micro_batch(effective: int, micro: int, processes: int) -> int:
     return -(-share // -(-share // micro))
 
 
-def _open_training(settings: Settings) -> Pairs:
+def _open_training(settings: Settings, source: "ShardSource | None") -> Pairs:
     folder = settings.data_dir / "train"
     if settings.stream:
         from clipft.data.stream import open_stream  # webdataset takes its time to import
 
-        return open_stream(folder, settings.shuffle_buffer, settings.max_train_pairs)
+        return open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs)
     return open_pairs(folder, settings.max_train_pairs)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -13,7 +14,7 @@ from botocore.loaders import JSONFileLoader
 from moto.server import ThreadedMotoServer
 
 from clipft.settings import StorageSettings
-from clipft.storage import checkpoints, locations
+from tests.storage.rados_gateway import KEY, MISSING, SECRET, RadosGateway, installed
 
 _NUMBERS = count()
 
@@ -53,21 +54,19 @@ def parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_credentials(monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testtest")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"):
+    for name in (
+        "AWS_PROFILE",
+        "AWS_SESSION_TOKEN",
+        "AWS_DEFAULT_REGION",
+        "AWS_REGION",
+        "AWS_CA_BUNDLE",
+    ):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """The pauses between tries are seconds long: few tries, short pauses."""
-    monkeypatch.setattr(locations, "ATTEMPTS", 2)
-    monkeypatch.setattr(checkpoints, "BODY_ATTEMPTS", 2)
-    monkeypatch.setattr(checkpoints, "BODY_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +77,33 @@ def client(server) -> Any:
 
 @pytest.fixture
 def bucket(server, client, tmp_path) -> Bucket:
+    return make_bucket(client, server, tmp_path)
+
+
+def make_bucket(client: Any, url: str, tmp_path: Path) -> Bucket:
+    """An empty one, and settings that reach it and give up after half a second."""
     name = f"bucket-{next(_NUMBERS)}"
     client.create_bucket(Bucket=name)
-    folder = tmp_path / "data"
-    return Bucket(client, StorageSettings(data_dir=folder, s3_bucket=name, endpoint_url=server))
+    settings = StorageSettings(
+        data_dir=tmp_path / "data", s3_bucket=name, endpoint_url=url, s3_patience=0.5
+    )
+    return Bucket(client, settings)
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory) -> Iterator[str]:
+    """URL of a real server; tests that ask for it skip where it is not installed."""
+    if not installed():
+        pytest.skip(MISSING)
+    with RadosGateway(tmp_path_factory.mktemp("ceph") / "node") as server:
+        yield server.url
+
+
+@pytest.fixture
+def real_bucket(gateway, tmp_path) -> Bucket:
+    keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+    client = boto3.client("s3", endpoint_url=gateway, region_name="us-east-1", **keys)
+    return make_bucket(client, gateway, tmp_path)
 
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]

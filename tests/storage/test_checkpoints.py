@@ -1,74 +1,245 @@
-import hashlib
+import dataclasses
+import io
+import json
+import threading
+import time
 
 import pytest
 
-from clipft.errors import StorageError, UsageError
-from clipft.storage.checkpoints import fetch_checkpoint, upload_checkpoint
+from clipft.errors import StorageError
+from clipft.storage.bucket import open_bucket
+from clipft.storage.checkpoints import CheckpointStore, Manifest, Run
+from clipft.storage.uploading import Uploader
 from tests.storage.conftest import refusing
+from tests.storage.faulty_proxy import (
+    Times,
+    corrupts,
+    fails,
+    faulty_proxy,
+    spoils_uploads,
+    untouched,
+)
 
+NAME = "dual_lora_checkpoint"
+FILE = f"{NAME}.pt"
 WEIGHTS = bytes(range(256)) * 400
+RUN = Run("one", 1000.0)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "dual_lora_checkpoint.pt"
-    path.write_bytes(WEIGHTS)
-    return path
+@pytest.fixture(params=["moto", "gateway"])
+def place(request):
+    return request.getfixturevalue("bucket" if request.param == "moto" else "real_bucket")
 
 
-def test_up_and_down(bucket, saved, tmp_path):
-    url = upload_checkpoint(saved, bucket.settings)
-    assert url == f"s3://{bucket.settings.s3_bucket}/checkpoints/{saved.name}"
-    target = tmp_path / "new" / "fetched.pt"
-    assert fetch_checkpoint(saved.name, target, bucket.settings)
-    assert target.read_bytes() == WEIGHTS
-    assert [p.name for p in target.parent.iterdir()] == ["fetched.pt"]
+def store_of(bucket, **changed) -> CheckpointStore:
+    return CheckpointStore(open_bucket(bucket.but(**changed)), "checkpoints", NAME)
 
 
-def test_in_several_parts(bucket, saved, tmp_path):
-    saved.write_bytes(WEIGHTS * 200)  # 20 MB: above the size that goes in one piece
-    upload_checkpoint(saved, bucket.settings)
-    key = f"checkpoints/{saved.name}"
-    found = bucket.client.head_object(Bucket=bucket.settings.s3_bucket, Key=key)
-    assert "-" in found["ETag"]
-    assert found["Metadata"]["sha256"] == hashlib.sha256(WEIGHTS * 200).hexdigest()
-    assert fetch_checkpoint(saved.name, tmp_path / "fetched.pt", bucket.settings)
-    assert (tmp_path / "fetched.pt").read_bytes() == WEIGHTS * 200
+def save(store, step, body=WEIGHTS, run=RUN, keep=3, **others) -> bool:
+    files = {FILE: io.BytesIO(body), **{name: io.BytesIO(b) for name, b in others.items()}}
+    return store.upload(step, files, run, keep)
 
 
-def test_false_only_for_a_checkpoint_proven_absent(bucket, tmp_path):
-    assert fetch_checkpoint("none.pt", tmp_path / "none.pt", bucket.settings) is False
-    assert not (tmp_path / "none.pt").exists()
+def fetch(store, folder, say=lambda note: None):
+    return store.fetch(store.manifest(), lambda name: folder / name, say)
+
+
+def keys(bucket) -> list[str]:
+    answer = bucket.client.list_objects_v2(Bucket=bucket.settings.s3_bucket)
+    return [entry["Key"] for entry in answer.get("Contents", ())]
+
+
+def test_up_and_down(place, tmp_path):
+    store = store_of(place)
+    assert save(store, 5, **{"metrics.jsonl": b"{}\n"})
+    found = fetch(store, tmp_path / "new")
+    assert found.step == 5 and store.manifest().run == RUN
+    arrived = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+    assert arrived == {FILE: WEIGHTS, "metrics.jsonl": b"{}\n"}
+
+
+def test_in_several_parts(place, tmp_path):
+    store, large = store_of(place), WEIGHTS * 400  # 41 MB: parts of 16 MiB, ranges of 8
+    save(store, 1, large)
+    assert "-" in store.manifest().saves[0].files[FILE].etag
+    fetch(store, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == large
+
+
+def test_only_the_newest_stay_and_what_is_unchanged_is_sent_once(place):
+    store = store_of(place)
+    for step in range(5):
+        assert save(store, step, b"%d" % step, keep=2, **{"best.pt": b"best"})
+    assert [entry.step for entry in store.manifest().saves] == [4, 3]
+    assert len(keys(place)) == 1 + 2 + 1  # the manifest, two checkpoints, one best
+
+
+def test_an_older_save_of_the_run_does_not_overtake(place, tmp_path):
+    store = store_of(place)
+    save(store, 7, b"seven")
+    assert save(store, 6, b"six") is False
+    assert fetch(store, tmp_path).step == 7
+    assert save(store, 7, b"seven again") is True
+
+
+def test_a_run_that_started_earlier_is_refused_by_a_later_one(place, tmp_path):
+    store, later = store_of(place), Run("two", 2000.0)
+    save(store, 900, b"old")
+    save(store, 1, b"new", run=later)
+    with pytest.raises(StorageError, match="started later"):
+        save(store, 901, b"older")
+    assert fetch(store, tmp_path).step == 1
+    assert store.manifest().earlier.step == 900
+
+
+def test_two_writers_at_once_leave_the_newest(place, tmp_path):
+    """Each reads the manifest before the other writes: the condition decides, not luck."""
+    stores = [store_of(place) for _ in range(6)]
+    threads = [
+        threading.Thread(target=save, args=(store, step, b"%d" % step))
+        for step, store in enumerate(stores)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fetch(stores[0], tmp_path).step == 5
+    assert (tmp_path / FILE).read_bytes() == b"5"
+
+
+def test_a_writer_between_reading_and_writing_is_noticed(place, tmp_path):
+    store, rival = store_of(place), store_of(place)
+    save(store, 1)
+    former = store._read()
+    save(rival, 9, b"nine")
+    assert store._write(dataclasses.replace(former[0], run=Run("x", 0)), former) is False
+    assert save(store, 2) is False
+    assert fetch(store, tmp_path).step == 9
+
+
+@pytest.mark.parametrize("damage", ["altered", "gone"])
+def test_a_damaged_newest_gives_way_to_the_one_before(place, tmp_path, damage):
+    store, said = store_of(place), []
+    save(store, 1, b"one")
+    save(store, 2, b"two")
+    key, name = store.manifest().saves[0].files[FILE].key, place.settings.s3_bucket
+    if damage == "gone":
+        place.client.delete_object(Bucket=name, Key=key)
+    else:
+        place.client.put_object(Bucket=name, Key=key, Body=b"TWO")
+    assert fetch(store, tmp_path, said.append).step == 1
+    assert (tmp_path / FILE).read_bytes() == b"one"
+    assert "step 2" in said[0] and "damaged" in said[0]
+
+
+def test_no_whole_one_is_an_error_and_the_local_file_stays(place, tmp_path):
+    store = store_of(place)
+    save(store, 1, b"one")
+    key = store.manifest().saves[0].files[FILE].key
+    place.client.delete_object(Bucket=place.settings.s3_bucket, Key=key)
+    (tmp_path / FILE).write_bytes(b"mine")
+    with pytest.raises(StorageError, match="no whole checkpoint"):
+        fetch(store, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).read_bytes() == b"mine"
+
+
+def test_none_only_for_what_is_proven_absent(place):
+    assert store_of(place).manifest() is None
     with pytest.raises(StorageError, match="does not exist"):
-        fetch_checkpoint("none.pt", tmp_path / "none.pt", bucket.but(s3_bucket="nowhere-at-all"))
+        store_of(place, s3_bucket="nowhere-at-all").manifest()
 
 
 @pytest.mark.parametrize(
     ("status", "code"),
     [(403, "AccessDenied"), (404, "NotFound"), (400, "ExpiredToken"), (503, "SlowDown")],
 )
-def test_what_cannot_be_seen_is_not_absent(bucket, serving, impatient, tmp_path, status, code):
-    settings = bucket.but(endpoint_url=serving(refusing(status, code)))
+def test_what_cannot_be_seen_is_not_absent(bucket, serving, status, code):
     with pytest.raises(StorageError):
-        fetch_checkpoint("some.pt", tmp_path / "some.pt", settings)
+        store_of(bucket, endpoint_url=serving(refusing(status, code))).manifest()
 
 
-def test_other_bytes_than_were_uploaded_leave_the_target_as_it_was(bucket, saved):
-    bucket.client.put_object(
-        Bucket=bucket.settings.s3_bucket,
-        Key=f"checkpoints/{saved.name}",
-        Body=b"flipped",
-        Metadata={"sha256": hashlib.sha256(WEIGHTS).hexdigest()},
-    )
-    with pytest.raises(StorageError, match="sha256"):
-        fetch_checkpoint(saved.name, saved, bucket.settings)
-    assert saved.read_bytes() == WEIGHTS
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"version": 1}', '{"version": 99, "run": {}, "saves": []}']
+)
+def test_a_broken_manifest_is_an_error(bucket, text):
+    bucket.put({f"checkpoints/{NAME}.json": text.encode()})
+    with pytest.raises(StorageError, match="not a list of checkpoints"):
+        store_of(bucket).manifest()
 
 
-def test_what_cannot_be_uploaded(bucket, saved, tmp_path):
-    with pytest.raises(StorageError, match="cannot read"):
-        upload_checkpoint(tmp_path / "absent.pt", bucket.settings)
-    with pytest.raises(UsageError, match="no bucket"):
-        upload_checkpoint(saved, bucket.but(s3_bucket=None))
-    with pytest.raises(StorageError, match="no name"):
-        fetch_checkpoint("../up.pt", saved, bucket.settings)
+def test_a_manifest_cannot_name_files_elsewhere(bucket):
+    store = store_of(bucket)
+    save(store, 1)
+    text = store.manifest().to_json().replace(FILE.encode(), b"../../out.pt")
+    bucket.put({store.manifest_key: text})
+    with pytest.raises(StorageError, match="not a list of checkpoints"):
+        store.manifest()
+    assert json.loads(Manifest(RUN, ()).to_json())["saves"] == []
+
+
+class Saving:
+    """An uploader behind a proxy, and files to hand to it."""
+
+    def __init__(self, bucket, url, folder, patience=0.3):
+        self.folder, self.said = folder, []
+        self.store = store_of(bucket, endpoint_url=url, s3_patience=patience)
+        self.uploader = Uploader(self.store, RUN, 3, self.said.append)
+
+    def saved(self, step):
+        (self.folder / FILE).unlink(missing_ok=True)
+        (self.folder / FILE).write_bytes(b"%d" % step)
+        self.uploader.saved(step, {FILE: self.folder / FILE})
+
+
+def test_uploads_run_behind_and_the_last_is_awaited(real_bucket, tmp_path):
+    slow = Times(99, lambda exchange: (time.sleep(0.3), exchange.send()), "PUT", ".pt")
+    with faulty_proxy(real_bucket.settings.endpoint_url, slow) as url:
+        saving = Saving(real_bucket, url, tmp_path)
+        start = time.monotonic()
+        for step in range(6):
+            saving.saved(step)
+        assert time.monotonic() - start < 0.2
+        assert saving.uploader.close() is None
+    assert store_of(real_bucket).manifest().saves[0].step == 5
+    assert len(slow.seen) < 6  # those that waited were overtaken
+
+
+def test_a_server_that_recovers_gets_the_last_and_one_warning_was_given(real_bucket, tmp_path):
+    refused = Times(10**6, fails(503, "SlowDown"), "PUT", ".pt")
+    with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
+        saving = Saving(real_bucket, url, tmp_path)
+        for step in range(3):
+            saving.saved(step)
+            time.sleep(0.8)
+        assert len([note for note in saving.said if "warning" in note]) == 1
+        refused._left = 0
+        assert saving.uploader.close() is None
+    assert store_of(real_bucket).manifest().saves[0].step == 2
+
+
+def test_a_server_that_never_takes_it_is_said_at_the_end(real_bucket, tmp_path):
+    refused = Times(10**6, fails(503, "SlowDown"), "PUT")
+    with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
+        saving = Saving(real_bucket, url, tmp_path)
+        saving.saved(1)
+        error = saving.uploader.close()
+    assert "not in the bucket" in error.message and "resume" in error.hint
+    assert store_of(real_bucket).manifest() is None
+
+
+def test_what_arrived_otherwise_is_not_vouched_for(real_bucket):
+    with faulty_proxy(real_bucket.settings.endpoint_url, untouched, spoils_uploads) as url:
+        store = store_of(real_bucket, endpoint_url=url)
+        with pytest.raises(StorageError, match="did not arrive whole"):
+            save(store, 1)
+    assert store.manifest() is None
+
+
+def test_a_corrupt_answer_is_asked_for_again(real_bucket, tmp_path):
+    save(store_of(real_bucket), 1)
+    spoilt = Times(1, corrupts, "GET", "-dual")
+    with faulty_proxy(real_bucket.settings.endpoint_url, spoilt) as url:
+        with pytest.raises(StorageError, match="no whole"):
+            fetch(store_of(real_bucket, endpoint_url=url), tmp_path)
+        assert fetch(store_of(real_bucket, endpoint_url=url), tmp_path).step == 1

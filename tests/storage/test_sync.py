@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from clipft.cli.app import run
 from clipft.errors import StorageError, UsageError
-from clipft.storage import locations
-from clipft.storage.locations import RefusedKey, local_path
-from clipft.storage.sync import MANIFEST, sync
+from clipft.storage import failures
+from clipft.storage.folder import JOURNAL
+from clipft.storage.keys import RefusedKey, local_path
+from clipft.storage.sync import sync
 from tests.storage.conftest import refusing
 
 PAIRS = {
@@ -55,7 +56,7 @@ def test_a_fresh_sync_brings_both_folders_and_nothing_else(filled):
     seen = []
     result = sync(filled.settings, seen.append)
     assert files(filled.settings.data_dir) == expected()
-    assert (result.objects, result.downloaded, result.skipped, result.bytes) == (4, 4, 0, 3015)
+    assert (result.objects, result.transferred, result.skipped, result.bytes) == (4, 4, 0, 3015)
     assert (seen[-1].files_done, seen[-1].bytes_done) == (4, 3015)
     assert parts(filled.settings.data_dir) == []
 
@@ -64,14 +65,14 @@ def test_a_second_sync_does_nothing(filled):
     sync(filled.settings, quiet)
     before = (filled.settings.data_dir / "train/00000.tar").stat()
     result = sync(filled.settings, quiet)
-    assert (result.downloaded, result.skipped, result.bytes) == (0, 4, 0)
+    assert (result.transferred, result.skipped, result.bytes) == (0, 4, 0)
     assert (filled.settings.data_dir / "train/00000.tar").stat() == before
 
 
 def test_a_changed_object_is_fetched_again(filled):
     sync(filled.settings, quiet)
     filled.put({"data/train/00000.tar": b"A" * 3000})
-    assert sync(filled.settings, quiet).downloaded == 1
+    assert sync(filled.settings, quiet).transferred == 1
     assert (filled.settings.data_dir / "train/00000.tar").read_bytes() == b"A" * 3000
 
 
@@ -80,16 +81,16 @@ def test_a_damaged_local_file_is_fetched_again(filled, damage):
     sync(filled.settings, quiet)
     path = filled.settings.data_dir / "train/00000.tar"
     path.unlink() if damage is None else path.write_bytes(damage)
-    assert sync(filled.settings, quiet).downloaded == 1
+    assert sync(filled.settings, quiet).transferred == 1
     assert files(filled.settings.data_dir) == expected()
 
 
 @pytest.mark.parametrize("manifest", [None, "{", '{"objects": 3}', "[]"])
 def test_without_a_usable_manifest_equal_files_are_known_by_md5(filled, manifest):
     sync(filled.settings, quiet)
-    path = filled.settings.data_dir / "train" / MANIFEST
+    path = filled.settings.data_dir / "train" / JOURNAL
     path.unlink() if manifest is None else path.write_text(manifest)
-    assert sync(filled.settings, quiet).downloaded == 0
+    assert sync(filled.settings, quiet).transferred == 0
 
 
 def test_pages_past_a_thousand_keys(bucket, monkeypatch):
@@ -100,7 +101,7 @@ def test_pages_past_a_thousand_keys(bucket, monkeypatch):
         "paginate",
         lambda self, **given: paginate(self, PaginationConfig={"PageSize": 7}, **given),
     )
-    assert sync(bucket.settings, quiet).downloaded == 30
+    assert sync(bucket.settings, quiet).transferred == 30
 
 
 def test_stale_parts_are_removed_and_left_over_files_are_named(filled):
@@ -213,7 +214,7 @@ def test_no_credentials_and_no_such_profile(bucket, monkeypatch):
         (500, "InternalError", "overloaded"),
     ],
 )
-def test_errors_of_the_server_are_told_apart(bucket, serving, impatient, status, code, says):
+def test_errors_of_the_server_are_told_apart(bucket, serving, status, code, says):
     with pytest.raises(StorageError, match=says) as caught:
         sync(bucket.but(endpoint_url=serving(refusing(status, code))), quiet)
     assert caught.value.hint
@@ -223,12 +224,12 @@ def test_errors_of_the_server_are_told_apart(bucket, serving, impatient, status,
     ("url", "says"),
     [("http://127.0.0.1:1", "cannot be reached"), ("http://no.invalid:1", "name is unknown")],
 )
-def test_a_server_out_of_reach(bucket, impatient, url, says):
+def test_a_server_out_of_reach(bucket, url, says):
     with pytest.raises(StorageError, match=says):
         sync(bucket.but(endpoint_url=url), quiet)
 
 
-def test_a_server_that_does_not_speak_tls(bucket, impatient):
+def test_a_server_that_does_not_speak_tls(bucket):
     with pytest.raises(StorageError, match="TLS"):
         sync(bucket.but(endpoint_url=bucket.settings.endpoint_url.replace("http", "https")), quiet)
 
@@ -266,14 +267,14 @@ MD5 = hashlib.md5(BODY).hexdigest()
     ],
     ids=["cut", "corrupt", "other size"],
 )
-def test_a_body_that_is_not_the_object_gets_no_final_name(bucket, serving, impatient, answer, says):
+def test_a_body_that_is_not_the_object_gets_no_final_name(bucket, serving, answer, says):
     with pytest.raises(StorageError, match=says):
         sync(bucket.but(endpoint_url=serving(answer)), quiet)
     assert files(bucket.settings.data_dir) == {}
     assert parts(bucket.settings.data_dir) == []
 
 
-def test_an_object_changed_since_the_listing_is_not_accepted(bucket, serving, impatient):
+def test_an_object_changed_since_the_listing_is_not_accepted(bucket, serving):
     listed = one_object(BODY, MD5)
 
     def answer(handler) -> None:
@@ -301,7 +302,7 @@ def test_the_disk(filled, monkeypatch, tmp_path):
     with pytest.raises(StorageError, match="cannot write to"):
         sync(filled.but(data_dir=tmp_path / "file"), quiet)
     full = SimpleNamespace(free=3014)
-    monkeypatch.setattr(locations.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(failures.shutil, "disk_usage", lambda path: full)
     with pytest.raises(StorageError, match="3,015 bytes wanted, 3,014 free"):
         sync(filled.settings, quiet)
 
@@ -315,7 +316,7 @@ def flags(bucket) -> list[str]:
 def test_the_command_prints_one_object(filled, capsys):
     assert run([*flags(filled), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["objects"], result["downloaded"], result["refused"]) == (4, 4, [])
+    assert (result["objects"], result["transferred"], result["refused"]) == (4, 4, [])
 
 
 def test_the_command_shows_a_table_and_the_refused(filled, capsys):

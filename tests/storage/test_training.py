@@ -1,0 +1,198 @@
+"""The whole of it as a user does it: pairs and checkpoints in a bucket, a machine that is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipft.cli.app import run
+from clipft.data.render import render_pair
+from tests.conftest import jpeg, write_shard
+from tests.e2e.test_train import assert_same_run
+from tests.faults.helpers import one_error
+from tests.storage.conftest import make_bucket
+from tests.storage.faulty_proxy import Times, fails, faulty_proxy
+
+SMALL = [
+    *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "16"),
+    *("--micro-batch-size", "16", "--num-workers", "0", "--precision", "fp32"),
+    *("--stop-on", "never", "--checkpoint-every", "2", "--enable-s3-checkpoints"),
+]
+
+
+def raw(numbers) -> dict[str, bytes]:
+    """Rendered products as a shop keeps them: chair.jpg, chair.txt."""
+    files = {}
+    for number in numbers:
+        pair = render_pair(7, number)
+        files |= {f"{number:05d}.jpg": jpeg(pair), f"{number:05d}.txt": pair.caption.encode()}
+    return files
+
+
+def put_raw(bucket) -> None:
+    for side, numbers in (("train", range(80)), ("val", range(1000, 1016))):
+        bucket.put({f"data/{side}/{name}": body for name, body in raw(numbers).items()})
+
+
+def command(bucket, home: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--s3-bucket", bucket.settings.s3_bucket, "--s3-patience", "20"),
+        *("--endpoint-url", bucket.settings.endpoint_url, *SMALL),
+        *("--data-dir", str(home / "data"), "--output-dir", str(home / "runs"), *more),
+    ]
+
+
+def manifest(bucket) -> dict:
+    key = "checkpoints/dual_lora_checkpoint.json"
+    answer = bucket.client.get_object(Bucket=bucket.settings.s3_bucket, Key=key)
+    return json.loads(answer["Body"].read())
+
+
+def killed_in_mid_run(bucket, home: Path) -> None:
+    """A run whose process is killed and whose folder is deleted when a few saves are in S3."""
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "clipft", *command(bucket, home)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while True:
+        assert victim.poll() is None and time.monotonic() < end
+        try:
+            if manifest(bucket)["saves"][0]["step"] >= 4:
+                break
+        except bucket.client.exceptions.NoSuchKey:
+            time.sleep(0.05)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    shutil.rmtree(home)
+
+
+def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys, monkeypatch):
+    put_raw(real_bucket)
+    undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
+    # Of its own prefix: two runs of one name would take each other's place
+    assert run(command(real_bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
+    assert "Packed 80 training and 16 validation pairs" in capsys.readouterr().err
+    killed_in_mid_run(real_bucket, lost)
+    assert manifest(real_bucket)["saves"][0]["step"] < 15
+
+    assert run(command(real_bucket, new, "--resume-from-checkpoint")) == 0
+    assert "Fetched the checkpoint of step" in capsys.readouterr().err
+    assert_same_run(undisturbed / "runs", new / "runs")
+    found = manifest(real_bucket)
+    assert found["saves"][0]["step"] == 15 and len(found["saves"]) == 3
+    assert set(found["saves"][0]["files"]) >= {"dual_lora_checkpoint.pt", "metrics.jsonl"}
+
+    # The same by `resume`, from the bucket alone; and once more, when nothing is left to do
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPFT_ENDPOINT_URL", real_bucket.settings.endpoint_url)
+    place = f"s3://{real_bucket.settings.s3_bucket}/undisturbed"
+    assert run(["resume", place, "--output-dir", "again", "--data-dir", str(new / "data")]) == 0
+    assert "nothing left to train" in capsys.readouterr().err
+    assert_same_run(undisturbed / "runs", tmp_path / "again")
+
+    data = f"s3://{real_bucket.settings.s3_bucket}/data"
+    assert run(["evaluate", f"{place}/dual_lora_checkpoint", "--data-dir", data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scenario"] == "dual_lora"
+
+
+def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, monkeypatch):
+    put_raw(real_bucket)
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    assert run(command(real_bucket, whole, "--s3-checkpoint-prefix", "whole")) == 0
+    killed_in_mid_run(real_bucket, lost)
+    monkeypatch.chdir(tmp_path)
+    place = f"s3://{real_bucket.settings.s3_bucket}/checkpoints"
+    where = ["--endpoint-url", real_bucket.settings.endpoint_url]
+    assert run(["resume", place, *where]) == 0
+    assert_same_run(whole / "runs", tmp_path / "checkpoints")
+
+
+def test_no_checkpoint_in_s3_starts_at_epoch_0(real_bucket, tmp_path, capsys):
+    put_raw(real_bucket)
+    assert run(command(real_bucket, tmp_path, "--resume-from-checkpoint", "--epochs", "1")) == 0
+    said = capsys.readouterr().err
+    assert "no checkpoint found in S3" in said and "starting at epoch 0" in said
+
+
+def test_a_bucket_that_cannot_be_seen_does_not_start_anew(real_bucket, tmp_path, capsys):
+    put_raw(real_bucket)
+    hidden = Times(10**6, fails(403, "AccessDenied"), contains="checkpoint.json")
+    with faulty_proxy(real_bucket.settings.endpoint_url, hidden) as url:
+        more = ("--resume-from-checkpoint", "--endpoint-url", url)
+        assert run(command(real_bucket, tmp_path, *more)) == 4
+    assert "forbidden" in one_error(capsys)[0]
+    assert not (tmp_path / "runs" / "dual_lora_checkpoint.pt").exists()
+
+
+def test_uploads_that_fail_all_along_do_not_stop_training(real_bucket, tmp_path, capsys):
+    put_raw(real_bucket)
+    refused = Times(10**6, fails(503, "SlowDown"), "PUT")
+    with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
+        more = ("--endpoint-url", url, "--s3-patience", "0.3", "--epochs", "1")
+        assert run(command(real_bucket, tmp_path, *more)) == 4
+    said = capsys.readouterr().err
+    assert said.count("warning: a checkpoint was not uploaded") == 1
+    assert "error: the last checkpoint is not in the bucket" in said and "hint:" in said
+    runs = tmp_path / "runs"
+    assert torch.load(runs / "dual_lora_checkpoint.pt", weights_only=True)["finished"]
+    assert (runs / "dual_lora" / "result.json").exists()
+
+    # The server is well again: the finished run's checkpoint is sent
+    again = command(real_bucket, tmp_path, "--resume-from-checkpoint", "--epochs", "1")
+    assert run(again) == 0
+    assert manifest(real_bucket)["saves"][0]["step"] == 5
+
+
+def test_training_from_shards_that_stay_in_the_bucket(real_bucket, tmp_path, capsys):
+    """--stream: the same weights as from a copy, and no copy."""
+    for which in range(3):
+        write_shard(tmp_path / f"{which:05d}.tar", range(which * 30, which * 30 + 30))
+    write_shard(tmp_path / "val.tar", range(1000, 1016))
+    shards = {f"data/train/{n:05d}.tar": (tmp_path / f"{n:05d}.tar").read_bytes() for n in range(3)}
+    sizes = {f"{n:05d}.tar": 30 for n in range(3)}
+    real_bucket.put(shards | {"data/val/00000.tar": (tmp_path / "val.tar").read_bytes()})
+    stream = ("--stream", "--shuffle-buffer", "40", "--epochs", "2")
+    assert run(command(real_bucket, tmp_path / "no-sizes", *stream)) == 3
+    assert "sizes.json" in one_error(capsys)[0]
+
+    real_bucket.put({"data/train/sizes.json": json.dumps(sizes).encode()})
+    far, near = tmp_path / "far", tmp_path / "near"
+    assert run(command(real_bucket, far, *stream)) == 0
+    assert not (far / "data" / "train").exists() and (far / "data" / "val").exists()
+    synced = ["sync", "--s3-bucket", real_bucket.settings.s3_bucket, "--data-dir"]
+    synced += [str(near / "data"), "--endpoint-url", real_bucket.settings.endpoint_url]
+    assert run(synced) == 0
+    local = [*SMALL[:-1], *stream, "--data-dir", str(near / "data")]
+    assert run(["train", *local, "--output-dir", str(near / "runs")]) == 0
+    assert_same_run(far / "runs", near / "runs")
+
+
+@pytest.mark.slow
+def test_real_photos(gateway, client, tmp_path, capsys):
+    """The same with raw photos of furniture, where they are at hand."""
+    photos = Path(__file__).parents[3] / "shared" / "data" / "furniture"
+    if not photos.is_dir():
+        pytest.skip(f"no photos in {photos}")
+    import boto3
+
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "testtest"}
+    real = boto3.client("s3", endpoint_url=gateway, region_name="us-east-1", **keys)
+    bucket = make_bucket(real, gateway, tmp_path)
+    for path in photos.rglob("*"):
+        if path.suffix in {".jpg", ".txt"}:
+            bucket.put({f"data/train/{path.name}": path.read_bytes()})
+    undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
+    assert run(command(bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
+    killed_in_mid_run(bucket, lost)
+    assert run(command(bucket, new, "--resume-from-checkpoint")) == 0
+    assert_same_run(undisturbed / "runs", new / "runs")
