@@ -7,6 +7,7 @@ ClipftError               1   (never raised itself)
 ├── ModelError            5   base models, hubs, checkpoints
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
+├── MemoryShortage        8   not even one pair fits into memory; the state is saved
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
@@ -61,6 +62,10 @@ class ProcessError(ClipftError):
 
 
 class RunsFailed(ClipftError):
+    exit_code = 8
+
+
+class MemoryShortage(ClipftError):
     exit_code = 8
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError, DivergedError, Interrupted, ProcessError
+from clipft.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
 from clipft.files import replacing_folder
 from clipft.modelling.export import write_adapter
 from clipft.records import EpochResult, Observer, StepResult
@@ -203,7 +203,7 @@ class _Run:
     def _train(self, state: TrainState) -> None:
         try:
             self._train_steps(state)
-        except DataError:
+        except (DataError, MemoryShortage):
             if self._unsaved(state):
                 self._save(finished=False)
             raise
@@ -217,7 +217,7 @@ class _Run:
         return not state.epoch_ended and state.step > 0 and math.isfinite(state.loss)
 
     def _train_steps(self, state: TrainState) -> None:
-        accumulate = self.setup.make_accumulation(state.optimiser)
+        accumulate = self.setup.make_accumulation(state.optimiser, self.watchers.note)
         for result in fit(state, self._batches(state), accumulate):
             self._after_step(result)
             if state.epoch_ended:

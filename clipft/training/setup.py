@@ -37,6 +37,7 @@ from clipft.training.preprocessing import (
     training_preprocessing,
     validation_preprocessing,
 )
+from clipft.training.shrinking import ShrinkingAccumulation
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -123,17 +124,20 @@ class RunSetup:
         scheduler = one_cycle(optimizer, total, warmup)
         return Optimiser(optimizer, scheduler, precision.make_scaler(), settings.grad_clip)
 
-    def make_accumulation(self, optimiser: Optimiser) -> Accumulation:
+    def make_accumulation(self, optimiser: Optimiser, note: Note) -> Accumulation:
         model, settings = self.loaded.model, self.settings
-        return ACCUMULATIONS[settings.accumulation](
+        graphs = GraphMemory(self._graph_bytes)
+        accumulate = ACCUMULATIONS[settings.accumulation](
             model=model,
             sides=self.encoding.sides,
             loss=self.loss,
             positives=self.positives,
             processes=self.processes,
             scaler=optimiser.scaler,
-            graphs=GraphMemory(self._graph_bytes),
+            graphs=graphs,
         )
+        micro = self.plan.micro_batch_size
+        return ShrinkingAccumulation(accumulate, graphs, model, self.processes, micro, note)
 
     @torch.no_grad()
     def validation_loss(self, embedded: Embeddings) -> float:

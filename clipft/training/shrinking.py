@@ -1,0 +1,105 @@
+"""When memory runs out in a step: the same step in smaller pieces.
+
+First no graphs are kept from then on, then micro-batches are cut in two, and again. The loss
+of the step is over all pairs however they are cut, so nothing else changes. All processes
+shrink together, or their steps would not fit each other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from clipft.data.loader import Batch
+from clipft.errors import MemoryShortage
+from clipft.modelling.adapt import TrainableModel
+from clipft.training.contrastive import Accumulation
+from clipft.training.distributed import Processes, StepAbandonedError
+from clipft.training.graphs import GraphMemory
+
+_CPU_REFUSALS = ("can't allocate memory", "not enough memory")
+"""Of torch's CPU allocator, whose errors are plain RuntimeErrors."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Did the device or the system refuse memory?"""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in _CPU_REFUSALS)
+
+
+@dataclass
+class ShrinkingAccumulation:
+    """``accumulate``, and what to do when it runs out of memory. ``micro`` is the micro-batch
+    that the steps come in; ``note`` tells the user."""
+
+    accumulate: Accumulation
+    graphs: GraphMemory
+    model: TrainableModel
+    processes: Processes
+    micro: int
+    note: Callable[[str], None]
+    _released: bool = field(default=False, init=False)
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+        """
+        Raises:
+            MemoryShortage: there is not even room for one pair.
+        """
+        while (loss := self._attempt(step, self._cut(micro_batches))) is None:
+            # Here, not where it was caught: the error's frames hold the memory
+            self.model.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._shrink(step)
+        return loss
+
+    def _attempt(self, step: int, micro_batches: list[Batch]) -> Tensor | None:
+        try:
+            return self.accumulate(step, micro_batches)
+        except StepAbandonedError:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not memory_ran_out(error):
+                raise
+            self.processes.abandon_step()
+            return None
+
+    def _shrink(self, step: int) -> None:
+        where = f"memory ran out in step {step + 1}"
+        if not self._released:
+            self._released = True
+            self.graphs.release()
+            self.note(f"warning: {where}: graphs are not kept from now on, which is slower.")
+            return
+        if self.micro == 1:
+            raise MemoryShortage(
+                f"{where}, with micro-batches of one pair",
+                "use a machine with more memory, a smaller --effective-batch-size, "
+                "--gradient-checkpointing, or a smaller model",
+            )
+        self.micro = -(-self.micro // 2)
+        self.note(
+            f"warning: {where}: micro-batches are of {self.micro} pairs from now on; "
+            f"the effective batch and the loss stay as they were."
+        )
+
+    def _cut(self, micro_batches: list[Batch]) -> list[Batch]:
+        return [piece for batch in micro_batches for piece in pieces_of(batch, self.micro)]
+
+
+def pieces_of(batch: Batch, most: int) -> Sequence[Batch]:
+    """``batch`` in pieces of at most ``most`` pairs."""
+    if len(batch) <= most:
+        return [batch]
+    return [
+        replace(
+            batch,
+            pixel_values=batch.pixel_values[i : i + most],
+            input_ids=batch.input_ids[i : i + most],
+            numbers=batch.numbers[i : i + most],
+            skipped=(),
+        )
+        for i in range(0, len(batch), most)
+    ]
