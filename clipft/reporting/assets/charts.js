@@ -33,7 +33,7 @@
         };
         const middle = lying ? mark.y : mark.x;
         ctx.save();
-        ctx.strokeStyle = colour("--ink");
+        ctx.strokeStyle = lying ? colour("--ink") : set.borderColor;
         ctx.lineWidth = 1.5;
         ctx.beginPath();
         line(low, middle, high, middle);
@@ -101,7 +101,9 @@
       data: { labels: spec.labels, datasets: spec.series.map((s, at) => dataset(spec, s, at)) },
       plugins: [intervals],
       options: {
-        animation: false, responsive: true, maintainAspectRatio: false, parsing: bars,
+        animation: false, responsive: true, maintainAspectRatio: false,
+        // Unparsed points are taken to be in order, which those of a path are not
+        parsing: spec.kind === "lines" ? false : undefined,
         indexAxis: bars ? "y" : "x",
         interaction: { mode: spec.kind === "lines" ? "index" : "nearest", intersect: false },
         scales: bars ? { x: value, y: labels } : { x: other, y: value },
