@@ -33,7 +33,7 @@
         };
         const middle = lying ? mark.y : mark.x;
         ctx.save();
-        ctx.strokeStyle = colour("--ink");
+        ctx.strokeStyle = lying ? colour("--ink") : set.borderColor;
         ctx.lineWidth = 1.5;
         ctx.beginPath();
         line(low, middle, high, middle);
@@ -71,6 +71,15 @@
       callback: (value) => shown(value, percent) },
   });
 
+  // A label for as many round values as have room: all, their 1, 2, 5 fold, or powers of ten
+  const logLabel = (spec) => {
+    const values = spec.series.flatMap((series) => series.points.map(([x]) => x));
+    const decades = Math.log10(Math.max(...values) / Math.min(...values));
+    const wanted = decades < 1 ? [1, 2, 3, 4, 5, 6, 8] : decades < 3 ? [1, 2, 5] : [1];
+    const lead = (value) => value / 10 ** Math.floor(Math.log10(value) + 1e-9);
+    return (value) => wanted.includes(+lead(value).toFixed(6)) ? compact.format(value) : null;
+  };
+
   const config = (spec) => {
     const bars = spec.kind === "bars";
     const value = axis(spec, spec.y, spec.percent, true);
@@ -79,12 +88,7 @@
     labels.ticks = { color: colour("--ink"), autoSkip: false,
       callback(at) { return lines(this.getLabelForValue(at), width); } };
     const other = { ...axis(spec, spec.x, spec.percent_x), type: spec.log ? "logarithmic" : "linear" };
-    if (spec.log) {
-      // Only powers of ten and their 2 and 5 fold, so that labels do not meet
-      const round = (value) => [1, 2, 5].includes(+(value / 10 ** Math.floor(Math.log10(value))).toFixed(6));
-      other.ticks = { ...other.ticks, autoSkip: false,
-        callback: (value) => round(value) ? compact.format(value) : "" };
-    }
+    if (spec.log) other.ticks = { ...other.ticks, autoSkip: false, callback: logLabel(spec) };
     const tip = (item) => {
       const set = item.dataset, raw = item.raw, pair = (set.intervals || [])[item.dataIndex];
       const text = shown(bars ? raw : raw.y, spec.percent);
@@ -97,7 +101,9 @@
       data: { labels: spec.labels, datasets: spec.series.map((s, at) => dataset(spec, s, at)) },
       plugins: [intervals],
       options: {
-        animation: false, responsive: true, maintainAspectRatio: false, parsing: bars,
+        animation: false, responsive: true, maintainAspectRatio: false,
+        // Unparsed points are taken to be in order, which those of a path are not
+        parsing: spec.kind === "lines" ? false : undefined,
         indexAxis: bars ? "y" : "x",
         interaction: { mode: spec.kind === "lines" ? "index" : "nearest", intersect: false },
         scales: bars ? { x: value, y: labels } : { x: other, y: value },
