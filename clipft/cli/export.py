@@ -161,12 +161,15 @@ def _with_history(facts: "CardFacts", opened: "OpenedModel") -> "CardFacts":
     before = content["before"]["retrieval"]
     best = content["best"]
     judged = _evaluation(opened.checkpoint) or {}
+    told = _telling_settings(content["settings"])
+    if "interpolated_at" in content:
+        told["interpolated_at"] = content["interpolated_at"]
     return replace(
         facts,
         train_pairs=content.get("train_pairs"),
         val_pairs=before.get("pairs"),
         epoch=best["epoch"] if best else content["epoch"],
-        settings=_telling_settings(content["settings"]),
+        settings=told,
         before=figures_of(judged.get("before") or before),
         after=figures_of(judged.get("after") or (best and best["retrieval"])),
     )

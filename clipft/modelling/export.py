@@ -138,7 +138,7 @@ def given_bias(model: TrainableModel) -> float | None:
     return None if bias is None or model.architecture.loss == "siglip" else bias.item()
 
 
-def write_transformers(clip: Any, base: str, folder: Path) -> None:
+def write_transformers(clip: Any, base: BaseModel, folder: Path) -> None:
     """Weights, configuration, tokenizer and image processor of a merged model.
 
     Raises:
@@ -149,10 +149,18 @@ def write_transformers(clip: Any, base: str, folder: Path) -> None:
         write_processors(base, folder)
 
 
-def write_processors(base: str, folder: Path) -> None:
-    """Tokenizer and image processor, as the base model has them."""
-    processors = load_processors(base)
-    processors.tokenizer.save_pretrained(str(folder))
+def write_processors(base: BaseModel, folder: Path) -> None:
+    """Tokenizer and image processor, as the base model has them, but that texts are cut where
+    the model's context ends: some tokenizers carry the length of their last use."""
+    processors = load_processors(base.name)
+    tokenizer = processors.tokenizer
+    tokenizer.model_max_length = base.inputs.context_length
+    if hasattr(tokenizer, "backend_tokenizer"):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    for of_last_use in ("max_length", "stride", "truncation_strategy"):
+        tokenizer.init_kwargs.pop(of_last_use, None)
+    tokenizer.save_pretrained(str(folder))
     processors.image_processor.save_pretrained(str(folder))
 
 
@@ -163,7 +171,7 @@ def write_sentence_transformers(clip: Any, base: BaseModel, folder: Path) -> Non
     Raises:
         OSError: the disk refuses.
     """
-    write_transformers(clip, base.name, folder)
+    write_transformers(clip, base, folder)
     for name, content in _sentence_files(base).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

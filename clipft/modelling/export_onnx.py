@@ -104,7 +104,7 @@ def write_onnx(clip: Any, base: BaseModel, folder: Path) -> None:
     images, texts = _ImageTower(clip, architecture), _TextTower(clip, architecture)
     _trace(images, pixels, {0: batch}, "image_embeds", folder / IMAGE_FILE)
     _trace(texts, ids, {0: batch, 1: length}, "text_embeds", folder / TEXT_FILE)
-    write_processors(base.name, folder)
+    write_processors(base, folder)
 
 
 def _trace(

@@ -105,7 +105,7 @@ class Export:
         return folders.merged(self.loaded.model)
 
     def write_transformers(self, folder: Path) -> None:
-        folders.write_transformers(self.merged, self.loaded.base.name, folder)
+        folders.write_transformers(self.merged, self.loaded.base, folder)
 
     def write_peft(self, folder: Path) -> None:
         folders.write_adapter(self.loaded.model, self.loaded.base.name, folder)

@@ -171,10 +171,6 @@ def _embedded(
     inputs, precision = opened.loaded.base.inputs, opened.loaded.precision
     model = opened.loaded.model.eval()
     preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
-    side = inputs.image_size
-    nothing = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=precision.device)
-    with precision.autocast():
-        width = model.encode_images(nothing).shape[1]
     batches = evaluation_batches(pairs, preprocessing, _BATCH, options)
     waiting, numbers, done = list[Tensor](), list[int](), 0
     ends = pairs.ends
@@ -188,12 +184,17 @@ def _embedded(
                 numbers += batch.numbers
             done = min(done + _BATCH, len(pairs))
             report(done, len(pairs))
-        rows = torch.cat([*waiting, torch.empty(0, width)])
+        rows = torch.cat(waiting) if waiting else torch.empty(0, _width(opened))
         own = bisect_right(numbers, end - 1)
         vectors = np.full((end - start, rows.shape[1]), np.nan, np.float32)
         vectors[np.array(numbers[:own], np.int64) - start] = rows[:own].numpy()
         waiting, numbers = [rows[own:]], numbers[own:]
         yield vectors
+
+
+def _width(opened: OpenedModel) -> int:
+    """Of an embedding, where no picture has given one."""
+    return len(embed_text(opened, "a"))
 
 
 @torch.inference_mode()

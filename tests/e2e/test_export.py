@@ -23,6 +23,8 @@ from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
 
 LORA = [name for name, scenario in SCENARIOS.items() if scenario.lora]
+LONG = "a black lamp with a long and slender foot that stands beside a chair " * 4
+"""Nearly as long as the model takes."""
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -169,7 +171,7 @@ def test_sentence_transformers_computes_the_same(exported, checkpoints, pictures
     from sentence_transformers import SentenceTransformer
     from transformers import pipeline
 
-    captions = ["a light oak chair", "a black lamp with a long and slender foot"]
+    captions = ["a light oak chair", LONG]
     model = SentenceTransformer(str(exported / "sentence-transformers"), device="cpu")
     found = (model.encode([Image.open(p) for p in pictures]), model.encode(captions))
     folder = str(exported / "transformers")
@@ -190,6 +192,18 @@ def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pi
     ):
         own = embed_picture(model, picture.read_bytes(), picture.name)
         assert float(own @ torch.from_numpy(vector)) > 0.999
+
+
+@pytest.mark.parametrize("kind", ["transformers", "onnx", "sentence-transformers"])
+def test_texts_are_cut_where_the_models_context_ends_and_not_before(kind, exported):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported / kind)
+    for text, length in ((LONG, None), (f"{LONG} {LONG}", 77)):
+        ids = tokenizer([text, "a"], truncation=True, padding=True)["input_ids"]
+        whole = tokenizer(text)["input_ids"]
+        assert len(ids[0]) == (length or len(whole)) > 50
+        assert ids[0][:50] == whole[:50]
 
 
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
