@@ -10,6 +10,7 @@ import torch
 from clipft.cli.app import run
 from clipft.data.loader import training_batches
 from clipft.settings_sources import load_settings
+from clipft.training.distributed import OneProcess
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.trainer import TrainState, fit
 from tests.modelling.checkpoints import write_siglip
@@ -74,7 +75,7 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(given, catalogue, 
     settings = load_settings(given, environ={}).values
 
     def started() -> tuple[RunSetup, TrainState]:
-        setup = prepare(settings, lambda note: None)
+        setup = prepare(settings, lambda note: None, OneProcess())
         steps = setup.epoch_plan.steps
         return setup, TrainState(setup.loaded.model, setup.make_optimiser(), steps)
 
