@@ -35,7 +35,7 @@ def trained(setup: RunSetup):
     state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
     how, plan = setup.encoding.preprocessing, setup.epoch_plan
     batches = training_batches(setup.train, how, plan, Position(), 2, setup.loader_options)
-    return list(fit(state, batches, setup.make_accumulation(state.optimiser)))
+    return list(fit(state, batches, setup.make_accumulation(state.optimiser, print)))
 
 
 CASES = [
