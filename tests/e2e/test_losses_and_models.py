@@ -84,7 +84,9 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(given, catalogue, 
         batches = training_batches(
             setup.train, preprocessing, plan, state.position, 2, setup.loader_options
         )
-        for _ in islice(fit(state, batches, setup.make_accumulation(state.optimiser, print)), steps):
+        for _ in islice(
+            fit(state, batches, setup.make_accumulation(state.optimiser, print)), steps
+        ):
             pass
 
     whole, cut, resumed = started(), started(), started()
