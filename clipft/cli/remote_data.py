@@ -116,7 +116,7 @@ def _content(found: "Found") -> str:
     digest = hashlib.sha256()
     for side, objects in found.objects.items():
         for wanted in objects:
-            digest.update(f"{side}\0{wanted.path.as_posix()}\0{wanted.etag}\0".encode())
+            digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ obstore (Rust) moved small objects at a third of boto3's time and a quarter of i
 time. Its own retries are off: ``Patience`` asks again, with credentials that are fresh then.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from clipft.settings import StorageSettings
 from clipft.storage.checksums import PART_BYTES, BinaryFile
 from clipft.storage.failures import Changed, error_code, storage_errors
 from clipft.storage.keys import Places, Refused, RefusedKey, RemoteObject
+from clipft.storage.listing import Entry, Pages
 from clipft.storage.patience import Patience
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Bucket:
     settings: StorageSettings
     client: Any
     patience: Patience
+    _pages: Pages
     _small: "S3Store"
     _large: "S3Store"
 
@@ -72,31 +74,32 @@ class Bucket:
         refused: list[Refused] = []
         places = Places(prefix)
         for entry in self._entries(prefix):
-            key, size = entry["Key"], entry["Size"]
+            key, size = entry.key, entry.size
             if key.endswith("/") and size == 0:  # a folder, as consoles mark one
                 continue
             try:
-                objects.append(RemoteObject(key, places.take(key), size, entry["ETag"]))
+                objects.append(RemoteObject(key, places.take(key), size, entry.etag))
             except RefusedKey as refusal:
                 refused.append(Refused(key, str(refusal)))
         return objects, refused
 
-    def _entries(self, prefix: str) -> Iterable[dict[str, Any]]:
-        request = {"Prefix": prefix}
+    def _entries(self, prefix: str) -> Iterator[Entry]:
+        request = {"Prefix": prefix, "EncodingType": "url"}
         while True:
-            page = self.call("list_objects_v2", prefix, **request)
-            yield from page.get("Contents", ())
-            if not page.get("IsTruncated"):
+            self.call("list_objects_v2", prefix, **request)
+            page = self._pages.last()
+            yield from page.entries
+            if page.following is None:
                 return
-            request["ContinuationToken"] = page["NextContinuationToken"]
+            request["ContinuationToken"] = page.following
 
     def times(self, prefix: str, ending: str) -> dict[str, float]:
         """When the objects right under ``prefix`` with this ending were written, in Unix
         seconds."""
         return {
-            entry["Key"]: entry["LastModified"].timestamp()
+            entry.key: entry.modified
             for entry in self._entries(prefix)
-            if entry["Key"].endswith(ending) and "/" not in entry["Key"].removeprefix(prefix)
+            if entry.key.endswith(ending) and "/" not in entry.key.removeprefix(prefix)
         }
 
     def call(self, operation: str, about: str, **request: Any) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -
             _store(session, client, settings, seconds)
             for seconds in (_SMALL_SECONDS, _PIECE_SECONDS)
         ]
-    return Bucket(settings, client, patience, *stores)
+    return Bucket(settings, client, patience, Pages(client), *stores)
 
 
 def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:

@@ -273,7 +273,7 @@ class CheckpointStore:
         Raises:
             _Damaged: it is gone, or another, or has other bytes.
         """
-        wanted = RemoteObject(stored.key, Path(path.name), stored.size, stored.etag)
+        wanted = RemoteObject(stored.key, path.name, stored.size, stored.etag)
 
         def bring(start: int) -> None:
             end = min(start + PIECE, stored.size)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from clipft.errors import StorageError
@@ -56,7 +57,7 @@ class _Job:
     def large(self) -> bool:
         return self.wanted.size > PIECE
 
-    @property
+    @cached_property
     def part(self) -> Path:
         return self.folder.path / part_name(self.wanted)
 
@@ -66,13 +67,13 @@ class _Job:
         return self.part.with_suffix(".pieces")
 
     @property
-    def place(self) -> Path:
-        return self.folder.path / self.wanted.path
+    def place(self) -> str:
+        return self.folder.place(self.wanted)
 
 
 def part_name(wanted: RemoteObject) -> str:
     """Of one version of one object."""
-    version = f"{wanted.path.as_posix()}\0{wanted.etag}\0{wanted.size}"
+    version = f"{wanted.path}\0{wanted.etag}\0{wanted.size}"
     return PART + hashlib.sha256(version.encode()).hexdigest()[:24]
 
 
@@ -172,7 +173,7 @@ class Fetch:
             if last and job.needed and job.large:
                 self._finish_large(job)
         except OSError as error:
-            raise disk_error(error, job.place, job.wanted.size) from error
+            raise disk_error(error, Path(job.place), job.wanted.size) from error
         if last:
             self._finished.append((job, job.needed))
 
@@ -182,9 +183,8 @@ class Fetch:
             if not job.begun:
                 job.begun = True
                 try:
-                    job.needed = not job.folder.has_same_bytes(job.wanted)
-                    if job.needed:
-                        job.folder.make_way(job.wanted)
+                    job.needed = job.folder.needs(job.wanted)
+                    if job.needed and job.large:
                         self._open_large(job)
                 except RefusedKey as refusal:
                     job.refusal, job.needed = str(refusal), False
@@ -196,8 +196,9 @@ class Fetch:
         try:
             _write_new(job.part, body)
             self._publish(job)
-        finally:
+        except BaseException:
             job.part.unlink(missing_ok=True)
+            raise
 
     def _checked(self, wanted: RemoteObject) -> memoryview:
         body = self._bucket.get_once(wanted, 0, wanted.size)
@@ -212,8 +213,6 @@ class Fetch:
         return is_keyed(head)
 
     def _open_large(self, job: _Job) -> None:
-        if not job.large:
-            return
         with suppress(OSError, ValueError):
             if job.part.stat().st_size == job.wanted.size:
                 job.done = {int(line) for line in job.notes.read_text().splitlines()}

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from clipft.errors import StorageError
 from clipft.files import replacing
-from clipft.storage.checksums import md5_of, plain_md5
+from clipft.storage.checksums import etag_of, plain_md5
 from clipft.storage.failures import disk_error
-from clipft.storage.keys import OWN_PREFIX, Refused, RefusedKey, RemoteObject
+from clipft.storage.keys import OWN_PREFIX, Refused, RefusedKey, RemoteObject, parents
 
 JOURNAL = f"{OWN_PREFIX}sync.jsonl"
 LOCK = f"{OWN_PREFIX}sync.lock"
@@ -36,6 +37,10 @@ class Folder:
     refused: list[Refused]
     records: dict[str, list[Any]] = field(default_factory=dict)
     _new: dict[str, list[Any]] = field(default_factory=dict)
+
+    @cached_property
+    def _root(self) -> str:
+        return f"{self.path}/"
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -105,21 +110,29 @@ class Folder:
 
     def record(self, wanted: RemoteObject) -> None:
         """To be told when the file is in its place."""
-        status = (self.path / wanted.path).lstat()
-        self._new[wanted.path.as_posix()] = _state(wanted.etag, status)
+        self._new[wanted.path] = _state(wanted.etag, os.lstat(self.place(wanted)))
+
+    def place(self, wanted: RemoteObject) -> str:
+        return f"{self._root}{wanted.path}"
 
     def status(self, wanted: RemoteObject) -> os.stat_result | None:
         """Of a regular file that is reached without any link inside the folder."""
-        if any((self.path / parent).is_symlink() for parent in wanted.folders):
+        status = self._lstat(wanted)
+        return status if status and stat.S_ISREG(status.st_mode) else None
+
+    def _lstat(self, wanted: RemoteObject) -> os.stat_result | None:
+        """Of whatever is in an object's place, but not behind a link."""
+        folder = wanted.folder
+        if folder and any(os.path.islink(self._root + parent) for parent in parents(wanted.path)):
             return None
-        with suppress(OSError):
-            status = (self.path / wanted.path).lstat()
-            return status if stat.S_ISREG(status.st_mode) else None
-        return None
+        try:
+            return os.lstat(self.place(wanted))
+        except OSError:
+            return None
 
     def has(self, wanted: RemoteObject) -> bool:
         """Whether the file is as a sync left it, and the object as it was then."""
-        record = self.records.get(wanted.path.as_posix())
+        record = self.records.get(wanted.path)
         if record is None:
             return False
         status = self.status(wanted)
@@ -129,31 +142,35 @@ class Folder:
             and record == _state(wanted.etag, status)
         )
 
-    def has_same_bytes(self, wanted: RemoteObject) -> bool:
-        """Whether the file is the object by its md5, where the ETag is one."""
-        status = self.status(wanted)
-        md5 = plain_md5(wanted.etag)
-        if status is None or status.st_size != wanted.size or md5 is None:
-            return False
-        return md5_of((self.path / wanted.path).read_bytes()) == md5
-
-    def make_way(self, wanted: RemoteObject) -> None:
-        """Make the folders of an object, following no link and taking nobody's place.
+    def needs(self, wanted: RemoteObject) -> bool:
+        """Whether the object has to be brought: not where the file in its place has its md5.
+        The way to its place is made.
 
         Raises:
             RefusedKey: something else is in its way.
         """
-        for parent in reversed(wanted.folders):
-            if (self.path / parent).is_symlink():
+        status, md5 = self._lstat(wanted), plain_md5(wanted.etag)
+        if status is None:
+            self._make_way(wanted)
+            return True
+        if stat.S_ISDIR(status.st_mode):
+            raise RefusedKey(f"{wanted.path} in the target is a folder")
+        if not stat.S_ISREG(status.st_mode) or status.st_size != wanted.size or md5 is None:
+            return True
+        with open(self.place(wanted), "rb") as file:
+            return etag_of(file, wanted.size, wanted.size) != f'"{md5}"'
+
+    def _make_way(self, wanted: RemoteObject) -> None:
+        """Make the folders of an object, following no link and taking nobody's place."""
+        for parent in parents(wanted.path):
+            path = self._root + parent
+            if os.path.islink(path):
                 raise RefusedKey(f"{parent} in the target is a link")
             try:
-                (self.path / parent).mkdir(exist_ok=True)
+                os.mkdir(path)
             except FileExistsError:
-                raise RefusedKey(f"{parent} in the target is a file") from None
-        place = self.path / wanted.path
-        with suppress(FileNotFoundError):
-            if stat.S_ISDIR(place.lstat().st_mode):
-                raise RefusedKey(f"{wanted.path} in the target is a folder")
+                if not os.path.isdir(path):
+                    raise RefusedKey(f"{parent} in the target is a file") from None
 
     def bytes_short(self, wanted: RemoteObject) -> int:
         status = self.status(wanted)

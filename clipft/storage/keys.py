@@ -1,10 +1,10 @@
 """Keys of a bucket as paths of a folder: only those that have a safe place in it."""
 
 import fnmatch
+import os
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from clipft.errors import UsageError
 from clipft.settings import StorageSettings
@@ -27,17 +27,18 @@ class Refused:
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """One object of the bucket and its place in a target folder. ``size`` in bytes."""
+    """One object of the bucket and its place in a target folder, with slashes. ``size`` in
+    bytes. Text and no path object: those take longer than all the rest of a listing."""
 
     key: str
-    path: Path
+    path: str
     size: int
     etag: str
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folders it lies in, the innermost first, without the target itself."""
-        return tuple(self.path.parents)[:-1]
+    def folder(self) -> str:
+        """The folder it lies in; "" is the target itself."""
+        return self.path.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def _any(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def local_path(relative: str) -> Path:
-    """The path under a target folder for a key without its prefix.
+def local_path(relative: str) -> str:
+    """A key without its prefix, as the path under a target folder that it is.
 
     Raises:
         RefusedKey: the key could leave the target or is no file name everywhere.
@@ -67,10 +68,9 @@ def local_path(relative: str) -> Path:
     for part in parts:
         if reason := _fault(part):
             raise RefusedKey(reason)
-    path = Path(*parts)
-    if path.is_absolute() or path.drive:  # Windows: C:name
+    if os.path.isabs(relative) or os.path.splitdrive(relative)[0]:  # Windows: C:name
         raise RefusedKey("names a drive")
-    return path
+    return relative
 
 
 def _fault(part: str) -> str | None:
@@ -79,7 +79,7 @@ def _fault(part: str) -> str | None:
         return f"has a part {part!r}"
     if "\\" in part:
         return "has a backslash"
-    if any(unicodedata.category(letter) == "Cc" for letter in part):
+    if not part.isprintable() and any(unicodedata.category(letter) == "Cc" for letter in part):
         return "has a control character"
     if spelling(part).startswith(OWN_PREFIX):
         return f"begins with {OWN_PREFIX}, which clipft keeps for itself"
@@ -92,7 +92,15 @@ def _fault(part: str) -> str | None:
 
 def spelling(name: str) -> str:
     """One form for all names that some file system takes for the same."""
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def parents(path: str) -> list[str]:
+    """The folders that a path lies in, the outermost first."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def folder_prefixes(settings: StorageSettings) -> tuple[str, str]:
@@ -114,15 +122,15 @@ class Places:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._taken: dict[str, str] = {}
-        self._folders: set[Path] = set()
+        self._folders = {""}
 
-    def take(self, key: str) -> Path:
+    def take(self, key: str) -> str:
         """
         Raises:
             RefusedKey: the key has no safe place, or another key has it already.
         """
         path = local_path(key.removeprefix(self._prefix))
-        name, parent = spelling(path.as_posix()), path.parent
+        name, parent = spelling(path), path.rpartition("/")[0]
         if self._taken.get(name):
             raise RefusedKey(
                 f"is another key's {self._taken[name]} (upper and lower case are alike)"
@@ -132,9 +140,9 @@ class Places:
         self._taken[name] = "file"
         return path
 
-    def _take_folders(self, path: Path) -> None:
-        folders = [spelling(parent.as_posix()) for parent in path.parents if parent != Path()]
+    def _take_folders(self, path: str) -> None:
+        folders = [spelling(parent) for parent in parents(path)]
         if any(self._taken.get(folder) == "file" for folder in folders):
             raise RefusedKey("lies in a folder that is another key's file")
         self._taken.update(dict.fromkeys(folders, "folder"))
-        self._folders.add(path.parent)
+        self._folders.add(path.rpartition("/")[0])

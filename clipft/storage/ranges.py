@@ -83,7 +83,7 @@ def open_remote_shards(settings: StorageSettings, say: Any) -> RemoteShards:
     bucket = open_bucket(settings, say)
     prefix = folder_prefixes(settings)[0]
     objects, _ = bucket.list(prefix)
-    found = {o.path.name: o for o in objects if not o.folders}
+    found = {o.path: o for o in objects if not o.folder}
     return RemoteShards(bucket, prefix, found)
 
 

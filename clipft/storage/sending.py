@@ -77,7 +77,7 @@ def _plan(bucket: Bucket, todo: list[_Upload], surplus: list[str]) -> tuple[str,
 def _todo(found: Found, data_dir: Path, names: dict[str, list[str]]) -> list[_Upload]:
     todo = []
     for side, prefix in found.prefixes.items():
-        there = {wanted.path.as_posix(): wanted for wanted in found.objects[side]}
+        there = {wanted.path: wanted for wanted in found.objects[side]}
         for name in names[side]:
             path = data_dir / side / name
             size = path.stat().st_size
@@ -99,7 +99,7 @@ def _surplus(found: Found, names: dict[str, list[str]]) -> list[str]:
     for side in SIDES:
         kept = set(names[side])
         if kept:
-            keys += [o.key for o in found.objects[side] if o.path.as_posix() not in kept]
+            keys += [o.key for o in found.objects[side] if o.path not in kept]
     return keys
 
 

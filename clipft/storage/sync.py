@@ -64,7 +64,7 @@ class Found:
 
     def names(self, side: str) -> list[str]:
         """Paths below the folder of ``side``."""
-        return [wanted.path.as_posix() for wanted in self.objects[side]]
+        return [wanted.path for wanted in self.objects[side]]
 
 
 def look(
@@ -83,7 +83,7 @@ def look(
     objects, refused = {}, {}
     for side, prefix in prefixes.items():
         listed, refused[side] = bucket.list(prefix)
-        objects[side] = [o for o in listed if chosen.takes(o.path.as_posix())]
+        objects[side] = [o for o in listed if chosen.takes(o.path)]
     return Found(bucket, prefixes, objects, refused)
 
 
@@ -200,7 +200,7 @@ def _planned(
 
 def _surplus(folder: Folder, options: SyncOptions) -> list[str]:
     """Files of the folder that the bucket does not have, as far as the filter takes them."""
-    present = {wanted.path.as_posix() for wanted in folder.objects}
+    present = {wanted.path for wanted in folder.objects}
     return [
         name
         for name in local_files(folder.path)

@@ -105,6 +105,7 @@ def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys, monkeypatch
     assert json.loads(capsys.readouterr().out)["scenario"] == "dual_lora"
 
 
+@pytest.mark.slow
 def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, monkeypatch):
     put_raw(real_bucket)
     whole, lost = tmp_path / "whole", tmp_path / "lost"
