@@ -114,7 +114,7 @@ def search(
         scores = index.scores(vector)
     hits = index.best(scores, top)
     captions = [_caption(opened, hit.pair) for hit in hits]
-    title = query or f"Like {image}"
+    title = f"Like {image.name}" if image else str(query)  # a page may be mailed: no path
     counts = _counts(index, scores)
     out.result(_result(title, counts, hits, captions), _table(title, hits, captions))
     if counts["unusable"]:

@@ -68,7 +68,11 @@ def test_the_best_are_those_of_the_models_own_embeddings(search, tuned, catalogu
 def test_a_picture_finds_itself(search, catalogue, tmp_path):
     picture = decode_image(open_pairs(catalogue / "val")[5].image)
     picture.save(tmp_path / "asked.png")
-    found = search("tiny", catalogue, "--image", tmp_path / "asked.png", "--top", 1)
+    page = tmp_path / "found.html"
+    found = search("tiny", catalogue, "--image", tmp_path / "asked.png", "--top", 1, "--html", page)
+    text = page.read_text()
+    assert "Like asked.png" in text and str(tmp_path) not in text
+    assert text.count("data:image/jpeg") == 2
     assert found["found"][0]["key"] == "01005"
     assert found["found"][0]["score"] == pytest.approx(1, abs=1e-3)
     assert found["pictures"] == 136
