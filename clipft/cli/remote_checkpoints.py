@@ -36,8 +36,8 @@ def checkpoint_store(settings: Settings, out: Output) -> "CheckpointStore":
     Raises:
         UsageError: no bucket is set.
     """
-    from clipft.storage.bucket import open_bucket
     from clipft.storage.checkpoints import CheckpointStore
+    from clipft.storage.opening import open_bucket
 
     if not settings.s3_bucket:
         raise UsageError(
@@ -78,7 +78,7 @@ def fetch_place(url: S3Url, settings: Settings, output_dir: Path, out: Output) -
         ModelError: there is none.
         StorageError: it cannot be seen, or none is whole.
     """
-    from clipft.storage.bucket import open_bucket
+    from clipft.storage.opening import open_bucket
 
     bucket = open_bucket(settings.model_copy(update={"s3_bucket": url.bucket}), out.note)
     store = _named(bucket, url) or _newest(bucket, url)

@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from clipft.errors import DataError
 from clipft.settings import StorageSettings
-from clipft.storage.bucket import PIECE, Bucket, open_bucket
+from clipft.storage.bucket import PIECE, Bucket
 from clipft.storage.keys import RemoteObject, folder_prefixes
+from clipft.storage.opening import open_bucket
 
 AHEAD = 4
 """Ranges that are fetched ahead of the reader: with the one being read 40 MiB."""

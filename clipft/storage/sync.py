@@ -14,12 +14,13 @@ from typing import Any
 
 from clipft.errors import StorageError
 from clipft.settings import StorageSettings
-from clipft.storage.bucket import Bucket, bucket_url, open_bucket, quiet
+from clipft.storage.bucket import Bucket, bucket_url, quiet
 from clipft.storage.failures import check_space
 from clipft.storage.fetching import Fetch, SyncProgress, part_name
 from clipft.storage.folder import Folder
 from clipft.storage.keys import Filter, Refused, RemoteObject, folder_prefixes
 from clipft.storage.local_files import local_files, remove_files
+from clipft.storage.opening import open_bucket
 
 SIDES = ("train", "val")
 

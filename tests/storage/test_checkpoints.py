@@ -7,8 +7,8 @@ import time
 import pytest
 
 from clipft.errors import StorageError
-from clipft.storage.bucket import open_bucket
 from clipft.storage.checkpoints import CheckpointStore, Manifest, Run
+from clipft.storage.opening import open_bucket
 from clipft.storage.uploading import Uploader
 from tests.storage.conftest import refusing
 from tests.storage.faulty_proxy import (

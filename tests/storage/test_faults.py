@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clipft.cli.app import run
-from clipft.storage import bucket as bucket_module
+from clipft.storage import opening
 from tests.faults.helpers import one_error
 from tests.storage.faulty_proxy import (
     Times,
@@ -103,8 +103,8 @@ def test_what_lasts_ends_with_4_and_the_next_sync_goes_on(filled, capsys, name):
 @pytest.mark.parametrize("fault", [stalls(60), drips(0.02)], ids=["stalled", "dripping"])
 def test_a_body_that_comes_too_slowly_is_asked_for_again(filled, capsys, monkeypatch, fault):
     """Two seconds of silence or for a whole small object, where users have 30 and 60."""
-    monkeypatch.setattr(bucket_module, "SILENT_SECONDS", 2)
-    monkeypatch.setattr(bucket_module, "_SMALL_SECONDS", 3)
+    monkeypatch.setattr(opening, "SILENT_SECONDS", 2)
+    monkeypatch.setattr(opening, "_SMALL_SECONDS", 3)
     spoilt = Times(1, fault, contains="05.tar")
     start = time.monotonic()
     with faulty_proxy(filled.settings.endpoint_url, spoilt) as url:

@@ -1,0 +1,146 @@
+"""P8: what a checkpoint with its upload every 50 steps costs a run, against no checkpoints.
+
+    python tests/benchmarks/p8_checkpoint.py [--quick] [--json FILE]
+
+The same run of the tiny model, with the bucket on a RADOS Gateway and without any. Counted is the
+time for which the training itself stood still (writing the file, handing it to the uploader), and
+the processor time of all threads: on a busy machine two runs differ by more than what is asked.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.benchmarks.side_by_side import arguments, write_figures
+from tests.conftest import write_shard
+from tests.storage.rados_gateway import KEY, MISSING, SECRET, RadosGateway, installed
+
+GOAL = 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """``file_over_state`` is the checkpoint's size over 4 bytes a trained parameter."""
+
+    run: str
+    steps: int
+    saves: int
+    seconds: float
+    stood_still_s: float
+    share: float
+    cpu_s: float
+    file_over_state: float
+    goal: str
+
+
+@dataclass
+class Clock:
+    spent: float = 0.0
+    calls: int = 0
+    steps: list[float] = field(default_factory=list)
+
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*given, **named)
+            finally:
+                self.spent += time.perf_counter() - start
+                self.calls += 1
+
+        return run
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Clock]:
+    """Times every save of the run's state and every hand-over to the uploader."""
+    from clipft.training.run import _Run
+
+    clock, before = Clock(), _Run._save
+    _Run._save = clock.timed(before)  # type: ignore[method-assign]
+    try:
+        yield clock
+    finally:
+        _Run._save = before  # type: ignore[method-assign]
+
+
+def measure(name: str, data: Path, out: Path, steps: int, more: list[str]) -> Row:
+    from clipft.cli.app import run
+
+    args = ["train", "--model", "tiny", "--data-dir", str(data), "--output-dir", str(out)]
+    args += ["--epochs", str(steps // 50), "--effective-batch-size", "32", "--num-workers", "0"]
+    args += ["--micro-batch-size", "32", "--precision", "fp32", "--stop-on", "never", "--json"]
+    used, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    with watched() as clock, contextlib.redirect_stdout(io.StringIO()):
+        if code := run([*args, *more]):
+            sys.exit(f"train ended with {code}")
+    seconds, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    share = clock.spent / seconds
+    return Row(
+        run=name,
+        steps=steps,
+        saves=clock.calls,
+        seconds=seconds,
+        stood_still_s=clock.spent,
+        share=share,
+        cpu_s=now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime,
+        file_over_state=(out / "dual_lora_checkpoint.pt").stat().st_size / (4 * _trained(out)),
+        goal="" if "without" in name else f"< {GOAL:.0%}" + ("" if share < GOAL else ", missed"),
+    )
+
+
+def _trained(out: Path) -> int:
+    import torch
+
+    content = torch.load(out / "dual_lora_checkpoint.pt", weights_only=True)
+    return sum(tensor.numel() for tensor in content["model_state_dict"].values())
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    given = parser.parse_args()
+    if not installed():
+        sys.exit(MISSING)
+    os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
+    steps = 100 if given.quick else 400
+    with tempfile.TemporaryDirectory(prefix="clipft-p8-") as place:
+        home = Path(place)
+        write_shard(home / "bucket" / "data" / "train" / "00000.tar", range(1600))
+        write_shard(home / "bucket" / "data" / "val" / "00000.tar", range(5000, 5064))
+        data = home / "bucket" / "data"
+        with RadosGateway(home / "node") as server:
+            import boto3
+
+            keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+            client = boto3.client("s3", endpoint_url=server.url, region_name="us-east-1", **keys)
+            client.create_bucket(Bucket="runs")
+            for path in data.rglob("*.tar"):
+                client.upload_file(str(path), "runs", f"data/{path.relative_to(data)}")
+            bucket = ["--s3-bucket", "runs", "--endpoint-url", server.url]
+            bucket += ["--enable-s3-checkpoints", "--checkpoint-every", "50"]
+            rows = []
+            for turn in (1, 2):
+                out = home / str(turn)
+                none = ["--checkpoint-every", "0"]
+                rows.append(measure("without", data, out / "none", steps, none))
+                rows.append(measure("saved and uploaded", data, out / "s3", steps, bucket))
+    for row in rows:
+        print(row)
+    if given.json:
+        write_figures(given.json, "P8 checkpoint", rows[2:], ("torch", "obstore"))
+
+
+if __name__ == "__main__":
+    main()
