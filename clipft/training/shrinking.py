@@ -55,6 +55,9 @@ class ShrinkingAccumulation:
             self._shrink(step)
         return loss
 
+    def floor(self, micro_batches: list[Batch]) -> float:
+        return self.accumulate.floor(self._cut(micro_batches))
+
     def _attempt(self, step: int, micro_batches: list[Batch]) -> Tensor | None:
         try:
             return self.accumulate(step, micro_batches)

@@ -93,7 +93,7 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
 def ours(place: Place, size: Size, **given: Any) -> Work:
     setup = setup_of(place, size, **given)
     state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser)
+    accumulate = setup.make_accumulation(state.optimiser, print)
     how, plan = setup.encoding.preprocessing, setup.epoch_plan
 
     def work() -> int:

@@ -70,7 +70,7 @@ def ours(place: Place, size: Size, scenario: str, cached: bool, kept: dict[bool,
                 EPOCHS,
                 setup.loader_options,
             )
-            steps = fit(state, batches, setup.make_accumulation(state.optimiser))
+            steps = fit(state, batches, setup.make_accumulation(state.optimiser, print))
             pairs = sum(result.pairs for result in steps)
             kept[cached] = model.trainable_state()
         return pairs
