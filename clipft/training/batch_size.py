@@ -1,39 +1,38 @@
 """The micro-batch: how many pairs go through the model at once.
 
-Real forward and backward passes of the scenario at hand, doubling and then bisecting. On a
-GPU a size fits if it ran. On a CPU the system would kill the process instead of refusing,
-so memory is measured at small sizes, extrapolated, and only what safely fits is tried.
+Real forward and backward passes of the scenario at hand. Memory grows as a line with the
+size, so after a few small sizes its edge is known well enough to go there directly. A GPU
+says when its memory is full, so a size is simply tried; on a CPU the system might kill the
+process instead, so nothing is tried that the line does not leave room for.
 
-The largest size is not always the fastest, so the choice goes by the time per pair of a
-whole step, counting the second forward pass that exact accumulation needs whenever the
-micro-batch is smaller than the effective batch.
+The largest size is not always the fastest: the choice goes by the time per pair of a whole
+step, counting the second forward pass of those pairs whose graphs there is no room to keep.
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from clipft.cache import cache_folder
-from clipft.data.loader import Batch
 from clipft.errors import StorageError
 from clipft.files import replacing
-from clipft.modelling.adapt import TrainableModel
-from clipft.training.losses import ContrastiveLoss
-from clipft.training.memory import peak_memory, usable_memory
-from clipft.training.precision import Precision
+from clipft.training.memory import GRAPH_SHARE
 
 FALLBACK = 64
 """Where nothing can be measured."""
 
 MAX_PROBES = 10
 _GROWTH_THAT_PAYS = 1.05
-_PREDICTION_MARGIN = 1.15
-_SMALLEST = 4
-_CLOSE_ENOUGH = 0.05
+_AS_FAST = 1.02
+"""Of two sizes so close in speed the smaller is taken: it leaves memory."""
+_FAR, _NEAR = 1.15, 1.02
+"""Margins on the slope of memory: more than twice the largest size tried, and up to there."""
+SMALLEST = 4
+_CLOSE_ENOUGH = 0.04
+_ON_THE_LINE = 1.01
+"""A guess so near to what fits tells nothing."""
+_PATIENCE = 90.0
+"""Seconds that sizes may take on a CPU which are tried only to know the largest."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,33 @@ class Probe:
     forward_seconds: float = 0.0
     peak_bytes: int = 0
 
-    def pairs_per_s(self, effective: int) -> float:
-        """Training speed at an effective batch, its second forward pass included."""
-        again = self.forward_seconds if self.size < effective else 0.0
+    def pairs_per_s(self, effective: int, kept: float = 0.0) -> float:
+        """Training speed at an effective batch: all but the ``kept`` share of its pairs go
+        forward a second time where it takes several micro-batches."""
+        again = self.forward_seconds * (1 - kept) if self.size < effective else 0.0
         return self.size / (self.step_seconds + again)
 
 
 @dataclass(frozen=True)
 class Found:
     """``largest`` fits (``extrapolated``: by calculation, not by running); ``chosen`` is
-    the fastest. Memory in bytes."""
+    the fastest, with ``left_bytes`` of ``usable_bytes`` to spare. ``kept``: the share of the
+    effective batch whose graphs fit into memory."""
 
     chosen: int
     largest: int
     extrapolated: bool
     usable_bytes: int
     probes: tuple[Probe, ...]
+    left_bytes: int = 0
+    kept: float = 0.0
+
+    def speed(self, effective: int) -> float:
+        """Pairs/s of ``chosen``; 0: no size fitted."""
+        return max(
+            (p.pairs_per_s(effective, self.kept) for p in self.probes if p.size == self.chosen),
+            default=0.0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,151 +84,136 @@ class TrySize(Protocol):
 
 
 def search(try_size: TrySize, effective: int, usable_bytes: int, refuses: bool) -> Found:
-    """Find the micro-batch for an effective batch.
+    """Find the micro-batch for an effective batch, in at most ``MAX_PROBES``.
 
     ``refuses``: the device says when its memory is full, so a size may simply be tried.
     Otherwise nothing is tried whose extrapolated memory passes ``usable_bytes``.
     """
-    probes: list[Probe] = []
-    size = 1 if effective < _SMALLEST else _SMALLEST
-    while len(probes) < MAX_PROBES:
-        if not refuses and predict_bytes(probes, size) > usable_bytes:
-            break
-        probes.append(try_size(size))
-        if not probes[-1].fits or size >= effective:
-            break
-        if not refuses and _levelled_off(probes, effective):
-            break
-        leap = refuses and 0 < predict_bytes(probes, size * 4) < usable_bytes
-        size = min(size * (4 if leap else 2), effective)
-    if refuses and not probes[-1].fits:
-        _bisect(try_size, probes, usable_bytes)
-    return _choose(probes, effective, usable_bytes, refuses)
+    sought = _Search(try_size, effective, usable_bytes, refuses)
+    sought.grow()
+    sought.approach_the_edge()
+    return sought.found()
 
 
-def _bisect(try_size: TrySize, probes: list[Probe], usable_bytes: int) -> None:
-    """Narrow between the largest size that fits and the smallest that does not, to 5 %.
+@dataclass
+class _Search:
+    try_size: TrySize
+    effective: int
+    usable_bytes: int
+    refuses: bool
+    probes: list[Probe] = field(default_factory=list)
 
-    Memory grows as a line, so its extrapolation is tried before the middle.
-    """
-    while len(probes) < MAX_PROBES:
-        fitting = sorted((p for p in probes if p.fits), key=lambda p: p.size)
-        low = fitting[-1].size if fitting else 0
-        high = min(p.size for p in probes if not p.fits)
-        if high - low <= max(1, int(low * _CLOSE_ENOUGH)):
-            return
-        guess = _largest_predicted(fitting, high - 1, usable_bytes) if len(fitting) > 1 else 0
-        if guess <= low and len(fitting) > 2:  # the line has been followed to its end
-            guess = low + max(1, int(low * _CLOSE_ENOUGH))
-        inside = low < guess < high
-        probes.append(try_size(guess if inside else (low + high) // 2))
+    @property
+    def fitting(self) -> list[Probe]:
+        return sorted((p for p in self.probes if p.fits), key=lambda p: p.size)
 
+    @property
+    def low(self) -> int:
+        return self.fitting[-1].size if self.fitting else 0
 
-def _levelled_off(probes: list[Probe], effective: int) -> bool:
-    if len(probes) < 3:
-        return False
-    now, before = probes[-1].pairs_per_s(effective), probes[-2].pairs_per_s(effective)
-    return now < before * _GROWTH_THAT_PAYS
+    @property
+    def high(self) -> int:
+        """The smallest size that is too large, as far as is known."""
+        refused = [p.size for p in self.probes if not p.fits]
+        return min([*refused, self.effective + 1])
 
+    def grow(self) -> None:
+        """Larger and larger, until memory or speed has an end."""
+        size = min(SMALLEST, self.effective)
+        while len(self.probes) < MAX_PROBES and self._allowed(size):
+            self.probes.append(self.try_size(size))
+            if not self.probes[-1].fits or size >= self.effective or self._levelled_off():
+                return
+            leap = self.refuses and 0 < self._bytes_at(size * 4) < self.usable_bytes
+            size = min(size * (4 if leap else 2), self.effective)
 
-def predict_bytes(probes: Sequence[Probe], size: int) -> int:
-    """Peak memory at ``size``: a line through the last two probes, its slope with a margin."""
-    if len(probes) < 2:
-        return 0
-    a, b = probes[-2], probes[-1]
-    slope = max(0.0, (b.peak_bytes - a.peak_bytes) / (b.size - a.size))
-    return int(b.peak_bytes + slope * (size - b.size) * _PREDICTION_MARGIN)
+    def approach_the_edge(self) -> None:
+        """Narrow between the largest size that fits and the smallest that does not."""
+        while len(self.probes) < MAX_PROBES:
+            low, high = self.low, self.high
+            if high - low <= max(1, int(low * _CLOSE_ENOUGH)):
+                return
+            guess = self._edge() if len(self.fitting) > 1 else (low + high) // 2
+            if guess <= low * _ON_THE_LINE:  # beyond the line only where that does no harm
+                guess = low + max(1, int(low * _CLOSE_ENOUGH)) if self.refuses else low
+            if not low < guess < high or not self._affordable(guess):
+                return
+            self.probes.append(self.try_size(guess))
 
+    def found(self) -> Found:
+        if not self.fitting:
+            return Found(1, 1, True, self.usable_bytes, tuple(self.probes))
+        largest, edge = self.low, self._edge(far=_NEAR)
+        extrapolated = not self.refuses and edge > largest * (1 + _CLOSE_ENOUGH)
+        kept = self._kept()
+        chosen = self._fastest(kept)
+        left = max(0, self.usable_bytes - chosen.peak_bytes)
+        return Found(
+            chosen.size,
+            edge if extrapolated else largest,
+            extrapolated,
+            self.usable_bytes,
+            tuple(self.probes),
+            left,
+            kept,
+        )
 
-def _choose(probes: list[Probe], effective: int, usable_bytes: int, refuses: bool) -> Found:
-    fitting = [probe for probe in probes if probe.fits]
-    if not fitting:
-        return Found(1, 1, True, usable_bytes, tuple(probes))
-    candidates = {p.size: p.pairs_per_s(effective) for p in fitting}
-    largest = max(candidates)
-    extrapolate = not refuses and largest < effective and len(probes) >= 2
-    if extrapolate:
-        largest = _largest_predicted(probes, effective, usable_bytes)
-        if largest == effective:  # then nothing is computed twice
-            last = fitting[-1]
-            candidates[largest] = last.size / last.step_seconds
-    chosen = max(candidates, key=lambda size: candidates[size])
-    return Found(chosen, largest, extrapolate, usable_bytes, tuple(probes))
+    def _fastest(self, kept: float) -> Probe:
+        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in self.fitting]
+        best = max(speed for speed, _ in speeds)
+        return next(probe for speed, probe in speeds if speed * _AS_FAST >= best)
 
+    def _kept(self) -> float:
+        """As ``training.graphs`` will have it, as far as the slope of memory tells."""
+        if len(self.fitting) < 2:
+            return 0.0
+        first = self.fitting[0]
+        fixed = first.peak_bytes - self._slope() * first.size
+        graphs = max(1.0, self._slope() * self.effective)
+        return min(1.0, max(0.0, (self.usable_bytes - fixed) * GRAPH_SHARE / graphs))
 
-def _largest_predicted(probes: Sequence[Probe], effective: int, usable_bytes: int) -> int:
-    low, high = probes[-1].size, effective
-    while low < high:
-        middle = (low + high + 1) // 2
-        if predict_bytes(probes, middle) <= usable_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def _slope(self) -> float:
+        """Bytes per pair: between the largest that fits and the next one well below it."""
+        largest = self.fitting[-1]
+        other = next((p for p in reversed(self.fitting) if p.size <= largest.size * 0.8), None)
+        if other is None:
+            return 0.0
+        return max(0.0, (largest.peak_bytes - other.peak_bytes) / (largest.size - other.size))
 
+    def _bytes_at(self, size: int, far: float = _FAR) -> int:
+        """Peak memory at ``size`` by the line, its slope with a margin; 0: not known yet."""
+        if len(self.fitting) < 2:
+            return 0
+        largest = self.fitting[-1]
+        margin = _NEAR if size <= largest.size * 2 else far
+        return int(largest.peak_bytes + self._slope() * (size - largest.size) * margin)
 
-@dataclass(frozen=True)
-class ModelProbe:
-    """Tries sizes on a real model with made-up pairs, captions at their longest."""
+    def _allowed(self, size: int) -> bool:
+        return self.refuses or self._bytes_at(size) <= self.usable_bytes
 
-    model: TrainableModel
-    loss: ContrastiveLoss
-    image_size: int
-    context_length: int
-    precision: Precision
+    def _edge(self, far: float = _FAR) -> int:
+        """The largest size that fits by the line, below what was refused."""
+        low, high = self.low, self.high - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._bytes_at(middle, far) <= self.usable_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
-    def __call__(self, size: int) -> Probe:
-        batch = self._batch(size).to(self.precision.device)
-        self.model.train()
-        try:
-            with peak_memory(self.precision.device) as peak:
-                self._step(batch)  # not timed: libraries set themselves up
-                step_seconds = self._timed(lambda: self._step(batch))
-            with torch.no_grad():
-                forward_seconds = self._timed(lambda: self._embed(batch))
-        except torch.OutOfMemoryError:
-            return Probe(size, fits=False)
-        finally:
-            self.model.zero_grad(set_to_none=True)
-            if self.precision.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return Probe(size, True, step_seconds, forward_seconds, peak.bytes)
+    def _levelled_off(self) -> bool:
+        if self.refuses or len(self.probes) < 3:
+            return False
+        now, before = (p.pairs_per_s(self.effective) for p in self.probes[:-3:-1])
+        return now < before * _GROWTH_THAT_PAYS
 
-    def _batch(self, size: int) -> Batch:
-        pixels = torch.zeros(size, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        ids = torch.ones(size, self.context_length, dtype=torch.int64)
-        return Batch(pixels, ids, tuple(range(size)))
-
-    def _embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        with self.precision.autocast():
-            embedded: tuple[torch.Tensor, torch.Tensor] = self.model(
-                batch.pixel_values, batch.input_ids
-            )
-        return embedded
-
-    def _step(self, batch: Batch) -> None:
-        loss = self.loss(*self._embed(batch))
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
-
-    def _timed(self, work: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        work()
-        if self.precision.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-
-def find(probe: ModelProbe, effective: int, report: Callable[[Probe], None]) -> Found:
-    """Measure on the probe's device, telling of each size tried."""
-    device = probe.precision.device
-
-    def reported(size: int) -> Probe:
-        tried = probe(size)
-        report(tried)
-        return tried
-
-    return search(reported, effective, usable_memory(device), refuses=device.type == "cuda")
+    def _affordable(self, size: int) -> bool:
+        largest = self.fitting[-1] if self.fitting else None
+        if self.refuses or largest is None:
+            return True
+        per_pair = (largest.step_seconds + largest.forward_seconds) / largest.size
+        return size * per_pair <= _PATIENCE
 
 
 class FoundCache:

@@ -157,9 +157,10 @@ class LocalAccumulation(_Accumulation):
 
     def floor(self, micro_batches: list[Batch]) -> float:
         groups = [self._own_groups([batch]) for batch in micro_batches]
-        floors = [self.loss.floor(own) * len(own) for own in groups if own is not None]
+        floors = [self.loss.floor(ids) * len(ids) for ids in groups if ids is not None]
         pairs = sum(len(batch) for batch in micro_batches)
-        summed, all_pairs = self.processes.gather_rows(torch.tensor([[sum(floors), pairs]])).sum(0)
+        own = torch.tensor([[sum(floors), pairs]], dtype=torch.float64)
+        summed, all_pairs = self.processes.gather_rows(own).sum(0)
         return float(summed / all_pairs)
 
 

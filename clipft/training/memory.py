@@ -1,5 +1,7 @@
 """Memory: how much may be used, and how much a piece of work took."""
 
+import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +12,14 @@ import psutil
 import torch
 
 USABLE_SHARE = 0.8
-"""Of the free memory of a CPU: the system and the data workers need the rest."""
+"""Of what the machine has free: others use it too, and a run comes to need more."""
+_LIMIT_SHARE = 0.97
+"""Of what a limit leaves that is this job's alone."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60
+"""cgroup v1 writes about 2^63 where v2 writes max."""
 
 
 @dataclass
@@ -52,12 +59,25 @@ def peak_memory_so_far(device: torch.device) -> int:
     return _peak_rss()
 
 
-def usable_memory(device: torch.device) -> int:
-    """Bytes that this process may hold, what it holds already included, within all limits."""
+def usable_memory(device: torch.device, sharers: int = 1) -> int:
+    """Bytes that this process may hold, what it holds already included, within all limits.
+    On a CPU so many ``sharers`` will want the same."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    free = [psutil.virtual_memory().available, *_cgroup_free(), *_rlimit_free()]
-    return int(psutil.Process().memory_info().rss + min(free) * USABLE_SHARE)
+    shared = [psutil.virtual_memory().available * USABLE_SHARE]
+    shared += [free * _LIMIT_SHARE for free in cgroup_free(_CGROUPS, _MEMBERSHIP)]
+    own = [free * _LIMIT_SHARE for free in _rlimit_free()]
+    return int(psutil.Process().memory_info().rss + min([min(shared) / sharers, *own]))
+
+
+def give_back(device: torch.device) -> None:
+    """Return what is free to the system: allocators keep it for later otherwise."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 GRAPH_SHARE = 0.6
@@ -75,13 +95,43 @@ def free_for_graphs(device: torch.device, to_come: int) -> int:
     return max(0, int((usable_memory(device) - used - to_come) * GRAPH_SHARE))
 
 
-def _cgroup_free() -> list[int]:
+def cgroup_free(root: Path, membership: Path) -> list[int]:
+    """Bytes left under each memory limit of this process's cgroup and those above it, of
+    version 1 or 2. Files that the kernel merely remembers do not count as used."""
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    free = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version2 = not controllers
+        if not version2 and "memory" not in controllers.split(","):
+            continue
+        top = root if version2 else root / "memory"
+        own = top / path.lstrip("/")
+        # Within a container its own group is mounted as the top, whatever the path says
+        for folder in {own, *own.parents, top}:
+            if folder == top or top in folder.parents:
+                free += _left_in(folder, version2)
+    return free
+
+
+def _left_in(folder: Path, version2: bool) -> list[int]:
+    limit_name, used_name, reclaimable = (
+        ("memory.max", "memory.current", "inactive_file")
+        if version2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    )
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        used = int((folder / used_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return []
-    return [] if limit == "max" else [max(0, int(limit) - used)]
+    if limit == "max" or int(limit) > _NO_LIMIT:
+        return []
+    return [max(0, int(limit) - used + int(stat.get(reclaimable, 0)))]
 
 
 def _rlimit_free() -> list[int]:
@@ -89,10 +139,10 @@ def _rlimit_free() -> list[int]:
         return []
     import resource
 
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
-        return []
-    return [max(0, limit - psutil.Process().memory_info().vms)]
+    memory = psutil.Process().memory_info()
+    limits = ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.data))
+    found = [(resource.getrlimit(limit)[0], used) for limit, used in limits]
+    return [max(0, soft - used) for soft, used in found if soft != resource.RLIM_INFINITY]
 
 
 def _reset_peak_rss() -> None:

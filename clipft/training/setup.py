@@ -13,7 +13,7 @@ from clipft.errors import UsageError
 from clipft.machine import processors
 from clipft.records import Plan
 from clipft.settings import Settings
-from clipft.training.batch_size import FALLBACK, Found, FoundCache, ModelProbe, Probe, find
+from clipft.training.batch_size import FALLBACK, Found, FoundCache, Probe
 from clipft.training.contrastive import ACCUMULATIONS, Accumulation
 from clipft.training.distributed import Processes, by_first, first_then_all, together
 from clipft.training.embedding import Embeddings
@@ -37,6 +37,7 @@ from clipft.training.preprocessing import (
     training_preprocessing,
     validation_preprocessing,
 )
+from clipft.training.probing import find, probe_of
 from clipft.training.shrinking import ShrinkingAccumulation
 
 if TYPE_CHECKING:
@@ -51,19 +52,16 @@ _STATES = 4
 
 
 def find_micro_batch(
-    settings: Settings, loaded: LoadedModel, effective: int, report: Callable[[Probe], None]
+    settings: Settings,
+    loaded: LoadedModel,
+    effective: int,
+    report: Callable[[Probe], None],
+    processes: int = 1,
 ) -> Found:
-    """Search the micro-batch for an effective batch, or take what was found before."""
+    """Search the micro-batch for an effective batch, or take what was found before;
+    ``processes`` share the machine."""
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    inputs = loaded.base.inputs
-    probe = ModelProbe(
-        loaded.model,
-        make_loss(settings, loaded.model),
-        inputs.image_size,
-        inputs.context_length,
-        loaded.precision,
-    )
     key = "|".join(
         map(
             str,
@@ -78,6 +76,7 @@ def find_micro_batch(
                 name,
                 torch.get_num_threads(),
                 effective,
+                processes,
                 torch.__version__,
             ),
         )
@@ -85,7 +84,7 @@ def find_micro_batch(
     cache = FoundCache()
     found = cache.get(key)
     if found is None:
-        found = find(probe, effective, report)
+        found = find(probe_of(loaded, settings), effective, report, processes)
         cache.put(key, found)
     return found
 
@@ -185,7 +184,8 @@ def prepare(
     trains = settings.declared_scenario.trains
     micro = effective
     if trains:
-        found = by_first(processes, lambda: _micro_batch(settings, loaded, effective, note))
+        most, beside = -(-effective // processes.count), processes.on_this_machine
+        found = by_first(processes, lambda: _micro_batch(settings, loaded, most, note, beside))
         micro = even_micro_batch(effective, found, processes.count)
     epoch_plan = EpochPlan(len(train), effective, micro, settings.seed)
     epochs = settings.epochs if trains else 0
@@ -271,13 +271,15 @@ def _open_training(settings: Settings, source: "ShardSource | None") -> Pairs:
     return open_pairs(folder, settings.max_train_pairs)
 
 
-def _micro_batch(settings: Settings, loaded: LoadedModel, effective: int, note: Note) -> int:
+def _micro_batch(
+    settings: Settings, loaded: LoadedModel, effective: int, note: Note, processes: int
+) -> int:
     if settings.micro_batch_size:
         return min(settings.micro_batch_size, effective)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
         return min(FALLBACK, effective)
     note("Finding the micro-batch size (done once per model, scenario and machine) ...")
-    found = find_micro_batch(settings, loaded, effective, lambda probe: None)
+    found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes)
     return found.chosen
 
 

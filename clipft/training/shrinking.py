@@ -56,7 +56,7 @@ class ShrinkingAccumulation:
         return loss
 
     def floor(self, micro_batches: list[Batch]) -> float:
-        return self.accumulate.floor(micro_batches)
+        return self.accumulate.floor(self._cut(micro_batches))
 
     def _attempt(self, step: int, micro_batches: list[Batch]) -> Tensor | None:
         try:

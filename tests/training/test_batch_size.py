@@ -1,8 +1,15 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipft.cli.app import run
+from clipft.settings_sources import load_settings
 from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
+from clipft.training.loaded import load_model
+from clipft.training.memory import cgroup_free
+from clipft.training.probing import probe_of
 
 
 class Machine:
@@ -46,10 +53,62 @@ def test_a_cpu_never_tries_what_its_memory_may_not_hold(largest, effective):
     assert 100 + found.largest * 10 <= machine.memory
 
 
-def test_the_whole_batch_at_once_is_chosen_where_it_fits_for_it_saves_a_forward_pass():
-    machine = Machine(memory=10**6, each=10, overhead=1.0)
+def test_where_all_graphs_can_be_kept_a_small_micro_batch_costs_no_second_pass():
+    machine = Machine(memory=10**6, each=10, overhead=0.01)
     found = search(machine, 128, machine.memory, refuses=False)
+    assert found.kept == 1.0
+    assert found.chosen < 128  # as fast, and leaves memory
+    assert found.left_bytes == machine.memory - (100 + 10 * found.chosen)
+
+
+def test_where_none_can_be_kept_the_whole_batch_at_once_saves_a_forward_pass():
+    machine = Machine(memory=100 + 128 * 10, each=10, overhead=1.0)
+    found = search(machine, 128, machine.memory, refuses=True)
+    assert found.kept < 1.0
     assert found.chosen == 128
+
+
+@given(largest=st.integers(20, 3000), effective=st.integers(8, 4096))
+def test_a_cpu_is_searched_to_within_5_percent_too(largest, effective):
+    machine = Machine(memory=100 + largest * 10, each=10, overhead=0.0, per_pair=1e-3)
+    found = search(machine, effective, machine.memory, refuses=False)
+    assert found.largest >= min(largest, effective) * 0.95 - 1
+    assert len(machine.tried) <= MAX_PROBES
+
+
+def test_a_cpu_is_not_kept_busy_for_minutes_only_to_know_the_largest():
+    slow = Machine(memory=100 + 2000 * 10, each=10, per_pair=1.0)
+    found = search(slow, 4096, slow.memory, refuses=False)
+    assert max(slow.tried) <= 100
+    assert found.extrapolated and 1900 <= found.largest <= 2000
+
+
+@pytest.mark.parametrize(("version", "left"), [(2, [700, 250]), (1, [700, 250])])
+def test_what_cgroups_leave(tmp_path, version, left):
+    limit, used, stat, top = (
+        ("memory.max", "memory.current", "inactive_file", tmp_path)
+        if version == 2
+        else (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+            tmp_path / "memory",
+        )
+    )
+    unlimited = "max" if version == 2 else str(2**63 - 4096)
+    for folder, most, held in (
+        (top, unlimited, 9000),
+        (top / "job", "1000", 400),
+        (top / "job" / "step", "500", 350),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text(f"{held}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{stat} 100\n")
+    mine = tmp_path / "cgroup"
+    mine.write_text("0::/job/step\n" if version == 2 else "4:memory:/job/step\n3:cpu:/\n")
+    assert sorted(cgroup_free(tmp_path, mine)) == sorted(left)
+    assert cgroup_free(tmp_path, tmp_path / "none") == []
 
 
 def test_a_size_that_is_slower_is_not_chosen_for_being_larger():
@@ -81,3 +140,26 @@ def test_the_cache_keeps_and_survives_rubbish(tmp_path, monkeypatch):
 def test_small_effective_batches(effective):
     machine = Machine(memory=10**6, each=10, overhead=1.0)
     assert search(machine, effective, 10**6, refuses=False).chosen <= effective
+
+
+@pytest.mark.parametrize("scenario", ["dual_lora", "linear_probe", "full"])
+def test_real_passes_of_a_scenario_leave_nothing_behind(scenario):
+    settings = load_settings({"model": "tiny", "scenario": scenario, "device": "cpu"}, environ={})
+    loaded = load_model(settings.values)
+    tried = probe_of(loaded, settings.values)(4)
+    assert tried.fits and tried.peak_bytes > 0
+    assert tried.step_seconds > tried.forward_seconds > 0
+    assert all(parameter.grad is None for _, parameter in loaded.model.trainable())
+
+
+def test_a_size_that_memory_refuses_does_not_fit():
+    settings = load_settings({"model": "tiny", "device": "cpu"}, environ={}).values
+    probe = probe_of(load_model(settings), settings)
+    assert not probe(1 << 40).fits
+
+
+def test_the_command_finds_for_the_scenario_and_says_what_is_left(capsys):
+    args = ["--model", "tiny", "--effective-batch-size", "8", "--device", "cpu", "--json"]
+    assert run(["find-batch-size", *args]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["micro_batch_size"] in (4, 8) and found["left_bytes"] > 0
