@@ -206,7 +206,7 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is left, with the report written at the end, however that comes."""
     from clipft.cli.reports import write_ablation_report
-    from clipft.reporting.ablation_page import COSTS, IN_SHORT, ablation_rows
+    from clipft.reporting.ablation_page import COSTS, FIGURES, ablation_rows
     from clipft.reporting.tables import rows_table
     from clipft.training.ablation_runs import Watchers, run_all
     from clipft.training.ablation_state import STATE, write_state
@@ -239,7 +239,10 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
             f"stopped by {signal}; the runs under way have saved their state in {folder}",
             "run the same command again to go on",
         )
-    table = rows_table("Ablation", [*IN_SHORT, *COSTS], ablation_rows(content))
-    out.result(content, table, content["verdict"])
+    tables = [
+        rows_table(title, columns, ablation_rows(content, columns))
+        for title, columns in (("Ablation", FIGURES), ("What it cost", COSTS))
+    ]
+    out.result(content, *tables, content["verdict"])
     out.note(f"Report: {folder / 'report.html'}")
     return list(ended.values())

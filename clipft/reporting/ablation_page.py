@@ -1,6 +1,6 @@
 """An ablation for people: its table on the terminal's width, and its page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -26,9 +26,9 @@ EXPLANATION = (
 )
 
 
-IN_SHORT = ("runs", "mean recall", "gain", "text→image R@10", "image→text R@10")
+FIGURES = ("runs", "mean recall", "gain", "text→image R@10", "image→text R@10")
 COSTS = ("parameters", "time", "memory")
-"""What a terminal has room for."""
+"""Columns that a terminal has room for, in two tables."""
 
 
 def ablation_table(content: Mapping[str, Any]) -> PageTable:
@@ -43,10 +43,9 @@ def ablation_table(content: Mapping[str, Any]) -> PageTable:
     return PageTable("The best first", columns, rows, best=frozenset({0}))
 
 
-def ablation_rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """A label and a cell for each of ``IN_SHORT`` and ``COSTS``; the best variant first."""
-    short = (*IN_SHORT, *COSTS)
-    return [[v["name"], *map(_cells(v).__getitem__, short)] for v in _ranked(content)]
+def ablation_rows(content: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
+    """A label and a cell for each of ``columns``; the best variant first."""
+    return [[v["name"], *map(_cells(v).__getitem__, columns)] for v in _ranked(content)]
 
 
 def _ranked(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:

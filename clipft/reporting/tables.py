@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 _DIRECTIONS = (("text -> image", "text_to_image"), ("image -> text", "image_to_text"))
@@ -31,11 +32,11 @@ def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
 
 
 def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """``rows`` hold a label and a cell for each of ``columns``."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    """``rows`` hold a label and a cell for each of ``columns``; nothing is cut off."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", min_width=12)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from clipft.reporting.ablation_content import ablation_content
-from clipft.reporting.ablation_page import ablation_page, ablation_rows
+from clipft.reporting.ablation_page import FIGURES, ablation_page, ablation_rows
 from clipft.reporting.spread import differences, interval, spread
 
 
@@ -87,7 +87,7 @@ def test_what_noise_hides_is_named_and_what_it_does_not_is_not():
     content = content_of(a_run("zero_shot", 1, None), *runs)
     assert "Best mean recall: full, 52.0 % ± 2.0, +32.0 points" in content["verdict"]
     assert content["verdict"].endswith("not told apart from it: dual_lora.")
-    assert next(row[0] for row in ablation_rows(content)) == "full"
+    assert next(row[0] for row in ablation_rows(content, FIGURES)) == "full"
 
 
 def test_one_seed_tells_nothing_apart():
@@ -103,7 +103,7 @@ def test_no_gain_is_said():
 
 def test_failed_runs_are_in_the_table_and_on_the_page():
     content = content_of(a_run("full", 1, 0.5), failed("full", 2), failed("linear_probe", 1))
-    rows = {row[0]: row for row in ablation_rows(content)}
+    rows = {row[0]: row for row in ablation_rows(content, FIGURES)}
     assert rows["full"][1] == "1/2, 1 failed" and rows["linear_probe"][1] == "0/1, 1 failed"
     page = ablation_page(content)
     assert "&lt;b&gt;diverged" in page and "<b>diverged" not in page
