@@ -55,7 +55,7 @@ def bring_data(
     found = look(settings, options.filter, out.note)
     packs = settings.pack and _is_raw(found)
     target = settings.data_dir / RAW if packs else settings.data_dir
-    out.note(f"Syncing {found.bucket.url()} to {target}.")
+    out.note(f"Syncing {found.bucket.url(found.prefixes['train'])} to {target}.")
     with transfer_progress(out) as report:
         result = bring(found, target, report, options)
     for note in result.notes:
@@ -88,8 +88,8 @@ def _is_raw(found: "Found") -> bool:
     from clipft.data.shard_index import IMAGE_SUFFIXES
 
     names = [name.lower() for side in found.objects for name in found.names(side)]
-    suffixes = {name[name.rfind(".") :] for name in names if "." in name}
-    return ".tar" not in suffixes and bool(suffixes & set(IMAGE_SUFFIXES))
+    suffixes = {name.rpartition(".")[2] for name in names}
+    return "tar" not in suffixes and bool(suffixes & set(IMAGE_SUFFIXES))
 
 
 def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:

@@ -76,7 +76,7 @@ def killed_in_mid_run(bucket, home: Path) -> None:
     shutil.rmtree(home)
 
 
-def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys, monkeypatch):
+def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
     # Of its own prefix: two runs of one name would take each other's place
@@ -92,18 +92,6 @@ def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys, monkeypatch
     assert found["saves"][0]["step"] == 15 and len(found["saves"]) == 3
     assert set(found["saves"][0]["files"]) >= {"dual_lora_checkpoint.pt", "metrics.jsonl"}
 
-    # The same by `resume`, from the bucket alone; and once more, when nothing is left to do
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLIPFT_ENDPOINT_URL", real_bucket.settings.endpoint_url)
-    place = f"s3://{real_bucket.settings.s3_bucket}/undisturbed"
-    assert run(["resume", place, "--output-dir", "again", "--data-dir", str(new / "data")]) == 0
-    assert "nothing left to train" in capsys.readouterr().err
-    assert_same_run(undisturbed / "runs", tmp_path / "again")
-
-    data = f"s3://{real_bucket.settings.s3_bucket}/data"
-    assert run(["evaluate", f"{place}/dual_lora_checkpoint", "--data-dir", data, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["scenario"] == "dual_lora"
-
 
 @pytest.mark.slow
 def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, monkeypatch):
@@ -116,6 +104,17 @@ def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, mon
     where = ["--endpoint-url", real_bucket.settings.endpoint_url]
     assert run(["resume", place, *where]) == 0
     assert_same_run(whole / "runs", tmp_path / "checkpoints")
+
+    # Once more, when nothing is left to do; and judged from the bucket
+    whole_place = f"s3://{real_bucket.settings.s3_bucket}/whole"
+    again = ["--output-dir", "again", "--data-dir", str(whole / "data")]
+    assert run(["resume", whole_place, *where, *again]) == 0
+    assert "nothing left to train" in capsys.readouterr().err
+    assert_same_run(whole / "runs", tmp_path / "again")
+    data = f"s3://{real_bucket.settings.s3_bucket}/data"
+    judged = ["evaluate", f"{whole_place}/dual_lora_checkpoint", "--data-dir", data, "--json"]
+    assert run([*judged, *where]) == 0
+    assert json.loads(capsys.readouterr().out)["scenario"] == "dual_lora"
 
 
 def test_no_checkpoint_in_s3_starts_at_epoch_0(real_bucket, tmp_path, capsys):

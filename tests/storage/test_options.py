@@ -1,0 +1,181 @@
+"""The way up, globs, --delete, --dry-run, raw files, s3:// in the place of a folder."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipft.cli.app import run
+from clipft.data.shards import open_pairs
+from clipft.errors import UsageError
+from clipft.s3_url import S3Url, parse_s3_url
+from clipft.settings_sources import load_settings
+from clipft.storage.checksums import etag_of, matches
+from clipft.storage.opening import open_bucket
+from tests.faults.helpers import one_error
+from tests.storage.test_sync import PAIRS, files
+from tests.storage.test_training import put_raw
+
+
+@pytest.fixture(params=["moto", "gateway"])
+def filled(request):
+    bucket = request.getfixturevalue("bucket" if request.param == "moto" else "real_bucket")
+    bucket.put(PAIRS)
+    return bucket
+
+
+def sync(bucket, capsys, *more: str) -> dict:
+    kept = bucket.settings
+    where = ["--s3-bucket", kept.s3_bucket, "--endpoint-url", kept.endpoint_url]
+    assert run(["sync", *where, "--data-dir", str(kept.data_dir), "--json", *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def stored(bucket) -> dict[str, bytes]:
+    name = bucket.settings.s3_bucket
+    found = bucket.client.list_objects_v2(Bucket=name).get("Contents", ())
+    get = bucket.client.get_object
+    return {e["Key"]: get(Bucket=name, Key=e["Key"])["Body"].read() for e in found}
+
+
+def test_up_sends_what_is_new_or_changed(filled, capsys):
+    folder = filled.settings.data_dir
+    sync(filled, capsys)
+    (folder / "train" / "00000.tar").write_bytes(b"A" * 3000)
+    (folder / "train" / "new é.tar").write_bytes(b"new")
+    (folder / "val" / ".00000.tar.clipft-index").write_bytes(b"not a user's")
+    result = sync(filled, capsys, "--up")
+    assert (result["transferred"], result["skipped"], result["deleted"]) == (2, 3, 0)
+    changed = {"data/train/00000.tar": b"A" * 3000, "data/train/new é.tar": b"new"}
+    assert stored(filled) == PAIRS | changed
+    assert sync(filled, capsys, "--up")["transferred"] == 0
+
+
+def test_up_in_parts_is_known_again(filled, capsys):
+    large = os.urandom(17 << 20)
+    path = filled.settings.data_dir / "train" / "large.tar"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(large)
+    assert sync(filled, capsys, "--up")["transferred"] == 1
+    assert stored(filled)["data/train/large.tar"] == large
+    assert sync(filled, capsys, "--up")["transferred"] == 0
+
+
+def test_up_deletes_under_the_prefixes_alone_and_never_all_of_a_side(filled, capsys):
+    folder = filled.settings.data_dir / "train"
+    folder.mkdir(parents=True)
+    (folder / "00000.tar").write_bytes(PAIRS["data/train/00000.tar"])
+    assert sync(filled, capsys, "--up", "--delete", "--dry-run")["deleted"] == 2
+    assert stored(filled) == PAIRS
+    assert sync(filled, capsys, "--up", "--delete")["deleted"] == 2
+    left = {"data/train/00000.tar", "data/training/other.tar", "data/val/00000.tar"}
+    assert set(stored(filled)) == left
+
+
+def test_up_with_nothing_to_send(filled, capsys):
+    kept = filled.settings
+    where = ["--s3-bucket", kept.s3_bucket, "--endpoint-url", kept.endpoint_url]
+    assert run(["sync", "--up", *where, "--data-dir", str(kept.data_dir), "--delete"]) == 4
+    assert "nothing to send" in one_error(capsys)[0]
+    assert stored(filled) == PAIRS
+
+
+def test_globs_say_what_is_meant(filled, capsys):
+    assert sync(filled, capsys, "--exclude", "deep/*", "--exclude", "*.txt")["objects"] == 2
+    assert set(files(filled.settings.data_dir)) == {"train/00000.tar", "val/00000.tar"}
+    assert sync(filled, capsys, "--include", "deep/*", "--include", "0*")["transferred"] == 1
+
+
+def test_delete_only_when_asked_and_only_inside(filled, capsys):
+    folder = filled.settings.data_dir
+    sync(filled, capsys)
+    (folder / "own.txt").write_text("beside the two folders")
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("mine")
+    (folder / "train" / "link").symlink_to(outside)
+    (folder / "train" / "stray" / "x").mkdir(parents=True)
+    (folder / "train" / "stray" / "x" / "old.jpg").write_bytes(b"o")
+    (folder / "train" / ".00000.tar.clipft-index").write_bytes(b"i")
+    assert sync(filled, capsys)["deleted"] == 0
+    planned = sync(filled, capsys, "--delete", "--dry-run")
+    assert planned["planned"] == [f"delete {folder / 'train/stray/x/old.jpg'}"]
+    assert sync(filled, capsys, "--delete", "--exclude", "stray/*")["deleted"] == 0
+    assert sync(filled, capsys, "--delete")["deleted"] == 1
+    assert not (folder / "train" / "stray").exists()
+    assert (outside / "kept").read_text() == "mine" and (folder / "own.txt").exists()
+    assert (folder / "train" / ".00000.tar.clipft-index").exists()
+
+
+def test_dry_run_changes_nothing(filled, capsys):
+    result = sync(filled, capsys, "--dry-run")
+    assert result["transferred"] == 4 and len(result["planned"]) == 4
+    assert not filled.settings.data_dir.exists()
+    sync(filled, capsys)
+    assert sync(filled, capsys, "--dry-run")["planned"] == []
+
+
+def test_raw_files_are_packed_once_and_anew_when_they_change(real_bucket, capsys):
+    put_raw(real_bucket)
+    folder = real_bucket.settings.data_dir
+    sync(real_bucket, capsys)
+    assert len(open_pairs(folder / "train")) == 80 and len(open_pairs(folder / "val")) == 16
+    before = (folder / "train" / "00000.tar").stat()
+    assert sync(real_bucket, capsys)["transferred"] == 0
+    assert (folder / "train" / "00000.tar").stat() == before
+    real_bucket.put({"data/train/00003.txt": b"another caption"})
+    assert sync(real_bucket, capsys)["transferred"] == 1
+    assert len(open_pairs(folder / "train")) == 80
+    assert b"another caption" in (folder / "train" / "00000.tar").read_bytes()
+
+
+def test_no_pack_leaves_raw_files_as_they_are(real_bucket, capsys):
+    put_raw(real_bucket)
+    sync(real_bucket, capsys, "--no-pack")
+    assert len(list((real_bucket.settings.data_dir / "train").glob("*.jpg"))) == 80
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "prefix"),
+    [("s3://b/p/q/", "b", "p/q"), ("s3:/b", "b", ""), ("s3://b/a b", "b", "a b")],
+)
+def test_an_s3_url(text, bucket, prefix):
+    assert parse_s3_url(text) == parse_s3_url(Path(text)) == S3Url(bucket, prefix)
+    assert parse_s3_url("./s3") is None
+    with pytest.raises(UsageError, match="no bucket"):
+        parse_s3_url("s3://")
+
+
+def test_an_s3_url_in_the_place_of_a_folder():
+    loaded = load_settings({"data_dir": "s3://b/some/data"}, environ={})
+    values = loaded.values
+    assert (values.s3_bucket, values.s3_prefix) == ("b", "some/data/train")
+    assert values.data_dir.parts[-4:] == ("s3", "b", "some", "data")
+    with pytest.raises(UsageError, match="not in bucket"):
+        load_settings({"data_dir": "s3://b/x", "s3_bucket": "c"}, environ={})
+
+
+def test_keys_come_back_as_they_are(filled):
+    """The listing is read past botocore's parser; names in it may be anything."""
+    keys = [f"k/{name}" for name in ("a b", "a+b", "100%", "%41", "é<&>", "日本", "q?x=1#y", "'\"")]
+    filled.put(dict.fromkeys(keys, b"x"))
+    objects, refused = open_bucket(filled.settings).list("k/")
+    assert sorted(o.key for o in objects) == sorted(keys) and not refused
+    assert {(o.size, o.etag) for o in objects} == {(1, f'"{hashlib.md5(b"x").hexdigest()}"')}
+    for wanted in objects:
+        assert bytes(open_bucket(filled.settings).get(wanted, 0, 1)) == b"x"
+
+
+@given(st.binary(min_size=1, max_size=400), st.integers(1, 100))
+def test_an_etag_of_parts_tells_the_bytes(tmp_path_factory, body, part):
+    path = tmp_path_factory.mktemp("e") / "file"
+    path.write_bytes(body)
+    with open(path, "rb") as file:
+        etag = etag_of(file, len(body), part)
+    assert matches(path, len(body), etag, lambda: part) is True
+    path.write_bytes(bytes([body[0] ^ 1]) + body[1:])
+    assert matches(path, len(body), etag, lambda: part) is False
