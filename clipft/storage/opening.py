@@ -1,8 +1,4 @@
-"""Opening a bucket: botocore finds credentials, region and address, obstore is told of them.
-
-botocore is the core of boto3, and finds them the same way; what boto3 adds is not needed, and
-takes 50 ms to import.
-"""
+"""Opening a bucket: boto3 finds credentials, region and address, obstore is told of them."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -40,19 +36,19 @@ def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -
     """
     if not settings.s3_bucket:
         raise UsageError("no bucket is set", "name it with --s3-bucket, or as s3://bucket/prefix")
+    import boto3
     from botocore.session import Session
 
     patience = Patience(settings, say)
     with storage_errors(settings, bucket_url(settings)):
-        session = Session(profile=settings.s3_profile)
-        if settings.s3_region:
-            session.set_config_variable("region", settings.s3_region)
+        core = Session(profile=settings.s3_profile)
+        session = boto3.Session(botocore_session=core, region_name=settings.s3_region)
         client = _client(session, settings, None)
         region = _region(client, settings, patience)
         if region != client.meta.region_name:
             client = _client(session, settings, region)
         stores = [
-            _store(session, client, settings, seconds)
+            _store(core, client, settings, seconds)
             for seconds in (_SMALL_SECONDS, _PIECE_SECONDS)
         ]
     return Bucket(settings, client, patience, Pages(client), *stores)
@@ -73,7 +69,7 @@ def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
         request_checksum_calculation="when_required" if settings.endpoint_url else None,
     )
     try:
-        return session.create_client(
+        return session.client(
             "s3", endpoint_url=settings.endpoint_url, config=config, region_name=region
         )
     except ValueError as error:
@@ -109,7 +105,7 @@ def _region(client: Any, settings: StorageSettings, patience: Patience) -> str:
     return patience.ask(ask, bucket_url(settings))
 
 
-def _store(session: Any, client: Any, settings: StorageSettings, seconds: int) -> "S3Store":
+def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "S3Store":
     from botocore.exceptions import NoCredentialsError
     from obstore.store import S3Store
 
@@ -122,11 +118,11 @@ def _store(session: Any, client: Any, settings: StorageSettings, seconds: int) -
         "read_timeout": timedelta(seconds=SILENT_SECONDS),
         "timeout": timedelta(seconds=seconds),
     }
-    bundle = session.get_config_variable("ca_bundle")
+    bundle = core.get_config_variable("ca_bundle")
     if bundle:
         with open(bundle, "rb") as file:
             options["root_certificate"] = file.read()
-    credentials = None if settings.s3_anonymous else session.get_credentials()
+    credentials = None if settings.s3_anonymous else core.get_credentials()
     if credentials is None and not settings.s3_anonymous:
         raise NoCredentialsError
     return S3Store(
