@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from clipft.cache import cache_folder
 from clipft.errors import UsageError, nearest, unknown_choice
-from clipft.s3_url import parse_s3_url
+from clipft.s3_url import S3Url, parse_s3_url
 from clipft.scenarios import SCENARIOS
 from clipft.settings import MINI_TRAIN, SECTIONS, Settings, fields_of
 
@@ -89,16 +89,20 @@ def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
             f"--data-dir {url} is not in bucket {values['s3_bucket']}",
             "leave out --s3-bucket, or name a folder with --data-dir",
         )
-    found = {
+    origin = origins["data_dir"]
+    for name, value in settings_of_data(url).items():
+        if name == "data_dir" or name not in values:
+            values[name], origins[name] = value, origin
+
+
+def settings_of_data(url: S3Url) -> dict[str, Any]:
+    """What a location in the place of a folder of pairs sets."""
+    return {
         "data_dir": cached_bucket(url.bucket) / url.prefix,
         "s3_bucket": url.bucket,
         "s3_prefix": url.below("train"),
         "s3_val_prefix": url.below("val"),
     }
-    origin = origins["data_dir"]
-    for name, value in found.items():
-        if name == "data_dir" or name not in values:
-            values[name], origins[name] = value, origin
 
 
 def cached_bucket(bucket: str) -> Path:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
 from clipft.errors import UsageError, unknown_choice
 from clipft.settings_sources import LoadedSettings
 
@@ -55,7 +56,7 @@ Push = Annotated[
 ]
 
 
-@settings_command("data_dir", "model")
+@settings_command("data_dir", "model", *LOCATION_SETTINGS)
 def export(
     loaded: LoadedSettings,
     out: Output,
@@ -78,6 +79,7 @@ def export(
     """
     if kind not in CHOICES:
         raise UsageError(f"--format {kind}: {unknown_choice(kind, CHOICES)}", "choose one of them")
+    from clipft.cli.remote_checkpoints import local_model
     from clipft.modelling.export import has_adapter
     from clipft.storage.hub import make_repository
     from clipft.storage.hub import push as upload
@@ -85,6 +87,8 @@ def export(
     from clipft.training.opened import open_model
 
     check_target(target)
+    bring_named_data(loaded, out)
+    place = local_model(place, loaded.values, out)
     opened = open_model(place, _on_cpu(loaded), ("model", "device", "precision"))
     formats = chosen_formats(kind, has_adapter(opened.loaded.model), opened.settings.scenario)
     if kind == "all" and "peft" not in formats:

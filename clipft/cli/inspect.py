@@ -10,7 +10,7 @@ from rich.text import Text
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
+from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data, local_data
 from clipft.data.pack_options import NEAR_BITS
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
@@ -89,6 +89,8 @@ def inspect(
 
     if data is None:
         bring_named_data(loaded, out)
+    else:
+        data = local_data(data, loaded.values, out)
     folder, workers = data or loaded.values.data_dir, loaded.values.num_workers
     splits = _splits(folder)
     others = _splits(against, named=True) if against else {}

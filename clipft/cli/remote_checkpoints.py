@@ -106,6 +106,13 @@ def fetched_checkpoint(place: Path | None, settings: Settings, out: Output) -> P
     return path.with_name(path.stem.removesuffix("_checkpoint"))
 
 
+def local_model(place: str, settings: Settings, out: Output) -> str:
+    """A model's name or path as it is; an ``s3://`` location brought to the cache folder."""
+    if parse_s3_url(place) is None:
+        return place
+    return str(fetched_checkpoint(Path(place), settings, out))
+
+
 class Uploads:
     """The checkpoints of one run on their way to the bucket; without
     ``enable_s3_checkpoints`` nothing of it does anything."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from clipft.cli.console import Output
 from clipft.files import replacing
+from clipft.s3_url import parse_s3_url
 from clipft.settings import Settings, StorageSettings
-from clipft.settings_sources import LoadedSettings, cached_bucket
+from clipft.settings_sources import LoadedSettings, cached_bucket, settings_of_data
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -38,6 +39,16 @@ def bring_named_data(loaded: LoadedSettings, out: Output) -> None:
     settings = loaded.values
     if settings.s3_bucket and settings.data_dir.is_relative_to(cached_bucket(settings.s3_bucket)):
         bring_data(settings, out)
+
+
+def local_data(place: Path, settings: Settings, out: Output) -> Path:
+    """A folder as it is; ``s3://bucket/prefix`` brought to the folder that stands for it."""
+    url = parse_s3_url(place)
+    if url is None:
+        return place
+    settings = settings.model_copy(update=settings_of_data(url))
+    bring_data(settings, out)
+    return settings.data_dir
 
 
 def bring_data(

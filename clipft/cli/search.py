@@ -9,6 +9,7 @@ from rich.text import Text
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
+from clipft.cli.remote_data import LOCATION_SETTINGS, local_data
 from clipft.errors import DataError, UsageError
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
@@ -69,7 +70,7 @@ Html = Annotated[
 _ANEW = ("num_workers", "precision", "device", "caption")
 
 
-@settings_command(*_ANEW)
+@settings_command(*_ANEW, *LOCATION_SETTINGS)
 def search(
     loaded: LoadedSettings,
     out: Output,
@@ -98,14 +99,15 @@ def search(
         )
     if html:
         check_writable(html)
+    from clipft.cli.remote_checkpoints import local_model
     from clipft.data.loader import LoaderOptions
     from clipft.data.picture_parts import open_pictures
     from clipft.training.opened import open_model
     from clipft.training.picture_index import open_index
 
     asked = _read(image) if image else None
-    parts = open_pictures(data)
-    opened = open_model(place, loaded, _ANEW)
+    parts = open_pictures(local_data(data, loaded.values, out))
+    opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
     on_gpu = opened.loaded.precision.device.type == "cuda"
     options = LoaderOptions(opened.settings.num_workers, on_gpu)

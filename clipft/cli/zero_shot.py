@@ -85,6 +85,7 @@ def zero_shot(
         clipft zero-shot --model tiny --labels "chair,table,lamp" --label-field type
         clipft zero-shot ./checkpoints/dual_lora --save-classifier furniture.safetensors
     """
+    from clipft.cli.remote_checkpoints import fetched_checkpoint
     from clipft.files import check_writable
     from clipft.training.checkpoint import load_checkpoint
     from clipft.training.classifier_file import classifier_of
@@ -96,6 +97,7 @@ def zero_shot(
     bring_named_data(loaded, out)
     if save_classifier:
         check_writable(save_classifier)
+    checkpoint = fetched_checkpoint(checkpoint, loaded.values, out)
     path = find_checkpoint(checkpoint, loaded.values) if checkpoint else None
     content = load_checkpoint(path) if path else None
     settings = saved_settings(content, loaded, _SETTINGS) if content else _untouched(loaded.values)
