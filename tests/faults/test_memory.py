@@ -25,7 +25,8 @@ def train_within(more: int, catalogue, out, *args: str) -> "subprocess.Completed
         [sys.executable, "-c", LIMITED.format(more=more), *command],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # One arena: glibc reserves 64 MiB for each thread's, which the limit counts
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
 
 
