@@ -39,5 +39,5 @@ def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, 
 
 
 def test_the_micro_batch_found_by_itself_fits(catalogue, tmp_path):
-    done = train_within(400 << 20, catalogue, tmp_path)
+    done = train_within(1 << 30, catalogue, tmp_path)
     assert done.returncode == 0, done.stderr
