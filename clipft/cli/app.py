@@ -24,7 +24,7 @@ from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
 from clipft.cli.zero_shot import zero_shot
-from clipft.errors import ClipftError, UsageError
+from clipft.errors import ClipftError, MemoryShortage, UsageError
 
 app = typer.Typer(
     name="clipft",
@@ -101,7 +101,19 @@ def _usage(error: Any) -> UsageError:
     return UsageError(error.format_message(), f"see `{command} --help`")
 
 
+def _is_memory(error: Exception) -> bool:
+    """By name and text: torch is not imported to ask."""
+    named = type(error).__name__ in {"OutOfMemoryError", "MemoryError"}
+    return named or "can't allocate memory" in str(error)
+
+
 def _bug(error: Exception) -> ClipftError:
+    if _is_memory(error):
+        return MemoryShortage(
+            f"memory ran out: {str(error).strip().partition(chr(10))[0]}",
+            "use a smaller --micro-batch-size or fewer --num-workers; `clipft resume` goes on "
+            "from the last checkpoint",
+        )
     bug = ClipftError(
         f"unexpected {type(error).__name__}: {error}",
         "this is a bug: run again with --debug and report the traceback",

@@ -25,6 +25,8 @@ MAX_PROBES = 10
 _GROWTH_THAT_PAYS = 1.05
 _AS_FAST = 1.02
 """Of two sizes so close in speed the smaller is taken: it leaves memory."""
+_EASY = 0.9
+"""Of the usable memory at most for the size that is taken: a run holds more than a step."""
 _FAR, _NEAR = 1.15, 1.02
 """Margins on the slope of memory: more than twice the largest size tried, and up to there."""
 SMALLEST = 4
@@ -159,7 +161,9 @@ class _Search:
         )
 
     def _fastest(self, kept: float) -> Probe:
-        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in self.fitting]
+        easy = [p for p in self.fitting if p.peak_bytes <= self.usable_bytes * _EASY]
+        among = easy or self.fitting[:1]
+        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in among]
         best = max(speed for speed, _ in speeds)
         return next(probe for speed, probe in speeds if speed * _AS_FAST >= best)
 

@@ -55,7 +55,7 @@ class GraphMemory:
         return fits
 
     def _count(self, side: Side, step: int, piece: Piece) -> Embedded:
-        with _counting() as saved:
+        with counting_saved() as saved:
             rows = side.encode(step, piece)
         self._bytes_per_cell[side.name] = sum(saved.values()) / piece.cells
         if self._all is None:
@@ -64,7 +64,7 @@ class GraphMemory:
 
 
 @contextmanager
-def _counting() -> Iterator[dict[int, int]]:
+def counting_saved() -> Iterator[dict[int, int]]:
     """Bytes by storage of what autograd saves in the block and no parameter holds anyway."""
     saved: dict[int, int] = {}
 

@@ -14,7 +14,7 @@ from clipft.settings import Settings
 from clipft.training.batch_size import SMALLEST, Found, Probe, search
 from clipft.training.contrastive import ExactAccumulation
 from clipft.training.distributed import ALONE
-from clipft.training.graphs import GraphMemory
+from clipft.training.graphs import GraphMemory, counting_saved
 from clipft.training.loaded import LoadedModel
 from clipft.training.losses import ContrastiveLoss, make_loss
 from clipft.training.memory import give_back, peak_memory, usable_memory
@@ -25,6 +25,8 @@ from clipft.training.sides import Sides, make_sides
 
 _TIMED = 0.3
 """Seconds that a small size is repeated for: one pass is a poor clock."""
+_PASSING = 1.5
+"""What forward and backward hold for a moment besides the graph, as a factor on it."""
 _ALL_GRAPHS = 1 << 60
 _STATES = 2
 """Moments that AdamW keeps of each trainable weight, of its own size."""
@@ -70,6 +72,14 @@ class ModelProbe:
         """Not timed: libraries set themselves up, on a GPU for each size anew."""
         if self.precision.device.type == "cuda" or len(batch) <= SMALLEST:
             self._step(batch)
+
+    def bytes_per_pair(self) -> float:
+        """What a pair more takes, about: the graph of one is counted, nothing large is run."""
+        self.model.train()
+        batch = self._batch(2).to(self.precision.device)
+        with counting_saved() as saved:
+            self._embed(batch)
+        return sum(saved.values()) / len(batch) * _PASSING
 
     def _batch(self, size: int) -> Batch:
         side, length, end = self.inputs.image_size, self.inputs.context_length, _end(self.inputs)

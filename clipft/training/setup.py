@@ -22,7 +22,7 @@ from clipft.training.feature_cache import Progress, silent
 from clipft.training.graphs import GraphMemory
 from clipft.training.loaded import LoadedModel, load_model
 from clipft.training.losses import ContrastiveLoss, make_loss
-from clipft.training.memory import free_for_graphs
+from clipft.training.memory import free_for_graphs, memory_in_use, usable_memory
 from clipft.training.optimisation import (
     Optimiser,
     choose_optimizer,
@@ -47,6 +47,8 @@ Note = Callable[[str], None]
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200
+_EASY = 0.8
+"""Of the free memory of a CPU, for a micro-batch: a run holds more than a step."""
 _STATES = 4
 """Of the trainable weights' bytes, that a first step adds: gradient, two moments, one to spare."""
 
@@ -275,12 +277,32 @@ def _micro_batch(
     settings: Settings, loaded: LoadedModel, effective: int, note: Note, processes: int
 ) -> int:
     if settings.micro_batch_size:
-        return min(settings.micro_batch_size, effective)
+        asked = min(settings.micro_batch_size, effective)
+        return _within_memory(asked, settings, loaded, note, processes)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
         return min(FALLBACK, effective)
     note("Finding the micro-batch size (done once per model, scenario and machine) ...")
     found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes)
     return found.chosen
+
+
+def _within_memory(
+    asked: int, settings: Settings, loaded: LoadedModel, note: Note, processes: int
+) -> int:
+    """A CPU's memory is not refused, its process is killed: so no more than it holds."""
+    device = loaded.precision.device
+    if device.type != "cpu":
+        return asked
+    free = (usable_memory(device, processes) - memory_in_use(device)) * _EASY
+    each = probe_of(loaded, settings).bytes_per_pair()
+    if asked * each <= free:
+        return asked
+    fitting = max(1, int(free / each))
+    note(
+        f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB of "
+        f"the {free / 2**30:.1f} that are free: taking {fitting}. The loss stays the same."
+    )
+    return fitting
 
 
 def _step_remarks(settings: Settings, plan: EpochPlan, pairs: int) -> list[str]:

@@ -17,9 +17,10 @@ from clipft.modelling.adapt import TrainableModel
 from clipft.training.contrastive import Accumulation
 from clipft.training.distributed import Processes, StepAbandonedError
 from clipft.training.graphs import GraphMemory
+from clipft.training.memory import give_back
 
-_CPU_REFUSALS = ("can't allocate memory", "not enough memory")
-"""Of torch's CPU allocator, whose errors are plain RuntimeErrors."""
+_CPU_REFUSALS = ("can't allocate memory", "not enough memory", "could not create a primitive")
+"""Of torch's CPU allocator and of oneDNN, whose errors are plain RuntimeErrors."""
 
 
 def memory_ran_out(error: BaseException) -> bool:
@@ -50,8 +51,7 @@ class ShrinkingAccumulation:
         while (loss := self._attempt(step, self._cut(micro_batches))) is None:
             # Here, not where it was caught: the error's frames hold the memory
             self.model.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back(self.model.logit_scale.device)
             self._shrink(step)
         return loss
 

@@ -62,10 +62,17 @@ def test_where_all_graphs_can_be_kept_a_small_micro_batch_costs_no_second_pass()
 
 
 def test_where_none_can_be_kept_the_whole_batch_at_once_saves_a_forward_pass():
-    machine = Machine(memory=100 + 128 * 10, each=10, overhead=1.0)
+    machine = Machine(memory=100 + 160 * 10, each=10, overhead=1.0)
     found = search(machine, 128, machine.memory, refuses=True)
     assert found.kept < 1.0
     assert found.chosen == 128
+
+
+def test_the_size_taken_leaves_memory_for_what_else_a_run_holds():
+    machine = Machine(memory=100 + 200 * 10, each=10, overhead=1.0)
+    found = search(machine, 4096, machine.memory, refuses=True)
+    assert found.largest >= 190
+    assert found.left_bytes >= machine.memory * 0.1
 
 
 @given(largest=st.integers(20, 3000), effective=st.integers(8, 4096))

@@ -125,12 +125,15 @@ def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monk
         shrink = make(self, optimiser, note)
         real = shrink.accumulate
 
-        def refusing(step, micro_batches):
-            if max(map(len, micro_batches)) > 8:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(step, micro_batches)
+        class Narrow:
+            floor = real.floor
 
-        shrink.accumulate = refusing
+            def __call__(self, step, micro_batches):
+                if max(map(len, micro_batches)) > 8:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return real(step, micro_batches)
+
+        shrink.accumulate = Narrow()
         return shrink
 
     monkeypatch.setattr(RunSetup, "make_accumulation", narrow)

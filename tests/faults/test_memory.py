@@ -1,0 +1,43 @@
+"""Memory that is too small for what was asked: said before, never a killed process."""
+
+import os
+import resource
+import subprocess
+import sys
+
+LIMITED = """
+import resource, sys
+import psutil, torch
+import clipft.training.setup, transformers, peft  # what is loaded counts too
+used = psutil.Process().memory_info().data
+limit = used + {more}
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from clipft.cli.app import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def train_within(more: int, catalogue, out, *args: str) -> "subprocess.CompletedProcess[str]":
+    command = ["train", "--model", "tiny", "--epochs", "1", "--effective-batch-size", "96"]
+    command += ["--num-workers", "0", "--precision", "fp32", "--device", "cpu", *args]
+    command += ["--data-dir", str(catalogue), "--output-dir", str(out)]
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED.format(more=more), *command],
+        capture_output=True,
+        text=True,
+        # One arena: glibc reserves 64 MiB for each thread's, which the limit counts
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+
+
+def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+    done = train_within(400 << 20, catalogue, tmp_path, "--micro-batch-size", "96")
+    assert done.returncode == 0, done.stderr
+    assert "warning: micro-batches of 96 would take about" in done.stderr
+    assert "The loss stays the same" in done.stderr
+
+
+def test_the_micro_batch_found_by_itself_fits(catalogue, tmp_path):
+    done = train_within(1 << 30, catalogue, tmp_path)
+    assert done.returncode == 0, done.stderr
