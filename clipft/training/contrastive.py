@@ -71,11 +71,6 @@ class _Accumulation:
     scaler: "torch.amp.GradScaler"
     graphs: GraphMemory
 
-    @property
-    def _scalars(self) -> list[nn.Parameter]:
-        """Their gradients come from the loss itself, so every process has them whole."""
-        return [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
-
     def _pass(self, side: Side, step: int, batches: Sequence[Batch]) -> _Passed:
         cut = side.cut(batches)
         embedded = [self.graphs.embed(side, step, piece) for piece in cut.pieces]
@@ -88,8 +83,8 @@ class _Accumulation:
         known = [i.to(self.sides.images.precision.device) for i in ids if i is not None]
         return torch.cat(known) if known else None
 
-    def _sum_gradients(self) -> None:
-        self.processes.sum_gradients([p for _, p in self.model.trainable()], self._scalars)
+    def _sum_gradients(self, complete: Sequence[nn.Parameter] = ()) -> None:
+        self.processes.sum_gradients([p for _, p in self.model.trainable()], complete)
 
 
 @dataclass(frozen=True)
@@ -111,8 +106,13 @@ class ExactAccumulation(_Accumulation):
             torch.autograd.backward(self.scaler.scale(loss))
         images.push_back()
         texts.push_back()
-        self._sum_gradients()
+        self._sum_gradients(self._scalars)
         return loss.detach()
+
+    @property
+    def _scalars(self) -> list[nn.Parameter]:
+        """Their gradients come from the loss of all pairs itself: every process has them whole."""
+        return [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
 
     def floor(self, micro_batches: list[Batch]) -> float:
         return self.loss.floor(self._groups(micro_batches))

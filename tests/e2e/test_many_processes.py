@@ -115,6 +115,18 @@ def test_the_same_run_by_clipfts_launcher(alone, data, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("accumulation", ["local", pytest.param("exact", marks=pytest.mark.slow)])
+def test_groups_and_a_trained_temperature_are_the_same_too(accumulation, data, tmp_path):
+    args = [*MORE, "--accumulation", accumulation, "--positives", "group"]
+    args += ["--group-field", "type", "--logit-scale", "trained", "--lr-scale", "0.01"]
+    args += ["--lora-dropout", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(arguments(data, one, *args)) == 0
+    done(start(clipft(*arguments(data, two, *args, "--processes", "2")), two))
+    assert_same_figures(two, one)
+    assert any("loss_floor." in line for line in figures(one))
+
+
 @pytest.mark.slow
 def test_the_same_run_by_torchrun_with_more_processes_than_some_steps_have_batches(
     alone, data, tmp_path
