@@ -28,7 +28,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
     from clipft.training.loaded import load_model
-    from clipft.training.setup import find_micro_batch
+    from clipft.training.planning import find_micro_batch
 
     settings = loaded.values
     effective = settings.effective_batch_size

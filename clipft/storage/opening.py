@@ -48,8 +48,7 @@ def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -
         if region != client.meta.region_name:
             client = _client(session, settings, region)
         stores = [
-            _store(core, client, settings, seconds)
-            for seconds in (_SMALL_SECONDS, _PIECE_SECONDS)
+            _store(core, client, settings, seconds) for seconds in (_SMALL_SECONDS, _PIECE_SECONDS)
         ]
     return Bucket(settings, client, patience, Pages(client), *stores)
 

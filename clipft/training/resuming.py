@@ -5,8 +5,9 @@ from typing import Any
 from clipft.errors import UsageError
 from clipft.settings import Settings, fixed_on_resume
 from clipft.training.checkpoint import load_checkpoint
+from clipft.training.planning import Note
 from clipft.training.run_folder import RunPaths
-from clipft.training.setup import Note, RunSetup
+from clipft.training.setup import RunSetup
 
 
 def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dict[str, Any] | None:

@@ -21,11 +21,12 @@ from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
 from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.measure import embed_pairs
+from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
 from clipft.training.result import TrainResult
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
-from clipft.training.setup import Note, RunSetup, prepare
+from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import agreed
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
