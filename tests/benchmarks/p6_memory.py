@@ -3,11 +3,11 @@
     python tests/benchmarks/p6_memory.py [--quick] [--json FILE]
 
 dual_lora on the packaged tiny model, micro-batches of 64, no graphs kept beyond the one under way
-(``--graph-memory 0``), one epoch over 16,384 rendered pairs (quick: fewer and smaller). Each
-effective batch runs in a process of its own. Peak memory is the resident memory of the process
-while it trains, over what it had before the first step. What has to grow is stated: the
-embeddings of a step and their gradients, float32, both sides, and the pairs of the step as they
-come from the loader.
+(``--graph-memory 0``), one step or more over rendered pairs, at least 1,024 (quick: fewer and
+smaller). Each effective batch runs in a process of its own, in turn, ``--rounds`` times. Peak
+memory is the resident memory of the process while it trains, over what it had before the first
+step. What has to grow is stated: the embeddings of a step and their gradients, float32, both
+sides, and the pairs of the step as they come from the loader.
 """
 
 import json
@@ -115,12 +115,14 @@ def in_child(data: str, effective: int, pairs: int) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         return in_child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    options = arguments(__doc__).parse_args()
-    effectives = QUICK if options.quick else EFFECTIVE
-    pairs, rounds = max(effectives), 1 if options.quick else 3
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    effectives, least = (QUICK, 128) if options.quick else (EFFECTIVE, 1024)
+    rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder:
-        render(Path(folder), pairs)
-        found = [[child(Path(folder), e, pairs) for e in effectives] for _ in range(rounds)]
+        render(Path(folder), max(effectives))
+        found = [[child(Path(folder), e, max(e, least)) for e in effectives] for _ in range(rounds)]
     rows = list(rows_of(effectives, found))
     for row in rows:
         print(row)
