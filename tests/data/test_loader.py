@@ -138,4 +138,4 @@ def test_workers_that_are_still_wanted_do_not_keep_the_program_from_ending(datas
         LEFT_OVER.format(folder=str(dataset.shards[0].path.parent)) + "import sys\nsys.x = held"
     )
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=root)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240, cwd=root)
