@@ -4,6 +4,7 @@ obstore (Rust) moved small objects at a third of boto3's time and a quarter of i
 time. Its own retries are off: ``Patience`` asks again, with credentials that are fresh then.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,16 @@ from clipft.storage.listing import Entry, Pages
 from clipft.storage.patience import Patience
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import S3Store
 
 PIECE = 8 << 20
 """Bytes of one request at most: a larger object comes in as many ranges."""
 
-_SMALL = 1 << 20
+SMALL = 1 << 20
+"""Bytes of an object that is held whole on its way."""
+
+_CHUNK = 256 << 10
 
 
 def quiet(note: str) -> None:
@@ -109,19 +114,34 @@ class Bucket:
 
     def get_once(self, wanted: RemoteObject, start: int, end: int) -> memoryview:
         """The same without asking again: whatever obstore raises."""
+        body = memoryview(self._answer(wanted, start, end).bytes())
+        if len(body) != end - start:
+            raise Changed
+        return body
+
+    def write_once(self, wanted: RemoteObject, start: int, end: int, descriptor: int) -> None:
+        """Those bytes to their place in a file as they come: a third of the processor time of
+        holding 8 MiB first, and little memory. Not asked again."""
+        place = start
+        for chunk in self._answer(wanted, start, end).stream(min_chunk_size=_CHUNK):
+            body = memoryview(chunk)
+            while body:
+                written = os.pwrite(descriptor, body, place)
+                body, place = body[written:], place + written
+        if place != end:
+            raise Changed
+
+    def _answer(self, wanted: RemoteObject, start: int, end: int) -> "GetResult":
         import obstore
 
         options: Any = {"if_match": wanted.etag}
         if (start, end) != (0, wanted.size):
             options["range"] = (start, end)
-        store = self._small if end - start <= _SMALL else self._large
+        store = self._small if end - start <= SMALL else self._large
         answer = obstore.get(store, wanted.key, options=options)
         if (answer.meta["size"], answer.meta["e_tag"]) != (wanted.size, wanted.etag):
             raise Changed
-        body = memoryview(answer.bytes())
-        if len(body) != end - start:
-            raise Changed
-        return body
+        return answer
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         """A small object and its ETag; None only where S3 itself says that there is none."""

@@ -277,7 +277,10 @@ class CheckpointStore:
 
         def bring(start: int) -> None:
             end = min(start + PIECE, stored.size)
-            os.pwrite(descriptor, self.bucket.get(wanted, start, end), start)
+            self.bucket.patience.ask(
+                lambda: self.bucket.write_once(wanted, start, end, descriptor),
+                self.bucket.url(stored.key),
+            )
 
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
