@@ -19,7 +19,7 @@ from clipft.errors import DataError, UsageError
 from tests.data.pack_helpers import digests, metadata_of, packed, pairs_of, pattern, picture
 
 
-def stopped_after(source, out, shards, **OPTIONS):
+def stopped_after(source, out, shards, **options):
     """Break off when so many shards are written, as Ctrl-C does."""
     pictures = len(list(source.rglob("*.txt")))
 
