@@ -6,7 +6,7 @@ with PEFT: captions filled to 77, four micro-batches with a loss of their own; (
 sentence-transformers' cached loss with PEFT; (c) open_clip's own ``train_one_epoch`` with
 ``accum_freq`` 4, over the same adapted model. No worker processes on either side.
 
-    python tests/benchmarks/p1_training.py --photos DIR [--quick] [--json FILE]
+    python tests/benchmarks/p1_training.py --photos DIR [--effective N] [--quick] [--json FILE]
 
 DIR holds NAME.jpg and NAME.txt. ``--profile`` tells where our own time goes, beside the rate
 of matrix products that the machine reaches in the same run.
@@ -54,7 +54,7 @@ class Size:
     micro: int
 
 
-FULL, QUICK = Size(128, 128, 32), Size(16, 16, 4)
+QUICK = Size(16, 16, 4)
 
 
 @dataclass(frozen=True)
@@ -345,8 +345,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg with .txt")
     parser.add_argument("--profile", action="store_true", help="where our own time goes")
+    parser.add_argument("--effective", type=int, default=128, help="pairs of a step, in 4 parts")
+    parser.add_argument("--rounds", type=int, default=3, help="counted runs of each")
     chosen = parser.parse_args()
-    size, pairs = (QUICK, 1) if chosen.quick else (FULL, 3)
+    whole = Size(chosen.effective, chosen.effective, chosen.effective // 4)
+    size, pairs = (QUICK, 1) if chosen.quick else (whole, chosen.rounds)
     with tempfile.TemporaryDirectory() as made:
         place = Place(Path(made) / "model", Path(made) / "data")
         make_model(place.model)
