@@ -3,14 +3,11 @@
 Needs the Debian packages radosgw, ceph-mon, ceph-osd and ceph-common; no root, no service.
 """
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
@@ -28,7 +25,6 @@ cluster addr = 127.0.0.1
 keyring = {folder}/keyring
 run dir = {folder}
 log file = {folder}/$name.log
-pid file = {folder}/$name.pid
 admin socket = {folder}/$name.asok
 mon data = {folder}/mon
 osd data = {folder}/osd
@@ -75,6 +71,7 @@ class RadosGateway:
         port, first, second = _free_ports(3)
         self._monitors = f"[v2:127.0.0.1:{first}/0,v1:127.0.0.1:{second}/0]"
         self._port, self._fsid = port, str(uuid.uuid4())
+        self._daemons: list[subprocess.Popen[bytes]] = []
         self.url = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> "RadosGateway":
@@ -97,9 +94,9 @@ class RadosGateway:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for path in self._folder.glob("*.pid"):
-            with suppress(ProcessLookupError):
-                os.kill(int(path.read_text()), signal.SIGKILL)
+        for daemon in self._daemons:
+            daemon.kill()
+            daemon.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -110,16 +107,28 @@ class RadosGateway:
             _run("ceph-authtool", str(keyring), "--gen-key", "-n", name, *grants)
         _run("monmaptool", "--create", "--fsid", self._fsid, "--addv", "a", self._monitors, monmap)
         self._ceph("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring)
-        self._ceph("ceph-mon", "-i", "a")
+        self._daemon("ceph-mon", "-i", "a")
         self._ceph("ceph", "--connect-timeout", "30", "osd", "create")
         self._ceph("ceph-osd", "-i", "0", "--mkfs")
         place = ("host=localhost", "root=default")
         self._ceph("ceph", "osd", "crush", "add", "osd.0", "1.0", *place)
-        self._ceph("ceph-osd", "-i", "0")
-        self._ceph("radosgw", "-n", "client.rgw.a")
+        self._daemon("ceph-osd", "-i", "0")
+        self._daemon("radosgw", "-n", "client.rgw.a")
         self._wait()
         keys = (f"--access-key={KEY}", f"--secret-key={SECRET}")
         self._ceph("radosgw-admin", "user", "create", "--uid=t", "--display-name=t", *keys)
+
+    def _daemon(self, *command: str) -> None:
+        """Dies with this process, however that dies."""
+        mortal = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        self._daemons.append(
+            subprocess.Popen(
+                [*mortal, command[0], "-f", "-c", str(self._conf), *command[1:]],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
 
     def _ceph(self, program: str, *arguments: object) -> None:
         _run(program, "-c", self._conf, *arguments)
