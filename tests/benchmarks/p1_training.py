@@ -84,7 +84,7 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
         "num_workers": 0,
         "precision": "fp32",
         "device": "cpu",
-        "epochs": 1,
+        "epochs": 1000,  # the work is done once in each round
         **given,
     }
     return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
