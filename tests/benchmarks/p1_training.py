@@ -292,7 +292,7 @@ def open_clip_way(place: Place, size: Size) -> Work:
 Peer = Callable[[Place, Size], Work]
 
 FIGURES: tuple[tuple[str, Peer, dict[str, Any], float], ...] = (
-    ("exact, transformers' Trainer (its 32 negatives)", transformers_way, {}, 1.3),
+    ("exact, transformers' Trainer (loss of a micro-batch)", transformers_way, {}, 1.3),
     ("local, transformers' Trainer", transformers_way, {"accumulation": "local"}, 1.6),
     ("exact, sentence-transformers' cached loss", sentence_transformers_way, {}, 1.6),
     ("exact, open_clip's loop, accum_freq 4", open_clip_way, {}, 1.6),
