@@ -7,8 +7,8 @@ ClipftError               1   (never raised itself)
 ├── ModelError            5   base models, hubs, checkpoints
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
-├── MemoryShortage        8   not even one pair fits into memory; the state is saved
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
+├── MemoryShortage        9   not even one pair fits into memory; the state is saved
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
 A service raises one of these with the sentence and the mend; ``cli.app.main`` alone
@@ -66,7 +66,7 @@ class RunsFailed(ClipftError):
 
 
 class MemoryShortage(ClipftError):
-    exit_code = 8
+    exit_code = 9
 
 
 class Interrupted(ClipftError):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from clipft.cli.app import COMMANDS, run
+from clipft.errors import ClipftError
 from clipft.settings import Settings
 
 NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
@@ -115,3 +116,8 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_version():
     assert clipft("--version").stdout.strip().count(".") == 2
+
+
+def test_each_kind_of_error_has_a_code_of_its_own():
+    codes = [kind.exit_code for kind in ClipftError.__subclasses__()]
+    assert len(codes) == len(set(codes))

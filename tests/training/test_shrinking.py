@@ -74,7 +74,7 @@ def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model
 def test_not_even_one_pair(model):
     with pytest.raises(MemoryShortage, match="micro-batches of one pair") as raised:
         shrinking(model, Device(model, room=0), 4, [])(0, [batch(4)])
-    assert raised.value.exit_code == 8
+    assert raised.value.exit_code == 9
 
 
 def test_other_errors_go_through(model):
