@@ -1,7 +1,7 @@
 """P4: bringing a catalogue from a real S3 server (Ceph's RADOS Gateway on loopback), against
 what people use: aws s3 sync, rclone, a plain boto3 loop. Wall and processor time of the client.
 
-    python tests/benchmarks/p4_sync.py [--aws PATH] [--tasks small,large,many] [--quick] [--json FILE]
+    python tests/benchmarks/p4_sync.py [--aws PATH] [--tasks small,large,many] [--json FILE]
 
 Each tool writes to folders of its own, and nothing is deleted before the end: ext4 takes long
 to make files in a folder's neighbourhood where thousands have just been deleted.
