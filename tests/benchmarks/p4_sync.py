@@ -1,7 +1,7 @@
 """P4: bringing a catalogue from a real S3 server (Ceph's RADOS Gateway on loopback), against
 what people use: aws s3 sync, rclone, a plain boto3 loop. Wall and processor time of the client.
 
-    python tests/benchmarks/p4_sync.py [--aws PATH] [--quick] [--json FILE]
+    python tests/benchmarks/p4_sync.py [--aws PATH] [--tasks small,large,many] [--json FILE]
 
 Each tool writes to folders of its own, and nothing is deleted before the end: ext4 takes long
 to make files in a folder's neighbourhood where thousands have just been deleted.
@@ -188,6 +188,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--aws", default=shutil.which("aws"), help="the aws command")
+    parser.add_argument("--tasks", default="small,large,many", help="of these three")
     given = parser.parse_args()
     if not installed():
         sys.exit(MISSING)
@@ -197,12 +198,15 @@ def main() -> None:
         home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="clipft-p4-")))
         url = held.enter_context(RadosGateway(home / "node")).url
         tools = Tools(url, home, given.aws)
-        filled(url, "small", small, 20_000)
-        found += compare(tools, f"{small:,} x 20 KB", "small", home, rounds)
-        filled(url, "large", 2 if given.quick else 6, 50_000_000)
-        found += compare(tools, "6 x 50 MB", "large", home, rounds)
-        filled(url, "many", many, 1000)
-        found += compare(Few(tools), f"{many:,} x 1 KB", "many", home, 1)
+        tasks = {
+            "small": (f"{small:,} x 20 KB", small, 20_000, tools, rounds),
+            "large": ("6 x 50 MB", 2 if given.quick else 6, 50_000_000, tools, rounds),
+            "many": (f"{many:,} x 1 KB", many, 1000, Few(tools), 1),
+        }
+        for name in given.tasks.split(","):
+            task, count, size, used, times = tasks[name]
+            filled(url, name, count, size)
+            found += compare(used, task, name, home, times)
     for row in found:
         print(
             f"{row.task:28} {row.peer:26} {row.ours_s:7.2f} {row.peer_s:7.2f} "
