@@ -2,9 +2,10 @@
 
     python tests/benchmarks/p8_checkpoint.py [--quick] [--json FILE]
 
-The same run of the tiny model, with the bucket on a RADOS Gateway and without any. Counted is the
-time for which the training itself stood still (writing the file, handing it to the uploader), and
-the processor time of all threads: on a busy machine two runs differ by more than what is asked.
+The same run of the tiny model, one epoch, with the bucket on a RADOS Gateway and with the two saves
+at its end alone. Counted is the time for which the training itself stood still (writing the file,
+handing it to the uploader), and the processor time of all threads: on a busy machine two runs
+differ by more than what is asked.
 """
 
 import argparse
@@ -78,8 +79,18 @@ def measure(name: str, data: Path, out: Path, steps: int, more: list[str]) -> Ro
     from clipft.cli.app import run
 
     args = ["train", "--model", "tiny", "--data-dir", str(data), "--output-dir", str(out)]
-    args += ["--epochs", str(steps // 50), "--effective-batch-size", "32", "--num-workers", "0"]
-    args += ["--micro-batch-size", "32", "--precision", "fp32", "--stop-on", "never", "--json"]
+    args += ["--epochs", "1", "--effective-batch-size", "8", "--num-workers", "0"]
+    args += [
+        "--max-train-pairs",
+        str(8 * steps),
+        "--micro-batch-size",
+        "8",
+        "--precision",
+        "fp32",
+        "--stop-on",
+        "never",
+        "--json",
+    ]
     used, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     with watched() as clock, contextlib.redirect_stdout(io.StringIO()):
         if code := run([*args, *more]):
@@ -117,7 +128,7 @@ def main() -> None:
     steps = 100 if given.quick else 400
     with tempfile.TemporaryDirectory(prefix="clipft-p8-") as place:
         home = Path(place)
-        write_shard(home / "bucket" / "data" / "train" / "00000.tar", range(1600))
+        write_shard(home / "bucket" / "data" / "train" / "00000.tar", range(8 * steps))
         write_shard(home / "bucket" / "data" / "val" / "00000.tar", range(5000, 5064))
         data = home / "bucket" / "data"
         with RadosGateway(home / "node") as server:

@@ -17,7 +17,6 @@ from clipft.data.render import render_pair
 from tests.conftest import jpeg, write_shard
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error
-from tests.storage.conftest import make_bucket
 from tests.storage.faulty_proxy import Times, fails, faulty_proxy
 
 SMALL = [
@@ -178,21 +177,17 @@ def test_training_from_shards_that_stay_in_the_bucket(real_bucket, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_real_photos(gateway, client, tmp_path, capsys):
+def test_real_photos(real_bucket, tmp_path):
     """The same with raw photos of furniture, where they are at hand."""
     photos = Path(__file__).parents[3] / "shared" / "data" / "furniture"
     if not photos.is_dir():
         pytest.skip(f"no photos in {photos}")
-    import boto3
-
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "testtest"}
-    real = boto3.client("s3", endpoint_url=gateway, region_name="us-east-1", **keys)
-    bucket = make_bucket(real, gateway, tmp_path)
     for path in photos.rglob("*"):
         if path.suffix in {".jpg", ".txt"}:
-            bucket.put({f"data/train/{path.name}": path.read_bytes()})
+            key = f"data/{path.relative_to(photos).as_posix()}"
+            real_bucket.put({key: path.read_bytes()})
     undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
-    assert run(command(bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
-    killed_in_mid_run(bucket, lost)
-    assert run(command(bucket, new, "--resume-from-checkpoint")) == 0
+    assert run(command(real_bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
+    killed_in_mid_run(real_bucket, lost)
+    assert run(command(real_bucket, new, "--resume-from-checkpoint")) == 0
     assert_same_run(undisturbed / "runs", new / "runs")
