@@ -36,6 +36,16 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str, shared: bool = False) -> None:
+    """``text`` in UTF-8 takes the place of ``path``.
+
+    Raises:
+        StorageError: as ``replacing``.
+    """
+    with replacing(path, shared) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     """The same for a folder of files: between the two names there is only a rename."""

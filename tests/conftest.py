@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 from clipft.data.render import RenderedPair, render_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and a program takes that over
+# from whoever starts it: the programs that the tests interrupt must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -193,8 +193,11 @@ def _telling_settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
     """The run's evaluation, which is of its best epoch."""
-    path = checkpoint.with_name("evaluation.json")
-    if checkpoint.name != "best.pt" or not path.is_file():
+    from clipft.training.run_folder import RunPaths
+
+    paths = RunPaths.within(checkpoint.parent)
+    path = paths.evaluation
+    if checkpoint != paths.best or not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

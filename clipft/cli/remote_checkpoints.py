@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output
 from clipft.errors import ClipftError, ModelError, UsageError
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.s3_url import S3Url, parse_s3_url
 from clipft.settings import Settings
 from clipft.settings_sources import cached_bucket
@@ -247,5 +247,4 @@ def _read_run(folder: Path) -> "Run | None":
 
 
 def _write_run(folder: Path, run: "Run") -> None:
-    with replacing(folder / _IDENTITY) as part:
-        part.write_text(json.dumps({"id": run.id, "started": run.started}), encoding="utf-8")
+    write_text(folder / _IDENTITY, json.dumps({"id": run.id, "started": run.started}))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.cli.console import Output
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.s3_url import parse_s3_url
 from clipft.settings import Settings, StorageSettings
 from clipft.settings_sources import LoadedSettings, cached_bucket, settings_of_data
@@ -115,8 +115,7 @@ def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
     source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"
     with out.progress(f"Packing {source}") as report:
         result = pack(source, data_dir, PackOptions(overwrite=True), report)
-    with replacing(mark) as part:
-        part.write_text(json.dumps({"content": content}), encoding="utf-8")
+    write_text(mark, json.dumps({"content": content}))
     out.note(
         f"Packed {result.train_pairs:,} training and {result.val_pairs:,} validation pairs into "
         f"{result.shards:,} shards in {data_dir}; the raw files stay in {data_dir / RAW}."

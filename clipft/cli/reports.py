@@ -72,9 +72,10 @@ def _gallery(
     from clipft.training.gallery import PairReader, choose_cases, gallery_content
     from clipft.training.measure import validation_pairs
     from clipft.training.rankings import Rankings, data_name
+    from clipft.training.run_folder import RunPaths
 
-    before = Rankings.read(folder / "rankings-before.json")
-    after = Rankings.read(folder / "rankings-best.json")
+    paths = RunPaths.within(folder)
+    before, after = Rankings.read(paths.rankings_before), Rankings.read(paths.rankings_best)
     if before is None:
         return [], {}, "No gallery: the run kept no rankings."
     pictures: dict[int, bytes] = {}

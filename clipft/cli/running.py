@@ -24,6 +24,7 @@ from clipft.training.precision import choose_precision
 from clipft.training.result import TrainResult
 from clipft.training.run import Watchers
 from clipft.training.run import train as run_service
+from clipft.training.run_folder import RunPaths
 from clipft.training.starting import start_processes
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def _bring_data(processes: Processes, settings: Settings, out: Output) -> "Shard
 
 def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
     try:
-        write_run_report(result.folder, result.folder / "report.html")
-        out.note(f"Report: {result.folder / 'report.html'}")
+        page = RunPaths.within(result.folder).report
+        write_run_report(result.folder, page)
+        out.note(f"Report: {page}")
     except ClipftError as error:  # never a reason to lose the result of a run
         out.note(f"warning: no report was written: {error.message}")
     show(result, settings, out)
@@ -90,7 +92,7 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
     if result.stopped_early:
         out.note("Stopped early: no improvement any more.")
     if result.skipped_pairs:
-        reasons = result.folder / "skipped.jsonl"
+        reasons = RunPaths.within(result.folder).skipped
         out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
@@ -100,11 +102,11 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
 
 def _observers(settings: Settings, out: Output) -> Observer:
     device = choose_precision(settings).device
-    peak = partial(peak_memory_so_far, device)
+    paths, peak = RunPaths.of(settings), partial(peak_memory_so_far, device)
     members: list[Observer] = [
         make_progress(out.err, partial(memory_in_use, device)),
-        JsonlTracker(settings.run_dir / "metrics.jsonl"),
-        RunRecorder(settings.run_dir / "run.json", environment(device), peak),
+        JsonlTracker(paths.metrics),
+        RunRecorder(paths.record, environment(device), peak),
     ]
     if settings.wandb != "disabled":
         config = settings.model_dump(mode="json")

@@ -141,11 +141,12 @@ def _embedded(
     opened: "OpenedModel", query: str | None, image: Path | None, asked: bytes | None
 ) -> "Tensor":
     from clipft.data.captions import clean_text
-    from clipft.training.picture_index import embed_picture, embed_text
+    from clipft.training.embedding import embed_texts
+    from clipft.training.picture_index import embed_picture
 
     if asked is not None:
         return embed_picture(opened, asked, str(image))
-    return embed_text(opened, clean_text(query or ""))
+    return embed_texts(opened.loaded, [clean_text(query or "")])[0]
 
 
 def _caption(opened: "OpenedModel", pair: "RawPair") -> str:

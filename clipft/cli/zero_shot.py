@@ -87,21 +87,19 @@ def zero_shot(
     """
     from clipft.cli.remote_checkpoints import fetched_checkpoint
     from clipft.files import check_writable
-    from clipft.training.checkpoint import load_checkpoint
     from clipft.training.classifier_file import classifier_of
     from clipft.training.classifier_file import save_classifier as save
-    from clipft.training.judging import Comparison, EvaluationSet, load_untouched
+    from clipft.training.judging import Comparison, EvaluationSet
     from clipft.training.labelling import LabelSource, label_validation
-    from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
+    from clipft.training.opened import open_model, open_untouched
 
     bring_named_data(loaded, out)
     if save_classifier:
         check_writable(save_classifier)
     checkpoint = fetched_checkpoint(checkpoint, loaded.values, out)
-    path = find_checkpoint(checkpoint, loaded.values) if checkpoint else None
-    content = load_checkpoint(path) if path else None
-    settings = saved_settings(content, loaded, _SETTINGS) if content else _untouched(loaded.values)
-    model = load_tuned(content, settings) if content else load_untouched(settings)
+    place = str(checkpoint) if checkpoint else None
+    opened = open_model(place, loaded, _SETTINGS) if place else open_untouched(loaded.values)
+    settings, model, path = opened.settings, opened.loaded, opened.checkpoint
     pairs = EvaluationSet.open(model.base.inputs, settings)
     judged = pairs.judge(model)
     source = LabelSource(labels, templates, linear_pairs)
@@ -123,10 +121,6 @@ def zero_shot(
     elif save_classifier:
         save(save_classifier, classifier_of(model, labelling, path))
         out.note(f"The classifier is in {save_classifier}.")
-
-
-def _untouched(settings: Settings) -> Settings:
-    return settings.model_copy(update={"scenario": "zero_shot"})
 
 
 def _shown(

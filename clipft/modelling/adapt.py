@@ -81,7 +81,7 @@ class TrainableModel(nn.Module):
         return self.project_texts(self.text_features(input_ids))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Both encodings: what distributed wrappers call."""
+        """Both encodings."""
         return self.encode_images(pixel_values), self.encode_texts(input_ids)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.records import EpochResult, Plan, StepResult
 
 
@@ -49,8 +49,7 @@ class RunRecorder:
                 self._earlier.get("peak_memory_bytes", 0), self._peak_memory()
             ),
         }
-        with replacing(self._path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(self._path, json.dumps(record, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from clipft.errors import UsageError, unknown_choice
 from clipft.scenarios import SCENARIOS, Scenario
 from clipft.settings import Settings, fixed_on_resume
 from clipft.settings_sources import LoadedSettings, load_settings
+from clipft.training.run_folder import RunPaths
 
 OWN = frozenset(
     {"scenario", "seed", "output_dir", "resume_from_checkpoint", "enable_s3_checkpoints"}
@@ -62,8 +63,7 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        """``result.json`` is what a run writes last."""
-        return (self.folder / "result.json").is_file()
+        return RunPaths.within(self.folder).result.is_file()
 
 
 def plan_runs(grid: Grid, base: Mapping[str, Any], folder: Path) -> list[PlannedRun]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.errors import Interrupted
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.settings_sources import ENV_OTHERS, ENV_PREFIX
 from clipft.training.ablation import PlannedRun
 from clipft.training.signals import stop_on_signals
@@ -92,8 +92,7 @@ def _stopped(process: _Process) -> bool:
 
 
 def _start(run: PlannedRun, place: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
-    with replacing(run.config) as temporary:
-        temporary.write_text(run.settings.to_toml(), encoding="utf-8")
+    write_text(run.config, run.settings.to_toml())
     train = ["train", "--config", str(run.config), "--resume-from-checkpoint", "--json"]
     # Settings of the environment are in the file by now, where the run's own are stronger
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in ENV_OTHERS}

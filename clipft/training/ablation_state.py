@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.errors import UsageError
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.settings import Settings
 from clipft.training.ablation import PlannedRun, settings_in_common
 from clipft.training.ablation_runs import Outcome
@@ -27,8 +27,7 @@ def write_state(folder: Path, runs: Sequence[PlannedRun], ended: Mapping[Path, O
         ],
         "runs": [_entry(folder, run, ended.get(run.folder)) for run in runs],
     }
-    with replacing(folder / STATE) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / STATE, json.dumps(content, indent=1) + "\n")
 
 
 def _entry(folder: Path, run: PlannedRun, outcome: Outcome | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from clipft.cache import cache_folder
 from clipft.errors import StorageError
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.training.memory import GRAPH_SHARE
 
 FALLBACK = 64
@@ -237,7 +237,6 @@ class FoundCache:
     def put(self, key: str, found: Found) -> None:
         try:
             known = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
-            with replacing(self.path, shared=True) as temporary:
-                temporary.write_text(json.dumps({**known, key: found.to_dict()}), encoding="utf-8")
+            write_text(self.path, json.dumps({**known, key: found.to_dict()}), shared=True)
         except (OSError, ValueError, StorageError):
             return

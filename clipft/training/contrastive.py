@@ -11,7 +11,7 @@ pairs, all see all embeddings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class Accumulation(Protocol):
 
     def floor(self, micro_batches: list[Batch]) -> float:
         """The least value that the loss of these could have: see ``ContrastiveLoss.floor``."""
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What smaller micro-batches mean: ``least`` is the smallest that still learns."""
+
+    least: int
+    consequence: str
 
 
 @dataclass
@@ -91,6 +99,8 @@ class _Accumulation:
 class ExactAccumulation(_Accumulation):
     """The loss of the whole effective batch."""
 
+    cutting: ClassVar[Cutting] = Cutting(1, "the effective batch and the loss stay as they were")
+
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
         device = self.sides.images.precision.device
         batches = [batch.to(device) for batch in micro_batches]
@@ -132,6 +142,9 @@ class ExactAccumulation(_Accumulation):
 @dataclass(frozen=True)
 class LocalAccumulation(_Accumulation):
     """The mean of the micro-batches' own losses: fewer negatives."""
+
+    # A pair alone has no negatives: its loss is 0 whatever the model
+    cutting: ClassVar[Cutting] = Cutting(2, "each has fewer negatives, which is another loss")
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
         device = self.sides.images.precision.device

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipft.data.order import derived_seed
-
-Keys = np.ndarray[Any, np.dtype[np.uint64]]
+from clipft.data.tokens import Keys
 
 _LEVELS = 1 << 16
 """Masks are drawn with 16 bits a value."""

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from clipft.data.loader import NO_PAIRS, Batch
 from clipft.data.shard_index import Skipped
+from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import DataError
 from clipft.evaluation.retrieval import Retrieval, retrieval
 from clipft.modelling.adapt import TrainableModel
 from clipft.training.distributed import Processes, together
+from clipft.training.loaded import LoadedModel
 from clipft.training.positives import Positives
 from clipft.training.sides import Side, Sides
 
@@ -88,6 +90,16 @@ def _rows(side: Side, batch: Batch) -> Tensor:
     cut = side.cut([batch.to(side.precision.device)])
     rows = torch.cat([side.encode(0, piece) for piece in cut.pieces])
     return rows[cut.order].cpu()
+
+
+@torch.inference_mode()
+def embed_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
+    """Texts of no data set, float32 [texts, D] of unit length, on the CPU."""
+    inputs, precision = loaded.base.inputs, loaded.precision
+    encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
+    ids = padded([encoded.ids for encoded in encoder(texts)], encoder.end)
+    with precision.autocast():
+        return loaded.model.eval().encode_texts(ids.to(precision.device)).cpu()
 
 
 def _nothing(skipped: Sequence[Skipped]) -> DataError:

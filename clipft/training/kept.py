@@ -9,12 +9,13 @@ from typing import Any
 
 from clipft.errors import UsageError
 from clipft.evaluation.retrieval import Retrieval
-from clipft.files import check_writable, replacing
+from clipft.files import check_writable, write_text
 from clipft.modelling.interpolate import Interpolation
 from clipft.settings import DataSettings, Settings
 from clipft.training.judging import Comparison, EvaluationSet, load_untouched
 from clipft.training.loaded import LoadedModel
 from clipft.training.restore import interpolation_of, load_tuned, save_interpolated
+from clipft.training.run_folder import RunPaths
 from clipft.training.sweep import Point, best_point, parse_alphas, sweep
 
 
@@ -78,17 +79,15 @@ class Evaluated:
         Raises:
             StorageError: the disk is full or refuses.
         """
-        on = {"data_dir": str(settings.data_dir)}
+        paths, on = RunPaths.within(folder), {"data_dir": str(settings.data_dir)}
         if self.keep:
-            _write(folder / "kept.json", {"keep_dir": str(self.keep_dir), **self.keep.to_dict()})
+            _write(paths.kept, {"keep_dir": str(self.keep_dir), **self.keep.to_dict()})
         if self.points:
-            _write(folder / "interpolation.json", {**on, **self._sweep()})
+            _write(paths.interpolation, {**on, **self._sweep()})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def evaluate_checkpoint(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from torch import Tensor
 from clipft.data.caption_template import CaptionTemplate
 from clipft.data.descriptions import describe
 from clipft.data.shards import ChosenPairs, open_pairs
-from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import UsageError
 from clipft.evaluation.classification import Classification, classify, label_embeddings
 from clipft.evaluation.linear import Labelled, Linear, linear_classifier
 from clipft.evaluation.templates import TEMPLATES
 from clipft.settings import Settings
-from clipft.training.embedding import Embeddings
+from clipft.training.embedding import Embeddings, embed_texts
 from clipft.training.encoding import live_encoding
 from clipft.training.judging import EvaluationSet
 from clipft.training.loaded import LoadedModel
@@ -71,7 +71,7 @@ def label_validation(
     if not rows:
         return None
     targets = torch.tensor([number for number in numbers if number is not None])
-    vectors = label_embeddings(labels, templates, _TextEncoder(loaded))
+    vectors = label_embeddings(labels, templates, partial(embed_texts, loaded))
     test = Labelled(embedded.images[rows], targets)
     prompts = classify(test.features, targets, vectors, labels)
     linear = None
@@ -125,17 +125,3 @@ def _templates(name: str) -> Sequence[str]:
             f"name one of {', '.join(TEMPLATES)}, or a file with one template a line",
         )
     return templates
-
-
-@dataclass(frozen=True)
-class _TextEncoder:
-    loaded: LoadedModel
-
-    @torch.inference_mode()
-    def __call__(self, texts: list[str]) -> Tensor:
-        model, precision = self.loaded.model.eval(), self.loaded.precision
-        inputs = self.loaded.base.inputs
-        encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
-        ids = padded([encoded.ids for encoded in encoder(texts)], encoder.end)
-        with precision.autocast():
-            return model.encode_texts(ids.to(precision.device)).cpu()

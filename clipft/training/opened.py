@@ -31,13 +31,17 @@ def open_model(place: str, now: LoadedSettings, anew: Collection[str]) -> Opened
     """
     path = Path(place).expanduser()
     if _is_model_name(place, path):
-        update = {"model": place, "scenario": "zero_shot"}
-        settings = now.values.model_copy(update=update)
-        return OpenedModel(load_model(settings), settings)
+        return open_untouched(now.values.model_copy(update={"model": place}))
     checkpoint = find_checkpoint(path, now.values)
     content = load_checkpoint(checkpoint)
     settings = saved_settings(content, now, anew)
     return OpenedModel(load_tuned(content, settings), settings, content, checkpoint)
+
+
+def open_untouched(settings: Settings) -> OpenedModel:
+    """The base model of some settings as it came."""
+    settings = settings.model_copy(update={"scenario": "zero_shot"})
+    return OpenedModel(load_model(settings), settings)
 
 
 def _is_model_name(place: str, path: Path) -> bool:

@@ -26,10 +26,10 @@ from clipft.data.images import BadImage, decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.picture_parts import PicturePart
 from clipft.data.shards import RawPair
-from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import DataError
 from clipft.files import replacing
 from clipft.settings import AdaptSettings
+from clipft.training.embedding import embed_texts
 from clipft.training.opened import OpenedModel
 
 _FORMAT = "1"
@@ -194,22 +194,12 @@ def _embedded(
 
 def _width(opened: OpenedModel) -> int:
     """Of an embedding, where no picture has given one."""
-    return len(embed_text(opened, "a"))
-
-
-@torch.inference_mode()
-def embed_text(opened: OpenedModel, text: str) -> Tensor:
-    """float32 [D] of unit length, on the CPU."""
-    loaded, inputs = opened.loaded, opened.loaded.base.inputs
-    encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
-    ids = padded([encoder([text])[0].ids], encoder.end).to(loaded.precision.device)
-    with loaded.precision.autocast():
-        return loaded.model.eval().encode_texts(ids)[0].float().cpu()
+    return len(embed_texts(opened.loaded, ["a"])[0])
 
 
 @torch.inference_mode()
 def embed_picture(opened: OpenedModel, data: bytes, name: str) -> Tensor:
-    """As ``embed_text``, of the bytes of a picture.
+    """Of the bytes of a picture: float32 [D] of unit length, on the CPU.
 
     Raises:
         DataError: it cannot be decoded.

@@ -8,6 +8,7 @@ from clipft.data.order import EpochPlan
 from clipft.records import Plan
 from clipft.settings import Settings
 from clipft.training.batch_size import FALLBACK, Found, FoundCache, Probe
+from clipft.training.contrastive import ACCUMULATIONS
 from clipft.training.loaded import LoadedModel
 from clipft.training.memory import memory_in_use, usable_memory
 from clipft.training.optimisation import choose_optimizer, warmup_steps
@@ -124,10 +125,12 @@ def _within_memory(
     each = probe_of(loaded, settings).bytes_per_pair()
     if asked * each <= free:
         return asked
-    fitting = max(1, int(free / each))
+    cutting = ACCUMULATIONS[settings.accumulation].cutting
+    fitting = max(cutting.least, int(free / each))
     note(
         f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB of "
-        f"the {free / 2**30:.1f} that are free: taking {fitting}. The loss stays the same."
+        f"the {free / 2**30:.1f} that are free: taking {fitting}; "
+        f"{cutting.consequence}."
     )
     return fitting
 

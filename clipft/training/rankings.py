@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipft.data.caption_table import CaptionTable
 from clipft.data.shards import PairDataset
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.training.embedding import Embeddings
 
 SHOWN = 5
@@ -34,8 +34,7 @@ class Rankings:
     first: list[list[int]]
 
     def write(self, path: Path) -> None:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Rankings | None":

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
 from clipft.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
-from clipft.files import replacing_folder
+from clipft.files import replacing_folder, write_text
 from clipft.modelling.export import write_adapter
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
+from clipft.training.bad_pairs import BadPairs
 from clipft.training.checkpoint import load_checkpoint, save_checkpoint
 from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
@@ -25,7 +26,7 @@ from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
 from clipft.training.result import TrainResult
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
-from clipft.training.run_folder import RunLock, RunPaths, append_lines, cut_lines
+from clipft.training.run_folder import RunLock, RunPaths, cut_lines
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import agreed
 from clipft.training.signals import StopRequest, stop_on_signals
@@ -73,9 +74,11 @@ def train(
         checkpoint = by_first(processes, lambda: begin(held))
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
-            return TrainResult.of_finished(checkpoint, paths)
+            # A kill, or a new machine: what comes after training is made up for
+            if processes.broadcast_object(paths.result.exists()):
+                return TrainResult.of_finished(checkpoint, paths)
         setup = prepare(settings, watchers.note, processes, watchers.progress, source)
-        by_first(processes, lambda: paths.write_text("settings.toml", toml))
+        by_first(processes, lambda: write_text(paths.settings, toml))
         try:
             return _through(_Run(setup, paths, watchers, stop), checkpoint)
         except Interrupted:
@@ -108,7 +111,7 @@ class _Run:
         self.judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
         self.before: EpochResult | None = None
         self.best: EpochResult | None = None
-        self.skipped_pairs = 0
+        self.bad = BadPairs(paths.skipped, len(setup.train), settings, self.processes)
         captions = setup.val_preprocessing.captions
         assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
         self.rank = Ranker.of(setup.val, captions)
@@ -124,7 +127,7 @@ class _Run:
         """From scratch: set an earlier run's checkpoint aside, measure the untouched model."""
         by_first(self.processes, self._clear)
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
-            self._list_skipped(split, map(asdict, pairs.skipped))
+            self.bad.list(split, 0, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
         self.before = self._measure(epoch=0, train_loss=None)
         by_first(self.processes, lambda: self._keep_rankings(self.paths.rankings_before))
@@ -135,7 +138,7 @@ class _Run:
         if p.checkpoint.exists():
             p.checkpoint.replace(p.earlier)
             self.watchers.note(f"The checkpoint of an earlier run is now {p.earlier}.")
-        for old in (p.best, p.skipped, p.rankings_best, p.evaluation):
+        for old in p.outcomes:
             old.unlink(missing_ok=True)
         cut_lines(p.metrics, -1)
 
@@ -147,7 +150,7 @@ class _Run:
         self.stopping.load_state_dict(checkpoint["early_stopping"])
         self.before = EpochResult(**checkpoint["before"])
         self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
-        self.skipped_pairs = checkpoint["skipped_pairs"]
+        self.bad.count = checkpoint["skipped_pairs"]
         by_first(self.processes, lambda: self._cut(checkpoint["step"]))
         self.watchers.note(
             f"Resuming after step {checkpoint['step']} of {self.setup.plan.total_steps}."
@@ -170,15 +173,15 @@ class _Run:
     def _leave(self, result: TrainResult) -> None:
         """What a finished run has in its folder."""
         self._leave_best()
-        self.paths.write_text("result.json", json.dumps(result.to_dict(), indent=2) + "\n")
         self._evaluate()
+        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
 
     def _evaluate(self) -> None:
         """All figures of the untouched model and of the best epoch, with intervals."""
         tuned = self.setup.loaded if self.best else None
         judged = compare(self.judged_on, load_untouched(self.setup.settings), tuned)
         text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
-        self.paths.write_text(self.paths.evaluation.name, text + "\n")
+        write_text(self.paths.evaluation, text + "\n")
 
     def _result(self) -> TrainResult:
         assert self.before
@@ -187,7 +190,7 @@ class _Run:
             best=self.best,
             steps=self.state.step if self.state else 0,
             stopped_early=self.stopping.due,
-            skipped_pairs=self.skipped_pairs,
+            skipped_pairs=self.bad.count,
             folder=self.paths.folder,
             checkpoint=self.paths.checkpoint,
         )
@@ -241,40 +244,17 @@ class _Run:
         )
         for batch in agreed(self.processes, batches):
             if not batch.pairs:
-                self._count_bad(batch.epoch + 1, [asdict(skipped) for skipped in batch.skipped])
+                skipped = [asdict(skipped) for skipped in batch.skipped]
+                self.bad.met(batch.epoch + 1, state.step, skipped)
                 raise DataError(
                     f"none of the {len(batch.skipped)} pairs of step {state.step + 1} can be used",
-                    f"see {self.paths.skipped}; mend the data, or take a larger "
-                    "--effective-batch-size",
+                    f"see {self.bad.path}; mend the data, or take a larger --effective-batch-size",
                 )
             yield batch
 
     def _after_step(self, result: StepResult) -> None:
         self.watchers.observer.stepped(result)
-        self._count_bad(result.epoch, result.skipped)
-
-    def _count_bad(self, epoch: int, skipped: Sequence[dict[str, str]]) -> None:
-        """
-        Raises:
-            DataError: they are too many by now.
-        """
-        if not skipped or epoch > 1:  # later epochs meet the same ones again
-            return
-        self.skipped_pairs += len(skipped)
-        self._list_skipped("train", skipped)
-        settings, pairs, last = self.setup.settings, len(self.setup.train), skipped[-1]
-        if settings.too_many_bad(self.skipped_pairs, pairs):
-            raise DataError(
-                f"{self.skipped_pairs} pairs could not be used, more than --max-bad "
-                f"{settings.max_bad:g} of {pairs}: the last was {last['key']} in "
-                f"{last['shard']} ({last['reason']})",
-                f"see {self.paths.skipped}; mend the data, or raise --max-bad",
-            )
-
-    def _list_skipped(self, split: str, skipped: Iterable[dict[str, str]]) -> None:
-        step = self.state.step if self.state else 0
-        lines = [{"split": split, "step": step, **entry} for entry in skipped]
-        by_first(self.processes, lambda: append_lines(self.paths.skipped, lines))
+        self.bad.met(result.epoch, result.step, result.skipped)
 
     def _after_epoch(self, state: TrainState) -> None:
         train_loss = state.epoch_loss_sum / state.steps_per_epoch
@@ -303,7 +283,7 @@ class _Run:
         )
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
-            self._list_skipped("val", map(asdict, embedded.skipped))
+            self.bad.list("val", step, map(asdict, embedded.skipped))
 
         def figures() -> EpochResult:
             found = embedded.retrieval(setup.settings.evaluation_bytes).to_dict()
@@ -358,6 +338,6 @@ class _Run:
             "early_stopping": self.stopping.state_dict(),
             "before": asdict(self.before),
             "best": asdict(self.best) if self.best else None,
-            "skipped_pairs": self.skipped_pairs,
+            "skipped_pairs": self.bad.count,
             "finished": finished,
         }

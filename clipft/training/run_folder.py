@@ -10,6 +10,7 @@
                         evaluation.json  all of them, with intervals and differences
                         run.json         the plan, versions and device, time and memory
                         rankings-before.json, rankings-best.json   first pictures of some captions
+                        kept.json, interpolation.json   what `clipft evaluate` was asked for besides
                         report.html, report.json   all of it for people, and for programs
 """
 
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from clipft.errors import StorageError, UsageError
-from clipft.files import replacing
+from clipft.files import write_text
 from clipft.settings import Settings
 
 
@@ -35,6 +36,15 @@ class RunPaths:
     @classmethod
     def of(cls, settings: Settings) -> "RunPaths":
         return cls(settings.checkpoint_path, settings.run_dir)
+
+    @classmethod
+    def within(cls, folder: Path) -> "RunPaths":
+        """Of a run whose folder is known."""
+        return cls(folder.with_name(f"{folder.name}_checkpoint.pt"), folder)
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "settings.toml"
 
     @property
     def best(self) -> Path:
@@ -54,8 +64,35 @@ class RunPaths:
         return self.folder / "skipped.jsonl"
 
     @property
+    def record(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation.json"
+
+    @property
+    def result(self) -> Path:
+        """What a run writes last: it is there when all the rest is."""
+        return self.folder / "result.json"
+
+    @property
+    def kept(self) -> Path:
+        return self.folder / "kept.json"
+
+    @property
+    def interpolation(self) -> Path:
+        return self.folder / "interpolation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def outcomes(self) -> tuple[Path, ...]:
+        """What would be of another run once a new one starts here."""
+        outcomes = (self.best, self.skipped, self.rankings_best, self.evaluation, self.result)
+        return *outcomes, self.kept, self.interpolation
 
     @property
     def adapter(self) -> Path:
@@ -68,10 +105,6 @@ class RunPaths:
     @property
     def rankings_best(self) -> Path:
         return self.folder / "rankings-best.json"
-
-    def write_text(self, name: str, text: str) -> None:
-        with replacing(self.folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 class RunLock:
@@ -135,8 +168,7 @@ def cut_lines(path: Path, done_steps: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _done(line, done_steps)]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _done(line: str, done_steps: int) -> bool:

@@ -11,12 +11,14 @@ from pydantic import ValidationError
 from clipft.errors import UsageError
 from clipft.records import RunRecords
 from clipft.settings import SECTIONS, Settings, fields_of
+from clipft.training.run_folder import RunPaths
 
 _LISTED = 50
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "settings.toml").is_file() and (folder / "metrics.jsonl").is_file()
+    paths = RunPaths.within(folder)
+    return paths.settings.is_file() and paths.metrics.is_file()
 
 
 def run_settings(folder: Path) -> Settings:
@@ -26,11 +28,12 @@ def run_settings(folder: Path) -> Settings:
     """
     if not is_run(folder):
         raise UsageError(f"no run in {folder}", "name the folder that holds its metrics.jsonl")
+    path = RunPaths.within(folder).settings
     try:
-        return Settings(**tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8")))
+        return Settings(**tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{folder / 'settings.toml'} is not as a run left it: {_first_line(error)}",
+            f"{path} is not as a run left it: {_first_line(error)}",
             "put the file back as it was",
         ) from error
 
@@ -40,19 +43,18 @@ def read_run(folder: Path) -> RunRecords:
     Raises:
         UsageError: no run is there, or its files are not clipft's.
     """
-    settings = run_settings(folder)
-    metrics = _lines(folder / "metrics.jsonl")
-    skipped = _lines(folder / "skipped.jsonl")
+    settings, paths = run_settings(folder), RunPaths.within(folder)
+    metrics, skipped = _lines(paths.metrics), _lines(paths.skipped)
     return RunRecords(
         folder=str(folder),
         settings=_settings_list(settings),
-        run=_object(folder / "run.json") or {},
+        run=_object(paths.record) or {},
         steps=[line for line in metrics if line.get("kind") == "step"],
         epochs=[line for line in metrics if line.get("kind") == "epoch"],
-        result=_object(folder / "result.json"),
-        evaluation=_object(folder / "evaluation.json"),
-        interpolation=_object(folder / "interpolation.json"),
-        kept=_object(folder / "kept.json"),
+        result=_object(paths.result),
+        evaluation=_object(paths.evaluation),
+        interpolation=_object(paths.interpolation),
+        kept=_object(paths.kept),
         skipped=skipped[:_LISTED],
         skipped_counts=dict(Counter(str(entry.get("split", "train")) for entry in skipped)),
     )

@@ -96,7 +96,10 @@ class RunSetup:
             graphs=graphs,
         )
         micro = self.plan.micro_batch_size
-        return ShrinkingAccumulation(accumulate, graphs, model, self.processes, micro, note)
+        cutting = accumulate.cutting
+        return ShrinkingAccumulation(
+            accumulate, graphs, model, self.processes, cutting, micro, note
+        )
 
     @torch.no_grad()
     def validation_loss(self, embedded: Embeddings) -> float:

@@ -1,8 +1,8 @@
 """When memory runs out in a step: the same step in smaller pieces.
 
-First no graphs are kept from then on, then micro-batches are cut in two, and again. The loss
-of the step is over all pairs however they are cut, so nothing else changes. All processes
-shrink together, or their steps would not fit each other.
+First no graphs are kept from then on, then micro-batches are cut in two, and again. The exact
+loss is over all pairs however they are cut, so nothing else changes; what it means for the
+local one is said. All processes shrink together, or their steps would not fit each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from clipft.data.loader import Batch
 from clipft.errors import MemoryShortage
 from clipft.modelling.adapt import TrainableModel
-from clipft.training.contrastive import Accumulation
+from clipft.training.contrastive import Accumulation, Cutting
 from clipft.training.distributed import Processes, StepAbandonedError
 from clipft.training.graphs import GraphMemory
 from clipft.training.memory import give_back
@@ -39,6 +39,7 @@ class ShrinkingAccumulation:
     graphs: GraphMemory
     model: TrainableModel
     processes: Processes
+    cutting: Cutting
     micro: int
     note: Callable[[str], None]
     _released: bool = field(default=False, init=False)
@@ -46,7 +47,7 @@ class ShrinkingAccumulation:
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
         """
         Raises:
-            MemoryShortage: there is not even room for one pair.
+            MemoryShortage: there is not even room for the fewest pairs that can be learned from.
         """
         while (loss := self._attempt(step, self._cut(micro_batches))) is None:
             # Here, not where it was caught: the error's frames hold the memory
@@ -76,16 +77,16 @@ class ShrinkingAccumulation:
             self.graphs.release()
             self.note(f"warning: {where}: graphs are not kept from now on, which is slower.")
             return
-        if self.micro == 1:
+        if self.micro <= self.cutting.least:
             raise MemoryShortage(
-                f"{where}, with micro-batches of one pair",
+                f"{where}, with micro-batches of {self.micro}, the fewest that can be learned from",
                 "use a machine with more memory, a smaller --effective-batch-size, "
                 "--gradient-checkpointing, or a smaller model",
             )
         self.micro = -(-self.micro // 2)
         self.note(
             f"warning: {where}: micro-batches are of {self.micro} pairs from now on; "
-            f"the effective batch and the loss stay as they were."
+            f"{self.cutting.consequence}."
         )
 
     def _cut(self, micro_batches: list[Batch]) -> list[Batch]:

@@ -18,7 +18,7 @@ from clipft.cli.app import run
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards import open_pairs
 from clipft.scenarios import SCENARIOS
-from clipft.training.picture_index import embed_text
+from clipft.training.embedding import embed_texts
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
 
@@ -383,7 +383,7 @@ def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
     base = str(write_siglip(tmp_path / "base"))
     assert run(["export", base, str(tmp_path / "all"), "--format", "all"]) == 0
     loaded = opened(base)
-    texts = [embed_text(loaded, text) for text in TEXTS]
+    texts = list(embed_texts(loaded.loaded, TEXTS))
     clip = AutoModel.from_pretrained(tmp_path / "all" / "transformers")
     assert clip.logit_bias.item() == pytest.approx(-12.9, abs=1e-4)
     session = onnxruntime.InferenceSession(tmp_path / "all" / "onnx" / "text_encoder.onnx")

@@ -14,7 +14,8 @@ from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.picture_parts import open_pictures
 from clipft.data.shards import open_pairs
-from clipft.training.picture_index import embed_text, open_index
+from clipft.training.embedding import embed_texts
+from clipft.training.picture_index import open_index
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing
 
@@ -54,7 +55,7 @@ def test_the_best_are_those_of_the_models_own_embeddings(search, tuned, catalogu
     batch = next(evaluation_batches(pairs, preprocessing("none"), 40, LoaderOptions()))
     with torch.inference_mode():
         images = opened(tuned).loaded.model.eval().encode_images(batch.pixel_values)
-    scores = images @ embed_text(opened(tuned), "green lamp")
+    scores = images @ embed_texts(opened(tuned).loaded, ["green lamp"])[0]
     expected = scores.argsort(descending=True, stable=True)[:7].tolist()
     assert [hit["key"] for hit in found["found"]] == [pairs[n].key for n in expected]
     assert [hit["score"] for hit in found["found"]] == pytest.approx(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,34 @@ def test_sigterm_saves_and_exits_75_and_says_how_to_go_on(whole, catalogue, tmp_
     assert "Traceback" not in stderr
     assert run(["resume", "--output-dir", str(tmp_path), "--num-workers", "0"]) == 0
     assert_same_run(whole, tmp_path)
+
+
+def test_what_a_kill_at_the_very_end_left_out_is_made_up_for(whole, tmp_path, capsys):
+    out = tmp_path / "killed"
+    shutil.copytree(whole, out)
+    folder = out / "dual_lora"
+    expected = json.loads((folder / "evaluation.json").read_text())
+    for name in ("result.json", "evaluation.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "adapter")
+    assert run(["resume", str(out / "dual_lora_checkpoint.pt")]) == 0
+    assert "finished" in capsys.readouterr().err
+    assert json.loads((folder / "evaluation.json").read_text()) == expected
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((folder / "result.json").read_text())["steps"] == 9
+    assert_same_run(whole, out)
+
+
+def test_a_new_run_keeps_nothing_that_an_earlier_one_came_to(whole, catalogue, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(whole, out)
+    for name in ("kept.json", "interpolation.json"):  # as `clipft evaluate` writes them
+        (out / "dual_lora" / name).write_text("{}")
+    assert train(catalogue, out, "--max-train-pairs", "4", "--max-bad", "0", "--caption", "{no}")
+    assert (out / "dual_lora" / "result.json").is_file()  # refused before it started
+    assert train(catalogue, out, "--epochs", "1") == 0
+    assert not (out / "dual_lora" / "kept.json").exists()
+    assert not (out / "dual_lora" / "interpolation.json").exists()
 
 
 def test_resume_of_a_finished_run_says_so(whole, capsys):

@@ -35,7 +35,7 @@ def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, 
     done = train_within(400 << 20, catalogue, tmp_path, "--micro-batch-size", "96")
     assert done.returncode == 0, done.stderr
     assert "warning: micro-batches of 96 would take about" in done.stderr
-    assert "The loss stays the same" in done.stderr
+    assert "the effective batch and the loss stay as they were" in done.stderr
 
 
 def test_the_micro_batch_found_by_itself_fits(catalogue, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from clipft.cli.app import run
 from clipft.data.loader import Batch
 from clipft.errors import MemoryShortage
+from clipft.training.contrastive import ExactAccumulation, LocalAccumulation
 from clipft.training.distributed import ALONE
 from clipft.training.graphs import GraphMemory
 from clipft.training.setup import RunSetup
@@ -49,9 +50,9 @@ def model(loaded):
     return loaded.model
 
 
-def shrinking(model, device, micro, said) -> ShrinkingAccumulation:
+def shrinking(model, device, micro, said, kind=ExactAccumulation) -> ShrinkingAccumulation:
     return ShrinkingAccumulation(
-        device, GraphMemory(lambda: 1 << 40), model, ALONE, micro, said.append
+        device, GraphMemory(lambda: 1 << 40), model, ALONE, kind.cutting, micro, said.append
     )
 
 
@@ -71,8 +72,18 @@ def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model
     assert device.tried[-1] == [3, 3, 3, 3] and len(said) == 3
 
 
+def test_a_local_loss_needs_two_pairs_and_changes_which_is_said(model):
+    said: list[str] = []
+    step = shrinking(model, Device(model, room=2), 8, said, LocalAccumulation)
+    step(0, [batch(8)])
+    assert "another loss" in said[-1] and "stay as they were" not in said[-1]
+    narrower = shrinking(model, Device(model, room=1), 8, said, LocalAccumulation)
+    with pytest.raises(MemoryShortage, match="micro-batches of 2, the fewest"):
+        narrower(0, [batch(8)])
+
+
 def test_not_even_one_pair(model):
-    with pytest.raises(MemoryShortage, match="micro-batches of one pair") as raised:
+    with pytest.raises(MemoryShortage, match="micro-batches of 1, the fewest") as raised:
         shrinking(model, Device(model, room=0), 4, [])(0, [batch(4)])
     assert raised.value.exit_code == 9
 
@@ -94,6 +105,7 @@ def test_all_processes_shrink_when_one_runs_out():
     body = """
     from clipft.training.distributed import StepAbandonedError
     from clipft.training.graphs import GraphMemory
+    from clipft.training.contrastive import ExactAccumulation
     from clipft.training.shrinking import ShrinkingAccumulation
     from tests.training.test_contrastive import load
     from tests.training.test_shrinking import Device, batch
@@ -104,7 +116,8 @@ def test_all_processes_shrink_when_one_runs_out():
         return processes.gather_rows(torch.ones(1)).sum()
     said = []
     step = ShrinkingAccumulation(
-        accumulate, GraphMemory(lambda: 0), model, processes, 8, said.append
+        accumulate, GraphMemory(lambda: 0), model, processes, ExactAccumulation.cutting, 8,
+        said.append,
     )
     total = float(step(0, [batch(8), batch(8)]))
     result = [total, own.tried[-1], len(said)]
