@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import webdataset
-from peft import LoraConfig, get_peft_model
+from peers import QUIET, adapted, adapted_transformer, stacked, train_with_cached_loss
 from side_by_side import Row, Work, arguments, compare, publish
 from torch import nn
 from torchvision.transforms import v2
@@ -103,15 +103,8 @@ def ours(place: Place, size: Size, **given: Any) -> Work:
     return work
 
 
-def adapted(place: Place) -> Any:
-    config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        target_modules=["q_proj", "v_proj"],
-        modules_to_save=["visual_projection", "text_projection"],
-    )
-    return get_peft_model(CLIPModel.from_pretrained(place.model), config)
+def adapted_clip(place: Place) -> Any:
+    return adapted(CLIPModel.from_pretrained(place.model))
 
 
 class Samples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
@@ -140,21 +133,8 @@ class Samples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
             }
 
 
-QUIET: dict[str, Any] = {
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "use_cpu": True,
-}
-
-
 def transformers_way(place: Place, size: Size) -> Work:
-    model = adapted(place)
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
+    model = adapted_clip(place)
 
     def work() -> int:
         with tempfile.TemporaryDirectory() as out:
@@ -166,51 +146,28 @@ def transformers_way(place: Place, size: Size) -> Work:
                 **QUIET,
             )
             data = Samples(place, size.pairs)
-            Trainer(model=model, args=how, train_dataset=data, data_collator=collate).train()
+            Trainer(model=model, args=how, train_dataset=data, data_collator=stacked).train()
         return size.pairs
 
     return work
 
 
 def sentence_transformers_way(place: Place, size: Size) -> Work:
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-
-    module = Transformer(str(place.model))
-    module.model = adapted(place)
-    model = SentenceTransformer(modules=[module], device="cpu")
+    module = adapted_transformer(place.model)
     shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
     stored = webdataset.WebDataset(shards, shardshuffle=False).to_tuple("jpg", "txt")
     pairs = list(stored.slice(size.pairs))
-    columns = {
-        "image": [{"bytes": image, "path": None} for image, _ in pairs],
-        "text": [text.decode() for _, text in pairs],
-    }
-    data = Dataset.from_dict(columns).cast_column("image", ImageColumn())
-    loss = CachedMultipleNegativesRankingLoss(
-        model,
-        scale=100.0,
-        mini_batch_size=size.micro,
-        directions=("query_to_doc", "doc_to_query"),
-        partition_mode="per_direction",
-    )
+    images = [{"bytes": image, "path": None} for image, _ in pairs]
+    texts = [text.decode() for _, text in pairs]
 
     def work() -> int:
         with tempfile.TemporaryDirectory() as out:
-            how = SentenceTransformerTrainingArguments(
-                output_dir=out,
-                per_device_train_batch_size=size.effective,
-                max_steps=size.pairs // size.effective,
-                **QUIET,
-            )
-            SentenceTransformerTrainer(model=model, args=how, train_dataset=data, loss=loss).train()
+            how = {
+                "output_dir": out,
+                "per_device_train_batch_size": size.effective,
+                "max_steps": size.pairs // size.effective,
+            }
+            train_with_cached_loss(module, images, texts, size.micro, how)
         return size.pairs
 
     return work
@@ -241,7 +198,7 @@ def open_clip_way(place: Place, size: Size) -> Work:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip_train.train import train_one_epoch
 
-    model = AsOpenClip(adapted(place))
+    model = AsOpenClip(adapted_clip(place))
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-4)
     transform = image_transform(

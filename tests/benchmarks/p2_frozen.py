@@ -4,7 +4,8 @@ The true ViT-B/32 with random weights, fp32 on the CPU, augmentation ``none``, 1
 loading the model to the last step, the making of the features included: against the same
 without the feature cache, and against (a) transformers' Trainer with the same weights learning
 (PEFT for the LoRA scenarios), captions filled to 77. The features' folder is empty before each
-run. The ratio does not depend on the number of pairs: both sides' work is proportional to it.
+run; each run makes everything anew, so none warms up another. The ratio does not depend on the
+number of pairs: both sides' work is proportional to it.
 
     python tests/benchmarks/p2_frozen.py --photos DIR [--quick] [--json FILE]
 
@@ -14,15 +15,15 @@ compared as well: the greatest difference is printed, and is an error above 1e-5
 
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from p1_training import QUIET, Place, Samples, Size, make_model, setup_of
+from p1_training import Place, Samples, Size, make_model, setup_of
+from peers import QUIET, stacked
 from peft import LoraConfig, get_peft_model
-from side_by_side import Row, Work, arguments, compare, publish
+from side_by_side import Row, Work, arguments, in_turn, publish, ratio_of
 from transformers import CLIPModel, Trainer, TrainingArguments
 
 from clipft.data.loader import training_batches
@@ -44,7 +45,7 @@ class Job:
 
 
 JOBS = (Job("linear_probe", 8, 8), Job("vision_lora", 0, 1.3), Job("text_lora", 0, 1.5))
-SIZE, QUICK, EPOCHS = Size(128, 64, 32), Size(16, 8, 8), 10
+SIZE, QUICK, EPOCHS = Size(64, 32, 16), Size(16, 8, 8), 10
 
 
 def ours(place: Place, size: Size, scenario: str, cached: bool, kept: dict[bool, Weights]) -> Work:
@@ -105,9 +106,6 @@ class Plain(Samples):
 
 
 def transformers_way(place: Place, size: Size, scenario: str) -> Work:
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
-
     def work() -> int:
         with tempfile.TemporaryDirectory() as out:
             how = TrainingArguments(
@@ -119,28 +117,29 @@ def transformers_way(place: Place, size: Size, scenario: str) -> Work:
                 **QUIET,
             )
             data, model = Plain(place, size.pairs), learning(place, scenario)
-            Trainer(model=model, args=how, train_dataset=data, data_collator=collate).train()
+            Trainer(model=model, args=how, train_dataset=data, data_collator=stacked).train()
         return EPOCHS * size.pairs
 
     return work
 
 
-def measured(place: Place, size: Size, pairs: int) -> list[Row]:
+def measured(place: Place, size: Size, rounds: int) -> list[Row]:
     rows = []
     for job in JOBS:
         kept: dict[bool, Weights] = {}
-        make: Callable[[bool], Work] = lambda on, job=job, kept=kept: ours(  # noqa: E731
-            place, size, job.scenario, on, kept
+        ways = (
+            ours(place, size, job.scenario, True, kept),
+            ours(place, size, job.scenario, False, kept),
+            transformers_way(place, size, job.scenario),
         )
-        name = job.scenario
-        rows.append(
-            compare(f"{name}, without cache", make(True), make(False), job.against_uncached, pairs)
-        )
+        cached, uncached, trainer = in_turn(ways, rounds)
         difference = max((kept[True][n] - w).abs().max().item() for n, w in kept[False].items())
-        print(f"{name}: weights differ by at most {difference:.1e} after {EPOCHS} epochs")
+        print(f"{job.scenario}: weights differ by at most {difference:.1e} after {EPOCHS} epochs")
         assert difference < 1e-5, "the cache changes what is learned"
-        peer = transformers_way(place, size, name)
-        rows.append(compare(f"{name}, Trainer", make(True), peer, job.against_trainer, pairs))
+        rows += [
+            ratio_of(f"{job.scenario}, without cache", cached, uncached, job.against_uncached),
+            ratio_of(f"{job.scenario}, Trainer", cached, trainer, job.against_trainer),
+        ]
         print(*rows[-2:], sep="\n", flush=True)
     return rows
 
@@ -149,12 +148,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg with .txt")
     chosen = parser.parse_args()
-    size, pairs = (QUICK, 1) if chosen.quick else (SIZE, 3)
+    size, rounds = (QUICK, 1) if chosen.quick else (SIZE, 3)
     with tempfile.TemporaryDirectory() as made:
         place = Place(Path(made) / "model", Path(made) / "data")
         make_model(place.model)
         pack(chosen.photos, place.data, PackOptions(), lambda done, total: None)
-        rows = measured(place, size, pairs)
+        rows = measured(place, size, rounds)
     publish("P2", rows, ("torch", "transformers", "peft"), chosen.json)
 
 

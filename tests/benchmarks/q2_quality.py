@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peers import QUIET, adapted, adapted_transformer, stacked, train_with_cached_loss
 from PIL import Image
 from side_by_side import arguments, write_figures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
@@ -110,17 +110,6 @@ def measured(model: str, place: Place) -> dict[str, float]:
     return recall(clipft_json("zero-shot", "--model", model, "--data-dir", str(place.data), *plain))
 
 
-def adapted(clip: Any) -> Any:
-    config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        target_modules=["q_proj", "v_proj"],
-        modules_to_save=["visual_projection", "text_projection"],
-    )
-    return get_peft_model(clip, config)
-
-
 def merged(adapted: Any, place: Place) -> dict[str, float]:
     """Figures of a peer's weights, as a folder of transformers'."""
     folder = place.out / "peer"
@@ -162,9 +151,6 @@ def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
         for i in range(len(pairs))
     ]
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
-
     model = adapted(clip)
     how = TrainingArguments(
         output_dir=str(place.out / "trainer"),
@@ -173,56 +159,24 @@ def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
         num_train_epochs=work.epochs,
         learning_rate=work.lr,
         seed=seed,
-        **SILENT,
+        **QUIET,
     )
-    Trainer(model=model, args=how, train_dataset=items, data_collator=collate).train()
+    Trainer(model=model, args=how, train_dataset=items, data_collator=stacked).train()
     return merged(model, place)
 
 
-SILENT: dict[str, Any] = {
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "use_cpu": True,
-}
-
-
 def sentence_transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-
     torch.manual_seed(seed)
-    module = Transformer(str(TINY))
-    module.model = adapted(module.model)
-    model = SentenceTransformer(modules=[module], device="cpu")
-    pairs = captioned(place)
-    columns = {"image": [str(path) for path, _ in pairs], "text": [text for _, text in pairs]}
-    data = Dataset.from_dict(columns).cast_column("image", ImageColumn())
-    loss = CachedMultipleNegativesRankingLoss(
-        model,
-        scale=100.0,
-        mini_batch_size=work.micro,
-        directions=("query_to_doc", "doc_to_query"),
-        partition_mode="per_direction",
-    )
-    how = SentenceTransformerTrainingArguments(
-        output_dir=str(place.out / "trainer"),
-        per_device_train_batch_size=work.batch,
-        num_train_epochs=work.epochs,
-        learning_rate=work.lr,
-        seed=seed,
-        **SILENT,
-    )
-    SentenceTransformerTrainer(model=model, args=how, train_dataset=data, loss=loss).train()
+    module, pairs = adapted_transformer(TINY), captioned(place)
+    how = {
+        "output_dir": str(place.out / "trainer"),
+        "per_device_train_batch_size": work.batch,
+        "num_train_epochs": work.epochs,
+        "learning_rate": work.lr,
+        "seed": seed,
+    }
+    images, texts = [str(path) for path, _ in pairs], [text for _, text in pairs]
+    train_with_cached_loss(module, images, texts, work.micro, how)
     return merged(module.model, place)
 
 

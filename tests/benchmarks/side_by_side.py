@@ -34,11 +34,21 @@ class Row:
 def compare(name: str, ours: Work, peer: Work, goal: float, pairs: int) -> Row:
     """A B A B ..., after one uncounted run of each."""
     ours(), peer()
-    speeds = [(_speed(ours), _speed(peer)) for _ in range(pairs)]
-    ratios = sorted(a / b for a, b in speeds)
-    ratio = statistics.median(ratios)
-    a, b = (statistics.median(column) for column in zip(*speeds, strict=True))
-    return Row(name, a, b, ratio, (ratios[0], ratios[-1]), goal, ratio >= goal)
+    return ratio_of(name, *in_turn((ours, peer), pairs), goal)
+
+
+def in_turn(ways: Sequence[Work], rounds: int) -> list[list[float]]:
+    """A B C A B C ...: of each way its samples/s, round by round."""
+    found = [[_speed(way) for way in ways] for _ in range(rounds)]
+    return [list(speeds) for speeds in zip(*found, strict=True)]
+
+
+def ratio_of(name: str, ours: Sequence[float], peer: Sequence[float], goal: float) -> Row:
+    """Of the samples/s of rounds that stood side by side."""
+    ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
+    ratio, spread = statistics.median(ratios), (ratios[0], ratios[-1])
+    middle = statistics.median(ours), statistics.median(peer)
+    return Row(name, *middle, ratio, spread, goal, ratio >= goal)
 
 
 def _speed(work: Work) -> float:

@@ -1,0 +1,69 @@
+"""The peers' side that several benchmarks share, as their documentation shows it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+QUIET: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "use_cpu": True,
+}
+"""For the arguments of a trainer: training alone, nothing written."""
+
+
+def adapted(clip: Any) -> Any:
+    """``dual_lora``: LoRA on q and v of both encoders, both projections whole."""
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["visual_projection", "text_projection"],
+    )
+    return get_peft_model(clip, config)
+
+
+def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The collator of transformers' CLIP example."""
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
+
+
+def train_with_cached_loss(
+    module: Any, images: list[Any], texts: list[str], micro: int, how: dict[str, Any]
+) -> None:
+    """sentence-transformers' cached loss: scale 100, both directions, ``micro`` at a time."""
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    model = SentenceTransformer(modules=[module], device="cpu")
+    data = Dataset.from_dict({"image": images, "text": texts}).cast_column("image", ImageColumn())
+    loss = CachedMultipleNegativesRankingLoss(
+        model,
+        scale=100.0,
+        mini_batch_size=micro,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    arguments = SentenceTransformerTrainingArguments(**how, **QUIET)
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
+
+
+def adapted_transformer(model: Path) -> Any:
+    """sentence-transformers' module over the adapted CLIP of a folder."""
+    from sentence_transformers.base.modules import Transformer
+
+    module = Transformer(str(model))
+    module.model = adapted(module.model)
+    return module
