@@ -13,6 +13,7 @@ from torch.nn import functional
 from clipft.errors import ModelError
 from clipft.modelling.adapters import with_lora
 from clipft.modelling.base import BaseModel
+from clipft.modelling.lean import lean_activations
 from clipft.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.settings import AdaptSettings
 
@@ -41,6 +42,7 @@ class TrainableModel(nn.Module):
     def __init__(self, base: BaseModel, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        lean_activations(clip)
         self.architecture = base.architecture
         self._base_count = base.parameters_count
         learning = {self.part_of(name) for name, _ in self.trainable()}

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clipft.modelling.lean import encode_pooled
 from clipft.scenarios import TEXTUAL, VISUAL
 
 
@@ -89,11 +91,17 @@ class Clip:
     )
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
-        pooled: Tensor = clip.vision_model(pixel_values=pixels).pooler_output
+        tower = clip.vision_model
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        first = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        pooled: Tensor = tower.post_layernorm(encode_pooled(tower, hidden, first, causal=False))
         return pooled
 
     def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
-        pooled: Tensor = clip.text_model(input_ids=input_ids).pooler_output
+        tower = clip.text_model
+        hidden = tower.embeddings(input_ids=input_ids)
+        end = (input_ids == clip.config.text_config.eos_token_id).int().argmax(-1)
+        pooled: Tensor = tower.final_layer_norm(encode_pooled(tower, hidden, end, causal=True))
         return pooled
 
     def project_images(self, clip: Any, features: Tensor) -> Tensor:

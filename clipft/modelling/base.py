@@ -72,7 +72,9 @@ def load_base(name: str) -> BaseModel:
     with _telling_of(name):
         kind = _architecture(name).model_class
         loader = getattr(transformers, kind)
-        model = loader.from_pretrained(_source(name), dtype=torch.float32)
+        # sdpa: ``lean.encode_pooled`` calls layers without a mask
+        how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        model = loader.from_pretrained(_source(name), **how)
     _read_texts_as(inputs.tokenizer, model)
     parameters = sum(p.numel() for p in model.parameters())
     return BaseModel(name, model.eval(), inputs, parameters)

@@ -71,7 +71,23 @@ class RowDropout(nn.Module):
         if not self.training:
             return values
         kept = self._masks.kept(values.shape[1])[..., self._slice]
-        return values * kept * self._masks.scale
+        dropped: Tensor = _Dropped.apply(values, kept, self._masks.scale)
+        return dropped
+
+
+class _Dropped(torch.autograd.Function):
+    """values * kept * scale in one new tensor each way: memory's first touch is what it costs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return torch.where(kept, values, 0).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, gradients[0], 0).mul_(ctx.scale), None, None
 
 
 class Randomness:

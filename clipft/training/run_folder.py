@@ -92,7 +92,12 @@ class RunPaths:
     def outcomes(self) -> tuple[Path, ...]:
         """What would be of another run once a new one starts here."""
         outcomes = (self.best, self.skipped, self.rankings_best, self.evaluation, self.result)
-        return *outcomes, self.kept, self.interpolation
+        return *outcomes, self.kept, self.interpolation, self.report, self.wandb_id
+
+    @property
+    def wandb_id(self) -> Path:
+        """Of the W&B run, which a resumed run goes on with."""
+        return self.folder / "wandb_id"
 
     @property
     def adapter(self) -> Path:
