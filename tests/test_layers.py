@@ -27,6 +27,7 @@ ALLOWED = {
     "evaluation": GROUND,
     "reporting": GROUND,
     "training": GROUND | {"data", "modelling", "evaluation"},
+    "doctor": GROUND | {"storage", "data", "modelling", "training"},
     "cli": None,
 }
 
