@@ -54,11 +54,11 @@ def demo(
         out.result({"data_dir": str(data)})
         out.note(f"Next: clipft train --mini-train --model tiny --data-dir {data}")
         return
-    from clipft.cli.running import run_training
+    from clipft.cli.running import in_processes, train_in
 
     settings = loaded.values.model_copy(update={"data_dir": data, "output_dir": folder / "runs"})
     alone = settings.model_copy(update={"processes": 1})
-    run_training(LoadedSettings(alone, loaded.origins), out, ())
+    in_processes(train_in, LoadedSettings(alone, loaded.origins), out, ())
     out.note(f"{time.perf_counter() - started:.0f} s in all.")
 
 

@@ -1,6 +1,6 @@
 """What ``train``, ``resume`` and ``demo`` share: run the training service and show it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,24 +31,26 @@ if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
 
 
-def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
-    """Sync if a bucket is set, train, and show figures before and after.
+Work = Callable[[Processes, LoadedSettings, Output], None]
 
-    Where this is one of several processes, together with them; where it is to start them
-    (``args``: the command line, to be run in each), by that.
 
-    Raises:
-        StorageError: training has ended, but its last checkpoint is not in the bucket.
-    """
+def in_processes(work: Work, loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
+    """Where this is one of several processes, work together with them; where it is to start
+    them (``args``: the command line, to be run in each), by that."""
     if starts_others(loaded.values.processes):
         launch(loaded.values.processes, args)
         return
     follow_launcher()
     with start_processes(loaded.values) as processes:
-        _run_in(processes, loaded, out if processes.rank == 0 else silent())
+        work(processes, loaded, out if processes.rank == 0 else silent())
 
 
-def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
+def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
+    """Sync if a bucket is set, train, and show figures before and after.
+
+    Raises:
+        StorageError: training has ended, but its last checkpoint is not in the bucket.
+    """
     settings = loaded.values
     source = _bring_data(processes, settings, out)
     uploads = Uploads(settings, out)
