@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.cli.console import Output, print_error
-from clipft.cli.options import settings_command
+from clipft.cli.ending import end
+from clipft.cli.options import flags_given, settings_command
 from clipft.errors import NotReady
 from clipft.settings import (
     ModelSettings,
@@ -57,6 +58,7 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
         raise typer.Exit(error.exit_code)
     warnings = sum(e.finding.status == "warning" for e in examined)
     out.note(f"Ready{f', with {warnings} warnings' if warnings else ''}.")
+    end(out, {}, ("train", *flags_given(loaded), "--plan"))
 
 
 def _table(examined: "list[Examined]") -> Table:

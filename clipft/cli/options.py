@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from clipft.cli.console import Output
 from clipft.settings import SECTIONS, Section, fields_of
-from clipft.settings_sources import load_settings
+from clipft.settings_sources import LoadedSettings, load_settings
 
 Config = Annotated[
     Path | None,
@@ -97,6 +97,22 @@ def _unwrapped(text: str) -> str:
         else:
             lines.append(line)
     return "\n".join(lines)
+
+
+def flags_given(loaded: LoadedSettings, *names: str) -> list[str]:
+    """The words that give another command the file and the flags of this one: of ``names``, or
+    all."""
+    files = {o.removeprefix("file ") for o in loaded.origins.values() if o.startswith("file ")}
+    words = [word for file in files for word in ("--config", file)]
+    for name, value in loaded.values.model_dump(mode="json").items():
+        if loaded.origins[name] != "flag" or (names and name not in names):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def _given(given: dict[str, Any], name: str) -> Any:

@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
+from clipft.cli.options import flags_given
 from clipft.cli.remote_data import bring_data, bring_validation, stream_source
 from clipft.records import Forecast
 from clipft.reporting.forecast_table import forecast_lines, forecast_table
-from clipft.settings import Settings
+from clipft.settings import Settings, StorageSettings
 from clipft.settings_sources import LoadedSettings
 from clipft.storage.sync import SyncOptions, SyncResult
 from clipft.training.distributed import Processes, by_first, on_each_machine
@@ -28,10 +30,13 @@ def plan_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
             f"{count:,} objects, {size:,.1f} MiB, would be fetched to {settings.data_dir} first; "
             "only then can the rest be foreseen.",
         )
+        names = tuple(StorageSettings.model_fields)
+        end(out, {}, ("sync", *flags_given(loaded, *names)))
         return
     source = _stream(processes, settings, out)
     foreseen = forecast(settings, out.note, processes, out.progress, source)
     _show(foreseen, settings, out)
+    end(out, {}, ("train", *flags_given(loaded)))
 
 
 def _to_fetch(settings: Settings, out: Output) -> SyncResult | None:
