@@ -11,6 +11,8 @@ PACKAGE = Path(clipft.__file__).parent
 GROUND = {
     "settings",
     "settings_sources",
+    "settings_text",
+    "section",
     "files",
     "machine",
     "errors",

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from clipft.cli.console import Output
 from clipft.cli.ending import end
-from clipft.cli.options import settings_command
+from clipft.cli.options import one_of, settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
 from clipft.errors import UsageError, unknown_choice
 from clipft.settings_sources import LoadedSettings
@@ -42,6 +42,7 @@ Format = Annotated[
         metavar="FORMAT",
         help=f"{'|'.join(CHOICES)}; all: a folder each, in OUT",
         rich_help_panel="Export",
+        autocompletion=one_of(CHOICES),
     ),
 ]
 Push = Annotated[

@@ -15,7 +15,7 @@ Plan = Annotated[
         "--plan",
         help="Say what would happen and what it would take, from some steps that are run and "
         "forgotten; start nothing",
-        rich_help_panel="Run",
+        rich_help_panel="Plan",
     ),
 ]
 
