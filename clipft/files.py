@@ -76,6 +76,12 @@ def check_writable(path: Path) -> None:
         raise StorageError(f"cannot write {path}: {why}", _HINT)
 
 
+def nearest_folder(path: Path) -> Path:
+    """``path``, or what exists of the way to it: nothing is made."""
+    way = (path.absolute(), *path.absolute().parents)
+    return next(place for place in way if os.path.lexists(place))
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

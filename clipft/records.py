@@ -37,6 +37,42 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a run would take, measured on some of its own steps. Bytes and seconds; ``pairs`` a
+    second. ``unusable``: pairs of both sides that are known to be left out.
+    ``validation_seconds`` is of one pass over the validation pairs, of which the run makes
+    ``validations``. ``disk_bytes``: at most in the output folder while a checkpoint replaces
+    another one. ``saves``: how often the run writes a checkpoint.
+    """
+
+    plan: Plan
+    done_steps: int
+    unusable: int
+    measured_steps: int
+    seconds_per_step: float
+    pairs_per_s: float
+    data_share: float
+    validations: int
+    validation_seconds: float
+    peak_bytes: int
+    usable_bytes: int
+    saves: int
+    checkpoint_bytes: int
+    best_bytes: int
+    disk_bytes: int
+    disk_free: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, without early stopping."""
+        steps = max(0, self.plan.total_steps - self.done_steps)
+        return steps * self.seconds_per_step + self.validations * self.validation_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step. ``step`` counts from 1 over the whole run, ``epoch`` from 1.
 

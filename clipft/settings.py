@@ -4,15 +4,14 @@ Settings are frozen. Sections are base classes, so a service asks for the sectio
 (``OptimSettings``) and is handed the whole. ``settings_sources`` says where values come from.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import field_validator
 
 from clipft.errors import unknown_choice
 from clipft.scenarios import SCENARIOS, Scenario
+from clipft.section import Section, fate_of, setting
 
 MINI_TRAIN = {
     "epochs": 1,
@@ -40,80 +39,79 @@ ZERO_SHOT_TEMPLATES = "furniture"
 ZERO_SHOT_LINEAR_PAIRS = 2000
 """Of ``clipft zero-shot``: its prompts, and the training pairs of its linear classifier."""
 
-Fate = Literal["fixed", "free"]
-
-
-def _field(default: Any, text: str, fate: Fate = "free", **constraints: Any) -> Any:
-    """A setting. ``fixed`` ones decide the weights: a resumed run keeps them as they were."""
-    return Field(default, description=text, json_schema_extra={"fate": fate}, **constraints)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    title: ClassVar[str]
-
 
 class StorageSettings(Section):
     title = "Storage"
-    data_dir: Path = _field(
+    data_dir: Path = setting(
         Path("/tmp/furniture_data"),  # noqa: S108 (only read from, and the user's to set)
         "folder with the shards: train/*.tar and val/*.tar; or s3://bucket/prefix",
     )
-    s3_bucket: str | None = _field(None, "bucket that holds the pairs; none: data_dir as it is")
-    s3_prefix: str = _field("data/train", "prefix of the training pairs in the bucket")
-    s3_val_prefix: str = _field("data/val", "prefix of the validation pairs in the bucket")
-    endpoint_url: str | None = _field(None, "URL of an S3-compatible server other than AWS")
-    s3_region: str | None = _field(None, "region of the bucket; none: as boto3 finds it")
-    s3_profile: str | None = _field(None, "profile of the AWS configuration")
-    s3_anonymous: bool = _field(False, "ask without credentials: public buckets")
-    s3_addressing: Literal["auto", "path", "virtual"] = _field(
+    s3_bucket: str | None = setting(None, "bucket that holds the pairs; none: data_dir as it is")
+    s3_prefix: str = setting("data/train", "prefix of the training pairs in the bucket")
+    s3_val_prefix: str = setting("data/val", "prefix of the validation pairs in the bucket")
+    endpoint_url: str | None = setting(None, "URL of an S3-compatible server other than AWS")
+    s3_region: str | None = setting(None, "region of the bucket; none: as boto3 finds it")
+    s3_profile: str | None = setting(None, "profile of the AWS configuration")
+    s3_anonymous: bool = setting(False, "ask without credentials: public buckets")
+    s3_addressing: Literal["auto", "path", "virtual"] = setting(
         "auto", "bucket in the path or in the host name; auto: path with --endpoint-url"
     )
-    s3_requests: int = _field(16, "requests in flight", ge=1, le=256)
-    s3_patience: float = _field(
-        600, "seconds for which a failing server or network is asked again", ge=0
+    s3_requests: int = setting(16, "requests in flight", unit="requests", ge=1, le=256)
+    s3_patience: float = setting(
+        600, "seconds for which a failing server or network is asked again", unit="seconds", ge=0
     )
-    pack: bool = _field(True, "after a sync, pack raw files into shards (once)")
-    enable_s3_checkpoints: bool = _field(False, "upload each saved checkpoint to the bucket")
-    s3_checkpoint_prefix: str = _field("checkpoints", "prefix of the checkpoints in the bucket")
-    keep_s3_checkpoints: int = _field(
-        3, "checkpoints of a run that stay in the bucket, besides the best", ge=1
+    pack: bool = setting(True, "after a sync, pack raw files into shards (once)")
+    enable_s3_checkpoints: bool = setting(False, "upload each saved checkpoint to the bucket")
+    s3_checkpoint_prefix: str = setting("checkpoints", "prefix of the checkpoints in the bucket")
+    keep_s3_checkpoints: int = setting(
+        3,
+        "checkpoints of a run that stay in the bucket, besides the best",
+        unit="checkpoints",
+        ge=1,
     )
 
 
 class DataSettings(Section):
     title = "Data"
-    caption: str = _field(
+    caption: str = setting(
         "{caption}",
         "a pair's text: {caption} is its .txt, other names are fields of its .json, as in "
         "'{type}, {color}. {name}'; || between several, of which each epoch draws one",
         "fixed",
     )
-    group_field: str | None = _field(
+    group_field: str | None = setting(
         None,
         "metadata field whose equal values belong together, as of one product: in evaluation, "
         "and in training with --positives group",
         "fixed",
     )
-    augmentation: Literal["none", "simple", "advanced"] = _field(
+    augmentation: Literal["none", "simple", "advanced"] = setting(
         "simple",
         "the model's own preprocessing; flip and padded random crop; "
         "TrivialAugmentWide and random erasing 0.2",
         "fixed",
     )
-    stream: bool = _field(
+    stream: bool = setting(
         False, "read the training shards in sequence: for slow disks and network folders", "fixed"
     )
-    shuffle_buffer: int = _field(
-        4096, "pairs that are shuffled among each other, with --stream", "fixed", ge=1
+    shuffle_buffer: int = setting(
+        4096, "pairs that are shuffled among each other, with --stream", "fixed", unit="pairs", ge=1
     )
-    feature_cache: bool = _field(
+    feature_cache: bool = setting(
         True, "keep what a tower that does not train makes of unchanging inputs in the cache folder"
     )
-    num_workers: int = _field(4, "processes that decode images; 0: none besides the main", ge=0)
-    max_train_pairs: int = _field(0, "train on the first so many pairs; 0: all", "fixed", ge=0)
-    max_val_pairs: int = _field(0, "validate on the first so many pairs; 0: all", "fixed", ge=0)
-    max_bad: float = _field(0.01, "share of unreadable pairs above which a run stops", ge=0, le=1)
+    num_workers: int = setting(
+        4, "processes that decode images; 0: none besides the main", unit="processes", ge=0
+    )
+    max_train_pairs: int = setting(
+        0, "train on the first so many pairs; 0: all", "fixed", unit="pairs", ge=0
+    )
+    max_val_pairs: int = setting(
+        0, "validate on the first so many pairs; 0: all", "fixed", unit="pairs", ge=0
+    )
+    max_bad: float = setting(
+        0.01, "share of unreadable pairs above which a run stops", unit="share", ge=0, le=1
+    )
 
     def too_many_bad(self, bad: int, pairs: int) -> bool:
         """More than ``max_bad`` of the pairs, and more than one: one never stops a small run."""
@@ -122,25 +120,25 @@ class DataSettings(Section):
 
 class ModelSettings(Section):
     title = "Model"
-    model: str = _field(
+    model: str = setting(
         "openai/clip-vit-base-patch32",
         "CLIP checkpoint: hub id, local folder, or 'tiny' (carried by the package)",
         "fixed",
     )
-    scenario: str = _field(
+    scenario: str = setting(
         "dual_lora",
         "; ".join(f"{s.name}: {s.summary}" for s in SCENARIOS.values()),
         "fixed",
     )
-    lora_r: int = _field(16, "rank of the LoRA adapters", "fixed", ge=1)
-    lora_alpha: float = _field(32, "LoRA scale: alpha / r", "fixed", gt=0)
-    lora_dropout: float = _field(0.05, "dropout before the adapters", "fixed", ge=0, lt=1)
-    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = _field(
+    lora_r: int = setting(16, "rank of the LoRA adapters", "fixed", ge=1)
+    lora_alpha: float = setting(32, "LoRA scale: alpha / r", "fixed", gt=0)
+    lora_dropout: float = setting(0.05, "dropout before the adapters", "fixed", ge=0, lt=1)
+    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = setting(
         "qv", "adapted maps: of attention two or all four, of the MLP, or both", "fixed"
     )
-    lora_rslora: bool = _field(False, "LoRA scale alpha / sqrt(r) (Kalajdzievski 2023)", "fixed")
-    lora_dora: bool = _field(False, "magnitudes apart from directions (Liu et al. 2024)", "fixed")
-    lora_init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = _field(
+    lora_rslora: bool = setting(False, "LoRA scale alpha / sqrt(r) (Kalajdzievski 2023)", "fixed")
+    lora_dora: bool = setting(False, "magnitudes apart from directions (Liu et al. 2024)", "fixed")
+    lora_init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = setting(
         "default", "first values of the adapters; olora and pissa change the base weights", "fixed"
     )
 
@@ -154,24 +152,24 @@ class ModelSettings(Section):
 
 class LossSettings(Section):
     title = "Loss"
-    loss: Literal["auto", "clip", "siglip"] = _field(
+    loss: Literal["auto", "clip", "siglip"] = setting(
         "auto",
         "softmax over the batch; sigmoid of each image with each text; "
         "auto is the one that the checkpoint was made with",
         "fixed",
     )
-    positives: Literal["pair", "caption", "group"] = _field(
+    positives: Literal["pair", "caption", "group"] = setting(
         "pair",
         "what is no negative of a row: nothing but itself; rows with the same caption; rows "
         "with the same group_field",
         "fixed",
     )
-    positives_mode: Literal["soft", "mask"] = _field(
+    positives_mode: Literal["soft", "mask"] = setting(
         "soft",
         "such rows are positives, with equal shares; or are left out of the comparison",
         "fixed",
     )
-    logit_scale: Literal["auto", "frozen", "trained"] = _field(
+    logit_scale: Literal["auto", "frozen", "trained"] = setting(
         "auto",
         "the temperature (and the bias of siglip); auto trains them in scenario "
         "full, and where siglip meets a checkpoint without a bias",
@@ -185,36 +183,41 @@ class AdaptSettings(ModelSettings, LossSettings):
 
 class OptimSettings(Section):
     title = "Optimisation"
-    epochs: int = _field(10, "passes over the training pairs", "fixed", ge=1)
-    effective_batch_size: int = _field(
-        1024, "pairs per optimizer step; the loss is taken over all of them", "fixed", ge=2
+    epochs: int = setting(10, "passes over the training pairs", "fixed", unit="epochs", ge=1)
+    effective_batch_size: int = setting(
+        1024,
+        "pairs per optimizer step; the loss is taken over all of them",
+        "fixed",
+        unit="pairs",
+        ge=2,
     )
-    micro_batch_size: int = _field(
-        0, "pairs per forward pass; 0: find it (64 where nothing can be found)", ge=0
+    micro_batch_size: int = setting(
+        0, "pairs per forward pass; 0: find it (64 where nothing can be found)", unit="pairs", ge=0
     )
-    graph_memory: float | None = _field(
+    graph_memory: float | None = setting(
         None,
         "GiB for graphs of micro-batches kept for the backward pass rather than computed twice; "
         "none: what is free",
+        unit="GiB",
         ge=0,
     )
-    gradient_checkpointing: bool = _field(
+    gradient_checkpointing: bool = setting(
         False, "run encoder layers again in the backward pass instead of keeping their values"
     )
-    accumulation: Literal["exact", "local"] = _field(
+    accumulation: Literal["exact", "local"] = setting(
         "exact",
         "loss over the whole effective batch in the memory of a micro-batch; "
         "or over each micro-batch alone, as most scripts do",
         "fixed",
     )
-    lr: float = _field(1e-4, "highest learning rate (linear_probe: 1e-3)", "fixed", ge=0)
-    lr_projections: float | None = _field(
+    lr: float = setting(1e-4, "highest learning rate (linear_probe: 1e-3)", "fixed", ge=0)
+    lr_projections: float | None = setting(
         None, "that of projections which a scenario trains; none: as lr", "fixed", ge=0
     )
-    lr_scale: float | None = _field(
+    lr_scale: float | None = setting(
         None, "that of the temperature, where it trains; none: as lr", "fixed", ge=0
     )
-    layer_decay: float = _field(
+    layer_decay: float = setting(
         1.0,
         "each encoder layer's learning rate is that of the one above times this, for scenario "
         "full; 1: all the same",
@@ -222,58 +225,74 @@ class OptimSettings(Section):
         gt=0,
         le=1,
     )
-    wd: float = _field(0.1, "weight decay; none on norms, biases and logit scale", "fixed", ge=0)
-    warmup_steps: int = _field(
-        100, "optimizer steps of warm-up, at most a tenth of all steps", "fixed", ge=0
+    wd: float = setting(0.1, "weight decay; none on norms, biases and logit scale", "fixed", ge=0)
+    warmup_steps: int = setting(
+        100, "optimizer steps of warm-up, at most a tenth of all steps", "fixed", unit="steps", ge=0
     )
-    grad_clip: float = _field(1.0, "largest gradient norm; 0: no clipping", "fixed", ge=0)
-    optimizer: Literal["auto", "adamw", "adamw8bit"] = _field(
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", "fixed", ge=0)
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
         "auto", "auto is AdamW8bit on a GPU where it saves memory, else fused AdamW", "fixed"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "auto is bf16 where the hardware has it, fp16 on older GPUs, else fp32", "fixed"
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "where to compute")
-    stop_on: Literal["loss", "recall", "never"] = _field(
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
+    stop_on: Literal["loss", "recall", "never"] = setting(
         "loss", "validation figure of early stopping and of the best epoch", "fixed"
     )
-    patience: int = _field(2, "epochs without improvement before stopping", "fixed", ge=1)
-    min_delta: float = _field(0.001, "least change that counts as improvement", "fixed", ge=0)
+    patience: int = setting(
+        2, "epochs without improvement before stopping", "fixed", unit="epochs", ge=1
+    )
+    min_delta: float = setting(0.001, "least change that counts as improvement", "fixed", ge=0)
 
 
 class RunSettings(Section):
     title = "Run"
-    output_dir: Path = _field(Path("./checkpoints"), "folder of the runs, one per scenario")
-    mini_train: bool = _field(
+    output_dir: Path = setting(Path("./checkpoints"), "folder of the runs, one per scenario")
+    mini_train: bool = setting(
         False, "smoke test: a few steps on a few pairs; other settings still win", "fixed"
     )
-    seed: int = _field(42, "decides order, augmentation, initialisation, dropout", "fixed", ge=0)
-    processes: int = _field(
+    seed: int = setting(42, "decides order, augmentation, initialisation, dropout", "fixed", ge=0)
+    processes: int = setting(
         1,
         "processes that train together on this machine: one per GPU, or shares of its cores",
+        unit="processes",
         ge=1,
     )
-    process_timeout: float = _field(
-        10, "minutes after which a process that is not heard of is taken for lost", gt=0
+    process_timeout: float = setting(
+        10,
+        "minutes after which a process that is not heard of is taken for lost",
+        unit="minutes",
+        gt=0,
     )
-    checkpoint_every: int = _field(
-        100, "optimizer steps between checkpoints, besides each epoch's end; 0: none", ge=0
+    checkpoint_every: int = setting(
+        100,
+        "optimizer steps between checkpoints, besides each epoch's end; 0: none",
+        unit="steps",
+        ge=0,
     )
-    resume_from_checkpoint: bool = _field(
+    resume_from_checkpoint: bool = setting(
         False, "go on from the checkpoint in output_dir if there is one"
     )
 
 
 class EvaluationSettings(Section):
     title = "Evaluation"
-    label_field: str = _field(
+    label_field: str = setting(
         "category", "metadata field with a pair's label: figures per label, and classification"
     )
-    resamples: int = _field(
-        1000, "bootstrap resamples behind the 95 % intervals; 0: no intervals", ge=0, le=100_000
+    resamples: int = setting(
+        1000,
+        "bootstrap resamples behind the 95 % intervals; 0: no intervals",
+        unit="resamples",
+        ge=0,
+        le=100_000,
     )
-    evaluation_memory: int = _field(
-        256, "MiB that the comparing of all with all may take, besides the embeddings", ge=1
+    evaluation_memory: int = setting(
+        256,
+        "MiB that the comparing of all with all may take, besides the embeddings",
+        unit="MiB",
+        ge=1,
     )
 
     @property
@@ -283,10 +302,10 @@ class EvaluationSettings(Section):
 
 class TrackingSettings(Section):
     title = "Tracking"
-    wandb: Literal["disabled", "offline", "online"] = _field(
+    wandb: Literal["disabled", "offline", "online"] = setting(
         "disabled", "Weights & Biases; metrics.jsonl is always written"
     )
-    wandb_project: str = _field("clip-furniture-finetune", "project of the runs in W&B")
+    wandb_project: str = setting("clip-furniture-finetune", "project of the runs in W&B")
 
 
 SECTIONS: tuple[type[Section], ...] = (
@@ -325,12 +344,6 @@ class Settings(
         return self.output_dir / f"{self.scenario}_checkpoint.pt"
 
 
-def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    """The settings that ``section`` itself declares, in order."""
-    yield from section.model_fields.items()
-
-
 def fixed_on_resume() -> list[str]:
     """Names of the settings that decide the weights and so must not change on resume."""
-    extras = {name: field.json_schema_extra for name, field in Settings.model_fields.items()}
-    return [name for name, extra in extras.items() if extra == {"fate": "fixed"}]
+    return [name for name, field in Settings.model_fields.items() if fate_of(field) == "fixed"]

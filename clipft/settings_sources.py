@@ -17,7 +17,8 @@ from clipft.cache import cache_folder
 from clipft.errors import UsageError, nearest, unknown_choice
 from clipft.s3_url import S3Url, parse_s3_url
 from clipft.scenarios import SCENARIOS
-from clipft.settings import MINI_TRAIN, SECTIONS, Settings, fields_of
+from clipft.section import fields_of
+from clipft.settings import MINI_TRAIN, SECTIONS, Settings
 
 ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
@@ -39,7 +40,7 @@ class LoadedSettings:
             lines += ["", f"# {section.title}"]
             for name, _ in fields_of(section):
                 value, origin = dumped[name], self.origins[name]
-                text = f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
+                text = f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
                 lines.append(f"{text}  # {origin}" if value is not None else text)
         return "\n".join(lines) + "\n"
 
@@ -202,7 +203,8 @@ def _spelled(name: str, origin: str) -> str:
     return f"{name} in {origin.removeprefix('file ')}"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """As TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -11,6 +11,8 @@ PACKAGE = Path(clipft.__file__).parent
 GROUND = {
     "settings",
     "settings_sources",
+    "settings_text",
+    "section",
     "files",
     "machine",
     "errors",
@@ -27,6 +29,7 @@ ALLOWED = {
     "evaluation": GROUND,
     "reporting": GROUND,
     "training": GROUND | {"data", "modelling", "evaluation"},
+    "doctor": GROUND | {"storage", "data", "modelling", "training"},
     "cli": None,
 }
 

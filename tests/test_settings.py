@@ -1,5 +1,7 @@
+import tomllib
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from clipft.errors import UsageError
 from clipft.settings import Settings, fixed_on_resume
 from clipft.settings_sources import load_settings
+from clipft.settings_text import range_of, template
 
 
 def load(flags=None, config=None, environ=None):
@@ -109,3 +112,39 @@ def test_every_setting_says_what_it_is_and_whether_a_resumed_run_may_change_it()
     assert {"lr", "scenario", "seed", "effective_batch_size"} <= set(fixed)
     assert not {"num_workers", "micro_batch_size", "data_dir"} & set(fixed)
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_template_sets_nothing_and_uncommented_the_defaults(tmp_path):
+    text = template()
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    assert set(load(config=file).origins.values()) == {"default"}
+    lines = [line[1:] for line in text.splitlines() if line.startswith("#") and line[1:2] != " "]
+    file.write_text("\n".join(line for line in lines if "=  # not set" not in line))
+    assert load(config=file).values == Settings()
+    assert {line.partition(" ")[0] for line in lines} == set(Settings.model_fields)
+
+
+def test_the_schema_takes_what_clipft_prints_and_refuses_what_it_refuses():
+    schema = Settings.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    printed = tomllib.loads(load().to_toml())
+    jsonschema.validate(printed, schema)
+    for wrong in ({"epochs": 0}, {"augmentation": "much"}, {"learning_rate": 1}, {"max_bad": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(printed | wrong, schema)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("epochs", "from 1"),
+        ("s3_requests", "1 to 256"),
+        ("lora_alpha", "above 0"),
+        ("lora_dropout", "0 to below 1"),
+        ("layer_decay", "above 0 to 1"),
+        ("caption", ""),
+    ],
+)
+def test_ranges_are_those_of_the_model(name, words):
+    assert range_of(Settings.model_fields[name]) == words

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipft.cli.console import Output, print_error
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.errors import Interrupted, RunsFailed, UsageError
 from clipft.scenarios import SCENARIOS
@@ -131,6 +132,16 @@ def _ending(outcome: "Outcome") -> str:
     return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
 
 
+def _best(content: dict[str, Any]) -> tuple[object, ...]:
+    """To look closer at the run with the most recall, if any has finished."""
+    from clipft.reporting.figures import mean_recall
+
+    found = [run for run in content["runs"] if run["after"]]
+    if not found:
+        return ()
+    return ("evaluate", max(found, key=lambda run: mean_recall(run["after"]))["folder"])
+
+
 def _set(origin: str) -> bool:
     """By the user, not by a default or a profile."""
     return origin in {"flag", "environment"} or origin.startswith("file ")
@@ -244,5 +255,5 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         for title, columns in (("Ablation", FIGURES), ("What it cost", COSTS))
     ]
     out.result(content, *tables, content["verdict"])
-    out.note(f"Report: {folder / 'report.html'}")
+    end(out, {"runs in": folder, "report": folder / "report.html"}, _best(content))
     return list(ended.values())

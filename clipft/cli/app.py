@@ -11,6 +11,7 @@ from clipft import __version__
 from clipft.cli.ablate import ablate
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.demo import demo
+from clipft.cli.doctor import doctor
 from clipft.cli.evaluate import evaluate
 from clipft.cli.export import export
 from clipft.cli.find_batch_size import find_batch_size
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo,
+    doctor,
     sync,
     pack,
     inspect,

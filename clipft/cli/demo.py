@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.settings import DEMO
 from clipft.settings_sources import LoadedSettings
@@ -52,13 +53,14 @@ def demo(
     data = _make_catalogue(folder, pairs, loaded.values.seed, out)
     if render_only:
         out.result({"data_dir": str(data)})
-        out.note(f"Next: clipft train --mini-train --model tiny --data-dir {data}")
+        following = ("train", "--mini-train", "--model", "tiny", "--data-dir", data)
+        end(out, {"catalogue": data}, following)
         return
-    from clipft.cli.running import run_training
+    from clipft.cli.running import in_processes, train_in
 
     settings = loaded.values.model_copy(update={"data_dir": data, "output_dir": folder / "runs"})
     alone = settings.model_copy(update={"processes": 1})
-    run_training(LoadedSettings(alone, loaded.origins), out, ())
+    in_processes(train_in, LoadedSettings(alone, loaded.origins), out, ())
     out.note(f"{time.perf_counter() - started:.0f} s in all.")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS
 from clipft.settings import EvaluationSettings, Settings
@@ -114,8 +115,8 @@ def evaluate(
         found.write(checkpoint, settings)
     result = {"scenario": settings.scenario, "checkpoint": str(path), **found.to_dict()}
     out.result(result, *_shown(found, settings))
-    if file:
-        out.note(f"Weights at {alpha:g} are in {file}.")
+    weights = {f"weights at {alpha:g}": file} if file else {}
+    end(out, weights, ("export", file or checkpoint or path, "./my-clip"))
 
 
 def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:

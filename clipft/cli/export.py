@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from clipft.cli.console import Output
-from clipft.cli.options import settings_command
+from clipft.cli.ending import end
+from clipft.cli.options import one_of, settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
 from clipft.errors import UsageError, unknown_choice
 from clipft.settings_sources import LoadedSettings
@@ -41,6 +42,7 @@ Format = Annotated[
         metavar="FORMAT",
         help=f"{'|'.join(CHOICES)}; all: a folder each, in OUT",
         rich_help_panel="Export",
+        autocompletion=one_of(CHOICES),
     ),
 ]
 Push = Annotated[
@@ -102,7 +104,9 @@ def export(
     written = job.write()
     page = upload(target, repository) if repository else None
     out.result(_result(opened, written, page), _table(written, page))
-    _next(written, out)
+    data_dir = (checked_on if data_given else opened.settings).data_dir
+    folder = next(iter(written.folders.values()))
+    end(out, {"how to open it": folder / "README.md"}, _following(written, data_dir))
 
 
 def _on_cpu(loaded: LoadedSettings) -> LoadedSettings:
@@ -230,6 +234,7 @@ def _table(written: "Written", page: str | None) -> Table:
     return table
 
 
-def _next(written: "Written", out: Output) -> None:
-    folder = next(iter(written.folders.values()))
-    out.note(f"How to open it: {folder / 'README.md'}")
+def _following(written: "Written", data_dir: Path) -> tuple[object, ...]:
+    """To search with the model, where one was written that ``search`` opens."""
+    whole = written.folders.get("transformers") or written.folders.get("sentence-transformers")
+    return ("search", whole, data_dir, "what you look for") if whole else ()

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from clipft.cli.console import Output
-from clipft.cli.options import settings_command
+from clipft.cli.ending import end
+from clipft.cli.options import flags_given, settings_command
 from clipft.settings import ModelSettings, Settings
 from clipft.settings_sources import LoadedSettings
 
@@ -55,11 +56,12 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     how = "by extrapolation" if found.extrapolated else "tried"
     out.note(f"Largest that fits {found.usable_bytes / _GIB:.1f} GiB: {found.largest} ({how}).")
     out.note(
-        f"Chosen for speed: {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB. "
-        f"`clipft train` takes it from here."
+        f"Chosen for speed: {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB; "
+        f"a run of the same model and scenario takes it by itself."
     )
     if other and other.speed(effective) > found.speed(effective):
         out.note(f"Faster with --gradient-checkpointing, micro-batches of {other.chosen}.")
+    end(out, {}, ("train", *flags_given(loaded), "--plan"))
 
 
 def _table(found: "Found", effective: int, title: str) -> Table:

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.cli.console import Output
-from clipft.cli.options import settings_command
+from clipft.cli.ending import end
+from clipft.cli.options import flags_given, settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data, local_data
 from clipft.data.pack_options import NEAR_BITS
 from clipft.files import check_writable
@@ -123,8 +124,9 @@ def inspect(
     for name, split in figures.items():
         for broken in [*split.broken[:5], *split.bad_captions[:5]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
-    if html:
-        out.note(f"Page: {html}")
+    trains = {"train", "val"} <= splits.keys()
+    following = ("zero-shot", "--data-dir", folder, *flags_given(loaded, "model"))
+    end(out, {"page": html}, following if trains else ())
 
 
 def _read(

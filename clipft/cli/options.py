@@ -6,17 +6,20 @@ common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded set
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from clipft.cli.console import Output
-from clipft.settings import SECTIONS, Section, fields_of
-from clipft.settings_sources import load_settings
+from clipft.section import Section, fields_of
+from clipft.settings import SECTIONS
+from clipft.settings_sources import LoadedSettings, load_settings
+from clipft.settings_text import choices_of, default_text, kind_of, range_of
 
 Config = Annotated[
     Path | None,
@@ -99,6 +102,22 @@ def _unwrapped(text: str) -> str:
     return "\n".join(lines)
 
 
+def flags_given(loaded: LoadedSettings, *names: str) -> list[str]:
+    """The words that give another command the file and the flags of this one: of ``names``, or
+    all."""
+    files = {o.removeprefix("file ") for o in loaded.origins.values() if o.startswith("file ")}
+    words = [word for file in files for word in ("--config", file)]
+    for name, value in loaded.values.model_dump(mode="json").items():
+        if loaded.origins[name] != "flag" or (names and name not in names):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
 def _given(given: dict[str, Any], name: str) -> Any:
     """What the flags say of one setting, taken out of ``given``; None: nothing."""
     value, refused = given.pop(name), given.pop(f"no_{name}", False)
@@ -116,10 +135,11 @@ def _options(
     default = (profile or {}).get(name, field.default)
     shown = typer.Option(
         f"--{name.replace('_', '-')}",
-        metavar=None if switch else _metavar(field),
-        help=escape(f"{_choices(field)}{field.description} {_default(default)}"),
+        metavar=None if switch else kind_of(name).upper(),
+        help=escape(_help(name, field, default)),
         rich_help_panel=section.title,
         show_default=False,
+        autocompletion=completing(name),
     )
     yield _parameter(name, Annotated[bool | None if switch else str | None, shown], None)
     if switch:
@@ -132,21 +152,31 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _default(value: Any) -> str:
-    if isinstance(value, bool):
-        value = "on" if value else "off"
-    return f"[default: {'none' if value is None else value}]"
+def _help(name: str, field: FieldInfo, default: Any) -> str:
+    choices, numbers = choices_of(name), range_of(field)
+    # A scenario's description names them all
+    listed = f"{'|'.join(choices)}: " if choices and name != "scenario" else ""
+    within = f"; {numbers}" if numbers else ""
+    return f"{listed}{field.description} [default: {default_text(default)}{within}]"
 
 
-def _metavar(field: FieldInfo) -> str:
-    kinds: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
-    given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    kind = given[0] if len(given) == 1 else field.annotation
-    return kinds.get(kind, "CHOICE" if _choices(field) else "TEXT")
+def completing(name: str) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a setting: its choices, or what lies in a folder."""
+    if choices_of(name):
+        return one_of(choices_of(name))
+    return _paths if kind_of(name) == "PATH" else None
 
 
-def _choices(field: FieldInfo) -> str:
-    """``one|two: `` for a setting with a closed list of values, else nothing."""
-    if get_origin(field.annotation) is not Literal:
-        return ""
-    return "|".join(map(str, get_args(field.annotation))) + ": "
+def one_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Offers those that begin as what was typed."""
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def _paths(incomplete: str) -> list[str]:
+    folder, begun = os.path.split(incomplete)
+    try:
+        names = sorted(name for name in os.listdir(folder or ".") if name.startswith(begun))
+    except OSError:
+        return []
+    paths = [os.path.join(folder, name) for name in names]
+    return [f"{path}/" if os.path.isdir(path) else path for path in paths]

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import plain_command
 from clipft.data.pack_options import PackOptions, Part
 
@@ -212,7 +213,7 @@ def pack(
     if options.part.of > 1:
         out.note(f"Part {part}: train when all {options.part.of} are in one folder.")
     else:
-        out.note(f"Next: clipft train --data-dir {target}")
+        end(out, {"catalogue": target}, ("inspect", target))
 
 
 def _remarks(result: "PackResult", options: PackOptions, out: Output) -> None:

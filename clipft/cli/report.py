@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
@@ -52,4 +53,4 @@ def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html 
     content = write_report(folder, page, moved)
     out.result({**content, "page": str(page)})
     out.note(content["verdict"])
-    out.note(f"Report: {page}")
+    end(out, {"report": page, "the same as JSON": page.with_suffix(".json")})

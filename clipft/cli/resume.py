@@ -42,7 +42,7 @@ def resume(
         clipft resume s3://my-bucket/checkpoints --endpoint-url http://localhost:9000
     """
     from clipft.cli.remote_checkpoints import fetch_place
-    from clipft.cli.running import run_training
+    from clipft.cli.running import in_processes, train_in
     from clipft.training.checkpoint import load_checkpoint
     from clipft.training.restore import resumable_checkpoint, saved_settings
 
@@ -60,4 +60,4 @@ def resume(
             f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
         )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
-    run_training(LoadedSettings(settings, origins), out, ctx.obj)
+    in_processes(train_in, LoadedSettings(settings, origins), out, ctx.obj)

@@ -1,10 +1,12 @@
 """What ``train``, ``resume`` and ``demo`` share: run the training service and show it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output, silent
+from clipft.cli.ending import end
 from clipft.cli.launching import follow_launcher, launch, starts_others
 from clipft.cli.remote_checkpoints import Uploads
 from clipft.cli.remote_data import bring_data, bring_validation, stream_source
@@ -31,24 +33,26 @@ if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
 
 
-def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
-    """Sync if a bucket is set, train, and show figures before and after.
+Work = Callable[[Processes, LoadedSettings, Output], None]
 
-    Where this is one of several processes, together with them; where it is to start them
-    (``args``: the command line, to be run in each), by that.
 
-    Raises:
-        StorageError: training has ended, but its last checkpoint is not in the bucket.
-    """
+def in_processes(work: Work, loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
+    """Where this is one of several processes, work together with them; where it is to start
+    them (``args``: the command line, to be run in each), by that."""
     if starts_others(loaded.values.processes):
         launch(loaded.values.processes, args)
         return
     follow_launcher()
     with start_processes(loaded.values) as processes:
-        _run_in(processes, loaded, out if processes.rank == 0 else silent())
+        work(processes, loaded, out if processes.rank == 0 else silent())
 
 
-def _run_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
+def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
+    """Sync if a bucket is set, train, and show figures before and after.
+
+    Raises:
+        StorageError: training has ended, but its last checkpoint is not in the bucket.
+    """
     settings = loaded.values
     source = _bring_data(processes, settings, out)
     uploads = Uploads(settings, out)
@@ -74,17 +78,18 @@ def _bring_data(processes: Processes, settings: Settings, out: Output) -> "Shard
 
 
 def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
+    page: Path | None = RunPaths.within(result.folder).report
     try:
-        page = RunPaths.within(result.folder).report
-        write_run_report(result.folder, page)
-        out.note(f"Report: {page}")
+        write_run_report(result.folder, RunPaths.within(result.folder).report)
     except ClipftError as error:  # never a reason to lose the result of a run
         out.note(f"warning: no report was written: {error.message}")
-    show(result, settings, out)
+        page = None
+    _show(result, settings, out)
+    made = {"run folder": result.folder, "checkpoint": result.checkpoint, "report": page}
+    end(out, made, ("evaluate", result.folder, "--data-dir", settings.data_dir))
 
 
-def show(result: TrainResult, settings: Settings, out: Output) -> None:
-    """The result for people and programs, and the next useful command."""
+def _show(result: TrainResult, settings: Settings, out: Output) -> None:
     columns = {"untouched": result.before.retrieval}
     if result.best:
         columns[f"after epoch {result.best.epoch}"] = result.best.retrieval
@@ -96,8 +101,6 @@ def show(result: TrainResult, settings: Settings, out: Output) -> None:
         out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
-    out.note(f"Run folder {result.folder}, checkpoint {result.checkpoint}.")
-    out.note(f"Next: clipft evaluate {result.folder} --data-dir {settings.data_dir}")
 
 
 def _observers(settings: Settings, out: Output) -> Observer:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS, local_data
 from clipft.errors import DataError, UsageError
@@ -123,7 +124,7 @@ def search(
         out.note(f"note: {counts['unusable']:,} pictures cannot be used and are left out.")
     if html:
         _write_sheet(html, title, counts, hits, captions, asked)
-        out.note(f"Page: {html}")
+        end(out, {"page": html})
 
 
 def _read(image: Path) -> bytes:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.cli.remote_data import bring_data, transfer_progress
 from clipft.errors import UsageError
@@ -86,7 +87,7 @@ def sync(
     result = _send(settings, options, out) if up else bring_data(settings, out, options)
     out.result(result.to_dict(), *_tables(result, "sent" if up else "fetched"))
     if not dry_run and not up:
-        out.note(f"Next: clipft train --data-dir {settings.data_dir}")
+        end(out, {"pairs in": settings.data_dir}, ("inspect", settings.data_dir))
 
 
 def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "SyncResult":

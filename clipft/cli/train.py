@@ -1,5 +1,7 @@
 """``clipft train``."""
 
+from typing import Annotated
+
 import typer
 
 from clipft.cli.console import Output
@@ -7,9 +9,19 @@ from clipft.cli.options import settings_command
 from clipft.settings import SECTIONS
 from clipft.settings_sources import LoadedSettings
 
+Plan = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Say what would happen and what it would take, from some steps that are run and "
+        "forgotten; start nothing",
+        rich_help_panel="Plan",
+    ),
+]
+
 
 @settings_command(*SECTIONS)
-def train(ctx: typer.Context, loaded: LoadedSettings, out: Output) -> None:
+def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = False) -> None:
     """Fine-tune CLIP under one scenario and show the gain over the untouched model.
 
     With --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run goes
@@ -18,10 +30,12 @@ def train(ctx: typer.Context, loaded: LoadedSettings, out: Output) -> None:
     Examples:
 
         clipft train --scenario dual_lora --data-dir ./catalogue
+        clipft train --data-dir ./catalogue --plan
         clipft train --scenario vision_lora --epochs 5 --effective-batch-size 256
         clipft train --processes 2 --data-dir ./catalogue
         clipft train --mini-train --model tiny --data-dir ./catalogue
     """
-    from clipft.cli.running import run_training
+    from clipft.cli.planned import plan_in
+    from clipft.cli.running import in_processes, train_in
 
-    run_training(loaded, out, ctx.obj)
+    in_processes(plan_in if plan else train_in, loaded, out, ctx.obj)

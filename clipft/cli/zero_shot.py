@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from clipft.cli.console import Output
+from clipft.cli.ending import end
 from clipft.cli.evaluate import EVALUATION_SETTINGS
-from clipft.cli.options import settings_command
+from clipft.cli.options import flags_given, settings_command
 from clipft.cli.remote_data import bring_named_data
 from clipft.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES, Settings
 from clipft.settings_sources import LoadedSettings
@@ -120,7 +121,7 @@ def zero_shot(
         out.note(f"No pair has one of the labels as its {field!r}: no classification.")
     elif save_classifier:
         save(save_classifier, classifier_of(model, labelling, path))
-        out.note(f"The classifier is in {save_classifier}.")
+    end(out, {"classifier": save_classifier if labelling else None}, _following(loaded, place))
 
 
 def _shown(
@@ -139,3 +140,10 @@ def _shown(
         if classified["confused"]:
             yield confused_table(classified["confused"])
     yield definitions(compared)
+
+
+def _following(loaded: LoadedSettings, place: str | None) -> tuple[object, ...]:
+    """After the untouched model comes the run that should be better; after a tuned one nothing."""
+    if place:
+        return ()
+    return ("train", "--data-dir", loaded.values.data_dir, *flags_given(loaded, "model"), "--plan")

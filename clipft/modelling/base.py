@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import logging
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ import torch
 
 from clipft.errors import ModelError
 from clipft.modelling.architectures import ARCHITECTURES, Architecture
+from clipft.modelling.quiet import quiet_libraries
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
@@ -167,14 +165,6 @@ def _telling_of(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise _cannot_load(name, error) from error
-
-
-def quiet_libraries() -> None:
-    """Libraries' own notices about themselves are not for our users."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _check_local(name: str) -> None:

@@ -85,6 +85,15 @@ class Bucket:
                 return
             request["ContinuationToken"] = page.following
 
+    def holds(self, prefix: str) -> bool:
+        """Does anything lie under ``prefix``? One request.
+
+        Raises:
+            StorageError: the bucket cannot be listed.
+        """
+        self.call("list_objects_v2", prefix, Prefix=prefix, EncodingType="url", MaxKeys=1)
+        return bool(self._pages.last().entries)
+
     def times(self, prefix: str, ending: str) -> dict[str, float]:
         """When the objects right under ``prefix`` with this ending were written, in Unix
         seconds."""

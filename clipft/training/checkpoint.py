@@ -21,10 +21,11 @@ format_version         of this list
 No random state is kept: everything random is a function of the seed and the position.
 """
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -43,6 +44,27 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     with replacing(path) as temporary:
         torch.save({**content, "format_version": FORMAT_VERSION}, temporary)
+
+
+class _Counted(io.RawIOBase):
+    """Takes bytes and keeps their number alone."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        written = memoryview(data).nbytes
+        self.size += written
+        return written
+
+
+def checkpoint_size(content: dict[str, Any]) -> int:
+    """Bytes that ``save_checkpoint`` would write; nothing is written."""
+    counted = _Counted()
+    torch.save({**content, "format_version": FORMAT_VERSION}, cast(IO[bytes], counted))
+    return counted.size
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from clipft.errors import UsageError
 from clipft.records import RunRecords
-from clipft.settings import SECTIONS, Settings, fields_of
+from clipft.section import fields_of
+from clipft.settings import SECTIONS, Settings
 from clipft.training.run_folder import RunPaths
 
 _LISTED = 50

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class TrainState:
 
 def fit(
     state: TrainState, batches: Iterable[StepBatch], accumulate: Accumulation
-) -> Iterator[StepResult]:
+) -> Generator[StepResult, None, None]:
     """Learn from each batch and tell of it; the caller shows, saves, evaluates."""
     state.model.train()
     started = time.perf_counter()

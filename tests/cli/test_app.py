@@ -121,3 +121,26 @@ def test_version():
 def test_each_kind_of_error_has_a_code_of_its_own():
     codes = [kind.exit_code for kind in ClipftError.__subclasses__()]
     assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("clipft tra", "train"),
+        ("clipft train --scen", "--scenario"),
+        ("clipft train --scenario vis", "vision_lora"),
+        ("clipft train --precision b", "bf16"),
+        ("clipft export --format onn", "onnx"),
+    ],
+)
+def test_the_shell_completes_commands_options_and_values(typed, offered):
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = clipft(env={**os.environ, **words, "_CLIPFT_COMPLETE": "complete_bash"})
+    assert offered in done.stdout.split()
+
+
+def test_the_shell_completes_folders(tmp_path):
+    (tmp_path / "catalogue").mkdir()
+    words = {"COMP_WORDS": f"clipft train --data-dir {tmp_path}/cat", "COMP_CWORD": "3"}
+    done = clipft(env={**os.environ, **words, "_CLIPFT_COMPLETE": "complete_bash"})
+    assert done.stdout.split() == [f"{tmp_path}/catalogue/"]

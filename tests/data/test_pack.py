@@ -174,7 +174,9 @@ def test_the_command(raw, tmp_path, capsys):
     assert run(["pack", str(raw), str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["train_pairs"] == 54
-    assert "Next: clipft train --data-dir" in captured.err
+    assert "Next:" not in captured.err
+    assert run(["pack", str(raw), str(tmp_path / "shown")]) == 0
+    assert f"Next: clipft inspect {tmp_path / 'shown'}" in capsys.readouterr().err
     assert run(["pack", str(raw), str(tmp_path / "out")]) == 2
     assert run(["pack", str(tmp_path / "none"), str(tmp_path / "out2")]) == 3
 

@@ -1,0 +1,53 @@
+"""``clipft doctor`` on buckets: what is wrong is told apart as ``sync`` tells it."""
+
+import pytest
+
+from clipft.doctor.examination import CHECKS, _answer
+from clipft.doctor.finding import Finding
+from clipft.settings import Settings
+
+BUCKET = next(check for check in CHECKS if check.name == "bucket")
+
+
+def looked(storage, **more) -> Finding:
+    return _answer(BUCKET, Settings(**{**storage.model_dump(), **more}))
+
+
+def test_a_bucket_with_pairs_is_ok_and_an_empty_one_a_warning(bucket):
+    assert looked(bucket.settings).status == "warning"
+    bucket.put({"data/train/00000.tar": b"x"})
+    assert looked(bucket.settings).status == "ok"
+
+
+def test_checkpoints_are_tried_and_nothing_stays(bucket):
+    bucket.put({"data/train/00000.tar": b"x"})
+    found = looked(bucket.settings, enable_s3_checkpoints=True)
+    assert "uploaded" in found.found
+    listed = bucket.client.list_objects_v2(Bucket=bucket.settings.s3_bucket)["Contents"]
+    assert [entry["Key"] for entry in listed] == ["data/train/00000.tar"]
+
+
+def test_checkpoints_without_a_bucket_are_an_error():
+    assert looked(Settings(enable_s3_checkpoints=True)).status == "error"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"s3_bucket": "no-such-bucket"}, "does not exist"),
+        ({"endpoint_url": "http://127.0.0.1:9"}, "cannot be reached"),
+        ({"endpoint_url": "http://nowhere.invalid"}, "name is unknown"),
+        ({"s3_profile": "nobody"}, "no profile nobody"),
+    ],
+)
+def test_what_is_wrong_is_told_apart(bucket, changed, said):
+    found = looked(bucket.settings, **changed)
+    assert found.status == "error"
+    assert said in found.found
+    assert found.hint
+
+
+def test_missing_credentials_are_told(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "no usable AWS credentials" in looked(bucket.settings).found

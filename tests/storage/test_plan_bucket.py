@@ -1,0 +1,30 @@
+"""``clipft train --plan`` with pairs in a bucket."""
+
+import json
+
+from clipft.cli.app import run
+from tests.storage.test_training import command, put_raw
+
+
+def test_what_is_not_here_yet_is_counted_and_not_fetched(bucket, tmp_path, capsys):
+    put_raw(bucket)
+    args = command(bucket, tmp_path, "--plan", "--json")
+    assert run(args) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["to_fetch"]["objects"] == 2 * 96
+    assert said["forecast"] is None
+    assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
+
+
+def test_what_was_fetched_is_measured(bucket, tmp_path, capsys):
+    put_raw(bucket)
+    where = command(bucket, tmp_path)[1:7]
+    assert run(["sync", *where[:6], "--data-dir", str(tmp_path / "data")]) == 0
+    capsys.readouterr()
+    assert run(command(bucket, tmp_path, "--plan", "--json")) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["forecast"]["plan"]["train_pairs"] == 80
+    assert said["uploads_to"].startswith("s3://")
+    assert not (tmp_path / "runs").exists()
+    listed = bucket.client.list_objects_v2(Bucket=bucket.settings.s3_bucket, Prefix="checkpoints")
+    assert listed["KeyCount"] == 0
