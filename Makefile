@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit smoke slow gpu clean
+.PHONY: demo test lint types docs unit smoke slow gpu clean
 
 demo: $(STAMP)
 	$(BIN)/clipft demo
 
-test: $(STAMP) lint types unit smoke
+test: $(STAMP) lint types docs unit smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,6 +18,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The pages, in build/site; a dead link or anchor is an error
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest

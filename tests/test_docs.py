@@ -1,13 +1,115 @@
-"""The documents say what the code and the figures say."""
+"""The documents say what the code and the figures say, and what they tell to type works."""
 
+import csv
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from clipft.cli.app import COMMANDS
+from clipft.cli.app import COMMANDS, app
+from clipft.data.demo import write_catalogue
 from clipft.settings import Settings
+from clipft.settings_sources import load_settings
 from tests.benchmarks.write_docs import DOCS, defined, written
-from tests.write_reference import PAGES, REFERENCE
+from tests.conftest import write_shard
+from tests.documents import PAGES, ROOT, SMALL, blocks, commands, run_page
+from tests.write_reference import PAGES as REFERENCE_PAGES
+from tests.write_reference import REFERENCE
+
+BY_THE_SERVER = {"s3.md"}
+"""Guides whose commands tests/storage runs."""
+
+GUIDES = [DOCS / "tutorial.md", *sorted((DOCS / "guides").glob("*.md"))]
+RUN = [page for page in GUIDES if page.name not in BY_THE_SERVER]
+
+
+def has_blocks(page: Path, slow: bool) -> bool:
+    return any(block.runs and block.slow == slow for block in blocks(page))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """What a reader of the guides has at hand, all small."""
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    write_catalogue(tmp_path / "rendered", 100, 3, lambda done, total: None)
+    (tmp_path / "rendered" / "train").rename(tmp_path / "photos")
+    with (tmp_path / "products.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption", "product_id"])
+        for text in sorted((tmp_path / "photos").glob("*.txt")):
+            picture = text.with_suffix(".jpg").relative_to(tmp_path)
+            rows.writerow([picture, text.read_text(), json.loads(read(text))["id"]])
+    write_shard(tmp_path / "general" / "val" / "00000.tar", range(2000, 2030))
+    return tmp_path
+
+
+def _linked(text: str) -> list[str]:
+    """Paths that a page of Markdown links to or shows, without those of the web."""
+    found = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    return [target for target in found if "://" not in target]
+
+
+def read(text: Path) -> str:
+    return text.with_suffix(".json").read_text()
+
+
+def with_catalogue(folder: Path, page: Path) -> None:
+    """The packed catalogue, where the page does not have its reader pack it."""
+    if "clipft pack ./photos" not in page.read_text(encoding="utf-8"):
+        write_shard(folder / "catalogue" / "train" / "00000.tar", range(60))
+        write_shard(folder / "catalogue" / "val" / "00000.tar", range(1000, 1030))
+
+
+@pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, False)], ids=lambda p: p.stem)
+def test_what_a_guide_tells_to_type_works(page, workplace):
+    with_catalogue(workplace, page)
+    assert run_page(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, True)], ids=lambda p: p.stem)
+def test_what_takes_longer_works_too(page, workplace):
+    with_catalogue(workplace, page)
+    assert run_page(page, slow=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_in_the_documents_have_the_options_that_they_name(page):
+    """Also those that need a GPU, a bucket or another machine."""
+    group = typer.main.get_command(app)
+    for words in commands(page):
+        if not words or words[0] in {"--help", "COMMAND", "--install-completion"}:
+            continue
+        if "[--" in " ".join(words):  # a synopsis
+            continue
+        context = group.commands[words[0]].make_context(words[0], list(words[1:]))
+        values = {k: v for k, v in context.params.items() if k in Settings.model_fields}
+        load_settings({k: v for k, v in values.items() if v is not None}, environ={})
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    """Links and anchors lead somewhere, and each page stands in the menu."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    built = subprocess.run(
+        [*command, "--site-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for loaded in ('<script src="http', '<link rel="stylesheet" href="http', "fonts.g"):
+        assert loaded not in page, "a page must not need the network"
+
+
+def test_the_documents_name_no_page_that_is_not_there():
+    """What stands outside of docs/ links into it too."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in _linked(page.read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_benchmarks_tables_are_those_of_the_figures():
@@ -27,16 +129,16 @@ def test_the_definitions_in_the_documents_are_those_that_are_printed():
     assert "`map`" in page and "`top1`" in page
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", REFERENCE_PAGES)
 def test_the_reference_is_what_the_program_says(name):
     page = (REFERENCE / name).read_text(encoding="utf-8")
-    assert page == PAGES[name](), "run python -m tests.write_reference"
+    assert page == REFERENCE_PAGES[name](), "run python -m tests.write_reference"
 
 
 def test_every_command_and_setting_stands_in_the_reference():
-    commands, settings = (PAGES[name]() for name in ("commands.md", "settings.md"))
+    told, settings = (REFERENCE_PAGES[name]() for name in ("commands.md", "settings.md"))
     for command in COMMANDS:
-        assert f"## clipft {command.__name__.replace('_', '-')}\n" in commands
+        assert f"## clipft {command.__name__.replace('_', '-')}\n" in told
     for name in Settings.model_fields:
         assert f"| `{name}` |" in settings
-    assert "| `--val-share X` |" in commands and "| `SRC` |" in commands
+    assert "| `--val-share X` |" in told and "| `SRC` |" in told

@@ -1,0 +1,90 @@
+"""The documents' code blocks, and how their commands are run.
+
+A block after ``<!-- run -->`` is run by the tests, one after ``<!-- run slow -->`` by the slow
+ones; the blocks of a page one after another, in one folder.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipft.cli.app import run
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+SHELLS = {"sh", "bash", ""}
+
+_BLOCK = re.compile(
+    r"^(?:<!-- run(?P<slow> slow)? -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
+
+SMALL = {
+    "CLIPFT_MODEL": "tiny",
+    "CLIPFT_MINI_TRAIN": "true",
+    "CLIPFT_NUM_WORKERS": "0",
+    "CLIPFT_RESAMPLES": "20",
+    "CLIPFT_PRECISION": "fp32",
+}
+"""The environment in which what the documents say takes seconds."""
+
+_SMALLER = {"clipft demo": "clipft demo --pairs 160"}
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    text: str
+    runs: bool
+    slow: bool
+
+    def lines(self) -> list[str]:
+        """Without comments, continued lines joined."""
+        joined = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in joined if shlex.split(line, comments=True)]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+        marked = found[0].startswith("<!-- run")
+        yield Block(found["kind"], found["text"], marked, bool(found["slow"]))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each clipft command in the shell blocks of a page, without redirections."""
+    for block in blocks(page):
+        if block.kind not in SHELLS:
+            continue
+        for line in block.lines():
+            words = shlex.split(line, comments=True)
+            if "clipft" not in words:
+                continue
+            words = words[words.index("clipft") + 1 :]
+            ends = [i for i, word in enumerate(words) if word in {">", "|", "&&", "||"}]
+            yield [word.rstrip(";") for word in words[: ends[0] if ends else None]]
+
+
+def run_page(page: Path, slow: bool = False) -> int:
+    """Runs the marked commands here and now; how many they were."""
+    count = 0
+    for block in blocks(page):
+        for line in block.lines() if block.runs and block.slow == slow else ():
+            code = _run(line)
+            assert code == 0, f"{page.name}: {line!r} ended with {code}"
+            count += 1
+    return count
+
+
+def _run(line: str) -> int:
+    for command, smaller in _SMALLER.items():
+        line = line.replace(command, smaller)
+    words = shlex.split(line, comments=True)
+    if words[0] == "clipft" and ">" not in words:
+        return run(words[1:])
+    scripts = Path(sys.executable).parent
+    environ = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", line], env=environ).returncode

@@ -1,0 +1,43 @@
+"""docs/extending.md, followed to the letter on a copy of the package."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.documents import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+DIFF = re.compile(r"^```diff\n--- (\S+)\n(.*?)^```$", re.M | re.S)
+FILE = re.compile(r"^<!-- file (\S+) -->\n```python\n(.*?)^```$", re.M | re.S)
+
+
+def apply(folder: Path, file: str, change: str) -> None:
+    """Lines with a blank or - before them must be there once; those with a blank or + stay."""
+    lines = change.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    new = "".join(line[1:] for line in lines if line[0] in " +")
+    path = folder / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file}: not once there:\n{old}"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_the_worked_examples_work(tmp_path):
+    shutil.copytree(ROOT / "clipft", tmp_path / "clipft", ignore=shutil.ignore_patterns("*.pyc"))
+    (tmp_path / "tests").mkdir()
+    for helper in ("__init__.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / helper, tmp_path / "tests" / helper)
+    changes, files = DIFF.findall(PAGE), FILE.findall(PAGE)
+    assert (len(changes), len(files)) == (8, 3)
+    for file, change in changes:
+        apply(tmp_path, file, change)
+    for file, text in files:
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "7 passed" in done.stdout, done.stdout[-500:]
