@@ -111,6 +111,11 @@ class DataSettings(Section):
         True, "keep what a tower that does not train makes of unchanging inputs in the cache folder"
     )
     num_workers: int = _field(4, "processes that decode images; 0: none besides the main", ge=0)
+    worker_timeout: float = _field(
+        300,
+        "seconds without a batch after which a decoding process is taken for hung; 0: never",
+        ge=0,
+    )
     max_train_pairs: int = _field(0, "train on the first so many pairs; 0: all", "fixed", ge=0)
     max_val_pairs: int = _field(0, "validate on the first so many pairs; 0: all", "fixed", ge=0)
     max_bad: float = _field(0.01, "share of unreadable pairs above which a run stops", ge=0, le=1)

@@ -17,6 +17,17 @@ from typing import IO
 
 ROOT = Path(__file__).parents[2]
 
+SMALL = [
+    *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "32", "--device", "cpu"),
+    *("--micro-batch-size", "16", "--num-workers", "0", "--precision", "fp32"),
+    *("--stop-on", "never", "--checkpoint-every", "1", "--resume-from-checkpoint"),
+]
+
+
+def command(catalogue: Path, out: Path, *more: str) -> list[str]:
+    return ["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more]
+
+
 SERVER = """
 import json, os, resource, signal, sys
 import torch, transformers, peft

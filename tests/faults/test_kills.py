@@ -9,33 +9,7 @@ import pytest
 
 from clipft.training.checkpoint import load_checkpoint
 from tests.e2e.test_train import assert_same_run
-from tests.faults.outside import Program, steps, wait_until
-
-SMALL = [
-    *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "32", "--device", "cpu"),
-    *("--micro-batch-size", "16", "--num-workers", "0", "--precision", "fp32"),
-    *("--stop-on", "never", "--checkpoint-every", "1", "--resume-from-checkpoint"),
-]
-
-
-def command(catalogue: Path, out: Path, *more: str) -> list[str]:
-    return ["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more]
-
-
-@pytest.fixture(scope="module")
-def whole(programs, catalogue, tmp_path_factory) -> Path:
-    """The uninterrupted run, from a warm cache, and how long it takes."""
-    out = tmp_path_factory.mktemp("whole")
-    env = {"CLIPFT_CACHE": str(out / "cache")}
-    for _ in range(2):
-        started = time.monotonic()
-        done = programs.run(*command(catalogue, out / "runs"), env=env)
-        assert done.wait() == 0, done.err
-        (out / "seconds").write_text(str(time.monotonic() - started))
-        if not (out / "first").exists():
-            (out / "runs").rename(out / "first")
-    assert_same_run(out / "first", out / "runs")
-    return out
+from tests.faults.outside import Program, command, steps, wait_until
 
 
 def no_rests(out: Path) -> None:
@@ -86,10 +60,25 @@ def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
     assert_same_run(whole / "runs", tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-@pytest.mark.parametrize("phase", ["loading", "measuring", "training", "at the end"])
+PHASES = [
+    pytest.param(
+        phase, number, marks=[] if quick else [pytest.mark.slow], id=f"{phase}-{number.name}"
+    )
+    for phase, number, quick in (
+        ("loading", signal.SIGTERM, True),
+        ("loading", signal.SIGINT, False),
+        ("measuring", signal.SIGTERM, False),
+        ("measuring", signal.SIGINT, False),
+        ("training", signal.SIGINT, False),
+        ("at the end", signal.SIGTERM, True),
+        ("at the end", signal.SIGINT, False),
+    )
+]
+
+
+@pytest.mark.parametrize(("phase", "number"), PHASES)
 def test_a_signal_in_any_phase_ends_within_25_seconds(
-    programs, catalogue, whole, tmp_path, number, phase
+    programs, catalogue, whole, tmp_path, phase, number
 ):
     """75 where a step was done, and the state saved; otherwise there is nothing to save."""
     run = programs.start(*command(catalogue, tmp_path), env={"CLIPFT_CACHE": str(whole / "cache")})
