@@ -1,10 +1,12 @@
 """Writing so that a file under its final name is always whole: the old one or the new one."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clipft.errors import StorageError
 
@@ -61,6 +63,22 @@ def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, of which a kill may have cut the last; none where there
+    is no file. A line ends with a line feed alone: in JSON, other ends of lines are text."""
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
 def check_writable(path: Path) -> None:
     """Before long work: could ``path`` be written at its end?
 
@@ -80,6 +98,11 @@ def nearest_folder(path: Path) -> Path:
     """``path``, or what exists of the way to it: nothing is made."""
     way = (path.absolute(), *path.absolute().parents)
     return next(place for place in way if os.path.lexists(place))
+
+
+def disk_error(path: Path, error: OSError) -> StorageError:
+    """What to raise where a line could not be added to ``path``."""
+    return StorageError(f"cannot write {path}: {_reason(error)}", _HINT)
 
 
 def _reason(error: Exception) -> str:

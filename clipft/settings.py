@@ -103,6 +103,12 @@ class DataSettings(Section):
     num_workers: int = setting(
         4, "processes that decode images; 0: none besides the main", unit="processes", ge=0
     )
+    worker_timeout: float = setting(
+        300,
+        "seconds without a batch after which a decoding process is taken for hung; 0: never",
+        unit="seconds",
+        ge=0,
+    )
     max_train_pairs: int = setting(
         0, "train on the first so many pairs; 0: all", "fixed", unit="pairs", ge=0
     )

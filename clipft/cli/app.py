@@ -1,5 +1,6 @@
 """The map of the commands, and the one place where errors become sentences."""
 
+import errno
 import sys
 import traceback
 from typing import Any
@@ -25,7 +26,7 @@ from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
 from clipft.cli.zero_shot import zero_shot
-from clipft.errors import ClipftError, MemoryShortage, UsageError
+from clipft.errors import ClipftError, MemoryShortage, StorageError, UsageError
 
 app = typer.Typer(
     name="clipft",
@@ -56,6 +57,9 @@ COMMANDS = (
     search,
     settings,
 )
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""What a disk says that is full, read-only or broken."""
+
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 
@@ -110,6 +114,12 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _bug(error: Exception) -> ClipftError:
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f" at {error.filename}" if error.filename else ""
+        return StorageError(
+            f"the disk takes no more{where}: {error.strerror}",
+            "make room or write to another place; what was there before is untouched",
+        )
     if _is_memory(error):
         return MemoryShortage(
             f"memory ran out: {str(error).strip().partition(chr(10))[0]}",

@@ -199,12 +199,15 @@ def _is_newer(manifest: "Manifest", settings: Settings, out: Output) -> bool:
 def _fetch(
     store: "CheckpointStore", manifest: "Manifest", path: Path, folder: Path, out: Output
 ) -> int:
+    from clipft.training.checkpoint import previous_of
+
     def place(name: str) -> Path:
         return path if name == path.name else folder / name
 
     save = store.fetch(manifest, place, out.note)
     for name in set(RUN_FILES) - save.files.keys():  # of whatever lay there before
         (folder / name).unlink(missing_ok=True)
+    previous_of(path).unlink(missing_ok=True)
     return save.step
 
 

@@ -43,7 +43,7 @@ def resume(
     """
     from clipft.cli.remote_checkpoints import fetch_place
     from clipft.cli.running import in_processes, train_in
-    from clipft.training.checkpoint import load_checkpoint
+    from clipft.training.checkpoint_pair import newest_whole
     from clipft.training.restore import resumable_checkpoint, saved_settings
 
     url = parse_s3_url(checkpoint) if checkpoint else None
@@ -52,7 +52,7 @@ def resume(
         path = fetch_place(url, now, now.output_dir, out)
     else:
         path = resumable_checkpoint(checkpoint, now.output_dir)
-    saved = saved_settings(load_checkpoint(path), loaded, _FREE)
+    saved = saved_settings(newest_whole(path).content, loaded, _FREE)
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
     if path != settings.checkpoint_path:
         raise UsageError(

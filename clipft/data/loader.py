@@ -5,13 +5,9 @@ uint8 pictures leave the workers; normalising is the model's business. A pair th
 be decoded is left out of its batch and named in it: positions stay where they are.
 """
 
-import atexit
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -26,13 +22,18 @@ from clipft.data.order import WHOLE, EpochPlan, Position, Share, derived_seed
 from clipft.data.shard_index import Skipped
 from clipft.data.shards import PairDataset, RawPair
 from clipft.data.tokens import padded
+from clipft.data.workers import (
+    UnderWay,
+    ignore_signals,
+    kill_workers_at_exit,
+    next_batch,
+    started,
+)
 from clipft.errors import DataError
 from clipft.machine import processors
 
 _AHEAD_BYTES = 1 << 30
 """Of decoded pictures that workers hold ready at most, beyond two micro-batches each."""
-_TIMEOUT = 300
-"""Seconds without a batch after which a worker is taken for hung."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,13 @@ class Pairs(Places, Protocol):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches travel, and which. ``workers`` 0: decoded by the main process."""
+    """How batches travel, and which. ``workers`` 0: decoded by the main process. ``timeout`` in
+    seconds: without a batch for so long, a worker is taken for hung; 0: never."""
 
     workers: int = 0
     pin_memory: bool = False
     share: Share = WHOLE
+    timeout: float = 0
 
     @property
     def processes(self) -> int:
@@ -145,10 +148,12 @@ def training_batches(
     share = options.share
     micro_batches = plan.from_position(start, epochs, dataset.order(plan), share)
     ahead = _ahead(plan, preprocessing.image_size, options)
-    batches = iter(_loader(dataset, preprocessing, micro_batches, options, ahead))
+    under_way = UnderWay(options.processes)
+    loader = _loader(dataset, preprocessing, micro_batches, options, under_way, ahead)
+    batches = started(iter(loader))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
-            micros = [_next(batches) for _ in share.of(plan.micro_batches(step))]
+            micros = [_next(batches, under_way) for _ in share.of(plan.micro_batches(step))]
             skipped = [skipped for batch in micros for skipped in batch.skipped]
             pairs = sum(len(batch) for batch in micros)
             yield StepBatch(epoch, step, [b for b in micros if len(b)], skipped, pairs)
@@ -171,9 +176,10 @@ def evaluation_batches(
     starts = numbers[::batch_size]
     mine = [starts[i] for i in options.share.of(len(starts))]
     chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in mine)
-    batches = iter(_loader(dataset, preprocessing, chunks, options))
+    under_way = UnderWay(options.processes)
+    batches = started(iter(_loader(dataset, preprocessing, chunks, options, under_way)))
     for _ in mine:
-        yield _next(batches)
+        yield _next(batches, under_way)
 
 
 def _loader(
@@ -181,39 +187,35 @@ def _loader(
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
+    under_way: UnderWay,
     ahead: int = 2,
 ) -> "DataLoader[Batch | DataError]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
     # Looking captions up takes less time than sending them between processes
     workers = options.processes if preprocessing.pictures else 0
     if workers:
-        _kill_workers_at_exit()
-    kind = _Decoded if preprocessing.pictures else _Captioned
-    decoded: Any = kind(dataset, preprocessing)  # items become a Batch in collate
+        kill_workers_at_exit()
+    decoded: Any = (  # items become a Batch in collate
+        _Decoded(dataset, preprocessing, under_way)
+        if preprocessing.pictures
+        else _Captioned(dataset, preprocessing)
+    )
     return DataLoader(
         decoded,
         batch_sampler=micro_batches,
         collate_fn=_Collate(preprocessing.captions.end),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=options.pin_memory,
-        timeout=_TIMEOUT if workers else 0,
+        timeout=options.timeout if workers else 0,
         # Otherwise iter() draws a seed from the global generator, and dropout would follow
         generator=torch.Generator(),
     )
 
 
-def _next(batches: "Iterator[Batch | DataError]") -> Batch:
-    try:
-        batch = next(batches)
-    except RuntimeError as error:  # torch's word for a dead or hung worker
-        if "DataLoader" not in str(error):
-            raise
-        raise DataError(
-            f"a data worker died or hung: {' '.join(str(error).split())}",
-            "use fewer --num-workers if memory is short, then `clipft resume`",
-        ) from error
+def _next(batches: "Iterator[Batch | DataError]", under_way: UnderWay) -> Batch:
+    batch: Batch | DataError = next_batch(batches, under_way)
     if isinstance(batch, DataError):
         raise batch
     return batch
@@ -233,8 +235,8 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     alone.
     """
 
-    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Places, preprocessing: Preprocessing, under_way: UnderWay) -> None:
+        self.dataset, self.under_way = dataset, under_way
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(
             preprocessing.augmentation, preprocessing.image_size, preprocessing.squashed
@@ -245,10 +247,16 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
 
     def __getitem__(self, place: tuple[int, Any]) -> "_Pair | Skipped | DataError":
         epoch, which = place
-        try:
-            raw = self.dataset[which]
-        except DataError as error:
-            return error
+        name = f"pair {which}" if isinstance(which, int) else "a pair"
+        with self.under_way.at(name) as say:
+            try:
+                raw = self.dataset[which]
+            except DataError as error:
+                return error
+            say(f"{raw.key} in {raw.shard}")
+            return self._decoded(raw, epoch)
+
+    def _decoded(self, raw: RawPair, epoch: int) -> "_Pair | Skipped":
         try:
             ids = self.captions.ids(raw, epoch)
             image = decode_image(raw.image, self.at_least)
@@ -276,24 +284,6 @@ class _Captioned(Dataset["_Pair | Skipped"]):
             return _Pair(number, self._NOTHING, self.preprocessing.captions.ids(named, epoch))
         except BadCaption as error:
             return Skipped(named.shard, named.key, str(error))
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; when to stop is the main process's decision."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@cache
-def _kill_workers_at_exit() -> None:
-    """An iterator that a traceback keeps alive leaves its workers running; multiprocessing then
-    sends SIGTERM, which they ignore, and would wait for them for ever."""
-
-    def kill() -> None:
-        for child in multiprocessing.active_children():
-            child.kill()
-
-    atexit.register(kill)
 
 
 @dataclass(frozen=True)

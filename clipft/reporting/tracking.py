@@ -9,10 +9,12 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from clipft.files import disk_error, json_lines
 from clipft.records import EpochResult, Plan, StepResult
 from clipft.reporting.figures import figure_tables
 from clipft.settings import TrackingSettings
@@ -39,12 +41,20 @@ class JsonlTracker:
 
     def closed(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take was told when it was written
+                self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
+        """
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
         assert self._file
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise disk_error(self._path, error) from error
 
 
 @dataclass(frozen=True)
@@ -55,17 +65,6 @@ class _Logged:
     figures: dict[str, Any]
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; none where there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # a kill cut this line
-            continue
-    return [line for line in found if isinstance(line, dict)]
-
-
 def _summary(folder: Path) -> dict[str, Any]:
     """``before/``, ``after/`` and ``change/`` of each figure of the report, and the ends of its
     interval; also of a resumed run, whose first process measured the untouched model."""
@@ -73,7 +72,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     judged = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None
     return {
         f"{kind}/{row['key']}{'' if end == 'value' else f'/{end}'}": number
-        for table in figure_tables(_metrics(folder / METRICS), judged)
+        for table in figure_tables(json_lines(folder / METRICS), judged)
         for row in table["rows"]
         for kind in ("before", "after", "change")
         for end, number in (row[kind] or {}).items()

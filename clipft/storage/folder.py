@@ -78,7 +78,7 @@ class Folder:
     def load(self) -> None:
         """Later lines win; a line that a kill cut off counts as none."""
         with suppress(OSError, UnicodeDecodeError):
-            for line in (self.path / JOURNAL).read_text(encoding="utf-8").splitlines():
+            for line in (self.path / JOURNAL).read_text(encoding="utf-8").split("\n"):
                 with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     self.records[str(entry["path"])] = list(entry["state"])

@@ -45,7 +45,11 @@ def open_encoding(
     if not settings.feature_cache:
         return live
     on_gpu = loaded.precision.device.type == "cuda"
-    cache = FeatureCache(loaded, LoaderOptions(settings.num_workers, pin_memory=on_gpu), progress)
+    cache = FeatureCache(
+        loaded,
+        LoaderOptions(settings.num_workers, pin_memory=on_gpu, timeout=settings.worker_timeout),
+        progress,
+    )
     try:
         return _with_images(_with_texts(live, cache), pairs, cache)
     except StorageError as error:

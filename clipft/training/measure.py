@@ -36,7 +36,7 @@ def embed_pairs(
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
     """
     share, on_gpu = Share(processes.rank, processes.count), loaded.precision.device.type == "cuda"
-    options = LoaderOptions(settings.num_workers, on_gpu, share)
+    options = LoaderOptions(settings.num_workers, on_gpu, share, settings.worker_timeout)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
     embedded = embed(loaded.model, how.sides, batches, positives, processes)

@@ -11,9 +11,11 @@ from clipft.modelling.interpolate import Interpolation
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
 from clipft.training.checkpoint import save_checkpoint
+from clipft.training.checkpoint_pair import there_is_one
 from clipft.training.loaded import LoadedModel, load_model
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"
+_PREVIOUS_GLOB = "*_checkpoint.previous.pt"
 _OF_TRAINING = frozenset(
     {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
 )
@@ -67,16 +69,20 @@ def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
     own = place.with_name(f"{place.name}_checkpoint.pt")
     if not place.is_dir():
         return place
-    return own if own.is_file() else newest_checkpoint(place)
+    return own if there_is_one(own) else newest_checkpoint(place)
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint written last in a folder of runs.
+    """The checkpoint written last in a folder of runs; where only the one before it is left,
+    the path that it had.
 
     Raises:
         ModelError: there is none.
     """
     found = sorted(output_dir.glob(CHECKPOINT_GLOB), key=lambda path: path.stat().st_mtime)
+    if not found:
+        left = sorted(output_dir.glob(_PREVIOUS_GLOB), key=lambda path: path.stat().st_mtime)
+        found = [path.with_name(path.name.replace(".previous.pt", ".pt")) for path in left]
     if not found:
         raise ModelError(
             f"no *_checkpoint.pt in {output_dir}",

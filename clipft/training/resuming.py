@@ -1,30 +1,43 @@
 """May this run go on from that checkpoint?"""
 
+from pathlib import Path
 from typing import Any
 
-from clipft.errors import UsageError
+from clipft.errors import ModelError, UsageError
 from clipft.settings import Settings, fixed_on_resume
-from clipft.training.checkpoint import load_checkpoint
+from clipft.training.checkpoint import check_resumable
+from clipft.training.checkpoint_pair import Whole, newest_whole, put_back, there_is_one
 from clipft.training.planning import Note
 from clipft.training.run_folder import RunPaths
 from clipft.training.setup import RunSetup
 
 
 def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None: start from scratch.
+    """The checkpoint to go on from; None: start from scratch. Where the newest is damaged, the
+    one before it takes its place.
 
     Raises:
-        ModelError: it is there but cannot be read.
+        ModelError: one is there but none can be gone on from.
         UsageError: a setting that decides the weights was changed.
     """
     if not settings.resume_from_checkpoint:
         return None
-    if not paths.checkpoint.exists():
+    if not there_is_one(paths.checkpoint):
         note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
         return None
-    checkpoint = load_checkpoint(paths.checkpoint)
-    _refuse_changes(checkpoint["settings"], settings)
-    return checkpoint
+    whole = newest_whole(paths.checkpoint)
+    check_resumable(whole.path, whole.content)
+    _refuse_changes(whole.content["settings"], settings)
+    if whole.damage:
+        _put_back(whole, whole.damage, paths.checkpoint, note)
+    return whole.content
+
+
+def _put_back(whole: Whole, damage: ModelError, checkpoint: Path, note: Note) -> None:
+    aside = put_back(checkpoint)
+    kept = f"; the damaged one is now {aside}" if aside else ""
+    step = whole.content.get("step", 0)
+    note(f"warning: {damage.message}; going on from the one before it, of step {step}{kept}.")
 
 
 def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:

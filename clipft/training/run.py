@@ -16,7 +16,8 @@ from clipft.modelling.export import write_adapter
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.bad_pairs import BadPairs
-from clipft.training.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training.checkpoint import load_checkpoint, previous_of, save_checkpoint
+from clipft.training.checkpoint_pair import save_newest
 from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
@@ -135,6 +136,7 @@ class _Run:
 
     def _clear(self) -> None:
         p = self.paths
+        previous_of(p.checkpoint).unlink(missing_ok=True)  # of that run: never to be gone on from
         if p.checkpoint.exists():
             p.checkpoint.replace(p.earlier)
             self.watchers.note(f"The checkpoint of an earlier run is now {p.earlier}.")
@@ -316,7 +318,7 @@ class _Run:
         by_first(self.processes, lambda: self._write_checkpoint(finished))
 
     def _write_checkpoint(self, finished: bool) -> None:
-        save_checkpoint(self.paths.checkpoint, self._content(finished))
+        save_newest(self.paths.checkpoint, self._content(finished))
         self.watchers.saved(self.paths.checkpoint, self.state.step if self.state else 0)
 
     def _write_best(self) -> None:

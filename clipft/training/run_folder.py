@@ -1,6 +1,6 @@
 """The folder of a run: one run at a time, and metrics without gaps or repeats.
 
-{output_dir}/{scenario}_checkpoint.pt    all that resume needs
+{output_dir}/{scenario}_checkpoint.pt    all that resume needs; .previous.pt the one before
 {output_dir}/{scenario}/settings.toml    the settings as they were used
                         metrics.jsonl    a line per optimizer step and per epoch
                         skipped.jsonl    pairs that could not be used, and why
@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from clipft.errors import StorageError, UsageError
-from clipft.files import write_text
+from clipft.files import disk_error, write_text
 from clipft.settings import Settings
 
 
@@ -171,7 +171,7 @@ def cut_lines(path: Path, done_steps: int) -> None:
     """Drop the lines of steps after ``done_steps``: the resumed run writes them again."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = [line for line in lines if _done(line, done_steps)]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -179,14 +179,17 @@ def cut_lines(path: Path, done_steps: int) -> None:
 def _done(line: str, done_steps: int) -> bool:
     try:
         record: dict[str, Any] = json.loads(line)
-    except ValueError:  # the kill cut this line
+        return int(record["step"]) <= done_steps
+    except (ValueError, KeyError, TypeError):  # a kill or a full disk cut this line
         return False
-    return int(record["step"]) <= done_steps
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Add records to a JSONL file; none: no file is made."""
     if not records:
         return
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    except OSError as error:
+        raise disk_error(path, error) from error

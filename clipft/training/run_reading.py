@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from clipft.errors import UsageError
+from clipft.files import json_lines
 from clipft.records import RunRecords
 from clipft.section import fields_of
 from clipft.settings import SECTIONS, Settings
@@ -45,7 +46,7 @@ def read_run(folder: Path) -> RunRecords:
         UsageError: no run is there, or its files are not clipft's.
     """
     settings, paths = run_settings(folder), RunPaths.within(folder)
-    metrics, skipped = _lines(paths.metrics), _lines(paths.skipped)
+    metrics, skipped = json_lines(paths.metrics), json_lines(paths.skipped)
     return RunRecords(
         folder=str(folder),
         settings=_settings_list(settings),
@@ -85,21 +86,6 @@ def _object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {_first_line(error)}", "remove it") from error
     return found if isinstance(found, dict) else None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a kill may have cut the last one."""
-    found = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
 
 
 def _first_line(error: Exception) -> str:

@@ -73,7 +73,12 @@ class RunSetup:
         processes = self.processes
         workers = min(self.settings.num_workers, max(1, processors() // processes.on_this_machine))
         on_gpu = self.loaded.precision.device.type == "cuda"
-        return LoaderOptions(workers, on_gpu, Share(processes.rank, processes.count))
+        return LoaderOptions(
+            workers,
+            on_gpu,
+            Share(processes.rank, processes.count),
+            self.settings.worker_timeout,
+        )
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision

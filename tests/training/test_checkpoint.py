@@ -1,13 +1,23 @@
+import hashlib
 import os
 import pickle
+import resource
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from clipft.errors import ModelError, StorageError
-from clipft.training import checkpoint as module
-from clipft.training.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training import checkpoint_pair
+from clipft.training.checkpoint import (
+    DamagedCheckpoint,
+    check_resumable,
+    load_checkpoint,
+    previous_of,
+    save_checkpoint,
+)
+from clipft.training.checkpoint_pair import newest_whole, put_back, save_newest
 
 CONTENT = {
     "epoch": 1,
@@ -80,16 +90,118 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     assert target.exists()  # the bomb works
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_rest(saved, monkeypatch):
-    before = saved.read_bytes()
+@contextmanager
+def files_of_at_most(size):
+    """As a disk that is full by then: writing more fails, and nothing kills the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def full(*args):
-        with open(args[1], "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.torch, "save", full)
-    with pytest.raises(StorageError, match="No space left"):
-        save_checkpoint(saved, CONTENT)
-    assert saved.read_bytes() == before
-    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+@pytest.mark.parametrize("size", [0, 1, 1000, 9000, -81, -80, -1])
+def test_a_failed_save_leaves_both_old_files_and_says_what_was_wanted(saved, size):
+    """Wherever it fails: in torch's writing (sizes), in the checksum's (-80 to -1)."""
+    save_newest(saved, {**CONTENT, "epoch": 2})
+    before = {p.name: p.read_bytes() for p in saved.parent.iterdir()}
+    whole = len(before[saved.name])
+    with (
+        files_of_at_most(size if size >= 0 else whole + size),
+        pytest.raises(StorageError, match=rf"{saved}: File too large, [\d,]+ bytes were wanted"),
+    ):
+        save_newest(saved, {**CONTENT, "epoch": 3})
+    assert {p.name: p.read_bytes() for p in saved.parent.iterdir()} == before
+    with files_of_at_most(whole):
+        save_newest(saved, {**CONTENT, "epoch": 3})
+    assert load_checkpoint(saved)["epoch"] == 3
+    assert load_checkpoint(previous_of(saved))["epoch"] == 2
+
+
+def test_every_bit_is_checked(saved):
+    data = bytearray(saved.read_bytes())
+    for at in range(0, len(data), 97):
+        data[at] ^= 1 << at % 8
+        saved.write_bytes(data)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(saved)
+        data[at] ^= 1 << at % 8
+    saved.write_bytes(data)
+    load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 79, 80, 81, 100, 5000])
+def test_every_cut_is_noticed(saved, cut):
+    saved.write_bytes(saved.read_bytes()[:-cut])
+    with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(saved)
+
+
+def test_any_program_can_check_it(saved):
+    """As docs/checkpoint.md says."""
+    data = saved.read_bytes()
+    assert data[-80:-64] == b"N\0clipft sha256 "
+    assert data[-64:].decode() == hashlib.sha256(data[:-80] + b"\0\0").hexdigest()
+
+
+def test_format_1_is_read_as_this_one(tmp_path):
+    path = tmp_path / "dual_lora_checkpoint.pt"
+    torch.save({**CONTENT, "format_version": 1}, path)
+    assert load_checkpoint(path)["epoch"] == 1
+    flip_a_bit(path)
+    with pytest.raises(DamagedCheckpoint, match="CRC-32"):
+        load_checkpoint(path)
+
+
+def test_records_that_unpack_to_more_than_the_file_are_refused(saved):
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(DamagedCheckpoint, match="compressed"):
+        load_checkpoint(saved)
+
+
+def test_the_one_before_is_gone_on_from(saved):
+    assert not previous_of(saved).exists()
+    for epoch in (2, 3):
+        save_newest(saved, {**CONTENT, "epoch": epoch})
+        assert load_checkpoint(previous_of(saved))["epoch"] == epoch - 1
+    flip_a_bit(saved)
+    with pytest.raises(ModelError) as refused:
+        load_checkpoint(saved)
+    assert str(previous_of(saved)) in refused.value.hint
+    whole = newest_whole(saved)
+    assert (whole.content["epoch"], whole.path) == (2, previous_of(saved))
+    assert "SHA-256" in whole.damage.message
+    aside = put_back(saved)
+    assert load_checkpoint(saved)["epoch"] == 2 and aside.exists()
+    save_newest(saved, {**CONTENT, "epoch": 4})
+    assert load_checkpoint(previous_of(saved))["epoch"] == 2
+
+
+def test_where_both_are_damaged_that_is_an_error(saved):
+    save_newest(saved, CONTENT)
+    for path in (saved, previous_of(saved)):
+        truncate(path)
+    with pytest.raises(DamagedCheckpoint):
+        newest_whole(saved)
+
+
+def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
+    def refused(*args):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint_pair.os, "link", refused)
+    save_newest(saved, {**CONTENT, "epoch": 2})
+    assert load_checkpoint(saved)["epoch"] == 2
+    assert load_checkpoint(previous_of(saved))["epoch"] == 1
+    saved.unlink()  # killed between the two names
+    assert newest_whole(saved).content["epoch"] == 1
+    assert put_back(saved) is None
+    assert load_checkpoint(saved)["epoch"] == 1
+
+
+def test_weights_alone_are_no_run_to_go_on_with(saved):
+    content = load_checkpoint(saved) | {"step": 3, "before": {}}
+    with pytest.raises(ModelError, match="no run to go on with: no step_in_epoch, loss"):
+        check_resumable(saved, content)

@@ -1,0 +1,124 @@
+"""Processes that are killed: the resumed run is the run that would have been (1, 2, 13)."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from clipft.training.checkpoint import load_checkpoint
+from tests.e2e.test_train import assert_same_run
+from tests.faults.outside import Program, command, steps, wait_until
+
+
+def no_rests(out: Path) -> None:
+    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.damaged.pt"))
+
+
+def killed_at_random(programs, catalogue, whole: Path, out: Path, draw: random.Random) -> int:
+    """Killed until it gets to its end, at moments spread over all of a run; how many times."""
+    env, length = {"CLIPFT_CACHE": str(whole / "cache")}, float((whole / "seconds").read_text())
+    kills = 0
+    while True:
+        run = programs.start(*command(catalogue, out), env=env)
+        time.sleep(draw.uniform(0.05, length))
+        if not run.running:
+            assert run.wait() == 0, run.err
+            return kills
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        kills += 1
+
+
+@pytest.mark.parametrize(
+    "wanted", [pytest.param(4), pytest.param(50, marks=pytest.mark.slow)], ids=str
+)
+def test_kill_9_at_any_moment_loses_nothing(programs, catalogue, whole, tmp_path, wanted):
+    """Printed with -s: the seed, with which it happens again as far as the clock lets it."""
+    seed = random.randrange(2**32)
+    draw, kills, runs = random.Random(seed), 0, 0
+    while kills < wanted:
+        out = tmp_path / str(runs)
+        kills += killed_at_random(programs, catalogue, whole, out, draw)
+        assert_same_run(whole / "runs", out)
+        no_rests(out)
+        runs += 1
+    print(f"seed {seed}: {kills} kills in {runs} runs, all as the one that was not killed")
+
+
+def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
+    """Resuming once proves nothing of the second time."""
+    env = {"CLIPFT_CACHE": str(whole / "cache")}
+    for done in (1, 1, 2, 2, 2):
+        run = programs.start(*command(catalogue, tmp_path), env=env)
+        wait_until(lambda: steps(tmp_path) >= done, run)  # noqa: B023
+        run.signal(signal.SIGKILL)
+        run.wait()
+    assert programs.run(*command(catalogue, tmp_path), env=env).wait() == 0
+    assert_same_run(whole / "runs", tmp_path)
+
+
+PHASES = [
+    pytest.param(
+        phase, number, marks=[] if quick else [pytest.mark.slow], id=f"{phase}-{number.name}"
+    )
+    for phase, number, quick in (
+        ("loading", signal.SIGTERM, True),
+        ("loading", signal.SIGINT, False),
+        ("measuring", signal.SIGTERM, False),
+        ("measuring", signal.SIGINT, False),
+        ("training", signal.SIGINT, False),
+        ("at the end", signal.SIGTERM, True),
+        ("at the end", signal.SIGINT, False),
+    )
+]
+
+
+@pytest.mark.parametrize(("phase", "number"), PHASES)
+def test_a_signal_in_any_phase_ends_within_25_seconds(
+    programs, catalogue, whole, tmp_path, phase, number
+):
+    """75 where a step was done, and the state saved; otherwise there is nothing to save."""
+    run = programs.start(*command(catalogue, tmp_path), env={"CLIPFT_CACHE": str(whole / "cache")})
+    until(phase, tmp_path, run)
+    run.signal(number)
+    began = time.monotonic()
+    code = run.wait()
+    assert time.monotonic() - began < 25
+    assert "Traceback" not in run.err
+    checkpoint = tmp_path / "dual_lora_checkpoint.pt"
+    assert code in (0, 75, 130, 128 + number), run.err
+    if code == 75:
+        assert f"stopped by {number.name}" in run.error()[0] and load_checkpoint(checkpoint)
+    no_rests(tmp_path)
+    end = programs.run(*command(catalogue, tmp_path), env={"CLIPFT_CACHE": str(whole / "cache")})
+    assert end.wait() == 0, end.err
+    assert_same_run(whole / "runs", tmp_path)
+
+
+def until(phase: str, out: Path, run: Program) -> None:
+    folder = out / "dual_lora"
+    conditions = {
+        "loading": lambda: (folder / ".lock").exists(),
+        "measuring": lambda: (folder / "settings.toml").exists(),
+        "training": lambda: steps(out) >= 4,
+        "at the end": lambda: steps(out) >= 9,
+    }
+    wait_until(conditions[phase], run)
+
+
+def test_a_second_sigint_stops_at_once_with_the_last_checkpoint_whole(
+    programs, catalogue, whole, tmp_path
+):
+    env = {"CLIPFT_CACHE": str(whole / "cache")}
+    run = programs.start(*command(catalogue, tmp_path), env=env)
+    wait_until(lambda: steps(tmp_path) >= 2, run)
+    run.signal(signal.SIGINT)
+    run.signal(signal.SIGINT)
+    assert run.wait(10) in (75, 130), run.err  # 75: the first was heard before the second
+    assert "Traceback" not in run.err
+    assert load_checkpoint(tmp_path / "dual_lora_checkpoint.pt")["step"] >= 1
+    assert programs.run(*command(catalogue, tmp_path), env=env).wait() == 0
+    assert_same_run(whole / "runs", tmp_path)

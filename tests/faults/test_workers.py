@@ -1,0 +1,56 @@
+"""A process that decodes pictures dies or hangs: said with its pair, the state saved (6)."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from clipft.training.checkpoint import load_checkpoint
+from tests.faults.helpers import encoded, good, write_tar
+from tests.faults.outside import Program, steps, wait_until
+
+ARGS = [
+    *("--model", "tiny", "--epochs", "40", "--effective-batch-size", "4", "--device", "cpu"),
+    *("--micro-batch-size", "4", "--num-workers", "1", "--precision", "fp32"),
+    *("--stop-on", "never", "--checkpoint-every", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def slow_pictures(tmp_path_factory) -> Path:
+    """Of which each takes a while, so that a worker is at one whenever it is met."""
+    folder = tmp_path_factory.mktemp("slow")
+    large = encoded(Image.linear_gradient("L").resize((2500, 2500)).convert("RGB"), "PNG")
+    members = [(name, large if name.endswith("jpg") else data) for name, data in good(range(24))]
+    write_tar(folder / "train" / "00000.tar", members)
+    write_tar(folder / "val" / "00000.tar", good(range(100, 104)))
+    return folder
+
+
+def worker(run: Program) -> psutil.Process:
+    """The one that decodes; multiprocessing's own helpers are not it."""
+    children = psutil.Process(run.pid).children()
+    (found,) = [child for child in children if "resource_tracker" not in "".join(child.cmdline())]
+    return found
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_the_pair_is_named_and_the_state_saved(programs, slow_pictures, tmp_path, harm):
+    where = ["--data-dir", str(slow_pictures), "--output-dir", str(tmp_path)]
+    run = programs.start("train", *ARGS, "--worker-timeout", "5", *where)
+    wait_until(lambda: steps(tmp_path) >= 1, run)
+    worker(run).send_signal(harm)
+    began = time.monotonic()
+    assert run.wait(40) == 3
+    assert time.monotonic() - began < 20
+    error, hint = run.error()
+    assert error.startswith("a data worker died or hung: ")
+    assert re.search(r"under way were 000\d\d in 00000.tar", error), error
+    assert "clipft resume" in hint
+    saved = load_checkpoint(tmp_path / "dual_lora_checkpoint.pt")
+    assert saved["step"] == steps(tmp_path) >= 1
+    assert not psutil.Process().children() or not psutil.pid_exists(run.pid)
