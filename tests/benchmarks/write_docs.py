@@ -53,12 +53,16 @@ def _speeds(row: dict[str, Any]) -> dict[str, str]:
     goal = f"{row['goal']:g}x{'' if row['met'] else ', missed'}" if row["goal"] else ""
     return {
         "samples/s": row["name"],
-        "ours": f"{row['ours']:.0f}",
-        "peer": f"{row['peer']:.0f}",
+        "ours": _speed(row["ours"]),
+        "peer": _speed(row["peer"]),
         "ratio": f"{row['ratio']:.2f}x",
         "spread": f"{row['spread'][0]:.2f}..{row['spread'][1]:.2f}",
         "goal": goal,
     }
+
+
+def _speed(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, str]:
