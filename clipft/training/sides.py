@@ -7,9 +7,9 @@ A tower that does not train and always sees the same does not run at all: its fe
 looked up, and what remains of the side is its projection.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from clipft.training.dropout import Randomness
 from clipft.training.feature_cache import Features
 from clipft.training.loaded import LoadedModel
 from clipft.training.precision import Precision
+
+_LEAST_TOKENS = {"cpu": 256, "cuda": 16384}
+"""Of a piece of captions, by device: as many as keep it busy."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
     """Both towers at work. ``fill`` is the id that texts are filled with."""
     model, precision = loaded.model, loaded.precision
     context = loaded.base.inputs.context_length
-    cut_texts = _Captions(fill, context if model.architecture.fills_texts else 0)
+    width = context if model.architecture.fills_texts else 0
+    least = _LEAST_TOKENS.get(precision.device.type, _LEAST_TOKENS["cuda"])
+    cut_texts = _Captions(fill, width, least)
     images, texts = (
         Randomness(seed, 0, loaded.masks.images),
         Randomness(seed, 1, loaded.masks.texts),
@@ -123,6 +128,7 @@ class _Captions:
 
     fill: int
     width: int
+    least: int
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Pieces:
         if not micro_batches:
@@ -135,16 +141,27 @@ class _Captions:
         needed = self.width or lengths(once, self.fill).cpu().numpy() + 1
         ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
         longest = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
-        rows = max(len(batch) for batch in micro_batches)
+        most = max(len(batch) for batch in micro_batches)
         pieces = list[Piece]()
-        for start in range(0, len(ranked), rows):
-            among = ranked[start : start + rows]
-            tokens = int(longest[start : start + rows][-1])
+        for start, end in _spans(longest, most, self.least):
+            among, tokens = ranked[start:end], int(longest[end - 1])
             inputs = once[torch.from_numpy(among).to(ids.device)][:, :tokens]
             pieces.append(Piece(len(pieces), inputs, keys[among], len(among) * tokens))
         place = np.empty(len(ranked), np.int64)
         place[ranked] = np.arange(len(ranked))
         return Pieces(pieces, torch.from_numpy(place[which]).to(ids.device))
+
+
+def _spans(lengths: "np.ndarray[Any, Any]", most: int, least: int) -> Iterator[tuple[int, int]]:
+    """Cut rows of rising length into pieces of at most ``most`` rows: where the length rises,
+    once a piece has ``least`` tokens."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        tokens = (end - start) * int(lengths[end - 1])
+        rises = end < len(lengths) and lengths[end] > lengths[end - 1]
+        if end == len(lengths) or end - start == most or (rises and tokens >= least):
+            yield start, end
+            start = end
 
 
 @dataclass(frozen=True)
