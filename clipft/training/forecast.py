@@ -54,7 +54,8 @@ def forecast(
         DataError, ModelError, UsageError: what the run itself would raise before it starts.
     """
     paths = RunPaths.of(settings)
-    checkpoint = checkpoint_to_resume(settings, paths, note)
+    whole = checkpoint_to_resume(settings, paths, note)
+    checkpoint = whole.content if whole else None
     setup = prepare(settings, note, processes, progress, source)
     if checkpoint:
         check_same_run(checkpoint, setup)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import ModelError, UsageError
+from clipft.errors import UsageError
 from clipft.settings import Settings, fixed_on_resume
 from clipft.training.checkpoint import check_resumable
 from clipft.training.checkpoint_pair import Whole, newest_whole, put_back, there_is_one
@@ -12,9 +12,8 @@ from clipft.training.run_folder import RunPaths
 from clipft.training.setup import RunSetup
 
 
-def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None: start from scratch. Where the newest is damaged, the
-    one before it takes its place.
+def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> Whole | None:
+    """The checkpoint to go on from; None: start from scratch. Nothing is changed.
 
     Raises:
         ModelError: one is there but none can be gone on from.
@@ -28,16 +27,17 @@ def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> dic
     whole = newest_whole(paths.checkpoint)
     check_resumable(whole.path, whole.content)
     _refuse_changes(whole.content["settings"], settings)
-    if whole.damage:
-        _put_back(whole, whole.damage, paths.checkpoint, note)
-    return whole.content
+    return whole
 
 
-def _put_back(whole: Whole, damage: ModelError, checkpoint: Path, note: Note) -> None:
+def go_back_to(whole: Whole, checkpoint: Path, note: Note) -> None:
+    """Where the newest is damaged, the one before it takes its place."""
+    if not whole.damage:
+        return
     aside = put_back(checkpoint)
     kept = f"; the damaged one is now {aside}" if aside else ""
     step = whole.content.get("step", 0)
-    note(f"warning: {damage.message}; going on from the one before it, of step {step}{kept}.")
+    note(f"warning: {whole.damage.message}; going on from the one before it, of step {step}{kept}.")
 
 
 def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:

@@ -26,7 +26,7 @@ from clipft.training.measure import embed_pairs
 from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
 from clipft.training.result import TrainResult
-from clipft.training.resuming import check_same_run, checkpoint_to_resume
+from clipft.training.resuming import check_same_run, checkpoint_to_resume, go_back_to
 from clipft.training.run_folder import RunLock, RunPaths, cut_lines
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import agreed
@@ -69,7 +69,11 @@ def train(
 
     def begin(held: ExitStack) -> dict[str, Any] | None:
         held.enter_context(RunLock(paths))
-        return checkpoint_to_resume(settings, paths, watchers.note)
+        whole = checkpoint_to_resume(settings, paths, watchers.note)
+        if not whole:
+            return None
+        go_back_to(whole, paths.checkpoint, watchers.note)
+        return whole.content
 
     with ExitStack() as held, stop_on_signals() as stop:
         checkpoint = by_first(processes, lambda: begin(held))
