@@ -1,3 +1,58 @@
-"""clipft fine-tunes CLIP on your own image-text pairs and measures the gain."""
+"""clipft fine-tunes CLIP on your own image-text pairs and measures the gain.
+
+The names of ``__all__`` are loaded when they are first used: ``import clipft`` loads nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipft.api import (
+        EvaluatedModel,
+        TunedModel,
+        evaluate,
+        load_model,
+        train,
+    )
+    from clipft.errors import ClipftError
+    from clipft.settings import Settings
+    from clipft.settings_sources import load_settings
+    from clipft.training.kept import Request
+    from clipft.training.result import TrainResult
+    from clipft.training.run import Watchers
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClipftError",
+    "EvaluatedModel",
+    "Request",
+    "Settings",
+    "TrainResult",
+    "TunedModel",
+    "Watchers",
+    "evaluate",
+    "load_model",
+    "load_settings",
+    "train",
+]
+
+_HOMES = {
+    "ClipftError": "clipft.errors",
+    "Request": "clipft.training.kept",
+    "Settings": "clipft.settings",
+    "TrainResult": "clipft.training.result",
+    "Watchers": "clipft.training.run",
+    "load_settings": "clipft.settings_sources",
+}
+"""Of those that ``clipft.api`` does not define itself."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "clipft.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,11 +18,25 @@ from clipft.errors import UsageError, nearest, unknown_choice
 from clipft.s3_url import S3Url, parse_s3_url
 from clipft.scenarios import SCENARIOS
 from clipft.section import fields_of
-from clipft.settings import MINI_TRAIN, SECTIONS, Settings
+from clipft.settings import MINI_TRAIN, SECTIONS, EvaluationSettings, Settings
 
 ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
 """Names of the environment that are clipft's without being settings."""
+
+JUDGED_ANEW = (
+    "data_dir",
+    "caption",
+    "num_workers",
+    "max_val_pairs",
+    "max_bad",
+    "micro_batch_size",
+    "precision",
+    "device",
+    "group_field",
+    *EvaluationSettings.model_fields,
+)
+"""Settings of an evaluation that are not those of the checkpoint where they are given."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def test_a_service_imports_only_what_stands_below_it(service):
         assert allowed is None or reached <= allowed, f"{path.name} imports {reached - allowed}"
 
 
+def test_the_public_functions_stand_below_the_face():
+    for name in ("api.py", "report_files.py"):
+        assert "cli" not in imported(PACKAGE / name)
+
+
 def test_only_the_face_knows_typer():
     users = {p for p in PACKAGE.rglob("*.py") if "import typer" in p.read_text(encoding="utf-8")}
     assert {p.parent.name for p in users} == {"cli"}

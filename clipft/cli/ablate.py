@@ -216,7 +216,7 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
 
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is left, with the report written at the end, however that comes."""
-    from clipft.cli.reports import write_ablation_report
+    from clipft.report_files import write_ablation_report
     from clipft.reporting.ablation_page import COSTS, FIGURES, ablation_rows
     from clipft.reporting.tables import rows_table
     from clipft.training.ablation_runs import Watchers, run_all

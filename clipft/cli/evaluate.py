@@ -10,25 +10,13 @@ from clipft.cli.console import Output
 from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS
-from clipft.settings import EvaluationSettings, Settings
-from clipft.settings_sources import LoadedSettings
+from clipft.settings import Settings
+from clipft.settings_sources import JUDGED_ANEW, LoadedSettings
 
 if TYPE_CHECKING:
     from clipft.training.kept import Evaluated
 
-EVALUATION_SETTINGS = (
-    "data_dir",
-    "caption",
-    "num_workers",
-    "max_val_pairs",
-    "max_bad",
-    "micro_batch_size",
-    "precision",
-    "device",
-    "group_field",
-    *EvaluationSettings.model_fields,
-    *LOCATION_SETTINGS,
-)
+EVALUATION_SETTINGS = (*JUDGED_ANEW, *LOCATION_SETTINGS)
 _PANEL = "Kept ability"
 
 Place = Annotated[
@@ -97,26 +85,21 @@ def evaluate(
         clipft evaluate ./checkpoints/dual_lora --save-interpolated 0.6 ./dual_lora_0.6.pt
         clipft evaluate s3://my-bucket/checkpoints --data-dir s3://my-bucket/catalogue
     """
+    from clipft.api import evaluate as evaluate_place
     from clipft.cli.remote_checkpoints import fetched_checkpoint
     from clipft.cli.remote_data import bring_named_data
-    from clipft.training.checkpoint import load_checkpoint
-    from clipft.training.kept import Request, evaluate_checkpoint
-    from clipft.training.restore import find_checkpoint, saved_settings
+    from clipft.training.kept import Request
 
     bring_named_data(loaded, out)
-    path = find_checkpoint(fetched_checkpoint(checkpoint, loaded.values, out), loaded.values)
-    content = load_checkpoint(path)
-    settings = saved_settings(content, loaded, (*EVALUATION_SETTINGS, "model"))
+    place = fetched_checkpoint(checkpoint, loaded.values, out)
     alpha, file = save_interpolated or (None, None)
     request = Request.of(keep, interpolate, alpha, file)
-    out.note(f"{settings.scenario} on {settings.model}, weights of {path}.")
-    found = evaluate_checkpoint(content, settings, request, out.note)
+    judged = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
-        found.write(checkpoint, settings)
-    result = {"scenario": settings.scenario, "checkpoint": str(path), **found.to_dict()}
-    out.result(result, *_shown(found, settings))
+        judged.found.write(checkpoint, judged.settings)
+    out.result(judged.to_dict(), *_shown(judged.found, judged.settings))
     weights = {f"weights at {alpha:g}": file} if file else {}
-    end(out, weights, ("export", file or checkpoint or path, "./my-clip"))
+    end(out, weights, ("export", file or checkpoint or judged.checkpoint, "./my-clip"))
 
 
 def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:

@@ -44,7 +44,7 @@ def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html 
         clipft report ./checkpoints/dual_lora
         clipft report ./checkpoints/dual_lora --html dual_lora.html --data-dir ./catalogue
     """
-    from clipft.cli.reports import write_report
+    from clipft.report_files import write_report
 
     folder = place or loaded.values.run_dir
     page = html or folder / "report.html"

@@ -2,30 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipft.api import train
 from clipft.cli.console import Output, silent
 from clipft.cli.ending import end
 from clipft.cli.launching import follow_launcher, launch, starts_others
 from clipft.cli.remote_checkpoints import Uploads
 from clipft.cli.remote_data import bring_data, bring_validation, stream_source
-from clipft.cli.reports import write_run_report
-from clipft.errors import ClipftError
-from clipft.records import Observer, Observers
 from clipft.reporting.progress import make_progress
-from clipft.reporting.run_record import RunRecorder
 from clipft.reporting.tables import retrieval_table
-from clipft.reporting.tracking import JsonlTracker, WandbTracker
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings
 from clipft.training.distributed import Processes, by_first, on_each_machine
-from clipft.training.environment import environment
-from clipft.training.memory import memory_in_use, peak_memory_so_far
+from clipft.training.memory import memory_in_use
 from clipft.training.precision import choose_precision
 from clipft.training.result import TrainResult
 from clipft.training.run import Watchers
-from clipft.training.run import train as run_service
 from clipft.training.run_folder import RunPaths
 from clipft.training.starting import start_processes
 
@@ -57,12 +50,13 @@ def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     source = _bring_data(processes, settings, out)
     uploads = Uploads(settings, out)
     by_first(processes, uploads.begin)
-    observer = _observers(settings, out) if processes.rank == 0 else Observers()
-    watchers = Watchers(observer, out.note, uploads.saved, out.progress)
+    device = choose_precision(settings).device
+    display = make_progress(out.err, partial(memory_in_use, device))
+    watchers = Watchers(display, out.note, uploads.saved, out.progress)
     with uploads.awaited():
-        result = run_service(settings, watchers, loaded.to_toml(), processes, source)
+        result = train(loaded, watchers, processes, source)
         uploads.finished(result.checkpoint, result.steps)
-    by_first(processes, lambda: _finish(result, settings, out))
+    _show(result, settings, out)
     by_first(processes, uploads.check)
 
 
@@ -77,18 +71,6 @@ def _bring_data(processes: Processes, settings: Settings, out: Output) -> "Shard
     return None
 
 
-def _finish(result: TrainResult, settings: Settings, out: Output) -> None:
-    page: Path | None = RunPaths.within(result.folder).report
-    try:
-        write_run_report(result.folder, RunPaths.within(result.folder).report)
-    except ClipftError as error:  # never a reason to lose the result of a run
-        out.note(f"warning: no report was written: {error.message}")
-        page = None
-    _show(result, settings, out)
-    made = {"run folder": result.folder, "checkpoint": result.checkpoint, "report": page}
-    end(out, made, ("evaluate", result.folder, "--data-dir", settings.data_dir))
-
-
 def _show(result: TrainResult, settings: Settings, out: Output) -> None:
     columns = {"untouched": result.before.retrieval}
     if result.best:
@@ -101,17 +83,7 @@ def _show(result: TrainResult, settings: Settings, out: Output) -> None:
         out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
-
-
-def _observers(settings: Settings, out: Output) -> Observer:
-    device = choose_precision(settings).device
-    paths, peak = RunPaths.of(settings), partial(peak_memory_so_far, device)
-    members: list[Observer] = [
-        make_progress(out.err, partial(memory_in_use, device)),
-        JsonlTracker(paths.metrics),
-        RunRecorder(paths.record, environment(device), peak),
-    ]
-    if settings.wandb != "disabled":
-        config = settings.model_dump(mode="json")
-        members.append(WandbTracker(settings, settings.run_dir, config, out.note))
-    return Observers(members)
+    page = RunPaths.within(result.folder).report
+    made = {"run folder": result.folder, "checkpoint": result.checkpoint, "report": page}
+    there = {what: place if place.exists() else None for what, place in made.items()}
+    end(out, there, ("evaluate", result.folder, "--data-dir", settings.data_dir))

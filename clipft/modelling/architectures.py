@@ -55,6 +55,10 @@ class Architecture(Protocol):
         """Its name in transformers."""
 
     @property
+    def processor_class(self) -> str:
+        """Likewise, of texts and pictures at once."""
+
+    @property
     def picture(self) -> "PictureDefaults":
         """Where a checkpoint's own preprocessing leaves something out."""
 
@@ -82,6 +86,7 @@ class Clip:
     max_logit_scale: float = math.log(100)
     fills_texts: bool = False
     model_class: str = "CLIPModel"
+    processor_class: str = "CLIPProcessor"
     picture: PictureDefaults = field(
         default_factory=lambda: PictureDefaults(
             mean=(0.48145466, 0.4578275, 0.40821073),
@@ -124,6 +129,7 @@ class Siglip:
     max_logit_scale: float = math.inf  # its checkpoints begin above 100
     fills_texts: bool = True
     model_class: str = "SiglipModel"
+    processor_class: str = "SiglipProcessor"
     picture: PictureDefaults = field(
         default_factory=lambda: PictureDefaults(mean=(0.5,) * 3, std=(0.5,) * 3, squashed=True)
     )

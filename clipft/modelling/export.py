@@ -12,7 +12,7 @@ from typing import Any
 
 from clipft.errors import UsageError
 from clipft.modelling.adapt import TrainableModel
-from clipft.modelling.base import TINY, BaseModel, load_processors
+from clipft.modelling.base import TINY, BaseModel, Processors, load_processors
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _TINY_LICENSE = "apache-2.0"
@@ -152,6 +152,25 @@ def write_transformers(clip: Any, base: BaseModel, folder: Path) -> None:
 def write_processors(base: BaseModel, folder: Path) -> None:
     """Tokenizer and image processor, as the base model has them, but that texts are cut where
     the model's context ends: some tokenizers carry the length of their last use."""
+    processors = _processors(base)
+    processors.tokenizer.save_pretrained(str(folder))
+    processors.image_processor.save_pretrained(str(folder))
+
+
+def processor_of(base: BaseModel) -> Any:
+    """The same two as one processor of ``transformers``, of the model's own class.
+
+    Raises:
+        ModelError: its files cannot be had.
+    """
+    import transformers
+
+    found = _processors(base)
+    kind = getattr(transformers, base.architecture.processor_class)
+    return kind(image_processor=found.image_processor, tokenizer=found.tokenizer)
+
+
+def _processors(base: BaseModel) -> Processors:
     processors = load_processors(base.name)
     tokenizer = processors.tokenizer
     tokenizer.model_max_length = base.inputs.context_length
@@ -160,8 +179,7 @@ def write_processors(base: BaseModel, folder: Path) -> None:
         tokenizer.backend_tokenizer.no_padding()
     for of_last_use in ("max_length", "stride", "truncation_strategy"):
         tokenizer.init_kwargs.pop(of_last_use, None)
-    tokenizer.save_pretrained(str(folder))
-    processors.image_processor.save_pretrained(str(folder))
+    return processors
 
 
 def write_sentence_transformers(clip: Any, base: BaseModel, folder: Path) -> None:

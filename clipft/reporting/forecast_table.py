@@ -60,7 +60,7 @@ def _disk(f: Forecast, place: str) -> str:
     free = f"{f.disk_free / _GIB:.1f} GiB free"
     if not f.checkpoint_bytes:
         return f"figures alone, in {place}; {free}"
-    short = "TOO LITTLE: " if f.disk_free < f.disk_bytes else ""
+    short = "warning: too little room: " if f.disk_free < f.disk_bytes else ""
     return (
         f"{short}at most {f.disk_bytes / _MIB:,.1f} MiB in {place}: checkpoint "
         f"{f.checkpoint_bytes / _MIB:,.1f}, twice while it is replaced; best epoch "

@@ -1,0 +1,169 @@
+"""What ``from clipft import ...`` hands out: the whole of a job, as the command line does it
+(which calls these too)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipft.errors import ClipftError, UsageError
+from clipft.records import Observer, Observers
+from clipft.report_files import write_run_report
+from clipft.reporting.run_record import RunRecorder
+from clipft.reporting.tracking import JsonlTracker, WandbTracker
+from clipft.settings import Settings
+from clipft.settings_sources import JUDGED_ANEW, LoadedSettings, load_settings
+from clipft.training.checkpoint import load_checkpoint
+from clipft.training.distributed import ALONE, Processes, by_first
+from clipft.training.environment import environment
+from clipft.training.kept import Evaluated, Request, evaluate_checkpoint
+from clipft.training.memory import peak_memory_so_far
+from clipft.training.opened import open_model
+from clipft.training.planning import Note
+from clipft.training.precision import choose_precision
+from clipft.training.restore import find_checkpoint, saved_settings
+from clipft.training.result import TrainResult
+from clipft.training.run import Watchers
+from clipft.training.run import train as run_service
+from clipft.training.run_folder import RunPaths
+
+if TYPE_CHECKING:
+    from clipft.data.stream import ShardSource
+
+Given = Settings | LoadedSettings | Mapping[str, Any]
+"""Settings, or some by name: the others are as ``load_settings`` has them."""
+
+
+def _quiet(note: str) -> None:
+    """Says nothing."""
+
+
+def _nowhere(path: Path, step: int) -> None:
+    """A checkpoint that stays where it was saved."""
+
+
+SILENT = Watchers(Observers(), _quiet, _nowhere)
+
+
+def train(
+    settings: Given,
+    watchers: Watchers = SILENT,
+    processes: Processes = ALONE,
+    source: "ShardSource | None" = None,
+) -> TrainResult:
+    """Fine-tune on the pairs in ``data_dir``, to the end of the last epoch or of patience, and
+    leave the run folder with its figures and its report.
+
+    Pairs in a bucket are to be fetched before (``clipft sync``), or read by ``source``.
+    ``watchers`` are told of plan, steps and epochs. Ctrl-C saves the state.
+
+    Raises:
+        UsageError: settings that do not go together, or checkpoints that are to be uploaded
+            with nobody who does.
+        Interrupted, DataError, StorageError, ModelError, DivergedError, ProcessError: as they
+            say.
+    """
+    loaded = _loaded(settings)
+    values = loaded.values
+    if values.enable_s3_checkpoints and watchers.saved is _nowhere:
+        raise UsageError(
+            "enable_s3_checkpoints: only the command line uploads",
+            "use `clipft train`, or upload in Watchers.saved",
+        )
+    members = [watchers.observer, *_keepers(values, watchers.note)] if processes.rank == 0 else []
+    told = Watchers(Observers(members), watchers.note, watchers.saved, watchers.progress)
+    result = run_service(values, told, loaded.to_toml(), processes, source)
+    by_first(processes, lambda: _report(result, watchers.note))
+    return result
+
+
+def _loaded(given: Given) -> LoadedSettings:
+    if isinstance(given, LoadedSettings):
+        return given
+    if isinstance(given, Settings):
+        return LoadedSettings(given, dict.fromkeys(Settings.model_fields, "given"))
+    return load_settings(given)
+
+
+def _keepers(settings: Settings, note: Note) -> list[Observer]:
+    """Those who write a run's figures down."""
+    device, paths = choose_precision(settings).device, RunPaths.of(settings)
+    keepers: list[Observer] = [
+        JsonlTracker(paths.metrics),
+        RunRecorder(paths.record, environment(device), partial(peak_memory_so_far, device)),
+    ]
+    if settings.wandb != "disabled":
+        config = settings.model_dump(mode="json")
+        keepers.append(WandbTracker(settings, settings.run_dir, config, note))
+    return keepers
+
+
+def _report(result: TrainResult, note: Note) -> None:
+    try:
+        write_run_report(result.folder, RunPaths.within(result.folder).report)
+    except ClipftError as error:  # never a reason to lose the result of a run
+        note(f"warning: no report was written: {error.message}")
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A checkpoint, the settings it was measured with, and its figures."""
+
+    checkpoint: Path
+    settings: Settings
+    found: Evaluated
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``clipft evaluate --json`` prints it."""
+        at = {"scenario": self.settings.scenario, "checkpoint": str(self.checkpoint)}
+        return {**at, **self.found.to_dict()}
+
+
+def evaluate(
+    place: str | Path | None,
+    settings: Given | None = None,
+    request: Request | None = None,
+    note: Note = _quiet,
+) -> EvaluatedModel:
+    """A checkpoint or run folder (None: the run of ``settings``) beside its untouched model.
+
+    The settings are those it was trained with, but where ``settings`` has others of
+    ``JUDGED_ANEW``, or another ``model``. ``request``: what is wanted besides.
+
+    Raises:
+        DataError, ModelError, UsageError: pairs or weights cannot be had.
+    """
+    now = _loaded(settings or {})
+    path = find_checkpoint(Path(place) if place else None, now.values)
+    content = load_checkpoint(path)
+    chosen = saved_settings(content, now, (*JUDGED_ANEW, "model"))
+    note(f"{chosen.scenario} on {chosen.model}, weights of {path}.")
+    wanted = request or Request.of(None, None, None, None)
+    return EvaluatedModel(path, chosen, evaluate_checkpoint(content, chosen, wanted, note))
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """``model``: the plain ``transformers`` model, adapters merged in, in eval mode; what it
+    takes ``processor`` makes of pictures and texts."""
+
+    model: Any
+    processor: Any
+    settings: Settings
+
+
+def load_model(place: str | Path, device: str = "cpu") -> TunedModel:
+    """The model of a run folder (its best epoch), a checkpoint, an exported folder, a hub id,
+    or ``tiny``, in fp32.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+        UsageError: there is no such device.
+    """
+    from clipft.modelling.export import merged, processor_of
+
+    where = {"device": device, "precision": "fp32"}
+    opened = open_model(str(place), load_settings(where), tuple(where))
+    base = opened.loaded.base
+    return TunedModel(merged(opened.loaded.model), processor_of(base), opened.settings)
