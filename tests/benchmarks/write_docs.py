@@ -97,13 +97,14 @@ def summarised(text: str) -> str:
     rows = [["", "ratio", "spread", "goal"], ["---", "---:", "---:", "---:"]]
     for file in sorted((DOCS / "benchmarks").glob("*.json")):
         figures = json.loads(file.read_text(encoding="utf-8"))
-        shown = (_summary_row(figures["figure"], row) for row in figures["rows"])
+        source = f"[{file.stem}](docs/benchmarks/{file.name})"
+        shown = (_summary_row(source, row) for row in figures["rows"])
         rows += [row for row in shown if row]
     table = "\n".join(["<!-- summary -->", *map(_line, rows), "<!-- end summary -->"])
     return _SUMMARY.sub(lambda found: table, text)
 
 
-def _summary_row(figure: str, row: dict[str, Any]) -> list[str] | None:
+def _summary_row(source: str, row: dict[str, Any]) -> list[str] | None:
     if row.get("goal") and "ratio" in row:
         spread = f"{row['spread'][0]:.2f}..{row['spread'][1]:.2f}"
         name, ratio, goal = row["name"], row["ratio"], row["goal"]
@@ -114,7 +115,7 @@ def _summary_row(figure: str, row: dict[str, Any]) -> list[str] | None:
     else:
         return None
     missed = "" if ratio >= goal else ", missed"
-    return [f"{figure}: {name}", f"{ratio:.2f}x", spread, f"{goal:g}x{missed}"]
+    return [f"{source}: {name}", f"{ratio:.2f}x", spread, f"{goal:g}x{missed}"]
 
 
 if __name__ == "__main__":
