@@ -23,6 +23,8 @@ _BLOCK = re.compile(
     r"^(?:<!-- run(?P<slow> slow)? -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 
+_COMMAND = re.compile(r"^(srun .*|torchrun .*|until )?clipft |-m clipft ")
+
 SMALL = {
     "CLIPFT_MODEL": "tiny",
     "CLIPFT_MINI_TRAIN": "true",
@@ -43,9 +45,9 @@ class Block:
     slow: bool
 
     def lines(self) -> list[str]:
-        """Without comments, continued lines joined."""
-        joined = self.text.replace("\\\n", " ").splitlines()
-        return [line for line in joined if shlex.split(line, comments=True)]
+        """Continued lines joined; without those that are empty or a comment."""
+        joined = [line.strip() for line in self.text.replace("\\\n", " ").splitlines()]
+        return [line for line in joined if line and not line.startswith("#")]
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -60,11 +62,11 @@ def commands(page: Path) -> Iterator[list[str]]:
         if block.kind not in SHELLS:
             continue
         for line in block.lines():
-            words = shlex.split(line, comments=True)
-            if "clipft" not in words:
+            if not _COMMAND.search(line):
                 continue
+            words = shlex.split(line, comments=True)
             words = words[words.index("clipft") + 1 :]
-            ends = [i for i, word in enumerate(words) if word in {">", "|", "&&", "||"}]
+            ends = [i for i, word in enumerate(words) if word in {">", "|", "&&", "do"}]
             yield [word.rstrip(";") for word in words[: ends[0] if ends else None]]
 
 

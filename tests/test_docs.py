@@ -14,7 +14,7 @@ from clipft.cli.app import COMMANDS, app
 from clipft.data.demo import write_catalogue
 from clipft.settings import Settings
 from clipft.settings_sources import load_settings
-from tests.benchmarks.write_docs import DOCS, defined, written
+from tests.benchmarks.write_docs import DOCS, defined, summarised, written
 from tests.conftest import write_shard
 from tests.documents import PAGES, ROOT, SMALL, blocks, commands, run_page
 from tests.write_reference import PAGES as REFERENCE_PAGES
@@ -89,8 +89,8 @@ def test_commands_in_the_documents_have_the_options_that_they_name(page):
         if "[--" in " ".join(words):  # a synopsis
             continue
         context = group.commands[words[0]].make_context(words[0], list(words[1:]))
-        values = {k: v for k, v in context.params.items() if k in Settings.model_fields}
-        load_settings({k: v for k, v in values.items() if v is not None}, environ={})
+        settings = {k: v for k, v in context.params.items() if k in Settings.model_fields}
+        load_settings({k: v for k, v in settings.items() if isinstance(v, str)}, environ={})
 
 
 def test_the_pages_build_without_a_warning(tmp_path):
@@ -142,3 +142,9 @@ def test_every_command_and_setting_stands_in_the_reference():
     for name in Settings.model_fields:
         assert f"| `{name}` |" in settings
     assert "| `--val-share X` |" in told and "| `SRC` |" in told
+
+
+def test_the_readme_has_the_figures_of_the_benchmarks_and_can_be_read():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summarised(page) == page, "run tests/benchmarks/write_docs.py"
+    assert len(page.splitlines()) <= 250

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/benchmarks.md from the JSON files beside it, and that of
-docs/evaluation.md from the code's own definitions.
+"""Writes the tables of docs/benchmarks.md and README.md from the JSON files of the benchmarks, and
+that of docs/evaluation.md from the code's own definitions.
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, NAME that of its file.
 
@@ -18,6 +18,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 _MARKED = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 _DEFINITIONS = re.compile(r"<!-- definitions -->\n.*?<!-- end definitions -->", re.DOTALL)
+
+_SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- end summary -->", re.DOTALL)
+_SYNC_GOALS = {"aws s3 sync": 3, "rclone": 1}
 
 Rows = list[dict[str, Any]]
 
@@ -93,7 +96,35 @@ def defined(text: str) -> str:
     return _DEFINITIONS.sub(lambda found: table, text)
 
 
+def summarised(text: str) -> str:
+    """``text`` with the figures of all benchmarks that have a peer and a goal."""
+    rows = [["", "ratio", "spread", "goal"], ["---", "---:", "---:", "---:"]]
+    for file in sorted((DOCS / "benchmarks").glob("*.json")):
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        source = f"[{file.stem}](docs/benchmarks/{file.name})"
+        shown = (_summary_row(source, row) for row in figures["rows"])
+        rows += [row for row in shown if row]
+    table = "\n".join(["<!-- summary -->", *map(_line, rows), "<!-- end summary -->"])
+    return _SUMMARY.sub(lambda found: table, text)
+
+
+def _summary_row(source: str, row: dict[str, Any]) -> list[str] | None:
+    if row.get("goal") and "ratio" in row:
+        spread = f"{row['spread'][0]:.2f}..{row['spread'][1]:.2f}"
+        name, ratio, goal = row["name"], row["ratio"], row["goal"]
+    elif row.get("peer") in _SYNC_GOALS and "nothing to do" not in row["task"]:
+        spread = row["spread"]
+        name, ratio = f"{row['task']}, {row['peer']}", row["times_faster"]
+        goal = _SYNC_GOALS[row["peer"]]
+    else:
+        return None
+    missed = "" if ratio >= goal else ", missed"
+    return [f"{source}: {name}", f"{ratio:.2f}x", spread, f"{goal:g}x{missed}"]
+
+
 if __name__ == "__main__":
     for name, make in (("benchmarks", written), ("evaluation", defined)):
         page = DOCS / f"{name}.md"
         page.write_text(make(page.read_text(encoding="utf-8")), encoding="utf-8")
+    readme = DOCS.parent / "README.md"
+    readme.write_text(summarised(readme.read_text(encoding="utf-8")), encoding="utf-8")
