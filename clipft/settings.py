@@ -49,7 +49,9 @@ def _field(default: Any, text: str, fate: Fate = "free", **constraints: Any) -> 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True
+    )
     title: ClassVar[str]
 
 
@@ -79,6 +81,16 @@ class StorageSettings(Section):
     keep_s3_checkpoints: int = _field(
         3, "checkpoints of a run that stay in the bucket, besides the best", ge=1
     )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _without_secrets(cls, value: str | None) -> str | None:
+        if value and "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "must not hold a user or password, which would be written down with the settings: "
+                "give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or with --s3-profile"
+            )
+        return value
 
 
 class DataSettings(Section):
