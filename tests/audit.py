@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OUT_OF_REACH = ("ConnectionError", "Connection refused", "Max retries", "NameResolution", "timed out")
+OUT_OF_REACH = (
+    "ConnectionError",
+    "Connection refused",
+    "Max retries",
+    "NameResolution",
+    "timed out",
+)
 
 
 def main() -> int:
