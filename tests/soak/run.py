@@ -24,11 +24,11 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.conftest import write_shard
 from tests.e2e.test_train import assert_same_run, metrics
 
+ROOT = Path(__file__).parents[2]
 PAIRS, BATCH = 320, 16
 BAD = range(7, PAIRS, 40)
 """2.5 % of the pairs: below the --max-bad that is set."""
@@ -63,7 +63,7 @@ def sample(process: psutil.Process, began: float, step: int) -> Sample | None:
             round(sum(p.memory_full_info().pss for p in everyone) / 2**20, 1),
             sum(p.num_fds() for p in everyone),
             sum(p.num_threads() for p in everyone),
-            round(psutil.disk_usage("/dev/shm").used / 2**20, 1),  # noqa: S108
+            round(psutil.disk_usage("/dev/shm").used / 2**20, 1),
         )
     return None
 
