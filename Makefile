@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types docs unit smoke slow gpu clean
+.PHONY: demo test lint audit types docs unit smoke slow gpu clean
 
 demo: $(STAMP)
 	$(BIN)/clipft demo
@@ -15,6 +15,10 @@ test: $(STAMP) lint types docs unit smoke
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Known vulnerabilities in the exact versions; needs a network, and says where there is none
+audit: $(STAMP)
+	$(BIN)/python tests/audit.py
 
 types: $(STAMP)
 	$(BIN)/mypy

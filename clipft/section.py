@@ -12,7 +12,12 @@ Fate = Literal["fixed", "free"]
 class Section(BaseModel):
     """A group of settings under one title."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it may be a secret
+    )
     title: ClassVar[str]
 
 

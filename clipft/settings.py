@@ -70,6 +70,16 @@ class StorageSettings(Section):
         ge=1,
     )
 
+    @field_validator("endpoint_url")
+    @classmethod
+    def _without_secrets(cls, value: str | None) -> str | None:
+        if value and "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "must not hold a user or password, which would be written down with the settings: "
+                "give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or with --s3-profile"
+            )
+        return value
+
 
 class DataSettings(Section):
     title = "Data"

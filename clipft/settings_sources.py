@@ -5,6 +5,7 @@ file (``--config``), a profile (``--mini-train``, the scenario), the default.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -196,7 +197,9 @@ def _mistakes(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
     lines = []
     for mistake in error.errors():
         name = str(mistake["loc"][0])
-        lines.append(f"{_spelled(name, origins[name])} {mistake['input']!r}: {_reason(mistake)}")
+        lines.append(
+            f"{_spelled(name, origins[name])} {_shown(mistake['input'])}: {_reason(mistake)}"
+        )
     return UsageError("; ".join(lines), "`clipft settings` shows every value and its source")
 
 
@@ -206,6 +209,11 @@ def _reason(mistake: Any) -> str:
         return unknown_choice(str(mistake["input"]), get_args(annotation))
     message = str(mistake["msg"]).removeprefix("Value error, ")
     return message.replace("Input should be", "must be").replace("a valid ", "a ")
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, without the user and the password of a URL."""
+    return re.sub(r"(?<=//)[^/]*@", "...@", repr(value))
 
 
 def _spelled(name: str, origin: str) -> str:

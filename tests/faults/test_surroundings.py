@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from clipft.cli.app import run
 from tests.e2e.test_train import assert_same_run
+from tests.faults.helpers import one_error
 from tests.faults.outside import ROOT, command, steps, wait_until
 
 TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", "fp32"]
@@ -56,10 +58,10 @@ def test_a_gpu_that_is_not_there(programs, catalogue, tmp_path):
         ("CLIPFT_LORA_DROPOUT", "1.5", "less than 1"),
     ],
 )
-def test_mistakes_in_the_environment_are_named(programs, name, value, said):
-    run = programs.run("train", env={name: value})
-    assert run.wait() == 2
-    error, hint = run.error()
+def test_mistakes_in_the_environment_are_named(monkeypatch, capsys, name, value, said):
+    monkeypatch.setenv(name, value)
+    assert run(["train"]) == 2
+    error, hint = one_error(capsys)
     assert name in error and said in error + hint
 
 

@@ -1,0 +1,100 @@
+"""W&B without a network, with a wrong key, killed: training never waits for it (34)."""
+
+import http.server
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.faults.outside import Program, steps, wait_until
+
+TINY = [
+    *("--model", "tiny", "--epochs", "1", "--effective-batch-size", "8", "--device", "cpu"),
+    *("--micro-batch-size", "8", "--num-workers", "0", "--precision", "fp32"),
+]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.dumps({"errors": [{"message": "user is not logged in"}]}).encode()
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def refusing_server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def start(programs, catalogue, out, mode: str, **env: str) -> Program:
+    where = ["--data-dir", str(catalogue), "--output-dir", str(out), "--wandb", mode]
+    quiet = {"WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", "HOME": str(out)}
+    return programs.start("train", *TINY, *where, env={**quiet, **env})
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_holds_nothing_up(
+    programs, catalogue, tmp_path, silent_server
+):
+    run = start(programs, catalogue, tmp_path, "online", WANDB_BASE_URL=silent_server)
+    wait_until(lambda: (tmp_path / "dual_lora" / "settings.toml").exists(), run)
+    began = time.monotonic()
+    wait_until(lambda: steps(tmp_path) >= 1, run)
+    assert time.monotonic() - began < 15  # it imports wandb beside, which takes seconds of its own
+    assert run.wait(90) == 0, run.err
+    assert "warning: W&B" in run.err and KEY not in run.err
+    assert steps(tmp_path) == 12
+
+
+@pytest.mark.slow
+def test_a_wrong_key_is_said_once_and_the_run_goes_on(
+    programs, catalogue, tmp_path, refusing_server
+):
+    run = start(programs, catalogue, tmp_path, "online", WANDB_BASE_URL=refusing_server)
+    assert run.wait(120) == 0, run.err
+    assert run.err.count("warning: W&B is off for this run") == 1 and KEY not in run.err
+    assert steps(tmp_path) == 12
+
+
+@pytest.mark.slow
+def test_its_service_is_killed(programs, catalogue, tmp_path):
+    run = start(programs, catalogue, tmp_path, "offline")
+
+    def service() -> list[psutil.Process]:
+        children = psutil.Process(run.pid).children(recursive=True)
+        return [child for child in children if "wandb" in child.name()]
+
+    wait_until(lambda: bool(service()) or steps(tmp_path) == 12, run)
+    for process in service():
+        process.kill()
+    assert run.wait(90) == 0, run.err
+    assert steps(tmp_path) == 12
+
+
+@pytest.mark.slow
+def test_offline_files_can_be_synced_later(programs, catalogue, tmp_path):
+    run = start(programs, catalogue, tmp_path, "offline")
+    assert run.wait(90) == 0, run.err
+    (record,) = (tmp_path / "dual_lora").rglob("run-*.wandb")
+    assert record.stat().st_size > 1000

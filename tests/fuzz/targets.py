@@ -1,0 +1,113 @@
+"""What is fuzzed: each takes any bytes and must answer with a result that holds, or with the
+error that its documentation names. Anything else is a find."""
+
+import hashlib
+import os
+import posixpath
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions import BadCaption
+from clipft.data.shard_index import _load, index_shard, stamp_of
+from clipft.data.tar_headers import _any_members, _plain_members
+from clipft.errors import DataError, ModelError, UsageError
+from clipft.storage.keys import Places, RefusedKey, spelling
+from clipft.training.checkpoint import load_checkpoint
+from clipft.training.restore import saved_settings
+from tests.loaded_settings import loaded_settings
+
+_FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))
+
+
+def _file(data: bytes, name: str) -> Path:
+    path = _FOLDER / name
+    path.write_bytes(data)
+    return path
+
+
+def tar(data: bytes) -> None:
+    """A shard's members: within the file, and as tarfile sees them wherever it is not asked."""
+    path = _file(data, "a.tar")
+    with suppress(DataError):
+        shard = index_shard(path)
+        places = shard.places[shard.places[..., 0] >= 0]
+        assert not len(places) or int(places.sum(axis=1).max()) <= len(data) + 511
+        for row in range(len(shard)):
+            shard.key(row)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        plain = _plain_members(descriptor)
+    finally:
+        os.close(descriptor)
+    if plain is not None:
+        assert plain == _any_members(path)
+
+
+def index(data: bytes) -> None:
+    """A shard's index: refused, or pointing into the shard alone. The shard is 100,000 bytes."""
+    shard_path = _FOLDER / "b.tar"
+    if not shard_path.exists():
+        shard_path.touch()
+        os.truncate(shard_path, 100_000)
+        os.utime(shard_path, ns=(10**18, 10**18))
+    place, stamp = _file(data, "b.index"), stamp_of(shard_path.stat())
+    try:
+        shard = _load(place, shard_path, stamp)
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    there = shard.places[shard.places[..., 0] >= 0]
+    assert not len(there) or (np.min(there) >= 0 and int(there[:, 0].max()) <= 100_000)
+    for row in range(len(shard)):
+        shard.key(row)
+
+
+def template(data: bytes) -> None:
+    """NUL between the template, the .txt and the .json."""
+    source, caption, metadata = (*data.split(b"\0", 2), b"", b"")[:3]
+    try:
+        parsed = CaptionTemplate.parse(source.decode("utf-8", "replace"))
+        texts = parsed.captions(caption, metadata)
+    except (UsageError, BadCaption):
+        return
+    assert texts and len(set(texts)) == len(texts)
+    assert all(text.strip() == text and text and "\0" not in text for text in texts)
+
+
+def checkpoint(data: bytes) -> None:
+    """The first byte odd: with a right checksum, so that what lies behind it is met."""
+    body = data[1:]
+    if data[:1] and data[0] % 2 and len(body) > 22:
+        whole = body[:-2] + b"\0\0"
+        body = body[:-2] + b"N\0clipft sha256 " + hashlib.sha256(whole).hexdigest().encode()
+    with suppress(ModelError):
+        content = load_checkpoint(_file(body, "c.pt"))
+        saved_settings(content, loaded_settings(), ())
+
+
+def keys(data: bytes) -> None:
+    """Lines are keys of one bucket: each has a place of its own inside the folder, or none."""
+    places, taken = Places("data/"), set[str]()
+    for key in data.decode("utf-8", "surrogateescape").split("\n"):
+        try:
+            path = places.take(f"data/{key}")
+        except RefusedKey:
+            continue
+        assert not posixpath.isabs(path) and posixpath.normpath(path) == path
+        assert not {"", ".", ".."} & set(path.split("/")) and "\\" not in path and "\0" not in path
+        name = spelling(path)
+        assert name not in taken
+        assert not any(
+            other.startswith(f"{name}/") or name.startswith(f"{other}/") for other in taken
+        )
+        os.fsencode(path)
+        taken.add(name)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    function.__name__: function for function in (tar, index, template, checkpoint, keys)
+}

@@ -1,0 +1,18 @@
+"""Every seed and every find of the fuzzers, once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.targets import TARGETS
+
+SEEDS = sorted((Path(__file__).parent / "seeds").glob("*/*"))
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_answered_rightly_or_refused(seed):
+    TARGETS[seed.parent.name](seed.read_bytes())
+
+
+def test_each_target_has_seeds():
+    assert {seed.parent.name for seed in SEEDS} == set(TARGETS)
