@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/clipft demo
 
-test: $(STAMP) lint types docs unit smoke
+test: $(STAMP) lint types audit docs unit smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
