@@ -15,13 +15,22 @@ from rich.console import Console, RenderableType
 from clipft.errors import ClipftError
 
 
+class _Console(Console):
+    """One whose reader may go away (``| head``): nothing more is said, and the work goes on.
+    rich's own would end the program there and then, a run without its state saved."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _silence(self.file.fileno())
+
+
 class Output:
     """What a command says: notes on the way, and one result at its end."""
 
     def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json and not quiet
-        self.err = Console(stderr=True, highlight=False, quiet=quiet)
-        self._out = self.err if as_json else Console(highlight=False, quiet=quiet)
+        self.err = _Console(stderr=True, highlight=False, quiet=quiet)
+        self._out = self.err if as_json else _Console(highlight=False, quiet=quiet)
 
     def note(self, text: str) -> None:
         """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
@@ -59,8 +68,11 @@ def silent() -> Output:
 
 def print_error(error: ClipftError, as_json: bool) -> None:
     """One line ``error:`` and one line ``hint:`` on stderr; with ``--json`` an object too."""
-    for label, text in (("error", error.message), ("hint", error.hint)):
-        print(f"{label}: {' '.join(text.split())}", file=sys.stderr)
+    try:
+        for label, text in (("error", error.message), ("hint", error.hint)):
+            print(f"{label}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody listens; the exit code says it all the same
+        _silence(sys.stderr.fileno())
     if as_json:
         body = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
         print(json.dumps({"error": body}, ensure_ascii=False), flush=True)
@@ -68,4 +80,8 @@ def print_error(error: ClipftError, as_json: bool) -> None:
 
 def silence_broken_pipe() -> None:
     """The reader of stdout went away (``| head``): say nothing more, not even at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence(sys.stdout.fileno())
+
+
+def _silence(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -23,7 +23,9 @@ FUZZ = """
 import sys, atheris
 with atheris.instrument_imports(include=["clipft", "tarfile", "zipfile",
                                          "torch._weights_only_unpickler"]):
-    import tests.fuzz.targets as targets
+    import importlib
+    module = "checkpoint_target" if sys.argv[1] == "checkpoint" else "targets"
+    targets = importlib.import_module("tests.fuzz." + module)
 target = targets.TARGETS[sys.argv[1]]
 atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
 atheris.Fuzz()

@@ -1,7 +1,6 @@
 """What is fuzzed: each takes any bytes and must answer with a result that holds, or with the
 error that its documentation names. Anything else is a find."""
 
-import hashlib
 import os
 import posixpath
 import tempfile
@@ -15,16 +14,13 @@ from clipft.data.caption_template import CaptionTemplate
 from clipft.data.captions import BadCaption
 from clipft.data.shard_index import _load, index_shard, stamp_of
 from clipft.data.tar_headers import _any_members, _plain_members
-from clipft.errors import DataError, ModelError, UsageError
+from clipft.errors import DataError, UsageError
 from clipft.storage.keys import Places, RefusedKey, spelling
-from clipft.training.checkpoint import load_checkpoint
-from clipft.training.restore import saved_settings
-from tests.loaded_settings import loaded_settings
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))
 
 
-def _file(data: bytes, name: str) -> Path:
+def in_a_file(data: bytes, name: str) -> Path:
     path = _FOLDER / name
     path.write_bytes(data)
     return path
@@ -32,7 +28,7 @@ def _file(data: bytes, name: str) -> Path:
 
 def tar(data: bytes) -> None:
     """A shard's members: within the file, and as tarfile sees them wherever it is not asked."""
-    path = _file(data, "a.tar")
+    path = in_a_file(data, "a.tar")
     with suppress(DataError):
         shard = index_shard(path)
         places = shard.places[shard.places[..., 0] >= 0]
@@ -55,7 +51,7 @@ def index(data: bytes) -> None:
         shard_path.touch()
         os.truncate(shard_path, 100_000)
         os.utime(shard_path, ns=(10**18, 10**18))
-    place, stamp = _file(data, "b.index"), stamp_of(shard_path.stat())
+    place, stamp = in_a_file(data, "b.index"), stamp_of(shard_path.stat())
     try:
         shard = _load(place, shard_path, stamp)
     except (OSError, ValueError, KeyError, TypeError):
@@ -78,17 +74,6 @@ def template(data: bytes) -> None:
     assert all(text.strip() == text and text and "\0" not in text for text in texts)
 
 
-def checkpoint(data: bytes) -> None:
-    """The first byte odd: with a right checksum, so that what lies behind it is met."""
-    body = data[1:]
-    if data[:1] and data[0] % 2 and len(body) > 22:
-        whole = body[:-2] + b"\0\0"
-        body = body[:-2] + b"N\0clipft sha256 " + hashlib.sha256(whole).hexdigest().encode()
-    with suppress(ModelError):
-        content = load_checkpoint(_file(body, "c.pt"))
-        saved_settings(content, loaded_settings(), ())
-
-
 def keys(data: bytes) -> None:
     """Lines are keys of one bucket: each has a place of its own inside the folder, or none."""
     places, taken = Places("data/"), set[str]()
@@ -109,5 +94,5 @@ def keys(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (tar, index, template, checkpoint, keys)
+    function.__name__: function for function in (tar, index, template, keys)
 }

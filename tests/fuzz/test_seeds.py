@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz import checkpoint_target, targets
 
+TARGETS = {**targets.TARGETS, **checkpoint_target.TARGETS}
 SEEDS = sorted((Path(__file__).parent / "seeds").glob("*/*"))
 
 
