@@ -98,7 +98,7 @@ class Clip:
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         tower = clip.vision_model
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        first = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        first = torch.zeros_like(hidden[:, 0, 0], dtype=torch.int64)
         pooled: Tensor = tower.post_layernorm(encode_pooled(tower, hidden, first, causal=False))
         return pooled
 

@@ -58,7 +58,8 @@ def _pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | Non
 
 def _at(places: Tensor, hidden: Tensor) -> Tensor:
     """[B, T, C] -> [B, 1, C]."""
-    return hidden.take_along_dim(places[:, None, None], dim=1)
+    # Not take_along_dim, which exporters tie to this batch's size
+    return hidden.gather(1, places[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
 class _QuickGelu(torch.autograd.Function):

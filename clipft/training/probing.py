@@ -25,7 +25,7 @@ from clipft.training.sides import Sides, make_sides
 
 _TIMED = 0.3
 """Seconds that a small size is repeated for: one pass is a poor clock."""
-_PASSING = 1.5
+_PASSING = 2.0
 """What forward and backward hold for a moment besides the graph, as a factor on it."""
 _ALL_GRAPHS = 1 << 60
 _STATES = 2

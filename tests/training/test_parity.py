@@ -37,7 +37,7 @@ def setup_of(data: Path, micro: int, **given: object) -> RunSetup:
         "device": "cpu",
         "num_workers": 0,
         "warmup_steps": 5,
-        "lr": 1e-3,
+        "lr": 1e-4,  # ten times that, and AdamW makes steps of rounding
         **given,
     }
     return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
@@ -85,7 +85,7 @@ def plain(data: Path, **given: object) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
         cycle.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return Trained(losses, model.trainable_state())
 
 
