@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from clipft.files import disk_error, json_lines
 from clipft.records import EpochResult, Plan, StepResult
 from clipft.reporting.figures import figure_tables
@@ -63,6 +65,14 @@ class _Logged:
 
     step: int | None
     figures: dict[str, Any]
+
+
+def _end_service() -> None:
+    """wandb's own process, for which the program would wait for minutes at its exit."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if child.name().startswith("wandb"):
+                child.kill()
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -118,6 +128,7 @@ class WandbTracker:
             self._thread.join(_CLOSING_SECONDS)
             if self._thread.is_alive():
                 self._warn(f"warning: W&B has not finished after {_CLOSING_SECONDS:.0f} s.")
+                _end_service()
 
     def _serve(self) -> None:
         try:
