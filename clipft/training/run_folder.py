@@ -137,6 +137,8 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._held() from None
+        # Decoding processes outlive a killed run by seconds: they must not hold its lock
+        os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}, started {time.strftime('%F %T')}")
         self._file.flush()

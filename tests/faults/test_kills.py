@@ -60,6 +60,18 @@ def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
     assert_same_run(whole / "runs", tmp_path)
 
 
+def test_a_killed_run_can_be_resumed_at_once(programs, catalogue, whole, tmp_path):
+    """Though its decoding processes still live: they find out after seconds."""
+    env = {"CLIPFT_CACHE": str(whole / "cache")}
+    run = programs.start(*command(catalogue, tmp_path, "--num-workers", "1"), env=env)
+    wait_until(lambda: steps(tmp_path) >= 1, run)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    again = programs.run(*command(catalogue, tmp_path), env=env)
+    assert again.wait() == 0, again.err
+    assert_same_run(whole / "runs", tmp_path)
+
+
 PHASES = [
     pytest.param(
         phase, number, marks=[] if quick else [pytest.mark.slow], id=f"{phase}-{number.name}"
