@@ -32,7 +32,7 @@ def has_blocks(page: Path, slow: bool) -> bool:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def at_hand(tmp_path, monkeypatch) -> Path:
     """What a reader of the guides has at hand, all small."""
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
@@ -67,15 +67,15 @@ def with_catalogue(folder: Path, page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, False)], ids=lambda p: p.stem)
-def test_what_a_guide_tells_to_type_works(page, workplace):
-    with_catalogue(workplace, page)
+def test_what_a_guide_tells_to_type_works(page, at_hand):
+    with_catalogue(at_hand, page)
     assert run_page(page)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, True)], ids=lambda p: p.stem)
-def test_what_takes_longer_works_too(page, workplace):
-    with_catalogue(workplace, page)
+def test_what_takes_longer_works_too(page, at_hand):
+    with_catalogue(at_hand, page)
     assert run_page(page, slow=True)
 
 
