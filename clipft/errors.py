@@ -20,6 +20,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without what follows below."""
+    return str(error).strip().partition("\n")[0]
+
+
 class ClipftError(Exception):
     """What was wrong and where (``message``), what to do (``hint``), and the exit code.
 

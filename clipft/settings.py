@@ -40,6 +40,12 @@ ZERO_SHOT_LINEAR_PAIRS = 2000
 """Of ``clipft zero-shot``: its prompts, and the training pairs of its linear classifier."""
 
 
+FALLBACK_MICRO_BATCH = 64
+"""Where none is set and none can be found."""
+
+_OWN_RATES = "".join(f" ({s.name}: {s.lr:g})" for s in SCENARIOS.values() if s.lr is not None)
+
+
 class StorageSettings(Section):
     title = "Storage"
     data_dir: Path = setting(
@@ -208,7 +214,10 @@ class OptimSettings(Section):
         ge=2,
     )
     micro_batch_size: int = setting(
-        0, "pairs per forward pass; 0: find it (64 where nothing can be found)", unit="pairs", ge=0
+        0,
+        f"pairs per forward pass; 0: find it ({FALLBACK_MICRO_BATCH} where nothing can be found)",
+        unit="pairs",
+        ge=0,
     )
     graph_memory: float | None = setting(
         None,
@@ -226,7 +235,7 @@ class OptimSettings(Section):
         "or over each micro-batch alone, as most scripts do",
         "fixed",
     )
-    lr: float = setting(1e-4, "highest learning rate (linear_probe: 1e-3)", "fixed", ge=0)
+    lr: float = setting(1e-4, f"highest learning rate{_OWN_RATES}", "fixed", ge=0)
     lr_projections: float | None = setting(
         None, "that of projections which a scenario trains; none: as lr", "fixed", ge=0
     )

@@ -26,7 +26,10 @@ from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
 from clipft.cli.zero_shot import zero_shot
-from clipft.errors import ClipftError, MemoryShortage, StorageError, UsageError
+from clipft.errors import ClipftError, MemoryShortage, StorageError, UsageError, first_line
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""What a disk says that is full, read-only or broken."""
 
 app = typer.Typer(
     name="clipft",
@@ -57,9 +60,6 @@ COMMANDS = (
     search,
     settings,
 )
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-"""What a disk says that is full, read-only or broken."""
-
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 
@@ -94,7 +94,7 @@ def run(args: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
-        known = _bug(error)
+        known = _unforeseen(error)
     if "--debug" in args:
         traceback.print_exception(known)
     if not known.said and not told_launcher(known):
@@ -113,7 +113,7 @@ def _is_memory(error: Exception) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
-def _bug(error: Exception) -> ClipftError:
+def _unforeseen(error: Exception) -> ClipftError:
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f" at {error.filename}" if error.filename else ""
         return StorageError(
@@ -122,7 +122,7 @@ def _bug(error: Exception) -> ClipftError:
         )
     if _is_memory(error):
         return MemoryShortage(
-            f"memory ran out: {str(error).strip().partition(chr(10))[0]}",
+            f"memory ran out: {first_line(error)}",
             "use a smaller --micro-batch-size or fewer --num-workers; `clipft resume` goes on "
             "from the last checkpoint",
         )

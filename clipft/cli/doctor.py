@@ -57,7 +57,8 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
         print_error(error, as_json=False)  # stdout has the table already
         raise typer.Exit(error.exit_code)
     warnings = sum(e.finding.status == "warning" for e in examined)
-    out.note(f"Ready{f', with {warnings} warnings' if warnings else ''}.")
+    counted = "1 warning" if warnings == 1 else f"{warnings} warnings"
+    out.note(f"Ready{f', with {counted}' if warnings else ''}.")
     end(out, {}, ("train", *flags_given(loaded), "--plan"))
 
 

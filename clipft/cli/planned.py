@@ -7,7 +7,8 @@ from clipft.cli.ending import end
 from clipft.cli.options import flags_given
 from clipft.cli.remote_data import bring_data, bring_validation, stream_source
 from clipft.records import Forecast
-from clipft.reporting.forecast_table import forecast_lines, forecast_table
+from clipft.reporting.forecast_table import forecast_table
+from clipft.reporting.progress import plan_lines
 from clipft.settings import Settings, StorageSettings
 from clipft.settings_sources import LoadedSettings
 from clipft.storage.sync import SyncOptions, SyncResult
@@ -59,4 +60,4 @@ def _show(foreseen: Forecast, settings: Settings, out: Output) -> None:
         place = f"s3://{settings.s3_bucket}/{settings.s3_checkpoint_prefix.strip('/')}"
     data = {"forecast": foreseen.to_dict(), "uploads_to": place, "to_fetch": None}
     shown = forecast_table(foreseen, str(settings.output_dir), place)
-    out.result(data, *forecast_lines(foreseen), shown)
+    out.result(data, *plan_lines(foreseen.plan), shown)

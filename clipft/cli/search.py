@@ -110,10 +110,7 @@ def search(
     parts = open_pictures(local_data(data, loaded.values, out))
     opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
-    on_gpu = opened.loaded.precision.device.type == "cuda"
-    options = LoaderOptions(
-        opened.settings.num_workers, on_gpu, timeout=opened.settings.worker_timeout
-    )
+    options = LoaderOptions.of(opened.settings, opened.loaded.precision.device)
     with out.progress(f"Searching {sum(map(len, parts)):,} pictures") as report:
         index = open_index(opened, parts, options, report)
         scores = index.scores(vector)

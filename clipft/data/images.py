@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clipft.errors import first_line
+
 MAX_PIXELS = 80_000_000
 """Larger pictures are taken for decompression bombs."""
 MAX_ASPECT = 100
@@ -87,7 +89,7 @@ def _refusing() -> Iterator[None]:
     except UnidentifiedImageError as error:  # its own message names an object in memory
         raise BadImage("not a picture") from error
     except Exception as error:  # Pillow's plug-ins raise whatever they like
-        raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
+        raise BadImage(first_line(error) or type(error).__name__) from error
 
 
 def _refuse_harmful(image: Image.Image) -> None:

@@ -31,8 +31,9 @@ from clipft.data.workers import (
 )
 from clipft.errors import DataError
 from clipft.machine import processors
+from clipft.settings import DataSettings
 
-_AHEAD_BYTES = 1 << 30
+AHEAD_BYTES = 1 << 30
 """Of decoded pictures that workers hold ready at most, beyond two micro-batches each."""
 
 
@@ -127,6 +128,15 @@ class LoaderOptions:
     share: Share = WHOLE
     timeout: float = 0
 
+    @classmethod
+    def of(
+        cls, settings: DataSettings, device: torch.device, share: Share = WHOLE, beside: int = 1
+    ) -> "LoaderOptions":
+        """As the settings have it, where ``beside`` processes each take their part of the
+        machine's processors."""
+        workers = min(settings.num_workers, max(1, processors() // beside))
+        return cls(workers, device.type == "cuda", share, settings.worker_timeout)
+
     @property
     def processes(self) -> int:
         """Of the workers asked for, as many as there are processors."""
@@ -163,7 +173,7 @@ def _ahead(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
     """Micro-batches that each worker has ready: together a whole step, so that the next one is
     there when this one is done, and one more; less where that would take too much memory."""
     step = -(-plan.effective // (plan.micro * options.share.count))
-    room = _AHEAD_BYTES // (plan.micro * 3 * image_size**2)
+    room = AHEAD_BYTES // (plan.micro * 3 * image_size**2)
     workers = max(1, options.processes)
     return max(2, min(-(-step // workers) + 1, room // workers))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.finding import Check, Examined, Finding
-from clipft.errors import ClipftError
+from clipft.errors import ClipftError, first_line
 from clipft.modelling.quiet import quiet_libraries
 from clipft.settings import Settings
 
@@ -45,9 +45,8 @@ def _answer(check: Check, settings: Settings) -> Finding:
     except ClipftError as error:
         return Finding("error", error.message, error.hint)
     except Exception as error:  # such as a library that does not load
-        first_line = str(error).strip().partition("\n")[0]
         return Finding(
             "error",
-            f"cannot be looked at: {type(error).__name__}: {first_line}",
+            f"cannot be looked at: {type(error).__name__}: {first_line(error)}",
             "mend what is named above first",
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from clipft.doctor.finding import Finding
+from clipft.errors import UsageError, first_line
 from clipft.settings import Settings
 
 _GIB = 1 << 30
@@ -52,10 +53,9 @@ def fit(settings: Settings) -> Finding:
             if name == "torchvision":
                 importlib.import_module("torchvision.ops").nms  # noqa: B018 (loads its operators)
         except Exception as error:  # they share no base class
-            first_line = str(error).strip().partition("\n")[0]
             hint = _REINSTALL if name in {"torch", "torchvision"} else f"reinstall {name}"
             return Finding(
-                "error", f"{name} does not load: {type(error).__name__}: {first_line}", hint
+                "error", f"{name} does not load: {type(error).__name__}: {first_line(error)}", hint
             )
     import torch
     import torchvision
@@ -159,7 +159,6 @@ def eight_bit(settings: Settings) -> Finding:
     """bitsandbytes: does a step of its optimizer run?"""
     import torch
 
-    from clipft.errors import UsageError
     from clipft.training.optimisation import make_optimizer
     from clipft.training.precision import choose_precision
 
@@ -170,10 +169,9 @@ def eight_bit(settings: Settings) -> Finding:
     try:
         make_optimizer("adamw8bit", [{"params": [weight], "lr": 1e-3}], where).step()
     except (UsageError, RuntimeError, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0]
         return Finding(
             "error" if needed else "warning",
-            f"AdamW8bit does not run on {where.type}: {first_line}",
+            f"AdamW8bit does not run on {where.type}: {first_line(error)}",
             "use --optimizer adamw, or mend the installation of bitsandbytes",
         )
     return Finding("ok", f"bitsandbytes {version('bitsandbytes')} runs on {where.type}")

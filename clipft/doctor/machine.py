@@ -18,8 +18,6 @@ _LITTLE_MEMORY = 4 * _GIB
 _LITTLE_ROOM = 5 * _GIB
 """Three files of scenario full on ViT-B/32: weights and two moments, 1.8 GiB each."""
 _NO_ROOM = 256 << 20
-_SHARED = 1 * _GIB
-"""Of decoded pictures that the workers hold ready at most."""
 _FEW_DESCRIPTORS = 1024
 _NO_DESCRIPTORS = 128
 
@@ -62,7 +60,9 @@ def shared_memory(settings: Settings) -> Finding:
         free = shutil.disk_usage("/dev/shm").free  # noqa: S108 (only looked at)
     except OSError:
         return Finding("ok", "this system has no /dev/shm")
-    if free < _SHARED:
+    from clipft.data.loader import AHEAD_BYTES
+
+    if free < AHEAD_BYTES:
         return Finding(
             "warning",
             f"{free / _GIB:.2f} GiB free in /dev/shm",

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clipft.doctor.finding import Finding
+from clipft.errors import first_line
 from clipft.settings import Settings
 
 _SECONDS = 5
@@ -32,10 +33,10 @@ def pairs(settings: Settings) -> Finding:
 
 def model(settings: Settings) -> Finding:
     """A local or cached model is really loaded; of another the hub is asked whether it has it."""
-    from clipft.modelling.base import TINY, load_base
+    from clipft.modelling.base import TINY, load_base, looks_local
 
     name = settings.model
-    if name == TINY or _looks_local(name):
+    if name == TINY or looks_local(name):
         base = load_base(name)
         return Finding("ok", f"{name} loads, {base.parameters_count:,} parameters")
     cached = _cached(name)
@@ -43,10 +44,6 @@ def model(settings: Settings) -> Finding:
         return _on_hub(name)
     base = load_base(cached)
     return Finding("ok", f"{name} loads from the cache, {base.parameters_count:,} parameters")
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def _cached(name: str) -> str | None:
@@ -76,11 +73,10 @@ def _on_hub(name: str) -> Finding:
     except (RepositoryNotFoundError, HFValidationError):
         return Finding("error", f"the hub has no model {name}", f"check the name; {instead}")
     except Exception as error:  # of httpx, of sockets, or of the offline mode
-        first_line = str(error).strip().partition("\n")[0]
         return Finding(
             "error",
             f"{name} is not in the cache, and the hub cannot be asked "
-            f"({type(error).__name__}: {first_line})",
+            f"({type(error).__name__}: {first_line(error)})",
             f"mend the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies); {instead}",
         )
     return Finding("ok", f"{found.id} is on the hub, to be fetched by the first run")

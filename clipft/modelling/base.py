@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clipft.errors import ModelError
+from clipft.errors import ModelError, first_line
 from clipft.modelling.architectures import ARCHITECTURES, Architecture
 from clipft.modelling.quiet import quiet_libraries
 
@@ -167,9 +167,13 @@ def _telling_of(name: str) -> Iterator[None]:
         raise _cannot_load(name, error) from error
 
 
+def looks_local(name: str) -> bool:
+    """A folder, rather than a model of the hub?"""
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
 def _check_local(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
+    if looks_local(name) and not (Path(name) / "config.json").is_file():
         raise ModelError(
             f"no model in {name}: config.json is missing",
             "name a folder written by transformers' save_pretrained, or a hub id",
@@ -199,11 +203,10 @@ def _architecture(name: str) -> Architecture:
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
-    first_line = str(error).strip().partition("\n")[0]
     if isinstance(error, OSError):
         return ModelError(
             f"cannot get model {name}: looked in the local cache and on the hub "
-            f"({type(error).__name__}: {first_line})",
+            f"({type(error).__name__}: {first_line(error)})",
             "check the name and the network, or point --model at a local folder "
             "(one written by save_pretrained); --model tiny needs neither",
         )
@@ -212,7 +215,7 @@ def _cannot_load(name: str, error: Exception) -> ModelError:
             f"the tokenizer of {name} needs sentencepiece", "pip install 'clipft[siglip]'"
         )
     return ModelError(
-        f"cannot load model {name}: {type(error).__name__}: {first_line}",
+        f"cannot load model {name}: {type(error).__name__}: {first_line(error)}",
         "the folder may be incomplete or torch, torchvision and transformers may not fit "
         "together; --debug shows where it failed",
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipft.errors import ModelError, UsageError
+from clipft.errors import ModelError, UsageError, first_line
 from clipft.modelling.architectures import Architecture
 from clipft.modelling.base import BaseModel, ModelInputs
 from clipft.modelling.export import write_processors
@@ -190,9 +190,8 @@ class _Runtime:
         try:
             yield
         except Exception as error:  # onnxruntime's own kinds
-            first_line = str(error).strip().partition("\n")[0]
             raise ModelError(
-                f"onnxruntime cannot run {self._path.name}: {first_line}", _OTHER_VERSIONS
+                f"onnxruntime cannot run {self._path.name}: {first_line(error)}", _OTHER_VERSIONS
             ) from error
 
 

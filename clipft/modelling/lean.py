@@ -18,7 +18,7 @@ def encode_pooled(tower: Any, hidden: Tensor, places: Tensor, causal: bool) -> T
     """The encoder of a transformers tower, for one place of each row.
 
     Args:
-        tower: ``CLIPVisionTransformer`` or ``CLIPTextTransformer``, LoRA or not.
+        tower: the vision or text model of a ``CLIPModel``, LoRA or not.
         hidden: [B, T, C], what goes into the first layer.
         places: int64 [B], the place that is pooled; ``causal``: it sees none behind it.
 
@@ -92,6 +92,8 @@ class LeanQuickGelu(nn.Module):
 
 def lean_activations(clip: nn.Module) -> None:
     """Replace the activations of both towers where there is a leaner one."""
+    from transformers.activations import QuickGELUActivation
+
     for layer in clip.modules():
-        if type(getattr(layer, "activation_fn", None)).__name__ == "QuickGELUActivation":
+        if isinstance(getattr(layer, "activation_fn", None), QuickGELUActivation):
             layer.activation_fn = LeanQuickGelu()

@@ -6,14 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.records import Forecast
-from clipft.reporting.progress import duration, plan_lines
+from clipft.reporting.progress import duration
 
 _MIB, _GIB = 1 << 20, 1 << 30
-
-
-def forecast_lines(foreseen: Forecast) -> list[str]:
-    """The plan, as a run says it at its start."""
-    return plan_lines(foreseen.plan)
 
 
 def forecast_table(foreseen: Forecast, place: str, uploads_to: str | None) -> Table:

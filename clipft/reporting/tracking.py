@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import psutil
 
+from clipft.errors import first_line
 from clipft.files import disk_error, json_lines
 from clipft.records import EpochResult, Plan, StepResult
 from clipft.reporting.figures import figure_tables
@@ -140,8 +141,8 @@ class WandbTracker:
                     run.log(item.figures, step=item.step)
             run.finish()
         except Exception as error:  # never a reason to stop training
-            first_line = str(error).strip().partition("\n")[0]
-            self._warn(f"warning: W&B is off for this run: {type(error).__name__}: {first_line}")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._warn(f"warning: W&B is off for this run: {reason}")
 
     def _init(self) -> Any:
         import wandb

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipft.errors import ModelError, UsageError
+from clipft.errors import ModelError, UsageError, first_line
 
 
 def make_repository(repo: str) -> str:
@@ -61,8 +61,7 @@ def _no_right(repo: str, why: str) -> ModelError:
 
 
 def _failed(repo: str, error: Exception) -> ModelError:
-    first_line = str(error).strip().partition("\n")[0]
     return ModelError(
-        f"cannot push to {repo}: {type(error).__name__}: {first_line}",
+        f"cannot push to {repo}: {type(error).__name__}: {first_line(error)}",
         "check the network and HF_ENDPOINT, HF_HUB_OFFLINE; without --push all stays local",
     )

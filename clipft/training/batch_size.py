@@ -18,9 +18,6 @@ from clipft.errors import StorageError
 from clipft.files import write_text
 from clipft.training.memory import GRAPH_SHARE
 
-FALLBACK = 64
-"""Where nothing can be measured."""
-
 MAX_PROBES = 10
 _GROWTH_THAT_PAYS = 1.05
 _AS_FAST = 1.02

@@ -7,17 +7,16 @@ A checkpoint is a ``torch.save`` zip of plain values and tensors, read with
 No random state is kept: everything random is a function of the seed and the position.
 """
 
-import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipft.errors import ModelError
 from clipft.files import replacing
-from clipft.training.checkpoint_file import Damaged, check_file, has_checksum, write_file
+from clipft.training.checkpoint_file import Damaged, check_file, file_size, has_checksum, write_file
 
 FORMAT_VERSION = 2
 _CHECKSUM_FROM = 2
@@ -69,25 +68,9 @@ def save_checkpoint(
         before_replacing()
 
 
-class _Counted(io.RawIOBase):
-    """Takes bytes and keeps their number alone."""
-
-    size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        written = memoryview(data).nbytes
-        self.size += written
-        return written
-
-
 def checkpoint_size(content: dict[str, Any]) -> int:
     """Bytes that ``save_checkpoint`` would write; nothing is written."""
-    counted = _Counted()
-    torch.save({**content, "format_version": FORMAT_VERSION}, cast(IO[bytes], counted))
-    return counted.size
+    return file_size({**content, "format_version": FORMAT_VERSION})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -26,28 +26,43 @@ class Damaged(Exception):
     """A file is not as it was written; the text says which check failed."""
 
 
-class _HashedFile:
-    """What ``torch.save`` writes to. After an error it only counts: torch answers one that is
-    raised into it with riddles, or ends the process."""
+class _Counted:
+    """What ``torch.save`` writes to: it asks for no more than these two."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
+    size = 0
 
     def write(self, data: bytes) -> int:
         size = memoryview(data).nbytes
         self.size += size
+        return size
+
+    def flush(self) -> None: ...
+
+
+class _HashedFile(_Counted):
+    """After an error it only counts: torch answers one that is raised into it with riddles, or
+    ends the process."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
         if self.error is None:
             try:
                 _write_all(self._file, data)
                 self.digest.update(data)
             except OSError as error:
                 self.error = error
-        return size
+        return super().write(data)
 
-    def flush(self) -> None: ...
+
+def file_size(content: dict[str, Any]) -> int:
+    """Bytes that ``write_file`` would write; nothing is written."""
+    counted = _Counted()
+    torch.save(content, cast("IO[bytes]", counted))
+    return counted.size + _COMMENT
 
 
 def write_file(path: Path, content: dict[str, Any]) -> None:
@@ -59,7 +74,7 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
     """
     with path.open("wb", buffering=0) as file:  # an error of a write is that write's
         hashed = _HashedFile(file)
-        torch.save(content, cast("IO[bytes]", hashed))  # it asks for no more than write and flush
+        torch.save(content, cast("IO[bytes]", hashed))
         try:
             if hashed.error:
                 raise hashed.error

@@ -44,12 +44,8 @@ def open_encoding(
     live = live_encoding(loaded, preprocessing, settings.seed)
     if not settings.feature_cache:
         return live
-    on_gpu = loaded.precision.device.type == "cuda"
-    cache = FeatureCache(
-        loaded,
-        LoaderOptions(settings.num_workers, pin_memory=on_gpu, timeout=settings.worker_timeout),
-        progress,
-    )
+    options = LoaderOptions.of(settings, loaded.precision.device)
+    cache = FeatureCache(loaded, options, progress)
     try:
         return _with_images(_with_texts(live, cache), pairs, cache)
     except StorageError as error:

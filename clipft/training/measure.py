@@ -35,8 +35,8 @@ def embed_pairs(
     Raises:
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
     """
-    share, on_gpu = Share(processes.rank, processes.count), loaded.precision.device.type == "cuda"
-    options = LoaderOptions(settings.num_workers, on_gpu, share, settings.worker_timeout)
+    share, device = Share(processes.rank, processes.count), loaded.precision.device
+    options = LoaderOptions.of(settings, device, share, processes.on_this_machine)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
     embedded = embed(loaded.model, how.sides, batches, positives, processes)

@@ -6,8 +6,8 @@ import torch
 
 from clipft.data.order import EpochPlan
 from clipft.records import Plan
-from clipft.settings import Settings
-from clipft.training.batch_size import FALLBACK, Found, FoundCache, Probe
+from clipft.settings import FALLBACK_MICRO_BATCH, Settings
+from clipft.training.batch_size import Found, FoundCache, Probe
 from clipft.training.contrastive import ACCUMULATIONS
 from clipft.training.loaded import LoadedModel
 from clipft.training.memory import memory_in_use, usable_memory
@@ -108,7 +108,7 @@ def micro_batch(
         asked = min(settings.micro_batch_size, effective)
         return _within_memory(asked, settings, loaded, note, processes)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
-        return min(FALLBACK, effective)
+        return min(FALLBACK_MICRO_BATCH, effective)
     note("Finding the micro-batch size (done once per model, scenario and machine) ...")
     found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes)
     return found.chosen

@@ -91,8 +91,9 @@ class RunPaths:
     @property
     def outcomes(self) -> tuple[Path, ...]:
         """What would be of another run once a new one starts here."""
-        outcomes = (self.best, self.skipped, self.rankings_best, self.evaluation, self.result)
-        return *outcomes, self.kept, self.interpolation, self.report, self.wandb_id
+        figures = (self.best, self.skipped, self.rankings_best, self.evaluation, self.result)
+        pages = (self.report, self.report.with_suffix(".json"))
+        return *figures, self.kept, self.interpolation, *pages, self.wandb_id
 
     @property
     def wandb_id(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.errors import UsageError
+from clipft.errors import UsageError, first_line
 from clipft.files import json_lines
 from clipft.records import RunRecords
 from clipft.section import fields_of
@@ -35,7 +35,7 @@ def run_settings(folder: Path) -> Settings:
         return Settings(**tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{path} is not as a run left it: {_first_line(error)}",
+            f"{path} is not as a run left it: {first_line(error)}",
             "put the file back as it was",
         ) from error
 
@@ -84,9 +84,5 @@ def _object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {_first_line(error)}", "remove it") from error
+        raise UsageError(f"{path} cannot be read: {first_line(error)}", "remove it") from error
     return found if isinstance(found, dict) else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

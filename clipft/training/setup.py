@@ -9,7 +9,6 @@ from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.order import EpochPlan, Share
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import UsageError
-from clipft.machine import processors
 from clipft.records import Plan
 from clipft.settings import Settings
 from clipft.training.contrastive import ACCUMULATIONS, Accumulation
@@ -69,16 +68,9 @@ class RunSetup:
 
     @property
     def loader_options(self) -> LoaderOptions:
-        """Of the machine's processors each process takes its part."""
-        processes = self.processes
-        workers = min(self.settings.num_workers, max(1, processors() // processes.on_this_machine))
-        on_gpu = self.loaded.precision.device.type == "cuda"
-        return LoaderOptions(
-            workers,
-            on_gpu,
-            Share(processes.rank, processes.count),
-            self.settings.worker_timeout,
-        )
+        processes, device = self.processes, self.loaded.precision.device
+        share = Share(processes.rank, processes.count)
+        return LoaderOptions.of(self.settings, device, share, processes.on_this_machine)
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
