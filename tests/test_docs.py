@@ -12,6 +12,7 @@ import typer
 
 from clipft.cli.app import COMMANDS, app
 from clipft.data.demo import write_catalogue
+from clipft.scenarios import SCENARIOS
 from clipft.settings import Settings
 from clipft.settings_sources import load_settings
 from tests.benchmarks.write_docs import DOCS, defined, summarised, written
@@ -148,3 +149,14 @@ def test_the_readme_has_the_figures_of_the_benchmarks_and_can_be_read():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert summarised(page) == page, "run tests/benchmarks/write_docs.py"
     assert len(page.splitlines()) <= 250
+
+
+def _shares(page: Path) -> dict[str, str]:
+    """How many parameters learn, by scenario, as a page's table has it."""
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d,]+) \|", page.read_text("utf-8"), re.M)
+    return dict(rows)
+
+
+def test_the_parameters_of_the_scenarios_are_the_same_wherever_they_stand():
+    told = _shares(ROOT / "README.md")
+    assert told == _shares(DOCS / "scenarios.md") and told.keys() == SCENARIOS.keys()

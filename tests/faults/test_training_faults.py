@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.training.setup import RunSetup
 from tests.conftest import jpeg
 from tests.faults.helpers import write_tar
+from tests.training.steps import around_each_step
 
 SMALL = ["--model", "tiny", "--epochs", "1", "--effective-batch-size", "32", "--precision", "fp32"]
 SMALL += ["--micro-batch-size", "16", "--num-workers", "0", "--stop-on", "never", "--device", "cpu"]
@@ -31,26 +31,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def poison(monkeypatch, at: range) -> None:
     """Gradients of these steps (from 0) are not finite: a number overflowed."""
-    make = RunSetup.make_accumulation
 
-    def poisoned(self, optimiser, note):
-        shrink = make(self, optimiser, note)
-        real = shrink.accumulate
+    def poisoned(real, step, micro_batches):
+        loss = real(step, micro_batches)
+        if step in at:
+            _, parameter = next(iter(real.model.trainable()))
+            parameter.grad.fill_(float("inf"))
+        return loss
 
-        class Poisoned:
-            floor = real.floor
-
-            def __call__(self, step, micro_batches):
-                loss = real(step, micro_batches)
-                if step in at:
-                    _, parameter = next(iter(real.model.trainable()))
-                    parameter.grad.fill_(float("inf"))
-                return loss
-
-        shrink.accumulate = Poisoned()
-        return shrink
-
-    monkeypatch.setattr(RunSetup, "make_accumulation", poisoned)
+    around_each_step(monkeypatch, poisoned)
 
 
 def test_a_step_whose_gradient_is_not_finite_is_left_out(catalogue, tmp_path, monkeypatch, capsys):

@@ -11,9 +11,9 @@ from clipft.errors import MemoryShortage
 from clipft.training.contrastive import ExactAccumulation, LocalAccumulation
 from clipft.training.distributed import ALONE
 from clipft.training.graphs import GraphMemory
-from clipft.training.setup import RunSetup
 from clipft.training.shrinking import ShrinkingAccumulation, memory_ran_out
 from tests.training.process_helpers import results
+from tests.training.steps import around_each_step
 from tests.training.test_contrastive import gradients, load
 
 
@@ -132,24 +132,13 @@ def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monk
     args += ["--micro-batch-size", "32", "--num-workers", "0", "--precision", "fp32"]
     args += ["--stop-on", "never", "--data-dir", str(catalogue), "--output-dir"]
     assert run([*args, str(tmp_path / "roomy")]) == 0
-    make = RunSetup.make_accumulation
 
-    def narrow(self, optimiser, note):
-        shrink = make(self, optimiser, note)
-        real = shrink.accumulate
+    def narrow(real, step, micro_batches):
+        if max(map(len, micro_batches)) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(step, micro_batches)
 
-        class Narrow:
-            floor = real.floor
-
-            def __call__(self, step, micro_batches):
-                if max(map(len, micro_batches)) > 8:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                return real(step, micro_batches)
-
-        shrink.accumulate = Narrow()
-        return shrink
-
-    monkeypatch.setattr(RunSetup, "make_accumulation", narrow)
+    around_each_step(monkeypatch, narrow)
     assert run([*args, str(tmp_path / "narrow")]) == 0
     assert "micro-batches are of 8 pairs from now on" in capsys.readouterr().err
     losses = [
