@@ -26,7 +26,8 @@ from clipft.training.sides import Sides, make_sides
 _TIMED = 0.3
 """Seconds that a small size is repeated for: one pass is a poor clock."""
 _PASSING = 2.0
-"""What forward and backward hold for a moment besides the graph, as a factor on it."""
+"""The peak of a step as a factor on its graph: 1.6 was measured on ViT-B/32, 1.8 on the tiny
+model."""
 _ALL_GRAPHS = 1 << 60
 _STATES = 2
 """Moments that AdamW keeps of each trainable weight, of its own size."""
