@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import webdataset
-from peers import QUIET, adapted, adapted_transformer, stacked, train_with_cached_loss
+from peers import CPU, Machine, adapted, adapted_transformer, stacked, train_with_cached_loss
 from side_by_side import Row, Work, arguments, compare, publish
 from torch import nn
 from torchvision.transforms import v2
@@ -63,6 +64,7 @@ class Place:
 
     model: Path
     data: Path
+    machine: Machine = CPU
 
 
 def make_model(folder: Path) -> None:
@@ -81,9 +83,9 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
         "micro_batch_size": size.micro,
         "max_train_pairs": size.pairs,
         "max_val_pairs": 8,
-        "num_workers": 0,
-        "precision": "fp32",
-        "device": "cpu",
+        "num_workers": place.machine.workers,
+        "precision": "fp32" if place.machine.device == "cpu" else "bf16",
+        "device": place.machine.device,
         "epochs": 1000,  # the work is done once in each round
         **given,
     }
@@ -143,7 +145,7 @@ def transformers_way(place: Place, size: Size) -> Work:
                 per_device_train_batch_size=size.micro,
                 gradient_accumulation_steps=size.effective // size.micro,
                 max_steps=size.pairs // size.effective,
-                **QUIET,
+                **place.machine.trainer_arguments(),
             )
             data = Samples(place, size.pairs)
             Trainer(model=model, args=how, train_dataset=data, data_collator=stacked).train()
@@ -167,7 +169,7 @@ def sentence_transformers_way(place: Place, size: Size) -> Work:
                 "per_device_train_batch_size": size.effective,
                 "max_steps": size.pairs // size.effective,
             }
-            train_with_cached_loss(module, images, texts, size.micro, how)
+            train_with_cached_loss(module, images, texts, size.micro, how, place.machine)
         return size.pairs
 
     return work
@@ -198,7 +200,8 @@ def open_clip_way(place: Place, size: Size) -> Work:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip_train.train import train_one_epoch
 
-    model = AsOpenClip(adapted_clip(place))
+    device = place.machine.device
+    model = AsOpenClip(adapted_clip(place)).to(device)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-4)
     transform = image_transform(
@@ -207,8 +210,8 @@ def open_clip_way(place: Place, size: Size) -> Work:
     tokenize = SimpleTokenizer(context_length=LENGTH)
     shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
     args = argparse.Namespace(
-        device="cpu",
-        precision="fp32",
+        device=device,
+        precision="fp32" if device == "cpu" else "amp_bf16",
         distill=False,
         accum_freq=size.effective // size.micro,
         skip_scheduler=True,
@@ -235,15 +238,22 @@ def open_clip_way(place: Place, size: Size) -> Work:
 
         def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             stream = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb")
-            named = stream.rename(image="jpg", text="txt").slice(size.pairs)
-            ready = named.map_dict(image=transform, text=lambda text: tokenize(text)[0])
-            return iter(ready.to_tuple("image", "text").batched(size.micro))
+            named = stream.rename(image="jpg", text="txt").repeat()
+            ready = named.map_dict(image=transform, text=_first_of(tokenize))
+            batched = ready.to_tuple("image", "text").batched(size.micro)
+            workers = place.machine.workers
+            loader = torch.utils.data.DataLoader(batched, batch_size=None, num_workers=workers)
+            return islice(iter(loader), self.num_batches)
 
     def work() -> int:
         train_one_epoch(model, {"train": Data()}, ClipLoss(), 0, optimizer, None, None, None, args)
         return size.pairs
 
     return work
+
+
+def _first_of(tokenize: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    return lambda text: tokenize(text)[0]
 
 
 Peer = Callable[[Place, Size], Work]

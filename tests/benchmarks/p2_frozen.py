@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from p1_training import Place, Samples, Size, make_model, setup_of
-from peers import QUIET, stacked
+from peers import CPU, stacked
 from peft import LoraConfig, get_peft_model
 from side_by_side import Row, Work, arguments, in_turn, publish, ratio_of
 from transformers import CLIPModel, Trainer, TrainingArguments
@@ -119,7 +119,7 @@ def transformers_way(place: Place, size: Size, scenario: str) -> Work:
                 gradient_accumulation_steps=size.effective // size.micro,
                 max_steps=EPOCHS * (size.pairs // size.effective),
                 learning_rate=1e-4,
-                **QUIET,
+                **CPU.trainer_arguments(),
             )
             data, model = Plain(place, size.pairs), learning(place, scenario)
             Trainer(model=model, args=how, train_dataset=data, data_collator=stacked).train()

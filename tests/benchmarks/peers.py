@@ -1,20 +1,35 @@
 """The peers' side that several benchmarks share, as their documentation shows it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
-QUIET: dict[str, Any] = {
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "use_cpu": True,
-}
-"""For the arguments of a trainer: training alone, nothing written."""
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a benchmark computes: in fp32 on a CPU, else under bf16 autocast."""
+
+    device: str = "cpu"
+    workers: int = 0
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """For the arguments of a trainer: training alone, nothing written."""
+        return {
+            "save_strategy": "no",
+            "report_to": "none",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "use_cpu": self.device == "cpu",
+            "bf16": self.device != "cpu",
+            "dataloader_num_workers": self.workers,
+        }
+
+
+CPU = Machine()
 
 
 def adapted(clip: Any) -> Any:
@@ -35,7 +50,12 @@ def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_with_cached_loss(
-    module: Any, images: list[Any], texts: list[str], micro: int, how: dict[str, Any]
+    module: Any,
+    images: list[Any],
+    texts: list[str],
+    micro: int,
+    how: dict[str, Any],
+    machine: Machine = CPU,
 ) -> None:
     """sentence-transformers' cached loss: scale 100, both directions, ``micro`` at a time."""
     from datasets import Dataset
@@ -47,7 +67,7 @@ def train_with_cached_loss(
     )
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 
-    model = SentenceTransformer(modules=[module], device="cpu")
+    model = SentenceTransformer(modules=[module], device=machine.device)
     data = Dataset.from_dict({"image": images, "text": texts}).cast_column("image", ImageColumn())
     loss = CachedMultipleNegativesRankingLoss(
         model,
@@ -56,7 +76,7 @@ def train_with_cached_loss(
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    arguments = SentenceTransformerTrainingArguments(**how, **QUIET)
+    arguments = SentenceTransformerTrainingArguments(**how, **machine.trainer_arguments())
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import QUIET, adapted, adapted_transformer, stacked, train_with_cached_loss
+from peers import CPU, adapted, adapted_transformer, stacked, train_with_cached_loss
 from PIL import Image
 from side_by_side import arguments, write_figures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
@@ -159,7 +159,7 @@ def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
         num_train_epochs=work.epochs,
         learning_rate=work.lr,
         seed=seed,
-        **QUIET,
+        **CPU.trainer_arguments(),
     )
     Trainer(model=model, args=how, train_dataset=items, data_collator=stacked).train()
     return merged(model, place)

@@ -80,11 +80,18 @@ def write_figures(file: Path, figure: str, rows: Sequence[Any], packages: Sequen
     figures = {
         "figure": figure,
         "rows": [asdict(row) for row in rows],
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), **_gpu()},
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _gpu() -> dict[str, str]:
+    """Its name, if there is one."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu() -> str:

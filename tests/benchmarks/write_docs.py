@@ -34,7 +34,8 @@ def written(text: str) -> str:
         machine = figures["machine"]
         versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
         lines = _table(figures["rows"])
-        where = f"{figures['date']}, {machine['cores']} cores ({machine['cpu']}); {versions}."
+        gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+        where = f"{figures['date']}, {machine['cores']} cores ({machine['cpu']}){gpu}; {versions}."
         return "\n".join([f"<!-- {name} -->", *lines, "", where, "<!-- end -->"])
 
     return _MARKED.sub(table, text)
