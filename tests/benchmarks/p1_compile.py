@@ -1,4 +1,4 @@
-"""Does torch.compile pay? The step of P1 with both towers compiled against the same as it is.
+"""Does torch.compile pay? A step of 64 pairs with both towers compiled against the same as it is.
 
     python tests/benchmarks/p1_compile.py --photos DIR [--quick] [--json FILE]
 
@@ -23,7 +23,7 @@ from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
 from clipft.training.trainer import TrainState, fit
 
-SIZE, ROUNDS = Size(128, 128, 32), 5
+SIZE, ROUNDS = Size(64, 64, 32), 3
 
 
 @dataclass(frozen=True)
