@@ -28,11 +28,13 @@ def first_line(error: Exception) -> str:
 class ClipftError(Exception):
     """What was wrong and where (``message``), what to do (``hint``), and the exit code.
 
-    ``said``: another process of the run tells the user of it.
+    ``said``: another process of the run tells the user of it. ``alone``: the other processes
+    do not know of it, and nothing can be done together any more.
     """
 
     exit_code = 1
     said = False
+    alone = False
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -65,6 +67,7 @@ class DivergedError(ClipftError):
 
 class ProcessError(ClipftError):
     exit_code = 7
+    alone = True
 
 
 class RunsFailed(ClipftError):
