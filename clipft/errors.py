@@ -8,7 +8,8 @@ ClipftError               1   (never raised itself)
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
-├── MemoryShortage        9   not even one pair fits into memory; the state is saved
+├── MemoryShortage        9   not even one pair fits into memory, the state is saved; or sharded
+│                             weights leave no way to smaller pieces
 ├── NotReady             10   ``clipft doctor`` found what would stop a run
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 

@@ -173,12 +173,20 @@ class Optimiser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ModelError: it is the state of other parameter groups, or lost its learning rates.
+            ModelError: it is the state of another optimizer or of other parameter groups, or lost
+                its learning rates.
         """
-        try:
-            self.optimizer.load_state_dict(
-                self.weights.own_optimizer_state(self.optimizer, state["optimizer_state_dict"])
+        saved = state["optimizer_state_dict"]
+        kept = next(iter(saved["state"].values()), None)
+        if kept and ("exp_avg" in kept) != isinstance(self.optimizer, torch.optim.AdamW):
+            raise ModelError(
+                "the optimizer state in the checkpoint is that of the other AdamW: `auto` chooses "
+                "adamw8bit on a GPU, and adamw with --shard-weights",
+                "resume with or without --shard-weights as it was; started with --optimizer adamw "
+                "a run can change between them",
             )
+        try:
+            self.optimizer.load_state_dict(self.weights.own_optimizer_state(self.optimizer, saved))
         except ValueError as error:
             raise _other_groups(str(error)) from error
         self.scheduler.load_state_dict(state["scheduler_state_dict"])

@@ -116,7 +116,7 @@ def micro_batch(
         asked = min(settings.micro_batch_size, effective)
         return _within_memory(asked, settings, loaded, note, processes)
     if to_shard:
-        note("With --shard-weights the micro-batch is not searched for: --micro-batch-size sets it.")
+        note("note: with --shard-weights --micro-batch-size is not found, but to be set.")
         return min(FALLBACK_MICRO_BATCH, effective)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
         return min(FALLBACK_MICRO_BATCH, effective)

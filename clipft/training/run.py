@@ -1,6 +1,5 @@
 """``train``: from settings to a better model in a run folder, from scratch or resumed."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,22 +17,20 @@ from clipft.errors import (
     MemoryShortage,
     ProcessError,
 )
-from clipft.files import replacing_folder, write_text
-from clipft.modelling.export import write_adapter
+from clipft.files import write_text
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.bad_pairs import BadPairs
-from clipft.training.checkpoint import load_checkpoint, previous_of, save_checkpoint
+from clipft.training.checkpoint import previous_of, save_checkpoint
 from clipft.training.checkpoint_pair import save_newest
 from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
-from clipft.training.judging import EvaluationSet, compare, load_untouched
-from clipft.training.loaded import LoadedModel
+from clipft.training.finishing import leave
+from clipft.training.judging import EvaluationSet
 from clipft.training.measure import embed_pairs
 from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
-from clipft.training.restore import load_tuned
 from clipft.training.result import TrainResult
 from clipft.training.resuming import check_same_run, checkpoint_to_resume, go_back_to
 from clipft.training.run_folder import RunLock, RunPaths, cut_lines
@@ -186,20 +183,8 @@ class _Run:
             self._train(self.state)
         self._save(finished=True)
         result = self._result()
-        by_first(self.processes, lambda: self._leave(result))
+        by_first(self.processes, lambda: leave(result, self.setup, self.paths, self.judged_on))
         return result
-
-    def _leave(self, result: TrainResult) -> None:
-        """What a finished run has in its folder."""
-        self._evaluate(self._with_best())
-        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
-
-    def _evaluate(self, best: LoadedModel) -> None:
-        """All figures of the untouched model and of the best epoch, with intervals."""
-        tuned = best if self.best else None
-        judged = compare(self.judged_on, load_untouched(self.setup.settings), tuned)
-        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
-        write_text(self.paths.evaluation, text + "\n")
 
     def _result(self) -> TrainResult:
         assert self.before
@@ -212,19 +197,6 @@ class _Run:
             folder=self.paths.folder,
             checkpoint=self.paths.checkpoint,
         )
-
-    def _with_best(self) -> LoadedModel:
-        """The best epoch's weights in the model, and for others' tools in the run folder."""
-        settings, loaded = self.setup.settings, self.setup.loaded
-        best = self.paths.best if self.best and self.paths.best.exists() else None
-        if self.setup.weights.sharded:  # no process has the whole model, and only one is here
-            return load_tuned(load_checkpoint(best or self.paths.checkpoint), settings)
-        if best:
-            loaded.model.load_trainable_state(load_checkpoint(best)["model_state_dict"])
-        if settings.declared_scenario.lora:
-            with replacing_folder(self.paths.adapter) as temporary:
-                write_adapter(loaded.model, settings.model, temporary)
-        return loaded
 
     def _train(self, state: TrainState) -> None:
         try:

@@ -85,16 +85,17 @@ class ShardedWeights:
 
     def __init__(self, loaded: LoadedModel, processes: Processes) -> None:
         self._processes, device = processes, loaded.precision.device
-        self._mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+        everyone = cast(dist.ProcessGroup, dist.group.WORLD)
+        self._mesh = DeviceMesh.from_group(everyone, device.type)
         _shard(loaded.model, self._mesh)
         give_back(device)  # the whole weights
         self._blanks = _Blanks.of(loaded)
-        self._parts = {
-            p: nn.Parameter(p.detach().to_local())
+        self._parts: dict[nn.Parameter, nn.Parameter] = {
+            p: nn.Parameter(cast(DTensor, p.detach()).to_local())
             for _, p in loaded.model.trainable()
             if isinstance(p, DTensor)
         }
-        self._wholes = {part: cast(DTensor, whole) for whole, part in self._parts.items()}
+        self._wholes = {part: whole for whole, part in self._parts.items()}
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._parts.get(parameter, parameter)
@@ -294,6 +295,9 @@ class _AsManyOnAll:
 def _encode(encode_inputs: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     with ExitStack() as held:
         held.enter_context(_passing())
+        # Each weight is cast once in a pass: a cast that is kept would be a whole one
+        held.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         if torch.is_inference_mode_enabled():
             # What is fetched here serves training later, which it could not as inference tensors
             held.enter_context(torch.inference_mode(False))
