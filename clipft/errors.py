@@ -8,7 +8,8 @@ ClipftError               1   (never raised itself)
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
-├── MemoryShortage        9   not even one pair fits into memory; the state is saved
+├── MemoryShortage        9   not even one pair fits into memory, the state is saved; or sharded
+│                             weights leave no way to smaller pieces
 ├── NotReady             10   ``clipft doctor`` found what would stop a run
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
@@ -28,11 +29,13 @@ def first_line(error: Exception) -> str:
 class ClipftError(Exception):
     """What was wrong and where (``message``), what to do (``hint``), and the exit code.
 
-    ``said``: another process of the run tells the user of it.
+    ``said``: another process of the run tells the user of it. ``alone``: the other processes
+    do not know of it, and nothing can be done together any more.
     """
 
     exit_code = 1
     said = False
+    alone = False
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -65,6 +68,7 @@ class DivergedError(ClipftError):
 
 class ProcessError(ClipftError):
     exit_code = 7
+    alone = True
 
 
 class RunsFailed(ClipftError):

@@ -284,6 +284,11 @@ class RunSettings(Section):
         unit="processes",
         ge=1,
     )
+    shard_weights: bool = setting(
+        False,
+        "for scenario full on several processes: each holds a part of weights, gradients and "
+        "optimizer states (FSDP), and fetches a layer's others while it works",
+    )
     process_timeout: float = setting(
         10,
         "minutes after which a process that is not heard of is taken for lost",

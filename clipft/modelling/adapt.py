@@ -146,6 +146,16 @@ class TrainableModel(nn.Module):
         """Put back what ``trainable_state`` gave.
 
         Raises:
+            ModelError: as ``check_state``.
+        """
+        self.check_state(state)
+        with torch.no_grad():
+            for name, parameter in self.trainable():
+                parameter.copy_(state[name])
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """
+        Raises:
             ModelError: other names or shapes: a checkpoint of another scenario or rank.
         """
         own = dict(self.trainable())
@@ -157,9 +167,6 @@ class TrainableModel(nn.Module):
                 f"differ, first {wrong[0]}",
                 "use the scenario, lora_r and model with which it was trained",
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
 
     def parameters_count(self) -> Parameters:
         return Parameters(self._base_count, sum(p.numel() for _, p in self.trainable()))

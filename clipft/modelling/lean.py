@@ -5,6 +5,7 @@ attention's query and its MLP: nearly 7 % of the products of twelve layers are s
 are the same, since the other places' outputs reach no loss.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 QUICK_GELU = 1.702
+POOLED = "pooled"
+"""Under which a layer may carry its own ``pooled_layer``: one that its weights are fetched for."""
 
 
 def encode_pooled(tower: Any, hidden: Tensor, places: Tensor, causal: bool) -> Tensor:
@@ -32,10 +35,12 @@ def encode_pooled(tower: Any, hidden: Tensor, places: Tensor, causal: bool) -> T
     if causal:
         seen = torch.arange(hidden.shape[1], device=hidden.device) <= places[:, None]
         seen = seen[:, None, None]  # heads, queries
-    return _pooled_layer(last, hidden, places, seen)
+    pooled: Tensor = getattr(last, POOLED, partial(pooled_layer, last))(hidden, places, seen)
+    return pooled[:, 0]
 
 
-def _pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | None) -> Tensor:
+def pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | None) -> Tensor:
+    """An encoder layer for one place of each row, [B, 1, C]; see ``encode_pooled``."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
 
@@ -53,7 +58,7 @@ def _pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | Non
     )
     pooled: Tensor = _at(places, hidden) + attention.out_proj(mixed.transpose(1, 2).flatten(2))
     pooled = pooled + layer.mlp(layer.layer_norm2(pooled))
-    return pooled[:, 0]
+    return pooled
 
 
 def _at(places: Tensor, hidden: Tensor) -> Tensor:

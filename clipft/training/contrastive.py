@@ -23,6 +23,7 @@ from clipft.training.graphs import GraphMemory
 from clipft.training.losses import ContrastiveLoss
 from clipft.training.positives import Positives
 from clipft.training.sides import Piece, Side, Sides
+from clipft.training.weights import WHOLE, Weights
 
 
 class Accumulation(Protocol):
@@ -60,9 +61,11 @@ class _Passed:
 
     def push_back(self) -> None:
         """From the gradient that the loss left in ``leaf`` to that of the parameters."""
-        if not self.side.learns or self.leaf.grad is None:
+        if not self.side.learns:
             return
-        gradients = torch.split(self.leaf.grad, [len(piece.keys) for piece in self.pieces])
+        # No pair, no loss; but other processes may wait for these pieces
+        given = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+        gradients = torch.split(given, [len(piece.keys) for piece in self.pieces])
         for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
             graph, self.graphs[i] = self.graphs[i], None
             rows = self.side.encode(self.step, piece) if graph is None else graph
@@ -78,6 +81,7 @@ class _Accumulation:
     processes: Processes
     scaler: "torch.amp.GradScaler"
     graphs: GraphMemory
+    weights: Weights = WHOLE
 
     def _pass(self, side: Side, step: int, batches: Sequence[Batch]) -> _Passed:
         cut = side.cut(batches)
@@ -92,7 +96,7 @@ class _Accumulation:
         return torch.cat(known) if known else None
 
     def _sum_gradients(self, complete: Sequence[nn.Parameter] = ()) -> None:
-        self.processes.sum_gradients([p for _, p in self.model.trainable()], complete)
+        self.weights.sum_gradients(self.model, self.processes, complete)
 
 
 @dataclass(frozen=True)
@@ -151,20 +155,21 @@ class LocalAccumulation(_Accumulation):
         own = torch.tensor([sum(len(batch) for batch in micro_batches)])
         total = int(self.processes.gather_rows(own).sum())
         mean = torch.zeros(1, device=device)
-        for micro_batch in micro_batches:
-            batches = [micro_batch.to(device)]
+        for micro_batch in self.sides.rounds(micro_batches):
+            batches = [micro_batch.to(device)] if len(micro_batch) else []
             self.graphs.begin_step()
             images = self._pass(self.sides.images, step, batches)
             texts = self._pass(self.sides.texts, step, batches)
-            groups = self._own_groups(batches)
-            share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
-                len(micro_batch) / total
-            )
-            if share.requires_grad:
-                torch.autograd.backward(self.scaler.scale(share))
+            if batches:
+                groups = self._own_groups(batches)
+                share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
+                    len(micro_batch) / total
+                )
+                if share.requires_grad:
+                    torch.autograd.backward(self.scaler.scale(share))
+                mean += share.detach()
             images.push_back()
             texts.push_back()
-            mean += share.detach()
         self._sum_gradients()
         return self.processes.gather_rows(mean).sum()
 

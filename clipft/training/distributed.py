@@ -142,7 +142,7 @@ class ManyProcesses:
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         rows = rows.detach()
-        with _telling_of_loss():
+        with telling_of_loss():
             shapes = self._exchange_notes(rows.shape)
             counts = [shape[0] for shape in shapes]
             if not any(counts):
@@ -160,7 +160,7 @@ class ManyProcesses:
         whole = {id(parameter) for parameter in complete}
         summed = [parameter for parameter in parameters if id(parameter) not in whole]
         listed = [*summed, *complete]
-        with _telling_of_loss():
+        with telling_of_loss():
             self._exchange_notes(())
             present = torch.tensor([p.grad is not None for p in listed], dtype=torch.uint8)
             dist.all_reduce(present, dist.ReduceOp.MAX)
@@ -175,29 +175,29 @@ class ManyProcesses:
                 _add_up(bucket)
 
     def abandon_step(self) -> None:
-        with _telling_of_loss():
+        with telling_of_loss():
             self._exchange([1])
 
     def any(self, flag: bool) -> bool:
-        with _telling_of_loss():
+        with telling_of_loss():
             return any(note[0] for note in self._exchange([int(flag)]))
 
     def gather_objects(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.count
-        with _telling_of_loss():
+        with telling_of_loss():
             dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: T) -> T:
         values: list[Any] = [value]
-        with _telling_of_loss():
+        with telling_of_loss():
             dist.broadcast_object_list(
                 values, src=0, group=self.patient, device=torch.device("cpu")
             )
         return values[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
-        with _telling_of_loss():
+        with telling_of_loss():
             dist.barrier(group=self.patient)
 
     def _exchange_notes(self, shape: Sequence[int]) -> list[list[int]]:
@@ -241,7 +241,7 @@ def _add_up(gradients: list[Tensor]) -> None:
 
 
 @contextmanager
-def _telling_of_loss() -> Iterator[None]:
+def telling_of_loss() -> Iterator[None]:
     """torch has no kind for a lost peer: gloo raises RuntimeError, NCCL one of its children."""
     try:
         yield
@@ -271,6 +271,8 @@ def _attempt(work: Callable[[], Any]) -> _Outcome:
     try:
         return _Outcome(work())
     except ClipftError as error:
+        if error.alone:
+            raise
         return _Outcome(error=error)
 
 

@@ -66,10 +66,8 @@ def _embed_own(
     images, texts = [torch.empty(0)], [torch.empty(0)]
     groups = [] if (none := positives.ids(NO_PAIRS)) is None else [none]
     numbers, skipped = list[int](), list[Skipped]()
-    for batch in batches:
+    for batch in sides.rounds(batches):
         skipped += batch.skipped
-        if not len(batch):
-            continue
         images.append(_rows(sides.images, batch))
         texts.append(_rows(sides.texts, batch))
         ids = positives.ids(batch)
@@ -87,9 +85,9 @@ def _embed_own(
 
 def _rows(side: Side, batch: Batch) -> Tensor:
     """[B, D], on the CPU."""
-    cut = side.cut([batch.to(side.precision.device)])
-    rows = torch.cat([side.encode(0, piece) for piece in cut.pieces])
-    return rows[cut.order].cpu()
+    cut = side.cut([batch.to(side.precision.device)] if len(batch) else [])
+    rows = [side.encode(0, piece) for piece in cut.pieces]
+    return torch.cat(rows)[cut.order].cpu() if rows else torch.empty(0)
 
 
 @torch.inference_mode()

@@ -25,9 +25,11 @@ class Embedded:
 
 @dataclass
 class GraphMemory:
-    """``budget``: how many bytes the graphs of a step may hold, asked when first needed."""
+    """``budget``: how many bytes the graphs of a step may hold, asked when first needed.
+    ``agreed``: whether it is so for all that must keep the same ones."""
 
     budget: Callable[[], int]
+    agreed: Callable[[bool], bool] = bool
     _bytes_per_cell: dict[str, float] = field(default_factory=dict)
     _all: int | None = None
     _left: float = 0
@@ -50,7 +52,7 @@ class GraphMemory:
 
     def _takes(self, side: Side, piece: Piece) -> bool:
         needed = self._bytes_per_cell[side.name] * piece.cells
-        fits = needed <= self._left
+        fits = self.agreed(needed <= self._left)
         self._left -= needed if fits else 0
         return fits
 

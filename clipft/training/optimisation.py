@@ -13,6 +13,7 @@ from clipft.errors import DivergedError, ModelError, UsageError
 from clipft.modelling.adapt import TrainableModel
 from clipft.scenarios import TEXTUAL, VISUAL
 from clipft.settings import OptimSettings
+from clipft.training.weights import WHOLE, Weights
 
 EIGHT_BIT_PAYS_FROM = 20_000_000
 """Trainable weights from which AdamW8bit's smaller state (6 bytes less per weight) matters."""
@@ -30,10 +31,14 @@ def warmup_steps(asked: int, total_steps: int) -> int:
     return steps if steps >= 2 else 0
 
 
-def choose_optimizer(settings: OptimSettings, device: torch.device, trainable: int) -> str:
-    """``adamw`` or ``adamw8bit``."""
+def choose_optimizer(
+    settings: OptimSettings, device: torch.device, trainable: int, sharded: bool = False
+) -> str:
+    """``adamw`` or ``adamw8bit``, which needs whole weights."""
     if settings.optimizer != "auto":
         return settings.optimizer
+    if sharded:
+        return "adamw"
     pays = device.type == "cuda" and trainable >= EIGHT_BIT_PAYS_FROM
     return "adamw8bit" if pays else "adamw"
 
@@ -119,8 +124,10 @@ class Optimiser:
         scheduler: OneCycleLR,
         scaler: "torch.amp.GradScaler",
         grad_clip: float,
+        weights: Weights = WHOLE,
     ) -> None:
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
+        self.weights = weights
         self._max_norm = grad_clip or math.inf
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._skipped_in_a_row = 0
@@ -135,7 +142,7 @@ class Optimiser:
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_norm))
+        norm = self.weights.clip(self._parameters, self._max_norm)
         applied = math.isfinite(norm)
         if applied or self.scaler.is_enabled():  # the scaler skips, and lowers its scale
             self.scaler.step(self.optimizer)
@@ -157,7 +164,7 @@ class Optimiser:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "optimizer_state_dict": self.weights.optimizer_state(self.optimizer),
             "scheduler_state_dict": self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "skipped_in_a_row": self._skipped_in_a_row,
@@ -166,10 +173,20 @@ class Optimiser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ModelError: it is the state of other parameter groups, or lost its learning rates.
+            ModelError: it is the state of another optimizer or of other parameter groups, or lost
+                its learning rates.
         """
+        saved = state["optimizer_state_dict"]
+        kept = next(iter(saved["state"].values()), None)
+        if kept and ("exp_avg" in kept) != isinstance(self.optimizer, torch.optim.AdamW):
+            raise ModelError(
+                "the optimizer state in the checkpoint is that of the other AdamW: `auto` chooses "
+                "adamw8bit on a GPU, and adamw with --shard-weights",
+                "resume with or without --shard-weights as it was; started with --optimizer adamw "
+                "a run can change between them",
+            )
         try:
-            self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            self.optimizer.load_state_dict(self.weights.own_optimizer_state(self.optimizer, saved))
         except ValueError as error:
             raise _other_groups(str(error)) from error
         self.scheduler.load_state_dict(state["scheduler_state_dict"])

@@ -29,6 +29,7 @@ def lay_plan(
     val_pairs: int,
     processes: int,
     notes: Sequence[str],
+    sharded: bool = False,
 ) -> Plan:
     """The plan of a run whose epochs go by ``steps``."""
     parameters = loaded.model.parameters_count()
@@ -47,7 +48,9 @@ def lay_plan(
         micro_batch_size=steps.micro,
         device=str(loaded.precision.device),
         precision=loaded.precision.name,
-        optimizer=choose_optimizer(settings, loaded.precision.device, parameters.trainable),
+        optimizer=choose_optimizer(
+            settings, loaded.precision.device, parameters.trainable, sharded
+        ),
         notes=tuple(notes),
         processes=processes,
     )
@@ -100,13 +103,21 @@ def even_micro_batch(effective: int, micro: int, processes: int) -> int:
 
 
 def micro_batch(
-    settings: Settings, loaded: LoadedModel, effective: int, note: Note, processes: int
+    settings: Settings,
+    loaded: LoadedModel,
+    effective: int,
+    note: Note,
+    processes: int,
+    to_shard: bool = False,
 ) -> int:
     """The one that was set, as far as memory goes, or the fastest that is found; ``processes``
-    share the machine."""
+    share the machine. ``to_shard``: the model is still whole, and no measure of what it takes."""
     if settings.micro_batch_size:
         asked = min(settings.micro_batch_size, effective)
         return _within_memory(asked, settings, loaded, note, processes)
+    if to_shard:
+        note("note: with --shard-weights --micro-batch-size is not found, but to be set.")
+        return min(FALLBACK_MICRO_BATCH, effective)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
         return min(FALLBACK_MICRO_BATCH, effective)
     note("Finding the micro-batch size (done once per model, scenario and machine) ...")

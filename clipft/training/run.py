@@ -1,6 +1,5 @@
 """``train``: from settings to a better model in a run folder, from scratch or resumed."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,18 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from clipft.data.caption_table import CaptionTable
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
-from clipft.files import replacing_folder, write_text
-from clipft.modelling.export import write_adapter
+from clipft.errors import (
+    ClipftError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    MemoryShortage,
+    ProcessError,
+)
+from clipft.files import write_text
 from clipft.records import EpochResult, Observer, StepResult
 from clipft.settings import Settings
 from clipft.training.bad_pairs import BadPairs
-from clipft.training.checkpoint import load_checkpoint, previous_of, save_checkpoint
+from clipft.training.checkpoint import previous_of, save_checkpoint
 from clipft.training.checkpoint_pair import save_newest
 from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
 from clipft.training.feature_cache import Progress, silent
-from clipft.training.judging import EvaluationSet, compare, load_untouched
+from clipft.training.finishing import leave
+from clipft.training.judging import EvaluationSet
 from clipft.training.measure import embed_pairs
 from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
@@ -35,6 +41,10 @@ from clipft.training.trainer import TrainState, fit
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
+
+
+_BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
+"""Where nothing trains; and of a state, what weights alone come with."""
 
 
 @dataclass(frozen=True)
@@ -173,21 +183,8 @@ class _Run:
             self._train(self.state)
         self._save(finished=True)
         result = self._result()
-        by_first(self.processes, lambda: self._leave(result))
+        by_first(self.processes, lambda: leave(result, self.setup, self.paths, self.judged_on))
         return result
-
-    def _leave(self, result: TrainResult) -> None:
-        """What a finished run has in its folder."""
-        self._leave_best()
-        self._evaluate()
-        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
-
-    def _evaluate(self) -> None:
-        """All figures of the untouched model and of the best epoch, with intervals."""
-        tuned = self.setup.loaded if self.best else None
-        judged = compare(self.judged_on, load_untouched(self.setup.settings), tuned)
-        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
-        write_text(self.paths.evaluation, text + "\n")
 
     def _result(self) -> TrainResult:
         assert self.before
@@ -201,26 +198,19 @@ class _Run:
             checkpoint=self.paths.checkpoint,
         )
 
-    def _leave_best(self) -> None:
-        """The best epoch's weights in the model, and for others' tools in the run folder."""
-        model = self.setup.loaded.model
-        if self.best and self.paths.best.exists():
-            model.load_trainable_state(load_checkpoint(self.paths.best)["model_state_dict"])
-        if self.setup.settings.declared_scenario.lora:
-            with replacing_folder(self.paths.adapter) as temporary:
-                write_adapter(model, self.setup.settings.model, temporary)
-
     def _train(self, state: TrainState) -> None:
         try:
             self._train_steps(state)
-        except (DataError, MemoryShortage):
+        except (DataError, MemoryShortage, ProcessError) as error:
             if self._unsaved(state):
-                self._save(finished=False)
+                self._save_after(error)
             raise
-        except ProcessError:  # nothing can be done together any more
-            if self._unsaved(state) and self.processes.rank == 0:
-                self._write_checkpoint(finished=False)
-            raise
+
+    def _save_after(self, error: ClipftError) -> None:
+        if not error.alone:
+            self._save(finished=False)
+        elif self.processes.rank == 0 and not self.setup.weights.sharded:
+            self._write_checkpoint(self._state_dict(), finished=False)
 
     def _unsaved(self, state: TrainState) -> bool:
         """At an epoch's end the state was saved, unless the epoch is still to be validated."""
@@ -274,7 +264,8 @@ class _Run:
         result = EpochResult(**{**asdict(measured), "improved": improved})
         if improved:
             self.best = result
-            by_first(self.processes, self._write_best)
+            state_dict = self.setup.weights.now(state.weights_dict)
+            by_first(self.processes, lambda: self._write_best(state_dict))
         self.watchers.observer.epoch_ended(result)
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
@@ -319,22 +310,24 @@ class _Run:
         )
 
     def _save(self, finished: bool) -> None:
-        by_first(self.processes, lambda: self._write_checkpoint(finished))
+        state_dict = self._state_dict()
+        by_first(self.processes, lambda: self._write_checkpoint(state_dict, finished))
 
-    def _write_checkpoint(self, finished: bool) -> None:
-        save_newest(self.paths.checkpoint, self._content(finished))
+    def _state_dict(self) -> Callable[[], dict[str, Any]]:
+        return self.setup.weights.now(self.state.state_dict) if self.state else _BLANK.copy
+
+    def _write_checkpoint(self, state_dict: Callable[[], dict[str, Any]], finished: bool) -> None:
+        save_newest(self.paths.checkpoint, self._content(state_dict(), finished))
         self.watchers.saved(self.paths.checkpoint, self.state.step if self.state else 0)
 
-    def _write_best(self) -> None:
-        save_checkpoint(self.paths.best, self._content(finished=False, weights_only=True))
+    def _write_best(self, state_dict: Callable[[], dict[str, Any]]) -> None:
+        weights = state_dict()
+        content = self._content({key: weights[key] for key in _BLANK}, finished=False)
+        save_checkpoint(self.paths.best, content)
         self._keep_rankings(self.paths.rankings_best)
 
-    def _content(self, finished: bool, weights_only: bool = False) -> dict[str, Any]:
+    def _content(self, state: dict[str, Any], finished: bool) -> dict[str, Any]:
         assert self.before
-        blank = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
-        state = self.state.state_dict() if self.state else blank
-        if weights_only:
-            state = {key: state[key] for key in blank}
         return {
             **state,
             "settings": self.setup.settings.model_dump(mode="json"),

@@ -1,6 +1,6 @@
 """What a run consists of, made once before it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +39,9 @@ from clipft.training.preprocessing import (
     training_preprocessing,
     validation_preprocessing,
 )
+from clipft.training.sharding import Unshrinking, check_sharding, hold_weights, to_shard
 from clipft.training.shrinking import ShrinkingAccumulation
+from clipft.training.weights import Weights
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -65,6 +67,7 @@ class RunSetup:
     epoch_plan: EpochPlan
     plan: Plan
     processes: Processes
+    weights: Weights
 
     @property
     def loader_options(self) -> LoaderOptions:
@@ -75,14 +78,17 @@ class RunSetup:
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
         groups = parameter_groups(self.loaded.model, settings)
+        for group in groups:
+            group["params"] = [self.weights.own(parameter) for parameter in group["params"]]
         optimizer = make_optimizer(self.plan.optimizer, groups, precision.device)
         total, warmup = self.plan.total_steps, self.plan.warmup_steps
         scheduler = one_cycle(optimizer, total, warmup)
-        return Optimiser(optimizer, scheduler, precision.make_scaler(), settings.grad_clip)
+        scaler = self.weights.make_scaler(precision)
+        return Optimiser(optimizer, scheduler, scaler, settings.grad_clip, self.weights)
 
     def make_accumulation(self, optimiser: Optimiser, note: Note) -> Accumulation:
         model, settings = self.loaded.model, self.settings
-        graphs = GraphMemory(self._graph_bytes)
+        graphs = GraphMemory(self._graph_bytes, self.weights.agreed)
         accumulate = ACCUMULATIONS[settings.accumulation](
             model=model,
             sides=self.encoding.sides,
@@ -91,7 +97,10 @@ class RunSetup:
             processes=self.processes,
             scaler=optimiser.scaler,
             graphs=graphs,
+            weights=self.weights,
         )
+        if self.weights.sharded:
+            return Unshrinking(accumulate)
         micro = self.plan.micro_batch_size
         cutting = accumulate.cutting
         return ShrinkingAccumulation(
@@ -109,7 +118,7 @@ class RunSetup:
         """What graphs may hold, asked once in the first step."""
         if self.settings.graph_memory is not None:
             return int(self.settings.graph_memory * 2**30)
-        trainable = sum(p.nbytes for _, p in self.loaded.model.trainable())
+        trainable = sum(self.weights.own(p).nbytes for _, p in self.loaded.model.trainable())
         free = free_for_graphs(self.loaded.precision.device, to_come=_STATES * trainable)
         return free // self.processes.on_this_machine
 
@@ -127,9 +136,11 @@ def prepare(
     Raises:
         DataError, ModelError, UsageError: what is missing, before anything has started.
     """
+    check_sharding(settings)
     opened = _open(settings, note, processes, source)
     loaded, train, val = opened.loaded, opened.train, opened.val
     epoch_plan = _epoch_plan(settings, opened, note, processes)
+    weights = hold_weights(settings, loaded, processes, note)
     notes = list[str]()
     if settings.declared_scenario.trains:
         notes += step_remarks(settings, epoch_plan)
@@ -147,15 +158,18 @@ def prepare(
         loaded=loaded,
         train=train,
         val=val,
-        encoding=encoding,
-        val_encoding=val_encoding,
+        encoding=replace(encoding, sides=weights.sides(encoding.sides)),
+        val_encoding=replace(val_encoding, sides=weights.sides(val_encoding.sides)),
         val_preprocessing=opened.val_preprocessing,
         positives=make_positives(settings, train, fill, note),
         val_positives=make_positives(settings, val, fill, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
-        plan=lay_plan(settings, loaded, epoch_plan, len(val), processes.count, notes),
+        plan=lay_plan(
+            settings, loaded, epoch_plan, len(val), processes.count, notes, weights.sharded
+        ),
         processes=processes,
+        weights=weights,
     )
 
 
@@ -200,7 +214,10 @@ def _epoch_plan(settings: Settings, opened: _Opened, note: Note, processes: Proc
     if settings.declared_scenario.trains:
         most, beside = -(-effective // processes.count), processes.on_this_machine
         found = by_first(
-            processes, lambda: micro_batch(settings, opened.loaded, most, note, beside)
+            processes,
+            lambda: micro_batch(
+                settings, opened.loaded, most, note, beside, to_shard(settings, processes)
+            ),
         )
         micro = even_micro_batch(effective, found, processes.count)
     return EpochPlan(pairs, effective, micro, settings.seed)

@@ -7,7 +7,7 @@ A tower that does not train and always sees the same does not run at all: its fe
 looked up, and what remains of the side is its projection.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -74,12 +74,28 @@ class Side:
             torch.autograd.backward(rows, gradient)
 
 
+class Rounds(Protocol):
+    """Batches -> those that pass through the towers: where processes must pass together, as many
+    as the one has that has most of them, empty ones among them.
+
+    Raises:
+        ClipftError: what the batches of one process raise.
+    """
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterable[Batch]: ...
+
+
+def _as_they_come(batches: Iterable[Batch]) -> Iterable[Batch]:
+    return batches
+
+
 @dataclass(frozen=True)
 class Sides:
     """Images and texts."""
 
     images: Side
     texts: Side
+    rounds: Rounds = _as_they_come
 
 
 def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
@@ -103,14 +119,14 @@ def with_image_features(sides: Sides, model: TrainableModel, features: Features)
     """The vision tower's work looked up by the pair's number."""
     cut = _Looked(features, lambda batch: np.asarray(batch.numbers, np.uint64))
     side = replace(sides.images, cut=cut, encode_inputs=model.project_images)
-    return Sides(side, sides.texts)
+    return replace(sides, images=side)
 
 
 def with_text_features(sides: Sides, model: TrainableModel, features: Features, fill: int) -> Sides:
     """The text tower's work looked up by the caption."""
     cut = _Looked(features, lambda batch: caption_keys(batch.input_ids, fill))
     side = replace(sides.texts, cut=cut, encode_inputs=model.project_texts)
-    return Sides(sides.images, side)
+    return replace(sides, texts=side)
 
 
 def _pictures(micro_batches: Sequence[Batch]) -> Pieces:

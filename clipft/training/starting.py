@@ -95,8 +95,8 @@ def _first_node(listed: str) -> str:
 
 @contextmanager
 def start_processes(settings: Settings) -> Iterator[Processes]:
-    """Meet the other processes; on a GPU, take the one of this process's place. An error that
-    leaves the block is said by the first process alone.
+    """Meet the other processes; on a GPU, take the one of this process's place. An error of
+    all that leaves the block is said by the first process.
 
     Raises:
         UsageError: the environment is not complete, or there are too few GPUs.
@@ -108,10 +108,8 @@ def start_processes(settings: Settings) -> Iterator[Processes]:
         return
     try:
         yield _meet(place, settings)
-    except ProcessError:  # of which only this one may know
-        raise
-    except ClipftError as error:  # all raise it
-        error.said = place.rank > 0
+    except ClipftError as error:
+        error.said = place.rank > 0 and not error.alone
         raise
     # Not after an error: NCCL would wait for a process that is gone
     dist.destroy_process_group()

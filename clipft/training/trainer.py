@@ -37,18 +37,22 @@ class TrainState:
         self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole on the first process; where weights are sharded, all must ask."""
+        return {**self.weights_dict(), **self.optimiser.state_dict()}
+
+    def weights_dict(self) -> dict[str, Any]:
+        """``state_dict`` without what only going on needs."""
         return {
             "epoch": self.position.epoch,
             "step_in_epoch": self.position.step,
             "step": self.step,
             "loss": self.loss,
             "epoch_loss_sum": self.epoch_loss_sum,
-            "model_state_dict": self.model.trainable_state(),
-            **self.optimiser.state_dict(),
+            "model_state_dict": self.optimiser.weights.model_state(self.model),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_trainable_state(state["model_state_dict"])
+        self.optimiser.weights.load_model_state(self.model, state["model_state_dict"])
         self.optimiser.load_state_dict(state)
         self.position = Position(state["epoch"], state["step_in_epoch"])
         self.step, self.loss = state["step"], state["loss"]

@@ -58,11 +58,11 @@ def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Pop
     ]
 
 
-def results(body: str, count: int = 2) -> list[Any]:
+def results(body: str, count: int = 2, seconds: float = 120) -> list[Any]:
     """What ``body`` left in ``result`` on each process; fails if any of them failed."""
     found = []
     for process in start_all(body, count):
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=seconds)
         assert process.returncode == 0, stderr
         line = next(line for line in stdout.splitlines() if line.startswith("RESULT"))
         found.append(json.loads(line.removeprefix("RESULT")))
