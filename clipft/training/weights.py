@@ -1,7 +1,7 @@
 """How the weights that learn lie in the processes of a run, and what follows from that.
 
-``WholeWeights`` is today's way: each process has all of them. ``sharding.ShardedWeights`` is the
-other; which it is, is chosen once, and a step does not ask.
+``WholeWeights``: each process has all of them; ``sharding.ShardedWeights``: each has a part. Which
+it is, is chosen once, and a step does not ask.
 """
 
 from collections.abc import Callable, Sequence
