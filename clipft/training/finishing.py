@@ -1,0 +1,51 @@
+"""What a run that has ended leaves in its folder, besides what it wrote on its way."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clipft.files import replacing_folder, write_text
+from clipft.modelling.export import write_adapter
+from clipft.records import EpochResult
+from clipft.training.best_weights import load_best
+from clipft.training.judging import EvaluationSet, compare, load_untouched
+from clipft.training.result import TrainResult
+from clipft.training.run_folder import RunPaths
+from clipft.training.setup import RunSetup
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of one run. ``check`` may end it between batches by what it raises: ``result.json``
+    is then missing, and the resumed run does all of it again."""
+
+    setup: RunSetup
+    paths: RunPaths
+    judged_on: EvaluationSet
+    check: Callable[[], None]
+
+    def leave(self, result: TrainResult) -> None:
+        """
+        Raises:
+            StorageError, ModelError: a disk is full; the best epoch's weights are damaged.
+            Interrupted: as ``check`` has it.
+        """
+        self._leave_best(result.best)
+        self._evaluate(tuned=result.best is not None)
+        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
+
+    def _leave_best(self, best: EpochResult | None) -> None:
+        """The best epoch's weights in the model, and for others' tools in the run folder."""
+        model = self.setup.loaded.model
+        if best:
+            model.load_trainable_state(load_best(self.paths.best, best.epoch)["model_state_dict"])
+        if self.setup.settings.declared_scenario.lora:
+            with replacing_folder(self.paths.adapter) as temporary:
+                write_adapter(model, self.setup.settings.model, temporary)
+
+    def _evaluate(self, tuned: bool) -> None:
+        """All figures of the untouched model and of the best epoch, with intervals."""
+        untouched, loaded = load_untouched(self.setup.settings), self.setup.loaded
+        judged = compare(self.judged_on, untouched, loaded if tuned else None, self.check)
+        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
+        write_text(self.paths.evaluation, text + "\n")
