@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clipft.settings_sources import load_settings
     from clipft.training.kept import Request
     from clipft.training.result import TrainResult
-    from clipft.training.run import Watchers
+    from clipft.training.watchers import Watchers
 
 __version__ = "0.1.0"
 

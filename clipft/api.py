@@ -24,9 +24,9 @@ from clipft.training.planning import Note
 from clipft.training.precision import choose_precision
 from clipft.training.restore import find_checkpoint, saved_settings
 from clipft.training.result import TrainResult
-from clipft.training.run import Watchers
 from clipft.training.run import train as run_service
 from clipft.training.run_folder import RunPaths
+from clipft.training.watchers import Watchers
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource

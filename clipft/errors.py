@@ -8,9 +8,9 @@ ClipftError               1   (never raised itself)
 ├── DivergedError         6   training diverged; the last good state is kept
 ├── ProcessError          7   another process of the run ended, hangs, or never came
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
-├── MemoryShortage        9   not even one pair fits into memory, the state is saved; or sharded
-│                             weights leave no way to smaller pieces
-├── NotReady             10   ``clipft doctor`` found what would stop a run
+ ├── MemoryShortage        9   not even one pair fits into memory, the state is saved; or sharded
+ │                             weights leave no way to smaller pieces
+ ├── NotReady             10   ``clipft doctor`` found what stops a run; a library does not load
 └── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
 
 A service raises one of these with the sentence and the mend; ``cli.app.main`` alone

@@ -55,12 +55,31 @@ def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
+        for within in (*temporary.rglob("*"), temporary):
+            _flush(within)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+        _flush(folder.parent)
     except (OSError, RuntimeError) as error:
         raise StorageError(f"cannot write {folder}: {_reason(error)}", _HINT) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(folder: Path, *names: str) -> None:
+    """Files that grow, and their names, are on the disk when this returns; those that are not
+    there are left out.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    for path in (*(folder / name for name in names), folder):
+        try:
+            _flush(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise disk_error(path, error) from error
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,14 @@ from clipft.cli.settings import settings
 from clipft.cli.sync import sync
 from clipft.cli.train import train
 from clipft.cli.zero_shot import zero_shot
-from clipft.errors import ClipftError, MemoryShortage, StorageError, UsageError, first_line
+from clipft.errors import (
+    ClipftError,
+    MemoryShortage,
+    NotReady,
+    StorageError,
+    UsageError,
+    first_line,
+)
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 """What a disk says that is full, read-only or broken."""
@@ -113,6 +120,13 @@ def _is_memory(error: Exception) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
+def _is_library(error: Exception) -> bool:
+    """Of an installation that does not fit together; clipft's own modules are there."""
+    if isinstance(error, ImportError):
+        return not (error.name or "").startswith("clipft")
+    return "operator torchvision::" in str(error)
+
+
 def _unforeseen(error: Exception) -> ClipftError:
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f" at {error.filename}" if error.filename else ""
@@ -125,6 +139,11 @@ def _unforeseen(error: Exception) -> ClipftError:
             f"memory ran out: {first_line(error)}",
             "use a smaller --micro-batch-size or fewer --num-workers; `clipft resume` goes on "
             "from the last checkpoint",
+        )
+    if _is_library(error):
+        return NotReady(
+            f"a library does not load: {first_line(error)}",
+            "`clipft doctor` says which one, and how to mend it",
         )
     bug = ClipftError(
         f"unexpected {type(error).__name__}: {error}",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clipft.storage.bucket import Bucket
     from clipft.storage.checkpoints import CheckpointStore, Manifest, Run
     from clipft.storage.uploading import Uploader
+    from clipft.training.signals import StopRequest
 
 _IDENTITY = "s3-run.json"
 """In the run's folder: who it is to the bucket, so that a resumed run is the same one."""
@@ -154,9 +155,10 @@ class Uploads:
             self.saved(path, step)
 
     @contextmanager
-    def awaited(self) -> Iterator[None]:
+    def awaited(self, stop: "StopRequest") -> Iterator[None]:
         """When the block has ended, however that was, the last save is in the bucket or given
-        up; after an error of the run's own, which counts for more, that is only said."""
+        up; after an error of the run's own, which counts for more, that is only said. ``stop``
+        gives it up."""
         try:
             yield
         except KeyboardInterrupt:
@@ -164,19 +166,23 @@ class Uploads:
                 self._uploader.abandon()
             raise
         except ClipftError:
-            if self._uploader and (error := self._uploader.close()):
+            if self._uploader and (error := self._uploader.close(lambda: bool(stop.name))):
                 self._out.note(f"warning: {error.message}.")
             raise
         if self._uploader:
-            self._uploader.close()
+            self._uploader.close(lambda: bool(stop.name))
 
-    def check(self) -> None:
+    def check(self, stop: "StopRequest") -> None:
         """
         Raises:
-            StorageError: the last save is not in the bucket.
+            Interrupted: ``stop`` gave up the last save.
+            StorageError: it is not in the bucket.
         """
-        if self._uploader:
-            self._uploader.check()
+        if not self._uploader:
+            return
+        if self._uploader.given_up:
+            stop.check("while its upload was awaited", self._settings.checkpoint_path)
+        self._uploader.check()
 
 
 def _is_newer(manifest: "Manifest", settings: Settings, out: Output) -> bool:

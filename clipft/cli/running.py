@@ -18,9 +18,10 @@ from clipft.training.distributed import Processes, by_first, on_each_machine
 from clipft.training.memory import memory_in_use
 from clipft.training.precision import choose_precision
 from clipft.training.result import TrainResult
-from clipft.training.run import Watchers
 from clipft.training.run_folder import RunPaths
+from clipft.training.signals import stop_on_signals
 from clipft.training.starting import start_processes
+from clipft.training.watchers import Watchers
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -45,6 +46,7 @@ def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
 
     Raises:
         StorageError: training has ended, but its last checkpoint is not in the bucket.
+        Interrupted: a signal came while it was on its way there.
     """
     settings = loaded.values
     source = _bring_data(processes, settings, out)
@@ -53,11 +55,12 @@ def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     device = choose_precision(settings).device
     display = make_progress(out.err, partial(memory_in_use, device))
     watchers = Watchers(display, out.note, uploads.saved, out.progress)
-    with uploads.awaited():
-        result = train(loaded, watchers, processes, source)
-        uploads.finished(result.checkpoint, result.steps)
-    _show(result, settings, out)
-    by_first(processes, uploads.check)
+    with stop_on_signals() as stop:  # after those of the run, to the end of the upload
+        with uploads.awaited(stop):
+            result = train(loaded, watchers, processes, source)
+            uploads.finished(result.checkpoint, result.steps)
+        _show(result, settings, out)
+        by_first(processes, lambda: uploads.check(stop))
 
 
 def _bring_data(processes: Processes, settings: Settings, out: Output) -> "ShardSource | None":

@@ -181,15 +181,18 @@ def _ahead(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
 def evaluation_batches(
     dataset: Places, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
-    """All pairs once, in their own order; of its batches those in ``options.share``."""
-    numbers = range(len(dataset))
+    """All pairs once, in their own order; of its batches those in ``options.share``, filled up
+    with empty ones: each share has as many."""
+    numbers, share = range(len(dataset)), options.share
     starts = numbers[::batch_size]
-    mine = [starts[i] for i in options.share.of(len(starts))]
+    mine = [starts[i] for i in share.of(len(starts))]
     chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in mine)
     under_way = UnderWay(options.processes)
     batches = started(iter(_loader(dataset, preprocessing, chunks, options, under_way)))
     for _ in mine:
         yield _next(batches, under_way)
+    for _ in range(-(-len(starts) // share.count) - len(mine)):
+        yield NO_PAIRS
 
 
 def _loader(

@@ -88,18 +88,19 @@ def device(settings: Settings) -> Finding:
 
     from clipft.training.precision import choose_precision
 
+    card = "" if torch.cuda.is_available() else _driver()
+    unusable = (
+        f"PyTorch {torch.__version__} cannot use it: is it built for the CPU, or for a "
+        "newer CUDA than the driver's? See https://pytorch.org/get-started"
+    )
+    if settings.device == "cuda" and card:
+        return Finding("error", f"not cuda, though this machine has {card}", unusable)
     chosen = choose_precision(settings).device
     if chosen.type == "cuda":
         return _gpus(settings.processes)
     if chosen.type == "cpu" and settings.device == "auto":
-        card = _driver()
         if card:
-            return Finding(
-                "warning",
-                f"cpu, though this machine has {card}",
-                f"PyTorch {torch.__version__} cannot use it: is it built for the CPU, or for a "
-                "newer CUDA than the driver's? See https://pytorch.org/get-started",
-            )
+            return Finding("warning", f"cpu, though this machine has {card}", unusable)
         return Finding(
             "warning", "cpu: no GPU", "real models take hours on a CPU; --model tiny does not"
         )

@@ -60,6 +60,8 @@ class Uploader:
         self._thread = threading.Thread(target=self._serve, name="checkpoints", daemon=True)
         self._thread.start()
         self.saves = 0
+        self.given_up = False
+        """The last save was not waited for."""
 
     def saved(self, step: int, paths: Mapping[str, Path]) -> None:
         """The files of a save, by their names; those that do not exist are left out."""
@@ -70,15 +72,19 @@ class Uploader:
             self.saves += 1
             self._changed.notify()
 
-    def close(self) -> StorageError | None:
-        """Wait until the last save is in the bucket, one that failed tried once more; what is
-        the matter if it is not."""
+    def close(self, give_up: Callable[[], bool] = lambda: False) -> StorageError | None:
+        """Wait until the last save is in the bucket, one that failed tried once more, or until
+        ``give_up``; what is the matter if it is not."""
         with self._changed:
             self._closing = True
             if self._waiting or self._unsent or self._busy:
                 self._say(f"Waiting for the last checkpoint to arrive at {self._store.url} ...")
             self._changed.notify()
         while self._thread.is_alive():
+            if give_up():
+                self.given_up = True
+                self.abandon()
+                return StorageError("the last checkpoint was not waited for", "upload it again")
             self._thread.join(0.2)
         return self._error
 

@@ -80,4 +80,9 @@ def _keep(checkpoint: Path) -> None:
         return
     except OSError:  # a file system without links: for a moment there is the one before alone
         link = checkpoint
-    link.replace(previous)
+    try:
+        link.replace(previous)
+    except OSError:
+        if link != checkpoint:
+            link.unlink()
+        raise

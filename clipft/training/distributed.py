@@ -126,7 +126,7 @@ class OneProcess:
 ALONE = OneProcess()
 
 
-@dataclass(frozen=True)
+@dataclass
 class ManyProcesses:
     """Over torch's default group, in which gloo moves CPU tensors and NCCL those of GPUs.
 
@@ -199,6 +199,16 @@ class ManyProcesses:
     def barrier(self) -> None:
         with telling_of_loss():
             dist.barrier(group=self.patient)
+
+    def part(self) -> None:
+        """Let go of the others, who still live: this is the last that is done.
+
+        The group's threads end with the last reference to it. One that still gives back a
+        tensor while Python ends would end the process: "terminate called without an active
+        exception".
+        """
+        dist.destroy_process_group()
+        self.patient = None
 
     def _exchange_notes(self, shape: Sequence[int]) -> list[list[int]]:
         """Go on with the step, a tensor of ``shape`` in hand; the shapes of all.

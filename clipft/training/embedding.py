@@ -1,6 +1,6 @@
 """A model + a data set -> one embedding per pair."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,9 +13,9 @@ from clipft.data.tokens import CaptionEncoder, padded
 from clipft.errors import DataError
 from clipft.evaluation.retrieval import Retrieval, retrieval
 from clipft.modelling.adapt import TrainableModel
-from clipft.training.distributed import Processes, together
 from clipft.training.loaded import LoadedModel
 from clipft.training.positives import Positives
+from clipft.training.shared_steps import Rounds
 from clipft.training.sides import Side, Sides
 
 
@@ -37,17 +37,19 @@ class Embeddings:
 def embed(
     model: TrainableModel,
     sides: Sides,
-    batches: Iterable[Batch],
+    batches: Iterator[Batch],
     positives: Positives,
-    processes: Processes,
+    rounds: Rounds,
 ) -> Embeddings:
     """Embed all pairs with dropout off; the model's mode is put back. Each process has its own
-    ``batches``; all get the embeddings of all, in the order of ranks.
+    ``batches``, as many as the others; all get the embeddings of all, in the order of ranks.
 
     Raises:
         DataError: none of them can be used.
+        Interrupted: as the check of ``rounds`` has it.
     """
-    own = together(processes, lambda: _embed_own(model, sides, batches, positives))
+    processes = rounds.processes
+    own = _embed_own(model, sides, rounds.of(batches), positives)
     skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))
     numbers = tuple(chain.from_iterable(processes.gather_objects(own.numbers)))
     if not numbers:

@@ -37,6 +37,23 @@ def silent(title: str) -> Iterator[Callable[[int, int], None]]:
     yield lambda done, rows: None
 
 
+def checked(progress: Progress, check: Callable[[], None]) -> Progress:
+    """The same, but ``check`` is called after each batch and may end the work by what it
+    raises."""
+
+    @contextmanager
+    def opened(title: str) -> Iterator[Callable[[int, int], None]]:
+        with progress(title) as tell:
+
+            def told(done: int, rows: int) -> None:
+                check()
+                tell(done, rows)
+
+            yield told
+
+    return opened
+
+
 _FORMAT = "1"
 _BATCH = 64
 """Rows per forward pass: always the same, so that features made again are the same bits."""

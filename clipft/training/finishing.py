@@ -1,10 +1,13 @@
-"""What a finished run has in its folder, besides its checkpoint. The work of one process."""
+"""What a run that has ended leaves in its folder, besides what it wrote on its way."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from clipft.files import replacing_folder, write_text
 from clipft.modelling.export import write_adapter
-from clipft.training.checkpoint import load_checkpoint
+from clipft.records import EpochResult
+from clipft.training.best_weights import load_best
 from clipft.training.judging import EvaluationSet, compare, load_untouched
 from clipft.training.loaded import LoadedModel
 from clipft.training.restore import load_tuned
@@ -13,30 +16,42 @@ from clipft.training.run_folder import RunPaths
 from clipft.training.setup import RunSetup
 
 
-def leave(result: TrainResult, setup: RunSetup, paths: RunPaths, judged_on: EvaluationSet) -> None:
-    """The best epoch's adapter, its evaluation beside that of the untouched model, and the
-    result.
+@dataclass(frozen=True)
+class Finish:
+    """The end of one run; the work of one process. ``check`` may end it between batches by what
+    it raises: ``result.json`` is then missing, and the resumed run does all of it again."""
 
-    Raises:
-        StorageError: the disk is full or refuses.
-    """
-    loaded = _with_best(result, setup, paths)
-    tuned = loaded if result.best else None
-    judged = compare(judged_on, load_untouched(setup.settings), tuned)
-    text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
-    write_text(paths.evaluation, text + "\n")
-    write_text(paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
+    setup: RunSetup
+    paths: RunPaths
+    judged_on: EvaluationSet
+    check: Callable[[], None]
 
+    def leave(self, result: TrainResult) -> None:
+        """
+        Raises:
+            StorageError, ModelError: a disk is full; the best epoch's weights are damaged.
+            Interrupted: as ``check`` has it.
+        """
+        loaded = self._with_best(result.best)
+        self._evaluate(loaded if result.best else None)
+        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
 
-def _with_best(result: TrainResult, setup: RunSetup, paths: RunPaths) -> LoadedModel:
-    """The best epoch's weights in the model, and for others' tools in the run folder."""
-    settings, loaded = setup.settings, setup.loaded
-    best = paths.best if result.best and paths.best.exists() else None
-    if setup.weights.sharded:  # whole once more: the other processes are not here
-        return load_tuned(load_checkpoint(best or paths.checkpoint), settings)
-    if best:
-        loaded.model.load_trainable_state(load_checkpoint(best)["model_state_dict"])
-    if settings.declared_scenario.lora:
-        with replacing_folder(paths.adapter) as temporary:
-            write_adapter(loaded.model, settings.model, temporary)
-    return loaded
+    def _with_best(self, best: EpochResult | None) -> LoadedModel:
+        """The best epoch's weights in the model, and for others' tools in the run folder."""
+        settings, loaded = self.setup.settings, self.setup.loaded
+        if best:
+            content = load_best(self.paths.best, best.epoch)
+            if self.setup.weights.sharded:  # whole once more: the other processes are not here
+                return load_tuned(content, settings)
+            loaded.model.load_trainable_state(content["model_state_dict"])
+        if settings.declared_scenario.lora:
+            with replacing_folder(self.paths.adapter) as temporary:
+                write_adapter(loaded.model, settings.model, temporary)
+        return loaded
+
+    def _evaluate(self, tuned: LoadedModel | None) -> None:
+        """All figures of the untouched model and of the best epoch, with intervals."""
+        untouched = load_untouched(self.setup.settings)
+        judged = compare(self.judged_on, untouched, tuned, self.check)
+        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
+        write_text(self.paths.evaluation, text + "\n")

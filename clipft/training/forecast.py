@@ -26,7 +26,7 @@ from clipft.training.planning import Note
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
 from clipft.training.run_folder import RunPaths
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import agreed
+from clipft.training.shared_steps import Rounds, agreed
 from clipft.training.trainer import TrainState, fit
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _validate(setup: RunSetup) -> tuple[float, int]:
         setup.val_encoding,
         setup.settings,
         setup.val_positives,
-        setup.processes,
+        Rounds(setup.processes),
     )
     seconds = time.perf_counter() - started
     return seconds * len(setup.val) / len(some), len(embedded.skipped)

@@ -1,6 +1,6 @@
 """Models + validation pairs -> evaluations, of one model or of two side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
 from clipft.training.embedding import Embeddings
 from clipft.training.encoding import open_encoding
+from clipft.training.feature_cache import checked, silent
 from clipft.training.loaded import LoadedModel, load_model
 from clipft.training.measure import embed_pairs, validation_pairs
 from clipft.training.preprocessing import validation_preprocessing
+from clipft.training.shared_steps import Rounds, go_on
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,14 @@ class EvaluationSet:
         pairs = validation_pairs(settings)
         return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings)
 
-    def judge(self, loaded: LoadedModel) -> Judged:
-        """Embed all pairs with a model and measure."""
-        settings = self.settings
-        how = open_encoding(loaded, self.pairs, self.preprocessing, settings, lambda note: None)
-        embedded = embed_pairs(loaded, self.pairs, how, settings)
+    def judge(self, loaded: LoadedModel, check: Callable[[], None] = go_on) -> Judged:
+        """Embed all pairs with a model and measure. ``check`` is called between batches, and may
+        end it by what it raises."""
+        settings, progress = self.settings, checked(silent, check)
+        how = open_encoding(
+            loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress
+        )
+        embedded = embed_pairs(loaded, self.pairs, how, settings, rounds=Rounds(check=check))
         chosen = np.array(embedded.numbers)
         own = self.identities
         groups = None if own.groups is None else own.groups[chosen]
@@ -104,10 +109,15 @@ class Comparison:
         }
 
 
-def compare(pairs: EvaluationSet, before: LoadedModel, after: LoadedModel | None) -> Comparison:
-    """Judge both."""
-    untouched = pairs.judge(before).evaluation
-    return Comparison(untouched, pairs.judge(after).evaluation if after else None)
+def compare(
+    pairs: EvaluationSet,
+    before: LoadedModel,
+    after: LoadedModel | None,
+    check: Callable[[], None] = go_on,
+) -> Comparison:
+    """Judge both; ``check`` as in ``judge``."""
+    untouched = pairs.judge(before, check).evaluation
+    return Comparison(untouched, pairs.judge(after, check).evaluation if after else None)
 
 
 def load_untouched(settings: Settings) -> LoadedModel:

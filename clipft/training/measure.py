@@ -5,11 +5,11 @@ from clipft.data.order import Share
 from clipft.data.shards import PairDataset, open_pairs
 from clipft.errors import DataError
 from clipft.settings import Settings
-from clipft.training.distributed import ALONE, Processes
 from clipft.training.embedding import Embeddings, embed
 from clipft.training.encoding import Encoding
 from clipft.training.loaded import LoadedModel
 from clipft.training.positives import EACH_FOR_ITSELF, Positives
+from clipft.training.shared_steps import ON_ITS_OWN, Rounds
 
 _BATCH = 64
 """Pairs per forward pass without gradients, where no micro-batch is set."""
@@ -28,18 +28,20 @@ def embed_pairs(
     how: Encoding,
     settings: Settings,
     positives: Positives = EACH_FOR_ITSELF,
-    processes: Processes = ALONE,
+    rounds: Rounds = ON_ITS_OWN,
 ) -> Embeddings:
     """Each process embeds its share; all get all, in the pairs' own order.
 
     Raises:
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
+        Interrupted: as the check of ``rounds`` has it.
     """
+    processes = rounds.processes
     share, device = Share(processes.rank, processes.count), loaded.precision.device
     options = LoaderOptions.of(settings, device, share, processes.on_this_machine)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
-    embedded = embed(loaded.model, how.sides, batches, positives, processes)
+    embedded = embed(loaded.model, how.sides, batches, positives, rounds)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

@@ -66,7 +66,7 @@ def _device(asked: str) -> torch.device:
     if not there[asked]:
         raise UsageError(
             f"--device {asked}: PyTorch {torch.__version__} finds none on this machine",
-            "use --device auto, or mend the driver or the PyTorch build",
+            "`clipft doctor` says why; mend the driver or the PyTorch build, or use --device auto",
         )
     return torch.device(asked)
 

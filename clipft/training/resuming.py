@@ -1,14 +1,14 @@
-"""May this run go on from that checkpoint?"""
+"""May this run go on from that checkpoint? And what it then finds in its folder."""
 
 from pathlib import Path
 from typing import Any
 
 from clipft.errors import UsageError
 from clipft.settings import Settings, fixed_on_resume
-from clipft.training.checkpoint import check_resumable
+from clipft.training.checkpoint import check_resumable, previous_of
 from clipft.training.checkpoint_pair import Whole, newest_whole, put_back, there_is_one
 from clipft.training.planning import Note
-from clipft.training.run_folder import RunPaths
+from clipft.training.run_folder import RunPaths, cut_lines
 from clipft.training.setup import RunSetup
 
 
@@ -38,6 +38,24 @@ def go_back_to(whole: Whole, checkpoint: Path, note: Note) -> None:
     kept = f"; the damaged one is now {aside}" if aside else ""
     step = whole.content.get("step", 0)
     note(f"warning: {whole.damage.message}; going on from the one before it, of step {step}{kept}.")
+
+
+def set_aside(paths: RunPaths, note: Note) -> None:
+    """What an earlier run left is not of the one that starts from scratch."""
+    previous_of(paths.checkpoint).unlink(missing_ok=True)  # never to be gone on from
+    if paths.checkpoint.exists():
+        paths.checkpoint.replace(paths.earlier)
+        note(f"The checkpoint of an earlier run is now {paths.earlier}.")
+    for old in paths.outcomes:
+        old.unlink(missing_ok=True)
+    cut_lines(paths.metrics, -1, -1)
+
+
+def cut_back(paths: RunPaths, checkpoint: dict[str, Any]) -> None:
+    """Lines of what came after the checkpoint are written again."""
+    epochs = checkpoint["epoch"] - (not checkpoint.get("validated", True))
+    for path in (paths.metrics, paths.skipped):
+        cut_lines(path, checkpoint["step"], epochs)
 
 
 def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:

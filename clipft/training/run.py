@@ -1,14 +1,13 @@
 """``train``: from settings to a better model in a run folder, from scratch or resumed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.data.caption_table import CaptionTable
-from clipft.data.loader import StepBatch, training_batches
 from clipft.errors import (
     ClipftError,
     DataError,
@@ -17,27 +16,35 @@ from clipft.errors import (
     MemoryShortage,
     ProcessError,
 )
-from clipft.files import write_text
-from clipft.records import EpochResult, Observer, StepResult
+from clipft.files import settle, write_text
+from clipft.records import EpochResult, StepResult
 from clipft.settings import Settings
 from clipft.training.bad_pairs import BadPairs
-from clipft.training.checkpoint import previous_of, save_checkpoint
+from clipft.training.best_weights import Best, find_best
+from clipft.training.checkpoint import save_checkpoint
 from clipft.training.checkpoint_pair import save_newest
 from clipft.training.distributed import Processes, by_first, together
 from clipft.training.early_stopping import EarlyStopping
-from clipft.training.feature_cache import Progress, silent
-from clipft.training.finishing import leave
+from clipft.training.feature_cache import checked
+from clipft.training.finishing import Finish
 from clipft.training.judging import EvaluationSet
 from clipft.training.measure import embed_pairs
-from clipft.training.planning import Note
 from clipft.training.rankings import Ranker, Rankings
 from clipft.training.result import TrainResult
-from clipft.training.resuming import check_same_run, checkpoint_to_resume, go_back_to
-from clipft.training.run_folder import RunLock, RunPaths, cut_lines
+from clipft.training.resuming import (
+    check_same_run,
+    checkpoint_to_resume,
+    cut_back,
+    go_back_to,
+    set_aside,
+)
+from clipft.training.run_folder import RunLock, RunPaths
+from clipft.training.run_steps import run_steps
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import agreed
+from clipft.training.shared_steps import Rounds
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
+from clipft.training.watchers import Watchers
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -45,17 +52,6 @@ if TYPE_CHECKING:
 
 _BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
 """Where nothing trains; and of a state, what weights alone come with."""
-
-
-@dataclass(frozen=True)
-class Watchers:
-    """Who is told: observers of the run, notes for people, each saved checkpoint."""
-
-    observer: Observer
-    note: Note
-    saved: Callable[[Path, int], None]
-    """With the number of optimizer steps done."""
-    progress: Progress = silent
 
 
 def train(
@@ -72,7 +68,7 @@ def train(
     than in ``data_dir``.
 
     Raises:
-        Interrupted: a signal asked to stop; the state is saved.
+        Interrupted: a signal asked to stop; the state is saved, if there was one.
         DataError, StorageError, ModelError, DivergedError, UsageError, ProcessError: as they say.
     """
     paths = RunPaths.of(settings)
@@ -92,9 +88,13 @@ def train(
             # A kill, or a new machine: what comes after training is made up for
             if processes.broadcast_object(paths.result.exists()):
                 return TrainResult.of_finished(checkpoint, paths)
-        setup = prepare(settings, watchers.note, processes, watchers.progress, source)
-        by_first(processes, lambda: write_text(paths.settings, toml))
+        saved = paths.checkpoint if checkpoint else None
+        progress = checked(
+            watchers.progress, lambda: stop.check("before the first step of this start", saved)
+        )
         try:
+            setup = prepare(settings, watchers.note, processes, progress, source)
+            by_first(processes, lambda: write_text(paths.settings, toml))
             return _through(_Run(setup, paths, watchers, stop), checkpoint)
         except Interrupted:
             processes.barrier()  # a launcher would end the others as soon as one is gone
@@ -123,7 +123,8 @@ class _Run:
         self.processes = setup.processes
         settings = setup.settings
         self.stopping = EarlyStopping(settings.stop_on, settings.patience, settings.min_delta)
-        self.judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
+        judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
+        self.finish = Finish(setup, paths, judged_on, self._check)
         self.before: EpochResult | None = None
         self.best: EpochResult | None = None
         self.bad = BadPairs(paths.skipped, len(setup.train), settings, self.processes)
@@ -132,6 +133,10 @@ class _Run:
         self.rank = Ranker.of(setup.val, captions)
         self.rankings: Rankings | None = None
         """Of the last measurement."""
+        self.validated, self.finished = True, False
+        """The last epoch that ended is; nothing is left to train."""
+        self.saved_step = 0
+        """Of the newest checkpoint, where it has all that is known."""
         self.state: TrainState | None = None
         if setup.plan.epochs:
             self.state = TrainState(
@@ -140,23 +145,13 @@ class _Run:
 
     def start(self) -> None:
         """From scratch: set an earlier run's checkpoint aside, measure the untouched model."""
-        by_first(self.processes, self._clear)
+        by_first(self.processes, lambda: set_aside(self.paths, self.watchers.note))
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self.bad.list(split, 0, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)
         self.before = self._measure(epoch=0, train_loss=None)
         by_first(self.processes, lambda: self._keep_rankings(self.paths.rankings_before))
         self.watchers.observer.epoch_ended(self.before)
-
-    def _clear(self) -> None:
-        p = self.paths
-        previous_of(p.checkpoint).unlink(missing_ok=True)  # of that run: never to be gone on from
-        if p.checkpoint.exists():
-            p.checkpoint.replace(p.earlier)
-            self.watchers.note(f"The checkpoint of an earlier run is now {p.earlier}.")
-        for old in p.outcomes:
-            old.unlink(missing_ok=True)
-        cut_lines(p.metrics, -1)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Put back the state of ``checkpoint``."""
@@ -167,23 +162,56 @@ class _Run:
         self.before = EpochResult(**checkpoint["before"])
         self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
         self.bad.count = checkpoint["skipped_pairs"]
-        by_first(self.processes, lambda: self._cut(checkpoint["step"]))
+        self.validated, self.saved_step = checkpoint.get("validated", True), checkpoint["step"]
+        by_first(self.processes, lambda: cut_back(self.paths, checkpoint))
         self.watchers.note(
             f"Resuming after step {checkpoint['step']} of {self.setup.plan.total_steps}."
         )
         self.watchers.observer.started(self.setup.plan, checkpoint["step"])
+        if self.state and self.best:
+            self._look_after_best(self.state, self.best)
 
-    def _cut(self, done_steps: int) -> None:
-        for path in (self.paths.metrics, self.paths.skipped):
-            cut_lines(path, done_steps)
+    def _look_after_best(self, state: TrainState, best: EpochResult) -> None:
+        """Before hours of training, not after: are the best epoch's weights still there? Where
+        they are lost, the best of what follows will be the best.
+
+        Raises:
+            ModelError: they are damaged, and nowhere else.
+        """
+        ended = state.epoch_ended and self.validated
+        held = ended and best.epoch == state.position.epoch  # by the checkpoint, too
+        path = self.paths.best
+        found = by_first(
+            self.processes, lambda: find_best(path, best.epoch, state.step, mendable=held)
+        )
+        if found is Best.THERE:
+            return
+        if held:
+            self._save_best_weights(state)
+            return self.watchers.note(f"{path} is written anew, from the checkpoint.")
+        self.best = None
+        if found is Best.GONE:
+            self.watchers.note(
+                f"warning: {path} is gone: the weights of epoch {best.epoch}, the best one so far, "
+                "are lost; the best of the epochs from here on takes their place."
+            )
+            if ended:
+                self._take_for_best(state)
+
+    def _take_for_best(self, state: TrainState) -> None:
+        """The last epoch, measured once more."""
+        measured = self._measure(state.position.epoch, state.mean_loss)
+        self.best = replace(measured, improved=True)
+        self._save_best(state)
 
     def to_the_end(self) -> TrainResult:
         """Train the epochs that are left."""
         if self.state and not self.stopping.due:
             self._train(self.state)
-        self._save(finished=True)
+        self.finished = True
+        self._save()
         result = self._result()
-        by_first(self.processes, lambda: leave(result, self.setup, self.paths, self.judged_on))
+        by_first(self.processes, lambda: self.finish.leave(result))
         return result
 
     def _result(self) -> TrainResult:
@@ -201,6 +229,10 @@ class _Run:
     def _train(self, state: TrainState) -> None:
         try:
             self._train_steps(state)
+        except Interrupted:
+            if state.step > self.saved_step:
+                self._save()
+            raise
         except (DataError, MemoryShortage, ProcessError) as error:
             if self._unsaved(state):
                 self._save_after(error)
@@ -208,64 +240,55 @@ class _Run:
 
     def _save_after(self, error: ClipftError) -> None:
         if not error.alone:
-            self._save(finished=False)
+            self._save()
         elif self.processes.rank == 0 and not self.setup.weights.sharded:
-            self._write_checkpoint(self._state_dict(), finished=False)
+            self._write_checkpoint(self._state_dict())
 
     def _unsaved(self, state: TrainState) -> bool:
-        """At an epoch's end the state was saved, unless the epoch is still to be validated."""
-        return not state.epoch_ended and state.step > 0 and math.isfinite(state.loss)
+        return state.step > self.saved_step and math.isfinite(state.loss)
 
     def _train_steps(self, state: TrainState) -> None:
+        if not self.validated:  # its validation was cut off
+            self._after_epoch(state)
+            self._save_if_due(state)
         accumulate = self.setup.make_accumulation(state.optimiser, self.watchers.note)
-        for result in fit(state, self._batches(state), accumulate):
+        steps = fit(state, run_steps(self.setup, state, self.bad), accumulate)
+        while not self.stopping.due and (result := next(steps, None)):
+            self.validated = not state.epoch_ended
             self._after_step(result)
             if state.epoch_ended:
                 self._after_epoch(state)
-                if self.stopping.due:
-                    return
             self._save_if_due(state)
-            if self.processes.any(self.stop.name is not None):
-                self._interrupt(state)
+            together(self.processes, self._check)
 
-    def _batches(self, state: TrainState) -> Iterator[StepBatch]:
-        setup = self.setup
-        batches = training_batches(
-            setup.train,
-            setup.encoding.preprocessing,
-            setup.epoch_plan,
-            state.position,
-            setup.plan.epochs,
-            setup.loader_options,
-        )
-        for batch in agreed(self.processes, batches):
-            if not batch.pairs:
-                skipped = [asdict(skipped) for skipped in batch.skipped]
-                self.bad.met(batch.epoch + 1, state.step, skipped)
-                raise DataError(
-                    f"none of the {len(batch.skipped)} pairs of step {state.step + 1} can be used",
-                    f"see {self.bad.path}; mend the data, or take a larger --effective-batch-size",
-                )
-            yield batch
+    def _check(self) -> None:
+        """
+        Raises:
+            Interrupted: a signal asked to stop.
+        """
+        step = self.state.step if self.state else 0
+        when = f"after step {step}" if step else "before the first step"
+        if self.finished:
+            when = "after the last step, while the result was evaluated"
+        self.stop.check(when, self.paths.checkpoint if step or self.finished else None)
 
     def _after_step(self, result: StepResult) -> None:
         self.watchers.observer.stepped(result)
         self.bad.met(result.epoch, result.step, result.skipped)
 
     def _after_epoch(self, state: TrainState) -> None:
-        train_loss = state.epoch_loss_sum / state.steps_per_epoch
-        measured = self._measure(state.position.epoch, train_loss)
+        measured = self._measure(state.position.epoch, state.mean_loss)
         if not math.isfinite(measured.val_loss):
             raise DivergedError(
                 f"the validation loss is not finite after epoch {measured.epoch}",
                 f"lower --lr; {self.paths.checkpoint} is the last good state, if there is one",
             )
-        improved = self.stopping.update(measured)
-        result = EpochResult(**{**asdict(measured), "improved": improved})
+        improved = self.stopping.update(measured) or not self.best
+        self.validated = True
+        result = replace(measured, improved=improved)
         if improved:
             self.best = result
-            state_dict = self.setup.weights.now(state.weights_dict)
-            by_first(self.processes, lambda: self._write_best(state_dict))
+            self._save_best(state)
         self.watchers.observer.epoch_ended(result)
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
@@ -276,7 +299,7 @@ class _Run:
             setup.val_encoding,
             setup.settings,
             setup.val_positives,
-            self.processes,
+            Rounds(self.processes, self._check),
         )
         step = self.state.step if self.state else 0
         if not epoch:  # later epochs meet the same ones again
@@ -298,35 +321,37 @@ class _Run:
         every = self.setup.settings.checkpoint_every
         due = state.epoch_ended or (every and state.step % every == 0)
         if due and math.isfinite(state.loss):  # never in the place of a good state
-            self._save(finished=False)
+            self._save()
 
-    def _interrupt(self, state: TrainState) -> None:
-        self._save(finished=False)
-        name = next(name for name in self.processes.gather_objects(self.stop.name) if name)
-        raise Interrupted(
-            f"stopped by {name} after step {state.step}; the state is saved in "
-            f"{self.paths.checkpoint}",
-            f"go on with `clipft resume {self.paths.checkpoint}`",
-        )
-
-    def _save(self, finished: bool) -> None:
+    def _save(self) -> None:
         state_dict = self._state_dict()
-        by_first(self.processes, lambda: self._write_checkpoint(state_dict, finished))
+        by_first(self.processes, lambda: self._write_checkpoint(state_dict))
+        self.saved_step = self.state.step if self.state else 0
 
     def _state_dict(self) -> Callable[[], dict[str, Any]]:
         return self.setup.weights.now(self.state.state_dict) if self.state else _BLANK.copy
 
-    def _write_checkpoint(self, state_dict: Callable[[], dict[str, Any]], finished: bool) -> None:
-        save_newest(self.paths.checkpoint, self._content(state_dict(), finished))
+    def _write_checkpoint(self, state_dict: Callable[[], dict[str, Any]]) -> None:
+        # After a power cut no checkpoint may be newer than the lines of its steps
+        settle(self.paths.folder, self.paths.metrics.name, self.paths.skipped.name)
+        save_newest(self.paths.checkpoint, self._content(state_dict()))
         self.watchers.saved(self.paths.checkpoint, self.state.step if self.state else 0)
+
+    def _save_best(self, state: TrainState) -> None:
+        """The weights alone, and their rankings."""
+        self._save_best_weights(state)
+        by_first(self.processes, lambda: self._keep_rankings(self.paths.rankings_best))
+
+    def _save_best_weights(self, state: TrainState) -> None:
+        state_dict = self.setup.weights.now(state.weights_dict)
+        by_first(self.processes, lambda: self._write_best(state_dict))
 
     def _write_best(self, state_dict: Callable[[], dict[str, Any]]) -> None:
         weights = state_dict()
-        content = self._content({key: weights[key] for key in _BLANK}, finished=False)
-        save_checkpoint(self.paths.best, content)
-        self._keep_rankings(self.paths.rankings_best)
+        content = self._content({key: weights[key] for key in _BLANK})
+        save_checkpoint(self.paths.best, {**content, "finished": False})
 
-    def _content(self, state: dict[str, Any], finished: bool) -> dict[str, Any]:
+    def _content(self, state: dict[str, Any]) -> dict[str, Any]:
         assert self.before
         return {
             **state,
@@ -338,5 +363,6 @@ class _Run:
             "before": asdict(self.before),
             "best": asdict(self.best) if self.best else None,
             "skipped_pairs": self.bad.count,
-            "finished": finished,
+            "validated": self.validated,
+            "finished": self.finished,
         }

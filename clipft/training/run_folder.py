@@ -170,18 +170,21 @@ class RunLock:
             self._file.close()
 
 
-def cut_lines(path: Path, done_steps: int) -> None:
-    """Drop the lines of steps after ``done_steps``: the resumed run writes them again."""
+def cut_lines(path: Path, done_steps: int, done_epochs: int) -> None:
+    """Drop the lines of what comes after so many steps, and validations of epochs: the resumed
+    run writes them again."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = [line for line in lines if _done(line, done_steps)]
+    kept = [line for line in lines if _done(line, done_steps, done_epochs)]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _done(line: str, done_steps: int) -> bool:
+def _done(line: str, done_steps: int, done_epochs: int) -> bool:
     try:
         record: dict[str, Any] = json.loads(line)
+        if record.get("kind") == "epoch" and int(record["epoch"]) > done_epochs:
+            return False
         return int(record["step"]) <= done_steps
     except (ValueError, KeyError, TypeError):  # a kill or a full disk cut this line
         return False

@@ -1,11 +1,15 @@
-"""SIGTERM and SIGINT ask a run to stop after its step; a second SIGINT stops at once."""
+"""SIGTERM and SIGINT ask a run to stop after its step, or between two batches of a measurement;
+a second SIGINT stops at once."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+
+from clipft.errors import Interrupted
 
 
 @dataclass
@@ -13,6 +17,23 @@ class StopRequest:
     """Set by the first signal; ``name`` says which it was."""
 
     name: str | None = None
+
+    def check(self, when: str, checkpoint: Path | None) -> None:
+        """To be called where the run may stop. ``checkpoint`` is where its state is, once the
+        error has left the run; None: there is none yet.
+
+        Raises:
+            Interrupted: a signal asked to stop.
+        """
+        if self.name is None:
+            return
+        said = f"stopped by {self.name} {when}"
+        if checkpoint is None:
+            raise Interrupted(f"{said}; nothing was trained yet", "start it again as before")
+        raise Interrupted(
+            f"{said}; the state is saved in {checkpoint}",
+            f"go on with `clipft resume {checkpoint}`",
+        )
 
 
 @contextmanager

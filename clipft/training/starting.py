@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from clipft.errors import ClipftError, ProcessError, UsageError
+from clipft.errors import ClipftError, Interrupted, ProcessError, UsageError
 from clipft.settings import Settings
 from clipft.training.distributed import ALONE, ManyProcesses, Processes
 from clipft.training.precision import choose_precision
@@ -106,16 +106,19 @@ def start_processes(settings: Settings) -> Iterator[Processes]:
     if place is None or place.count == 1:
         yield ALONE
         return
+    processes = _meet(place, settings)
     try:
-        yield _meet(place, settings)
+        yield processes
     except ClipftError as error:
         error.said = place.rank > 0 and not error.alone
+        if isinstance(error, Interrupted):
+            processes.part()
         raise
-    # Not after an error: NCCL would wait for a process that is gone
-    dist.destroy_process_group()
+    # Not after another error: NCCL would wait for a process that is gone
+    processes.part()
 
 
-def _meet(place: Place, settings: Settings) -> Processes:
+def _meet(place: Place, settings: Settings) -> ManyProcesses:
     backend = _take_device(place, settings)
     wait = timedelta(minutes=settings.process_timeout)
     address = f"[{place.address}]" if ":" in place.address else place.address  # IPv6

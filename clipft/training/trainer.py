@@ -29,6 +29,11 @@ class TrainState:
     def epoch_ended(self) -> bool:
         return self.step > 0 and self.position.step == 0
 
+    @property
+    def mean_loss(self) -> float:
+        """Of an epoch that has ended."""
+        return self.epoch_loss_sum / self.steps_per_epoch
+
     def advance(self, batch: StepBatch, loss: float) -> None:
         self.step += 1
         self.loss = loss

@@ -1,6 +1,9 @@
 """The face that training has of its processes, over real ones."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,13 @@ from torch import nn
 from clipft.errors import DataError, UsageError
 from clipft.training.distributed import OneProcess, by_first, first_then_all, together
 from clipft.training.starting import find_place
-from tests.training.process_helpers import results, start_all
+from tests.training.process_helpers import (
+    ROOT,
+    free_port,
+    results,
+    start_all,
+    torchrun_environment,
+)
 
 COLLECTIVES = """
     uneven = torch.arange(2.0 * rank * 3).reshape(-1, 3) + 100 * rank
@@ -197,3 +206,37 @@ def test_an_incomplete_environment_is_refused():
         find_place({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UsageError):
         find_place({"RANK": "first", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("way_out", ["pass", "raise Interrupted('a', 'b')"])
+def test_no_thread_of_the_group_lives_until_python_ends(way_out):
+    """One that does may end the process with an abort."""
+    body = f"""
+import os
+from pathlib import Path
+from clipft.errors import Interrupted
+from clipft.settings import Settings
+from clipft.training.starting import start_processes
+try:
+    with start_processes(Settings(device="cpu")) as processes:
+        processes.barrier()
+        {way_out}
+except Interrupted:
+    pass
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print([name for name in names if name.startswith(("gloo", "pt_"))])
+"""
+    port = free_port()
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", body],
+            env=torchrun_environment(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["[]", "[]"]
+    assert [process.returncode for process in both] == [0, 0]
