@@ -9,6 +9,7 @@ import pytest
 
 from clipft.training.checkpoint import load_checkpoint
 from tests.e2e.test_train import assert_same_run
+from tests.faults.helpers import lines
 from tests.faults.outside import Program, command, steps, wait_until
 
 
@@ -58,6 +59,45 @@ def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
         run.wait()
     assert programs.run(*command(catalogue, tmp_path), env=env).wait() == 0
     assert_same_run(whole / "runs", tmp_path)
+
+
+@pytest.mark.slow
+def test_five_kills_in_mid_accumulation_with_other_numbers_of_workers(
+    programs, catalogue, tmp_path
+):
+    """Between the micro-batches of a step: four workers first, then one, and again."""
+    small = ("--micro-batch-size", "1", "--checkpoint-every", "1", "--epochs", "1")
+    alone = programs.run(*command(catalogue, tmp_path / "alone", *small))
+    assert alone.wait() == 0, alone.err
+    out, half = tmp_path / "killed", seconds_of_a_step(tmp_path / "alone") / 2
+    for done, workers in ((0, 4), (0, 1), (1, 4), (1, 1), (2, 4)):
+        run = programs.start(*command(catalogue, out, *small, "--num-workers", str(workers)))
+        wait_until(lambda: run.err_path.exists() and began(run.err), run)  # noqa: B023
+        wait_until(lambda: steps(out) >= done, run)  # noqa: B023
+        time.sleep(half)  # of 32 micro-batches, which take nearly all of it
+        run.signal(signal.SIGKILL)
+        run.wait()
+    end = programs.run(*command(catalogue, tmp_path / "killed", *small, "--num-workers", "1"))
+    assert end.wait() == 0, end.err
+    assert_same_run(tmp_path / "alone", tmp_path / "killed")
+    assert pairs(tmp_path / "killed") == pairs(tmp_path / "alone") == [32, 32, 32]
+
+
+def began(said: str) -> bool:
+    return "untouched model" in said or "Resuming after step" in said
+
+
+def step_lines(out: Path) -> list[dict]:
+    metrics = lines(out / "dual_lora" / "metrics.jsonl")
+    return [line for line in metrics if line["kind"] == "step"]
+
+
+def seconds_of_a_step(out: Path) -> float:
+    return min(line["seconds"] for line in step_lines(out))
+
+
+def pairs(out: Path) -> list[int]:
+    return [line["pairs"] for line in step_lines(out)]
 
 
 def test_a_killed_run_can_be_resumed_at_once(programs, catalogue, whole, tmp_path):

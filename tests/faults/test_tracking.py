@@ -3,13 +3,16 @@
 import http.server
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.faults.helpers import lines
 from tests.faults.outside import Program, steps, wait_until
 
 TINY = [
@@ -94,7 +97,39 @@ def test_its_service_is_killed(programs, catalogue, tmp_path):
 
 @pytest.mark.slow
 def test_offline_files_can_be_synced_later(programs, catalogue, tmp_path):
+    """As `wandb sync` would read them: each step of metrics.jsonl, under one id."""
     run = start(programs, catalogue, tmp_path, "offline")
     assert run.wait(90) == 0, run.err
     (record,) = (tmp_path / "dual_lora").rglob("run-*.wandb")
-    assert record.stat().st_size > 1000
+    read = [line for line in records(record) if line.WhichOneof("record_type") == "history"]
+    metrics = lines(tmp_path / "dual_lora" / "metrics.jsonl")
+    assert [line.history.step.num for line in read] == sorted({m["step"] for m in metrics})
+    losses = [loss for line in read if (loss := value(line.history, "train/loss")) is not None]
+    assert losses == [line["loss"] for line in metrics if line["kind"] == "step"]
+
+
+def value(history, name: str) -> float | None:
+    for item in history.item:
+        if name in (item.key, "/".join(item.nested_key)):
+            return float(item.value_json)
+    return None
+
+
+def records(path: Path) -> Iterator:
+    """A `.wandb` file: a log of LevelDB, blocks of 32 KiB, whose records are protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record

@@ -152,6 +152,38 @@ def test_uploads_that_fail_all_along_do_not_stop_training(real_bucket, tmp_path,
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
+def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
+    """The run is done and said; the file stays, and goes to the bucket with `clipft resume`."""
+    put_raw(real_bucket)
+    assert (
+        run(["sync", *command(real_bucket, tmp_path)[1:7], "--data-dir", str(tmp_path / "data")])
+        == 0
+    )
+
+    def hangs(exchange) -> None:
+        time.sleep(60)
+        exchange.reset()
+
+    hanging = Times(10**6, hangs, "PUT")
+    with faulty_proxy(real_bucket.settings.endpoint_url, hanging) as url:
+        args = command(real_bucket, tmp_path, "--endpoint-url", url, "--epochs", "1")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clipft", *args], stderr=subprocess.PIPE, text=True
+        )
+        while "Waiting for the last checkpoint" not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 75, said
+        assert time.monotonic() - began < 25
+    assert "error: stopped by SIGTERM while its upload was awaited" in said
+    assert "Traceback" not in said
+    again = command(real_bucket, tmp_path, "--resume-from-checkpoint", "--epochs", "1")
+    assert run(again) == 0
+    assert manifest(real_bucket)["saves"][0]["step"] == 5
+
+
 def test_training_from_shards_that_stay_in_the_bucket(real_bucket, tmp_path, capsys):
     """--stream: the same weights as from a copy, and no copy."""
     for which in range(3):
