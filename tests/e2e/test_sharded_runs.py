@@ -46,7 +46,7 @@ def evaluation(out: Path) -> dict:
 
 def assert_same_end(one: Path, other: Path) -> None:
     assert_same_figures(one, other)
-    ours, theirs = (evaluation(out)["after"]["retrieval"] for out in (one, other))
+    ours, theirs = (evaluation(out)["after"]["paired"] for out in (one, other))
     assert ours == theirs
     for name in ("full_checkpoint.pt", "full/best.pt"):
         ours, theirs = (torch.load(out / name, weights_only=True) for out in (one, other))
