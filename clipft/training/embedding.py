@@ -68,7 +68,7 @@ def _embed_own(
     images, texts = [torch.empty(0)], [torch.empty(0)]
     groups = [] if (none := positives.ids(NO_PAIRS)) is None else [none]
     numbers, skipped = list[int](), list[Skipped]()
-    for batch in sides.rounds(batches):
+    for batch in batches:
         skipped += batch.skipped
         images.append(_rows(sides.images, batch))
         texts.append(_rows(sides.texts, batch))

@@ -12,7 +12,7 @@ from clipft.settings_sources import load_settings
 from clipft.training.distributed import Processes
 from clipft.training.measure import embed_pairs
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import agreed
+from clipft.training.shared_steps import Rounds, agreed
 from clipft.training.trainer import TrainState, fit
 
 SMALL = {
@@ -55,7 +55,8 @@ class Run:
 
     def validation_loss(self) -> float:
         setup = self.setup
-        how = (setup.val_encoding, setup.settings, setup.val_positives, setup.processes)
+        rounds = Rounds(setup.processes)
+        how = (setup.val_encoding, setup.settings, setup.val_positives, rounds)
         return setup.validation_loss(embed_pairs(setup.loaded, setup.val, *how))
 
     def held_bytes(self) -> int:
