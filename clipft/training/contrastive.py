@@ -155,7 +155,7 @@ class LocalAccumulation(_Accumulation):
         own = torch.tensor([sum(len(batch) for batch in micro_batches)])
         total = int(self.processes.gather_rows(own).sum())
         mean = torch.zeros(1, device=device)
-        for micro_batch in self.sides.rounds(micro_batches):
+        for micro_batch in self.sides.even_out(micro_batches):
             batches = [micro_batch.to(device)] if len(micro_batch) else []
             self.graphs.begin_step()
             images = self._pass(self.sides.images, step, batches)

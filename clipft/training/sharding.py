@@ -32,7 +32,7 @@ from clipft.modelling.adapt import TrainableModel
 from clipft.modelling.lean import POOLED, pooled_layer
 from clipft.settings import Settings
 from clipft.training.contrastive import Accumulation
-from clipft.training.distributed import Processes, lost_process, telling_of_loss, together
+from clipft.training.distributed import Processes, lost_process, telling_of_loss
 from clipft.training.loaded import LoadedModel
 from clipft.training.memory import give_back
 from clipft.training.precision import Precision
@@ -107,20 +107,16 @@ class ShardedWeights:
         return Sides(
             self._together(sides.images, self._blanks.picture),
             self._together(sides.texts, self._blanks.text),
-            self._rounds,
+            self._even_out,
         )
 
     def _together(self, side: Side, blank: Tensor) -> Side:
         cut = _AsManyOnAll(side.cut, blank, self._processes)
         return replace(side, cut=cut, encode_inputs=partial(_encode, side.encode_inputs))
 
-    def _rounds(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        left = iter(batches)
-        while True:
-            batch = together(self._processes, lambda: next(left, None))
-            if not self._processes.any(batch is not None):
-                return
-            yield NO_PAIRS if batch is None else batch
+    def _even_out(self, micro_batches: list[Batch]) -> list[Batch]:
+        most = max(self._processes.gather_objects(len(micro_batches)))
+        return micro_batches + [NO_PAIRS] * (most - len(micro_batches))
 
     def sum_gradients(
         self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]

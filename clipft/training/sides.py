@@ -7,7 +7,7 @@ A tower that does not train and always sees the same does not run at all: its fe
 looked up, and what remains of the side is its projection.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -74,19 +74,15 @@ class Side:
             torch.autograd.backward(rows, gradient)
 
 
-class Rounds(Protocol):
-    """Batches -> those that pass through the towers: where processes must pass together, as many
-    as the one has that has most of them, empty ones among them.
+class EvenOut(Protocol):
+    """A step's micro-batches -> those that pass through the towers: where processes must pass
+    together, as many as the one has that has most of them, empty ones at the end."""
 
-    Raises:
-        ClipftError: what the batches of one process raise.
-    """
-
-    def __call__(self, batches: Iterable[Batch]) -> Iterable[Batch]: ...
+    def __call__(self, micro_batches: list[Batch]) -> list[Batch]: ...
 
 
-def _as_they_come(batches: Iterable[Batch]) -> Iterable[Batch]:
-    return batches
+def _as_they_are(micro_batches: list[Batch]) -> list[Batch]:
+    return micro_batches
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Sides:
 
     images: Side
     texts: Side
-    rounds: Rounds = _as_they_come
+    even_out: EvenOut = _as_they_are
 
 
 def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
