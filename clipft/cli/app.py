@@ -16,6 +16,7 @@ from clipft.cli.doctor import doctor
 from clipft.cli.evaluate import evaluate
 from clipft.cli.export import export
 from clipft.cli.find_batch_size import find_batch_size
+from clipft.cli.help import HelpfulCommand, HelpfulGroup
 from clipft.cli.inspect import inspect
 from clipft.cli.launching import told_launcher
 from clipft.cli.pack import pack
@@ -33,7 +34,8 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 app = typer.Typer(
     name="clipft",
-    help="Fine-tune CLIP on your own image-text pairs, and know that the result is better.",
+    cls=HelpfulGroup,
+    help="Fine-tune CLIP on your image-text pairs, and know that the result is better.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -61,7 +63,7 @@ COMMANDS = (
     settings,
 )
 for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+    app.command(command.__name__.replace("_", "-"), cls=HelpfulCommand)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -104,7 +106,8 @@ def run(args: list[str]) -> int:
 
 def _usage(error: Any) -> UsageError:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "clipft"
-    return UsageError(error.format_message(), f"see `{command} --help`")
+    message = error.format_message()
+    return UsageError(message[0].lower() + message[1:], f"see `{command} --help`")
 
 
 def _is_memory(error: Exception) -> bool:

@@ -154,10 +154,13 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _help(name: str, field: FieldInfo, default: Any) -> str:
     choices, numbers = choices_of(name), range_of(field)
-    # A scenario's description names them all
-    listed = f"{'|'.join(choices)}: " if choices and name != "scenario" else ""
+    text = str(field.description)
+    if choices:  # a scenario's description names them all
+        text = text if name == "scenario" else f"{'|'.join(choices)}: {text}"
+    else:
+        text = text[0].upper() + text[1:]
     within = f"; {numbers}" if numbers else ""
-    return f"{listed}{field.description} [default: {default_text(default)}{within}]"
+    return f"{text} [default: {default_text(default)}{within}]"
 
 
 def completing(name: str) -> Callable[[str], list[str]] | None:
