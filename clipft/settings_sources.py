@@ -25,6 +25,15 @@ ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
 """Names of the environment that are clipft's without being settings."""
 
+_PLAINER = {
+    "Input should be": "must be",
+    "a valid integer": "a whole number",
+    "a valid ": "a ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+"""Words of pydantic, and ours."""
+
 JUDGED_ANEW = (
     "data_dir",
     "caption",
@@ -208,7 +217,9 @@ def _reason(mistake: Any) -> str:
         annotation = Settings.model_fields[str(mistake["loc"][0])].annotation
         return unknown_choice(str(mistake["input"]), get_args(annotation))
     message = str(mistake["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should be", "must be").replace("a valid ", "a ")
+    for theirs, ours in _PLAINER.items():
+        message = message.replace(theirs, ours)
+    return message.partition(", unable to parse")[0]
 
 
 def _shown(value: Any) -> str:

@@ -32,6 +32,7 @@ from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import agreed
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.trainer import TrainState, fit
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -252,8 +253,9 @@ class _Run:
             if not batch.pairs:
                 skipped = [asdict(skipped) for skipped in batch.skipped]
                 self.bad.met(batch.epoch + 1, state.step, skipped)
+                pairs = counted(len(batch.skipped), "pair")
                 raise DataError(
-                    f"none of the {len(batch.skipped)} pairs of step {state.step + 1} can be used",
+                    f"none of the {pairs} of step {state.step + 1} can be used",
                     f"see {self.bad.path}; mend the data, or take a larger --effective-batch-size",
                 )
             yield batch
