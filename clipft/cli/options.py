@@ -7,7 +7,7 @@ common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded set
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,23 +43,42 @@ Debug = Annotated[
 _COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug, False)}
 
 
-def plain_command(command: Callable[..., None]) -> Callable[..., None]:
+class Command:
+    """A command as its module declares it; its options are made when they are asked for."""
+
+    def __init__(
+        self,
+        command: Callable[..., None],
+        wanted: Collection[type[Section] | str],
+        profile: Mapping[str, Any] | None,
+    ) -> None:
+        self._command, self._wanted, self._profile = command, wanted, profile
+        self.__name__ = command.__name__
+        self.__doc__ = _unwrapped(command.__doc__ or "")
+
+    @functools.cached_property
+    def function(self) -> Callable[..., None]:
+        """With a parameter for each option, as typer reads them."""
+        generated = {
+            name: (field, section)
+            for section in SECTIONS
+            for name, field in fields_of(section)
+            if section in self._wanted or name in self._wanted
+        }
+        return _wrapped(self._command, generated, self._profile)
+
+
+def plain_command(command: Callable[..., None]) -> Command:
     """A command with the common options but no settings; it is handed ``out``."""
-    return _wrapped(command, {}, None)
+    return Command(command, (), None)
 
 
 def settings_command(
     *wanted: type[Section] | str, profile: Mapping[str, Any] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., None]], Command]:
     """A command with the options of whole sections or of single settings by name; it is
     handed ``loaded`` and ``out``. ``profile`` holds defaults of its own."""
-    generated = {
-        name: (field, section)
-        for section in SECTIONS
-        for name, field in fields_of(section)
-        if section in wanted or name in wanted
-    }
-    return lambda command: _wrapped(command, generated, profile or {})
+    return lambda command: Command(command, wanted, profile or {})
 
 
 def _wrapped(

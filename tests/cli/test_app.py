@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from clipft.cli.app import COMMANDS, run
+from clipft.cli.app import COMMANDS, command_of, run
 from clipft.errors import ClipftError
 from clipft.settings import Settings
 
-NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
+NAMES = list(COMMANDS)
 HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")
 
 
@@ -43,8 +43,7 @@ def test_examples_name_options_that_exist(name, capsys, monkeypatch):
     """Each option in an example stands in the help of its command."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-    command = next(c for c in COMMANDS if c.__name__.replace("_", "-") == name)
-    lines = [line.strip() for line in (command.__doc__ or "").splitlines()]
+    lines = [line.strip() for line in (command_of(name).__doc__ or "").splitlines()]
     examples = [line for line in lines if "clipft" in line and line.split("clipft")[0].isupper()]
     examples += [line for line in lines if line.startswith("clipft ")]
     assert examples
