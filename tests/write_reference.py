@@ -87,7 +87,7 @@ def _described(parameter: inspect.Parameter) -> str:
     declared = (shown.default, *(shown.param_decls or ()))
     names = [d for d in declared if isinstance(d, str) and d.startswith("--")]
     words = " ".join(filter(None, [*names, shown.metavar or ("" if names else parameter.name)]))
-    default, about = parameter.default, str(shown.help).replace("\\[", "[")
+    default, about = parameter.default, str(shown.help)
     about, _, said = about.partition("[default: ")
     if said:
         value = said.rstrip("]")

@@ -29,7 +29,7 @@ File = Annotated[
     Path | None,
     typer.Argument(
         metavar="FILE",
-        help=r"TOML with settings, and a table \[ablate] with scenarios, seeds, jobs and set",
+        help="TOML with settings, and a table [ablate] with scenarios, seeds, jobs and set",
         show_default=False,
     ),
 ]
@@ -38,7 +38,7 @@ Scenarios = Annotated[
     typer.Option(
         "--scenarios",
         metavar="A,B",
-        help=r"Scenarios, with commas between \[default: all]",
+        help="Scenarios, with commas between [default: all]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -48,7 +48,7 @@ Seeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="N,N",
-        help=rf"Seeds, with commas between \[default: {_SEEDS}]",
+        help=f"Seeds, with commas between [default: {_SEEDS}]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -69,7 +69,7 @@ Jobs = Annotated[
         "--jobs",
         min=1,
         metavar="N",
-        help=r"Runs beside each other; several GPUs are taken in turn \[default: 1]",
+        help="Runs beside each other; several GPUs are taken in turn [default: 1]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

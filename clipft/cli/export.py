@@ -51,7 +51,7 @@ Push = Annotated[
     typer.Option(
         "--push",
         metavar="REPO",
-        help="Then upload it to this repository of the hub, made private where there is none "
+        help="Then upload it to this repository of the hub; a new one is made private "
         "[default: none]",
         show_default=False,
         rich_help_panel="Export",

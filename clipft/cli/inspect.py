@@ -183,10 +183,10 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
 
 def _column(split: "SplitFacts") -> dict[str, str]:
     def joined(values: dict[str, float]) -> str:
-        return " / ".join(f"{value:g}" for value in values.values()) or "-"
+        return "/".join(f"{value:g}" for value in values.values()) or "-"
 
     def best(direction: str) -> str:
-        return " / ".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
+        return "/".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
 
     return {
         "pairs": f"{split.pairs:,}",

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 
 from clipft.cli.console import Output
 from clipft.section import Section, fields_of
@@ -155,7 +154,7 @@ def _options(
     shown = typer.Option(
         f"--{name.replace('_', '-')}",
         metavar=None if switch else kind_of(name).upper(),
-        help=escape(_help(name, field, default)),
+        help=_help(name, field, default),
         rich_help_panel=section.title,
         show_default=False,
         autocompletion=completing(name),

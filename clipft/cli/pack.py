@@ -81,7 +81,7 @@ Processes = Annotated[
         "--processes",
         min=0,
         metavar="N",
-        help="How many work; 0: one per processor",
+        help="Processes that share the work; 0: one per processor",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -118,7 +118,12 @@ Size = Annotated[
 Quality = Annotated[
     int,
     typer.Option(
-        "--quality", min=1, max=100, metavar="N", help="JPEG's, with --size", rich_help_panel=_PANEL
+        "--quality",
+        min=1,
+        max=100,
+        metavar="N",
+        help="Of the JPEGs, with --size",
+        rich_help_panel=_PANEL,
     ),
 ]
 GroupField = Annotated[

@@ -23,7 +23,7 @@ _SHOWN = 20
 _PANEL = "Sync"
 
 Up = Annotated[
-    bool, typer.Option("--up", help="Send data_dir to the bucket", rich_help_panel=_PANEL)
+    bool, typer.Option("--up", help="Send --data-dir to the bucket", rich_help_panel=_PANEL)
 ]
 Include = Annotated[
     list[str] | None,
@@ -39,7 +39,7 @@ Exclude = Annotated[
     typer.Option(
         "--exclude",
         metavar="GLOB",
-        help="Not those that match; repeatable",
+        help="Leave out paths that match; repeatable",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -52,7 +52,10 @@ Delete = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Change nothing, show what", rich_help_panel=_PANEL)
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would be done, and change nothing", rich_help_panel=_PANEL
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 from clipft.records import EpochResult, Observer, Plan, StepResult
 from clipft.reporting.wrapping import say
@@ -55,8 +56,8 @@ class _Lines:
             self._headed = True
             if result.val_floor:
                 self._say(f"note: no model has a val loss below {result.val_floor:.4f} here.")
-            for line in epoch_head():
-                self._say(line)
+            head = Text("\n".join(epoch_head()), style="bold")
+            self._console.print(head, soft_wrap=True)
         self._say(epoch_row(result, epochs))
 
     def _say(self, line: str) -> None:

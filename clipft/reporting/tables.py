@@ -56,21 +56,17 @@ def _broken(cell: RenderableType) -> RenderableType:
 def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     """Retrieval figures side by side: ``columns`` maps a heading to ``Retrieval.to_dict``."""
     pairs = next(iter(columns.values()))["pairs"]
-    table = Table(title=f"{title} ({counted(pairs, 'pair')})", title_justify="left")
-    table.add_column("")
+    table = FigureTable(f"{title}: {counted(pairs, 'pair')}")
+    table.add_column("figure")
     for heading in columns:
         table.add_column(heading, justify="right")
     for label, direction in _DIRECTIONS:
+        found = [figures[direction] for figures in columns.values()]
+        table.add_row(Text(label, style="bold"))
         for name in _RECALLS:
-            values = [f"{figures[direction][name]:.1%}" for figures in columns.values()]
-            table.add_row(f"{label} {name.upper()}", *values)
-        ranks = [f"{figures[direction]['median_rank']:g}" for figures in columns.values()]
-        table.add_row(f"{label} median rank", *ranks)
-        table.add_row(
-            f"{label} MRR",
-            *[f"{figures[direction]['mrr']:.3f}" for figures in columns.values()],
-            end_section=True,
-        )
+            table.add_row(f"  {name.upper()}", *(f"{figures[name]:.1%}" for figures in found))
+        table.add_row("  MRR", *(f"{figures['mrr']:.3f}" for figures in found))
+        table.add_row("  median rank", *(f"{figures['median_rank']:g}" for figures in found))
     return table
 
 

@@ -1,7 +1,9 @@
+import inspect
 import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -56,6 +58,34 @@ def test_examples_name_options_that_exist(name, capsys, monkeypatch):
         for word in words[2:]:
             if word.startswith("--"):
                 assert f" {word} " in helps[words[1]], f"{word} in {example!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_fits_80_columns(name, capsys, monkeypatch):
+    """Nothing is dropped as markup, examples can be copied as they stand."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    command = command_of(name)
+    assert run([name, "--help"]) == 0
+    told = capsys.readouterr().out
+    examples = [line for line in (command.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert examples and all(line.strip() in told for line in examples)
+    assert "<bool>" not in told
+    whole = "".join(told.replace("│", " ").split())
+    for parameter in inspect.signature(command.function).parameters.values():
+        shown = next(iter(get_args(parameter.annotation)[1:]), None)
+        if shown and not getattr(shown, "hidden", False):
+            assert "".join((shown.help or "").rpartition("[default")[1:]).replace(" ", "") in whole
+
+
+def test_the_list_of_commands_says_what_each_says_in_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(["--help"]) == 0
+    lines = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    for name, summary in COMMANDS.items():
+        assert (command_of(name).__doc__ or "").splitlines()[0] == summary
+        assert f"{name} {summary}" in lines
 
 
 def test_no_command_shows_the_help(capsys):
