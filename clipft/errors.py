@@ -97,4 +97,4 @@ def unknown_choice(value: str, choices: Iterable[str]) -> str:
     """The sentence for a value that is not among ``choices``."""
     listed = list(choices)
     near = nearest(value, listed)
-    return f"must be one of {', '.join(listed)}" + (f"; did you mean {near}?" if near else "")
+    return f"must be one of {', '.join(listed)}" + (f" (did you mean {near}?)" if near else "")

@@ -17,6 +17,7 @@ class Section(BaseModel):
         extra="forbid",
         protected_namespaces=(),
         hide_input_in_errors=True,  # it may be a secret
+        defer_build=True,  # help needs no validators, and they take a third of its time
     )
     title: ClassVar[str]
 

@@ -6,7 +6,6 @@ file (``--config``), a profile (``--mini-train``, the scenario), the default.
 
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,15 @@ from clipft.settings import MINI_TRAIN, SECTIONS, EvaluationSettings, Settings
 ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
 """Names of the environment that are clipft's without being settings."""
+
+_PLAINER = {
+    "Input should be": "must be",
+    "a valid integer": "a whole number",
+    "a valid ": "a ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+"""Words of pydantic, and ours."""
 
 JUDGED_ANEW = (
     "data_dir",
@@ -165,6 +173,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, or is not TOML.
     """
+    import tomllib
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -208,7 +218,9 @@ def _reason(mistake: Any) -> str:
         annotation = Settings.model_fields[str(mistake["loc"][0])].annotation
         return unknown_choice(str(mistake["input"]), get_args(annotation))
     message = str(mistake["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should be", "must be").replace("a valid ", "a ")
+    for theirs, ours in _PLAINER.items():
+        message = message.replace(theirs, ours)
+    return message.partition(", unable to parse")[0]
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ GROUND = {
     "records",
     "cache",
     "s3_url",
+    "words",
     "__init__",
 }
 ALLOWED = {

@@ -82,8 +82,8 @@ def test_printed_settings_read_back_as_they_were(tmp_path_factory, lr, seed, pro
     ("flags", "toml", "environ", "message", "hint"),
     [
         ({"scenario": "dual_lara"}, "", {}, "--scenario 'dual_lara'", "clipft settings"),
-        ({"augmentation": "simpel"}, "", {}, "did you mean simple?", ""),
-        ({"epochs": "0"}, "", {}, "--epochs '0': must be greater than or equal to 1", ""),
+        ({"augmentation": "simpel"}, "", {}, "(did you mean simple?)", ""),
+        ({"epochs": "0"}, "", {}, "--epochs '0': must be at least 1", ""),
         ({}, "learning_rat = 1", {}, "unknown setting learning_rat", ""),
         ({}, "lora_rr = 1", {}, "unknown setting lora_rr", "did you mean lora_r?"),
         ({}, "", {"CLIPFT_EPOCS": "1"}, "CLIPFT_EPOCS", "did you mean CLIPFT_EPOCHS?"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from clipft.cli.app import COMMANDS
+from clipft.cli.app import COMMANDS, command_of
 from clipft.section import fate_of, fields_of
 from clipft.settings import SECTIONS
 from clipft.settings_text import choices_of, default_text, kind_of, range_of
@@ -26,8 +26,8 @@ def commands_page() -> str:
         "object on stdout) and `--debug` (the traceback of an error); see",
         f"[exit codes](../exit-codes.md). Options that are settings are explained in {_SEE}.",
     ]
-    for command in COMMANDS:
-        lines += ["", *_command(command)]
+    for name in COMMANDS:
+        lines += ["", *_command(command_of(name))]
     return "\n".join(lines) + "\n"
 
 
@@ -41,7 +41,7 @@ def _command(command: Any) -> Iterator[str]:
     yield "```"
     yield from (line.strip() for line in examples.strip().splitlines())
     yield "```"
-    parameters = inspect.signature(command).parameters
+    parameters = inspect.signature(command.function).parameters
     rows = [_described(p) for p in parameters.values() if not _is_shared(p)]
     if rows:
         yield ""
@@ -87,7 +87,7 @@ def _described(parameter: inspect.Parameter) -> str:
     declared = (shown.default, *(shown.param_decls or ()))
     names = [d for d in declared if isinstance(d, str) and d.startswith("--")]
     words = " ".join(filter(None, [*names, shown.metavar or ("" if names else parameter.name)]))
-    default, about = parameter.default, str(shown.help).replace("\\[", "[")
+    default, about = parameter.default, str(shown.help)
     about, _, said = about.partition("[default: ")
     if said:
         value = said.rstrip("]")

@@ -12,6 +12,7 @@ from clipft.errors import Interrupted, RunsFailed, UsageError
 from clipft.scenarios import SCENARIOS
 from clipft.settings import Settings
 from clipft.settings_sources import LoadedSettings, read_toml, refuse_unknown
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.training.ablation import Grid, PlannedRun
@@ -27,8 +28,8 @@ _SEEDS = "1,2,3"
 File = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[FILE]",
-        help=r"TOML with settings, and a table \[ablate] with scenarios, seeds, jobs and set",
+        metavar="FILE",
+        help="TOML with settings, and a table [ablate] with scenarios, seeds, jobs and set",
         show_default=False,
     ),
 ]
@@ -37,7 +38,7 @@ Scenarios = Annotated[
     typer.Option(
         "--scenarios",
         metavar="A,B",
-        help=r"Scenarios, with commas between \[default: all]",
+        help="Scenarios, with commas between [default: all]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -47,7 +48,7 @@ Seeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="N,N",
-        help=rf"Seeds, with commas between \[default: {_SEEDS}]",
+        help=f"Seeds, with commas between [default: {_SEEDS}]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -68,7 +69,7 @@ Jobs = Annotated[
         "--jobs",
         min=1,
         metavar="N",
-        help=r"Runs beside each other; several GPUs are taken in turn \[default: 1]",
+        help="Runs beside each other; several GPUs are taken in turn [default: 1]",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -94,7 +95,7 @@ def ablate(
     Examples:
 
         clipft ablate --data-dir ./catalogue --output-dir ./ablation
-        clipft ablate --scenarios dual_lora,full --set lr=1e-4,1e-3 --set lora_r=8,16
+        clipft ablate --scenarios dual_lora --set lr=1e-4,1e-3 --set lora_r=8,16
         clipft ablate ablation.toml --jobs 2
     """
     from clipft.training.ablation import check_same_ablation, plan_runs
@@ -114,7 +115,7 @@ def ablate(
     if failed:
         first = failed[0]
         error = RunsFailed(
-            f"{len(failed)} of {len(runs)} runs failed, first {first.run.variant} seed "
+            f"{len(failed)} of {counted(len(runs), 'run')} failed, first {first.run.variant} seed "
             f"{first.run.seed} with exit code {first.exit_code}: {first.error}",
             first.hint,
         )
@@ -132,14 +133,15 @@ def _ending(outcome: "Outcome") -> str:
     return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
 
 
-def _best(content: dict[str, Any]) -> tuple[object, ...]:
+def _best(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
     """To look closer at the run with the most recall, if any has finished."""
     from clipft.reporting.figures import mean_recall
 
     found = [run for run in content["runs"] if run["after"]]
     if not found:
         return ()
-    return ("evaluate", max(found, key=lambda run: mean_recall(run["after"]))["folder"])
+    best = max(found, key=lambda run: mean_recall(run["after"]))
+    return ("evaluate", folder / best["folder"])
 
 
 def _set(origin: str) -> bool:
@@ -151,7 +153,7 @@ def _own_table(table: Any, file: Path | None) -> dict[str, Any]:
     known = {"scenarios", "seeds", "set", "jobs"}
     if not isinstance(table, dict) or not table.keys() <= known:
         raise UsageError(
-            f"[{_TABLE}] in {file} is not a table of {', '.join(sorted(known))}",
+            f"[{_TABLE}] in {file} holds other names than {', '.join(sorted(known))}",
             'for example: [ablate] / scenarios = ["dual_lora"] / seeds = [1, 2] / '
             "set = { lr = [1e-4, 1e-3] }",
         )
@@ -239,7 +241,7 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
 
     kept = sum(run.finished for run in runs)
     if kept:
-        out.note(f"{kept} of {len(runs)} runs have finished already and are kept.")
+        out.note(f"Finished already, and kept: {kept} of {counted(len(runs), 'run')}.")
     with RunLock(RunPaths(folder / STATE, folder)) as lock:
         write_state(folder, runs, ended)
         signal = run_all(runs, jobs, lock.descriptor, Watchers(started, finished))
@@ -252,8 +254,8 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         )
     tables = [
         rows_table(title, columns, ablation_rows(content, columns))
-        for title, columns in (("Ablation", FIGURES), ("What it cost", COSTS))
+        for title, columns in (("Ablation, figures in %", FIGURES), ("What it cost", COSTS))
     ]
     out.result(content, *tables, content["verdict"])
-    end(out, {"runs in": folder, "report": folder / "report.html"}, _best(content))
+    end(out, {"runs": folder, "report": folder / "report.html"}, _best(content, folder))
     return list(ended.values())

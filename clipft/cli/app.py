@@ -1,31 +1,19 @@
 """The map of the commands, and the one place where errors become sentences."""
 
 import errno
+import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Collection, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from clipft import __version__
-from clipft.cli.ablate import ablate
 from clipft.cli.console import print_error, silence_broken_pipe
-from clipft.cli.demo import demo
-from clipft.cli.doctor import doctor
-from clipft.cli.evaluate import evaluate
-from clipft.cli.export import export
-from clipft.cli.find_batch_size import find_batch_size
-from clipft.cli.inspect import inspect
-from clipft.cli.launching import told_launcher
-from clipft.cli.pack import pack
-from clipft.cli.report import report
-from clipft.cli.resume import resume
-from clipft.cli.search import search
-from clipft.cli.settings import settings
-from clipft.cli.sync import sync
-from clipft.cli.train import train
-from clipft.cli.zero_shot import zero_shot
+from clipft.cli.help import HelpfulCommand, HelpfulGroup
 from clipft.errors import (
     ClipftError,
     MemoryShortage,
@@ -35,49 +23,79 @@ from clipft.errors import (
     first_line,
 )
 
+if TYPE_CHECKING:
+    from clipft.cli.options import Command
+
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 """What a disk says that is full, read-only or broken."""
 
-app = typer.Typer(
-    name="clipft",
-    help="Fine-tune CLIP on your own image-text pairs, and know that the result is better.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        # --s3_bucket is --s3-bucket
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-    },
-)
-COMMANDS = (
-    demo,
-    doctor,
-    sync,
-    pack,
-    inspect,
-    find_batch_size,
-    train,
-    resume,
-    evaluate,
-    zero_shot,
-    ablate,
-    report,
-    export,
-    search,
-    settings,
-)
-for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+COMMANDS = {
+    "demo": "See it all in two minutes: no network, no data, no GPU.",
+    "doctor": "Say whether this machine is ready, and what to do if not.",
+    "sync": "Bring the pairs from a bucket to --data-dir, or send them.",
+    "pack": "Make shards (WebDataset) from files, a table or shards.",
+    "inspect": "Say what is in a catalogue and what is wrong with it.",
+    "find-batch-size": "Find the micro-batch that fits and is fastest here.",
+    "train": "Fine-tune CLIP under one scenario and show the gain.",
+    "resume": "Go on with a run that was stopped.",
+    "evaluate": "Measure a tuned model beside the untouched one.",
+    "zero-shot": "Measure a model as it is: retrieval and classification.",
+    "ablate": "Run scenarios x settings x seeds, and show which to take.",
+    "report": "Make one page of a run or an ablation.",
+    "export": "Hand a tuned model to other libraries, with a model card.",
+    "search": "Find pictures by words or by another picture.",
+    "settings": "Print the settings as TOML, each with its source.",
+}
+"""Each with the first sentence of its help. ``clipft --help`` needs no more of them."""
 
 
-@app.callback(invoke_without_command=True)
+def command_of(name: str) -> "Command":
+    """The command of that name, from the module of that name."""
+    module = import_module(f"clipft.cli.{name.replace('-', '_')}")
+    command: Command = getattr(module, name.replace("-", "_"))
+    return command
+
+
+def app_with(wanted: Collection[str]) -> typer.Typer:
+    """All commands, those named in ``wanted`` with their options: to load all takes longer than
+    the help of one."""
+    app = typer.Typer(
+        name="clipft",
+        cls=HelpfulGroup,
+        help="Fine-tune CLIP on your image-text pairs, and know that the result is better.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            # --s3_bucket is --s3-bucket
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
+    )
+    for name, summary in COMMANDS.items():
+        function = command_of(name).function if name in wanted else _named
+        app.command(name, cls=HelpfulCommand, help=None if name in wanted else summary)(function)
+    app.callback(invoke_without_command=True)(_root)
+    return app
+
+
+def _named() -> None:
+    """Of a command that is not called."""
+
+
 def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     if version:
         print(__version__)
         raise typer.Exit
+
+
+def _called(args: Sequence[str]) -> set[str]:
+    """The commands that ``args`` may call; all, where the shell asks what to complete."""
+    if "_CLIPFT_COMPLETE" in os.environ:
+        return set(COMMANDS)
+    return {arg.replace("_", "-") for arg in args}
 
 
 def main() -> None:
@@ -88,6 +106,7 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
+        app = app_with(_called(args))
         return int(app(args, standalone_mode=False, prog_name="clipft", obj=args) or 0)
     except ClipftError as error:
         known = error
@@ -104,6 +123,8 @@ def run(args: list[str]) -> int:
         known = _unforeseen(error)
     if "--debug" in args:
         traceback.print_exception(known)
+    from clipft.cli.launching import told_launcher
+
     if not known.said and not told_launcher(known):
         print_error(known, as_json="--json" in args)
     return known.exit_code
@@ -111,7 +132,8 @@ def run(args: list[str]) -> int:
 
 def _usage(error: Any) -> UsageError:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "clipft"
-    return UsageError(error.format_message(), f"see `{command} --help`")
+    message = error.format_message()
+    return UsageError(message[0].lower() + message[1:], f"see `{command} --help`")
 
 
 def _is_memory(error: Exception) -> bool:

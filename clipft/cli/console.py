@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from clipft.errors import ClipftError
+from clipft.reporting.wrapping import say
 
 
 class _Console(Console):
@@ -24,22 +25,33 @@ class _Console(Console):
         _silence(self.file.fileno())
 
 
+_PIPED = 120
+"""Columns of a table that goes into a file or a program."""
+
+
+def _console(**options: Any) -> _Console:
+    console = _Console(highlight=False, **options)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED
+    return console
+
+
 class Output:
     """What a command says: notes on the way, and one result at its end."""
 
     def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json and not quiet
-        self.err = _Console(stderr=True, highlight=False, quiet=quiet)
-        self._out = self.err if as_json else _Console(highlight=False, quiet=quiet)
+        self.err = _console(stderr=True, quiet=quiet)
+        self._out = self.err if as_json else _console(quiet=quiet)
 
     def note(self, text: str) -> None:
         """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
-        self.err.print(text, markup=False, soft_wrap=not self.err.is_terminal)
+        say(self.err, text)
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for work that reports (done, total); one plain line where no terminal is."""
-        if not self.err.is_terminal:
+        """A bar for work that reports (done, total); one plain line where nothing can move."""
+        if not self.err.is_interactive:
             self.note(f"{text} ...")
             yield lambda done, total: None
             return
@@ -52,7 +64,10 @@ class Output:
     def result(self, data: dict[str, Any], *shown: RenderableType) -> None:
         """The command's result: ``data`` for programs, ``shown`` for people."""
         for renderable in shown:
-            self._out.print(renderable)
+            if isinstance(renderable, str):
+                say(self._out, renderable)
+            else:
+                self._out.print(renderable)
         if self.as_json:
             print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
 
@@ -68,11 +83,9 @@ def silent() -> Output:
 
 def print_error(error: ClipftError, as_json: bool) -> None:
     """One line ``error:`` and one line ``hint:`` on stderr; with ``--json`` an object too."""
-    try:
-        for label, text in (("error", error.message), ("hint", error.hint)):
-            print(f"{label}: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    except BrokenPipeError:  # nobody listens; the exit code says it all the same
-        _silence(sys.stderr.fileno())
+    err = _console(stderr=True)
+    for label, text in (("error", error.message), ("hint", error.hint)):
+        say(err, f"{label}: {' '.join(text.split())}")
     if as_json:
         body = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
         print(json.dumps({"error": body}, ensure_ascii=False), flush=True)

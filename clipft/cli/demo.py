@@ -12,6 +12,7 @@ from clipft.cli.ending import end
 from clipft.cli.options import settings_command
 from clipft.settings import DEMO
 from clipft.settings_sources import LoadedSettings
+from clipft.words import counted
 
 Pairs = Annotated[
     int,
@@ -78,7 +79,7 @@ def _make_catalogue(folder: Path, pairs: int, seed: int, out: Output) -> Path:
     raw = folder / "raw"
     for old in (*folder.glob("catalogue-*"), raw, data):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    with out.progress(f"Rendering {pairs:,} products") as report:
+    with out.progress(f"Rendering {counted(pairs, 'product')}") as report:
         write_catalogue(raw, pairs, seed, report)
     with out.progress("Packing them into shards") as report:
         pack(raw, data, PackOptions(seed=seed), report)

@@ -18,6 +18,7 @@ from clipft.settings import (
     TrackingSettings,
 )
 from clipft.settings_sources import LoadedSettings
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.doctor.finding import Examined
@@ -28,7 +29,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 @settings_command(*_LOOKED_AT, "num_workers")
 def doctor(loaded: LoadedSettings, out: Output) -> None:
-    """Is this machine ready for a run with these settings? What is not, and what to do.
+    """Say whether this machine is ready, and what to do if not.
 
     Looks at the libraries, the GPU, memory, disks and limits, at the pairs and the model; at
     the bucket and W&B where the settings name them. Nothing is left behind; with
@@ -50,15 +51,15 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
     out.result({"ready": not errors, "checks": [e.to_dict() for e in examined]}, _table(examined))
     if errors:
         first = errors[0]
-        counted = "1 check" if len(errors) == 1 else f"{len(errors)} checks"
         error = NotReady(
-            f"{counted} failed, first {first.name}: {first.finding.found}", first.finding.hint
+            f"{counted(len(errors), 'check')} failed, first {first.name}: {first.finding.found}",
+            first.finding.hint,
         )
         print_error(error, as_json=False)  # stdout has the table already
         raise typer.Exit(error.exit_code)
     warnings = sum(e.finding.status == "warning" for e in examined)
-    counted = "1 warning" if warnings == 1 else f"{warnings} warnings"
-    out.note(f"Ready{f', with {counted}' if warnings else ''}.")
+    remark = f", with {counted(warnings, 'warning')}" if warnings else ""
+    out.note(f"Ready{remark}.")
     end(out, {}, ("train", *flags_given(loaded), "--plan"))
 
 

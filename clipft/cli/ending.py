@@ -1,10 +1,10 @@
 """The last lines of a command for people: what was made, where, and the next useful command."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clipft.cli.console import Output
+from clipft.reporting.wrapping import say_command
 
 
 def end(
@@ -14,8 +14,11 @@ def end(
     ``clipft``. Says nothing with ``--json``, whose object has it all."""
     if out.as_json:
         return
-    lines = [f"{what} {place}" for what, place in made.items() if place is not None]
-    for label, line in zip(["Made:", *[" " * 5] * len(lines)], lines, strict=False):
-        out.note(f"{label} {line}")
+    there = {what: place for what, place in made.items() if place is not None}
+    broad = max(map(len, there), default=0)
+    for label, (what, place) in zip(
+        ["Made:", *[" " * 5] * len(there)], there.items(), strict=False
+    ):
+        out.note(f"{label} {what:{broad}}  {place}")
     if following:
-        out.note(f"Next: {shlex.join(['clipft', *map(str, following)])}")
+        say_command(out.err, "Next: ", ("clipft", *following))

@@ -22,7 +22,7 @@ _PANEL = "Kept ability"
 Place = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]",
+        metavar="CHECKPOINT",
         help="Checkpoint, or run folder (its best epoch), or s3://bucket/prefix "
         "[default: the scenario's run in --output-dir]",
         show_default=False,
@@ -70,8 +70,10 @@ def evaluate(
     interpolate: Interpolate = None,
     save_interpolated: SaveInterpolated = None,
 ) -> None:
-    """The tuned model beside the untouched one, with 95 % intervals of both and of what they
-    differ in: retrieval of pairs and of groups, in both directions, and by category.
+    """Measure a tuned model beside the untouched one.
+
+    Retrieval of pairs and of groups, in both directions, and by category, with 95 % intervals
+    of both models and of their difference.
 
     With --keep the same on a general set. With --interpolate at points between the untouched
     and the tuned weights; with a run folder as CHECKPOINT both are also written into it, as
@@ -81,9 +83,9 @@ def evaluate(
 
         clipft evaluate ./checkpoints/dual_lora --data-dir ./catalogue
         clipft evaluate ./checkpoints/dual_lora_checkpoint.pt --json
-        clipft evaluate ./checkpoints/dual_lora --keep ./general --interpolate 0:1:0.1
-        clipft evaluate ./checkpoints/dual_lora --save-interpolated 0.6 ./dual_lora_0.6.pt
-        clipft evaluate s3://my-bucket/checkpoints --data-dir s3://my-bucket/catalogue
+        clipft evaluate --keep ./general --interpolate 0:1:0.1
+        clipft evaluate --save-interpolated 0.6 ./dual_lora_0.6.pt
+        clipft evaluate s3://bucket/checkpoints --data-dir s3://bucket/catalogue
     """
     from clipft.api import evaluate as evaluate_place
     from clipft.cli.remote_checkpoints import fetched_checkpoint
@@ -117,12 +119,12 @@ def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
     if by_category:
         yield by_category
     if found.keep:
-        yield from comparison_tables("Kept", found.keep.to_dict())
+        yield from comparison_tables("Kept ability", found.keep.to_dict())
     if found.points:
         points = [point.to_dict() for point in found.points]
         yield sweep_table(points, found.best_alpha)
         loss = " without a clear loss on the kept set" if found.keep else ""
-        yield f"Most recall{loss}: alpha {found.best_alpha:g}\n"
+        yield f"Most recall{loss}: alpha {found.best_alpha:g}"
     yield definitions(compared)
     if found.comparison.after:
-        yield UNCLEAR + "\n"
+        yield UNCLEAR

@@ -14,6 +14,7 @@ from clipft.cli.options import one_of, settings_command
 from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data
 from clipft.errors import UsageError, unknown_choice
 from clipft.settings_sources import LoadedSettings
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.modelling.export_onnx import OnnxCheck
@@ -50,7 +51,7 @@ Push = Annotated[
     typer.Option(
         "--push",
         metavar="REPO",
-        help="Then upload it to this repository of the hub, made private where there is none "
+        help="Then upload it to this repository of the hub; a new one is made private "
         "[default: none]",
         show_default=False,
         rich_help_panel="Export",
@@ -76,11 +77,13 @@ def export(
     Examples:
 
         clipft export ./checkpoints/dual_lora ./my-clip
-        clipft export ./checkpoints/dual_lora ./onnx --format onnx --data-dir ./catalogue
+        clipft export ./checkpoints/dual_lora ./onnx --format onnx
         clipft export ./checkpoints/dual_lora ./all --format all --push me/my-clip
     """
     if kind not in CHOICES:
-        raise UsageError(f"--format {kind}: {unknown_choice(kind, CHOICES)}", "choose one of them")
+        raise UsageError(
+            f"--format {kind}: {unknown_choice(kind, CHOICES)}", "as in --format transformers"
+        )
     from clipft.cli.remote_checkpoints import local_model
     from clipft.modelling.export import has_adapter
     from clipft.storage.hub import make_repository
@@ -106,7 +109,7 @@ def export(
     out.result(_result(opened, written, page), _table(written, page))
     data_dir = (checked_on if data_given else opened.settings).data_dir
     folder = next(iter(written.folders.values()))
-    end(out, {"how to open it": folder / "README.md"}, _following(written, data_dir))
+    end(out, {"model card": folder / "README.md"}, _following(written, data_dir))
 
 
 def _on_cpu(loaded: LoadedSettings) -> LoadedSettings:
@@ -131,7 +134,7 @@ def _checked(check: "OnnxCheck | None") -> str:
     if check is None:
         return ""
     return (
-        f"Checked with onnxruntime against torch on {check.pairs:,} pictures and texts: the "
+        f"Checked with onnxruntime against torch on {counted(check.pairs, 'pair')}: the "
         f"greatest difference of a component is {check.image_difference:.1e} for pictures and "
         f"{check.text_difference:.1e} for texts."
     )
@@ -228,7 +231,9 @@ def _table(written: "Written", page: str | None) -> Table:
         table.add_row(name, str(folder), f"{size / 2**20:.1f} MiB")
     if written.onnx:
         worst = max(written.onnx.image_difference, written.onnx.text_difference)
-        table.add_row("onnx against torch", f"{worst:.1e} at most", f"{written.onnx.pairs:,} pairs")
+        table.add_row(
+            "onnx against torch", f"{worst:.1e} at most", counted(written.onnx.pairs, "pair")
+        )
     if page:
         table.add_row("pushed to", page, "")
     return table

@@ -18,7 +18,7 @@ _GIB = 2**30
 
 @settings_command(ModelSettings, "effective_batch_size", "precision", "device", "seed")
 def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
-    """Find the micro-batch that fits this machine and is fastest for the scenario.
+    """Find the micro-batch that fits and is fastest here.
 
     Tries real training passes. `train` does the same when --micro-batch-size is 0, and
     takes what was found here.

@@ -15,6 +15,7 @@ from clipft.cli.remote_data import LOCATION_SETTINGS, bring_named_data, local_da
 from clipft.data.pack_options import NEAR_BITS
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.caption_template import CaptionTemplate
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Data = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[DATA]",
+        metavar="DATA",
         help="Folder with train/ and val/, or of shards [default: --data-dir]",
         show_default=False,
     ),
@@ -73,7 +74,7 @@ def inspect(
     near: Near = NEAR_BITS,
     html: Html = None,
 ) -> None:
-    """What is in a catalogue and what is wrong with it, before training on it.
+    """Say what is in a catalogue and what is wrong with it.
 
     Broken pictures, sizes, caption lengths, duplicates, what stands in both training and
     validation, and the best R@K that the duplicates leave possible.
@@ -134,7 +135,7 @@ def _read(
 ) -> "list[PairFacts]":
     from clipft.data.inspection import read_facts
 
-    with out.progress(f"Reading {name}, {len(pairs):,} pairs") as report:
+    with out.progress(f"Reading {name}, {counted(len(pairs), 'pair')}") as report:
         return read_facts(pairs, report, max(1, workers), name, template)
 
 
@@ -182,10 +183,10 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
 
 def _column(split: "SplitFacts") -> dict[str, str]:
     def joined(values: dict[str, float]) -> str:
-        return " / ".join(f"{value:g}" for value in values.values()) or "-"
+        return "/".join(f"{value:g}" for value in values.values()) or "-"
 
     def best(direction: str) -> str:
-        return " / ".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
+        return "/".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
 
     return {
         "pairs": f"{split.pairs:,}",
@@ -204,8 +205,8 @@ def _column(split: "SplitFacts") -> dict[str, str]:
         "groups of duplicates": f"{split.groups:,}",
         "largest group of duplicates": f"{split.largest_group:,}",
         "labels in the metadata": _labels(split.categories),
-        "best text->image R@1/5/10, %": best("text_to_image"),
-        "best image->text R@1/5/10, %": best("image_to_text"),
+        "best text -> image R@1/5/10, %": best("text_to_image"),
+        "best image -> text R@1/5/10, %": best("image_to_text"),
     }
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import typer
 
 from clipft.errors import ClipftError, ProcessError
@@ -85,6 +84,7 @@ def launch(processes: int, args: Sequence[str]) -> None:
 
 
 def _run(processes: int, args: Sequence[str], folder: str) -> None:
+    import psutil
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -7,13 +7,12 @@ common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded set
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 
 from clipft.cli.console import Output
 from clipft.section import Section, fields_of
@@ -43,23 +42,42 @@ Debug = Annotated[
 _COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug, False)}
 
 
-def plain_command(command: Callable[..., None]) -> Callable[..., None]:
+class Command:
+    """A command as its module declares it; its options are made when they are asked for."""
+
+    def __init__(
+        self,
+        command: Callable[..., None],
+        wanted: Collection[type[Section] | str],
+        profile: Mapping[str, Any] | None,
+    ) -> None:
+        self._command, self._wanted, self._profile = command, wanted, profile
+        self.__name__ = command.__name__
+        self.__doc__ = _unwrapped(command.__doc__ or "")
+
+    @functools.cached_property
+    def function(self) -> Callable[..., None]:
+        """With a parameter for each option, as typer reads them."""
+        generated = {
+            name: (field, section)
+            for section in SECTIONS
+            for name, field in fields_of(section)
+            if section in self._wanted or name in self._wanted
+        }
+        return _wrapped(self._command, generated, self._profile)
+
+
+def plain_command(command: Callable[..., None]) -> Command:
     """A command with the common options but no settings; it is handed ``out``."""
-    return _wrapped(command, {}, None)
+    return Command(command, (), None)
 
 
 def settings_command(
     *wanted: type[Section] | str, profile: Mapping[str, Any] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., None]], Command]:
     """A command with the options of whole sections or of single settings by name; it is
     handed ``loaded`` and ``out``. ``profile`` holds defaults of its own."""
-    generated = {
-        name: (field, section)
-        for section in SECTIONS
-        for name, field in fields_of(section)
-        if section in wanted or name in wanted
-    }
-    return lambda command: _wrapped(command, generated, profile or {})
+    return lambda command: Command(command, wanted, profile or {})
 
 
 def _wrapped(
@@ -136,7 +154,7 @@ def _options(
     shown = typer.Option(
         f"--{name.replace('_', '-')}",
         metavar=None if switch else kind_of(name).upper(),
-        help=escape(_help(name, field, default)),
+        help=_help(name, field, default),
         rich_help_panel=section.title,
         show_default=False,
         autocompletion=completing(name),
@@ -154,10 +172,13 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _help(name: str, field: FieldInfo, default: Any) -> str:
     choices, numbers = choices_of(name), range_of(field)
-    # A scenario's description names them all
-    listed = f"{'|'.join(choices)}: " if choices and name != "scenario" else ""
+    text = str(field.description)
+    if choices:  # a scenario's description names them all
+        text = text if name == "scenario" else f"{'|'.join(choices)}: {text}"
+    else:
+        text = text[0].upper() + text[1:]
     within = f"; {numbers}" if numbers else ""
-    return f"{listed}{field.description} [default: {default_text(default)}{within}]"
+    return f"{text} [default: {default_text(default)}{within}]"
 
 
 def completing(name: str) -> Callable[[str], list[str]] | None:

@@ -10,6 +10,7 @@ from clipft.cli.console import Output
 from clipft.cli.ending import end
 from clipft.cli.options import plain_command
 from clipft.data.pack_options import PackOptions, Part
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.pack import PackResult
@@ -80,7 +81,7 @@ Processes = Annotated[
         "--processes",
         min=0,
         metavar="N",
-        help="How many work; 0: one per processor",
+        help="Processes that share the work; 0: one per processor",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -117,7 +118,12 @@ Size = Annotated[
 Quality = Annotated[
     int,
     typer.Option(
-        "--quality", min=1, max=100, metavar="N", help="JPEG's, with --size", rich_help_panel=_PANEL
+        "--quality",
+        min=1,
+        max=100,
+        metavar="N",
+        help="Of the JPEGs, with --size",
+        rich_help_panel=_PANEL,
     ),
 ]
 GroupField = Annotated[
@@ -169,7 +175,7 @@ def pack(
     part: PartOf = "",
     processes: Processes = PackOptions.processes,
 ) -> None:
-    """Make WebDataset shards from raw files, a table or other shards.
+    """Make shards (WebDataset) from files, a table or shards.
 
     chair.jpg, chair.txt and, where there is one, chair.json are a pair, in a folder or in
     .tar shards; so is a row of a CSV, TSV, JSONL or Parquet table with a caption and a path
@@ -213,21 +219,21 @@ def pack(
     if options.part.of > 1:
         out.note(f"Part {part}: train when all {options.part.of} are in one folder.")
     else:
-        end(out, {"catalogue": target}, ("inspect", target))
+        end(out, {"shards": target}, ("inspect", target))
 
 
 def _remarks(result: "PackResult", options: PackOptions, out: Output) -> None:
     if result.skipped:
         count, file = sum(result.skipped.values()), f"skipped{options.part.suffix}.jsonl"
-        out.note(f"note: {count:,} left out, see {file}.")
+        out.note(f"note: left out {counted(count, 'pair')}, see {result.out / file}.")
     shared = {
-        "their photo": result.shared_photos,
-        "a near-identical photo": result.shared_near_photos,
-        "their caption": result.shared_captions,
+        "the photo": result.shared_photos,
+        "a photo like that": result.shared_near_photos,
+        "the caption": result.shared_captions,
     }
     for what, count in shared.items():
         if count:
-            out.note(f"warning: {count:,} validation pairs share {what} with training.")
+            out.note(f"warning: training also has {what} of {counted(count, 'validation pair')}.")
     if not result.val_pairs and options.part.of == 1:
         out.note("warning: nothing to validate on: add pictures, or raise --val-share.")
 

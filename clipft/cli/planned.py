@@ -14,6 +14,7 @@ from clipft.settings_sources import LoadedSettings
 from clipft.storage.sync import SyncOptions, SyncResult
 from clipft.training.distributed import Processes, by_first, on_each_machine
 from clipft.training.forecast import forecast
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -28,8 +29,8 @@ def plan_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
         count, size = to_fetch.transferred, to_fetch.bytes / 2**20
         out.result(
             {"to_fetch": {"objects": count, "bytes": to_fetch.bytes}, "forecast": None},
-            f"{count:,} objects, {size:,.1f} MiB, would be fetched to {settings.data_dir} first; "
-            "only then can the rest be foreseen.",
+            f"{counted(count, 'object')}, {size:,.1f} MiB, would be fetched to "
+            f"{settings.data_dir} first; only then can the rest be foreseen.",
         )
         names = tuple(StorageSettings.model_fields)
         end(out, {}, ("sync", *flags_given(loaded, *names)))

@@ -42,7 +42,8 @@ def checkpoint_store(settings: Settings, out: Output) -> "CheckpointStore":
 
     if not settings.s3_bucket:
         raise UsageError(
-            "--enable-s3-checkpoints needs a bucket", "name it with --s3-bucket, or leave it out"
+            "--enable-s3-checkpoints needs a bucket",
+            "name one with --s3-bucket, or leave --enable-s3-checkpoints out",
         )
     bucket = open_bucket(settings, out.note)
     prefix = settings.s3_checkpoint_prefix.strip("/")

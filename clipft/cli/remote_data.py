@@ -12,6 +12,7 @@ from clipft.files import write_text
 from clipft.s3_url import parse_s3_url
 from clipft.settings import Settings, StorageSettings
 from clipft.settings_sources import LoadedSettings, cached_bucket, settings_of_data
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -118,7 +119,7 @@ def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
     write_text(mark, json.dumps({"content": content}))
     out.note(
         f"Packed {result.train_pairs:,} training and {result.val_pairs:,} validation pairs into "
-        f"{result.shards:,} shards in {data_dir}; the raw files stay in {data_dir / RAW}."
+        f"{counted(result.shards, 'shard')} in {data_dir}; the raw files stay in {data_dir / RAW}."
     )
 
 
@@ -143,6 +144,6 @@ def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]
     """A bar on a terminal, a line every few seconds elsewhere."""
     from clipft.reporting.transfers import bar, lines
 
-    shown = bar(out.err) if out.err.is_terminal else lines(out.note)
+    shown = bar(out.err) if out.err.is_interactive else lines(out.note)
     with shown as report:
         yield report

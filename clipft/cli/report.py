@@ -14,7 +14,7 @@ from clipft.settings_sources import LoadedSettings
 Place = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[RUN]",
+        metavar="RUN",
         help="Folder of a run or of an ablation [default: the scenario's run in --output-dir]",
         show_default=False,
     ),
@@ -34,15 +34,15 @@ Html = Annotated[
 
 @settings_command("scenario", "output_dir", "data_dir")
 def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html = None) -> None:
-    """One page of a run or an ablation: figures, curves, gallery, settings.
+    """Make one page of a run or an ablation.
 
-    The page needs no network. Each run and ablation writes its own at its end; this makes it
-    anew, also of a run that is still under way.
+    Figures, curves, gallery and settings. The page needs no network. Each run and ablation
+    writes its own at its end; this makes it anew, also of a run that is still under way.
 
     Examples:
 
         clipft report ./checkpoints/dual_lora
-        clipft report ./checkpoints/dual_lora --html dual_lora.html --data-dir ./catalogue
+        clipft report ./checkpoints/dual_lora --html dual_lora.html
     """
     from clipft.report_files import write_report
 

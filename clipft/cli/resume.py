@@ -17,7 +17,7 @@ _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoin
 Checkpoint = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]",
+        metavar="CHECKPOINT",
         help="Checkpoint of the run, its folder, or s3://bucket/prefix "
         "[default: the newest in --output-dir]",
         show_default=False,
@@ -29,17 +29,17 @@ Checkpoint = Annotated[
 def resume(
     ctx: typer.Context, loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None
 ) -> None:
-    """Go on with a run that was stopped, to where it would have ended.
+    """Go on with a run that was stopped.
 
-    The settings come from the checkpoint. Only those listed here may be changed: the others
-    decide the weights.
+    It ends where it would have ended without the stop. The settings come from the checkpoint.
+    Only those listed here may be changed: the others decide the weights.
 
     Examples:
 
         clipft resume
         clipft resume ./checkpoints/dual_lora
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
-        clipft resume s3://my-bucket/checkpoints --endpoint-url http://localhost:9000
+        clipft resume s3://bucket/runs --endpoint-url http://localhost:9000
     """
     from clipft.cli.remote_checkpoints import fetch_place
     from clipft.cli.running import in_processes, train_in

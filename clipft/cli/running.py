@@ -22,6 +22,7 @@ from clipft.training.run_folder import RunPaths
 from clipft.training.signals import stop_on_signals
 from clipft.training.starting import start_processes
 from clipft.training.watchers import Watchers
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.stream import ShardSource
@@ -83,7 +84,7 @@ def _show(result: TrainResult, settings: Settings, out: Output) -> None:
         out.note("Stopped early: no improvement any more.")
     if result.skipped_pairs:
         reasons = RunPaths.within(result.folder).skipped
-        out.note(f"note: {result.skipped_pairs} bad pairs were left out, see {reasons}.")
+        out.note(f"note: left out {counted(result.skipped_pairs, 'bad pair')}, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
     page = RunPaths.within(result.folder).report

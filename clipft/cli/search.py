@@ -14,6 +14,7 @@ from clipft.cli.remote_data import LOCATION_SETTINGS, local_data
 from clipft.errors import DataError, UsageError
 from clipft.files import check_writable
 from clipft.settings_sources import LoadedSettings
+from clipft.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ Data = Annotated[
 ]
 Query = Annotated[
     str | None,
-    typer.Argument(metavar="[QUERY]", help="What the picture shows", show_default=False),
+    typer.Argument(metavar="QUERY", help="What the picture shows", show_default=False),
 ]
 Image = Annotated[
     Path | None,
@@ -82,10 +83,10 @@ def search(
     top: Top = 12,
     html: Html = None,
 ) -> None:
-    """Find pictures by words or by another picture, with any CLIP.
+    """Find pictures by words or by another picture.
 
-    All pictures are embedded once and kept in the cache folder; what changes is embedded anew.
-    The score is the cosine between query and picture.
+    With any CLIP. All pictures are embedded once and kept in the cache folder; what changes is
+    embedded anew. The score is the cosine between query and picture.
 
     Examples:
 
@@ -111,7 +112,7 @@ def search(
     opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
     options = LoaderOptions.of(opened.settings, opened.loaded.precision.device)
-    with out.progress(f"Searching {sum(map(len, parts)):,} pictures") as report:
+    with out.progress(f"Searching {counted(sum(map(len, parts)), 'picture')}") as report:
         index = open_index(opened, parts, options, report)
         scores = index.scores(vector)
     hits = index.best(scores, top)
@@ -120,7 +121,7 @@ def search(
     counts = _counts(index, scores)
     out.result(_result(title, counts, hits, captions), _table(title, hits, captions))
     if counts["unusable"]:
-        out.note(f"note: {counts['unusable']:,} pictures cannot be used and are left out.")
+        out.note(f"note: left out {counted(counts['unusable'], 'picture')} that cannot be used.")
     if html:
         _write_sheet(html, title, counts, hits, captions, asked)
         end(out, {"page": html})
@@ -211,5 +212,6 @@ def _write_sheet(
         SheetPicture(hit.pair.key, hit.pair.shard, hit.score, caption, small(hit.pair.image))
         for hit, caption in zip(hits, captions, strict=True)
     ]
-    remark = f"The best {len(hits)} of {counts['pictures']:,} pictures, by cosine with the query."
+    of_all = counted(counts["pictures"], "picture")
+    remark = f"The best {len(hits)} of {of_all}, by cosine with the query."
     write_page(path, contact_sheet(title, [remark], pictures, small(asked) if asked else None))

@@ -35,7 +35,7 @@ Schema = Annotated[
 def settings(
     loaded: LoadedSettings, out: Output, template: Template = False, schema: Schema = False
 ) -> None:
-    """Print the effective settings as TOML, each with its source.
+    """Print the settings as TOML, each with its source.
 
     Examples:
 

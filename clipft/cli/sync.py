@@ -23,7 +23,7 @@ _SHOWN = 20
 _PANEL = "Sync"
 
 Up = Annotated[
-    bool, typer.Option("--up", help="Send data_dir to the bucket", rich_help_panel=_PANEL)
+    bool, typer.Option("--up", help="Send --data-dir to the bucket", rich_help_panel=_PANEL)
 ]
 Include = Annotated[
     list[str] | None,
@@ -39,7 +39,7 @@ Exclude = Annotated[
     typer.Option(
         "--exclude",
         metavar="GLOB",
-        help="Not those that match; repeatable",
+        help="Leave out paths that match; repeatable",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -52,7 +52,10 @@ Delete = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Change nothing, show what", rich_help_panel=_PANEL)
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would be done, and change nothing", rich_help_panel=_PANEL
+    ),
 ]
 
 
@@ -66,16 +69,17 @@ def sync(
     delete: Delete = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Bring the pairs from a bucket to --data-dir: what is there already is not fetched again.
+    """Bring the pairs from a bucket to --data-dir, or send them.
 
-    Each object is checked (size, ETag, md5) and appears whole or not at all, so a sync that was
-    cut off goes on where it was. Raw files are packed into shards; --no-pack leaves them.
+    What is there already is not fetched again. Each object is checked (size, ETag, md5) and
+    appears whole or not at all, so a sync that was cut off goes on where it was. Raw files are
+    packed into shards; --no-pack leaves them.
 
     Examples:
 
         clipft sync --s3-bucket catalogue --data-dir ./catalogue
-        clipft sync --s3-bucket catalogue --endpoint-url http://localhost:9000 --json
-        clipft sync --s3-bucket catalogue --data-dir ./catalogue --exclude '*.json' --dry-run
+        clipft sync --s3-bucket catalogue --endpoint-url http://localhost:9000
+        clipft sync --s3-bucket catalogue --exclude '*.json' --dry-run
         clipft sync --up --s3-bucket catalogue --data-dir ./catalogue
     """
     from clipft.storage.keys import Filter
@@ -87,7 +91,7 @@ def sync(
     result = _send(settings, options, out) if up else bring_data(settings, out, options)
     out.result(result.to_dict(), *_tables(result, "sent" if up else "fetched"))
     if not dry_run and not up:
-        end(out, {"pairs in": settings.data_dir}, ("inspect", settings.data_dir))
+        end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
 
 
 def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "SyncResult":

@@ -22,10 +22,11 @@ Plan = Annotated[
 
 @settings_command(*SECTIONS)
 def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = False) -> None:
-    """Fine-tune CLIP under one scenario and show the gain over the untouched model.
+    """Fine-tune CLIP under one scenario and show the gain.
 
-    With --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run goes
-    on from its checkpoint; if there is none it says so and starts at epoch 0.
+    The gain is that over the untouched model, on the validation pairs. With --s3-bucket the
+    pairs are synced first. With --resume-from-checkpoint the run goes on from its checkpoint;
+    if there is none it says so and starts at epoch 0.
 
     Examples:
 

@@ -20,7 +20,7 @@ _SETTINGS = (*EVALUATION_SETTINGS, "model", "max_train_pairs", "seed")
 Tuned = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]",
+        metavar="CHECKPOINT",
         help="Classify with this checkpoint or run folder [default: the untouched --model]",
         show_default=False,
     ),
@@ -77,14 +77,16 @@ def zero_shot(
     linear_pairs: LinearPairs = ZERO_SHOT_LINEAR_PAIRS,
     save_classifier: SaveClassifier = None,
 ) -> None:
-    """The untouched model (or a checkpoint): retrieval, and classification by prompts over the
-    labels, beside a linear classifier that learns from labelled training pairs.
+    """Measure a model as it is: retrieval and classification.
+
+    The untouched model, or a checkpoint. It classifies by prompts over the labels; beside it
+    stands a linear classifier that learns from labelled training pairs.
 
     Examples:
 
         clipft zero-shot --data-dir ./catalogue
-        clipft zero-shot --model tiny --labels "chair,table,lamp" --label-field type
-        clipft zero-shot ./checkpoints/dual_lora --save-classifier furniture.safetensors
+        clipft zero-shot --model tiny --labels chair,table,lamp --label-field type
+        clipft zero-shot ./checkpoints/dual_lora --save-classifier my.safetensors
     """
     from clipft.cli.remote_checkpoints import fetched_checkpoint
     from clipft.files import check_writable
@@ -134,7 +136,8 @@ def _shown(
         definitions,
     )
 
-    yield from comparison_tables("Validation", compared, settings.scenario)
+    name = settings.scenario if settings.declared_scenario.trains else "untouched"
+    yield from comparison_tables("Validation", compared, name)
     if classified:
         yield classification_table(f"Classification by {settings.label_field}", classified)
         if classified["confused"]:

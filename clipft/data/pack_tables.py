@@ -35,6 +35,7 @@ CAPTION_COLUMNS = ("caption", "text", "title", "description", "name")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (*_DELIMITERS, ".jsonl", ".parquet")
 _BATCH = 1024
+_UNREADABLE = "correct what is named, or save the table anew as UTF-8"
 
 
 def list_table(table: Path, options: PackOptions, pictures: Pictures) -> Listing:
@@ -132,7 +133,7 @@ def _rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield _json_object(line)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"cannot read {table}: {error}", "mend the table") from error
+        raise DataError(f"cannot read {table}: {error}", _UNREADABLE) from error
 
 
 def _json_object(line: str) -> dict[str, Any]:
@@ -153,7 +154,9 @@ def _parquet(table: Path) -> Any:
     try:
         return ParquetFile(table)
     except (ArrowException, OSError) as error:
-        raise DataError(f"cannot read {table}: {error}", "mend the table") from error
+        raise DataError(
+            f"cannot read {table}: {error}", "save the table anew, as Parquet or as CSV"
+        ) from error
 
 
 def _parquet_rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
@@ -169,7 +172,9 @@ def _parquet_rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(_BATCH, columns=columns):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(f"cannot read {table}: {error}", "mend the table") from error
+        raise DataError(
+            f"cannot read {table}: {error}", "save the table anew, as Parquet or as CSV"
+        ) from error
 
 
 def _holds_bytes(kind: Any) -> bool:

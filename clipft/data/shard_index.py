@@ -104,7 +104,9 @@ def open_shard(path: Path) -> Shard:
     try:
         stamp = stamp_of(path.stat())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", "check that it is there and may be read"
+        ) from error
     for place in _index_places(path):
         try:
             return _load(place, path, stamp)
@@ -143,7 +145,9 @@ def index_shard(path: Path) -> Shard:
             f"{path} is not a whole tar: {error}", f"fetch the shard again, or {PACK_HINT}"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "check the file") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", "check that it is there and may be read"
+        ) from error
     pairs = {}
     for key, members in found.items():
         if "image" not in members:

@@ -18,6 +18,7 @@ from clipft.data.caption_template import parse_metadata
 from clipft.data.order import EpochPlan
 from clipft.data.shard_index import FIELDS, PACK_HINT, Shard, Skipped, open_shard, stamp_of
 from clipft.errors import DataError
+from clipft.words import counted
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     dataset = PairDataset([open_shard(path) for path in paths], limit)
     if not len(dataset):
         raise DataError(
-            f"no pair of image and caption in the {len(paths)} shards of {folder}", PACK_HINT
+            f"no pair of image and caption in {counted(len(paths), 'shard')} of {folder}", PACK_HINT
         )
     return dataset
 

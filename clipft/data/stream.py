@@ -26,6 +26,7 @@ from clipft.data.order import EpochPlan, derived_seed
 from clipft.data.shard_index import Skipped, member_of, open_shard, printable
 from clipft.data.shards import RawPair, shard_paths
 from clipft.errors import DataError
+from clipft.words import counted
 
 T = TypeVar("T")
 
@@ -213,7 +214,7 @@ def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
         ) from error
     if row < shard.pairs:
         raise DataError(
-            f"{shard.where} gave {row} pairs in sequence, {shard.pairs} were expected",
+            f"{shard.where} gave {counted(row, 'pair')} in sequence, {shard.pairs} were expected",
             "the files of a pair must follow each other: `clipft pack` it anew, or train "
             "without --stream; or mend sizes.json beside it",
         )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clipft.errors import UsageError
+from clipft.words import counted
 
 _MOST_EDGES = 50_000_000
 
@@ -89,8 +90,9 @@ def _products(texts: Integers, photos: Integers, groups: Integers) -> list[Integ
     cuts = np.flatnonzero(np.diff(groups[order])) + 1
     members = [m for m in np.split(order, cuts) if len(m) > 1 and groups[m[0]] >= 0]
     if sum(len(m) ** 2 for m in members) > _MOST_EDGES:
+        largest = counted(max(map(len, members)), "pair")
         raise UsageError(
-            f"the groups are too large: the largest holds {max(map(len, members)):,} pairs",
+            f"the groups are too large: the largest holds {largest}",
             "name a field that tells products apart with --group-field",
         )
     sets = [(np.unique(texts[m]), np.unique(photos[m])) for m in members]

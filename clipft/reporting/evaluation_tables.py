@@ -6,11 +6,12 @@ All take the dicts that ``evaluation`` writes, nothing else.
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from clipft.reporting.figures import figure_name
+from clipft.reporting.tables import FigureTable
+from clipft.words import counted
 
 _DIRECTIONS = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 _RANKS = frozenset({"median_rank", "mean_rank"})
@@ -26,8 +27,8 @@ def comparison_tables(
     """A table per protocol of ``Comparison.to_dict``; ``model`` names the one of ``before``."""
     before, after = compared["before"], compared["after"]
     for protocol in ("paired", "grouped"):
-        table = _table(f"{title}, {protocol}: {_size(before, protocol)}", "figure")
-        table.caption = compared["definitions"][protocol]["protocol"]
+        words = compared["definitions"][protocol]["protocol"]
+        table = _table(f"{title}, {protocol}: {_size(before, protocol)}", "figure", words)
         table.add_column(model, justify="right")
         if after:
             table.add_column("tuned", justify="right")
@@ -41,17 +42,17 @@ def comparison_tables(
         yield table
 
 
-def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
+def _table(title: str, first: str, caption: str = "") -> Table:
+    table = FigureTable(title, caption)
     table.add_column(first)
     return table
 
 
 def _size(evaluation: dict[str, Any], protocol: str) -> str:
     if protocol == "paired":
-        return f"{evaluation['pairs']:,} pairs"
+        return counted(evaluation["pairs"], "pair")
     part = evaluation["grouped"]["text_to_image"]
-    return f"{part['queries']:,} captions, {part['candidates']:,} photos"
+    return f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'photo')}"
 
 
 def _rows(compared: dict[str, Any], protocol: str, direction: str) -> Iterator[list[str]]:
@@ -141,10 +142,13 @@ def definitions(compared: dict[str, Any]) -> Table:
 def sweep_table(points: list[dict[str, Any]], best: float) -> Table:
     """Mean recall at each point between the untouched and the tuned weights."""
     keep = any(point["keep"] for point in points)
-    table = _table("Between the untouched (0) and the tuned (1) weights", "alpha")
+    table = _table(
+        "Between the untouched (0) and the tuned (1) weights",
+        "alpha",
+        "recall: mean of paired R@1, R@5 and R@10 of both directions",
+    )
     for heading in ("recall here", "gain", *(["recall kept set", "change"] if keep else [])):
         table.add_column(heading, justify="right")
-    table.caption = "recall: mean of paired R@1, R@5 and R@10 of both directions"
     for point in points:
         row = [f"{point['alpha']:g}", value("r", point["recall"]), signed("r", point["gain"])]
         if keep:
@@ -156,13 +160,13 @@ def sweep_table(points: list[dict[str, Any]], best: float) -> Table:
 
 def classification_table(title: str, classified: dict[str, Any]) -> Table:
     """Prompts beside the linear classifier, where there is one."""
-    size = f"{classified['images']:,} images, {classified['labels']:,} labels"
+    size = f"{counted(classified['images'], 'image')}, {counted(classified['labels'], 'label')}"
     table = _table(f"{title}: {size}", "figure")
-    table.add_column(f"{len(classified['templates'])} prompts each", justify="right")
+    table.add_column(f"{counted(len(classified['templates']), 'prompt')} each", justify="right")
     columns = [classified]
     if classified["linear"]:
         linear = classified["linear"]
-        table.add_column(f"linear, {linear['training_images']:,} images", justify="right")
+        table.add_column(f"linear, {counted(linear['training_images'], 'image')}", justify="right")
         columns.append(linear)
     top1 = [{"value": c["top1"], **c.get("top1_interval", {})} for c in columns]
     table.add_row("  top-1", *(with_interval("r", figure) for figure in top1))

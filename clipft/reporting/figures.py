@@ -7,6 +7,8 @@ A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval; a
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from clipft.words import counted
+
 DIRECTIONS = (("text → image", "text_to_image"), ("image → text", "image_to_text"))
 RECALLS = ("r@1", "r@5", "r@10")
 NOTHING = "-"
@@ -52,7 +54,7 @@ def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict
     before, after = before_and_after(metrics)
     if before is None:
         return []
-    title = f"Paired retrieval, {before['pairs']:,} pairs"
+    title = f"Paired retrieval, {counted(before['pairs'], 'pair')}"
     rows = _short_rows(before, after)
     return [{"title": title, "definitions": {"figures": _DEFINITION}, "rows": rows}]
 
@@ -96,7 +98,7 @@ def _evaluated(evaluation: Json, protocol: str, title: str) -> dict[str, Any]:
                 change[protocol][direction][name] if after else None,
             )
             rows.append({**row, "ceiling": part.get("ceiling", {}).get(name)})
-    size = f"{before['pairs']:,} pairs" if paired else _grouped_size(before)
+    size = counted(before["pairs"], "pair") if paired else _grouped_size(before)
     shared = {name: definitions[name] for name in ("ties", "interval")}
     words = {**definitions[protocol], **shared}
     return {"title": f"{title}, {size}", "definitions": words, "rows": rows}
@@ -104,7 +106,7 @@ def _evaluated(evaluation: Json, protocol: str, title: str) -> dict[str, Any]:
 
 def _grouped_size(before: Json) -> str:
     part = before["grouped"]["text_to_image"]
-    return f"{part['queries']:,} captions, {part['candidates']:,} photos"
+    return f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'photo')}"
 
 
 def _row(

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from clipft.records import Forecast
 from clipft.reporting.progress import duration
+from clipft.words import counted
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -23,7 +24,8 @@ def forecast_table(foreseen: Forecast, place: str, uploads_to: str | None) -> Ta
 
 
 def _rows(f: Forecast, place: str, uploads_to: str | None) -> Iterator[tuple[str, str]]:
-    yield "unusable", f"{f.unusable:,} pairs so far known; they are left out"
+    unusable = f"{counted(f.unusable, 'pair')}, left out" if f.unusable else "no pairs known so far"
+    yield "unusable", unusable
     yield "time", _time(f)
     if f.measured_steps:
         yield (
@@ -33,21 +35,22 @@ def _rows(f: Forecast, place: str, uploads_to: str | None) -> Iterator[tuple[str
     yield (
         "memory",
         f"{f.peak_bytes / _GIB:.2f} GiB at most on {f.plan.device} while measured, of "
-        f"{f.usable_bytes / _GIB:.1f} usable",
+        f"{f.usable_bytes / _GIB:.1f} GiB usable",
     )
     yield "disk", _disk(f, place)
     yield "uploads", _uploads(f, uploads_to)
 
 
 def _time(f: Forecast) -> str:
-    passes = f"{f.validations} validations of {_seconds(f.validation_seconds)}"
+    passes = f"{counted(f.validations, 'validation')} of {_seconds(f.validation_seconds)}"
     if not f.measured_steps:
         return f"about {duration(f.seconds)}: {passes}"
     left = f.plan.total_steps - f.done_steps
     after = f" (after the {f.done_steps:,} that are done)" if f.done_steps else ""
     return (
-        f"about {duration(f.seconds)}: {left:,} steps of {_seconds(f.seconds_per_step)}{after}, "
-        f"{passes}; from {f.measured_steps} steps that were run. Early stopping may end it sooner"
+        f"about {duration(f.seconds)}: {counted(left, 'step')} of {_seconds(f.seconds_per_step)}"
+        f"{after}, {passes}; from {counted(f.measured_steps, 'step')} run now. Early stopping may "
+        "end it sooner"
     )
 
 
@@ -58,8 +61,8 @@ def _disk(f: Forecast, place: str) -> str:
     short = "warning: too little room: " if f.disk_free < f.disk_bytes else ""
     return (
         f"{short}at most {f.disk_bytes / _MIB:,.1f} MiB in {place}: checkpoint "
-        f"{f.checkpoint_bytes / _MIB:,.1f}, twice while it is replaced; best epoch "
-        f"{f.best_bytes / _MIB:,.1f}; {free}"
+        f"{f.checkpoint_bytes / _MIB:,.1f} MiB, twice while it is replaced; best epoch "
+        f"{f.best_bytes / _MIB:,.1f} MiB; {free}"
     )
 
 

@@ -2,15 +2,25 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 from clipft.records import EpochResult, Observer, Plan, StepResult
+from clipft.reporting.wrapping import say
+from clipft.words import counted
 
 _PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
+
+_BAR_AND_TIME = 20
+"""Columns that stay for the bar and the time left."""
+_ROW_WIDTH = 80
+"""Columns of a table of epochs, ``best so far`` included."""
+_DIRECTIONS = ("text -> image", "image -> text")
 
 Memory = Callable[[], int]
 """Bytes in use."""
@@ -18,12 +28,14 @@ Memory = Callable[[], int]
 
 def make_progress(console: Console, memory: Memory) -> Observer:
     """The display that fits ``console``."""
-    kind = LiveProgress if console.is_terminal else PlainProgress
+    kind = LiveProgress if console.is_interactive else PlainProgress
     return kind(console, memory)
 
 
 class _Lines:
     """The lines both displays share: the plan at the start, figures at each epoch's end."""
+
+    _headed = False
 
     def __init__(self, console: Console, memory: Memory) -> None:
         self._console, self._memory = console, memory
@@ -36,10 +48,20 @@ class _Lines:
             self._say(line)
 
     def epoch_ended(self, result: EpochResult) -> None:
-        self._say(epoch_line(result, self._plan.epochs if self._plan else 0))
+        epochs = self._plan.epochs if self._plan else 0
+        if not self._console.is_interactive or self._console.width < _ROW_WIDTH:
+            self._say(epoch_line(result, epochs))
+            return
+        if not self._headed:
+            self._headed = True
+            if result.val_floor:
+                self._say(f"note: no model has a val loss below {result.val_floor:.4f} here.")
+            head = Text("\n".join(epoch_head()), style="bold")
+            self._console.print(head, soft_wrap=True)
+        self._say(epoch_row(result, epochs))
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
+        say(self._console, line)
 
 
 class LiveProgress(_Lines):
@@ -69,13 +91,19 @@ class LiveProgress(_Lines):
     def stepped(self, result: StepResult) -> None:
         assert self._plan
         self._pace.add(result)
-        epoch = f"epoch {result.epoch}/{self._plan.epochs}"
-        self._progress.update(
-            self._task,
-            advance=1,
-            description=f"{epoch} step {result.step}/{self._plan.total_steps}",
-            figures=step_figures(result, self._pace, self._memory()),
+        total = self._plan.total_steps
+        done = (
+            f"epoch {result.epoch}/{self._plan.epochs} step {result.step:{len(str(total))}}/{total}"
         )
+        figures = self._figures(result, self._console.width - len(done) - _BAR_AND_TIME)
+        self._progress.update(self._task, advance=1, description=done, figures=figures)
+
+    def _figures(self, result: StepResult, room: int) -> str:
+        """As many as leave room for the bar; the last go first."""
+        figures = step_figures(result, self._pace, self._memory())
+        while len(figures) > 1 and len("  ".join(figures)) > room:
+            figures.pop()
+        return "  ".join(figures)
 
     def closed(self) -> None:
         self._progress.stop()
@@ -96,10 +124,11 @@ class PlainProgress(_Lines):
             return
         self._last = now
         left = self._pace.seconds_per_step * (self._plan.total_steps - result.step)
+        figures = " ".join(step_figures(result, self._pace, self._memory()))
         self._say(
             f"epoch {result.epoch}/{self._plan.epochs} "
             f"step {result.step}/{self._plan.total_steps} "
-            f"{step_figures(result, self._pace, self._memory())} {duration(left)} left"
+            f"{' '.join(figures.split())} {duration(left)} left"
         )
 
     def closed(self) -> None:
@@ -129,41 +158,72 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan of a run as people read it."""
     lines = [
         f"{plan.scenario} on {plan.model}: {plan.parameters}.",
-        f"{plan.train_pairs:,} training pairs, {plan.val_pairs:,} validation pairs; "
-        f"{plan.device}, {plan.precision}.",
+        f"{counted(plan.train_pairs, 'training pair')}, "
+        f"{counted(plan.val_pairs, 'validation pair')}; {plan.device}, {plan.precision}.",
     ]
     if plan.total_steps:
-        epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
+        each = counted(plan.steps_per_epoch, "step")
         among = f" over {plan.processes} processes" if plan.processes > 1 else ""
+        warmup = counted(plan.warmup_steps, "step")
         lines.append(
-            f"{epochs} x {plan.steps_per_epoch} steps of "
-            f"{plan.effective_batch_size} pairs (micro-batches of {plan.micro_batch_size}{among}), "
-            f"warm-up {plan.warmup_steps} steps, {plan.optimizer}."
+            f"{counted(plan.epochs, 'epoch')} x {each} of "
+            f"{counted(plan.effective_batch_size, 'pair')} "
+            f"(micro-batches of {plan.micro_batch_size}{among}), warm-up {warmup}, "
+            f"{plan.optimizer}."
         )
     return lines + [f"note: {note}." for note in plan.notes]
 
 
-def step_figures(result: StepResult, pace: Pace, memory: int) -> str:
-    text = (
-        f"loss {result.loss:.4f} lr {result.lr:.2e} "
-        f"{pace.pairs_per_s:.0f} pairs/s {memory / 2**30:.1f} GiB wait {pace.data_share:.0%}"
-    )
-    return text if result.applied else f"{text} (gradient not finite: skipped)"
+def step_figures(result: StepResult, pace: Pace, memory: int) -> list[str]:
+    """The most wanted first; of equal lengths from step to step."""
+    skipped = [] if result.applied else ["gradient not finite: step skipped"]
+    return [
+        f"loss {result.loss:.4f}",
+        *skipped,
+        f"{pace.pairs_per_s:4.0f} pairs/s",
+        f"wait {pace.data_share:4.0%}",
+        f"{memory / 2**30:4.1f} GiB",
+        f"lr {result.lr:.2e}",
+    ]
 
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
-    label = f"epoch {result.epoch}/{epochs}" if result.epoch else "untouched model"
+    """All of an epoch in one line that needs no heading."""
     train = f" train loss {result.train_loss:.4f}" if result.train_loss is not None else ""
     recalls = "  ".join(
         f"{name} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
-        for name, figures in (
-            ("text->image", result.retrieval["text_to_image"]),
-            ("image->text", result.retrieval["image_to_text"]),
-        )
+        for name, figures in zip(_DIRECTIONS, _directions(result), strict=True)
     )
     best = "  best so far" if result.improved else ""
     floor = f" (floor {result.val_floor:.4f})" if result.val_floor else ""
+    label = _label(result, epochs)
     return f"{label}:{train} val loss {result.val_loss:.4f}{floor}  {recalls}{best}"
+
+
+def epoch_head() -> list[str]:
+    """The heading of ``epoch_row``, in two lines."""
+    first, second = _DIRECTIONS
+    recalls = f"  {'R@1':>7}{'R@10':>7}"
+    return [
+        f"{'':15}{'loss':>18}  {first:>14}  {second:>14}",
+        f"{'':15}{'train':>9}{'val':>9}{recalls}{recalls}",
+    ]
+
+
+def epoch_row(result: EpochResult, epochs: int) -> str:
+    """An epoch as a row of a table whose columns stay in their places."""
+    train = f"{result.train_loss:.4f}" if result.train_loss is not None else ""
+    recalls = "".join(f"  {f['r@1']:>7.1%}{f['r@10']:>7.1%}" for f in _directions(result))
+    best = "  best so far" if result.improved else ""
+    return f"{_label(result, epochs):15}{train:>9}{result.val_loss:>9.4f}{recalls}{best}"
+
+
+def _label(result: EpochResult, epochs: int) -> str:
+    return f"epoch {result.epoch}/{epochs}" if result.epoch else "untouched model"
+
+
+def _directions(result: EpochResult) -> list[dict[str, Any]]:
+    return [result.retrieval["text_to_image"], result.retrieval["image_to_text"]]
 
 
 def duration(seconds: float) -> str:

@@ -35,7 +35,9 @@ def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -
         StorageError: the profile does not exist, or there are no credentials.
     """
     if not settings.s3_bucket:
-        raise UsageError("no bucket is set", "name it with --s3-bucket, or as s3://bucket/prefix")
+        raise UsageError(
+            "no bucket is set", "name it with --s3-bucket, or as --data-dir s3://bucket/prefix"
+        )
     import boto3
     from botocore.session import Session
 

@@ -21,6 +21,7 @@ from clipft.storage.folder import Folder
 from clipft.storage.keys import Filter, Refused, RemoteObject, folder_prefixes
 from clipft.storage.local_files import local_files, remove_files
 from clipft.storage.opening import open_bucket
+from clipft.words import counted
 
 SIDES = ("train", "val")
 
@@ -224,8 +225,8 @@ def _left_over(folder: Folder, options: SyncOptions) -> Iterator[str]:
     gone = [name for name in _surplus(folder, options) if name in folder.records]
     if gone:
         yield (
-            f"{len(gone)} files of {folder.path} are no longer in the bucket: {gone[0]} ... "
-            "(--delete removes them)"
+            f"no longer in the bucket: {counted(len(gone), 'file')} of {folder.path}, "
+            f"first {gone[0]} (--delete removes them)"
         )
 
 

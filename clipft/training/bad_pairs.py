@@ -7,6 +7,7 @@ from clipft.errors import DataError
 from clipft.settings import DataSettings
 from clipft.training.distributed import Processes, by_first
 from clipft.training.run_folder import append_lines
+from clipft.words import counted
 
 
 class BadPairs:
@@ -36,7 +37,7 @@ class BadPairs:
         last = skipped[-1]
         if self._settings.too_many_bad(self.count, self._pairs):
             raise DataError(
-                f"{self.count} pairs could not be used, more than --max-bad "
+                f"{counted(self.count, 'pair')} could not be used, more than --max-bad "
                 f"{self._settings.max_bad:g} of {self._pairs}: the last was {last['key']} in "
                 f"{last['shard']} ({last['reason']})",
                 f"see {self.path}; mend the data, or raise --max-bad",

@@ -17,6 +17,7 @@ from clipft.training.loaded import LoadedModel
 from clipft.training.positives import Positives
 from clipft.training.shared_steps import Rounds
 from clipft.training.sides import Side, Sides
+from clipft.words import counted
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,7 @@ def embed_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
 
 def _nothing(skipped: Sequence[Skipped]) -> DataError:
     first = f": first {skipped[0].key} in {skipped[0].shard} ({skipped[0].reason})"
-    return DataError(f"none of the {len(skipped)} pairs can be used{first}", "mend the data")
+    return DataError(
+        f"none of the {counted(len(skipped), 'pair')} can be used{first}",
+        "`clipft inspect` names what is broken",
+    )

@@ -26,6 +26,7 @@ from clipft.data.shards import PairDataset
 from clipft.data.tokens import Keys, caption_keys, padded, stacked
 from clipft.files import replacing_folder
 from clipft.training.loaded import LoadedModel
+from clipft.words import counted
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a display under a heading; what it gives is told (done, all)."""
@@ -105,7 +106,7 @@ class FeatureCache:
                     pixels = batch.pixel_values.to(self.loaded.precision.device)
                     yield np.array(batch.numbers, np.uint64), self._images(pixels)
 
-        title = f"Image features of {len(pairs):,} pairs"
+        title = f"Image features of {counted(len(pairs), 'pair')}"
         return self._kept("images", (pairs.state(), how), rows(), _Made(title, len(pairs), bad))
 
     def of_captions(self, table: CaptionTable, fill: int) -> Features:
@@ -126,7 +127,7 @@ class FeatureCache:
                 ids = stacked([padded(captions[start : start + _BATCH], fill)], fill, filled)
                 yield caption_keys(ids, fill), self._texts(ids.to(self.loaded.precision.device))
 
-        title = f"Text features of {len(captions):,} captions"
+        title = f"Text features of {counted(len(captions), 'caption')}"
         made = _Made(title, len(captions), {})
         features = self._kept("texts", (digest, str(fill), str(width)), rows(), made)
         assert len(features.keys) == len(captions), "two captions with one key"

@@ -121,7 +121,7 @@ def _templates(name: str) -> Sequence[str]:
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UsageError(
-            f"--templates {name}: no {{}} in {wrong[0] if wrong else 'it'!r}",
+            f"--templates {name}: {f'no {{}} in {wrong[0]!r}' if wrong else 'there is none'}",
             f"name one of {', '.join(TEMPLATES)}, or a file with one template a line",
         )
     return templates

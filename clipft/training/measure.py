@@ -56,5 +56,5 @@ def _check_bad_share(embedded: Embeddings, pairs: int, settings: Settings) -> No
         raise DataError(
             f"{len(bad)} of {pairs} validation pairs could not be used, more than --max-bad "
             f"{settings.max_bad:g}: first {bad[0].key} in {bad[0].shard} ({bad[0].reason})",
-            "mend the data, or raise --max-bad",
+            "`clipft inspect` names what is broken; mend it, or raise --max-bad",
         )

@@ -13,6 +13,7 @@ from clipft.training.loaded import LoadedModel
 from clipft.training.memory import memory_in_use, usable_memory
 from clipft.training.optimisation import choose_optimizer, warmup_steps
 from clipft.training.probing import find, probe_of
+from clipft.words import counted
 
 Note = Callable[[str], None]
 
@@ -157,12 +158,12 @@ def step_remarks(settings: Settings, plan: EpochPlan) -> list[str]:
     steps = plan.steps * settings.epochs
     if steps < _FEW_STEPS and not settings.mini_train:
         remarks.append(
-            f"only {steps} optimizer steps in the whole run, too few to learn much: "
+            f"only {counted(steps, 'optimizer step')} in the whole run, too few to learn much: "
             f"{smaller_batch(plan, settings.epochs)}more --epochs give more"
         )
     first, last = plan.bounds[-1]
     if last - first != plan.effective:
-        remarks.append(f"the last step of each epoch takes {last - first} pairs")
+        remarks.append(f"the last step of each epoch takes {counted(last - first, 'pair')}")
     return remarks
 
 

@@ -18,6 +18,7 @@ from clipft.data.shards import PairDataset
 from clipft.data.tokens import caption_keys
 from clipft.errors import UsageError, nearest
 from clipft.settings import Settings
+from clipft.words import counted
 
 _MANY = 20_000
 """Pairs whose metadata takes a time that a user notices."""
@@ -81,7 +82,7 @@ def make_positives(
         )
     field = _checked(settings.group_field, pairs)
     if len(pairs) > _MANY:
-        note(f"Reading {field} of {len(pairs):,} pairs ...")
+        note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
     return GroupPositives(_table(field, pairs))
 
 

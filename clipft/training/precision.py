@@ -65,7 +65,7 @@ def _device(asked: str) -> torch.device:
         return torch.device(next(name for name, present in there.items() if present))
     if not there[asked]:
         raise UsageError(
-            f"--device {asked}: PyTorch {torch.__version__} finds none on this machine",
+            f"--device {asked}: PyTorch {torch.__version__} finds no such device here",
             "`clipft doctor` says why; mend the driver or the PyTorch build, or use --device auto",
         )
     return torch.device(asked)

@@ -13,6 +13,7 @@ from clipft.data.tokens import CaptionEncoder
 from clipft.errors import DataError
 from clipft.modelling.base import ModelInputs
 from clipft.settings import Settings
+from clipft.words import counted
 
 _MANY = 20_000
 """Captions whose tokenising a user notices."""
@@ -56,7 +57,7 @@ def _captions(
 
     def building() -> None:
         if len(pairs) > _MANY:
-            note(f"Tokenising the captions of {len(pairs):,} pairs (done once) ...")
+            note(f"Tokenising the captions of {counted(len(pairs), 'pair')} (done once) ...")
 
     table = caption_table(pairs, template, encoder, seed, building)
     _check_texts(table, pairs, settings)
@@ -86,7 +87,9 @@ def data_remarks(
     remarks = []
     for name, skipped in (("train", train.skipped), ("val", val.skipped)):
         if skipped:
-            remarks.append(f"{len(skipped)} members of the {name} shards are no pairs")
+            remarks.append(
+                f"left out {counted(len(skipped), 'member')} of the {name} shards: no pairs"
+            )
     ours, theirs = captions
     if isinstance(ours, CaptionTable):
         remarks += _caption_remarks(ours.figures, len(train), context)
@@ -95,11 +98,11 @@ def data_remarks(
         shared["photo"] = shared_photos(val, train)
     if isinstance(ours, CaptionTable) and isinstance(theirs, CaptionTable):
         shared["caption"] = shared_captions(theirs, ours)
-    listed = " and ".join(f"{count:,} share a {what}" for what, count in shared.items() if count)
+    listed = " and ".join(f"the {what} of {count:,}" for what, count in shared.items() if count)
     if listed:
         remarks.append(
-            f"of {len(val):,} validation pairs {listed} with training, which flatters the "
-            f"figures: see `clipft inspect`"
+            f"training also has {listed} of {counted(len(val), 'validation pair')}, which flatters "
+            f"the figures: see `clipft inspect`"
         )
     return remarks
 
@@ -107,10 +110,11 @@ def data_remarks(
 def _caption_remarks(figures: CaptionFigures, pairs: int, context: int) -> list[str]:
     remarks = []
     if figures.captions + figures.none > pairs:
-        remarks.append(f"{figures.captions:,} captions for {pairs:,} pairs: each epoch draws one")
+        captions = counted(figures.captions, "caption")
+        remarks.append(f"{captions} for {counted(pairs, 'pair')}: each epoch draws one")
     if figures.cut:
         remarks.append(
-            f"{figures.cut:,} captions are longer than the {context} tokens that the model "
-            f"takes (the longest has {figures.most_tokens:,}): cut at a word"
+            f"cut {counted(figures.cut, 'caption')} at a word: the model takes {context} tokens, "
+            f"the longest has {figures.most_tokens:,}"
         )
     return remarks

@@ -9,6 +9,7 @@ from clipft.training.bad_pairs import BadPairs
 from clipft.training.setup import RunSetup
 from clipft.training.shared_steps import agreed
 from clipft.training.trainer import TrainState
+from clipft.words import counted
 
 
 def run_steps(setup: RunSetup, state: TrainState, bad: BadPairs) -> Iterator[StepBatch]:
@@ -28,8 +29,9 @@ def run_steps(setup: RunSetup, state: TrainState, bad: BadPairs) -> Iterator[Ste
         if not batch.pairs:
             skipped = [asdict(skipped) for skipped in batch.skipped]
             bad.met(batch.epoch + 1, state.step, skipped)
+            pairs = counted(len(batch.skipped), "pair")
             raise DataError(
-                f"none of the {len(batch.skipped)} pairs of step {state.step + 1} can be used",
+                f"none of the {pairs} of step {state.step + 1} can be used",
                 f"see {bad.path}; mend the data, or take a larger --effective-batch-size",
             )
         yield batch

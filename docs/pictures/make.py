@@ -1,5 +1,5 @@
-"""Makes the pictures of the documents from a real run: the demo in a terminal of 100 columns, and
-its report in a browser. Needs tmux and chromium.
+"""Makes the pictures of the documents from real runs: the demo, a run at two widths, the help and
+an error in a terminal; the demo's report in a browser. Needs tmux and chromium.
 
     python docs/pictures/make.py [FOLDER]      # the demo is left there; a temporary one otherwise
 """
@@ -13,12 +13,17 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, MONOKAI, TerminalTheme
 from rich.text import Text
 
 HERE = Path(__file__).parent
-WIDTH, HEIGHT = 100, 70
+HEIGHT = 70
 SESSION = "clipft-pictures"
+DARK, LIGHT = MONOKAI, DEFAULT_TERMINAL_THEME
+TRAIN = (
+    "clipft train --model tiny --data-dir clipft-demo/data --output-dir {folder} --epochs 3 "
+    "--effective-batch-size 128 --lr 4e-3"
+)
 _FONTS = re.compile(r"@font-face\s*\{.*?\}\s*", re.S)
 
 
@@ -30,36 +35,46 @@ def screen() -> str:
     return tmux("capture-pane", "-p", "-e", "-t", SESSION).rstrip()
 
 
-def draw(captured: str, name: str, title: str) -> None:
-    """The terminal's content, escape codes and all, as an SVG that loads nothing."""
+def watched(command: str, width: int, folder: Path, middle: str = "") -> tuple[str, str]:
+    """What a terminal of ``width`` columns shows of ``command`` at its end, and when ``middle``
+    was last to be seen; escape codes and all."""
+    shell = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; {command}"
+    size = ("-x", str(width), "-y", str(HEIGHT))
+    tmux("new-session", "-d", "-s", SESSION, *size, "-c", str(folder), f"{shell}; echo DONE; cat")
+    try:
+        in_the_middle = ""
+        while "DONE" not in (shown := screen()):
+            in_the_middle = shown if middle and middle in shown else in_the_middle
+            time.sleep(0.2)
+        return shown.replace("DONE", "").rstrip(), in_the_middle
+    finally:
+        tmux("kill-session", "-t", SESSION)
+
+
+def draw(captured: str, name: str, width: int, title: str, theme: TerminalTheme = DARK) -> None:
+    """The terminal's content as an SVG that loads nothing."""
     with Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True)
+        console = Console(record=True, width=width, file=nowhere, force_terminal=True)
         for line in captured.splitlines():
             console.print(Text.from_ansi(line), no_wrap=True, crop=False, highlight=False)
-        picture = console.export_svg(title=title, theme=MONOKAI, unique_id=name)
+        picture = console.export_svg(title=title, theme=theme, unique_id=name)
     picture = _FONTS.sub("", picture).replace("Fira Code, monospace", "monospace")
     lines = [line.rstrip() for line in picture.splitlines()]
     (HERE / f"{name}.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run_demo(folder: Path) -> None:
-    clipft = Path(sys.executable).with_name("clipft")
-    command = f"{shlex.quote(str(clipft))} demo; echo DONE; sleep 600"
-    tmux("new-session", "-d", "-s", SESSION, "-x", str(WIDTH), "-y", str(HEIGHT), "-c", str(folder),
-         command)  # fmt: skip
-    try:
-        in_the_middle = ""
-        while "DONE" not in (shown := screen()):
-            if ("epoch 2/3" in shown and "samples/s" in shown) or "pairs/s" in shown:
-                in_the_middle = shown
-            time.sleep(0.2)
-        draw(in_the_middle, "training", "clipft demo, the last step")
-        whole = shown.replace("DONE", "").rstrip()
-        draw(
-            whole.rpartition("\n")[0], "demo", "clipft demo"
-        )  # not the time, which is the machine's
-    finally:
-        tmux("kill-session", "-t", SESSION)
+def draw_terminal(folder: Path) -> None:
+    whole, _ = watched("clipft demo", 100, folder)
+    draw(whole.rpartition("\n")[0], "demo", 100, "clipft demo")  # not the time, the machine's
+    for width in (80, 140):
+        command = TRAIN.format(folder=f"runs-{width}")
+        _, middle = watched(command, width, folder, middle="epoch 3/3 step")
+        draw(middle, f"train-{width}", width, "clipft train")
+        if width == 80:
+            draw(middle, "train-80-light", width, "clipft train", LIGHT)
+    draw(watched("clipft --help", 80, folder)[0], "help", 80, "clipft --help", LIGHT)
+    wrong = "clipft train --scenario duol_lora --epochs 0"
+    draw(watched(wrong, 80, folder)[0], "error", 80, wrong)
 
 
 def photograph(page: Path) -> None:
@@ -81,5 +96,5 @@ def photograph(page: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    run_demo(folder)
+    draw_terminal(folder)
     photograph(folder / "clipft-demo" / "runs" / "dual_lora" / "report.html")

@@ -1,15 +1,17 @@
+import inspect
 import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from clipft.cli.app import COMMANDS, run
+from clipft.cli.app import COMMANDS, command_of, run
 from clipft.errors import ClipftError
 from clipft.settings import Settings
 
-NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
+NAMES = list(COMMANDS)
 HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")
 
 
@@ -43,8 +45,7 @@ def test_examples_name_options_that_exist(name, capsys, monkeypatch):
     """Each option in an example stands in the help of its command."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-    command = next(c for c in COMMANDS if c.__name__.replace("_", "-") == name)
-    lines = [line.strip() for line in (command.__doc__ or "").splitlines()]
+    lines = [line.strip() for line in (command_of(name).__doc__ or "").splitlines()]
     examples = [line for line in lines if "clipft" in line and line.split("clipft")[0].isupper()]
     examples += [line for line in lines if line.startswith("clipft ")]
     assert examples
@@ -57,6 +58,34 @@ def test_examples_name_options_that_exist(name, capsys, monkeypatch):
         for word in words[2:]:
             if word.startswith("--"):
                 assert f" {word} " in helps[words[1]], f"{word} in {example!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_fits_80_columns(name, capsys, monkeypatch):
+    """Nothing is dropped as markup, examples can be copied as they stand."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    command = command_of(name)
+    assert run([name, "--help"]) == 0
+    told = capsys.readouterr().out
+    examples = [line for line in (command.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert examples and all(line.strip() in told for line in examples)
+    assert "<bool>" not in told
+    whole = "".join(told.replace("│", " ").split())
+    for parameter in inspect.signature(command.function).parameters.values():
+        shown = next(iter(get_args(parameter.annotation)[1:]), None)
+        if shown and not getattr(shown, "hidden", False):
+            assert "".join((shown.help or "").rpartition("[default")[1:]).replace(" ", "") in whole
+
+
+def test_the_list_of_commands_says_what_each_says_in_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(["--help"]) == 0
+    lines = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    for name, summary in COMMANDS.items():
+        assert (command_of(name).__doc__ or "").splitlines()[0] == summary
+        assert f"{name} {summary}" in lines
 
 
 def test_no_command_shows_the_help(capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.cli.app import COMMANDS, run
+from clipft.cli.app import COMMANDS, command_of, run
 from clipft.data.render import render_pair
 from tests.conftest import jpeg, write_shard
 
@@ -29,7 +29,7 @@ FAST = {
 
 
 def examples() -> Iterator[str]:
-    for command in COMMANDS:
+    for command in map(command_of, COMMANDS):
         lines = [line.strip() for line in (command.__doc__ or "").splitlines()]
         found = [line for line in lines if shlex.split(line.replace("'", ""))[:1] == ["clipft"]]
         found += [line for line in lines if line.startswith("CLIPFT_")]

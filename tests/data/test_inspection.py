@@ -94,7 +94,7 @@ def test_widths_fit_a_terminal_of_80_columns(catalogue, capsys, monkeypatch):
     assert run(["inspect", str(catalogue), "--model", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("best text->image R@1/5/10, %" in line for line in lines)
+    assert any("best text -> image R@1/5/10, %" in line for line in lines)
 
 
 def test_faults_of_picture_and_caption_are_told_apart(tmp_path, capsys):

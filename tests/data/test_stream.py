@@ -121,7 +121,7 @@ def test_a_pair_that_does_not_stand_together_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for name in ("a.jpg", "b.jpg", "b.txt", "a.txt"):
             add(tar, name, b"x")
-    with pytest.raises(DataError, match=r"gave 1 pairs in sequence, 2 were expected"):
+    with pytest.raises(DataError, match=r"gave 1 pair in sequence, 2 were expected"):
         drain(open_stream(tmp_path, 4))
 
 

@@ -86,7 +86,7 @@ def test_ctrl_c_saves_the_run_under_way_and_says_how_to_go_on(ablation):
 
 def test_run_again_it_keeps_what_was_finished_and_resumes_the_rest(ablation):
     _, _, stderr = ablation["second"]
-    assert "1 of 3 runs have finished already" in stderr
+    assert "Finished already, and kept: 1 of 3 runs." in stderr
     assert "zero_shot seed 1 ..." not in stderr
     log = (ablation["out"] / FULL / "log.txt").read_text()
     assert "Resuming after step" in log

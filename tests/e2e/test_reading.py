@@ -83,9 +83,11 @@ def test_long_captions_and_pairs_on_both_sides_are_said_before_the_run(tmp_path,
     assert train(tmp_path, tmp_path / "out", "--epochs", "1") == 0
     printed = capsys.readouterr().err
     # a digit is a token, so numbers of two digits make 94, of one 93
-    assert "40 captions are longer than the 77 tokens" in printed
+    assert "cut 40 captions at a word: the model takes 77 tokens" in printed
     assert "(the longest has 94): cut at a word" in printed
-    assert "of 20 validation pairs 10 share a photo and 20 share a caption" in printed
+    assert (
+        "training also has the photo of 10 and the caption of 20 of 20 validation pairs" in printed
+    )
 
 
 def test_nothing_is_said_of_a_clean_split(tmp_path, capsys):

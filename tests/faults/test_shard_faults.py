@@ -85,7 +85,7 @@ def test_a_tar_of_zeros_has_no_pairs(tmp_path, capsys, blocks):
     catalogue(tmp_path, [])
     (tmp_path / "train" / "00000.tar").write_bytes(bytes(blocks * BLOCK))
     assert train(tmp_path) == 3
-    assert "no pair of image and caption in the 1 shards" in one_error(capsys)[0]
+    assert "no pair of image and caption in 1 shard of" in one_error(capsys)[0]
 
 
 def test_a_folder_with_other_tars_says_what_is_there(tmp_path, capsys):

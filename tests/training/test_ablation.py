@@ -62,7 +62,7 @@ def test_values_that_are_no_file_names_have_folders_of_their_own():
     [
         (["dual_lore"], {}, "did you mean dual_lora"),
         (["full"], {"seed": [1]}, "seed cannot be varied"),
-        (["full"], {"lr": ["fast"]}, "must be a valid number|must be a number"),
+        (["full"], {"lr": ["fast"]}, "must be a number"),
         (["full"], {"lr": []}, "a value for each setting"),
         ([], {}, "needs a scenario"),
     ],
