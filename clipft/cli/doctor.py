@@ -60,7 +60,8 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
     warnings = sum(e.finding.status == "warning" for e in examined)
     remark = f", with {counted(warnings, 'warning')}" if warnings else ""
     out.note(f"Ready{remark}.")
-    end(out, {}, ("train", *flags_given(loaded), "--plan"))
+    lacking = any(e.name == "pairs" and e.finding.status != "ok" for e in examined)
+    end(out, {}, () if lacking else ("train", *flags_given(loaded), "--plan"))
 
 
 def _table(examined: "list[Examined]") -> Table:

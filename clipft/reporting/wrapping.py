@@ -33,7 +33,9 @@ def wrapped(line: str, width: int) -> list[str]:
     """``line`` in parts of at most ``width`` where its words allow it; what follows is indented."""
     if len(line) <= width:
         return [line]
-    return list(_filled(_CHUNK.findall(line), width, indent="  "))
+    first, *others = _CHUNK.findall(line)
+    lead = line[: len(line) - len(line.lstrip())]
+    return list(_filled([lead + first, *others], width, indent=lead + "  "))
 
 
 def say_command(console: Console, lead: str, words: Sequence[object]) -> None:

@@ -54,6 +54,13 @@ def test_a_line_breaks_between_words_and_never_within_a_command():
     assert " ".join(map(str.strip, lines)) == text
 
 
+def test_an_indented_line_stays_indented():
+    assert wrapped("      checkpoint  runs/dual_lora_checkpoint.pt", 40) == [
+        "      checkpoint",
+        "        runs/dual_lora_checkpoint.pt",
+    ]
+
+
 def test_a_file_gets_one_line_without_control_codes():
     console = plain(40)
     say(
