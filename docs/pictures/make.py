@@ -77,7 +77,7 @@ def draw_terminal(folder: Path) -> None:
         if width == 80:
             draw(middle, "train-80-light", width, "clipft train", LIGHT)
     draw(watched("clipft --help", 80, folder)[0], "help", 80, "clipft --help", LIGHT)
-    wrong = "clipft train --scenario duol_lora --epochs 0"
+    wrong = "clipft train --scenario doal_lora --lr x"
     draw(watched(wrong, 80, folder)[0], "error", 80, wrong)
 
 
