@@ -85,7 +85,12 @@ class LiveProgress(_Lines):
         if plan.total_steps:
             self._progress.start()
             self._progress.reset(
-                self._task, total=plan.total_steps, completed=done_steps, figures="", visible=True
+                self._task,
+                total=plan.total_steps,
+                completed=done_steps,
+                description=f"step {done_steps}/{plan.total_steps}",
+                figures="",
+                visible=True,
             )
 
     def stepped(self, result: StepResult) -> None:

@@ -4,6 +4,7 @@ an error in a terminal; the demo's report in a browser. Needs tmux and chromium.
     python docs/pictures/make.py [FOLDER]      # the demo is left there; a temporary one otherwise
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -18,17 +19,20 @@ from rich.text import Text
 
 HERE = Path(__file__).parent
 HEIGHT = 70
-SESSION = "clipft-pictures"
+SERVER, SESSION = f"clipft-{os.getpid()}", "pictures"
+"""A tmux of our own: nobody else's session is taken for ours."""
 DARK, LIGHT = MONOKAI, DEFAULT_TERMINAL_THEME
 TRAIN = (
     "clipft train --model tiny --data-dir clipft-demo/data --output-dir {folder} --epochs 3 "
-    "--effective-batch-size 128 --lr 4e-3"
+    "--effective-batch-size 64 --lr 4e-3 --max-train-pairs 768 --max-val-pairs 200"
 )
 _FONTS = re.compile(r"@font-face\s*\{.*?\}\s*", re.S)
 
 
 def tmux(*args: str) -> str:
-    return subprocess.run(["tmux", *args], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["tmux", "-L", SERVER, *args], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def screen() -> str:
@@ -73,7 +77,7 @@ def draw_terminal(folder: Path) -> None:
         if width == 80:
             draw(middle, "train-80-light", width, "clipft train", LIGHT)
     draw(watched("clipft --help", 80, folder)[0], "help", 80, "clipft --help", LIGHT)
-    wrong = "clipft train --scenario duol_lora --epochs 0"
+    wrong = "clipft train --scenario doal_lora --lr x"
     draw(watched(wrong, 80, folder)[0], "error", 80, wrong)
 
 

@@ -84,7 +84,7 @@ def test_long_captions_and_pairs_on_both_sides_are_said_before_the_run(tmp_path,
     printed = capsys.readouterr().err
     # a digit is a token, so numbers of two digits make 94, of one 93
     assert "cut 40 captions at a word: the model takes 77 tokens" in printed
-    assert "(the longest has 94): cut at a word" in printed
+    assert "the longest has 94" in printed
     assert (
         "training also has the photo of 10 and the caption of 20 of 20 validation pairs" in printed
     )
