@@ -190,11 +190,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 def refuse_unknown(names: Iterable[str], source: Path | str) -> None:
     """
     Raises:
-        UsageError: one of them is not the name of a setting.
+        UsageError: some are not the names of settings.
     """
-    for name in names:
-        if name not in Settings.model_fields:
-            raise _unknown_name(f"{name} in {source}", name, str)
+    unknown = [name for name in names if name not in Settings.model_fields]
+    if unknown:
+        raise _unknown_name(f"{', '.join(unknown)} in {source}", unknown[0], str)
 
 
 def _unknown_name(shown: str, key: str, spell: Any) -> UsageError:

@@ -30,7 +30,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 """What a disk says that is full, read-only or broken."""
 
 COMMANDS = {
-    "demo": "See it all in two minutes: no network, no data, no GPU.",
+    "demo": "See it all in a minute: no network, no data, no GPU.",
     "doctor": "Say whether this machine is ready, and what to do if not.",
     "sync": "Bring the pairs from a bucket to --data-dir, or send them.",
     "pack": "Make shards (WebDataset) from files, a table or shards.",

@@ -39,7 +39,7 @@ RenderOnly = Annotated[
 def demo(
     loaded: LoadedSettings, out: Output, pairs: Pairs = 3000, render_only: RenderOnly = False
 ) -> None:
-    """See it all in two minutes: no network, no data, no GPU.
+    """See it all in a minute: no network, no data, no GPU.
 
     Renders a furniture catalogue, packs it, measures the tiny CLIP that comes with clipft,
     fine-tunes it, and shows the gain. Everything is left in --output-dir.

@@ -21,7 +21,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     """Find the micro-batch that fits and is fastest here.
 
     Tries real training passes. `train` does the same when --micro-batch-size is 0, and
-    takes what was found here.
+    takes what was found here for the same --effective-batch-size.
 
     Examples:
 
@@ -57,11 +57,12 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     out.note(f"Largest that fits {found.usable_bytes / _GIB:.1f} GiB: {found.largest} ({how}).")
     out.note(
         f"Chosen for speed: {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB; "
-        f"a run of the same model and scenario takes it by itself."
+        f"a run of the same model, scenario and effective batch takes it by itself."
     )
     if other and other.speed(effective) > found.speed(effective):
         out.note(f"Faster with --gradient-checkpointing, micro-batches of {other.chosen}.")
-    end(out, {}, ("train", *flags_given(loaded), "--plan"))
+    following = ("train", *flags_given(loaded), "--plan")
+    end(out, {}, following if settings.data_dir.exists() else ())
 
 
 def _table(found: "Found", effective: int, title: str) -> Table:

@@ -118,7 +118,7 @@ def inspect(
     if html:
         from clipft.reporting.page import write_page
 
-        heading = f"Catalogue {folder}"
+        heading = f"What is in {folder}"
         write_page(html, _page(heading, figures, leaks, splits | others, _all(facts)))
     tables = [_leak_table(title, found) for title, found in leaks.items()]
     out.result(result, _table(figures), *tables)

@@ -12,14 +12,13 @@ def run_content(
     records: RunRecords, gallery: Sequence[Mapping[str, Any]], gallery_note: str
 ) -> dict[str, Any]:
     """JSON values alone. ``gallery_note`` says why there is no gallery, or is empty."""
-    before, after = before_and_after(records.epochs)
     return {
         "kind": "run",
         "format_version": 1,
         "title": f"{records.setting('scenario')} on {records.setting('model')}",
         "folder": records.folder,
         "finished": records.result is not None,
-        "verdict": _verdict(records, before, after),
+        "verdict": _verdict(records, *_recall(records)),
         "plan": records.run.get("plan"),
         "seconds": records.run.get("seconds"),
         "peak_memory_bytes": records.run.get("peak_memory_bytes"),
@@ -65,23 +64,31 @@ def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
 
 
-def _verdict(
-    records: RunRecords, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
-) -> str:
+def _recall(records: RunRecords) -> tuple[float | None, float | None]:
+    """Mean recall before and after, as the tables below have it."""
+    if records.evaluation:
+        before, after = records.evaluation["before"], records.evaluation["after"]
+        return before["recall"], after["recall"] if after else None
+    parts = before_and_after(records.epochs)
+    untouched, tuned = (mean_recall(part) if part else None for part in parts)
+    return untouched, tuned
+
+
+def _verdict(records: RunRecords, before: float | None, after: float | None) -> str:
     if before is None:
         return "The untouched model has not been measured yet."
-    untouched = f"{100 * mean_recall(before):.1f} %"
+    untouched = f"{100 * before:.1f} %"
     last = records.epochs[-1]["epoch"]
     if after is None:
         why = "no epoch was better" if last else "nothing was trained"
         return f"Mean recall of the untouched model {untouched}; {why}."
-    gain = 100 * (mean_recall(after) - mean_recall(before))
+    gain = 100 * (after - before)
     best = next(e["epoch"] for e in reversed(records.epochs) if e["improved"])
     end = f"epoch {best} of {last}" + ("" if records.result else " so far")
     advice = "" if gain > 0 else " No gain over the untouched model."
     around = _around(records.evaluation)
     return (
-        f"Mean recall {untouched} before, {100 * mean_recall(after):.1f} % after "
+        f"Mean recall {untouched} before, {100 * after:.1f} % after "
         f"({gain:+.1f} points{around}) at {end}.{advice}"
     )
 

@@ -63,9 +63,10 @@ def find_micro_batch(
     effective: int,
     report: Callable[[Probe], None],
     processes: int = 1,
+    note: Note = lambda said: None,
 ) -> Found:
     """Search the micro-batch for an effective batch, or take what was found before;
-    ``processes`` share the machine."""
+    ``processes`` share the machine. ``note`` is told that a search begins."""
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     key = "|".join(
@@ -90,6 +91,10 @@ def find_micro_batch(
     cache = FoundCache()
     found = cache.get(key)
     if found is None:
+        note(
+            "Finding the micro-batch size (done once for each model, scenario, effective batch and "
+            "machine) ..."
+        )
         found = find(probe_of(loaded, settings), effective, report, processes)
         cache.put(key, found)
     return found
@@ -121,8 +126,7 @@ def micro_batch(
         return min(FALLBACK_MICRO_BATCH, effective)
     if loaded.precision.device.type == "mps":  # its memory cannot be measured
         return min(FALLBACK_MICRO_BATCH, effective)
-    note("Finding the micro-batch size (done once per model, scenario and machine) ...")
-    found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes)
+    found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes, note)
     return found.chosen
 
 

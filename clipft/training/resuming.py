@@ -1,9 +1,11 @@
 """May this run go on from that checkpoint? And what it then finds in its folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from clipft.errors import UsageError
+from clipft.files import disk_error
 from clipft.settings import Settings, fixed_on_resume
 from clipft.training.checkpoint import check_resumable, previous_of
 from clipft.training.checkpoint_pair import Whole, newest_whole, put_back, there_is_one
@@ -41,14 +43,26 @@ def go_back_to(whole: Whole, checkpoint: Path, note: Note) -> None:
 
 
 def set_aside(paths: RunPaths, note: Note) -> None:
-    """What an earlier run left is not of the one that starts from scratch."""
-    previous_of(paths.checkpoint).unlink(missing_ok=True)  # never to be gone on from
-    if paths.checkpoint.exists():
-        paths.checkpoint.replace(paths.earlier)
-        note(f"The checkpoint of an earlier run is now {paths.earlier}.")
-    for old in paths.outcomes:
-        old.unlink(missing_ok=True)
-    cut_lines(paths.metrics, -1, -1)
+    """What an earlier run left is not of the one that starts from scratch. Where it has weights,
+    all of it is kept in a folder of its own.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    checkpoints = (paths.checkpoint, previous_of(paths.checkpoint))
+    there = [path for path in (*checkpoints, *paths.contents) if path.exists()]
+    if not {*checkpoints, paths.best}.intersection(there):
+        for path in there:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        return
+    kept = paths.earlier()
+    try:
+        kept.mkdir()
+        for path in there:
+            path.replace(kept / path.name)
+    except OSError as error:
+        raise disk_error(kept, error) from error
+    note(f"The earlier run in {paths.folder} is kept as {kept}.")
 
 
 def cut_back(paths: RunPaths, checkpoint: dict[str, Any]) -> None:

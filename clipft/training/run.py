@@ -81,7 +81,7 @@ def train(
         go_back_to(whole, paths.checkpoint, watchers.note)
         return whole.content
 
-    with ExitStack() as held, stop_on_signals() as stop:
+    with ExitStack() as held, stop_on_signals(processes.rank == 0) as stop:
         checkpoint = by_first(processes, lambda: begin(held))
         if checkpoint and checkpoint["finished"]:
             watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
@@ -94,6 +94,8 @@ def train(
         )
         try:
             setup = prepare(settings, watchers.note, processes, progress, source)
+            if not checkpoint:
+                by_first(processes, lambda: set_aside(paths, watchers.note))
             by_first(processes, lambda: write_text(paths.settings, toml))
             return _through(_Run(setup, paths, watchers, stop), checkpoint)
         except Interrupted:
@@ -144,8 +146,7 @@ class _Run:
             )
 
     def start(self) -> None:
-        """From scratch: set an earlier run's checkpoint aside, measure the untouched model."""
-        by_first(self.processes, lambda: set_aside(self.paths, self.watchers.note))
+        """From scratch: measure the untouched model."""
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self.bad.list(split, 0, map(asdict, pairs.skipped))
         self.watchers.observer.started(self.setup.plan, 0)

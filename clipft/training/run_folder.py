@@ -12,6 +12,7 @@
                         rankings-before.json, rankings-best.json   first pictures of some captions
                         kept.json, interpolation.json   what `clipft evaluate` was asked for besides
                         report.html, report.json   all of it for people, and for programs
+{output_dir}/{scenario}.earlier-1/       all of a run that a new one took the place of
 """
 
 import fcntl
@@ -19,6 +20,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -50,10 +52,10 @@ class RunPaths:
     def best(self) -> Path:
         return self.folder / "best.pt"
 
-    @property
     def earlier(self) -> Path:
-        """The checkpoint of the run before, when a new one starts in its place."""
-        return self.checkpoint.with_suffix(".earlier.pt")
+        """A folder that is not there yet, for all of this run when a new one takes its place."""
+        numbered = (self.folder.with_name(f"{self.folder.name}.earlier-{n}") for n in count(1))
+        return next(folder for folder in numbered if not folder.exists())
 
     @property
     def metrics(self) -> Path:
@@ -89,11 +91,12 @@ class RunPaths:
         return self.folder / "report.html"
 
     @property
-    def outcomes(self) -> tuple[Path, ...]:
-        """What would be of another run once a new one starts here."""
-        figures = (self.best, self.skipped, self.rankings_best, self.evaluation, self.result)
-        pages = (self.report, self.report.with_suffix(".json"))
-        return *figures, self.kept, self.interpolation, *pages, self.wandb_id
+    def contents(self) -> tuple[Path, ...]:
+        """All that a run may leave in its folder."""
+        weights = (self.best, self.adapter, self.rankings_before, self.rankings_best)
+        told = (self.settings, self.record, self.metrics, self.skipped, self.wandb_id)
+        figures = (self.result, self.evaluation, self.kept, self.interpolation)
+        return *weights, *told, *figures, self.report, self.report.with_suffix(".json")
 
     @property
     def wandb_id(self) -> Path:

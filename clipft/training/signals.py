@@ -1,10 +1,11 @@
 """SIGTERM and SIGINT ask a run to stop after its step, or between two batches of a measurement;
 a second SIGINT stops at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,16 +37,27 @@ class StopRequest:
         )
 
 
+_HEARD = b"\nStopping, with the state saved ... (Ctrl-C again: at once)\n"
+_AT_ONCE = (
+    b"\nStopped at once: `clipft resume` goes on from the last checkpoint, if there is one.\n"
+)
+
+
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch the signals within the block (main thread only; elsewhere nothing is caught)."""
+def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
+    """Catch the signals within the block (main thread only; elsewhere nothing is caught).
+    ``speaks``: answer a Ctrl-C, since a step may take long."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.name is not None and number == signal.SIGINT:
+        again = request.name is not None and number == signal.SIGINT
+        if speaks and number == signal.SIGINT:
+            with suppress(OSError):  # not print, within which the signal may have come
+                os.write(2, _AT_ONCE if again else _HEARD)
+        if again:
             raise KeyboardInterrupt
         request.name = signal.Signals(number).name
 

@@ -172,16 +172,26 @@ def test_what_a_kill_at_the_very_end_left_out_is_made_up_for(whole, tmp_path, ca
     assert_same_run(whole, out)
 
 
-def test_a_new_run_keeps_nothing_that_an_earlier_one_came_to(whole, catalogue, tmp_path):
+def test_a_new_run_keeps_nothing_of_an_earlier_one_which_is_kept_whole(
+    whole, catalogue, tmp_path, capsys
+):
     out = tmp_path / "again"
     shutil.copytree(whole, out)
     for name in ("kept.json", "interpolation.json"):  # as `clipft evaluate` writes them
         (out / "dual_lora" / name).write_text("{}")
     assert train(catalogue, out, "--max-train-pairs", "4", "--max-bad", "0", "--caption", "{no}")
     assert (out / "dual_lora" / "result.json").is_file()  # refused before it started
-    assert train(catalogue, out, "--epochs", "1") == 0
+    for number in (1, 2):
+        assert train(catalogue, out, "--epochs", "1") == 0
+        assert f"is kept as {out / 'dual_lora.earlier-'}{number}." in capsys.readouterr().err
     assert not (out / "dual_lora" / "kept.json").exists()
-    assert not (out / "dual_lora" / "interpolation.json").exists()
+    kept = out / "dual_lora.earlier-1"
+    assert (kept / "kept.json").exists() and (kept / "adapter" / "adapter_config.json").exists()
+    for name in ("best.pt", "metrics.jsonl", "result.json", "evaluation.json", "report.html"):
+        assert (kept / name).read_bytes() == (whole / "dual_lora" / name).read_bytes()
+    checkpoint = (whole / "dual_lora_checkpoint.pt").read_bytes()
+    assert (kept / "dual_lora_checkpoint.pt").read_bytes() == checkpoint
+    assert run(["evaluate", str(kept), "--data-dir", str(catalogue)]) == 0
 
 
 def test_resume_of_a_finished_run_says_so(whole, capsys):
