@@ -1,9 +1,10 @@
 """A model + a data set -> one embedding per pair."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ class Embeddings:
         return retrieval(self.images, self.texts, memory)
 
 
+@dataclass(frozen=True)
+class _Own(Embeddings):
+    """This process's; ``captions``, int64 [N], tells them apart."""
+
+    captions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
 def embed(
     model: TrainableModel,
     sides: Sides,
@@ -57,40 +65,55 @@ def embed(
         raise _nothing(skipped)
     groups = None if own.groups is None else processes.gather_rows(own.groups)
     images, texts = processes.gather_rows(own.images), processes.gather_rows(own.texts)
+    texts = _alike(texts, processes.gather_rows(own.captions))
     return Embeddings(images, texts, numbers, skipped, groups)
+
+
+def _alike(texts: Tensor, captions: Tensor) -> Tensor:
+    """Equal captions get the row of the first: of other batches they differ by rounding, which
+    would break the ties that they are."""
+    _, first, which = np.unique(captions.numpy(), return_index=True, return_inverse=True)
+    return texts[torch.from_numpy(first[which])]
 
 
 @torch.inference_mode()
 def _embed_own(
     model: TrainableModel, sides: Sides, batches: Iterable[Batch], positives: Positives
-) -> Embeddings:
+) -> _Own:
     was_training = model.training
     model.eval()
     images, texts = [torch.empty(0)], [torch.empty(0)]
+    captions = [torch.empty(0, dtype=torch.int64)]
     groups = [] if (none := positives.ids(NO_PAIRS)) is None else [none]
     numbers, skipped = list[int](), list[Skipped]()
     for batch in batches:
         skipped += batch.skipped
-        images.append(_rows(sides.images, batch))
-        texts.append(_rows(sides.texts, batch))
+        images.append(_rows(sides.images, batch)[0])
+        rows, keys = _rows(sides.texts, batch)
+        texts.append(rows)
+        captions.append(keys)
         ids = positives.ids(batch)
         groups += [] if ids is None else [ids]
         numbers += batch.numbers
     model.train(was_training)
-    return Embeddings(
+    return _Own(
         torch.cat(images),
         torch.cat(texts),
         tuple(numbers),
         tuple(skipped),
         torch.cat(groups) if groups else None,
+        torch.cat(captions),
     )
 
 
-def _rows(side: Side, batch: Batch) -> Tensor:
-    """[B, D], on the CPU."""
+def _rows(side: Side, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, D] and the keys of what was encoded, int64 [B], on the CPU."""
     cut = side.cut([batch.to(side.precision.device)] if len(batch) else [])
     rows = [side.encode(0, piece) for piece in cut.pieces]
-    return torch.cat(rows)[cut.order].cpu() if rows else torch.empty(0)
+    if not rows:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
+    keys = torch.from_numpy(np.concatenate([piece.keys for piece in cut.pieces]).astype(np.int64))
+    return torch.cat(rows)[cut.order].cpu(), keys[cut.order.cpu()]
 
 
 @torch.inference_mode()
