@@ -41,7 +41,7 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
         clipft doctor --model tiny
         clipft doctor --config clipft.toml
         clipft doctor --data-dir ./catalogue --scenario full --json
-        clipft doctor --s3-bucket my-bucket --enable-s3-checkpoints
+        clipft doctor --s3-bucket bucket --enable-s3-checkpoints
     """
     from clipft.doctor.examination import examine
 

@@ -39,7 +39,7 @@ def resume(
         clipft resume
         clipft resume ./checkpoints/dual_lora
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
-        clipft resume s3://bucket/runs --endpoint-url http://localhost:9000
+        clipft resume s3://bucket/checkpoints --endpoint-url http://localhost:9000
     """
     from clipft.cli.remote_checkpoints import fetch_place
     from clipft.cli.running import in_processes, train_in

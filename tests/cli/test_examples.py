@@ -59,7 +59,7 @@ def workspace(tmp_path_factory, catalogue, server, client) -> Path:
     (home / "products.csv").write_text("\n".join(["image,caption,product_id", *rows]) + "\n")
     (home / "clipft.toml").write_text("lr = 1e-3\n")
     (home / "ablation.toml").write_text('[ablate]\nscenarios = ["dual_lora"]\nseeds = [1]\n')
-    for bucket, prefix in (("my-bucket", "catalogue"), ("catalogue", "data")):
+    for bucket, prefix in (("bucket", "catalogue"), ("catalogue", "data")):
         client.create_bucket(Bucket=bucket)
         for shard in catalogue.rglob("*.tar"):
             key = f"{prefix}/{shard.relative_to(catalogue)}"
@@ -69,7 +69,7 @@ def workspace(tmp_path_factory, catalogue, server, client) -> Path:
         for name, value in {**FAST, **keys, "CLIPFT_ENDPOINT_URL": server}.items():
             patch.setenv(name, value)
         patch.setenv("CLIPFT_CACHE", str(home / "cache"))
-        bucket = ["--s3-bucket", "my-bucket", "--s3-prefix", "catalogue/train"]
+        bucket = ["--s3-bucket", "bucket", "--s3-prefix", "catalogue/train"]
         bucket += ["--s3-val-prefix", "catalogue/val", "--enable-s3-checkpoints"]
         assert run(["train", "--scenario", "dual_lora", *bucket]) == 0
         assert run(["export", "checkpoints/dual_lora", "my-clip"]) == 0
