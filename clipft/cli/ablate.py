@@ -134,14 +134,18 @@ def _ending(outcome: "Outcome") -> str:
 
 
 def _best(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
-    """To look closer at the run with the most recall, if any has finished."""
+    """To look closer at the best run of the variant with the most recall over its seeds."""
     from clipft.reporting.figures import mean_recall
 
-    found = [run for run in content["runs"] if run["after"]]
+    means = {v["name"]: v["mean_recall"] for v in content["variants"] if v["mean_recall"]}
+    found = [run for run in content["runs"] if run["after"] and run["variant"] in means]
     if not found:
         return ()
-    best = max(found, key=lambda run: mean_recall(run["after"]))
-    return ("evaluate", folder / best["folder"])
+
+    def rank(run: dict[str, Any]) -> tuple[float, float]:
+        return means[run["variant"]]["mean"], mean_recall(run["after"])
+
+    return ("evaluate", folder / max(found, key=rank)["folder"])
 
 
 def _set(origin: str) -> bool:
