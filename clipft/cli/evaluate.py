@@ -110,6 +110,7 @@ def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
         category_table,
         comparison_tables,
         definitions,
+        headline,
         sweep_table,
     )
 
@@ -128,3 +129,4 @@ def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
     yield definitions(compared)
     if found.comparison.after:
         yield UNCLEAR
+    yield headline(compared)

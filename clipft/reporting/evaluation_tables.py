@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from clipft.reporting.figures import figure_name
+from clipft.reporting.figures import RECALL_DEFINITION, figure_name
 from clipft.reporting.tables import FigureTable
 from clipft.words import counted
 
@@ -19,6 +19,16 @@ _DECIMALS = frozenset({"mrr", "map", "ndcg@10", "r_precision"})
 _SHOWN = ("hit@1", "hit@5", "hit@10", "recall@10", "mrr", "map", "ndcg@10", "r_precision")
 """Of the grouped figures; the JSON has all."""
 UNCLEAR = "~ the interval of this difference includes 0: it may be chance"
+
+
+def headline(compared: dict[str, Any]) -> str:
+    """The figure to look at first, of ``Comparison.to_dict``."""
+    untouched = value("recall", compared["before"]["recall"])
+    shown = f"{RECALL_DEFINITION}. {untouched} untouched"
+    if not compared["after"]:
+        return f"{shown}."
+    change = signed("recall", compared["difference"]["recall"])
+    return f"{shown}, {value('recall', compared['after']['recall'])} tuned, {change.rstrip()}."
 
 
 def comparison_tables(

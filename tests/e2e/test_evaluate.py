@@ -54,6 +54,8 @@ def test_people_see_both_models_the_difference_and_what_it_means(trained, data, 
     for word in ("untouched", "tuned", "difference", "ceiling", "grouped", "share of queries"):
         assert word in shown
     assert "[low, high]" in shown
+    headline = shown.strip().splitlines()[-1]
+    assert "Mean recall" in headline and "% untouched, " in headline and "% tuned, " in headline
 
 
 def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys):
