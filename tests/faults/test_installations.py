@@ -48,7 +48,7 @@ def test_a_driver_that_is_too_old(catalogue, tmp_path, old_driver):
     train = clipft("train", "--model", "tiny", "--device", "cuda", *where, **old_driver)
     assert train.returncode == 2, train.stderr
     error, hint = train.stderr.strip().splitlines()[-2:]
-    assert error.startswith("error: --device cuda: PyTorch ") and "finds none" in error
+    assert error.startswith("error: --device cuda: PyTorch ") and "finds no such device" in error
     assert "`clipft doctor` says why" in hint
 
     for device, status in (("auto", "warning"), ("cuda", "error")):

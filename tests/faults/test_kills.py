@@ -143,7 +143,9 @@ def test_a_signal_in_any_phase_ends_within_25_seconds(
     checkpoint = tmp_path / "dual_lora_checkpoint.pt"
     assert code in (0, 75, 130, 128 + number), run.err
     if code == 75:
-        assert f"stopped by {number.name}" in run.error()[0] and load_checkpoint(checkpoint)
+        said = run.error()[0]
+        assert f"stopped by {number.name}" in said
+        assert "nothing was trained yet" in said or load_checkpoint(checkpoint)
     no_rests(tmp_path)
     end = programs.run(*command(catalogue, tmp_path), env={"CLIPFT_CACHE": str(whole / "cache")})
     assert end.wait() == 0, end.err
