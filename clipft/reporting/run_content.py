@@ -83,7 +83,7 @@ def _verdict(records: RunRecords, before: float | None, after: float | None) -> 
         why = "no epoch was better" if last else "nothing was trained"
         return f"Mean recall of the untouched model {untouched}; {why}."
     gain = 100 * (after - before)
-    best = next(e["epoch"] for e in reversed(records.epochs) if e["improved"])
+    best = next((e["epoch"] for e in reversed(records.epochs) if e["improved"]), last)
     end = f"epoch {best} of {last}" + ("" if records.result else " so far")
     advice = "" if gain > 0 else " No gain over the untouched model."
     around = _around(records.evaluation)
