@@ -58,6 +58,7 @@ def assert_same_end(one: Path, other: Path) -> None:
                 torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_whole_weights_and_one_process_goes_on(alone, data, tmp_path):
     process = start(clipft(*arguments(data, tmp_path, *SHARDED)), tmp_path)
     wait_for_step(tmp_path, 2, process)

@@ -72,6 +72,7 @@ def test_of_an_earlier_epoch_they_are_lost_and_that_is_said(programs, whole, fir
     assert all((ours[name] == weight).all() for name, weight in theirs.items())
 
 
+@pytest.mark.slow
 def test_in_mid_epoch_it_is_known_before_any_training(programs, catalogue, whole, tmp_path):
     run = programs.start(*command(catalogue, tmp_path), env=environ(whole))
     wait_until(lambda: steps(tmp_path) >= 5, run)

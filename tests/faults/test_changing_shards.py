@@ -124,7 +124,7 @@ def test_every_change_is_noticed_at_the_next_reading(tmp_path, harm):
 
 
 @harmed
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_notice_too(tmp_path, harm, workers):
     write_tar(tmp_path / "a.tar", even(range(60)))
     batches = training_batches(

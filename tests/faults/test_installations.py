@@ -43,6 +43,7 @@ def old_driver(tmp_path) -> dict[str, str]:
     return {"PATH": f"{tool.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_too_old(catalogue, tmp_path, old_driver):
     where = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "out")]
     train = clipft("train", "--model", "tiny", "--device", "cuda", *where, **old_driver)

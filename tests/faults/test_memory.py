@@ -5,6 +5,8 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
 LIMITED = """
 import resource, sys
 import psutil, torch
@@ -12,6 +14,7 @@ import clipft.training.setup, transformers, peft  # what is loaded counts too
 used = psutil.Process().memory_info().data
 limit = used + {more}
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+import pytest
 from clipft.cli.app import run
 sys.exit(run(sys.argv[1:]))
 """
@@ -38,6 +41,7 @@ def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, 
     assert "the effective batch and the loss stay as they were" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_micro_batch_found_by_itself_fits(catalogue, tmp_path):
     done = train_within(1 << 30, catalogue, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -97,6 +97,7 @@ def third_save(strace: str, saver, path: Path, fault: str) -> int:
     return code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "steps_left"),
     [

@@ -59,6 +59,7 @@ def stop(run: Program, number: int = signal.SIGTERM) -> tuple[str, str]:
     return run.error()
 
 
+@pytest.mark.slow
 def test_before_the_first_step(programs, slow_validation, undisturbed, tmp_path):
     run = start(programs, slow_validation, tmp_path)
     wait_until(lambda: (tmp_path / "dual_lora" / "run.json").exists(), run)
@@ -95,6 +96,7 @@ def test_in_the_validation_after_an_epoch(programs, slow_validation, undisturbed
     assert_same_run(undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_validation_made_up_for_does_not_tell_it_twice(
     programs, slow_validation, undisturbed, tmp_path
 ):
@@ -112,6 +114,7 @@ def test_a_kill_after_the_validation_made_up_for_does_not_tell_it_twice(
     assert_same_run(undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_in_the_evaluation_at_the_end(programs, slow_validation, undisturbed, tmp_path):
     run, folder = start(programs, slow_validation, tmp_path), tmp_path / "dual_lora"
     wait_until((folder / "adapter").exists, run)
@@ -128,6 +131,7 @@ def test_in_the_evaluation_at_the_end(programs, slow_validation, undisturbed, tm
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_while_features_are_computed(programs, slow_validation, tmp_path):
     """Those of a tower that does not train, kept in the cache: whole or not at all."""
     cache = tmp_path / "cache"
