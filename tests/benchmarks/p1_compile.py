@@ -13,15 +13,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from p1_training import QUICK, Place, Size, make_model, setup_of
-from side_by_side import Work, arguments, in_turn, ratio_of, write_figures
+from p1_gpu import ours
+from p1_training import QUICK, Place, Size, make_model
+from side_by_side import arguments, in_turn, ratio_of, write_figures
 from torch._dynamo.utils import counters
 
-from clipft.data.loader import training_batches
 from clipft.data.pack import pack
 from clipft.data.pack_options import PackOptions
-from clipft.training.trainer import TrainState, fit
 
 SIZE, ROUNDS = Size(64, 64, 32), 3
 
@@ -39,32 +37,8 @@ class Row:
     graphs: int
 
 
-def steps(place: Place, size: Size, scenario: str, compiled: bool) -> Work:
-    """An epoch each time it is called, other captions first each time."""
-    setup = setup_of(place, size, scenario=scenario)
-    model = setup.loaded.model
-    if compiled:
-        model.image_features = torch.compile(model.image_features)
-        model.text_features = torch.compile(model.text_features, dynamic=True)
-    state = TrainState(model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser, print)
-
-    def work() -> int:
-        batches = training_batches(
-            setup.train,
-            setup.encoding.preprocessing,
-            setup.epoch_plan,
-            state.position,
-            state.position.epoch + 1,
-            setup.loader_options,
-        )
-        return sum(result.pairs for result in fit(state, batches, accumulate))
-
-    return work
-
-
 def measured(place: Place, size: Size, scenario: str) -> Row:
-    compiled, plain = (steps(place, size, scenario, on) for on in (True, False))
+    compiled, plain = (ours(place, size, on, scenario=scenario).work for on in (True, False))
     plain()
     counters.clear()
     began = time.perf_counter()

@@ -83,8 +83,9 @@ class Ours:
         return 1 - sum(s.data_seconds for s in later) / sum(s.seconds for s in later)
 
 
-def ours(place: Place, size: Size, compiled: bool = False) -> Ours:
-    setup = setup_of(place, size)
+def ours(place: Place, size: Size, compiled: bool = False, **given: Any) -> Ours:
+    """An epoch each time its work is called, the next one each time."""
+    setup = setup_of(place, size, **given)
     model = setup.loaded.model
     if compiled:
         model.image_features = torch.compile(model.image_features)

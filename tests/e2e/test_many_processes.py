@@ -211,18 +211,28 @@ def workers(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
     return [child for rank, child in sorted((r, c) for r, c in ranked if r is not None)]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_one_is_killed_and_the_run_ends_with_the_state_whole(data, tmp_path, victim):
-    process = start(clipft(*arguments(data, tmp_path, *LONG, "--processes", "2")), tmp_path)
-    wait_for_step(tmp_path, 4, process)
+def assert_a_kill_is_said_and_the_state_whole(args: list[str], out: Path, victim: int) -> None:
+    """Of the run that ``args`` start, of two processes."""
+    process = start(clipft(*args), out)
+    wait_for_step(out, 4, process)
     killed = time.monotonic()
     workers(process)[victim].kill()
     _, stderr = done(process, 7)
     assert time.monotonic() - killed < 60
     assert f"error: process {victim} of 2 was killed by SIGKILL" in stderr
     assert stderr.count("error: ") == 1
-    saved = torch.load(tmp_path / "dual_lora_checkpoint.pt", weights_only=True)
+    (checkpoint,) = out.glob("*_checkpoint.pt")
+    saved = torch.load(checkpoint, weights_only=True)
     assert saved["step"] >= 3 and not saved["finished"]
+
+
+VICTIMS = pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+
+
+@VICTIMS
+def test_one_is_killed_and_the_run_ends_with_the_state_whole(data, tmp_path, victim):
+    args = arguments(data, tmp_path, *LONG, "--processes", "2")
+    assert_a_kill_is_said_and_the_state_whole(args, tmp_path, victim)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from clipft.cli.app import run
 from tests.conftest import write_shard
 from tests.e2e.test_many_processes import (
+    VICTIMS,
     arguments,
+    assert_a_kill_is_said_and_the_state_whole,
     assert_same_figures,
     clipft,
     done,
@@ -80,19 +81,10 @@ def test_one_process_is_stopped_and_two_go_on_with_sharded_weights(alone, data, 
     assert_same_end(tmp_path, alone)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@VICTIMS
 def test_one_is_killed_and_the_last_checkpoint_is_whole(data, tmp_path, victim):
     args = arguments(data, tmp_path, *SHARDED, "--epochs", "200")
-    process = start(clipft(*args), tmp_path)
-    wait_for_step(tmp_path, 4, process)
-    killed = time.monotonic()
-    workers(process)[victim].kill()
-    _, stderr = done(process, 7)
-    assert time.monotonic() - killed < 60
-    assert f"error: process {victim} of 2 was killed by SIGKILL" in stderr
-    assert stderr.count("error: ") == 1
-    saved = torch.load(tmp_path / "full_checkpoint.pt", weights_only=True)
-    assert saved["step"] >= 3 and not saved["finished"]
+    assert_a_kill_is_said_and_the_state_whole(args, tmp_path, victim)
 
 
 @pytest.mark.slow
