@@ -27,8 +27,9 @@ types: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
+# A file's tests stay together, as they share what was trained for them
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The whole way of a user in small: render, train, resume, evaluate
 smoke: $(STAMP)

@@ -1,5 +1,6 @@
 """Writing so that a file under its final name is always whole: the old one or the new one."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ from typing import Any
 
 from clipft.errors import StorageError
 
-_HINT = "make room or write to another place; what was there before is untouched"
+_UNTOUCHED = "what was there before is untouched"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
-        raise StorageError(f"cannot write {path}: {_reason(error)}", _HINT) from error
+        raise disk_error(path, error) from error
     finally:
         # A folder that cannot be written cannot be unlinked from either
         if os.path.lexists(temporary):
@@ -61,7 +63,7 @@ def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, folder)
         _flush(folder.parent)
     except (OSError, RuntimeError) as error:
-        raise StorageError(f"cannot write {folder}: {_reason(error)}", _HINT) from error
+        raise disk_error(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -107,10 +109,10 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {_reason(error)}", _HINT) from error
+        raise disk_error(path, error) from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         why = "it is a folder" if path.is_dir() else f"{path.parent} cannot be written to"
-        raise StorageError(f"cannot write {path}: {why}", _HINT)
+        raise StorageError(f"cannot write {path}: {why}", f"write to another place; {_UNTOUCHED}")
 
 
 def nearest_folder(path: Path) -> Path:
@@ -119,9 +121,11 @@ def nearest_folder(path: Path) -> Path:
     return next(place for place in way if os.path.lexists(place))
 
 
-def disk_error(path: Path, error: OSError) -> StorageError:
-    """What to raise where a line could not be added to ``path``."""
-    return StorageError(f"cannot write {path}: {_reason(error)}", _HINT)
+def disk_error(path: Path, error: OSError | RuntimeError) -> StorageError:
+    """What to raise where ``path`` could not be written."""
+    refused = isinstance(error, OSError) and error.errno not in _FULL
+    hint = "write to another place" if refused else "make room or write to another place"
+    return StorageError(f"cannot write {path}: {_reason(error)}", f"{hint}; {_UNTOUCHED}")
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,9 @@ import pytest
 from clipft.data.render import RenderedPair, render_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread for each test and each program that it starts, and as many tests at once as there are
+# cores: threads of many processes that wait for each other by spinning take minutes for seconds.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and a program takes that over
 # from whoever starts it: the programs that the tests interrupt must hear it.

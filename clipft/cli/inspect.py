@@ -76,8 +76,8 @@ def inspect(
 ) -> None:
     """Say what is in a catalogue and what is wrong with it.
 
-    Broken pictures, sizes, caption lengths, duplicates, what stands in both training and
-    validation, and the best R@K that the duplicates leave possible.
+    Broken pictures, sizes, caption lengths in tokens of --model, duplicates, what stands in both
+    training and validation, and the best R@K that the duplicates leave possible.
 
     Examples:
 

@@ -120,7 +120,8 @@ def _gallery(content: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
         cases = [case for case in content["gallery"] if case["kind"] == kind]
         if cases:
             parts.append(f"<h3>{escape(title)}</h3>\n")
-            parts += [_case(case, pictures) for case in cases]
+            shown = "".join(_case(case, pictures) for case in cases)
+            parts.append(f'<div class="cases">\n{shown}</div>\n')
     return section("Gallery", *parts)
 
 

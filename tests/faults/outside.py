@@ -53,6 +53,8 @@ def child(asked):
 
 for line in sys.stdin:
     asked = json.loads(line)
+    if "end" in asked:
+        break
     if "wait" in asked:
         _, status = os.waitpid(asked["wait"], 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
@@ -66,6 +68,7 @@ for line in sys.stdin:
         # As a program ends: atexit, threads, the flush of its files
         sys.exit(code)
     print(pid, flush=True)
+os._exit(0)
 """
 
 
@@ -168,7 +171,10 @@ class Programs:
         return program
 
     def close(self) -> None:
-        _pipe(self._server.stdin).close()
+        # Told so: processes that tests have forked may hold the pipe open
+        pipe = _pipe(self._server.stdin)
+        pipe.write(json.dumps({"end": True}) + "\n")
+        pipe.close()
         self._server.wait(60)
 
     def _ask(self, asked: dict[str, object]) -> str:
