@@ -116,7 +116,8 @@ def test_the_same_run_by_clipfts_launcher(alone, data, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("accumulation", ["local", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", ["local", "exact"])
 def test_groups_and_a_trained_temperature_are_the_same_too(accumulation, data, tmp_path):
     args = [*MORE, "--accumulation", accumulation, "--positives", "group"]
     args += ["--group-field", "type", "--logit-scale", "trained", "--lr-scale", "0.01"]

@@ -81,6 +81,7 @@ def test_one_process_is_stopped_and_two_go_on_with_sharded_weights(alone, data, 
     assert_same_end(tmp_path, alone)
 
 
+@pytest.mark.slow
 @VICTIMS
 def test_one_is_killed_and_the_last_checkpoint_is_whole(data, tmp_path, victim):
     args = arguments(data, tmp_path, *SHARDED, "--epochs", "200")

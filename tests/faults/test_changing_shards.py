@@ -142,7 +142,9 @@ def test_workers_notice_too(tmp_path, harm, workers):
 
 
 @pytest.mark.parametrize(
-    ("harm", "code"), [(Path.unlink, 3), (replace, 2)], ids=["removed", "replaced"]
+    ("harm", "code"),
+    [pytest.param(Path.unlink, 3, marks=pytest.mark.slow), (replace, 2)],
+    ids=["removed", "replaced"],
 )
 def test_the_run_ends_with_3_and_goes_on_once_the_shard_is_back(
     tmp_path, monkeypatch, capsys, harm, code

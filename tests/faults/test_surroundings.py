@@ -26,6 +26,7 @@ def installed(*args: str, **more) -> "subprocess.CompletedProcess[bytes]":
     )
 
 
+@pytest.mark.slow
 def test_no_network_and_no_cached_model(programs, catalogue, tmp_path):
     """The hub's name leads nowhere here; the cache is empty."""
     env = {"HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://[::1]:9"}
@@ -90,6 +91,7 @@ def test_a_umask_of_077_and_a_home_that_cannot_be_written(programs, catalogue, t
     assert made and all(path.stat().st_mode & 0o077 == 0 for path in made)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, whole):
     """An hour at once, in the middle of the run; libfaketime is what sets clocks in tests."""
     library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
@@ -140,6 +142,7 @@ def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, w
     assert_same_run(whole / "runs", tmp_path)
 
 
+@pytest.mark.slow
 def test_stderr_that_goes_away_costs_nothing(catalogue, whole, tmp_path):
     """``clipft train 2>&1 | head -1``"""
     reading, writing = os.pipe()

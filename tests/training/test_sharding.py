@@ -128,7 +128,10 @@ SHORT = """
 """
 
 
-@pytest.mark.parametrize(("work", "passes"), [("run.train()", 3), ("run.validation_loss()", 1)])
+@pytest.mark.parametrize(
+    ("work", "passes"),
+    [("run.train()", 3), pytest.param("run.validation_loss()", 1, marks=pytest.mark.slow)],
+)
 def test_memory_that_runs_out_within_a_pass_ends_all(work, passes, data):
     body = SHORT.format(data=str(data), work=work, passes=passes)
     started = time.monotonic()
