@@ -30,7 +30,7 @@ _PEER_BYTES = 16
 
 @dataclass(frozen=True)
 class Scale:
-    """Seconds and MiB (medians); ``ratio`` is how many times faster ours is."""
+    """Seconds and MiB (medians); ``times_faster`` of ours with its spread."""
 
     pairs: int
     dimensions: int
@@ -38,7 +38,7 @@ class Scale:
     ours_MiB: float
     peer_s: float | str
     peer_MiB: float | str
-    ratio: str
+    times_faster: str
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _speeds(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _speed(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _plain(row: dict[str, Any]) -> dict[str, str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.6f}" if 0.99 < value < 1 else f"{value:.3g}"
+        return f"{value:.6f}" if 0.99 < value < 1 else _speed(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
