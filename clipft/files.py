@@ -123,9 +123,14 @@ def nearest_folder(path: Path) -> Path:
 
 def disk_error(path: Path, error: OSError | RuntimeError) -> StorageError:
     """What to raise where ``path`` could not be written."""
+    return StorageError(f"cannot write {path}: {_reason(error)}", disk_hint(error))
+
+
+def disk_hint(error: OSError | RuntimeError) -> str:
+    """What to do about a disk that did not take a file: where it is not full, room is no help."""
     refused = isinstance(error, OSError) and error.errno not in _FULL
-    hint = "write to another place" if refused else "make room or write to another place"
-    return StorageError(f"cannot write {path}: {_reason(error)}", f"{hint}; {_UNTOUCHED}")
+    place = "write to another place" if refused else "make room or write to another place"
+    return f"{place}; {_UNTOUCHED}"
 
 
 def _reason(error: Exception) -> str:

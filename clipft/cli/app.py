@@ -151,10 +151,12 @@ def _is_library(error: Exception) -> bool:
 
 def _unforeseen(error: Exception) -> ClipftError:
     if isinstance(error, OSError) and error.errno in _DISK:
+        from clipft.files import disk_hint
+
         where = f" at {error.filename}" if error.filename else ""
         return StorageError(
             f"the disk takes no more{where}: {error.strerror}",
-            "make room or write to another place; what was there before is untouched",
+            disk_hint(error),
         )
     if _is_memory(error):
         return MemoryShortage(

@@ -131,14 +131,12 @@ class Program:
 class Programs:
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environ,
         )
 
     def start(
@@ -152,7 +150,7 @@ class Programs:
         """``clipft ARGS``; of ``env`` None takes a name away."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        environ = {**os.environ, **(env or {})}
         asked = {
             "args": args,
             "env": {name: value for name, value in environ.items() if value is not None},

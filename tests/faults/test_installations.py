@@ -11,7 +11,7 @@ from tests.faults.outside import ROOT
 
 
 def clipft(*args: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    env = {**os.environ, **environ}
     return subprocess.run(
         [sys.executable, "-m", "clipft", *args], cwd=ROOT, env=env, capture_output=True, text=True
     )

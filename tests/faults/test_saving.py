@@ -72,7 +72,7 @@ def saver():
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=os.environ,
     )
     yield process
     process.stdin.close()
@@ -169,7 +169,7 @@ def test_all_is_flushed_before_a_checkpoint_has_its_name(strace, catalogue, whol
     done = subprocess.run(
         [strace, *seen, "-e", "trace=write,fsync,rename,link", *run],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPFT_CACHE": str(whole / "cache")},
+        env={**os.environ, "CLIPFT_CACHE": str(whole / "cache")},
         capture_output=True,
         text=True,
     )

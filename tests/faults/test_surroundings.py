@@ -91,7 +91,6 @@ def test_a_umask_of_077_and_a_home_that_cannot_be_written(programs, catalogue, t
     assert made and all(path.stat().st_mode & 0o077 == 0 for path in made)
 
 
-@pytest.mark.slow
 def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, whole):
     """An hour at once, in the middle of the run; libfaketime is what sets clocks in tests."""
     library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
@@ -100,7 +99,7 @@ def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, 
     stamp = tmp_path / "clock"
     stamp.write_text("+0")
     env = {**os.environ, "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(stamp)}
-    env |= {"FAKETIME_NO_CACHE": "1", "OMP_NUM_THREADS": "1", "DONT_FAKE_MONOTONIC": "1"}
+    env |= {"FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
     args = [sys.executable, "-m", "clipft", *command(catalogue, tmp_path / "out")]
     run = subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     while steps(tmp_path / "out") < 3:
@@ -133,7 +132,7 @@ def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, w
         done = installed(
             *command(catalogue, tmp_path),
             stdout=writing,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPFT_CACHE": str(whole / "cache")},
+            env={**os.environ, "CLIPFT_CACHE": str(whole / "cache")},
         )
     finally:
         os.close(writing)
@@ -147,7 +146,7 @@ def test_stderr_that_goes_away_costs_nothing(catalogue, whole, tmp_path):
     """``clipft train 2>&1 | head -1``"""
     reading, writing = os.pipe()
     os.close(reading)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPFT_CACHE": str(whole / "cache")}
+    env = {**os.environ, "CLIPFT_CACHE": str(whole / "cache")}
     args = [sys.executable, "-m", "clipft", *command(catalogue, tmp_path)]
     try:
         done = subprocess.run(args, cwd=ROOT, stdout=writing, stderr=writing, env=env)
