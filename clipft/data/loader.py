@@ -74,6 +74,12 @@ class StepBatch:
     skipped: list[Skipped]
     pairs: int
 
+    @classmethod
+    def of(cls, epoch: int, step: int, read: Sequence[Batch]) -> "StepBatch":
+        """Of the micro-batches as they were ``read``, those that have pairs."""
+        skipped = [skipped for batch in read for skipped in batch.skipped]
+        return cls(epoch, step, [b for b in read if len(b)], skipped, sum(map(len, read)))
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -163,10 +169,8 @@ def training_batches(
     batches = started(iter(loader))
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
-            micros = [_next(batches, under_way) for _ in share.of(plan.micro_batches(step))]
-            skipped = [skipped for batch in micros for skipped in batch.skipped]
-            pairs = sum(len(batch) for batch in micros)
-            yield StepBatch(epoch, step, [b for b in micros if len(b)], skipped, pairs)
+            numbers = share.of(plan.micro_batches(step))
+            yield StepBatch.of(epoch, step, [_next(batches, under_way) for _ in numbers])
 
 
 def _ahead(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:

@@ -21,25 +21,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from clipft.modelling.adapt import TrainableModel
 from clipft.settings import LossSettings
 
-BLOCK_LOGITS = 1 << 24
-"""Logits that exist at once: 64 MiB in fp32, of which the work needs three."""
+BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Logits that exist at once, by device; the work needs as much again. More is slower on a CPU."""
 
 
 class _Targets(Protocol):
-    """Which pairs attract. ``first`` is the row of the batch at which a block begins."""
+    """Which pairs attract. ``first`` is the row of the batch at which a block begins; ``work``
+    is memory of the block's size."""
 
     def leave_out(self, logits: Tensor, first: int) -> None:
         """Put -inf, in place, where neither is the other's negative or positive."""
 
-    def attraction(self, logits: Tensor, first: int) -> Tensor:
+    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
         """The block's logits weighted by its targets, summed."""
 
-    def subtract(self, gradient: Tensor, first: int, times: float) -> None:
+    def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
         """Take ``times`` the targets off, in place."""
 
 
@@ -50,21 +50,32 @@ class _Pairs:
     def leave_out(self, logits: Tensor, first: int) -> None:
         return
 
-    def attraction(self, logits: Tensor, first: int) -> Tensor:
+    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
         return logits.diagonal(first).sum()
 
-    def subtract(self, gradient: Tensor, first: int, times: float) -> None:
+    def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
         gradient.diagonal(first).sub_(times)
+
+
+class _Groups:
+    """``ids``, int64 [N]. A block of which rows have the same; again in the same memory."""
+
+    def __init__(self, ids: Tensor, rows: int) -> None:
+        self._ids = ids
+        self._same = ids.new_empty(rows, len(ids), dtype=torch.bool)
+
+    def same(self, first: int, rows: int) -> Tensor:
+        return torch.eq(self._ids[first : first + rows, None], self._ids, out=self._same[:rows])
 
 
 @dataclass(frozen=True)
 class _Masked(_Pairs):
     """Image i and text i; others of their group are left out."""
 
-    groups: Tensor
+    groups: _Groups
 
     def leave_out(self, logits: Tensor, first: int) -> None:
-        others = _same(self.groups, first, len(logits))
+        others = self.groups.same(first, len(logits))
         others.diagonal(first).fill_(False)
         logits.masked_fill_(others, -math.inf)
 
@@ -73,24 +84,22 @@ class _Masked(_Pairs):
 class _Soft:
     """All of a group, each with the weight [N] of its row."""
 
-    groups: Tensor
+    groups: _Groups
     weights: Tensor
 
     def leave_out(self, logits: Tensor, first: int) -> None:
         return
 
-    def attraction(self, logits: Tensor, first: int) -> Tensor:
-        return (logits * self._block(first, len(logits))).sum()
+    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
+        return self._fill(work, first).mul_(logits).sum()
 
-    def subtract(self, gradient: Tensor, first: int, times: float) -> None:
-        gradient.sub_(self._block(first, len(gradient)), alpha=times)
+    def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
+        gradient.sub_(self._fill(work, first), alpha=times)
 
-    def _block(self, first: int, rows: int) -> Tensor:
-        return _same(self.groups, first, rows) * self.weights[first : first + rows, None]
-
-
-def _same(groups: Tensor, first: int, rows: int) -> Tensor:
-    return groups[first : first + rows, None] == groups
+    def _fill(self, work: Tensor, first: int) -> Tensor:
+        rows = len(work)
+        work.copy_(self.groups.same(first, rows))
+        return work.mul_(self.weights[first : first + rows, None])
 
 
 @dataclass(frozen=True)
@@ -101,35 +110,32 @@ class _Evaluated:
     gradients: "_Gradients | None"
 
 
-@dataclass
 class _Logits:
     """Blocks of scale x images x texts + bias, computed anew each time they are gone through;
-    a single block is kept."""
+    a single block is kept. They all lie in the same memory: one allocated for each of them
+    leaves a CPU's heap in fragments of many times its size."""
 
-    images: Tensor
-    texts: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    rows: int
-    _kept: Tensor | None = None
+    def __init__(
+        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, rows: int
+    ) -> None:
+        self.images, self.texts, self.scale, self.bias = images, texts, scale, bias
+        self.size, self.rows = len(images), rows
+        self._block, self._work = images.new_empty(2, self.rows, self.size)
+        self._kept = False
 
-    @property
-    def size(self) -> int:
-        return len(self.images)
-
-    def blocks(self, targets: _Targets) -> Iterator[tuple[int, Tensor]]:
-        """(first row, logits [rows, N]) with what ``targets`` leave out at -inf."""
+    def blocks(self, targets: _Targets) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first row, logits [rows, N] with what ``targets`` leave out at -inf, as much memory
+        to work in)."""
         for first in range(0, self.size, self.rows):
-            if self._kept is not None:
-                yield first, self._kept
-                continue
-            logits = (self.images[first : first + self.rows] * self.scale) @ self.texts.T
-            if self.bias is not None:
-                logits += self.bias
-            targets.leave_out(logits, first)
-            if self.rows >= self.size:
-                self._kept = logits
-            yield first, logits
+            block, work = self._block[: self.size - first], self._work[: self.size - first]
+            if not self._kept:
+                scaled = self.images[first : first + self.rows] * self.scale
+                torch.mm(scaled, self.texts.T, out=block)
+                if self.bias is not None:
+                    block += self.bias
+                targets.leave_out(block, first)
+                self._kept = self.rows == self.size
+            yield first, block, work
 
 
 class _Gradients:
@@ -159,10 +165,10 @@ def _softmax(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evalu
     """Mean of both directions' cross entropies."""
     n, rows, columns = logits.size, list[Tensor](), None
     attraction = logits.images.new_zeros(())
-    for first, block in logits.blocks(targets):
-        attraction += targets.attraction(block, first)
-        rows.append(block.logsumexp(1))
-        summed = block.logsumexp(0)
+    for first, block, work in logits.blocks(targets):
+        attraction += targets.attraction(block, first, work)
+        rows.append(_logsumexp(block, 1, work))
+        summed = _logsumexp(block, 0, work)
         columns = summed if columns is None else torch.logaddexp(columns, summed)
     assert columns is not None
     by_image = torch.cat(rows)
@@ -170,23 +176,33 @@ def _softmax(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evalu
     if not with_gradients:
         return _Evaluated(value, None)
     gradients = _Gradients(logits)
-    for first, block in logits.blocks(targets):
-        gradient = (block - by_image[first : first + len(block), None]).exp_()
+    for first, block, work in logits.blocks(targets):
+        by_row = by_image[first : first + len(block), None]
+        gradient = torch.sub(block, by_row, out=work).exp_()
         gradient += block.sub_(columns).exp_()  # the block is not looked at again
-        targets.subtract(gradient, first, 2.0)
+        targets.subtract(gradient, first, 2.0, block)
         gradients.add(first, gradient.div_(2 * n))
     return _Evaluated(value, gradients)
+
+
+def _logsumexp(block: Tensor, dim: int, work: Tensor) -> Tensor:
+    most = block.amax(dim, keepdim=True)
+    most.masked_fill_(most.isneginf(), 0)  # all left out
+    return torch.sub(block, most, out=work).exp_().sum(dim).log_() + most.squeeze(dim)
 
 
 def _sigmoid(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evaluated:
     """Binary cross entropy of every image with every text, summed over the texts."""
     n, value = logits.size, logits.images.new_zeros(())
     gradients = _Gradients(logits) if with_gradients else None
-    for first, block in logits.blocks(targets):
-        value -= functional.logsigmoid(-block).sum() + targets.attraction(block, first)
+    for first, block, work in logits.blocks(targets):
+        # log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which cannot overflow
+        value += torch.abs(block, out=work).neg_().exp_().log1p_().sum()
+        value += torch.clamp(block, min=0, out=work).sum()
+        value -= targets.attraction(block, first, work)
         if gradients:
             gradient = block.sigmoid_()
-            targets.subtract(gradient, first, 1.0)
+            targets.subtract(gradient, first, 1.0, work)
             gradients.add(first, gradient.div_(n))
     return _Evaluated(value / n, gradients)
 
@@ -240,7 +256,8 @@ class ContrastiveLoss:
     name: str
     masked: bool
     evaluate: _Evaluate
-    block_logits: int = BLOCK_LOGITS
+    block_logits: int | None = None
+    """None: ``BLOCK_LOGITS``."""
 
     def __call__(self, images: Tensor, texts: Tensor, groups: Tensor | None = None) -> Tensor:
         """Of unit embeddings, float32 [N, D] each; a scalar.
@@ -249,8 +266,9 @@ class ContrastiveLoss:
         row is its own group. Differentiable once, in the embeddings and in the model's
         ``logit_scale`` and ``logit_bias``.
         """
-        rows = max(1, self.block_logits // len(images))
-        task = _Task(self.evaluate, self._targets(groups, images), rows)
+        at_once = self.block_logits or BLOCK_LOGITS.get(images.device.type, BLOCK_LOGITS["cuda"])
+        rows = min(max(1, at_once // len(images)), len(images))
+        task = _Task(self.evaluate, self._targets(groups, images, rows), rows)
         scale = self.model.logit_scale
         bias = self.model.logit_bias if self.evaluate is _sigmoid else None
         loss: Tensor = _Blockwise.apply(
@@ -269,14 +287,15 @@ class ContrastiveLoss:
             return 0.0
         return float(_sizes(groups).cpu().double().log().mean())
 
-    def _targets(self, groups: Tensor | None, like: Tensor) -> _Targets:
+    def _targets(self, groups: Tensor | None, like: Tensor, rows: int) -> _Targets:
         if groups is None:
             return _Pairs()
         groups = groups.to(like.device)
         if self.masked:
-            return _Masked(groups)
+            return _Masked(_Groups(groups, rows))
         sizes = _sizes(groups).to(like.dtype)
-        return _Soft(groups, 1 / sizes if self.name == "clip" else torch.ones_like(sizes))
+        weights = 1 / sizes if self.name == "clip" else torch.ones_like(sizes)
+        return _Soft(_Groups(groups, rows), weights)
 
 
 def _sizes(groups: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clipft.records import EpochResult
 from clipft.training.run_folder import RunPaths
+from clipft.training.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,20 @@ class TrainResult:
             "run_dir": str(self.folder),
             "checkpoint": str(self.checkpoint),
         }
+
+    @classmethod
+    def of(cls, state: RunState, paths: RunPaths) -> "TrainResult":
+        """That of a run which has trained to its end."""
+        assert state.before
+        return cls(
+            before=state.before,
+            best=state.best,
+            steps=state.step,
+            stopped_early=state.stopping.due,
+            skipped_pairs=state.bad.count,
+            folder=paths.folder,
+            checkpoint=paths.checkpoint,
+        )
 
     @classmethod
     def of_finished(cls, checkpoint: dict[str, Any], paths: RunPaths) -> "TrainResult":

@@ -67,7 +67,7 @@ class TrainState:
 def fit(
     state: TrainState, batches: Iterable[StepBatch], accumulate: Accumulation
 ) -> Generator[StepResult, None, None]:
-    """Learn from each batch and tell of it; the caller shows, saves, evaluates."""
+    """Learn from each batch, empty it and tell of it; the caller shows, saves, evaluates."""
     state.model.train()
     started = time.perf_counter()
     for batch in batches:
@@ -79,6 +79,7 @@ def fit(
         state.model.clamp_logit_scale()
 
         state.advance(batch, loss)
+        batch.micro_batches.clear()  # gone before the next ones are read
         ended = time.perf_counter()
         yield StepResult(
             epoch=batch.epoch + 1,

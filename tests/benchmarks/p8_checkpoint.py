@@ -65,14 +65,14 @@ class Clock:
 @contextlib.contextmanager
 def watched() -> Iterator[Clock]:
     """Times every save of the run's state and every hand-over to the uploader."""
-    from clipft.training.run import _Run
+    from clipft.training.saving import Saver
 
-    clock, before = Clock(), _Run._save
-    _Run._save = clock.timed(before)  # type: ignore[method-assign]
+    clock, before = Clock(), Saver.save
+    Saver.save = clock.timed(before)  # type: ignore[method-assign]
     try:
         yield clock
     finally:
-        _Run._save = before  # type: ignore[method-assign]
+        Saver.save = before  # type: ignore[method-assign]
 
 
 def measure(name: str, data: Path, out: Path, steps: int, more: list[str]) -> Row:

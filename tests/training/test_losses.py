@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipft.settings import LossSettings
-from clipft.training.losses import BLOCK_LOGITS, ContrastiveLoss, make_loss
+from clipft.training.losses import ContrastiveLoss, make_loss
 from clipft.training.memory import peak_memory
 
 NAMES = ("clip", "siglip")
@@ -40,7 +40,7 @@ class Case:
         groups = torch.randint(-kinds, kinds, (size,), generator=draw) * 3_000_000_000
         return cls(unit(), unit(), scale.requires_grad_(), bias.requires_grad_(), groups)
 
-    def loss(self, name: str, mode: str, block: int = BLOCK_LOGITS) -> ContrastiveLoss:
+    def loss(self, name: str, mode: str, block: int | None = None) -> ContrastiveLoss:
         holder = SimpleNamespace(logit_scale=self.scale, logit_bias=self.bias)
         made = make_loss(LossSettings(loss=name, positives_mode=mode), holder)
         return replace(made, block_logits=block)
@@ -87,7 +87,7 @@ def test_value_and_gradients_are_those_of_the_whole_matrix(seed, size, kinds, bl
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("block", [1, 50, BLOCK_LOGITS])
+@pytest.mark.parametrize("block", [1, 50, None])
 def test_the_plain_loss_is_that_of_transformers(block):
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
@@ -186,5 +186,5 @@ def test_32768_pairs_run_in_bounded_memory(name):
     with peak_memory(torch.device("cpu")) as peak:
         case.loss(name, "soft")(images, texts, groups).backward()
     used = peak.bytes - before.bytes
-    assert used < 8 * BLOCK_LOGITS * 4 < whole / 7
+    assert used < whole / 32
     assert images.grad.isfinite().all()
