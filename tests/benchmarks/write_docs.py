@@ -77,6 +77,8 @@ def _plain(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6f}" if 0.99 < value < 1 else _speed(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
