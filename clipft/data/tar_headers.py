@@ -18,6 +18,9 @@ _ENDED = bytes(BLOCK)
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \x00"
 _PAX_RECORD = re.compile(rb"(\d+) (mtime|atime|ctime|uid|gid|uname|gname)=")
 _OCTAL = re.compile(rb" *([0-7]+)[ \x00]*")
+_OCTAL_OR_NONE = re.compile(rb" *[0-7]*[ \x00]*")
+_UNUSED = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
+"""Mode, owner, group, time, device: not wanted here, but ``tarfile`` refuses what is no number."""
 _READ = 3 * BLOCK  # a pax header, its records and the member's own header
 
 
@@ -77,6 +80,8 @@ def _size(header: bytes) -> int | None:
     if not checksum or not size:
         return None
     if int(checksum[1], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        return None
+    if not all(_OCTAL_OR_NONE.fullmatch(header, *field) for field in _UNUSED):
         return None
     return int(size[1], 8)
 

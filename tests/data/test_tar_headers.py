@@ -5,7 +5,7 @@ import os
 import tarfile
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipft.data.tar_headers import _any_members, _plain_members, read_members
@@ -52,8 +52,11 @@ def test_what_webdataset_writes_needs_no_tarfile(tmp_path):
     assert seen == _any_members(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("summed", [False, True])
 @given(st.integers(0, 511), st.integers(1, 255))
-def test_a_changed_byte_in_a_header_is_left_to_tarfile(tmp_path_factory, at, change):
+@example(102, ord("0") ^ ord("8"))  # of the mode, which nobody wants
+def test_a_changed_byte_in_a_header_is_left_to_tarfile(tmp_path_factory, summed, at, change):
+    """``summed``: with the checksum of the changed header."""
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("a.jpg")
@@ -61,6 +64,9 @@ def test_a_changed_byte_in_a_header_is_left_to_tarfile(tmp_path_factory, at, cha
         tar.addfile(info, io.BytesIO(b"abc"))
     data = bytearray(path.read_bytes())
     data[at] ^= change
+    if summed:
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
     try:
         truth = _any_members(path)
