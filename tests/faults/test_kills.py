@@ -25,11 +25,10 @@ def killed_at_random(programs, catalogue, whole: Path, out: Path, draw: random.R
     while True:
         run = programs.start(*command(catalogue, out), env=env)
         time.sleep(draw.uniform(0.05, length))
-        if not run.running:
-            assert run.wait() == 0, run.err
+        run.signal(signal.SIGKILL)  # not yet waited for: its number is its own, ended or not
+        if (code := run.wait()) == 0:
             return kills
-        run.signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
+        assert code == -signal.SIGKILL, run.err
         kills += 1
 
 
