@@ -106,6 +106,7 @@ def skipped(out: Path) -> list[tuple[str, str]]:
     return [(json.loads(line)["key"], json.loads(line)["step"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_same_run_by_clipfts_launcher(alone, data, tmp_path):
     args = arguments(data, tmp_path, *MORE, "--processes", "2", "--json")
     stdout, stderr = done(start(clipft(*args), tmp_path))

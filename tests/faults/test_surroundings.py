@@ -110,6 +110,7 @@ def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, 
     assert_same_run(whole / "runs", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_future_is_resumed(programs, catalogue, whole, tmp_path):
     """What a clock that was set back leaves: files that are younger than now."""
     out, env = tmp_path / "out", {"CLIPFT_CACHE": str(whole / "cache")}
@@ -124,6 +125,7 @@ def test_a_checkpoint_of_the_future_is_resumed(programs, catalogue, whole, tmp_p
     assert_same_run(whole / "runs", out)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, whole, tmp_path):
     """``clipft train | head -1``: the run goes to its end, and says nothing of it."""
     reading, writing = os.pipe()
