@@ -18,9 +18,10 @@ _ENDED = bytes(BLOCK)
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \x00"
 _PAX_RECORD = re.compile(rb"(\d+) (mtime|atime|ctime|uid|gid|uname|gname)=")
 _OCTAL = re.compile(rb" *([0-7]+)[ \x00]*")
-_OCTAL_OR_NONE = re.compile(rb" *[0-7]*[ \x00]*")
-_UNUSED = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
-"""Mode, owner, group, time, device: not wanted here, but ``tarfile`` refuses what is no number."""
+_SHORT = rb"(?:[0-7]{7}[ \x00]|[0-7]{6} \x00|\x00{8})"
+_UNUSED = re.compile(rb"(?s).{100}" + 3 * _SHORT + rb".{12}[0-7]{11}[ \x00].{181}" + 2 * _SHORT)
+"""Mode, owner, group, time, device as is usual: not wanted here, but ``tarfile`` refuses a header
+where one of them is no number."""
 _READ = 3 * BLOCK  # a pax header, its records and the member's own header
 
 
@@ -73,15 +74,13 @@ def _plain_members(file: int) -> list[Member] | None:
 
 
 def _size(header: bytes) -> int | None:
-    """The size that a whole header with a right checksum states."""
+    """The size that a whole header of usual numbers with a right checksum states."""
     if len(header) < BLOCK:
         return None
     checksum, size = _OCTAL.fullmatch(header[148:156]), _OCTAL.fullmatch(header[124:136])
-    if not checksum or not size:
+    if not checksum or not size or not _UNUSED.match(header):
         return None
     if int(checksum[1], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        return None
-    if not all(_OCTAL_OR_NONE.fullmatch(header, *field) for field in _UNUSED):
         return None
     return int(size[1], 8)
 

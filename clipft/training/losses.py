@@ -186,6 +186,7 @@ def _softmax(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evalu
 
 
 def _logsumexp(block: Tensor, dim: int, work: Tensor) -> Tensor:
+    """torch's own allocates as much as the block each time."""
     most = block.amax(dim, keepdim=True)
     most.masked_fill_(most.isneginf(), 0)  # all left out
     return torch.sub(block, most, out=work).exp_().sum(dim).log_() + most.squeeze(dim)

@@ -262,7 +262,6 @@ def test_the_documents_show_the_same_code():
         assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
 
 
-@pytest.mark.slow
 def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, batch):
     from peft import PeftModel
     from transformers import CLIPModel
@@ -373,7 +372,6 @@ def test_json_names_the_folders(checkpoints, tmp_path, capsys):
     assert result["onnx_check"]["image_difference"] < 1e-4
 
 
-@pytest.mark.slow
 def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
     import onnxruntime
     from sentence_transformers import SentenceTransformer

@@ -32,7 +32,6 @@ def train_within(more: int, catalogue, out, *args: str) -> "subprocess.Completed
     )
 
 
-@pytest.mark.slow
 def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
     done = train_within(300 << 20, catalogue, tmp_path, "--micro-batch-size", "96")

@@ -83,7 +83,6 @@ def cut_off(programs, data: Path, out: Path) -> None:
     assert (saved["step"], saved["epoch"], saved["validated"]) == (2, 1, False)
 
 
-@pytest.mark.slow
 def test_in_the_validation_after_an_epoch(programs, slow_validation, undisturbed, tmp_path):
     """Again in the one that is made up for; then the run is what it would have been."""
     cut_off(programs, slow_validation, tmp_path)

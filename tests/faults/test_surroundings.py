@@ -125,7 +125,6 @@ def test_a_checkpoint_of_the_future_is_resumed(programs, catalogue, whole, tmp_p
     assert_same_run(whole / "runs", out)
 
 
-@pytest.mark.slow
 def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, whole, tmp_path):
     """``clipft train | head -1``: the run goes to its end, and says nothing of it."""
     reading, writing = os.pipe()

@@ -152,7 +152,6 @@ def test_uploads_that_fail_all_along_do_not_stop_training(real_bucket, tmp_path,
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
-@pytest.mark.slow
 def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
     """The run is done and said; the file stays, and goes to the bucket with `clipft resume`."""
     put_raw(real_bucket)

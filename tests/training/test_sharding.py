@@ -91,7 +91,6 @@ def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         torch.testing.assert_close(value, other[name], rtol=0, atol=most, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_figures_and_state_as_one_process_in_half_the_memory(way, ways, in_two, tmp_path):
     folder, found = in_two

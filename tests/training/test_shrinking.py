@@ -101,7 +101,6 @@ def test_what_the_cpu_allocator_says_is_known():
     assert not memory_ran_out(RuntimeError("something else"))
 
 
-@pytest.mark.slow
 def test_all_processes_shrink_when_one_runs_out():
     body = """
     from clipft.training.distributed import StepAbandonedError
