@@ -14,10 +14,10 @@ if TYPE_CHECKING:
         load_model,
         train,
     )
-    from clipft.errors import ClipftError
-    from clipft.settings import Settings
-    from clipft.settings_sources import load_settings
-    from clipft.training.kept import Request
+    from clipft.core.errors import ClipftError
+    from clipft.config.settings import Settings
+    from clipft.config.sources import load_settings
+    from clipft.evaluation.compare import Request
     from clipft.training.result import TrainResult
     from clipft.training.watchers import Watchers
 
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ClipftError": "clipft.errors",
-    "Request": "clipft.training.kept",
-    "Settings": "clipft.settings",
+    "ClipftError": "clipft.core.errors",
+    "Request": "clipft.evaluation.compare",
+    "Settings": "clipft.config.settings",
     "TrainResult": "clipft.training.result",
     "Watchers": "clipft.training.run",
-    "load_settings": "clipft.settings_sources",
+    "load_settings": "clipft.config.sources",
 }
 """Of those that ``clipft.api`` does not define itself."""
 

@@ -7,29 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.errors import ClipftError, UsageError
-from clipft.records import Observer, Observers
-from clipft.report_files import write_run_report
+from clipft.core.errors import ClipftError, UsageError
+from clipft.runs.records import Observer, Observers
+from clipft.report.report import write_run_report
 from clipft.reporting.run_record import RunRecorder
-from clipft.reporting.tracking import JsonlTracker, WandbTracker
-from clipft.settings import Settings
-from clipft.settings_sources import JUDGED_ANEW, LoadedSettings, load_settings
-from clipft.training.checkpoint import load_checkpoint
-from clipft.training.distributed import ALONE, Processes, by_first
+from clipft.runs.loggers import JsonlTracker, WandbTracker
+from clipft.config.settings import Settings
+from clipft.config.sources import JUDGED_ANEW, LoadedSettings, load_settings
+from clipft.runs.checkpoint import load_checkpoint
+from clipft.distributed.collectives import ALONE, Processes, by_first
 from clipft.training.environment import environment
-from clipft.training.kept import Evaluated, Request, evaluate_checkpoint
-from clipft.training.memory import peak_memory_so_far
+from clipft.evaluation.compare import Evaluated, Request, evaluate_checkpoint
+from clipft.core.memory import peak_memory_so_far
 from clipft.training.opened import open_model
-from clipft.training.planning import Note
-from clipft.training.precision import choose_precision
-from clipft.training.restore import find_checkpoint, saved_settings
+from clipft.training.plan import Note
+from clipft.models.device import choose_precision
+from clipft.runs.load import find_checkpoint, saved_settings
 from clipft.training.result import TrainResult
 from clipft.training.run import train as run_service
-from clipft.training.run_folder import RunPaths
+from clipft.runs.folder import RunPaths
 from clipft.training.watchers import Watchers
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 Given = Settings | LoadedSettings | Mapping[str, Any]
 """Settings, or some by name: the others are as ``load_settings`` has them."""
@@ -161,7 +161,7 @@ def load_model(place: str | Path, device: str = "cpu") -> TunedModel:
         ModelError: there is none, or it cannot be loaded.
         UsageError: there is no such device.
     """
-    from clipft.modelling.export import merged, processor_of
+    from clipft.models.huggingface import merged, processor_of
 
     where = {"device": device, "precision": "fp32"}
     opened = open_model(str(place), load_settings(where), tuple(where))

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from clipft.errors import UsageError
+from clipft.core.errors import UsageError
 
 SCHEME = "s3://"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.data.render import RenderedPair, render_pair
+from clipft.data.demo.catalogue import RenderedPair, render_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread for each test and each program that it starts, and as many tests at once as there are

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from clipft.records import EpochResult
-from clipft.settings import Settings
-from clipft.training.checkpoint import save_checkpoint
-from clipft.training.loaded import load_model
+from clipft.runs.records import EpochResult
+from clipft.config.settings import Settings
+from clipft.runs.checkpoint import save_checkpoint
+from clipft.embedding.load import load_model
 from clipft.training.opened import OpenedModel, open_model
 from tests.loaded_settings import loaded_settings
 

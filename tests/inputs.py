@@ -3,10 +3,10 @@
 from functools import cache
 
 from clipft.data.caption_source import LiveCaptions
-from clipft.data.caption_template import JUST_THE_TXT
+from clipft.data.captions.template import JUST_THE_TXT
 from clipft.data.loader import Preprocessing
-from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import ModelInputs, load_inputs
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.models.pretrained import ModelInputs, load_inputs
 
 
 @cache

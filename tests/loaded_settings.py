@@ -1,6 +1,6 @@
 from typing import Any
 
-from clipft.settings_sources import LoadedSettings, load_settings
+from clipft.config.sources import LoadedSettings, load_settings
 
 
 def loaded_settings(**flags: Any) -> LoadedSettings:

@@ -12,9 +12,9 @@ import typer
 
 from clipft.cli.app import COMMANDS, app_with
 from clipft.data.demo import write_catalogue
-from clipft.scenarios import SCENARIOS
-from clipft.settings import Settings
-from clipft.settings_sources import load_settings
+from clipft.config.scenarios import SCENARIOS
+from clipft.config.settings import Settings
+from clipft.config.sources import load_settings
 from tests.benchmarks.write_docs import DOCS, defined, summarised, written
 from tests.conftest import write_shard
 from tests.documents import PAGES, ROOT, SMALL, blocks, commands, run_page

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clipft.cli.app import COMMANDS, command_of
-from clipft.section import fate_of, fields_of
-from clipft.settings import SECTIONS
-from clipft.settings_text import choices_of, default_text, kind_of, range_of
+from clipft.config.fields import fate_of, fields_of
+from clipft.config.settings import SECTIONS
+from clipft.config.text import choices_of, default_text, kind_of, range_of
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 _SEE = "[settings](settings.md)"

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from clipft import __version__
 from clipft.cli.console import print_error, silence_broken_pipe
 from clipft.cli.help import HelpfulCommand, HelpfulGroup
-from clipft.errors import (
+from clipft.core.errors import (
     ClipftError,
     MemoryShortage,
     NotReady,
@@ -99,7 +99,7 @@ def _called(args: Sequence[str]) -> set[str]:
 
 
 def main() -> None:
-    """Run the command line; every way out has its exit code (see ``clipft.errors``)."""
+    """Run the command line; every way out has its exit code (see ``clipft.core.errors``)."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -123,7 +123,7 @@ def run(args: list[str]) -> int:
         known = _unforeseen(error)
     if "--debug" in args:
         traceback.print_exception(known)
-    from clipft.cli.launching import told_launcher
+    from clipft.cli.launch import told_launcher
 
     if not known.said and not told_launcher(known):
         print_error(known, as_json="--json" in args)
@@ -151,7 +151,7 @@ def _is_library(error: Exception) -> bool:
 
 def _unforeseen(error: Exception) -> ClipftError:
     if isinstance(error, OSError) and error.errno in _DISK:
-        from clipft.files import disk_hint
+        from clipft.core.files import disk_hint
 
         where = f" at {error.filename}" if error.filename else ""
         return StorageError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from clipft.errors import ClipftError
+from clipft.core.errors import ClipftError
 from clipft.reporting.wrapping import say
 
 

@@ -7,8 +7,8 @@ from rich.table import Table
 from clipft.cli.console import Output
 from clipft.cli.ending import end
 from clipft.cli.options import flags_given, settings_command
-from clipft.settings import ModelSettings, Settings
-from clipft.settings_sources import LoadedSettings
+from clipft.config.settings import ModelSettings, Settings
+from clipft.config.sources import LoadedSettings
 
 if TYPE_CHECKING:
     from clipft.training.batch_size import Found, Probe
@@ -28,8 +28,8 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         clipft find-batch-size --scenario dual_lora
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
-    from clipft.training.loaded import load_model
-    from clipft.training.planning import find_micro_batch
+    from clipft.embedding.load import load_model
+    from clipft.training.plan import find_micro_batch
 
     settings = loaded.values
     effective = settings.effective_batch_size

@@ -15,10 +15,10 @@ import typer
 from pydantic.fields import FieldInfo
 
 from clipft.cli.console import Output
-from clipft.section import Section, fields_of
-from clipft.settings import SECTIONS
-from clipft.settings_sources import LoadedSettings, load_settings
-from clipft.settings_text import choices_of, default_text, kind_of, range_of
+from clipft.config.fields import Section, fields_of
+from clipft.config.settings import SECTIONS
+from clipft.config.sources import LoadedSettings, load_settings
+from clipft.config.text import choices_of, default_text, kind_of, range_of
 
 Config = Annotated[
     Path | None,

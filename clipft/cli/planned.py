@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 from clipft.cli.console import Output
 from clipft.cli.ending import end
 from clipft.cli.options import flags_given
-from clipft.cli.remote_data import bring_data, bring_validation, stream_source
-from clipft.records import Forecast
+from clipft.cli.s3_data import bring_data, bring_validation, stream_source
+from clipft.runs.records import Forecast
 from clipft.reporting.forecast_table import forecast_table
-from clipft.reporting.progress import plan_lines
-from clipft.settings import Settings, StorageSettings
-from clipft.settings_sources import LoadedSettings
-from clipft.storage.sync import SyncOptions, SyncResult
-from clipft.training.distributed import Processes, by_first, on_each_machine
+from clipft.cli.progress import plan_lines
+from clipft.config.settings import Settings, StorageSettings
+from clipft.config.sources import LoadedSettings
+from clipft.storage.sync.sync import SyncOptions, SyncResult
+from clipft.distributed.collectives import Processes, by_first, on_each_machine
 from clipft.training.forecast import forecast
 from clipft.words import counted
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 
 def plan_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:

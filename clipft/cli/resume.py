@@ -7,10 +7,10 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.errors import UsageError
+from clipft.core.errors import UsageError
 from clipft.s3_url import parse_s3_url
-from clipft.settings import Settings, fixed_on_resume
-from clipft.settings_sources import LoadedSettings
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.config.sources import LoadedSettings
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
 
@@ -41,10 +41,10 @@ def resume(
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
         clipft resume s3://bucket/checkpoints --endpoint-url http://localhost:9000
     """
-    from clipft.cli.remote_checkpoints import fetch_place
+    from clipft.cli.s3_checkpoints import fetch_place
     from clipft.cli.running import in_processes, train_in
     from clipft.training.checkpoint_pair import newest_whole
-    from clipft.training.restore import resumable_checkpoint, saved_settings
+    from clipft.runs.load import resumable_checkpoint, saved_settings
 
     url = parse_s3_url(checkpoint) if checkpoint else None
     now = loaded.values

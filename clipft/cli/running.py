@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING
 from clipft.api import train
 from clipft.cli.console import Output, silent
 from clipft.cli.ending import end
-from clipft.cli.launching import follow_launcher, launch, starts_others
-from clipft.cli.remote_checkpoints import Uploads
-from clipft.cli.remote_data import bring_data, bring_validation, stream_source
-from clipft.reporting.progress import make_progress
-from clipft.reporting.tables import retrieval_table
-from clipft.settings import Settings
-from clipft.settings_sources import LoadedSettings
-from clipft.training.distributed import Processes, by_first, on_each_machine
-from clipft.training.memory import memory_in_use
-from clipft.training.precision import choose_precision
+from clipft.cli.launch import follow_launcher, launch, starts_others
+from clipft.cli.s3_checkpoints import Uploads
+from clipft.cli.s3_data import bring_data, bring_validation, stream_source
+from clipft.cli.progress import make_progress
+from clipft.cli.tables import retrieval_table
+from clipft.config.settings import Settings
+from clipft.config.sources import LoadedSettings
+from clipft.distributed.collectives import Processes, by_first, on_each_machine
+from clipft.core.memory import memory_in_use
+from clipft.models.device import choose_precision
 from clipft.training.result import TrainResult
-from clipft.training.run_folder import RunPaths
+from clipft.runs.folder import RunPaths
 from clipft.training.signals import stop_on_signals
-from clipft.training.starting import start_processes
+from clipft.distributed.rendezvous import start_processes
 from clipft.training.watchers import Watchers
 from clipft.words import counted
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 
 Work = Callable[[Processes, LoadedSettings, Output], None]

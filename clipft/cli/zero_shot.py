@@ -8,11 +8,11 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.ending import end
-from clipft.cli.evaluate import EVALUATION_SETTINGS
+from clipft.cli.commands.evaluate import EVALUATION_SETTINGS
 from clipft.cli.options import flags_given, settings_command
-from clipft.cli.remote_data import bring_named_data
-from clipft.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES, Settings
-from clipft.settings_sources import LoadedSettings
+from clipft.cli.s3_data import bring_named_data
+from clipft.config.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES, Settings
+from clipft.config.sources import LoadedSettings
 
 _PANEL = "Classification"
 _SETTINGS = (*EVALUATION_SETTINGS, "model", "max_train_pairs", "seed")
@@ -88,12 +88,12 @@ def zero_shot(
         clipft zero-shot --model tiny --labels chair,table,lamp --label-field type
         clipft zero-shot ./checkpoints/dual_lora --save-classifier my.safetensors
     """
-    from clipft.cli.remote_checkpoints import fetched_checkpoint
-    from clipft.files import check_writable
+    from clipft.cli.s3_checkpoints import fetched_checkpoint
+    from clipft.core.files import check_writable
     from clipft.training.classifier_file import classifier_of
     from clipft.training.classifier_file import save_classifier as save
-    from clipft.training.judging import Comparison, EvaluationSet
-    from clipft.training.labelling import LabelSource, label_validation
+    from clipft.evaluation.evaluator import Comparison, EvaluationSet
+    from clipft.evaluation.zero_shot import LabelSource, label_validation
     from clipft.training.opened import open_model, open_untouched
 
     bring_named_data(loaded, out)

@@ -7,10 +7,10 @@ epoch, pair) alone; validation takes the first.
 from dataclasses import dataclass
 from typing import Protocol
 
-from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.order import derived_seed
-from clipft.data.shards import RawPair
-from clipft.data.tokens import CaptionEncoder
+from clipft.data.shards.dataset import RawPair
+from clipft.data.captions.tokenizer import CaptionEncoder
 
 _CAPTION = 1
 """Keeps the draw of the caption apart from that of the augmentation."""

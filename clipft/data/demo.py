@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from clipft.data.render import RenderedPair, render_pair
-from clipft.errors import StorageError
+from clipft.data.demo.catalogue import RenderedPair, render_pair
+from clipft.core.errors import StorageError
 
 VAL_SHARE = 0.125
 _QUALITY = 92

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from clipft.data.caption_fields import known_fields
-from clipft.data.caption_template import CaptionTemplate, parse_metadata
+from clipft.data.captions.metadata import known_fields
+from clipft.data.captions.template import CaptionTemplate, parse_metadata
 from clipft.data.captions import BadCaption, clean_text
 from clipft.data.overlap import picture_hashes, picture_sizes
-from clipft.data.shards import PairDataset
-from clipft.errors import UsageError, nearest
+from clipft.data.shards.dataset import PairDataset
+from clipft.core.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)

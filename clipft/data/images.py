@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from clipft.errors import first_line
+from clipft.core.errors import first_line
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are taken for decompression bombs."""

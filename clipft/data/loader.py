@@ -19,9 +19,9 @@ from clipft.data.caption_source import CaptionSource
 from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import WHOLE, EpochPlan, Position, Share, derived_seed
-from clipft.data.shard_index import Skipped
-from clipft.data.shards import PairDataset, RawPair
-from clipft.data.tokens import padded
+from clipft.data.shards.index import Skipped
+from clipft.data.shards.dataset import PairDataset, RawPair
+from clipft.data.captions.tokenizer import padded
 from clipft.data.workers import (
     UnderWay,
     ignore_signals,
@@ -29,9 +29,9 @@ from clipft.data.workers import (
     next_batch,
     started,
 )
-from clipft.errors import DataError
-from clipft.machine import processors
-from clipft.settings import DataSettings
+from clipft.core.errors import DataError
+from clipft.core.common import processors
+from clipft.config.settings import DataSettings
 
 AHEAD_BYTES = 1 << 30
 """Of decoded pictures that workers hold ready at most, beyond two micro-batches each."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from clipft.data.caption_table import CaptionTable
-from clipft.data.shards import PairDataset
+from clipft.data.captions.table import CaptionTable
+from clipft.data.shards.dataset import PairDataset
 
 _MOST_READ = 200_000
 """Pictures that are looked into at most; beyond, copies are left to ``clipft inspect``."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from clipft.errors import DataError
+from clipft.core.errors import DataError
 
 _LETTERS = 200
 """Bytes kept of what a worker does."""

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.finding import Check, Examined, Finding
-from clipft.errors import ClipftError, first_line
+from clipft.core.errors import ClipftError, first_line
 from clipft.modelling.quiet import quiet_libraries
-from clipft.settings import Settings
+from clipft.config.settings import Settings
 
 CHECKS = (
     Check("Python", machine.python),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from clipft.settings import Settings
+from clipft.config.settings import Settings
 
 Status = Literal["ok", "warning", "error"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from clipft.doctor.finding import Finding
-from clipft.errors import UsageError, first_line
-from clipft.settings import Settings
+from clipft.core.errors import UsageError, first_line
+from clipft.config.settings import Settings
 
 _GIB = 1 << 30
 _LOADED = ("numpy", "PIL", "torch", "torchvision", "transformers", "peft", "safetensors")
@@ -86,7 +86,7 @@ def device(settings: Settings) -> Finding:
     """Where a run would compute."""
     import torch
 
-    from clipft.training.precision import choose_precision
+    from clipft.models.device import choose_precision
 
     card = "" if torch.cuda.is_available() else _driver()
     unusable = (
@@ -141,7 +141,7 @@ def _driver() -> str:
 
 def precision(settings: Settings) -> Finding:
     """In which numbers a run would compute."""
-    from clipft.training.precision import choose_precision
+    from clipft.models.device import choose_precision
 
     chosen = choose_precision(settings)
     how = "chosen for this hardware" if settings.precision == "auto" else "as set"
@@ -160,8 +160,8 @@ def eight_bit(settings: Settings) -> Finding:
     """bitsandbytes: does a step of its optimizer run?"""
     import torch
 
-    from clipft.training.optimisation import make_optimizer
-    from clipft.training.precision import choose_precision
+    from clipft.training.step.optimizer import make_optimizer
+    from clipft.models.device import choose_precision
 
     where = choose_precision(settings).device
     weight = torch.nn.Parameter(torch.zeros(64, 64, device=where))

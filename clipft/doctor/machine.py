@@ -8,9 +8,9 @@ from pathlib import Path
 
 from clipft.cache import cache_folder
 from clipft.doctor.finding import Finding
-from clipft.files import nearest_folder
-from clipft.machine import processors
-from clipft.settings import Settings
+from clipft.core.files import nearest_folder
+from clipft.core.common import processors
+from clipft.config.settings import Settings
 
 _GIB = 1 << 30
 _LITTLE_MEMORY = 4 * _GIB
@@ -34,7 +34,7 @@ def memory(settings: Settings) -> Finding:
     import psutil
     import torch
 
-    from clipft.training.memory import usable_memory
+    from clipft.core.memory import usable_memory
 
     machine = psutil.virtual_memory()
     usable = usable_memory(torch.device("cpu"))

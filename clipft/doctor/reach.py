@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clipft.doctor.finding import Finding
-from clipft.errors import first_line
-from clipft.settings import Settings
+from clipft.core.errors import first_line
+from clipft.config.settings import Settings
 
 _SECONDS = 5
 _PROBE = ".clipft-doctor"
@@ -33,7 +33,7 @@ def pairs(settings: Settings) -> Finding:
 
 def model(settings: Settings) -> Finding:
     """A local or cached model is really loaded; of another the hub is asked whether it has it."""
-    from clipft.modelling.base import TINY, load_base, looks_local
+    from clipft.models.pretrained import TINY, load_base, looks_local
 
     name = settings.model
     if name == TINY or looks_local(name):
@@ -90,7 +90,7 @@ def bucket(settings: Settings) -> Finding:
                 "error", "--enable-s3-checkpoints without a bucket", "name it with --s3-bucket"
             )
         return Finding("ok", "no bucket is set")
-    from clipft.storage.opening import open_bucket
+    from clipft.storage.s3.client import open_bucket
 
     at_once = settings.model_copy(update={"s3_patience": 0.0})
     opened = open_bucket(at_once)

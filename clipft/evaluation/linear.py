@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.evaluation.classification import Classification, classification
+from clipft.metrics.classification import Classification, classification
 
 _GRID = tuple(10.0**power for power in range(-2, 6))
 _HELD_OUT = 0.2

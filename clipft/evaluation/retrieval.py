@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.evaluation.ranking import ranks_of
+from clipft.metrics.ranking import ranks_of
 
 _BYTES = 12
 """Of a logit in flight: itself, its shift and its logarithm."""

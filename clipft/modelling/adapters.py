@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from clipft.errors import ModelError
-from clipft.modelling.base import BaseModel
-from clipft.settings import ModelSettings
+from clipft.core.errors import ModelError
+from clipft.models.pretrained import BaseModel
+from clipft.config.settings import ModelSettings
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 TARGETS = {

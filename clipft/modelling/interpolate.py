@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipft.errors import ModelError
+from clipft.core.errors import ModelError
 
 _LORA_OUT = ("lora_B", "lora_embedding_B")
 _LORA_IN = ("lora_A", "lora_embedding_A")

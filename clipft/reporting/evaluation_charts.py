@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipft.reporting.charts import Chart, Interval, Series
+from clipft.report.charts import Chart, Interval, Series
 
 _CATEGORIES = 20
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from clipft.reporting.figures import RECALL_DEFINITION, figure_name
-from clipft.reporting.tables import FigureTable
+from clipft.metrics.figures import RECALL_DEFINITION, figure_name
+from clipft.cli.tables import FigureTable
 from clipft.words import counted
 
 _DIRECTIONS = {"text_to_image": "text -> image", "image_to_text": "image -> text"}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from clipft.records import Forecast
-from clipft.reporting.progress import duration
+from clipft.runs.records import Forecast
+from clipft.cli.progress import duration
 from clipft.words import counted
 
 _MIB, _GIB = 1 << 20, 1 << 30

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipft.records import RunRecords
-from clipft.reporting.curves import epoch_curves, step_curves
-from clipft.reporting.figures import before_and_after, figure_tables, mean_recall
+from clipft.runs.records import RunRecords
+from clipft.report.curves import epoch_curves, step_curves
+from clipft.metrics.figures import before_and_after, figure_tables, mean_recall
 
 
 def run_content(

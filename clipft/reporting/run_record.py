@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clipft.files import write_text
-from clipft.records import EpochResult, Plan, StepResult
+from clipft.core.files import write_text
+from clipft.runs.records import EpochResult, Plan, StepResult
 
 
 class RunRecorder:

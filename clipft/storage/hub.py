@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipft.errors import ModelError, UsageError, first_line
+from clipft.core.errors import ModelError, UsageError, first_line
 
 
 def make_repository(repo: str) -> str:

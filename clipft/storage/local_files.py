@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from clipft.storage.failures import disk_error
-from clipft.storage.keys import OWN_PREFIX
+from clipft.storage.s3.errors import disk_error
+from clipft.storage.s3.keys import OWN_PREFIX
 
 _OWN_SUFFIX = ".clipft-index"
 

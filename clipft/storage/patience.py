@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from clipft.errors import StorageError
-from clipft.settings import StorageSettings
-from clipft.storage.failures import PASSING, Corrupt, explained, kind_of
+from clipft.core.errors import StorageError
+from clipft.config.settings import StorageSettings
+from clipft.storage.s3.errors import PASSING, Corrupt, explained, kind_of
 
 T = TypeVar("T")
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from clipft.storage.bucket import Bucket
-from clipft.storage.checksums import PART_BYTES, BinaryFile, etag_of
-from clipft.storage.failures import Corrupt
+from clipft.storage.s3.bucket import Bucket
+from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, etag_of
+from clipft.storage.s3.errors import Corrupt
 
 
 def put_checked(

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import UsageError
-from clipft.files import write_text
-from clipft.settings import Settings
-from clipft.training.ablation import PlannedRun, settings_in_common
-from clipft.training.ablation_runs import Outcome
+from clipft.core.errors import UsageError
+from clipft.core.files import write_text
+from clipft.config.settings import Settings
+from clipft.ablation.grid import PlannedRun, settings_in_common
+from clipft.ablation.runner import Outcome
 from clipft.training.run_reading import read_run
 
 STATE = "ablation.json"

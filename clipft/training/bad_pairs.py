@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from clipft.errors import DataError
-from clipft.settings import DataSettings
-from clipft.training.distributed import Processes, by_first
-from clipft.training.run_folder import append_lines
+from clipft.core.errors import DataError
+from clipft.config.settings import DataSettings
+from clipft.distributed.collectives import Processes, by_first
+from clipft.runs.folder import append_lines
 from clipft.words import counted
 
 

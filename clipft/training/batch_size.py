@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from clipft.cache import cache_folder
-from clipft.errors import StorageError
-from clipft.files import write_text
-from clipft.training.memory import GRAPH_SHARE
+from clipft.core.errors import StorageError
+from clipft.core.files import write_text
+from clipft.core.memory import GRAPH_SHARE
 
 MAX_PROBES = 10
 _GROWTH_THAT_PAYS = 1.05

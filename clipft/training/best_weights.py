@@ -4,8 +4,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import ModelError
-from clipft.training.checkpoint import load_checkpoint
+from clipft.core.errors import ModelError
+from clipft.runs.checkpoint import load_checkpoint
 
 
 class Best(Enum):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import ModelError
-from clipft.training.checkpoint import (
+from clipft.core.errors import ModelError
+from clipft.runs.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
     previous_of,

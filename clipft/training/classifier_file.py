@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from clipft.errors import ModelError
-from clipft.files import replacing
-from clipft.training.labelling import Labelling
-from clipft.training.loaded import LoadedModel
+from clipft.core.errors import ModelError
+from clipft.core.files import replacing
+from clipft.evaluation.zero_shot import Labelling
+from clipft.embedding.load import LoadedModel
 
 FORMAT = "clipft-classifier-1"
 

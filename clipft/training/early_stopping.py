@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from clipft.records import EpochResult
+from clipft.runs.records import EpochResult
 
 
 @dataclass

@@ -4,15 +4,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clipft.files import replacing_folder, write_text
-from clipft.modelling.export import write_adapter
-from clipft.records import EpochResult
+from clipft.core.files import replacing_folder, write_text
+from clipft.models.huggingface import write_adapter
+from clipft.runs.records import EpochResult
 from clipft.training.best_weights import load_best
-from clipft.training.judging import EvaluationSet, compare, load_untouched
-from clipft.training.loaded import LoadedModel
-from clipft.training.restore import load_tuned
+from clipft.evaluation.evaluator import EvaluationSet, compare, load_untouched
+from clipft.embedding.load import LoadedModel
+from clipft.runs.load import load_tuned
 from clipft.training.result import TrainResult
-from clipft.training.run_folder import RunPaths
+from clipft.runs.folder import RunPaths
 from clipft.training.setup import RunSetup
 
 

@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from clipft.data.caption_table import CaptionTable
+from clipft.data.captions.table import CaptionTable
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.data.shards import PairDataset
-from clipft.errors import DataError
-from clipft.files import nearest_folder
-from clipft.records import Forecast, StepResult
-from clipft.settings import Settings
-from clipft.training.checkpoint import checkpoint_size
-from clipft.training.distributed import Processes
-from clipft.training.feature_cache import Progress
+from clipft.data.shards.dataset import PairDataset
+from clipft.core.errors import DataError
+from clipft.core.files import nearest_folder
+from clipft.runs.records import Forecast, StepResult
+from clipft.config.settings import Settings
+from clipft.runs.checkpoint import checkpoint_size
+from clipft.distributed.collectives import Processes
+from clipft.embedding.feature_cache import Progress
 from clipft.training.measure import embed_pairs
-from clipft.training.memory import Peak, peak_memory, usable_memory
-from clipft.training.planning import Note
+from clipft.core.memory import Peak, peak_memory, usable_memory
+from clipft.training.plan import Note
 from clipft.training.resuming import check_same_run, checkpoint_to_resume
-from clipft.training.run_folder import RunPaths
+from clipft.runs.folder import RunPaths
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import Rounds, agreed
-from clipft.training.trainer import TrainState, fit
+from clipft.training.loop import TrainState, fit
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 _STEPS = 8
 _ENOUGH = 30.0

@@ -6,11 +6,11 @@ from typing import Any
 
 from PIL import Image
 
-from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions import BadCaption
 from clipft.data.images import BadImage, decode_image
-from clipft.data.shards import PairDataset
-from clipft.training.rankings import Rankings
+from clipft.data.shards.dataset import PairDataset
+from clipft.evaluation.gallery import Rankings
 
 _GAINS, _LOSSES, _OTHERS = 5, 5, 4
 

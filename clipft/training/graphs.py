@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clipft.training.sides import Piece, Side
+from clipft.embedding.towers import Piece, Side
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from clipft.data.loader import LoaderOptions, Places, evaluation_batches
 from clipft.data.order import Share
-from clipft.data.shards import PairDataset, open_pairs
-from clipft.errors import DataError
-from clipft.settings import Settings
-from clipft.training.embedding import Embeddings, embed
-from clipft.training.encoding import Encoding
-from clipft.training.loaded import LoadedModel
-from clipft.training.positives import EACH_FOR_ITSELF, Positives
+from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.core.errors import DataError
+from clipft.config.settings import Settings
+from clipft.embedding.embed import Embeddings, embed
+from clipft.embedding.encoding import Encoding
+from clipft.embedding.load import LoadedModel
+from clipft.data.positives import EACH_FOR_ITSELF, Positives
 from clipft.training.shared_steps import ON_ITS_OWN, Rounds
 
 _BATCH = 64

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.settings import Settings
-from clipft.settings_sources import LoadedSettings
-from clipft.training.checkpoint import load_checkpoint
-from clipft.training.loaded import LoadedModel, load_model
-from clipft.training.restore import find_checkpoint, load_tuned, saved_settings
+from clipft.config.settings import Settings
+from clipft.config.sources import LoadedSettings
+from clipft.runs.checkpoint import load_checkpoint
+from clipft.embedding.load import LoadedModel, load_model
+from clipft.runs.load import find_checkpoint, load_tuned, saved_settings
 
 
 @dataclass(frozen=True)

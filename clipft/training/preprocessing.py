@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 
-from clipft.data.caption_fields import check_fields, known_fields
+from clipft.data.captions.metadata import check_fields, known_fields
 from clipft.data.caption_source import CaptionSource, LiveCaptions
-from clipft.data.caption_table import CaptionFigures, CaptionTable, caption_table
-from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions.table import CaptionFigures, CaptionTable, caption_table
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import Pairs, Preprocessing
 from clipft.data.overlap import shared_captions, shared_photos
-from clipft.data.shards import PairDataset
-from clipft.data.tokens import CaptionEncoder
-from clipft.errors import DataError
-from clipft.modelling.base import ModelInputs
-from clipft.settings import Settings
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.core.errors import DataError
+from clipft.models.pretrained import ModelInputs
+from clipft.config.settings import Settings
 from clipft.words import counted
 
 _MANY = 20_000

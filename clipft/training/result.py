@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.records import EpochResult
-from clipft.training.run_folder import RunPaths
-from clipft.training.run_state import RunState
+from clipft.runs.records import EpochResult
+from clipft.runs.folder import RunPaths
+from clipft.training.state import RunState
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import UsageError
-from clipft.files import disk_error
-from clipft.settings import Settings, fixed_on_resume
-from clipft.training.checkpoint import check_resumable, previous_of
+from clipft.core.errors import UsageError
+from clipft.core.files import disk_error
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.runs.checkpoint import check_resumable, previous_of
 from clipft.training.checkpoint_pair import Whole, newest_whole, put_back, there_is_one
-from clipft.training.planning import Note
-from clipft.training.run_folder import RunPaths, cut_lines
+from clipft.training.plan import Note
+from clipft.runs.folder import RunPaths, cut_lines
 from clipft.training.setup import RunSetup
 
 

@@ -6,24 +6,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.data.caption_table import CaptionTable
-from clipft.errors import (
-    DataError,
-    DivergedError,
-    Interrupted,
-    MemoryShortage,
-    ProcessError,
-)
-from clipft.files import write_text
-from clipft.records import EpochResult
-from clipft.settings import Settings
+from clipft.data.captions.table import CaptionTable
+from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
+from clipft.core.files import write_text
+from clipft.runs.records import EpochResult
+from clipft.config.settings import Settings
 from clipft.training.best_weights import Best, find_best
-from clipft.training.distributed import Processes, by_first, together
-from clipft.training.feature_cache import checked
+from clipft.distributed.collectives import Processes, by_first, together
+from clipft.embedding.feature_cache import checked
 from clipft.training.finishing import Finish
-from clipft.training.judging import EvaluationSet
+from clipft.evaluation.evaluator import EvaluationSet
 from clipft.training.measure import embed_pairs
-from clipft.training.rankings import Ranker, Rankings
+from clipft.evaluation.gallery import Ranker, Rankings
 from clipft.training.result import TrainResult
 from clipft.training.resuming import (
     check_same_run,
@@ -32,18 +26,18 @@ from clipft.training.resuming import (
     go_back_to,
     set_aside,
 )
-from clipft.training.run_folder import RunLock, RunPaths
-from clipft.training.run_state import RunState
+from clipft.runs.folder import RunLock, RunPaths
+from clipft.training.state import RunState
 from clipft.training.run_steps import run_steps
-from clipft.training.saving import Saver
+from clipft.training.checkpointing import Saver
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.shared_steps import Rounds
 from clipft.training.signals import StopRequest, stop_on_signals
-from clipft.training.trainer import TrainState, fit
+from clipft.training.loop import TrainState, fit
 from clipft.training.watchers import Watchers
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 
 def train(

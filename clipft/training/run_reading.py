@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.errors import UsageError, first_line
-from clipft.files import json_lines
-from clipft.records import RunRecords
-from clipft.section import fields_of
-from clipft.settings import SECTIONS, Settings
-from clipft.training.run_folder import RunPaths
+from clipft.core.errors import UsageError, first_line
+from clipft.core.files import json_lines
+from clipft.runs.records import RunRecords
+from clipft.config.fields import fields_of
+from clipft.config.settings import SECTIONS, Settings
+from clipft.runs.folder import RunPaths
 
 _LISTED = 50
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from clipft.data.loader import StepBatch, training_batches
-from clipft.errors import DataError
+from clipft.core.errors import DataError
 from clipft.training.bad_pairs import BadPairs
 from clipft.training.setup import RunSetup
 from clipft.training.shared_steps import agreed
-from clipft.training.trainer import TrainState
+from clipft.training.loop import TrainState
 from clipft.words import counted
 
 

@@ -7,44 +7,33 @@ import torch
 
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.order import EpochPlan, Share
-from clipft.data.shards import PairDataset, open_pairs
-from clipft.errors import UsageError
-from clipft.records import Plan
-from clipft.settings import Settings
-from clipft.training.contrastive import ACCUMULATIONS, Accumulation
-from clipft.training.distributed import Processes, by_first, first_then_all, together
-from clipft.training.embedding import Embeddings
-from clipft.training.encoding import Encoding, open_encoding
-from clipft.training.feature_cache import Progress, silent
+from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.core.errors import UsageError
+from clipft.runs.records import Plan
+from clipft.config.settings import Settings
+from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation
+from clipft.distributed.collectives import Processes, by_first, first_then_all, together
+from clipft.embedding.embed import Embeddings
+from clipft.embedding.encoding import Encoding, open_encoding
+from clipft.embedding.feature_cache import Progress, silent
 from clipft.training.graphs import GraphMemory
-from clipft.training.loaded import LoadedModel, load_model
-from clipft.training.losses import ContrastiveLoss, make_loss
-from clipft.training.memory import free_for_graphs
-from clipft.training.optimisation import (
-    Optimiser,
-    make_optimizer,
-    one_cycle,
-    parameter_groups,
-)
-from clipft.training.planning import (
-    Note,
-    even_micro_batch,
-    lay_plan,
-    micro_batch,
-    step_remarks,
-)
-from clipft.training.positives import Positives, make_positives
+from clipft.embedding.load import LoadedModel, load_model
+from clipft.training.step.losses import ContrastiveLoss, make_loss
+from clipft.core.memory import free_for_graphs
+from clipft.training.step.optimizer import Optimiser, make_optimizer, one_cycle, parameter_groups
+from clipft.training.plan import Note, even_micro_batch, lay_plan, micro_batch, step_remarks
+from clipft.data.positives import Positives, make_positives
 from clipft.training.preprocessing import (
     data_remarks,
     training_preprocessing,
     validation_preprocessing,
 )
-from clipft.training.sharding import Unshrinking, check_sharding, hold_weights, to_shard
-from clipft.training.shrinking import ShrinkingAccumulation
-from clipft.training.weights import Weights
+from clipft.training.step.fsdp import Unshrinking, check_sharding, hold_weights, to_shard
+from clipft.training.step.oom import ShrinkingAccumulation
+from clipft.training.step.weights import Weights
 
 if TYPE_CHECKING:
-    from clipft.data.stream import ShardSource
+    from clipft.data.shards.stream import ShardSource
 
 _STATES = 4
 """Of the trainable weights' bytes, that a first step adds: gradient, two moments, one to spare."""
@@ -241,7 +230,7 @@ def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pai
 def _open_training(settings: Settings, source: "ShardSource | None") -> Pairs:
     folder = settings.data_dir / "train"
     if settings.stream:
-        from clipft.data.stream import open_stream  # webdataset takes its time to import
+        from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
 
         return open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs)
     return open_pairs(folder, settings.max_train_pairs)

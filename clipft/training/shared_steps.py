@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from clipft.data.loader import StepBatch
-from clipft.training.distributed import ALONE, Processes, together
+from clipft.distributed.collectives import ALONE, Processes, together
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from clipft.errors import Interrupted
+from clipft.core.errors import Interrupted
 
 
 @dataclass

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipft.records import Observer
-from clipft.training.feature_cache import Progress, silent
-from clipft.training.planning import Note
+from clipft.runs.records import Observer
+from clipft.embedding.feature_cache import Progress, silent
+from clipft.training.plan import Note
 
 
 @dataclass(frozen=True)

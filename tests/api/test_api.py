@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import clipft
-from clipft.data.render import render_pair
+from clipft.data.demo.catalogue import render_pair
 
 SMALL = {
     "model": "tiny",

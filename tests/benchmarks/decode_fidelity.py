@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 from clipft.data import images
 from clipft.data.augmentation import make_transform
 from clipft.data.images import decode_image
-from clipft.modelling.base import load_base
+from clipft.models.pretrained import load_base
 
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 

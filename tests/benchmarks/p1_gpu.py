@@ -36,10 +36,10 @@ from side_by_side import Work, arguments, in_turn, ratio_of, write_figures
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipft.data.loader import training_batches
-from clipft.data.pack import pack
-from clipft.data.pack_options import PackOptions
-from clipft.records import StepResult
-from clipft.training.trainer import TrainState, fit
+from clipft.data.packing.pack import pack
+from clipft.data.packing.options import PackOptions
+from clipft.runs.records import StepResult
+from clipft.training.loop import TrainState, fit
 
 SIZES, QUICK = (
     (Size(32_768, 1_024, 1_024), Size(65_536, 32_768, 1_024)),

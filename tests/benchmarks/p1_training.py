@@ -33,15 +33,15 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Trainer, Tra
 
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.data.pack import pack
-from clipft.data.pack_options import PackOptions
-from clipft.settings_sources import load_settings
-from clipft.training.distributed import ALONE
+from clipft.data.packing.pack import pack
+from clipft.data.packing.options import PackOptions
+from clipft.config.sources import load_settings
+from clipft.distributed.collectives import ALONE
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.trainer import TrainState, fit
+from clipft.training.loop import TrainState, fit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.modelling.checkpoints import clip_tokenizer
+from tests.models.checkpoints import clip_tokenizer
 
 LENGTH = 77
 

@@ -28,9 +28,9 @@ from transformers import CLIPModel, Trainer, TrainingArguments
 
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.data.pack import pack
-from clipft.data.pack_options import PackOptions
-from clipft.training.trainer import TrainState, fit
+from clipft.data.packing.pack import pack
+from clipft.data.packing.options import PackOptions
+from clipft.training.loop import TrainState, fit
 
 Weights = dict[str, torch.Tensor]
 

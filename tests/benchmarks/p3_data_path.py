@@ -24,16 +24,16 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
 from clipft.data.augmentation import _resized, make_transform
-from clipft.data.caption_table import caption_table
-from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions.table import caption_table
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.pack import pack
-from clipft.data.pack_options import PackOptions
-from clipft.data.shards import open_pairs
-from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_inputs
+from clipft.data.packing.pack import pack
+from clipft.data.packing.options import PackOptions
+from clipft.data.shards.dataset import open_pairs
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.models.pretrained import load_inputs
 
 BATCH, SIDE = 64, 224
 CAPTIONS = ("a grey oak side table", "velvet armchair with brass legs, emerald", "white shelf")

@@ -21,13 +21,13 @@ from typing import Any
 from PIL import Image
 from side_by_side import arguments, write_figures
 
-from clipft.data.caption_table import caption_table
-from clipft.data.caption_template import JUST_THE_TXT
+from clipft.data.captions.table import caption_table
+from clipft.data.captions.template import JUST_THE_TXT
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards import open_pairs
-from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_inputs
+from clipft.data.shards.dataset import open_pairs
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.models.pretrained import load_inputs
 
 IN_SHARD, BATCH = 1000, 64
 

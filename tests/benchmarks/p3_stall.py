@@ -21,12 +21,12 @@ from side_by_side import arguments, write_figures
 
 from clipft.data import loader
 from clipft.data.caption_source import LiveCaptions
-from clipft.data.caption_template import JUST_THE_TXT
+from clipft.data.captions.template import JUST_THE_TXT
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards import PairDataset, open_pairs
-from clipft.data.tokens import CaptionEncoder
-from clipft.modelling.base import load_inputs
+from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.models.pretrained import load_inputs
 
 EFFECTIVE, MICRO = 512, 32
 

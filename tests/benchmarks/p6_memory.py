@@ -70,11 +70,11 @@ def in_child(data: str, effective: int, pairs: int) -> None:
 
     from clipft.data.loader import training_batches
     from clipft.data.order import Position
-    from clipft.settings_sources import load_settings
-    from clipft.training.distributed import ALONE
-    from clipft.training.memory import peak_memory
+    from clipft.config.sources import load_settings
+    from clipft.distributed.collectives import ALONE
+    from clipft.core.memory import peak_memory
     from clipft.training.setup import prepare
-    from clipft.training.trainer import TrainState, fit
+    from clipft.training.loop import TrainState, fit
 
     flags = {
         "model": "tiny",

@@ -52,7 +52,7 @@ def make_model(folder: Path, vision: int, text: int, patch: int, pixels: int) ->
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from tests.modelling.checkpoints import clip_tokenizer
+    from tests.models.checkpoints import clip_tokenizer
 
     torch.manual_seed(0)
     layers = 12 if pixels == 224 else 4
@@ -119,9 +119,9 @@ def in_child(mode: str, folder: str, limit: float) -> None:
 
     import psutil
 
-    from clipft.settings_sources import load_settings
-    from clipft.training.loaded import load_model
-    from clipft.training.probing import find, probe_of
+    from clipft.config.sources import load_settings
+    from clipft.embedding.load import load_model
+    from clipft.training.probe import find, probe_of
 
     flags = {"model": folder, "scenario": "dual_lora", "device": "cpu", "precision": "fp32"}
     settings = load_settings(flags, environ={}).values
@@ -141,8 +141,8 @@ def in_child(mode: str, folder: str, limit: float) -> None:
 
 
 def exhaustive(probe: Any) -> int:
-    from clipft.training.memory import give_back
-    from clipft.training.shrinking import memory_ran_out
+    from clipft.core.memory import give_back
+    from clipft.training.step.oom import memory_ran_out
 
     def passes(size: int) -> bool:
         try:

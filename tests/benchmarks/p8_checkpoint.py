@@ -65,7 +65,7 @@ class Clock:
 @contextlib.contextmanager
 def watched() -> Iterator[Clock]:
     """Times every save of the run's state and every hand-over to the uploader."""
-    from clipft.training.saving import Saver
+    from clipft.training.checkpointing import Saver
 
     clock, before = Clock(), Saver.save
     Saver.save = clock.timed(before)  # type: ignore[method-assign]

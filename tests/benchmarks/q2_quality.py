@@ -26,9 +26,9 @@ from PIL import Image
 from side_by_side import arguments, write_figures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
 
-import clipft.modelling
+import clipft.models
 
-TINY = Path(clipft.modelling.__file__).parent / "tiny"
+TINY = Path(clipft.models.__file__).parent / "tiny"
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 

@@ -22,7 +22,7 @@ import torch
 from side_by_side import arguments, write_figures
 
 from clipft.evaluation.retrieval import partner_ranks
-from clipft.settings import Settings
+from clipft.config.settings import Settings
 
 _PEER_BYTES = 16
 """Of a score in the peer: itself, negated for a falling order, its place as int64."""

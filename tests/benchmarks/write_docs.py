@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipft.evaluation.classification import CLASSIFICATION
-from clipft.evaluation.metrics import DEFINITIONS
+from clipft.metrics.classification import CLASSIFICATION
+from clipft.metrics.definitions import DEFINITIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 _MARKED = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from clipft.cli.app import COMMANDS, command_of, run
-from clipft.errors import ClipftError
-from clipft.settings import Settings
+from clipft.core.errors import ClipftError
+from clipft.config.settings import Settings
 
 NAMES = list(COMMANDS)
 HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from clipft.cli.app import COMMANDS, command_of, run
-from clipft.data.render import render_pair
+from clipft.data.demo.catalogue import render_pair
 from tests.conftest import jpeg, write_shard
 
 SLOW = ("clipft ablate", "clipft demo", "--processes", "find-batch-size", "--format onnx")
-NEEDS_MORE = {"--push": "a repository on the hub: tests/storage/test_hub.py has a server for it"}
+NEEDS_MORE = {"--push": "a repository on the hub: tests/export/test_hub.py has a server for it"}
 FAST = {
     "CLIPFT_MODEL": "tiny",
     "CLIPFT_MINI_TRAIN": "1",

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.pack_helpers import picture
+from tests.data.packing.pack_helpers import picture
 
 
 @pytest.fixture

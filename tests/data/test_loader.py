@@ -12,7 +12,7 @@ from clipft.data.loader import (
     training_batches,
 )
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards import open_pairs
+from clipft.data.shards.dataset import open_pairs
 from tests import inputs
 from tests.conftest import write_shard
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import WHOLE, EpochPlan, Share
-from clipft.data.shards import open_pairs
-from clipft.training.trainer import TrainState
+from clipft.data.shards.dataset import open_pairs
+from clipft.training.loop import TrainState
 from tests import inputs
 from tests.faults.helpers import encoded, write_tar
 

@@ -12,7 +12,7 @@ import pytest
 from clipft.cli.app import run
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.examination import CHECKS, examine
-from clipft.settings import Settings
+from clipft.config.settings import Settings
 
 TINY = Settings(model="tiny", device="cpu")
 
@@ -124,7 +124,7 @@ def test_few_open_files_are_told():
 def test_a_process_limit_on_memory_is_seen():
     code = (
         "import resource, torch; from clipft.doctor import machine; "
-        "from clipft.settings import Settings; import psutil; "
+        "from clipft.config.settings import Settings; import psutil; "
         "used = psutil.Process().memory_info().vms; "
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2); "
         "print(machine.memory(Settings()).status)"
@@ -134,7 +134,7 @@ def test_a_process_limit_on_memory_is_seen():
 
 
 def test_a_broken_model_folder_is_told(tmp_path):
-    from clipft.errors import ModelError
+    from clipft.core.errors import ModelError
 
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         reach.model(but(model=str(tmp_path)))
@@ -147,7 +147,7 @@ def test_a_broken_model_folder_is_told(tmp_path):
 def test_a_truncated_model_is_told(tmp_path):
     import shutil
 
-    from clipft.modelling import base
+    from clipft.models import pretrained as base
 
     folder = tmp_path / "model"
     shutil.copytree(base._TINY_FOLDER, folder)

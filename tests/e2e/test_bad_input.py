@@ -92,8 +92,8 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(catalogue, tmp_p
 
 
 def test_a_second_run_in_one_folder_is_refused(catalogue, tmp_path, capsys):
-    from clipft.settings_sources import load_settings
-    from clipft.training.run_folder import RunLock, RunPaths
+    from clipft.config.sources import load_settings
+    from clipft.runs.folder import RunLock, RunPaths
 
     settings = load_settings({"output_dir": str(tmp_path)}, environ={}).values
     args = ["train", *TINY, "--data-dir", str(catalogue), "--output-dir", str(tmp_path)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.errors import ModelError, UsageError
-from clipft.training.checkpoint import load_checkpoint
+from clipft.core.errors import ModelError, UsageError
+from clipft.runs.checkpoint import load_checkpoint
 from clipft.training.classifier_file import load_classifier
-from clipft.training.sweep import parse_alphas
+from clipft.evaluation.wise_ft import parse_alphas
 from tests.conftest import write_shard
 
 SMALL = ("--num-workers", "0", "--precision", "fp32", "--resamples", "100")

@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from clipft.cli.app import run
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards import open_pairs
-from clipft.scenarios import SCENARIOS
-from clipft.training.embedding import embed_texts
+from clipft.data.shards.dataset import open_pairs
+from clipft.config.scenarios import SCENARIOS
+from clipft.embedding.embed import embed_texts
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
 
@@ -125,7 +125,7 @@ def embedded(checkpoint, files, texts, from_pipeline) -> tuple[torch.Tensor, tor
 def test_peft_computes_the_same(scenario, checkpoints, batch, tmp_path):
     from peft import PeftModel
 
-    from clipft.modelling.base import load_base
+    from clipft.models.pretrained import load_base
 
     out = tmp_path / "out"
     assert run(["export", str(checkpoints[scenario]), str(out), "--format", "peft"]) == 0
@@ -181,7 +181,7 @@ def test_sentence_transformers_computes_the_same(exported, checkpoints, pictures
 
 
 def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pictures):
-    from clipft.training.picture_index import embed_picture
+    from clipft.search.index import embed_picture
 
     model = opened(exported / "transformers")
     from sentence_transformers import SentenceTransformer
@@ -266,7 +266,7 @@ def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, ba
     from peft import PeftModel
     from transformers import CLIPModel
 
-    from clipft.modelling.base import load_base
+    from clipft.models.pretrained import load_base
 
     checkpoint = write_checkpoint(tmp_path, "dual_lora", loss="siglip")
     out = tmp_path / "out"
@@ -377,7 +377,7 @@ def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
-    from tests.modelling.checkpoints import TEXTS, write_siglip
+    from tests.models.checkpoints import TEXTS, write_siglip
 
     (tmp_path / "base").mkdir()
     base = str(write_siglip(tmp_path / "base"))

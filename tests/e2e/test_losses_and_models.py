@@ -9,11 +9,11 @@ import torch
 
 from clipft.cli.app import run
 from clipft.data.loader import training_batches
-from clipft.settings_sources import load_settings
-from clipft.training.distributed import OneProcess
+from clipft.config.sources import load_settings
+from clipft.distributed.collectives import OneProcess
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.trainer import TrainState, fit
-from tests.modelling.checkpoints import write_siglip
+from clipft.training.loop import TrainState, fit
+from tests.models.checkpoints import write_siglip
 
 SMALL = [
     *("--epochs", "1", "--effective-batch-size", "32", "--micro-batch-size", "16"),

@@ -55,7 +55,7 @@ def write(path: Path, numbers: range, caption: bytes | None) -> None:
     """As the catalogue's shards, with another caption or none."""
     import tarfile
 
-    from clipft.data.render import render_pair
+    from clipft.data.demo.catalogue import render_pair
 
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w") as tar:

@@ -12,10 +12,10 @@ from clipft.cache import cache_folder
 from clipft.cli.app import run
 from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.picture_parts import open_pictures
-from clipft.data.shards import open_pairs
-from clipft.training.embedding import embed_texts
-from clipft.training.picture_index import open_index
+from clipft.search.images import open_pictures
+from clipft.data.shards.dataset import open_pairs
+from clipft.embedding.embed import embed_texts
+from clipft.search.index import open_index
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing
 

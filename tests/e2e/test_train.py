@@ -78,10 +78,10 @@ def test_its_settings_can_be_fed_back(whole, catalogue, tmp_path):
 def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     from peft import PeftModel
 
-    from clipft.modelling.base import load_base
-    from clipft.settings_sources import load_settings
-    from clipft.training.checkpoint import load_checkpoint
-    from clipft.training.restore import load_tuned, saved_settings
+    from clipft.models.pretrained import load_base
+    from clipft.config.sources import load_settings
+    from clipft.runs.checkpoint import load_checkpoint
+    from clipft.runs.load import load_tuned, saved_settings
 
     content = load_checkpoint(whole / "dual_lora" / "best.pt")
     settings = saved_settings(content, load_settings({}, environ={}), ())

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data.render import render_pair
+from clipft.data.demo.catalogue import render_pair
 from tests.conftest import add, jpeg
 
 Member = tuple[str, bytes]

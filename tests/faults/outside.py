@@ -32,7 +32,7 @@ SERVER = """
 import json, os, resource, signal, sys
 import torch, transformers, peft
 import clipft.cli.running, clipft.training.run, clipft.training.run_reading
-import clipft.reporting.run_page, clipft.training.exporting, clipft.report_files
+import clipft.report.run_page, clipft.export.export, clipft.report.report
 from clipft.cli.app import run
 
 def child(asked):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.training.checkpoint import load_checkpoint, previous_of
+from clipft.runs.checkpoint import load_checkpoint, previous_of
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error
 from tests.faults.outside import command

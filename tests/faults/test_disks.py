@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.training.checkpoint import load_checkpoint
+from clipft.runs.checkpoint import load_checkpoint
 from tests.e2e.test_train import assert_same_run
 from tests.faults.outside import command, steps, wait_until
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from tests.e2e.test_train import metrics
 from tests.faults.outside import steps, wait_until
-from tests.modelling.checkpoints import clip_tokenizer
+from tests.models.checkpoints import clip_tokenizer
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipft.training.checkpoint import load_checkpoint
+from clipft.runs.checkpoint import load_checkpoint
 from tests.e2e.test_many_processes import assert_same_figures
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import encoded, good, lines, write_tar

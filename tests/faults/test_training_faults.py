@@ -101,7 +101,7 @@ def test_effective_batch_above_the_data_and_no_multiple_of_the_micro_batch(
 @pytest.mark.parametrize("same", ["caption", "picture", "both"])
 @pytest.mark.parametrize("positives", ["pair", "caption"])
 def test_all_captions_equal_or_one_picture_repeated(tmp_path, same, positives):
-    from clipft.data.render import render_pair
+    from clipft.data.demo.catalogue import render_pair
 
     for split, first in (("train", 0), ("val", 100)):
         members = []

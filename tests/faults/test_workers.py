@@ -9,7 +9,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from clipft.training.checkpoint import load_checkpoint
+from clipft.runs.checkpoint import load_checkpoint
 from tests.faults.helpers import encoded, good, write_tar
 from tests.faults.outside import Program, steps, wait_until
 

@@ -3,9 +3,9 @@
 import hashlib
 from contextlib import suppress
 
-from clipft.errors import ModelError
-from clipft.training.checkpoint import load_checkpoint
-from clipft.training.restore import saved_settings
+from clipft.core.errors import ModelError
+from clipft.runs.checkpoint import load_checkpoint
+from clipft.runs.load import saved_settings
 from tests.fuzz.targets import in_a_file
 from tests.loaded_settings import loaded_settings
 

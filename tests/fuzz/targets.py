@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clipft.data.caption_template import CaptionTemplate
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions import BadCaption
-from clipft.data.shard_index import _load, index_shard, stamp_of
-from clipft.data.tar_headers import _any_members, _plain_members
-from clipft.errors import DataError, UsageError
-from clipft.storage.keys import Places, RefusedKey, spelling
+from clipft.data.shards.index import _load, index_shard, stamp_of
+from clipft.data.shards.tar import _any_members, _plain_members
+from clipft.core.errors import DataError, UsageError
+from clipft.storage.s3.keys import Places, RefusedKey, spelling
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))
 

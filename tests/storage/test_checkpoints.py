@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from clipft.errors import StorageError
-from clipft.storage.checkpoints import CheckpointStore, Manifest, Run
-from clipft.storage.opening import open_bucket
-from clipft.storage.uploading import Uploader
+from clipft.core.errors import StorageError
+from clipft.storage.s3.checkpoints import CheckpointStore, Manifest, Run
+from clipft.storage.s3.client import open_bucket
+from clipft.storage.s3.uploader import Uploader
 from tests.storage.conftest import refusing
 from tests.storage.faulty_proxy import (
     Times,

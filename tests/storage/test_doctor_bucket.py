@@ -4,7 +4,7 @@ import pytest
 
 from clipft.doctor.examination import CHECKS, _answer
 from clipft.doctor.finding import Finding
-from clipft.settings import Settings
+from clipft.config.settings import Settings
 
 BUCKET = next(check for check in CHECKS if check.name == "bucket")
 

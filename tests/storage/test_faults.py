@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clipft.cli.app import run
-from clipft.storage import opening
+from clipft.storage.s3 import client as opening
 from tests.faults.helpers import one_error
 from tests.storage.faulty_proxy import (
     Times,

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipft.cli.app import run
-from clipft.data.shards import open_pairs
-from clipft.errors import UsageError
+from clipft.data.shards.dataset import open_pairs
+from clipft.core.errors import UsageError
 from clipft.s3_url import S3Url, parse_s3_url
-from clipft.settings_sources import load_settings
-from clipft.storage.checksums import etag_of, matches
-from clipft.storage.opening import open_bucket
+from clipft.config.sources import load_settings
+from clipft.storage.s3.checksums import etag_of, matches
+from clipft.storage.s3.client import open_bucket
 from tests.faults.helpers import one_error
 from tests.storage.test_sync import PAIRS, files
 from tests.storage.test_training import put_raw

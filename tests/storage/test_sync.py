@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipft.cli.app import run
-from clipft.errors import StorageError, UsageError
-from clipft.storage import failures
-from clipft.storage.folder import JOURNAL
-from clipft.storage.keys import RefusedKey, local_path
-from clipft.storage.sync import sync
+from clipft.core.errors import StorageError, UsageError
+from clipft.storage.s3 import errors as failures
+from clipft.storage.sync.folder import JOURNAL
+from clipft.storage.s3.keys import RefusedKey, local_path
+from clipft.storage.sync.sync import sync
 from tests.storage.conftest import refusing
 
 PAIRS = {
@@ -332,5 +332,5 @@ def test_the_command_ends_with_4_for_an_empty_prefix(bucket, capsys):
 
 
 def test_the_command_starts_without_boto3():
-    code = "import sys, clipft.cli.sync; sys.exit('boto3' in sys.modules)"
+    code = "import sys, clipft.cli.commands.sync; sys.exit('boto3' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.data.render import render_pair
+from clipft.data.demo.catalogue import render_pair
 from tests.conftest import jpeg, write_shard
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipft.cli.app import run
-from clipft.settings_sources import load_settings
+from clipft.config.sources import load_settings
 from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
-from clipft.training.loaded import load_model
-from clipft.training.memory import cgroup_free
-from clipft.training.probing import probe_of
+from clipft.embedding.load import load_model
+from clipft.core.memory import cgroup_free
+from clipft.training.probe import probe_of
 
 
 class Machine:

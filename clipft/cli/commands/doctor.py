@@ -1,0 +1,78 @@
+"""``clipft doctor``."""
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from clipft.cli.console import Output, print_error
+from clipft.cli.ending import end
+from clipft.cli.options import flags_given, settings_command
+from clipft.core.errors import NotReady
+from clipft.config.settings import (
+    ModelSettings,
+    OptimSettings,
+    RunSettings,
+    StorageSettings,
+    TrackingSettings,
+)
+from clipft.config.sources import LoadedSettings
+from clipft.words import counted
+
+if TYPE_CHECKING:
+    from clipft.doctor.finding import Examined
+
+_LOOKED_AT = (StorageSettings, ModelSettings, OptimSettings, RunSettings, TrackingSettings)
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@settings_command(*_LOOKED_AT, "num_workers")
+def doctor(loaded: LoadedSettings, out: Output) -> None:
+    """Say whether this machine is ready, and what to do if not.
+
+    Looks at the libraries, the GPU, memory, disks and limits, at the pairs and the model; at
+    the bucket and W&B where the settings name them. Nothing is left behind; with
+    --enable-s3-checkpoints an empty object is put into the bucket and deleted again. Exit code
+    10: a run would fail.
+
+    Examples:
+
+        clipft doctor --model tiny
+        clipft doctor --config clipft.toml
+        clipft doctor --data-dir ./catalogue --scenario full --json
+        clipft doctor --s3-bucket bucket --enable-s3-checkpoints
+    """
+    from clipft.doctor.examination import examine
+
+    with out.progress("Looking at this machine") as report:
+        examined = examine(loaded.values, report)
+    errors = [e for e in examined if e.finding.status == "error"]
+    out.result({"ready": not errors, "checks": [e.to_dict() for e in examined]}, _table(examined))
+    if errors:
+        first = errors[0]
+        error = NotReady(
+            f"{counted(len(errors), 'check')} failed, first {first.name}: {first.finding.found}",
+            first.finding.hint,
+        )
+        print_error(error, as_json=False)  # stdout has the table already
+        raise typer.Exit(error.exit_code)
+    warnings = sum(e.finding.status == "warning" for e in examined)
+    remark = f", with {counted(warnings, 'warning')}" if warnings else ""
+    out.note(f"Ready{remark}.")
+    lacking = any(e.name == "pairs" and e.finding.status != "ok" for e in examined)
+    end(out, {}, () if lacking else ("train", *flags_given(loaded), "--plan"))
+
+
+def _table(examined: "list[Examined]") -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for column in ("status", "name"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for each in examined:
+        finding = each.finding
+        said = Text(finding.found)
+        if finding.hint:
+            said.append(f"\n-> {finding.hint}")
+        table.add_row(Text(finding.status, _COLOURS[finding.status]), each.name, said)
+    return table

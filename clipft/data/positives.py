@@ -1,0 +1,117 @@
+"""Which rows of a batch are no negatives of each other: a group id for each row.
+
+Ids follow from the pairs alone, so they are equal in any batch, process and machine.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipft.data.captions.metadata import known_fields
+from clipft.data.loader import Batch, Pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.captions.tokenizer import caption_keys
+from clipft.core.errors import UsageError, nearest
+from clipft.config.settings import Settings
+from clipft.words import counted
+
+_MANY = 20_000
+"""Pairs whose metadata takes a time that a user notices."""
+
+_POSITIVE = (1 << 63) - 1
+
+
+class Positives(Protocol):
+    def ids(self, batch: Batch) -> Tensor | None:
+        """int64 [B], equal for rows of one group; None: each row is its own group."""
+
+
+@dataclass(frozen=True)
+class PairPositives:
+    """Each pair for itself."""
+
+    def ids(self, batch: Batch) -> Tensor | None:
+        return None
+
+
+EACH_FOR_ITSELF = PairPositives()
+
+
+@dataclass(frozen=True)
+class CaptionPositives:
+    """Rows with the same caption. ``end`` is the id that ends a text and fills it."""
+
+    end: int
+
+    def ids(self, batch: Batch) -> Tensor | None:
+        keys = caption_keys(batch.input_ids, self.end)
+        return torch.from_numpy((keys >> np.uint64(1)).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class GroupPositives:
+    """Rows with the same value of a metadata field; ``table`` int64 [pairs] by pair number."""
+
+    table: Tensor
+
+    def ids(self, batch: Batch) -> Tensor | None:
+        return self.table[list(batch.numbers)]
+
+
+def make_positives(
+    settings: Settings, pairs: Pairs, end: int, note: Callable[[str], None]
+) -> Positives:
+    """What ``settings.positives`` names, for these pairs; ``end`` ends the captions' ids.
+
+    Raises:
+        UsageError: groups of a stream, or by a field that no pair has.
+    """
+    if settings.positives == "pair":
+        return EACH_FOR_ITSELF
+    if settings.positives == "caption":
+        return CaptionPositives(end)
+    if not isinstance(pairs, PairDataset):
+        raise UsageError(
+            "--positives group does not go with --stream: groups are looked up by pair",
+            "leave --stream out, or use --positives caption",
+        )
+    field = _checked(settings.group_field, pairs)
+    if len(pairs) > _MANY:
+        note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
+    return GroupPositives(_table(field, pairs))
+
+
+def _checked(field: str | None, pairs: PairDataset) -> str:
+    known = known_fields(pairs)
+    has = f"the metadata has {', '.join(sorted(known)) or 'no fields'}"
+    if not field:
+        raise UsageError("--positives group needs --group-field", has)
+    if field not in known:
+        near = nearest(field, known)
+        raise UsageError(
+            f"--positives group: no pair has a field {field!r}",
+            f"did you mean {near}? {has}" if near else has,
+        )
+    return field
+
+
+def _table(name: str, pairs: PairDataset) -> Tensor:
+    ids = [_id(pairs.metadata(number), name.split("."), number) for number in range(len(pairs))]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _id(metadata: object, path: list[str], number: int) -> int:
+    """Of the value; a pair without one has an id of its own, which no hash is."""
+    value = metadata
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return -1 - number
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & _POSITIVE

@@ -1,0 +1,110 @@
+"""The way from the untouched to the tuned weights: what is gained here, what is lost there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipft.core.errors import UsageError
+from clipft.metrics.retrieval import Evaluation, recall_difference
+from clipft.metrics.definitions import DIRECTIONS
+from clipft.modelling.interpolate import Interpolation
+from clipft.evaluation.evaluator import EvaluationSet
+from clipft.embedding.load import LoadedModel
+
+_MOST_POINTS = 101
+
+
+@dataclass(frozen=True)
+class Point:
+    """``gain`` on the tuned-for pairs and ``kept`` on the general ones are differences to the
+    untouched model in mean recall: value, low, high, clear."""
+
+    alpha: float
+    here: Evaluation
+    gain: dict[str, Any]
+    there: Evaluation | None
+    kept: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha,
+            "recall": self.here.recall(),
+            "gain": self.gain,
+            **_paired(self.here),
+            "keep": {"recall": self.there.recall(), "change": self.kept, **_paired(self.there)}
+            if self.there
+            else None,
+        }
+
+    @property
+    def keeps(self) -> bool:
+        """No clear loss on the general pairs."""
+        return not self.kept or not self.kept.get("clear") or self.kept["value"] > 0
+
+
+def _paired(evaluation: Evaluation) -> dict[str, Any]:
+    return {d: dict(evaluation.parts["paired"][d].means) for d in DIRECTIONS}
+
+
+def sweep(
+    loaded: LoadedModel,
+    way: Interpolation,
+    alphas: Sequence[float],
+    here: EvaluationSet,
+    there: EvaluationSet | None,
+) -> Iterator[Point]:
+    """One pass over the pairs for each alpha; the model is left at the tuned weights."""
+    sets = [here] if there is None else [here, there]
+    loaded.model.load_trainable_state(way.at(0))
+    untouched = [pairs.judge(loaded).evaluation for pairs in sets]
+    for alpha in alphas:
+        found = untouched
+        if alpha:
+            loaded.model.load_trainable_state(way.at(alpha))
+            found = [pairs.judge(loaded).evaluation for pairs in sets]
+        changes = [recall_difference(a, b) for a, b in zip(found, untouched, strict=True)]
+        yield Point(
+            alpha,
+            found[0],
+            changes[0],
+            found[1] if there else None,
+            changes[1] if there else None,
+        )
+    loaded.model.load_trainable_state(way.at(1))
+
+
+def best_point(points: Sequence[Point]) -> Point:
+    """The most recall among those without a clear loss on the general pairs; the untouched
+    model is always one of those, if it is among the points."""
+    return max([p for p in points if p.keeps] or points, key=lambda point: point.here.recall())
+
+
+def parse_alphas(text: str) -> list[float]:
+    """``START:STOP:STEP`` (both ends included) or values with commas, each in 0..1.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        parts = [float(part) for part in text.replace(":", ",").split(",")]
+        alphas = _stepped(*parts) if ":" in text else parts
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise _wrong(text) from error
+    inside = all(0 <= alpha <= 1 for alpha in alphas)
+    if not inside or not 0 < len(alphas) <= _MOST_POINTS:
+        raise _wrong(text)
+    return alphas
+
+
+def _stepped(start: float, stop: float, step: float) -> list[float]:
+    if step <= 0 or (stop - start) / step > _MOST_POINTS:
+        raise ValueError
+    whole = int((stop - start) / step + 1e-9)
+    return [round(start + step * number, 10) for number in range(whole + 1)]
+
+
+def _wrong(text: str) -> UsageError:
+    return UsageError(
+        f"--interpolate {text}: not points between 0 (untouched) and 1 (tuned)",
+        f"write 0:1:0.1 or 0,0.5,1, at most {_MOST_POINTS} points",
+    )

@@ -1,0 +1,226 @@
+"""What boto3 and obstore raise, as one list of kinds and as sentences for people."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clipft.core.errors import ClipftError, StorageError
+from clipft.config.settings import StorageSettings
+
+
+class Changed(Exception):
+    """The object is no longer the one that was listed."""
+
+
+class Corrupt(Exception):
+    """The bytes that came are not those of the object; its text says how."""
+
+
+PASSING = frozenset({"busy", "unreachable", "dns", "broken"})
+"""Kinds that may be gone at the next try."""
+
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile: --s3-profile"
+_KINDS = {
+    "credentials": ("no usable AWS credentials for {url}", _CREDENTIALS),
+    "profile": ("the AWS configuration has no profile {profile}", "check --s3-profile"),
+    "key": ("the access key or its secret is wrong for {url}", _CREDENTIALS),
+    "expired": (
+        "the session token for {url} is expired or invalid",
+        "sign in again (such as `aws sso login`), then repeat the command",
+    ),
+    "forbidden": (
+        "access to {url} is forbidden (403)",
+        "the credentials need s3:ListBucket, s3:GetObject and, to upload, s3:PutObject",
+    ),
+    "bucket": ("bucket {bucket} does not exist (404)", "check --s3-bucket and --endpoint-url"),
+    "missing": (
+        "{url} is not there (404)",
+        "it may have been deleted meanwhile: repeat the command, or check --endpoint-url",
+    ),
+    "region": (
+        "bucket {bucket} is in another region",
+        "name it with --s3-region, or check --endpoint-url",
+    ),
+    "clock": ("this machine's clock is too far off for {url}", "set the clock, then repeat"),
+    "changed": ("{url} was changed while it was read", "repeat the command to get the new one"),
+    "busy": (
+        "{url}: the server is overloaded or failing ({detail}), also when asked again for a while",
+        "repeat the command later: what has arrived is kept; --s3-patience sets for how long",
+    ),
+    "dns": ("the server's name is unknown: {detail}", "check --endpoint-url and the network"),
+    "tls": ("no trusted TLS connection: {detail}", "check --endpoint-url and AWS_CA_BUNDLE"),
+    "unreachable": (
+        "the server cannot be reached: {detail}",
+        "check --endpoint-url and the network, then repeat the command",
+    ),
+    "broken": (
+        "{url} did not arrive whole: {detail}",
+        "repeat the command: what has arrived whole is kept",
+    ),
+    "invalid": ("{url} cannot be asked for: {detail}", "check --s3-bucket and the prefixes"),
+    "other": ("{url}: {detail}", "check the storage settings with `clipft settings`"),
+}
+_OF_CODE = {
+    "InvalidAccessKeyId": "key",
+    "SignatureDoesNotMatch": "key",
+    "ExpiredToken": "expired",
+    "ExpiredTokenException": "expired",
+    "InvalidToken": "expired",
+    "TokenRefreshRequired": "expired",
+    "NoSuchBucket": "bucket",
+    "AuthorizationHeaderMalformed": "region",
+    "PermanentRedirect": "region",
+    "IllegalLocationConstraintException": "region",
+    "RequestTimeTooSkewed": "clock",
+    "RequestTimeout": "busy",
+    "XAmzContentSHA256Mismatch": "broken",
+    "BadDigest": "broken",
+    "SlowDown": "busy",
+    "Throttling": "busy",
+    "NotImplemented": "other",
+}
+_OF_STATUS = {301: "region", 403: "forbidden", 404: "missing", 412: "changed", 429: "busy"}
+_OF_EXCEPTION = {
+    "Corrupt": "broken",
+    "Changed": "changed",
+    "UnauthenticatedError": "credentials",
+    "PermissionDeniedError": "forbidden",
+    "FileNotFoundError": "missing",
+    "PreconditionError": "changed",
+    "AlreadyExistsError": "changed",
+    "NoCredentialsError": "credentials",
+    "PartialCredentialsError": "credentials",
+    "CredentialRetrievalError": "credentials",
+    "ProfileNotFound": "profile",
+    "TokenRetrievalError": "expired",
+    "SSOTokenLoadError": "expired",
+    "UnauthorizedSSOTokenError": "expired",
+    "LoginRefreshRequired": "expired",
+    "SSLError": "tls",
+    "EndpointConnectionError": "unreachable",
+    "ConnectTimeoutError": "unreachable",
+    "ProxyConnectionError": "unreachable",
+    "ConnectionClosedError": "broken",
+    "ReadTimeoutError": "broken",
+    "IncompleteReadError": "broken",
+    "ResponseStreamingError": "broken",
+    "FlexibleChecksumError": "broken",
+    "ParamValidationError": "invalid",
+    "InvalidRegionError": "region",
+}
+
+
+def explained(error: Exception, settings: StorageSettings, url: str) -> StorageError:
+    """The sentence for what boto3 or obstore raised about ``url``."""
+    message, hint = _KINDS[kind_of(error)]
+    facts = {
+        "url": url,
+        "bucket": settings.s3_bucket,
+        "profile": settings.s3_profile or os.environ.get("AWS_PROFILE"),
+        "detail": _detail(error),
+    }
+    return StorageError(message.format(**facts), hint)
+
+
+@contextmanager
+def storage_errors(settings: StorageSettings, url: str) -> Iterator[None]:
+    """Whatever boto3 raises about ``url`` becomes a StorageError of its kind."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, settings, url) from error
+
+
+def kind_of(error: Any) -> str:
+    """One of ``_KINDS``."""
+    code, status = error_code(error), _status(error)
+    if code in _OF_CODE:
+        return _OF_CODE[code]
+    if status:
+        return "busy" if status >= 500 else _OF_STATUS.get(status, "other")
+    for ancestor in type(error).__mro__:
+        kind = _OF_EXCEPTION.get(ancestor.__name__)
+        if kind == "unreachable" and _is_dns(error):
+            return "dns"
+        if kind:
+            return kind
+    return "disk" if isinstance(error, OSError) else _of_text(str(error))
+
+
+def error_code(error: Any) -> str:
+    """S3's own name of what went wrong, such as ``NoSuchKey``; "" where it gave none."""
+    if hasattr(error, "response"):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    found = re.search(r"<Code>(\w+)</Code>", str(error))
+    return found[1] if found else ""
+
+
+def _status(error: Any) -> int:
+    if hasattr(error, "response"):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    found = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(found[1]) if found else 0
+
+
+def _of_text(text: str) -> str:
+    """Of obstore's errors of transport, which have no types: reqwest's words for them."""
+    lowered = text.lower()
+    for kind, words in _WORDS:
+        if any(word in lowered for word in words):
+            return kind
+    return "other"
+
+
+_WORDS = (
+    ("dns", ("dns error", "failed to lookup address")),
+    ("tls", ("certificate", "invalidcontenttype", "corrupt message", "handshake")),
+    ("broken", ("request or response body", "kind: body", "kind: decode")),
+    ("unreachable", ("tcp connect error", "kind: connect")),
+    ("broken", ("http error", "timedout")),
+)
+
+
+def _detail(error: Exception) -> str:
+    """The part of an error's text that is worth a reader: obstore adds its whole state."""
+    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
+    code, status = error_code(error), _status(error)
+    if not hasattr(error, "response") and (code or status):
+        return " ".join(filter(None, (str(status or ""), code)))
+    return text.rpartition("Error performing ")[2] or type(error).__name__
+
+
+def _is_dns(error: Any) -> bool:
+    cause = str(getattr(error, "kwargs", {}).get("error", ""))
+    return "resolve" in cause.lower() or "name or service not known" in cause.lower()
+
+
+def disk_error(error: OSError, path: Path, wanted: int) -> ClipftError:
+    """The sentence for a failed write of ``wanted`` bytes at ``path``."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StorageError(
+            f"no space left for {path}: {wanted:,} bytes wanted",
+            "make room or set another --data-dir; what has arrived whole is kept",
+        )
+    reason = error.strerror or str(error)
+    return StorageError(f"cannot write to {path}: {reason}", "check the folder and its rights")
+
+
+def check_space(folder: Path, wanted: int) -> None:
+    """Refuse ahead of the first byte what cannot fit. ``wanted`` is in bytes.
+
+    Raises:
+        StorageError: naming the bytes wanted and free.
+    """
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise StorageError(
+            f"no space left for {folder}: {wanted:,} bytes wanted, {free:,} free",
+            "make room or set another --data-dir",
+        )

@@ -1,0 +1,97 @@
+"""The training loop."""
+
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clipft.data.loader import StepBatch
+from clipft.data.order import Position
+from clipft.models.trainable import TrainableModel
+from clipft.runs.records import StepResult
+from clipft.training.step.gradcache import Accumulation
+from clipft.training.step.optimizer import Optimiser
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: TrainableModel
+    optimiser: Optimiser
+    steps_per_epoch: int
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    loss: float = float("nan")
+    epoch_loss_sum: float = 0.0
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.step > 0 and self.position.step == 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Of an epoch that has ended."""
+        return self.epoch_loss_sum / self.steps_per_epoch
+
+    def advance(self, batch: StepBatch, loss: float) -> None:
+        self.step += 1
+        self.loss = loss
+        self.epoch_loss_sum = loss + (self.epoch_loss_sum if batch.step else 0.0)
+        last = batch.step + 1 == self.steps_per_epoch
+        self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole on the first process; where weights are sharded, all must ask."""
+        return {**self.weights_dict(), **self.optimiser.state_dict()}
+
+    def weights_dict(self) -> dict[str, Any]:
+        """``state_dict`` without what only going on needs."""
+        return {
+            "epoch": self.position.epoch,
+            "step_in_epoch": self.position.step,
+            "step": self.step,
+            "loss": self.loss,
+            "epoch_loss_sum": self.epoch_loss_sum,
+            "model_state_dict": self.optimiser.weights.model_state(self.model),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimiser.weights.load_model_state(self.model, state["model_state_dict"])
+        self.optimiser.load_state_dict(state)
+        self.position = Position(state["epoch"], state["step_in_epoch"])
+        self.step, self.loss = state["step"], state["loss"]
+        self.epoch_loss_sum = state["epoch_loss_sum"]
+
+
+def fit(
+    state: TrainState, batches: Iterable[StepBatch], accumulate: Accumulation
+) -> Generator[StepResult, None, None]:
+    """Learn from each batch, empty it and tell of it; the caller shows, saves, evaluates."""
+    state.model.train()
+    started = time.perf_counter()
+    for batch in batches:
+        got_data = time.perf_counter()
+
+        loss = float(accumulate(state.step, batch.micro_batches))
+        floor = accumulate.floor(batch.micro_batches)
+        update = state.optimiser.update()
+        state.model.clamp_logit_scale()
+
+        state.advance(batch, loss)
+        batch.micro_batches.clear()  # gone before the next ones are read
+        ended = time.perf_counter()
+        yield StepResult(
+            epoch=batch.epoch + 1,
+            step=state.step,
+            loss=loss,
+            lr=update.lr,
+            grad_norm=update.grad_norm,
+            pairs=batch.pairs,
+            seconds=ended - started,
+            data_seconds=got_data - started,
+            applied=update.applied,
+            skipped=tuple(asdict(skipped) for skipped in batch.skipped),
+            loss_floor=floor,
+        )
+        started = time.perf_counter()

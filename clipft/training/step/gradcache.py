@@ -1,0 +1,188 @@
+"""The loss over the effective batch, in the memory of a micro-batch.
+
+The loss compares every image with every text of the batch, so averaging the losses of
+micro-batches is another loss with fewer negatives. ``ExactAccumulation`` keeps it whole
+(GradCache, Gao et al. 2021, arXiv:2101.06983): embed everything, take the loss and its
+gradient with respect to the embeddings, then push each piece's part of that gradient back
+through its tower. A piece whose graph had no room in memory goes forward once more for that.
+The gradients are those of one large batch, on any number of processes: each embeds its own
+pairs, all see all embeddings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clipft.data.loader import NO_PAIRS, Batch
+from clipft.models.trainable import TrainableModel
+from clipft.distributed.collectives import Processes
+from clipft.training.graphs import GraphMemory
+from clipft.training.step.losses import ContrastiveLoss
+from clipft.data.positives import Positives
+from clipft.embedding.towers import Piece, Side, Sides
+from clipft.training.step.weights import WHOLE, Weights
+
+
+class Accumulation(Protocol):
+    """Leaves the gradient of a step in the parameters; returns its loss, detached. Over many
+    processes each has its own micro-batches, and all end with the same gradient and loss."""
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor: ...
+
+    def floor(self, micro_batches: list[Batch]) -> float:
+        """The least value that the loss of these could have: see ``ContrastiveLoss.floor``."""
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What smaller micro-batches mean: ``least`` is the smallest that still learns."""
+
+    least: int
+    consequence: str
+
+
+@dataclass
+class _Passed:
+    """A side after its first pass: ``leaf`` [rows, D] stands for the rows of its pieces."""
+
+    side: Side
+    step: int
+    pieces: Sequence[Piece]
+    graphs: list[Tensor | None]
+    leaf: Tensor
+    order: Tensor
+
+    def by_pair(self) -> Tensor:
+        """[pairs, D], differentiable in ``leaf``."""
+        return self.leaf[self.order]
+
+    def push_back(self) -> None:
+        """From the gradient that the loss left in ``leaf`` to that of the parameters."""
+        if not self.side.learns:
+            return
+        # No pair, no loss; but other processes may wait for these pieces
+        given = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+        gradients = torch.split(given, [len(piece.keys) for piece in self.pieces])
+        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
+            graph, self.graphs[i] = self.graphs[i], None
+            rows = self.side.encode(self.step, piece) if graph is None else graph
+            self.side.push_back(self.step, piece, rows, gradient)
+
+
+@dataclass(frozen=True)
+class _Accumulation:
+    model: TrainableModel
+    sides: Sides
+    loss: ContrastiveLoss
+    positives: Positives
+    processes: Processes
+    scaler: "torch.amp.GradScaler"
+    graphs: GraphMemory
+    weights: Weights = WHOLE
+
+    def _pass(self, side: Side, step: int, batches: Sequence[Batch]) -> _Passed:
+        cut = side.cut(batches)
+        embedded = [self.graphs.embed(side, step, piece) for piece in cut.pieces]
+        rows = torch.cat([e.rows for e in embedded]) if embedded else torch.empty(0)
+        leaf = rows.to(self.sides.images.precision.device).requires_grad_(side.learns)
+        return _Passed(side, step, cut.pieces, [e.graph for e in embedded], leaf, cut.order)
+
+    def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
+        ids = [self.positives.ids(batch) for batch in batches or [NO_PAIRS]]
+        known = [i.to(self.sides.images.precision.device) for i in ids if i is not None]
+        return torch.cat(known) if known else None
+
+    def _sum_gradients(self, complete: Sequence[nn.Parameter] = ()) -> None:
+        self.weights.sum_gradients(self.model, self.processes, complete)
+
+
+@dataclass(frozen=True)
+class ExactAccumulation(_Accumulation):
+    """The loss of the whole effective batch."""
+
+    cutting: ClassVar[Cutting] = Cutting(1, "the effective batch and the loss stay as they were")
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+        device = self.sides.images.precision.device
+        batches = [batch.to(device) for batch in micro_batches]
+        self.graphs.begin_step()
+        images = self._pass(self.sides.images, step, batches)
+        texts = self._pass(self.sides.texts, step, batches)
+        loss = self.loss(
+            self._among_all(images.by_pair()),
+            self._among_all(texts.by_pair()),
+            self._groups(batches),
+        )
+        if loss.requires_grad:
+            torch.autograd.backward(self.scaler.scale(loss))
+        images.push_back()
+        texts.push_back()
+        self._sum_gradients(self._scalars)
+        return loss.detach()
+
+    @property
+    def _scalars(self) -> list[nn.Parameter]:
+        """Their gradients come from the loss of all pairs itself: every process has them whole."""
+        return [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
+
+    def floor(self, micro_batches: list[Batch]) -> float:
+        return self.loss.floor(self._groups(micro_batches))
+
+    def _among_all(self, own: Tensor) -> Tensor:
+        """The rows of all processes, [N, D]: this one's with their gradient."""
+        counts = self.processes.gather_rows(torch.tensor([len(own)])).tolist()
+        rows = self.processes.gather_rows(own)
+        first = sum(counts[: self.processes.rank])
+        return torch.cat([rows[:first], own, rows[first + len(own) :]]) if len(own) else rows
+
+    def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
+        own = self._own_groups(batches)
+        return None if own is None else self.processes.gather_rows(own)
+
+
+@dataclass(frozen=True)
+class LocalAccumulation(_Accumulation):
+    """The mean of the micro-batches' own losses: fewer negatives."""
+
+    # A pair alone has no negatives: its loss is 0 whatever the model
+    cutting: ClassVar[Cutting] = Cutting(2, "each has fewer negatives, which is another loss")
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+        device = self.sides.images.precision.device
+        own = torch.tensor([sum(len(batch) for batch in micro_batches)])
+        total = int(self.processes.gather_rows(own).sum())
+        mean = torch.zeros(1, device=device)
+        for micro_batch in self.sides.even_out(micro_batches):
+            batches = [micro_batch.to(device)] if len(micro_batch) else []
+            self.graphs.begin_step()
+            images = self._pass(self.sides.images, step, batches)
+            texts = self._pass(self.sides.texts, step, batches)
+            if batches:
+                groups = self._own_groups(batches)
+                share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
+                    len(micro_batch) / total
+                )
+                if share.requires_grad:
+                    torch.autograd.backward(self.scaler.scale(share))
+                mean += share.detach()
+            images.push_back()
+            texts.push_back()
+        self._sum_gradients()
+        return self.processes.gather_rows(mean).sum()
+
+    def floor(self, micro_batches: list[Batch]) -> float:
+        groups = [self._own_groups([batch]) for batch in micro_batches]
+        floors = [self.loss.floor(ids) * len(ids) for ids in groups if ids is not None]
+        pairs = sum(len(batch) for batch in micro_batches)
+        own = torch.tensor([[sum(floors), pairs]], dtype=torch.float64)
+        summed, all_pairs = self.processes.gather_rows(own).sum(0)
+        return float(summed / all_pairs)
+
+
+ACCUMULATIONS: dict[str, type[ExactAccumulation] | type[LocalAccumulation]] = {
+    "exact": ExactAccumulation,
+    "local": LocalAccumulation,
+}

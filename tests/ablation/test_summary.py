@@ -1,0 +1,116 @@
+"""What an ablation's table says of its runs' figures."""
+
+import math
+
+import pytest
+
+from clipft.ablation.summary import ablation_content
+from clipft.ablation.page import FIGURES, ablation_page, ablation_rows
+from clipft.reporting.spread import differences, interval, spread
+
+
+def figures(recall: float) -> dict:
+    one = {"r@1": recall, "r@5": recall, "r@10": recall, "median_rank": 3.0, "mrr": 0.5}
+    return {"text_to_image": one, "image_to_text": one, "pairs": 40}
+
+
+def a_run(variant: str, seed: int, after: float | None, before: float = 0.2) -> dict:
+    trains = variant != "zero_shot"
+    epochs = [{"epoch": 0, "step": 0, "train_loss": None, "val_loss": 3.0}]
+    epochs[0]["retrieval"] = figures(before)
+    return {
+        "variant": variant,
+        "scenario": variant.split()[0],
+        "varied": {},
+        "seed": seed,
+        "folder": f"{variant}/seed-{seed}/x",
+        "state": "finished",
+        "exit_code": None,
+        "error": None,
+        "hint": None,
+        "before": figures(before),
+        "after": None if after is None else figures(after),
+        "best_epoch": 1,
+        "steps": 3,
+        "skipped_pairs": 0,
+        "epochs": epochs,
+        "evaluation": None,
+        "plan": {"epochs": 3 if trains else 0, "trainable_parameters": 10 if trains else 0},
+        "environment": {"torch": "2"},
+        "seconds": 60.0,
+        "peak_memory_bytes": 2**30,
+    }
+
+
+def failed(variant: str, seed: int) -> dict:
+    kept = ("variant", "scenario", "varied", "seed", "folder")
+    run = {k: v for k, v in a_run(variant, seed, 0.3).items() if k in kept}
+    return {**run, "state": "failed", "exit_code": 6, "error": "<b>diverged", "hint": "lower --lr"}
+
+
+def content_of(*runs: dict) -> dict:
+    return ablation_content("./x", {"runs": runs, "settings": []})
+
+
+def test_mean_spread_and_interval_are_the_textbooks():
+    found = spread({1: 1.0, 2: 2.0, 3: 6.0})
+    assert found["mean"] == 3.0 and found["sd"] == pytest.approx(math.sqrt(7))
+    low, high = interval({1: 1.0, 2: 2.0, 3: 6.0})
+    assert (high - low) / 2 == pytest.approx(4.303 * math.sqrt(7 / 3))
+    assert spread({1: 2.0})["sd"] is None and interval({1: 2.0}) is None
+    assert differences({1: 3.0, 2: 4.0}, {2: 1.0, 3: 9.0}) == {2: 3.0}
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_the_quantiles_are_those_of_students_t(count):
+    stats = pytest.importorskip("scipy.stats")
+    values = {n: float(n % 2) for n in range(count)}
+    low, high = interval(values)
+    wanted = stats.t.interval(
+        0.95, count - 1, sum(values.values()) / count, spread(values)["sd"] / math.sqrt(count)
+    )
+    assert (low, high) == pytest.approx(wanted, rel=0.05)
+
+
+def test_gain_is_paired_with_the_runs_own_untouched_model():
+    content = content_of(a_run("full", 1, 0.5, before=0.2), a_run("full", 2, 0.6, before=0.4))
+    (variant,) = content["variants"]
+    assert variant["gain"]["values"] == {"1": pytest.approx(0.3), "2": pytest.approx(0.2)}
+    assert variant["gain"]["mean"] == pytest.approx(0.25)
+
+
+def test_what_noise_hides_is_named_and_what_it_does_not_is_not():
+    runs = [a_run("full", seed, recall) for seed, recall in ((1, 0.50), (2, 0.52), (3, 0.54))]
+    runs += [a_run("dual_lora", seed, r) for seed, r in ((1, 0.51), (2, 0.50), (3, 0.53))]
+    # Lower by the same amount for every seed: told apart, though the ranges overlap
+    runs += [a_run("text_lora", seed, r) for seed, r in ((1, 0.49), (2, 0.51), (3, 0.53))]
+    content = content_of(a_run("zero_shot", 1, None), *runs)
+    assert "Best mean recall: full, 52.0 % ± 2.0, +32.0 points" in content["verdict"]
+    assert content["verdict"].endswith("not told apart from it: dual_lora.")
+    assert next(row[0] for row in ablation_rows(content, FIGURES)) == "full"
+
+
+def test_one_seed_tells_nothing_apart():
+    content = content_of(a_run("full", 1, 0.5), a_run("dual_lora", 1, 0.4))
+    assert "With one seed nobody knows the spread" in content["verdict"]
+
+
+def test_no_gain_is_said():
+    content = content_of(a_run("zero_shot", 1, None), a_run("full", 1, 0.1))
+    assert "Best mean recall: zero_shot" in content["verdict"]
+    assert "leave it as it is" in content["verdict"]
+
+
+def test_failed_runs_are_in_the_table_and_on_the_page():
+    content = content_of(a_run("full", 1, 0.5), failed("full", 2), failed("linear_probe", 1))
+    rows = {row[0]: row for row in ablation_rows(content, FIGURES)}
+    assert rows["full"][1] == "1/2, 1 failed" and rows["linear_probe"][1] == "0/1, 1 failed"
+    page = ablation_page(content)
+    assert "&lt;b&gt;diverged" in page and "<b>diverged" not in page
+    assert "Not all runs have finished" in page and "lower --lr" in page
+
+
+def test_nothing_finished_is_still_a_page():
+    content = content_of(failed("full", 1))
+    assert content["verdict"] == "No run has finished."
+    assert "No run has finished." in ablation_page(content)

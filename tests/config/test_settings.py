@@ -1,0 +1,150 @@
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipft.core.errors import UsageError
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.config.sources import load_settings
+from clipft.config.text import range_of, template
+
+
+def load(flags=None, config=None, environ=None):
+    return load_settings(flags or {}, config, environ or {})
+
+
+def test_defaults_are_those_promised():
+    promised = {
+        "data_dir": Path("/tmp/furniture_data"),
+        "s3_bucket": None,
+        "s3_prefix": "data/train",
+        "output_dir": Path("./checkpoints"),
+        "mini_train": False,
+        "scenario": "dual_lora",
+        "epochs": 10,
+        "effective_batch_size": 1024,
+        "micro_batch_size": 0,
+        "num_workers": 4,
+        "seed": 42,
+        "lr": 1e-4,
+        "wd": 0.1,
+        "warmup_steps": 100,
+        "grad_clip": 1.0,
+        "augmentation": "simple",
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "wandb_project": "clip-furniture-finetune",
+        "enable_s3_checkpoints": False,
+        "resume_from_checkpoint": False,
+    }
+    values = load().values.model_dump()
+    assert {name: values[name] for name in promised} == promised
+
+
+def test_sources_rank_flag_environment_file_profile_default(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("seed = 1\nepochs = 1\nwd = 0.5\n")
+    loaded = load({"seed": "3"}, file, {"CLIPFT_SEED": "2", "CLIPFT_EPOCHS": "2"})
+    assert (loaded.values.seed, loaded.values.epochs, loaded.values.wd) == (3, 2, 0.5)
+    assert loaded.origins["seed"] == "flag"
+    assert loaded.origins["epochs"] == "environment"
+    assert loaded.origins["wd"] == f"file {file}"
+    assert loaded.origins["lr"] == "default"
+
+
+def test_the_scenario_brings_its_learning_rate_unless_one_is_given():
+    assert load({"scenario": "linear_probe"}).values.lr == 1e-3
+    assert load({"scenario": "linear_probe", "lr": "2e-4"}).values.lr == 2e-4
+
+
+def test_mini_train_is_weaker_than_any_other_source():
+    assert load({"mini_train": True}).values.epochs == 1
+    assert load({"mini_train": True}, environ={"CLIPFT_EPOCHS": "3"}).values.epochs == 3
+
+
+@given(
+    lr=st.floats(1e-9, 10, allow_nan=False),
+    seed=st.integers(0, 2**40),
+    project=st.text(st.characters(codec="utf-8")),
+)
+def test_printed_settings_read_back_as_they_were(tmp_path_factory, lr, seed, project):
+    loaded = load({"lr": lr, "seed": seed, "wandb_project": project, "scenario": "full"})
+    file = tmp_path_factory.mktemp("toml") / "s.toml"
+    file.write_text(loaded.to_toml(), encoding="utf-8")
+    assert load(config=file).values == loaded.values
+
+
+@pytest.mark.parametrize(
+    ("flags", "toml", "environ", "message", "hint"),
+    [
+        ({"scenario": "dual_lara"}, "", {}, "--scenario 'dual_lara'", "clipft settings"),
+        ({"augmentation": "simpel"}, "", {}, "(did you mean simple?)", ""),
+        ({"epochs": "0"}, "", {}, "--epochs '0': must be at least 1", ""),
+        ({}, "learning_rat = 1", {}, "unknown setting learning_rat", ""),
+        ({}, "lora_rr = 1", {}, "unknown setting lora_rr", "did you mean lora_r?"),
+        ({}, "", {"CLIPFT_EPOCS": "1"}, "CLIPFT_EPOCS", "did you mean CLIPFT_EPOCHS?"),
+        ({}, "", {"CLIPFT_SEED": "x"}, "CLIPFT_SEED 'x': must be", ""),
+        ({}, "not toml", {}, "is not TOML", ""),
+    ],
+)
+def test_mistakes_are_named_where_they_were_made(tmp_path, flags, toml, environ, message, hint):
+    file = tmp_path / "a.toml"
+    file.write_text(toml)
+    with pytest.raises(UsageError) as caught:
+        load(flags, file, environ)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_all_mistakes_come_at_once():
+    with pytest.raises(UsageError) as caught:
+        load({"epochs": "0", "lr": "x"})
+    assert "--epochs" in caught.value.message
+    assert "--lr" in caught.value.message
+
+
+def test_every_setting_says_what_it_is_and_whether_a_resumed_run_may_change_it():
+    fixed = fixed_on_resume()
+    assert {"lr", "scenario", "seed", "effective_batch_size"} <= set(fixed)
+    assert not {"num_workers", "micro_batch_size", "data_dir"} & set(fixed)
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_template_sets_nothing_and_uncommented_the_defaults(tmp_path):
+    text = template()
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    assert set(load(config=file).origins.values()) == {"default"}
+    lines = [line[1:] for line in text.splitlines() if line.startswith("#") and line[1:2] != " "]
+    file.write_text("\n".join(line for line in lines if "=  # not set" not in line))
+    assert load(config=file).values == Settings()
+    assert {line.partition(" ")[0] for line in lines} == set(Settings.model_fields)
+
+
+def test_the_schema_takes_what_clipft_prints_and_refuses_what_it_refuses():
+    schema = Settings.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    printed = tomllib.loads(load().to_toml())
+    jsonschema.validate(printed, schema)
+    for wrong in ({"epochs": 0}, {"augmentation": "much"}, {"learning_rate": 1}, {"max_bad": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(printed | wrong, schema)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("epochs", "from 1"),
+        ("s3_requests", "1 to 256"),
+        ("lora_alpha", "above 0"),
+        ("lora_dropout", "0 to below 1"),
+        ("layer_decay", "above 0 to 1"),
+        ("caption", ""),
+    ],
+)
+def test_ranges_are_those_of_the_model(name, words):
+    assert range_of(Settings.model_fields[name]) == words

@@ -1,0 +1,55 @@
+import json
+import tarfile
+
+import pytest
+
+from clipft.data.captions.template import JUST_THE_TXT, CaptionTemplate
+from clipft.data.descriptions import describe, same_photos
+from clipft.data.shards.dataset import ChosenPairs, open_pairs
+from clipft.core.errors import UsageError
+from tests.conftest import add
+
+PHOTOS = [b"one", b"two", b"one", b"three", b"four!", b"three"]
+FIELDS = [{"kind": "sofa", "id": 7}, {"kind": " "}, {"kind": True}, {"kind": ["a"]}, {}, None]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for shard, numbers in (("0.tar", (0, 1, 2)), ("1.tar", (3, 4, 5))):
+        with tarfile.open(tmp_path / shard, "w") as tar:
+            for number in numbers:
+                add(tar, f"{number}.jpg", PHOTOS[number])
+                add(tar, f"{number}.txt", b"" if number == 4 else f"caption {number}".encode())
+                if FIELDS[number] is not None:
+                    add(tar, f"{number}.json", json.dumps(FIELDS[number]).encode())
+    return open_pairs(tmp_path)
+
+
+def test_equal_files_have_equal_numbers(pairs):
+    assert same_photos(pairs).tolist() == [0, 1, 0, 3, 4, 3]
+
+
+def test_what_is_said_of_pairs(pairs):
+    said = describe(pairs, JUST_THE_TXT, "kind", "id")
+    assert [d.label for d in said] == ["sofa", None, None, None, None, None]
+    assert [d.group for d in said] == ["7", None, None, None, None, None]
+    assert [d.caption for d in said[:2]] == ["caption 0", "caption 1"]
+    assert said[4].caption == ""  # not measured, and no reason to stop
+
+
+def test_the_first_caption_of_several_is_the_one_that_is_measured(pairs):
+    template = CaptionTemplate.parse("a {kind} || {caption}")
+    assert describe(pairs, template, "kind", None)[0].caption == "a sofa"
+
+
+def test_a_group_field_that_no_pair_has_is_refused(pairs):
+    with pytest.raises(UsageError, match="kid") as error:
+        describe(pairs, JUST_THE_TXT, "kind", "kid")
+    assert "did you mean" in error.value.hint
+
+
+def test_chosen_pairs_keep_their_numbers(pairs):
+    chosen = ChosenPairs(pairs, [4, 1])
+    assert len(chosen) == 2
+    assert [chosen[place].number for place in (0, 1)] == [4, 1]
+    assert chosen[1].image == PHOTOS[1]

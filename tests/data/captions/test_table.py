@@ -1,0 +1,103 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+from PIL import Image
+
+from clipft.cache import cache_folder
+from clipft.data.caption_source import LiveCaptions
+from clipft.data.captions.table import caption_table
+from clipft.data.captions.template import CaptionTemplate
+from clipft.data.captions import BadCaption
+from clipft.data.shards.dataset import open_pairs
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.models.pretrained import load_inputs
+from tests.conftest import add
+
+TEMPLATE = CaptionTemplate.parse("{names} || {caption}")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return CaptionEncoder(load_inputs("tiny").tokenizer, 20)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(9):
+            names = [f"name {i} of {number}" for i in range(number % 4)]
+            add(tar, f"{number}.png", buffer.getvalue())
+            add(tar, f"{number}.txt", b"" if number in (0, 4) else b"long " * 5 * number)
+            add(tar, f"{number}.json", json.dumps({"names": names}).encode())
+    return open_pairs(tmp_path)
+
+
+class Builds(list):
+    def __call__(self):
+        self.append(1)
+
+
+def ids(source, pairs, epoch):
+    found = []
+    for number in range(len(pairs)):
+        try:
+            found.append(source.ids(pairs[number], epoch))
+        except BadCaption:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_table_says_what_tokenising_each_time_says(pairs, encoder, seed):
+    table = caption_table(pairs, TEMPLATE, encoder, seed, Builds())
+    live = LiveCaptions(TEMPLATE, encoder, seed)
+    sent = pickle.loads(pickle.dumps(table))
+    by_epoch = [ids(table, pairs, epoch) for epoch in range(6)]
+    assert by_epoch == [ids(live, pairs, epoch) for epoch in range(6)]
+    assert by_epoch == [ids(sent, pairs, epoch) for epoch in range(6)]
+    drawn = {tuple(rows[3]) for rows in by_epoch}
+    assert len(drawn) == 1 if seed is None else len(drawn) > 1
+
+
+def test_figures_are_of_the_captions_before_the_cut(pairs, encoder):
+    figures = caption_table(pairs, TEMPLATE, encoder, 1, Builds()).figures
+    # 0 + 1 + 2 + 3, twice, and 0 again: names; all but two have a .txt; 0 and 4 have neither
+    assert (figures.captions, figures.none) == (12 + 7, 2)
+    assert figures.most_tokens == 8 * 5 + 2
+    assert figures.cut == sum(5 * number + 2 > 20 for number in range(9) if number != 4)
+
+
+def test_it_is_made_once_and_anew_when_anything_changes(pairs, encoder, tmp_path):
+    builds = Builds()
+    caption_table(pairs, TEMPLATE, encoder, 1, builds)
+    caption_table(pairs, TEMPLATE, encoder, 2, builds)  # the seed draws, it does not build
+    assert len(builds) == 1
+    caption_table(pairs, CaptionTemplate.parse("{caption}"), encoder, 1, builds)
+    assert len(builds) == 2
+    os.utime(tmp_path / "0.tar", ns=(1, 1))
+    caption_table(open_pairs(tmp_path), TEMPLATE, encoder, 1, builds)
+    assert len(builds) == 3
+
+
+def test_a_damaged_table_is_made_anew(pairs, encoder):
+    builds = Builds()
+    whole = ids(caption_table(pairs, TEMPLATE, encoder, 1, builds), pairs, 0)
+    (file,) = cache_folder().glob("captions/*/ids.npy")
+    file.write_bytes(file.read_bytes()[:-6])
+    assert ids(caption_table(pairs, TEMPLATE, encoder, 1, builds), pairs, 0) == whole
+    assert len(builds) == 2
+
+
+def test_without_a_cache_folder_it_is_kept_in_memory(pairs, encoder, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("CLIPFT_CACHE", str(blocked / "cache"))
+    table = caption_table(pairs, TEMPLATE, encoder, 1, Builds())
+    assert ids(table, pairs, 0) == ids(LiveCaptions(TEMPLATE, encoder, 1), pairs, 0)
+    assert ids(pickle.loads(pickle.dumps(table)), pairs, 0)

@@ -1,0 +1,263 @@
+"""Packing in several processes, on several machines, and after it was killed."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from PIL import Image
+
+from clipft.data.packing.pack import pack
+from clipft.data.packing.options import PackOptions, Part
+from clipft.core.errors import DataError, UsageError
+from tests.data.packing.pack_helpers import (
+    digests,
+    metadata_of,
+    packed,
+    pairs_of,
+    pattern,
+    picture,
+)
+
+
+def stopped_after(source, out, shards, **options):
+    """Break off when so many shards are written, as Ctrl-C does."""
+    pictures = len(list(source.rglob("*.txt")))
+
+    def report(done, total):
+        if done > pictures and sum(1 for _ in out.rglob("*.tar")) >= shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, out, PackOptions(**{"processes": 1, **options}), report)
+
+
+def test_a_pack_that_broke_off_goes_on_and_ends_with_the_same_bytes(raw, tmp_path):
+    packed(raw, tmp_path / "whole", shard_pairs=7)
+    stopped_after(raw, tmp_path / "out", 3, shard_pairs=7)
+    assert not digests(tmp_path / "out" / "train")
+    kept = {p.name: p.stat().st_ino for p in (tmp_path / "out").rglob("*.tar")}
+    assert len(kept) == 3
+    packed(raw, tmp_path / "out", shard_pairs=7)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    now = {p.name: p.stat().st_ino for p in (tmp_path / "out" / "train").glob("*.tar")}
+    assert kept.items() <= now.items()
+    left = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert left == [".clipft-pack.json", "train", "val"]
+
+
+def test_what_changed_since_it_broke_off_is_packed_anew(raw, tmp_path):
+    stopped_after(raw, tmp_path / "out", 9, shard_pairs=7)
+    for path in raw.rglob("*.txt"):
+        path.write_text(f"{path.read_text()} in oak")
+    packed(raw, tmp_path / "out", shard_pairs=7)
+    packed(raw, tmp_path / "fresh", shard_pairs=7)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_a_pack_that_broke_off_while_it_was_published_goes_on(raw, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    packed(raw, out, shard_pairs=7)
+    moves, replace = [], os.replace
+
+    def breaks_off(old, new):
+        if new.parent == out / "train":
+            moves.append(new)
+        if len(moves) == 3:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", breaks_off)
+        packed(raw, out, shard_pairs=9, overwrite=True)
+    assert not (out / ".clipft-pack.json").exists()  # a mixture bears no mark
+    packed(raw, out, shard_pairs=9)
+    packed(raw, tmp_path / "fresh", shard_pairs=9)
+    assert digests(out) == digests(tmp_path / "fresh")
+
+
+def test_the_number_of_processes_changes_no_byte(raw, tmp_path):
+    for processes in (1, 2):
+        packed(raw, tmp_path / str(processes), shard_pairs=7, size=8, processes=processes)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def started(source, out, *more):
+    command = [sys.executable, "-m", "clipft", "pack", str(source), str(out), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(condition, what):
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.002)
+
+
+def works(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory):
+    """40 pictures that take their time, and what an undisturbed pack makes of them."""
+    folder = tmp_path_factory.mktemp("heavy")
+    for i in range(40):
+        picture(folder / "raw" / f"{i}.png", i, f"thing {i}")
+        pattern(i, 600).save(folder / "raw" / f"{i}.png", compress_level=1)
+    packed(folder / "raw", folder / "whole", size=64, shard_pairs=2)
+    return folder
+
+
+OPTIONS = ("--size", "64", "--shard-pairs", "2", "--processes", "2")
+
+
+def stopped_in_the_middle(source, folder):
+    """A pack that stands still with some of its 20 shards written, and where it writes."""
+    for attempt in range(10):
+        out = folder / f"out{attempt}"
+        running = started(source, out, *OPTIONS)
+        wait_for(lambda out=out: len(list(out.rglob("*.tar"))) >= 2, "no shard was written")
+        os.killpg(running.pid, signal.SIGSTOP)  # or it may be done before it is killed
+        if len(list(out.rglob("*.tar"))) < 15:
+            return running, out
+        os.killpg(running.pid, signal.SIGKILL)  # a busy machine: it was nearly done
+        running.communicate()
+    raise AssertionError("always done before it could be stopped")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_it_leaves_no_process_and_goes_on(heavy, tmp_path, how):
+    running, out = stopped_in_the_middle(heavy / "raw", tmp_path)
+    children = psutil.Process(running.pid).children(recursive=True)
+    assert len(children) >= 2
+    if how == signal.SIGKILL:
+        running.kill()
+    else:
+        os.killpg(running.pid, how)  # as a terminal does
+    os.killpg(running.pid, signal.SIGCONT)
+    errors = running.communicate(timeout=120)[1].decode()
+    assert "Traceback" not in errors
+    assert running.returncode == (-9 if how == signal.SIGKILL else 130), errors
+    wait_for(lambda: not any(works(child) for child in children), "a process was left")
+    assert not (out / "train").exists()
+    kept = {p.name: p.stat().st_ino for p in out.rglob("train/*.tar")}
+    packed(heavy / "raw", out, size=64, shard_pairs=2)
+    assert digests(out) == digests(heavy / "whole")
+    now = {p.name: p.stat().st_ino for p in (out / "train").glob("*.tar")}
+    assert kept.items() <= now.items()
+
+
+def test_a_worker_that_dies_is_an_error_with_a_hint(raw, tmp_path):
+    def report(done, total):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+
+    with pytest.raises(DataError, match="worker process") as caught:
+        pack(raw, tmp_path / "out", PackOptions(processes=2, shard_pairs=2), report)
+    assert "--processes" in caught.value.hint
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_parts_of_several_machines_are_the_whole_byte_for_byte(raw, tmp_path, together):
+    packed(raw, tmp_path / "whole", shard_pairs=7)
+    joined, pairs = tmp_path / "joined", 0
+    for number in (3, 1, 2):
+        out = joined if together else tmp_path / f"part{number}"
+        result = packed(raw, out, shard_pairs=7, part=Part(number, 3))
+        pairs += result.train_pairs + result.val_pairs
+        if not together:
+            shutil.copytree(out, joined, dirs_exist_ok=True)
+    assert pairs == 60
+    assert digests(joined) == digests(tmp_path / "whole")
+    sizes = {}
+    for path in (joined / "train").glob("sizes-*-of-3.json"):
+        sizes |= json.loads(path.read_text())
+    assert sizes == json.loads((tmp_path / "whole" / "train" / "sizes.json").read_text())
+
+
+def test_parts_that_do_not_fit_are_refused(raw, tmp_path):
+    out, first = tmp_path / "out", {"shard_pairs": 7, "part": Part(1, 2)}
+    packed(raw, out, **first)
+    with pytest.raises(UsageError, match="former pack"):
+        packed(raw, out, **first)
+    with pytest.raises(UsageError, match="other pairs or options"):
+        packed(raw, out, shard_pairs=8, part=Part(2, 2))
+    with pytest.raises(UsageError, match="not of 3"):
+        packed(raw, out, shard_pairs=7, part=Part(2, 3))
+    before = digests(out)
+    picture(raw / "new.png", 99, "new")
+    with pytest.raises(UsageError, match="other pairs or options"):
+        packed(raw, out, shard_pairs=7, part=Part(2, 2))
+    assert digests(out) == before
+    packed(raw, out, **first, overwrite=True)
+    packed(raw, out, shard_pairs=7, part=Part(2, 2))
+    packed(raw, tmp_path / "whole", shard_pairs=7)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/2/3"])
+def test_parts_are_named_like_1_of_2(text):
+    with pytest.raises(UsageError, match="not I/N"):
+        Part.parse(text)
+
+
+def near_copies(folder, count):
+    """Each photo, and the same one in another size and stored anew."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        for name, side, quality in ((f"{i}", 500, 95), (f"{i} again", (1200, 333)[i % 2], 80)):
+            coarse = pattern(i, 5).resize((side, side), Image.Resampling.BICUBIC)
+            coarse.save(folder / f"{name}.jpg", quality=quality)
+            (folder / f"{name}.txt").write_text(name.replace(" ", "-"))
+
+
+@pytest.mark.parametrize("near", [4, -1])
+def test_near_identical_photos_stand_on_one_side(tmp_path, near):
+    near_copies(tmp_path / "raw", 30)
+    packed(tmp_path / "raw", tmp_path / "out", near=near, val_share=0.3)
+    train, val = (
+        {caption.split("-")[0] for caption in metadata_of(tmp_path / "out" / split)}
+        for split in ("train", "val")
+    )
+    assert bool(train & val) == (near < 0)
+    assert len(pairs_of(tmp_path / "out" / "val")) == 18
+
+
+def test_near_identical_photos_across_the_sources_own_split_are_counted(tmp_path):
+    near_copies(tmp_path / "raw" / "train", 5)
+    (tmp_path / "raw" / "val").mkdir()
+    for name in ("0 again.jpg", "1 again.jpg", "2.jpg"):
+        for suffix in (name.rpartition(".")[2], "txt"):
+            stem = name.rpartition(".")[0]
+            source = tmp_path / "raw" / "train" / f"{stem}.{suffix}"
+            shutil.move(source, tmp_path / "raw" / "val" / source.name)
+    shutil.copy(tmp_path / "raw" / "train" / "3.jpg", tmp_path / "raw" / "val" / "same.jpg")
+    (tmp_path / "raw" / "val" / "same.txt").write_text("same")
+    result = packed(tmp_path / "raw", tmp_path / "out")
+    assert (result.shared_photos, result.shared_near_photos) == (1, 3)
+    result = packed(tmp_path / "raw", tmp_path / "blind", near=-1)
+    assert (result.shared_photos, result.shared_near_photos) == (1, 0)
+
+
+def test_shards_by_size(tmp_path):
+    for i in range(24):
+        picture(tmp_path / "raw" / f"{i}.png", i, f"thing {i}")
+        pattern(i, 600).save(tmp_path / "raw" / f"{i}.bmp")
+        (tmp_path / "raw" / f"{i}.png").unlink()
+    result = packed(tmp_path / "raw", tmp_path / "out", shard_mb=4, shard_pairs=2, val_share=0)
+    sizes = [p.stat().st_size / 2**20 for p in sorted((tmp_path / "out").rglob("*.tar"))]
+    assert result.shards == len(sizes) == 6
+    assert all(4 <= size < 5.1 for size in sizes[:-1])
+    packed(tmp_path / "raw", tmp_path / "small", shard_mb=1, size=60, val_share=0)
+    assert len(list((tmp_path / "small").rglob("*.tar"))) == 1

@@ -1,0 +1,242 @@
+"""The face that training has of its processes, over real ones."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clipft.core.errors import DataError, UsageError
+from clipft.distributed.collectives import OneProcess, by_first, first_then_all, together
+from clipft.distributed.rendezvous import find_place
+from tests.training.process_helpers import (
+    ROOT,
+    free_port,
+    results,
+    start_all,
+    torchrun_environment,
+)
+
+COLLECTIVES = """
+    uneven = torch.arange(2.0 * rank * 3).reshape(-1, 3) + 100 * rank
+    empty_here = torch.ones(2, 4) if rank == 1 else torch.empty(0)
+    a, b, c, d = (nn.Parameter(torch.zeros(2)) for _ in range(4))
+    if rank == 1:
+        b.grad = torch.full((2,), 5.0)  # None on the others
+    a.grad, c.grad = torch.full((2,), rank + 1.0), torch.full((2,), rank + 7.0)
+    processes.sum_gradients([a, b, c, d], complete=[c])
+    processes.barrier()
+    result = {
+        "uneven": processes.gather_rows(uneven).tolist(),
+        "empty": processes.gather_rows(empty_here).tolist(),
+        "nothing": list(processes.gather_rows(torch.empty(0, 4)).shape),
+        "numbers": processes.gather_rows(torch.tensor([rank], dtype=torch.int64)).tolist(),
+        "scalars": processes.gather_rows(torch.ones(3 - rank)).tolist(),
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)],
+        "any": [processes.any(rank == 1), processes.any(False), processes.any(True)],
+        "objects": processes.gather_objects({"rank": rank}),
+        "first": processes.broadcast_object(f"from {rank}"),
+    }
+"""
+
+
+def test_collectives_over_three_processes():
+    found = results("    from torch import nn\n" + COLLECTIVES, 3)
+    assert found[0] == found[1] == found[2]
+    ours = found[0]
+    rows = [
+        (torch.arange(2.0 * rank * 3).reshape(-1, 3) + 100 * rank).tolist() for rank in range(3)
+    ]
+    assert ours["uneven"] == rows[0] + rows[1] + rows[2]
+    assert ours["empty"] == [[1.0] * 4] * 2
+    assert ours["nothing"] == [0, 4]
+    assert ours["numbers"] == [0, 1, 2]
+    assert ours["scalars"] == [1.0] * 6
+    assert ours["gradients"] == [[6.0, 6.0], [5.0, 5.0], [7.0, 7.0], None]
+    assert ours["any"] == [True, False, True]
+    assert ours["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert ours["first"] == "from 0"
+
+
+def test_gradients_larger_than_one_message():
+    body = """
+    import clipft.distributed.collectives as distributed
+    from torch import nn
+    distributed._BUCKET_BYTES = 100
+    many = [nn.Parameter(torch.zeros(n)) for n in (3, 40, 1, 0, 7, 20)]
+    many.append(nn.Parameter(torch.zeros(4, dtype=torch.float64)))
+    for p in many:
+        p.grad = torch.full_like(p, rank + 1.0)
+    processes.sum_gradients(many)
+    result = [p.grad.unique().tolist() for p in many]
+"""
+    assert results(body)[1] == [[3.0], [3.0], [3.0], [], [3.0], [3.0], [3.0]]
+
+
+def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
+    body = """
+    from clipft.training.distributed import StepAbandonedError
+    result = []
+    for collective in (lambda: processes.gather_rows(torch.ones(1)),
+                       lambda: processes.sum_gradients([])):
+        if rank == 0:
+            processes.abandon_step()
+        else:
+            try:
+                collective()
+            except StepAbandonedError:
+                result.append("heard")
+    result.append(processes.gather_rows(torch.ones(1)).tolist())
+"""
+    assert results(body) == [[[1.0, 1.0]], ["heard", "heard", [1.0, 1.0]]]
+
+
+def test_an_error_of_one_is_raised_on_all():
+    body = """
+    from clipft.errors import DataError
+    from clipft.training.distributed import by_first, first_then_all, together
+    calls = []
+    def fails_on(which):
+        calls.append(which)
+        if rank == which:
+            raise DataError(f"broken on {rank}", "mend it")
+        return rank
+    result = []
+    for run in (lambda: together(processes, lambda: fails_on(1)),
+                lambda: by_first(processes, lambda: fails_on(0)),
+                lambda: first_then_all(processes, lambda: fails_on(0))):
+        try:
+            run()
+        except DataError as error:
+            result.append([error.message, error.hint])
+    result.append(len(calls))
+    result.append([together(processes, lambda: fails_on(5)), by_first(processes, lambda: rank),
+                   first_then_all(processes, lambda: rank)])
+"""
+    first, second = results(body)
+    raised = [["broken on 1", "mend it"], ["broken on 0", "mend it"], ["broken on 0", "mend it"]]
+    assert first[:3] == second[:3] == raised
+    assert (first[3], second[3]) == (3, 1)  # what the first cannot do the others do not try
+    assert (first[4], second[4]) == ([0, 0, 0], [1, 0, 1])
+
+
+WAITING = """
+    import os, time
+    print("here", flush=True)
+    if rank == 1:
+        {last}
+    processes.{wait}
+"""
+
+
+def lost(last: str, wait: str, minutes: float) -> str:
+    started = time.monotonic()
+    first, second = start_all(WAITING.format(last=last, wait=wait), 2, minutes)
+    _, stderr = first.communicate(timeout=180)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1 and time.monotonic() - started < 150
+    return stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "wait", ["gather_rows(torch.ones(2))", "barrier()", "gather_objects(0)", "sum_gradients([])"]
+)
+def test_a_process_that_is_killed_is_an_error_of_the_others(wait):
+    said = lost("os.kill(os.getpid(), 9)", wait, minutes=5)
+    assert "ProcessError: another process of this run ended" in said
+
+
+def test_a_process_that_hangs_is_an_error_of_the_others_after_the_timeout():
+    said = lost("time.sleep(300)", "gather_rows(torch.ones(2))", minutes=0.05)
+    assert "was not heard of within --process-timeout" in said
+
+
+def test_one_process_does_nothing():
+    alone = OneProcess()
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    alone.sum_gradients([parameter])
+    assert parameter.grad.tolist() == [1.0, 1.0]
+    assert alone.gather_rows(parameter).tolist() == [1.0, 1.0]
+    assert not alone.gather_rows(parameter).requires_grad
+    assert (alone.any(True), alone.any(False)) == (True, False)
+    assert alone.gather_objects(3) == [3] and alone.broadcast_object(3) == 3
+    error = DataError("a", "b")
+
+    def fail() -> None:
+        raise error
+
+    for run in (together, by_first, first_then_all):
+        assert run(alone, lambda: 5) == 5
+        with pytest.raises(DataError) as raised:
+            run(alone, fail)
+        assert raised.value is error
+
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "gpu[03-07,12],login",
+    "SLURM_JOB_ID": "4711",
+}
+
+
+def test_the_place_of_a_process_under_slurm():
+    place = find_place(SLURM)
+    assert place
+    assert (place.rank, place.count, place.local_rank, place.on_this_machine) == (5, 8, 1, 4)
+    assert (place.address, place.port) == ("gpu03", 24711)
+    for listed, node in (("n1", "n1"), ("n1,n2", "n1"), ("a-[1,3]", "a-1"), ("a[001-004]", "a001")):
+        assert find_place({**SLURM, "SLURM_JOB_NODELIST": listed}).address == node
+
+
+def test_a_batch_script_of_slurm_without_srun_runs_alone():
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None
+    assert find_place({}) is None
+
+
+def test_an_incomplete_environment_is_refused():
+    with pytest.raises(UsageError, match="MASTER_ADDR"):
+        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(UsageError):
+        find_place({"RANK": "first", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("way_out", ["pass", "raise Interrupted('a', 'b')"])
+def test_no_thread_of_the_group_lives_until_python_ends(way_out):
+    """One that does may end the process with an abort."""
+    body = f"""
+import os
+from pathlib import Path
+from clipft.errors import Interrupted
+from clipft.settings import Settings
+from clipft.training.starting import start_processes
+try:
+    with start_processes(Settings(device="cpu")) as processes:
+        processes.barrier()
+        {way_out}
+except Interrupted:
+    pass
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print([name for name in names if name.startswith(("gloo", "pt_"))])
+"""
+    port = free_port()
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", body],
+            env=torchrun_environment(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["[]", "[]"]
+    assert [process.returncode for process in both] == [0, 0]

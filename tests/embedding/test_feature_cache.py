@@ -1,0 +1,121 @@
+"""Looking features up changes nothing but the time."""
+
+import numpy as np
+import pytest
+import torch
+
+from clipft.cache import cache_folder
+from clipft.data.loader import training_batches
+from clipft.data.order import Position
+from clipft.config.sources import load_settings
+from clipft.embedding import feature_cache
+from clipft.distributed.collectives import ALONE
+from clipft.training.setup import RunSetup, prepare
+from clipft.training.loop import TrainState, fit
+from tests.conftest import write_shard
+
+
+def setup_of(data, **given) -> RunSetup:
+    flags = {
+        "model": "tiny",
+        "data_dir": str(data),
+        "effective_batch_size": 40,
+        "micro_batch_size": 16,
+        "num_workers": 0,
+        "device": "cpu",
+        "precision": "fp32",
+        "epochs": 2,
+        "lora_dropout": 0.1,
+        **given,
+    }
+    return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
+
+
+def trained(setup: RunSetup):
+    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
+    how, plan = setup.encoding.preprocessing, setup.epoch_plan
+    batches = training_batches(setup.train, how, plan, Position(), 2, setup.loader_options)
+    return list(fit(state, batches, setup.make_accumulation(state.optimiser, print)))
+
+
+CASES = [
+    ("linear_probe", "none", {"images", "texts"}),
+    ("linear_probe", "simple", {"texts"}),
+    ("vision_lora", "none", {"texts"}),
+    ("text_lora", "none", {"images"}),
+    ("dual_lora", "none", set()),
+]
+
+
+@pytest.mark.parametrize(("scenario", "augmentation", "kept"), CASES)
+def test_the_same_is_learned_with_and_without(scenario, augmentation, kept, catalogue):
+    given = {"scenario": scenario, "augmentation": augmentation}
+    live = setup_of(catalogue, feature_cache=False, **given)
+    assert not (cache_folder() / "features").exists()
+    cached = setup_of(catalogue, **given)
+    made = [path.name.split("-")[0] for path in (cache_folder() / "features").glob("*")]
+    assert made.count("images") == ("images" in kept) + (not live.loaded.model.vision_tower_learns)
+    assert made.count("texts") == ("texts" in kept) + (not live.loaded.model.text_tower_learns)
+    for ours, expected in zip(trained(cached), trained(live), strict=True):
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-5)
+    expected = live.loaded.model.trainable_state()
+    for name, weight in cached.loaded.model.trainable_state().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
+
+
+def test_bad_pictures_are_left_out_and_named_as_they_would_be(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", range(40), bad=[3, 17])
+    write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
+    given = {"scenario": "linear_probe", "augmentation": "none", "max_bad": 0.2}
+    live, cached = setup_of(tmp_path, feature_cache=False, **given), setup_of(tmp_path, **given)
+    for ours, expected in zip(trained(cached), trained(live), strict=True):
+        assert ours.pairs == expected.pairs == 38
+        assert [s["key"] for s in ours.skipped] == [s["key"] for s in expected.skipped]
+        assert [s["reason"] for s in ours.skipped] == [s["reason"] for s in expected.skipped]
+
+
+def test_features_are_made_once_and_anew_when_the_shards_change(tmp_path, monkeypatch):
+    made = []
+    plain = feature_cache._write
+
+    def counted(*given):
+        made.append(given)
+        plain(*given)
+
+    monkeypatch.setattr(feature_cache, "_write", counted)
+    write_shard(tmp_path / "train" / "0.tar", range(40))
+    write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
+    given = {"scenario": "linear_probe", "augmentation": "none"}
+    setup_of(tmp_path, **given)
+    assert len(made) == 4  # images and texts, of train and of val
+    setup_of(tmp_path, **given)
+    assert len(made) == 4
+    write_shard(tmp_path / "train" / "0.tar", range(50, 90))
+    setup_of(tmp_path, **given)
+    assert len(made) == 6
+
+
+def test_a_broken_cache_is_made_anew(catalogue):
+    given = {"scenario": "linear_probe", "augmentation": "none"}
+    expected = setup_of(catalogue, **given).encoding.sides.images.cut.features.rows(
+        np.arange(96, dtype=np.uint64)
+    )
+    for path in (cache_folder() / "features").glob("images-*/values"):
+        path.write_bytes(path.read_bytes()[:100])
+    again = setup_of(catalogue, **given).encoding.sides.images.cut.features.rows(
+        np.arange(96, dtype=np.uint64)
+    )
+    assert torch.equal(again, expected)
+
+
+def test_a_cache_without_room_is_done_without(catalogue, monkeypatch, tmp_path):
+    blocked = tmp_path / "a-file"
+    blocked.write_text("")
+    monkeypatch.setenv("CLIPFT_CACHE", str(blocked))
+    notes = []
+    settings = load_settings(
+        {"model": "tiny", "data_dir": str(catalogue), "scenario": "linear_probe"}, environ={}
+    ).values.model_copy(update={"micro_batch_size": 16, "num_workers": 0})
+    setup = prepare(settings, notes.append, ALONE)
+    assert setup.encoding.preprocessing.pictures
+    assert any("features are not kept" in note for note in notes)

@@ -1,0 +1,62 @@
+"""The first pictures of some captions, against a plain sort."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from clipft.embedding.embed import Embeddings
+from clipft.training.gallery import choose_cases
+from clipft.evaluation.gallery import Ranker, Rankings
+
+
+def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:
+    """Of pairs in groups; every ``skip``-th could not be used."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = tuple(n for n in range(len(groups)) if skip == 0 or n % skip)
+    images = normalize(torch.randn(len(numbers), 6, generator=generator), dim=1)
+    texts = normalize(torch.randn(len(numbers), 6, generator=generator), dim=1)
+    return Embeddings(images, texts, numbers, (), 100.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.lists(st.integers(0, 5), min_size=3, max_size=40), st.integers(0, 3))
+def test_ranks_and_first_pictures_are_those_of_a_sort(seed, groups, skip):
+    if skip == 1:  # nothing left
+        return
+    embedded = embeddings(seed, groups, skip)
+    found = Ranker(torch.tensor(groups), "x")(embedded)
+    firsts = {groups[number]: number for number in reversed(embedded.numbers)}
+    assert found.queries == sorted(firsts.values())
+    scores = (embedded.texts @ embedded.images.T).numpy()
+    for query, rank, first in zip(found.queries, found.ranks, found.first, strict=True):
+        row = scores[embedded.numbers.index(query)]
+        order = [embedded.numbers[at] for at in (-row).argsort(kind="stable")]
+        assert first == order[:5]
+        right = [at for at, number in enumerate(order, 1) if groups[number] == groups[query]]
+        assert rank == right[0]
+
+
+def test_of_many_captions_some_ask_spread_over_the_set():
+    found = Ranker(torch.arange(2500), "x")(embeddings(1, list(range(2500)), 0))
+    assert len(found.queries) == 834 and found.queries[-1] == 2499
+
+
+def test_a_file_is_read_back_and_another_is_none(tmp_path):
+    found = Rankings("x", [1, 2], [3, 1], [[4, 5], [2, 1]])
+    found.write(tmp_path / "a.json")
+    assert Rankings.read(tmp_path / "a.json") == found
+    (tmp_path / "b.json").write_text('{"queries": []}')
+    assert Rankings.read(tmp_path / "b.json") is None is Rankings.read(tmp_path / "c.json")
+
+
+def test_the_greatest_gains_and_losses_are_chosen():
+    before = Rankings("x", list(range(30)), [40, 400, 1, 2, *[7] * 26], [[n] for n in range(30)])
+    after = Rankings("x", list(range(30)), [2, 300, 9, 2, *[7] * 26], [[n] for n in range(30)])
+    cases = choose_cases(before, after)
+    assert [case.query for case in cases if case.kind == "gain"] == [0, 1]
+    assert [case.query for case in cases if case.kind == "loss"] == [2]
+    assert len([case for case in cases if case.kind == "any"]) == 4
+    assert len({case.query for case in cases}) == len(cases)
+    other = Rankings("y", after.queries, after.ranks, after.first)
+    assert {case.kind for case in choose_cases(before, other)} == {"any"}

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from clipft.core.errors import ModelError
+from clipft.models.trainable import adapt
+from clipft.models.pretrained import load_base
+from clipft.modelling.interpolate import Interpolation
+from clipft.config.scenarios import SCENARIOS
+from clipft.config.settings import Settings
+
+TRAINING = [name for name, scenario in SCENARIOS.items() if scenario.trains]
+
+
+def trainable(scenario="dual_lora"):
+    settings = Settings(model="tiny", scenario=scenario)
+    return adapt(load_base("tiny"), settings.declared_scenario, settings).eval()
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(3)
+    side = load_base("tiny").inputs.image_size
+    pixels = torch.randint(0, 256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
+    return pixels, torch.randint(1, 400, (4, 12), generator=generator)
+
+
+@torch.inference_mode()
+def encoded(model):
+    images, texts = model(*inputs())
+    return torch.cat([images, texts])
+
+
+def moved(model):
+    """As training would: every weight that trains is changed."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in model.trainable():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return model.trainable_state()
+
+
+@pytest.mark.parametrize("scenario", TRAINING)
+def test_the_ends_are_the_untouched_and_the_tuned_model(scenario):
+    base = load_base("tiny")
+    settings = Settings(model="tiny", scenario="zero_shot")
+    untouched = encoded(adapt(base, SCENARIOS["zero_shot"], settings).eval())
+    model = trainable(scenario)
+    start = model.trainable_state()
+    way = Interpolation(start, moved(model))
+    tuned = encoded(model)
+    assert not torch.allclose(untouched, tuned, atol=1e-3)
+    model.load_trainable_state(way.at(0))
+    torch.testing.assert_close(encoded(model), untouched, atol=1e-6, rtol=0)
+    model.load_trainable_state(way.at(1))
+    torch.testing.assert_close(encoded(model), tuned, atol=0, rtol=0)
+
+
+def test_half_of_an_adapter_is_half_of_its_change():
+    model = trainable()
+    way = Interpolation(model.trainable_state(), moved(model))
+    layer = next(m for m in model.modules() if hasattr(m, "get_delta_weight"))
+    whole = layer.get_delta_weight("default").detach()
+    model.load_trainable_state(way.at(0.5))
+    torch.testing.assert_close(layer.get_delta_weight("default").detach(), whole / 2)
+
+
+def test_full_weights_are_interpolated_linearly():
+    model = trainable("full")
+    start = model.trainable_state()
+    end = moved(model)
+    middle = Interpolation(start, end).at(0.25)
+    for name, weight in middle.items():
+        torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * end[name])
+
+
+def test_what_cannot_be_interpolated_is_refused():
+    with pytest.raises(ModelError, match="nothing was trained"):
+        Interpolation({}, {})
+    model = trainable()
+    tuned = moved(model)
+    with pytest.raises(ModelError, match="before training"):
+        Interpolation(tuned, tuned)
+    with pytest.raises(ModelError, match="scenario"):
+        Interpolation(trainable("linear_probe").trainable_state(), tuned)

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from clipft.metrics.definitions import paired_figures
+from clipft.metrics.ranking import ranks_of
+from clipft.evaluation.retrieval import partner_ranks, retrieval
+from tests.metrics.embeddings import PLENTY, naive_ranks, tied, unit
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    values=st.integers(0, 3),
+    seed=st.integers(0, 999),
+    memory=st.integers(1, 9000),
+)
+def test_ranks_are_those_of_a_sort_with_many_ties(n, values, seed, memory):
+    queries, candidates = tied(n, seed, values), tied(n, seed + 1, values)
+    expected = naive_ranks((queries @ candidates.T).numpy()).diagonal()
+    assert partner_ranks(queries, candidates, memory).tolist() == expected.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 30)),
+    seed=st.integers(0, 999),
+    memory=st.integers(1, 4000),
+    share=st.floats(0, 1),
+)
+def test_any_number_of_right_candidates_is_ranked(shape, seed, memory, share):
+    queries, candidates = tied(shape[0], seed), tied(shape[1], seed + 1)
+    wanted = np.random.default_rng(seed).random(shape) < share
+    rows, columns = map(torch.from_numpy, np.nonzero(wanted))
+    expected = naive_ranks((queries @ candidates.T).numpy())[wanted]
+    assert ranks_of(queries, candidates, rows, columns, memory).tolist() == expected.tolist()
+
+
+def test_blocks_change_nothing():
+    images, texts = unit(50, 1), unit(50, 2)
+    for memory in (1, 5000, 20_000):
+        assert retrieval(images, texts, memory) == retrieval(images, texts, PLENTY)
+
+
+@pytest.mark.parametrize("kind", [unit, tied])
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_agree_with_open_clip(kind, seed):
+    metrics = pytest.importorskip("open_clip_train.train").get_clip_metrics
+    images, texts = kind(200, seed), kind(200, seed + 10)
+    texts = functional.normalize(images + texts, dim=-1) if kind is unit else texts
+    for queries, candidates in ((images, texts), (texts, images)):
+        # open_clip leaves ties to an unstable sort: it is handed scores in our order of them
+        scores = -torch.from_numpy(naive_ranks((queries @ candidates.T).numpy())).float()
+        theirs = metrics(scores, torch.eye(200), torch.tensor(1.0))
+        ranks = partner_ranks(queries, candidates, PLENTY).numpy()
+        ours = {name: values.mean() for name, values in paired_figures(ranks).items()}
+        for k in (1, 5, 10):
+            assert ours[f"r@{k}"] == pytest.approx(theirs[f"image_to_text_R@{k}"])
+        assert ours["mean_rank"] == pytest.approx(theirs["image_to_text_mean_rank"])
+        assert np.floor(np.median(ranks)) == theirs["image_to_text_median_rank"]
+
+
+def test_a_perfect_model_is_perfect_and_the_json_has_its_names():
+    same = unit(20, 5)
+    figures = retrieval(same, same, PLENTY).to_dict()
+    assert figures["pairs"] == 20
+    expected = {"r@1": 1.0, "r@5": 1.0, "r@10": 1.0, "median_rank": 1.0, "mrr": 1.0}
+    assert figures["text_to_image"] == figures["image_to_text"] == expected
+
+
+def test_not_a_number_ranks_last():
+    images, texts = unit(10, 8), unit(10, 9)
+    images[3] = float("nan")
+    assert partner_ranks(texts, images, PLENTY)[3] == 10
+    assert retrieval(images * float("nan"), texts, PLENTY).text_to_image.r1 == 0.0
+
+
+@pytest.mark.gpu
+def test_a_gpu_ranks_alike():
+    queries, candidates = tied(300, 1), tied(300, 2)
+    there = partner_ranks(queries.cuda(), candidates.cuda(), 50_000)
+    assert there.tolist() == partner_ranks(queries, candidates, PLENTY).tolist()

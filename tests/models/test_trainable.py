@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from clipft.core.errors import ModelError
+from clipft.models.trainable import TrainableModel, adapt
+from clipft.models.pretrained import BaseModel, ModelInputs, load_base
+from clipft.config.scenarios import SCENARIOS
+from clipft.config.sources import load_settings
+
+SETTINGS = load_settings({}, environ={}).values
+
+# The true ViT-B/32 at r = 16
+TRAINABLE = {
+    "zero_shot": 0,
+    "linear_probe": 655_360,
+    "dual_lora": 1_638_400,
+    "vision_lora": 983_040,
+    "text_lora": 655_360,
+    "full": 151_277_313,
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_trainable_parameters_of_the_true_vit_b_32(name):
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig())
+    total = sum(p.numel() for p in clip.parameters())
+    inputs = ModelInputs(None, 77, 224, (0.5,) * 3, (0.5,) * 3)
+    base = BaseModel("vit", clip, inputs, total)
+    counted = adapt(base, SCENARIOS[name], SETTINGS).parameters_count()
+    assert counted.base == 151_277_313
+    assert counted.trainable == TRAINABLE[name]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_only_what_the_scenario_names_gets_a_gradient(name):
+    scenario = SCENARIOS[name]
+    model = adapt(load_base("tiny"), scenario, SETTINGS)
+    names = [n for n, _ in model.trainable()]
+    assert model.learns_images == any("vision" in n or "visual" in n for n in names)
+    assert ("logit_scale" in "".join(names)) == scenario.full
+    if scenario.lora and not scenario.full:
+        wanted = {f"{tower}_model" for tower in scenario.lora}
+        found = {t for t in ("vision_model", "text_model") for n in names if t in n}
+        assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "vision_tower", "text_tower", "images", "texts"),
+    [
+        ("zero_shot", False, False, False, False),
+        ("linear_probe", False, False, True, True),
+        ("dual_lora", True, True, True, True),
+        ("vision_lora", True, False, True, False),
+        ("text_lora", False, True, False, True),
+        ("full", True, True, True, True),
+    ],
+)
+def test_what_learns_is_told_apart(name, vision_tower, text_tower, images, texts):
+    model = adapt(load_base("tiny"), SCENARIOS[name], SETTINGS)
+    assert (model.vision_tower_learns, model.text_tower_learns) == (vision_tower, text_tower)
+    assert (model.learns_images, model.learns_texts) == (images, texts)
+
+
+def test_an_adapted_model_starts_as_the_untouched_one():
+    base = load_base("tiny")
+    pixels = torch.randint(
+        0, 256, (2, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
+    )
+    ids = torch.tensor(base.inputs.tokenizer(["a red chair", "a lamp"], padding=True)["input_ids"])
+    untouched = adapt(base, SCENARIOS["zero_shot"], SETTINGS).eval()
+    with torch.no_grad():
+        expected = untouched(pixels, ids)
+        tuned = adapt(load_base("tiny"), SCENARIOS["dual_lora"], SETTINGS).eval()(pixels, ids)
+    torch.testing.assert_close(tuned, expected)
+
+
+def test_normalising_is_that_of_the_image_processor():
+    from transformers import CLIPImageProcessor
+
+    base = load_base("tiny")
+    processor = CLIPImageProcessor(
+        image_mean=list(base.inputs.mean), image_std=list(base.inputs.std)
+    )
+    pixels = torch.randint(
+        0, 256, (1, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
+    )
+    theirs = processor(
+        images=list(pixels), do_resize=False, do_center_crop=False, return_tensors="pt"
+    )["pixel_values"]
+    model = adapt(base, SCENARIOS["zero_shot"], SETTINGS)
+    torch.testing.assert_close(
+        pixels.float() * model._gain - model._shift, theirs, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_weights_go_back_where_they_came_from_or_are_refused():
+    torch.manual_seed(1)
+    model = adapt(load_base("tiny"), SCENARIOS["dual_lora"], SETTINGS)
+    state = {name: torch.randn_like(value) for name, value in model.trainable_state().items()}
+    model.load_trainable_state(state)
+    for name, value in model.trainable_state().items():
+        assert torch.equal(value, state[name])
+    other = adapt(load_base("tiny"), SCENARIOS["vision_lora"], SETTINGS)
+    with pytest.raises(ModelError, match="does not fit"):
+        other.load_trainable_state(state)
+
+
+def adapted(scenario: str, **given: str) -> TrainableModel:
+    settings = load_settings(given, environ={}).values
+    return adapt(load_base("tiny"), SCENARIOS[scenario], settings)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "given", "scales"),
+    [
+        ("full", {}, ["logit_scale"]),
+        ("full", {"logit_scale": "frozen"}, []),
+        ("dual_lora", {}, []),
+        ("dual_lora", {"logit_scale": "trained"}, ["logit_scale"]),
+        ("linear_probe", {"logit_scale": "trained"}, ["logit_scale"]),
+        ("dual_lora", {"loss": "siglip"}, ["logit_bias", "logit_scale"]),
+        ("linear_probe", {"loss": "siglip", "logit_scale": "frozen"}, []),
+        ("zero_shot", {"loss": "siglip"}, []),
+    ],
+)
+def test_which_scales_train_and_that_they_are_kept(scenario, given, scales):
+    model = adapted(scenario, **given)
+    named = {name.rpartition(".")[2]: p for name, p in model.trainable() if p.ndim == 0}
+    assert sorted(named) == scales
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.fill_(1.25)
+    again = adapted(scenario, **given)
+    again.load_trainable_state(model.trainable_state())
+    values = {"logit_scale": again.logit_scale, "logit_bias": again.logit_bias}
+    assert all(values[name].item() == 1.25 for name in scales)
+
+
+def test_siglip_gives_a_clip_checkpoint_a_bias_and_starts_its_temperature_anew():
+    model = adapted("dual_lora", loss="siglip")
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    assert adapted("dual_lora").logit_bias is None
+
+
+def test_the_logit_scale_stays_at_or_below_100():
+    model = adapt(load_base("tiny"), SCENARIOS["full"], SETTINGS)
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_fingerprints_tell_weights_apart():
+    base = load_base("tiny")
+    before = base.fingerprint()
+    assert load_base("tiny").fingerprint() == before
+    with torch.no_grad():
+        base.model.logit_scale += 1e-3
+    assert base.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./no/such/folder", "config.json is missing"),
+        ("no-such-org/no-such-model", "cannot get model no-such-org/no-such-model"),
+    ],
+)
+def test_a_model_that_is_not_there(name, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=message):
+        load_base(name)
+
+
+def test_tiny_is_the_packaged_model_whatever_lies_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_base("tiny").parameters_count > 1_000_000

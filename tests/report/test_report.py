@@ -1,0 +1,222 @@
+"""The report of a run, as its reader gets it."""
+
+import base64
+import io
+import json
+import re
+import tarfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipft.cli.app import run
+from clipft.data.demo.catalogue import render_pair
+from tests.conftest import add, jpeg
+
+EVIL = "</script><script>alert({n})</script> & \"{n}\" <img src=x onerror='alert(1)'>"
+SMALL = [
+    *("--model", "tiny", "--epochs", "2", "--effective-batch-size", "16", "--lr", "1e-3"),
+    *("--micro-batch-size", "16", "--num-workers", "0", "--precision", "fp32"),
+]
+
+
+def write_evil(path: Path, numbers: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            picture = jpeg(render_pair(7, number))
+            add(tar, f"<b>{number:03d}.jpg", picture[:99] if number == 3 else picture)
+            add(tar, f"<b>{number:03d}.txt", EVIL.format(n=number).encode())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A finished run over pairs whose words are hostile; the folder that holds its data too."""
+    root = tmp_path_factory.mktemp("report")
+    write_evil(root / "data" / "train" / "0.tar", range(48))
+    write_evil(root / "data" / "val" / "0.tar", range(100, 130))
+    args = ["--data-dir", str(root / "data"), "--output-dir", str(root / "runs")]
+    assert run(["train", *SMALL, *args, "--max-bad", "0.1"]) == 0
+    return root
+
+
+@pytest.fixture
+def folder(made) -> Path:
+    return made / "runs" / "dual_lora"
+
+
+@pytest.fixture
+def page(folder) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def content(folder) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def charts(page: str) -> dict[str, dict]:
+    """What the page has drawn, by title."""
+    title, data = r"<figcaption><b>([^<]+)</b>", r'<script type="application/json"[^>]*>(.*?)<'
+    found = re.findall(f"{title}.*?{data}", page, re.DOTALL)
+    return {title: json.loads(data) for title, data in found}
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, as a browser sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_asks_for_nothing(page):
+    elements = Elements(page).found
+    assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object", "base", "form"})
+    asked = [a[name] for _, a in elements for name in ("src", "href", "srcset") if name in a]
+    assert asked and all(address.startswith("data:image/jpeg;base64,") for address in asked)
+    assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert not re.search(r"@import|url\(", style)
+    assert "sourceMappingURL" not in page
+    # The library names its home in comments; nothing else names any address
+    assert set(re.findall(r"https?://[\w./#-]+", re.sub(r"base64,[^\"]+", "", page))) <= {
+        "https://www.chartjs.org",
+        "https://github.com/kurkle/color#readme",
+    }
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+
+
+def test_hostile_words_are_shown_and_not_run(page):
+    assert "&lt;/script&gt;&lt;script&gt;alert(1" in page
+    assert not re.search(r"<script>alert|<img src=x|<b>1\d\d", page)
+    scripts = re.findall(r"<script[^>]*>", page)
+    assert scripts.count("<script>") == 2  # Chart.js and ours
+    assert all("application/json" in tag for tag in scripts if tag != "<script>")
+
+
+def test_the_page_says_what_the_json_says(page, content):
+    assert content["verdict"] in page
+    for row in content["figures"][0]["rows"]:
+        assert row["name"] in page
+    drawn = charts(page)
+    assert [y for _, y in drawn["Recall"]["series"][0]["points"]] == content["epochs"][
+        "mean_recall"
+    ]
+    steps = content["steps"]
+    assert drawn["Loss"]["series"][0]["points"] == [
+        [x, y] for x, y in zip(steps["step"], steps["loss"], strict=True)
+    ]
+    assert {"Learning rate", "Throughput", "Waiting for data"} <= drawn.keys()
+
+
+def test_the_json_says_what_the_run_left(folder, content):
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert content["steps"]["loss"] == [line["loss"] for line in steps]
+    rows = {row["name"]: row for row in content["figures"][0]["rows"]}
+    assert rows["text → image R@10"]["before"]["value"] == result["before"]["text_to_image"]["r@10"]
+    assert rows["text → image R@10"]["after"]["value"] == result["after"]["text_to_image"]["r@10"]
+    assert content["plan"]["trainable_parameters"] == 81920
+    assert content["environment"]["torch"] and content["seconds"] > 0
+    assert content["peak_memory_bytes"] > 1e8
+    changed = {entry["name"] for entry in content["settings"] if entry["changed"]}
+    assert {"model", "epochs", "lr", "max_bad"} <= changed and "wd" not in changed
+    assert content["skipped"]["counts"] == {"train": 1}
+    assert content["skipped"]["listed"][0]["key"] == "<b>003"
+
+
+def test_the_gallery_marks_the_right_ones(page, content):
+    cases = content["gallery"]
+    assert {case["kind"] for case in cases} >= {"any"}
+    for case in cases:
+        for hits, rank in ((case["before"], "rank_before"), (case["after"], "rank_after")):
+            assert len(hits) == 5
+            first = next((at for at, hit in enumerate(hits, 1) if hit["right"]), None)
+            assert (first or 6) == min(case[rank], 6)
+        if case["kind"] == "gain":
+            assert case["rank_after"] < case["rank_before"]
+        if case["kind"] == "loss":
+            assert case["rank_after"] > case["rank_before"]
+    gallery = page[page.index("<h2>Gallery") :]
+    right = sum(hit["right"] for c in cases for hit in (*c["before"], *c["after"]))
+    assert gallery.count("✓ right") == right
+
+
+def test_pictures_are_small_and_bounded(page):
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert 20 < len(pictures) <= 14 * 11
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    assert {max(size) for size in sizes} == {96}
+    assert len(page) < 1_500_000
+
+
+def test_everything_has_a_name(page):
+    canvases = re.findall(r"<canvas[^>]*>", page)
+    assert canvases and all('role="img" aria-label="' in tag for tag in canvases)
+    images = [attributes for tag, attributes in Elements(page).found if tag == "img"]
+    assert images and all(str(image["alt"]).startswith("Photo ") for image in images)
+    assert page.count("<caption") == page.count("<table")
+
+
+def test_the_report_can_be_made_anew_elsewhere(made, folder, content, tmp_path, capsys):
+    target = tmp_path / "new" / "page.html"
+    assert run(["report", str(folder), "--html", str(target), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {**content, "page": str(target)}
+    assert json.loads(target.with_suffix(".json").read_text()) == content
+    assert target.read_text() == (folder / "report.html").read_text()
+
+
+def test_other_pairs_make_no_gallery(catalogue, folder, tmp_path, capsys):
+    args = ["--html", str(tmp_path / "page.html"), "--data-dir", str(catalogue), "--json"]
+    assert run(["report", str(folder), *args]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["gallery"] == []
+    assert "not those of the run" in printed["gallery_note"]
+
+
+def test_a_run_that_has_not_ended_has_a_report(folder, tmp_path, capsys):
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "settings.toml").write_bytes((folder / "settings.toml").read_bytes())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (partial / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"kind": "st')
+    assert run(["report", str(partial), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert not printed["finished"] and len(printed["steps"]["step"]) == 2
+    assert "has not ended" in (partial / "report.html").read_text()
+
+
+def test_no_run_is_said(tmp_path, capsys):
+    assert run(["report", str(tmp_path)]) == 2
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_many_steps_stay_few_points():
+    from clipft.report.curves import step_curves
+
+    step = {"loss": 2.0, "lr": 0.1, "pairs": 8, "seconds": 0.5, "data_seconds": 0.1}
+    steps = [{**step, "step": n, "loss": None if n == 7 else 2.0} for n in range(1, 100_001)]
+    curves = step_curves(steps)
+    assert len(curves["step"]) == len(curves["loss"]) == 500
+    assert curves["step"][-1] == 100_000
+    assert set(curves["loss"]) == {2.0} and curves["pairs_per_s"][0] == pytest.approx(16)
+    assert curves["data_wait"][0] == pytest.approx(0.2)
+
+
+def test_wandb_has_the_same_figures_as_summary(made, content, tmp_path):
+    args = ["--data-dir", str(made / "data"), "--output-dir", str(tmp_path), "--max-bad", "0.1"]
+    assert run(["train", *SMALL, *args, "--wandb", "offline"]) == 0
+    (kept,) = tmp_path.glob("dual_lora/wandb/offline-run-*/*.wandb")
+    sent = kept.read_bytes()
+    for row in content["figures"][0]["rows"]:
+        for kind in ("before", "after", "change"):
+            assert f"{kind}/{row['key']}".encode() in sent

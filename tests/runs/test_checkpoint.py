@@ -1,0 +1,207 @@
+import hashlib
+import os
+import pickle
+import resource
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from clipft.core.errors import ModelError, StorageError
+from clipft.training import checkpoint_pair
+from clipft.runs.checkpoint import (
+    DamagedCheckpoint,
+    check_resumable,
+    load_checkpoint,
+    previous_of,
+    save_checkpoint,
+)
+from clipft.training.checkpoint_pair import newest_whole, put_back, save_newest
+
+CONTENT = {
+    "epoch": 1,
+    "model_state_dict": {"w": torch.arange(4096.0)},
+    "settings": {"lr": 1.0},
+    "base_model": {"name": "x", "fingerprint": "y"},
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "dual_lora_checkpoint.pt"
+    save_checkpoint(path, CONTENT)
+    return path
+
+
+def test_round_trip_with_torch_alone(saved):
+    content = torch.load(saved, weights_only=True)
+    assert content["epoch"] == 1
+    assert torch.equal(content["model_state_dict"]["w"], CONTENT["model_state_dict"]["w"])
+    assert load_checkpoint(saved)["settings"] == {"lr": 1.0}
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def flip_a_bit(path):
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    data[largest.header_offset + len(data) // 4] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (flip_a_bit, "damaged"),
+        (truncate, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_text("{}"), "damaged"),
+        (lambda path: path.unlink(), "no checkpoint"),
+        (lambda path: torch.save({"epoch": 1}, path), "not a checkpoint of clipft"),
+        (lambda path: torch.save({**CONTENT, "format_version": 99}, path), "newer clipft"),
+    ],
+)
+def test_what_is_not_whole_is_refused(saved, harm, message):
+    harm(saved)
+    with pytest.raises(ModelError, match=message):
+        load_checkpoint(saved)
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
+    target = tmp_path / "executed"
+    torch.save({**CONTENT, "format_version": 1, "bomb": Bomb(target)}, saved)
+    with pytest.raises(ModelError, match="holds code"):
+        load_checkpoint(saved)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Bomb(target)))
+    assert target.exists()  # the bomb works
+
+
+@contextmanager
+def files_of_at_most(size):
+    """As a disk that is full by then: writing more fails, and nothing kills the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 9000, -81, -80, -1])
+def test_a_failed_save_leaves_both_old_files_and_says_what_was_wanted(saved, size):
+    """Wherever it fails: in torch's writing (sizes), in the checksum's (-80 to -1)."""
+    save_newest(saved, {**CONTENT, "epoch": 2})
+    before = {p.name: p.read_bytes() for p in saved.parent.iterdir()}
+    whole = len(before[saved.name])
+    with (
+        files_of_at_most(size if size >= 0 else whole + size),
+        pytest.raises(StorageError, match=rf"{saved}: File too large, [\d,]+ bytes were wanted"),
+    ):
+        save_newest(saved, {**CONTENT, "epoch": 3})
+    assert {p.name: p.read_bytes() for p in saved.parent.iterdir()} == before
+    with files_of_at_most(whole):
+        save_newest(saved, {**CONTENT, "epoch": 3})
+    assert load_checkpoint(saved)["epoch"] == 3
+    assert load_checkpoint(previous_of(saved))["epoch"] == 2
+
+
+def test_every_bit_is_checked(saved):
+    data = bytearray(saved.read_bytes())
+    for at in range(0, len(data), 97):
+        data[at] ^= 1 << at % 8
+        saved.write_bytes(data)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(saved)
+        data[at] ^= 1 << at % 8
+    saved.write_bytes(data)
+    load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 79, 80, 81, 100, 5000])
+def test_every_cut_is_noticed(saved, cut):
+    saved.write_bytes(saved.read_bytes()[:-cut])
+    with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(saved)
+
+
+def test_any_program_can_check_it(saved):
+    """As docs/checkpoint.md says."""
+    data = saved.read_bytes()
+    assert data[-80:-64] == b"N\0clipft sha256 "
+    assert data[-64:].decode() == hashlib.sha256(data[:-80] + b"\0\0").hexdigest()
+
+
+def test_format_1_is_read_as_this_one(tmp_path):
+    path = tmp_path / "dual_lora_checkpoint.pt"
+    torch.save({**CONTENT, "format_version": 1}, path)
+    assert load_checkpoint(path)["epoch"] == 1
+    flip_a_bit(path)
+    with pytest.raises(DamagedCheckpoint, match="CRC-32"):
+        load_checkpoint(path)
+
+
+def test_records_that_unpack_to_more_than_the_file_are_refused(saved):
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(DamagedCheckpoint, match="compressed"):
+        load_checkpoint(saved)
+
+
+def test_the_one_before_is_gone_on_from(saved):
+    assert not previous_of(saved).exists()
+    for epoch in (2, 3):
+        save_newest(saved, {**CONTENT, "epoch": epoch})
+        assert load_checkpoint(previous_of(saved))["epoch"] == epoch - 1
+    flip_a_bit(saved)
+    with pytest.raises(ModelError) as refused:
+        load_checkpoint(saved)
+    assert str(previous_of(saved)) in refused.value.hint
+    whole = newest_whole(saved)
+    assert (whole.content["epoch"], whole.path) == (2, previous_of(saved))
+    assert "SHA-256" in whole.damage.message
+    aside = put_back(saved)
+    assert load_checkpoint(saved)["epoch"] == 2 and aside.exists()
+    save_newest(saved, {**CONTENT, "epoch": 4})
+    assert load_checkpoint(previous_of(saved))["epoch"] == 2
+
+
+def test_where_both_are_damaged_that_is_an_error(saved):
+    save_newest(saved, CONTENT)
+    for path in (saved, previous_of(saved)):
+        truncate(path)
+    with pytest.raises(DamagedCheckpoint):
+        newest_whole(saved)
+
+
+def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
+    def refused(*args):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint_pair.os, "link", refused)
+    save_newest(saved, {**CONTENT, "epoch": 2})
+    assert load_checkpoint(saved)["epoch"] == 2
+    assert load_checkpoint(previous_of(saved))["epoch"] == 1
+    saved.unlink()  # killed between the two names
+    assert newest_whole(saved).content["epoch"] == 1
+    assert put_back(saved) is None
+    assert load_checkpoint(saved)["epoch"] == 1
+
+
+def test_weights_alone_are_no_run_to_go_on_with(saved):
+    content = load_checkpoint(saved) | {"step": 3, "before": {}}
+    with pytest.raises(ModelError, match="no run to go on with: no step_in_epoch, loss"):
+        check_resumable(saved, content)

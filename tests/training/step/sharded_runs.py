@@ -1,0 +1,81 @@
+"""Short runs from the set-up on, with whole or with sharded weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipft.data.loader import StepBatch, training_batches
+from clipft.config.sources import load_settings
+from clipft.distributed.collectives import Processes
+from clipft.training.measure import embed_pairs
+from clipft.training.setup import RunSetup, prepare
+from clipft.training.shared_steps import Rounds, agreed
+from clipft.training.loop import TrainState, fit
+
+SMALL = {
+    **{"model": "tiny", "scenario": "full", "device": "cpu", "precision": "fp32", "epochs": 2},
+    **{"effective_batch_size": 20, "micro_batch_size": 5, "num_workers": 0, "max_bad": 0.2},
+}
+
+
+@dataclass
+class Run:
+    """A set-up and its state. ``given``: settings over those of ``SMALL``."""
+
+    setup: RunSetup
+    state: TrainState
+
+    @classmethod
+    def of(cls, given: dict[str, Any], processes: Processes) -> "Run":
+        settings = load_settings({**SMALL, **given}, environ={}).values
+        setup = prepare(settings, lambda note: None, processes)
+        steps = setup.epoch_plan.steps
+        return cls(setup, TrainState(setup.loaded.model, setup.make_optimiser(), steps))
+
+    def train(self) -> list[float]:
+        """Losses and gradient norms of the steps that are left."""
+        accumulate = self.setup.make_accumulation(self.state.optimiser, lambda note: None)
+        done = list(fit(self.state, self._batches(), accumulate))
+        return [figure for step in done for figure in (step.loss, step.grad_norm)]
+
+    def _batches(self) -> Iterator[StepBatch]:
+        setup = self.setup
+        batches = training_batches(
+            setup.train,
+            setup.encoding.preprocessing,
+            setup.epoch_plan,
+            self.state.position,
+            setup.plan.epochs,
+            setup.loader_options,
+        )
+        return agreed(setup.processes, batches)
+
+    def validation_loss(self) -> float:
+        setup = self.setup
+        rounds = Rounds(setup.processes)
+        how = (setup.val_encoding, setup.settings, setup.val_positives, rounds)
+        return setup.validation_loss(embed_pairs(setup.loaded, setup.val, *how))
+
+    def held_bytes(self) -> int:
+        """Of weights, as the model has them while no tower works, and of AdamW's two states."""
+        weights = sum(self._own(p).nbytes for _, p in self.state.model.trainable())
+        states = self.state.optimiser.optimizer.state.values()
+        return weights + sum(s[name].nbytes for s in states for name in ("exp_avg", "exp_avg_sq"))
+
+    def _own(self, parameter: Any) -> torch.Tensor:
+        local: torch.Tensor = getattr(parameter, "to_local", lambda: parameter)()
+        return local
+
+
+def figures(given: dict[str, Any], processes: Processes, left: Path) -> dict[str, Any]:
+    """Of a whole run; its state is saved as ``left``."""
+    run = Run.of(given, processes)
+    before = run.validation_loss()
+    told = [before, *run.train(), run.validation_loss()]
+    state = run.state.state_dict()
+    if processes.rank == 0:
+        torch.save(state, left)
+    return {"told": told, "bytes": run.held_bytes()}

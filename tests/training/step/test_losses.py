@@ -1,0 +1,190 @@
+"""Against the whole matrix in plain torch; blocks and their sizes must not show."""
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from clipft.config.settings import LossSettings
+from clipft.training.step.losses import ContrastiveLoss, make_loss
+from clipft.core.memory import peak_memory
+
+NAMES = ("clip", "siglip")
+MODES = ("soft", "mask")
+
+
+@dataclass
+class Case:
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
+    groups: Tensor
+
+    @classmethod
+    def drawn(cls, seed: int, size: int, kinds: int, width: int = 5) -> "Case":
+        draw = torch.Generator().manual_seed(seed)
+
+        def unit() -> Tensor:
+            drawn = torch.randn(size, width, generator=draw, dtype=torch.float64)
+            return functional.normalize(drawn, dim=-1).requires_grad_()
+
+        scale = torch.rand((), generator=draw, dtype=torch.float64) * math.log(100)
+        bias = -10 * torch.rand((), generator=draw, dtype=torch.float64)
+        groups = torch.randint(-kinds, kinds, (size,), generator=draw) * 3_000_000_000
+        return cls(unit(), unit(), scale.requires_grad_(), bias.requires_grad_(), groups)
+
+    def loss(self, name: str, mode: str, block: int | None = None) -> ContrastiveLoss:
+        holder = SimpleNamespace(logit_scale=self.scale, logit_bias=self.bias)
+        made = make_loss(LossSettings(loss=name, positives_mode=mode), holder)
+        return replace(made, block_logits=block)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        leaves = [self.images, self.texts, self.scale, self.bias]
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def naive(case: Case, name: str, mode: str, groups: Tensor) -> Tensor:
+    logits = case.scale.exp() * case.images @ case.texts.T
+    same = groups[:, None] == groups
+    own = torch.eye(len(groups), dtype=torch.bool)
+    compared = own | ~same if mode == "mask" else torch.ones_like(own)
+    positive = own if mode == "mask" else same
+    if name == "siglip":
+        signs = torch.where(positive, 1.0, -1.0)
+        each = -functional.logsigmoid(signs * (logits + case.bias))
+        return each[compared].sum() / len(groups)
+    logits = logits.masked_fill(~compared, -math.inf)
+    share = positive.double() / positive.sum(1, keepdim=True)
+    both = [functional.log_softmax(z, dim=1) for z in (logits, logits.T)]
+    return -sum(torch.where(positive, share * z, 0.0).sum(1).mean() for z in both) / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 13),
+    kinds=st.integers(1, 8),
+    block=st.integers(1, 200),
+    name=st.sampled_from(NAMES),
+    mode=st.sampled_from([*MODES, "none"]),
+)
+def test_value_and_gradients_are_those_of_the_whole_matrix(seed, size, kinds, block, name, mode):
+    case = Case.drawn(seed, size, kinds)
+    groups = torch.arange(size) if mode == "none" else case.groups
+    expected = naive(case, name, mode, groups)
+    loss = case.loss(name, "soft" if mode == "none" else mode, block)
+    ours = loss(case.images, case.texts, None if mode == "none" else groups)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(case.gradients(3 * ours), case.gradients(3 * expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 50, None])
+def test_the_plain_loss_is_that_of_transformers(block):
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    case = Case.drawn(1, 20, 3)
+    logits = case.scale.exp() * case.texts @ case.images.T
+    ours = case.loss("clip", "soft", block)(case.images, case.texts)
+    torch.testing.assert_close(ours, image_text_contrastive_loss(logits))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_of_one_change_nothing(name, mode):
+    case = Case.drawn(2, 9, 3)
+    loss = case.loss(name, mode, block=30)
+    plain = loss(case.images, case.texts)
+    torch.testing.assert_close(loss(case.images, case.texts, torch.arange(9) - 4), plain)
+    assert loss.floor(torch.arange(9)) == loss.floor(None) == 0.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_floor_is_reached_by_a_perfect_model_and_by_no_other(mode):
+    """Embeddings with a dimension for each group; a high scale."""
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    perfect = functional.one_hot(groups).double()
+    case = Case(perfect, perfect, torch.tensor(math.log(100)).double(), torch.tensor(0.0), groups)
+    loss = case.loss("clip", mode)
+    floor = loss.floor(groups)
+    if mode == "soft":
+        assert floor == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6)
+    else:
+        assert floor == 0.0
+    assert loss(perfect, perfect, groups).item() == pytest.approx(floor, abs=1e-12)
+    other = Case.drawn(3, 6, 1, width=3)
+    assert loss(other.images, other.texts, groups).item() > floor
+
+
+def test_all_captions_equal():
+    case = Case.drawn(4, 8, 1)
+    equal = torch.zeros(8, dtype=torch.int64)
+    masked = case.loss("clip", "mask", block=20)(case.images, case.texts, equal)
+    assert masked.item() == pytest.approx(0.0, abs=1e-12)
+    assert all(not gradient.abs().max() > 1e-12 for gradient in case.gradients(masked))
+    soft = case.loss("clip", "soft")
+    assert soft(case.images, case.texts, equal).item() >= soft.floor(equal) == math.log(8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_value_is_the_same(name):
+    case = Case.drawn(5, 12, 2)
+    loss = case.loss(name, "soft", block=40)
+    learning = loss(case.images, case.texts, case.groups)
+    with torch.inference_mode():
+        images, texts = case.images.clone(), case.texts.clone()
+        assert loss(images, texts, case.groups).item() == learning.item()
+
+
+def test_extreme_logits_stay_finite_in_fp32():
+    images = functional.normalize(torch.randn(6, 4), dim=-1).requires_grad_()
+    texts = (-images).detach().requires_grad_()
+    scale = torch.tensor(math.log(100), requires_grad=True)
+    bias = torch.tensor(-10.0, requires_grad=True)
+    for name in NAMES:
+        case = Case(images, texts, scale, bias, torch.arange(6))
+        loss = case.loss(name, "soft", block=12)(images, texts)
+        assert 0 < loss.item() < math.inf
+        assert all(gradient.isfinite().all() for gradient in case.gradients(loss))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_computes_the_same(name, mode):
+    case = Case.drawn(6, 200, 40, width=32)
+    plain = case.loss(name, mode)(case.images, case.texts, case.groups)
+    moved = [t.detach().cuda().float().requires_grad_() for t in (case.images, case.texts)]
+    scales = [t.detach().cuda().float().requires_grad_() for t in (case.scale, case.bias)]
+    there = Case(*moved, *scales, case.groups)
+    with torch.autocast("cuda", torch.bfloat16):  # the loss itself stays in fp32
+        loss = there.loss(name, mode, block=3000)(*moved, case.groups)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for ours, theirs in zip(there.gradients(loss), case.gradients(plain), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_32768_pairs_run_in_bounded_memory(name):
+    size, width = 32_768, 64
+    whole = size * size * 4
+    images = functional.normalize(torch.randn(size, width), dim=-1).requires_grad_()
+    texts = functional.normalize(torch.randn(size, width), dim=-1).requires_grad_()
+    groups = torch.randint(0, size // 3, (size,))
+    case = Case(images, texts, torch.tensor(3.0), torch.tensor(-10.0), groups)
+    with peak_memory(torch.device("cpu")) as before:
+        pass
+    with peak_memory(torch.device("cpu")) as peak:
+        case.loss(name, "soft")(images, texts, groups).backward()
+    used = peak.bytes - before.bytes
+    assert used < whole / 32
+    assert images.grad.isfinite().all()

@@ -1,0 +1,152 @@
+"""Memory that runs out in a step costs time, not the loss."""
+
+import json
+
+import pytest
+import torch
+
+from clipft.cli.app import run
+from clipft.data.loader import Batch
+from clipft.core.errors import MemoryShortage
+from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
+from clipft.distributed.collectives import ALONE
+from clipft.training.graphs import GraphMemory
+from clipft.training.step.oom import ShrinkingAccumulation, memory_ran_out
+from tests.training.process_helpers import results
+from tests.training.steps import around_each_step
+from tests.training.step.test_gradcache import gradients, load
+
+
+class Device:
+    """Accumulates over micro-batches of up to ``room`` pairs, and torch's error beyond."""
+
+    def __init__(self, model, room: int, kind=torch.OutOfMemoryError) -> None:
+        self.model, self.room, self.kind = model, room, kind
+        self.tried: list[list[int]] = []
+
+    def __call__(self, step: int, micro_batches: list[Batch]) -> torch.Tensor:
+        self.tried.append([len(batch) for batch in micro_batches])
+        total = torch.zeros(())
+        for batch in micro_batches:
+            if len(batch) > self.room:
+                raise self.kind("CUDA out of memory. Tried to allocate 2.00 GiB")
+            loss = sum(p.sum() for _, p in self.model.trainable()) * len(batch)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+
+def batch(pairs: int) -> Batch:
+    return Batch(torch.zeros(pairs, 3, 2, 2), torch.zeros(pairs, 4), tuple(range(pairs)))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load("dual_lora")
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    return loaded.model
+
+
+def shrinking(model, device, micro, said, kind=ExactAccumulation) -> ShrinkingAccumulation:
+    return ShrinkingAccumulation(
+        device, GraphMemory(lambda: 1 << 40), model, ALONE, kind.cutting, micro, said.append
+    )
+
+
+def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model):
+    Device(model, 100)(0, [batch(12), batch(5)])
+    expected = gradients(loaded)
+    said: list[str] = []
+    device = Device(model, room=3)
+    step = shrinking(model, device, 12, said)
+    step(4, [batch(12), batch(5)])
+    ours = gradients(loaded)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert device.tried == [[12, 5], [12, 5], [6, 6, 5], [3, 3, 3, 3, 3, 2]]
+    assert ["graphs are not kept" in said[0], "of 6 pairs" in said[1], "of 3 pairs" in said[2]]
+    assert all("memory ran out in step 5" in line for line in said) and len(said) == 3
+    step(5, [batch(12)])  # it stays so, without a word
+    assert device.tried[-1] == [3, 3, 3, 3] and len(said) == 3
+
+
+def test_a_local_loss_needs_two_pairs_and_changes_which_is_said(model):
+    said: list[str] = []
+    step = shrinking(model, Device(model, room=2), 8, said, LocalAccumulation)
+    step(0, [batch(8)])
+    assert "another loss" in said[-1] and "stay as they were" not in said[-1]
+    narrower = shrinking(model, Device(model, room=1), 8, said, LocalAccumulation)
+    with pytest.raises(MemoryShortage, match="micro-batches of 2, the fewest"):
+        narrower(0, [batch(8)])
+
+
+def test_not_even_one_pair(model):
+    with pytest.raises(MemoryShortage, match="micro-batches of 1, the fewest") as raised:
+        shrinking(model, Device(model, room=0), 4, [])(0, [batch(4)])
+    assert raised.value.exit_code == 9
+
+
+def test_other_errors_go_through(model):
+    device = Device(model, room=0, kind=lambda text: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        shrinking(model, device, 4, [])(0, [batch(4)])
+
+
+def test_what_the_cpu_allocator_says_is_known():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert memory_ran_out(raised.value)
+    assert not memory_ran_out(RuntimeError("something else"))
+
+
+def test_all_processes_shrink_when_one_runs_out():
+    body = """
+    from clipft.training.distributed import StepAbandonedError
+    from clipft.training.graphs import GraphMemory
+    from clipft.training.contrastive import ExactAccumulation
+    from clipft.training.shrinking import ShrinkingAccumulation
+    from tests.training.step.test_gradcache import load
+    from tests.training.step.test_oom import Device, batch
+    model = load("dual_lora").model
+    own = Device(model, 3 if rank == 1 else 100)
+    def accumulate(step, micro_batches):
+        own(step, micro_batches)
+        return processes.gather_rows(torch.ones(1)).sum()
+    said = []
+    step = ShrinkingAccumulation(
+        accumulate, GraphMemory(lambda: 0), model, processes, ExactAccumulation.cutting, 8,
+        said.append,
+    )
+    total = float(step(0, [batch(8), batch(8)]))
+    result = [total, own.tried[-1], len(said)]
+"""
+    first, second = results(body)
+    assert first == second == [2.0, [4, 4, 4, 4], 2] or first == second == [2.0, [2] * 8, 3]
+
+
+def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monkeypatch, capsys):
+    """The real accumulation, on a device that has room for 8 pairs at once."""
+    args = ["train", "--model", "tiny", "--epochs", "1", "--effective-batch-size", "32"]
+    args += ["--micro-batch-size", "32", "--num-workers", "0", "--precision", "fp32"]
+    args += ["--stop-on", "never", "--data-dir", str(catalogue), "--output-dir"]
+    assert run([*args, str(tmp_path / "roomy")]) == 0
+
+    def narrow(real, step, micro_batches):
+        if max(map(len, micro_batches)) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(step, micro_batches)
+
+    around_each_step(monkeypatch, narrow)
+    assert run([*args, str(tmp_path / "narrow")]) == 0
+    assert "micro-batches are of 8 pairs from now on" in capsys.readouterr().err
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "dual_lora" / "metrics.jsonl").read_text().splitlines()
+            if '"step"' in line and json.loads(line)["kind"] == "step"
+        ]
+        for name in ("roomy", "narrow")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0]

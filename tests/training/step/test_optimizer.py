@@ -1,0 +1,164 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipft.core.errors import DivergedError, ModelError
+from clipft.models.trainable import TrainableModel, adapt
+from clipft.models.pretrained import load_base
+from clipft.config.scenarios import SCENARIOS
+from clipft.config.sources import load_settings
+from clipft.training.step.optimizer import (
+    MAX_SKIPPED_STEPS,
+    Optimiser,
+    one_cycle,
+    parameter_groups,
+    warmup_steps,
+)
+
+
+def make(total: int, warmup: int, lr: float = 1.0, clip: float = 0.0) -> Optimiser:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.AdamW([weight], lr=lr)
+    scheduler = one_cycle(optimizer, total, warmup)
+    return Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), clip)
+
+
+def set_gradient(optimiser: Optimiser, value: float) -> None:
+    for parameter in optimiser.optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(total=st.integers(1, 60), asked=st.integers(0, 100))
+def test_any_number_of_steps_has_a_learning_rate(total, asked):
+    warmup = warmup_steps(asked, total)
+    optimiser, rates = make(total, warmup), []
+    for _ in range(total):
+        set_gradient(optimiser, 0.1)
+        rates.append(optimiser.update().lr)
+    assert warmup <= max(0, total // 10)
+    assert all(0 < rate <= 1.0 + 1e-9 for rate in rates)
+    if warmup:
+        assert rates.index(max(rates)) == warmup - 1
+        assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] > 1e-5  # the last step still learns
+
+
+def tiny(scenario: str, **given: object) -> tuple[TrainableModel, list[dict[str, Any]]]:
+    values = load_settings({"scenario": scenario, "lr": "0.01", **given}, environ={}).values
+    model = adapt(load_base("tiny"), SCENARIOS[scenario], values)
+    return model, parameter_groups(model, values)
+
+
+def rates(model: TrainableModel, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """(learning rate, decay) by the name of the parameter."""
+    by_id = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {name: by_id.pop(id(p)) for name, p in model.trainable()}
+    assert not by_id
+    return found
+
+
+@pytest.mark.parametrize("given", [{}, {"layer_decay": "0.5"}, {"lr_scale": "1e-5"}])
+@pytest.mark.parametrize("scenario", ["full", "dual_lora", "linear_probe"])
+def test_norms_biases_and_scale_do_not_decay(scenario, given):
+    model, groups = tiny(scenario, lora_dora=True, logit_scale="trained", **given)
+    for name, parameter in model.trainable():
+        steady = parameter.ndim < 2
+        assert (rates(model, groups)[name][1] == 0.0) == steady, name
+
+
+def test_by_default_all_learn_alike():
+    for scenario in ("full", "dual_lora"):
+        _, groups = tiny(scenario)
+        assert all(group["lr"] == 0.01 for group in groups)
+        assert len(groups) == (2 if scenario == "full" else 1)
+
+
+def test_projections_and_scale_have_rates_of_their_own():
+    given = {"lr_projections": "0.002", "lr_scale": "0.003", "logit_scale": "trained"}
+    model, groups = tiny("dual_lora", **given)
+    for name, (rate, _) in rates(model, groups).items():
+        projection = "_projection" in name and ".layers." not in name
+        assert rate == (0.002 if projection else 0.003 if "logit" in name else 0.01), name
+    assert groups[0]["lr"] == 0.01
+    assert tiny("linear_probe", **given)[1][0]["lr"] == 0.002
+
+
+def test_layer_decay_falls_from_the_top_of_each_tower():
+    model, groups = tiny("full", layer_decay="0.5", wd="0")
+    found = rates(model, groups)
+    for tower in ("vision", "text"):
+        layers = getattr(model.clip.config, f"{tower}_config").num_hidden_layers
+        for layer in range(layers):
+            rate, _ = found[f"{tower}_model.encoder.layers.{layer}.mlp.fc1.weight"]
+            assert rate == pytest.approx(0.01 * 0.5 ** (layers - layer))
+        embedding = f"{tower}_model.embeddings.position_embedding.weight"
+        assert found[embedding][0] == pytest.approx(0.01 * 0.5 ** (layers + 1))
+    top = ("visual_projection.weight", "text_model.final_layer_norm.bias", "logit_scale")
+    assert [found[name][0] for name in top] == [0.01] * 3
+    assert groups[0]["lr"] == 0.01
+
+
+def test_each_group_has_its_own_cycle():
+    one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [other], "lr": 0.1}])
+    scheduler = one_cycle(optimizer, 20, 2)
+    optimiser = Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), 0.0)
+    for _ in range(20):
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert second == pytest.approx(first / 10)
+        assert optimiser.update().lr == first
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_are_too_many():
+    optimiser = make(100, 0)
+    weight = optimiser.optimizer.param_groups[0]["params"][0]
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        set_gradient(optimiser, math.nan)
+        assert not optimiser.update().applied
+    assert torch.equal(weight, torch.ones(2, 2))
+    set_gradient(optimiser, 1.0)
+    assert optimiser.update().applied  # counting starts over
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        set_gradient(optimiser, math.inf)
+        optimiser.update()
+    set_gradient(optimiser, math.inf)
+    with pytest.raises(DivergedError, match="not finite"):
+        optimiser.update()
+
+
+def test_clipping_reports_the_norm_before_it_and_0_switches_it_off():
+    for clip in (1.0, 0.0):
+        optimiser = make(10, 0, clip=clip)
+        set_gradient(optimiser, 5.0)
+        assert optimiser.update().grad_norm == pytest.approx(10.0)
+
+
+def test_state_goes_on_where_it_was():
+    one, other = make(20, 2), make(20, 2)
+    for _ in range(5):
+        set_gradient(one, 0.3)
+        one.update()
+    other.load_state_dict(one.state_dict())
+    set_gradient(one, 0.3)
+    set_gradient(other, 0.3)
+    assert one.update() == other.update()
+    assert other.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"]
+
+
+def test_the_state_of_other_groups_is_refused():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.5} for weight in weights])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    two = Optimiser(optimizer, one_cycle(optimizer, 20, 2), scaler, 0.0)
+    with pytest.raises(ModelError, match="does not fit"):
+        two.load_state_dict(make(20, 2).state_dict())
+    state = make(20, 2, lr=1.0).state_dict()
+    state["scheduler_state_dict"]["_last_lr"] = [0.25]
+    with pytest.raises(ModelError, match="learning rates"):
+        make(20, 2).load_state_dict(state)

@@ -1,0 +1,42 @@
+"""The training loop."""
+
+import weakref
+
+from clipft.data.shards.dataset import PairDataset
+from clipft.config.sources import load_settings
+from clipft.training.bad_pairs import BadPairs
+from clipft.distributed.collectives import ALONE
+from clipft.training.run_steps import run_steps
+from clipft.training.setup import prepare
+from clipft.training.loop import TrainState, fit
+
+
+def test_the_pairs_of_a_step_are_gone_before_the_next_ones_are_read(
+    catalogue, monkeypatch, tmp_path
+):
+    """A step of 16,384 pictures of 224 pixels is 2.4 GB: it must not be there twice."""
+    flags = {"model": "tiny", "data_dir": catalogue, "max_train_pairs": 24, "num_workers": 0}
+    flags |= {"effective_batch_size": 12, "micro_batch_size": 6, "epochs": 2, "precision": "fp32"}
+    setup = prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
+    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
+    real = setup.make_accumulation(state.optimiser, print)
+    used = list[weakref.ref]()
+    held = list[int]()
+    read = PairDataset.__getitem__
+
+    def reading(self, place):
+        held.append(sum(batch() is not None for batch in used))
+        return read(self, place)
+
+    class Accumulate:
+        floor = real.floor
+
+        def __call__(self, step, micro_batches):
+            used[:] = map(weakref.ref, micro_batches)
+            return real(step, micro_batches)
+
+    monkeypatch.setattr(PairDataset, "__getitem__", reading)
+    bad = BadPairs(tmp_path / "skipped.jsonl", 24, setup.settings, ALONE)
+    steps = list(fit(state, run_steps(setup, state, bad), Accumulate()))
+    assert [step.pairs for step in steps] == [12, 12, 12, 12]
+    assert len(used) == 2 and held == [0] * 48
