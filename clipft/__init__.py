@@ -14,12 +14,12 @@ if TYPE_CHECKING:
         load_model,
         train,
     )
-    from clipft.core.errors import ClipftError
     from clipft.config.settings import Settings
     from clipft.config.sources import load_settings
+    from clipft.core.errors import ClipftError
     from clipft.evaluation.compare import Request
-    from clipft.training.result import TrainResult
-    from clipft.training.watchers import Watchers
+    from clipft.runs.records import Watchers
+    from clipft.training.state import TrainResult
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _HOMES = {
     "ClipftError": "clipft.core.errors",
     "Request": "clipft.evaluation.compare",
     "Settings": "clipft.config.settings",
-    "TrainResult": "clipft.training.result",
+    "TrainResult": "clipft.training.state",
     "Watchers": "clipft.training.run",
     "load_settings": "clipft.config.sources",
 }

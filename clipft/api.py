@@ -7,26 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.core.errors import ClipftError, UsageError
-from clipft.runs.records import Observer, Observers
-from clipft.report.report import write_run_report
-from clipft.reporting.run_record import RunRecorder
-from clipft.runs.loggers import JsonlTracker, WandbTracker
 from clipft.config.settings import Settings
 from clipft.config.sources import JUDGED_ANEW, LoadedSettings, load_settings
-from clipft.runs.checkpoint import load_checkpoint
-from clipft.distributed.collectives import ALONE, Processes, by_first
-from clipft.training.environment import environment
-from clipft.evaluation.compare import Evaluated, Request, evaluate_checkpoint
+from clipft.core.common import Note
+from clipft.core.errors import ClipftError, UsageError
 from clipft.core.memory import peak_memory_so_far
-from clipft.training.opened import open_model
-from clipft.training.plan import Note
-from clipft.models.device import choose_precision
-from clipft.runs.load import find_checkpoint, saved_settings
-from clipft.training.result import TrainResult
-from clipft.training.run import train as run_service
+from clipft.distributed.collectives import ALONE, Processes
+from clipft.distributed.rank_zero import by_first
+from clipft.evaluation.compare import Evaluated, Request, evaluate_checkpoint
+from clipft.models.device import choose_precision, environment
+from clipft.report.report import write_run_report
+from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
-from clipft.training.watchers import Watchers
+from clipft.runs.load import find_checkpoint, open_model, saved_settings
+from clipft.runs.loggers import JsonlTracker, RunRecorder, WandbTracker
+from clipft.runs.records import Observer, Observers, Watchers
+from clipft.training.run import train as run_service
+from clipft.training.state import TrainResult
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from clipft.runs.records import EpochResult
 from clipft.config.settings import Settings
-from clipft.runs.checkpoint import save_checkpoint
 from clipft.embedding.load import load_model
-from clipft.training.opened import OpenedModel, open_model
+from clipft.runs.checkpoint import save_checkpoint
+from clipft.runs.load import OpenedModel, open_model
+from clipft.runs.records import EpochResult
 from tests.loaded_settings import loaded_settings
 
 

@@ -2,10 +2,10 @@
 
 from functools import cache
 
-from clipft.data.caption_source import LiveCaptions
+from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import JUST_THE_TXT
-from clipft.data.loader import Preprocessing
 from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.data.loader import Preprocessing
 from clipft.models.pretrained import ModelInputs, load_inputs
 
 

@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from clipft.cli.app import COMMANDS, app_with
-from clipft.data.demo import write_catalogue
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
+from clipft.data.demo.catalogue import write_catalogue
 from tests.benchmarks.write_docs import DOCS, defined, summarised, written
 from tests.conftest import write_shard
 from tests.documents import PAGES, ROOT, SMALL, blocks, commands, run_page

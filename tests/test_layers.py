@@ -1,6 +1,7 @@
-"""Who may import whom: data flows one way through the house."""
+"""Who may import whom: data flows one way through the house, from the upper floors down."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,59 +9,75 @@ import pytest
 import clipft
 
 PACKAGE = Path(clipft.__file__).parent
-GROUND = {
-    "settings",
-    "settings_sources",
-    "settings_text",
-    "section",
-    "files",
-    "machine",
-    "errors",
-    "scenarios",
-    "records",
-    "cache",
-    "s3_url",
-    "words",
-    "__init__",
-}
-ALLOWED = {
-    "storage": GROUND,
-    "data": GROUND | {"drawing"},
-    "modelling": GROUND | {"drawing"},
-    "evaluation": GROUND,
-    "reporting": GROUND,
-    "training": GROUND | {"data", "modelling", "evaluation"},
-    "doctor": GROUND | {"storage", "data", "modelling", "training"},
-    "cli": None,
-}
+FLOORS = (
+    {"cli"},
+    {"api"},
+    {"search", "ablation", "doctor"},
+    {"report"},
+    {"training"},
+    {"evaluation", "export"},
+    {"runs"},
+    {"embedding"},
+    {"distributed"},
+    {"data", "storage", "models"},
+    {"metrics"},
+    {"config"},
+    {"core"},
+)
+"""From the top down. A room imports only from floors below its own; the package's own
+``__init__`` (the version, the lazy public names) and ``__main__`` stand outside."""
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+MOST_MODULES = 12
 
 
-def imported(path: Path) -> set[str]:
-    """Names right under ``clipft`` that a file imports."""
-    names = set()
+def imported_rooms(path: Path) -> Iterator[str]:
+    """Names right under ``clipft`` that a file imports, in functions as well."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
             modules = [node.module]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        names |= {m.split(".")[1] for m in modules if m.startswith("clipft.")}
-    return names
+        yield from (m.split(".")[1] for m in modules if m.startswith("clipft."))
 
 
-@pytest.mark.parametrize("service", sorted(ALLOWED))
-def test_a_service_imports_only_what_stands_below_it(service):
-    allowed = ALLOWED[service]
-    for path in (PACKAGE / service).rglob("*.py"):
-        reached = imported(path) - {service}
-        assert allowed is None or reached <= allowed, f"{path.name} imports {reached - allowed}"
+def modules_of(room: str) -> list[Path]:
+    folder = PACKAGE / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
-def test_the_public_functions_stand_below_the_face():
-    for name in ("api.py", "report_files.py"):
-        assert "cli" not in imported(PACKAGE / name)
+def upward_imports(room: str, path: Path) -> set[str]:
+    return {r for r in imported_rooms(path) if r != room and FLOOR[r] <= FLOOR[room]}
 
 
-def test_only_the_face_knows_typer():
-    users = {p for p in PACKAGE.rglob("*.py") if "import typer" in p.read_text(encoding="utf-8")}
-    assert {p.parent.name for p in users} == {"cli"}
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_a_room_imports_only_from_the_floors_below(room):
+    for path in modules_of(room):
+        upward = upward_imports(room, path)
+        assert not upward, f"{path.relative_to(PACKAGE)} imports {sorted(upward)} from above"
+
+
+def test_an_upward_import_is_found(tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text("def work():\n    from clipft.cli.console import Output\n")
+    assert upward_imports("training", module) == {"cli"}
+    module.write_text("from clipft.models.pretrained import load_base\n")
+    assert upward_imports("storage", module) == {"models"}, "neighbours do not know each other"
+
+
+def test_every_room_stands_on_a_floor():
+    rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__", "__main__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in PACKAGE.rglob("*.py")}), ids=str)
+def test_a_folder_can_be_taken_in_at_a_glance(folder):
+    modules = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES
+    purpose = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    assert purpose, "each folder says in its __init__ what it is for"
+
+
+def test_only_the_terminal_knows_typer():
+    users = [p for p in PACKAGE.rglob("*.py") if "import typer" in p.read_text(encoding="utf-8")]
+    assert {p.relative_to(PACKAGE).parts[0] for p in users} == {"cli"}

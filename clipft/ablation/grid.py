@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import UsageError, unknown_choice
 from clipft.config.scenarios import SCENARIOS, Scenario
 from clipft.config.settings import Settings, fixed_on_resume
 from clipft.config.sources import LoadedSettings, load_settings
+from clipft.core.errors import UsageError, unknown_choice
 from clipft.runs.folder import RunPaths
 
 OWN = frozenset(

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from clipft.report.charts import Chart, Series, chart_figures, chart_scripts
+from clipft.core.common import duration
 from clipft.metrics.figures import (
     DIRECTIONS,
     NOTHING,
@@ -12,8 +13,9 @@ from clipft.metrics.figures import (
     figure_name,
     shown_bytes,
 )
+from clipft.report.charts import Chart, Series, chart_figures, chart_scripts
 from clipft.report.html import PageTable, document, paragraph, section, table
-from clipft.cli.progress import duration
+from clipft.report.report import write_page_and_json
 from clipft.report.run_page import environment_section, settings_tables
 
 EXPLANATION = (
@@ -201,3 +203,18 @@ def _runs(content: Mapping[str, Any]) -> str:
 
 def _name(run: Mapping[str, Any]) -> str:
     return f"{run['variant']}, seed {run['seed']}"
+
+
+def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
+    """Write ``page`` and its content as JSON beside it; returns the content.
+
+    Raises:
+        UsageError: no ablation is there.
+        StorageError: the page cannot be written.
+    """
+    from clipft.ablation.runner import read_state
+    from clipft.ablation.summary import ablation_content
+
+    content = ablation_content(str(folder), read_state(folder))
+    write_page_and_json(page, ablation_page(content), content)
+    return content

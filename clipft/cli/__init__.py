@@ -1,1 +1,1 @@
-"""The face: one file per command. Reads settings, calls one service, shows its result."""
+"""The terminal: the app, its options, its output and its progress displays."""

@@ -13,7 +13,6 @@ from typer.exceptions import TyperException
 
 from clipft import __version__
 from clipft.cli.console import print_error, silence_broken_pipe
-from clipft.cli.help import HelpfulCommand, HelpfulGroup
 from clipft.core.errors import (
     ClipftError,
     MemoryShortage,
@@ -25,6 +24,36 @@ from clipft.core.errors import (
 
 if TYPE_CHECKING:
     from clipft.cli.options import Command
+
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+
+
+class _Helpful:
+    help: str | None
+    params: list[Any]
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.help = escape(self.help or "")
+        for param in self.params:  # rich would take [default: none] for markup, and drop it
+            param.help = escape(param.help or "")
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = param.metavar or ""  # typer would write <bool>
+        return params
+
+
+class HelpfulCommand(_Helpful, TyperCommand):
+    """A command."""
+
+
+class HelpfulGroup(_Helpful, TyperGroup):
+    """``clipft`` itself."""
+
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 """What a disk says that is full, read-only or broken."""
@@ -48,11 +77,15 @@ COMMANDS = {
 }
 """Each with the first sentence of its help. ``clipft --help`` needs no more of them."""
 
+_SHARED_MODULES = {"resume": "train", "find-batch-size": "train", "zero-shot": "evaluate"}
+"""Commands that share a module with a sibling; the others have a module of their own name."""
+
 
 def command_of(name: str) -> "Command":
     """The command of that name, from the module of that name."""
-    module = import_module(f"clipft.cli.{name.replace('-', '_')}")
-    command: Command = getattr(module, name.replace("-", "_"))
+    function = name.replace("-", "_")
+    module = import_module(f"clipft.cli.commands.{_SHARED_MODULES.get(name, function)}")
+    command: Command = getattr(module, function)
     return command
 
 

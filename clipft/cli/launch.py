@@ -19,8 +19,8 @@ from typing import Any
 
 import typer
 
-from clipft.core.errors import ClipftError, ProcessError
 from clipft.core.common import processors
+from clipft.core.errors import ClipftError, ProcessError
 
 _RUN_ID = "clipft-"
 _SECONDS_TO_SAVE = 300

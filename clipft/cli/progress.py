@@ -1,17 +1,19 @@
 """What a person sees of a run: a live display on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
+from clipft.cli.console import say
+from clipft.core.common import counted, duration
 from clipft.runs.records import EpochResult, Observer, Plan, StepResult
-from clipft.reporting.wrapping import say
-from clipft.words import counted
 
 _PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -231,10 +233,66 @@ def _directions(result: EpochResult) -> list[dict[str, Any]]:
     return [result.retrieval["text_to_image"], result.retrieval["image_to_text"]]
 
 
-def duration(seconds: float) -> str:
-    """``75`` -> ``1m15s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+_PLAIN_EVERY_transfers = 5.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Transferred(Protocol):
+    """What is watched: done and all of both."""
+
+    @property
+    def files_done(self) -> int: ...
+    @property
+    def files(self) -> int: ...
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+Report = Callable[[Transferred], None]
+
+
+@contextmanager
+def bar(console: Console) -> Iterator[Report]:
+    """A bar that is gone at the end."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), left)
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("listing", total=None)
+
+        def report(now: Transferred) -> None:
+            files = f"{now.files_done:,}/{now.files:,} files"
+            shown.update(task, description=files, completed=now.bytes_done, total=now.bytes)
+
+        yield report
+
+
+@contextmanager
+def lines(note: Callable[[str], None]) -> Iterator[Report]:
+    """A line every few seconds."""
+    start = last = time.monotonic()
+
+    def report(now: Transferred) -> None:
+        nonlocal last
+        clock = time.monotonic()
+        if clock - last < _PLAIN_EVERY_transfers:
+            return
+        last = clock
+        rate = max(now.bytes_done, 1) / (clock - start)
+        note(
+            f"{now.files_done:,}/{now.files:,} files, {decimal(now.bytes_done)} of "
+            f"{decimal(now.bytes)}, {decimal(int(rate))}/s, "
+            f"{(now.bytes - now.bytes_done) / rate:.0f} s left"
+        )
+
+    yield report

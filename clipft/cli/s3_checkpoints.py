@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output
+from clipft.config.settings import Settings
+from clipft.config.sources import S3Url, cached_bucket, parse_s3_url
 from clipft.core.errors import ClipftError, ModelError, UsageError
 from clipft.core.files import write_text
-from clipft.s3_url import S3Url, parse_s3_url
-from clipft.config.settings import Settings
-from clipft.config.sources import cached_bucket
 
 if TYPE_CHECKING:
     from clipft.storage.s3.bucket import Bucket

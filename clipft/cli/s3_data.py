@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.cli.console import Output
-from clipft.core.files import write_text
-from clipft.s3_url import parse_s3_url
 from clipft.config.settings import Settings, StorageSettings
-from clipft.config.sources import LoadedSettings, cached_bucket, settings_of_data
-from clipft.words import counted
+from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
+from clipft.core.common import counted
+from clipft.core.files import write_text
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -106,8 +105,8 @@ def _is_raw(found: "Found") -> bool:
 
 def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
     """Pack what was synced, unless that was done for exactly these objects."""
-    from clipft.data.packing.pack import pack
     from clipft.data.packing.options import PackOptions
+    from clipft.data.packing.pack import pack
 
     content, mark = _content(found), data_dir / _PACKED
     if _read(mark).get("content") == content and any(data_dir.glob("train/*.tar")):
@@ -142,7 +141,7 @@ def _read(mark: Path) -> dict[str, Any]:
 @contextmanager
 def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]:
     """A bar on a terminal, a line every few seconds elsewhere."""
-    from clipft.reporting.transfers import bar, lines
+    from clipft.cli.progress import bar, lines
 
     shown = bar(out.err) if out.err.is_interactive else lines(out.note)
     with shown as report:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The settings model, where each value comes from, and the scenarios."""

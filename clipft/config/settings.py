@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from clipft.core.errors import unknown_choice
-from clipft.config.scenarios import SCENARIOS, Scenario
 from clipft.config.fields import Section, fate_of, setting
+from clipft.config.scenarios import SCENARIOS, Scenario
+from clipft.core.errors import unknown_choice
 
 MINI_TRAIN = {
     "epochs": 1,

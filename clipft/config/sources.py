@@ -13,12 +13,43 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from clipft.cache import cache_folder
-from clipft.core.errors import UsageError, nearest, unknown_choice
-from clipft.s3_url import S3Url, parse_s3_url
-from clipft.config.scenarios import SCENARIOS
 from clipft.config.fields import fields_of
+from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import MINI_TRAIN, SECTIONS, EvaluationSettings, Settings
+from clipft.core.common import cache_folder
+from clipft.core.errors import UsageError, nearest, unknown_choice
+
+SCHEME = "s3://"
+
+
+@dataclass(frozen=True)
+class S3Url:
+    """``prefix`` without slashes at its ends; "" is the whole bucket."""
+
+    bucket: str
+    prefix: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.prefix}"
+
+    def below(self, name: str) -> str:
+        """The prefix of what lies in it under ``name``."""
+        return f"{self.prefix}/{name}".lstrip("/")
+
+
+def parse_s3_url(text: object) -> S3Url | None:
+    """None: it is no such URL. A path object has lost one of the slashes.
+
+    Raises:
+        UsageError: it names no bucket.
+    """
+    found = re.fullmatch(r"s3:/+([^/]*)(.*)", str(text), re.DOTALL | re.IGNORECASE)
+    if not found:
+        return None
+    if not found[1]:
+        raise UsageError(f"{text} names no bucket", "write it like s3://bucket/prefix")
+    return S3Url(found[1], found[2].strip("/"))
+
 
 ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})

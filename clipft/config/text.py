@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from clipft.config.scenarios import SCENARIOS
 from clipft.config.fields import fields_of, unit_of
+from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import SECTIONS, Settings
 from clipft.config.sources import toml_value
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""What every floor may use: errors, safe file writing, memory, small helpers."""

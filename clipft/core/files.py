@@ -145,3 +145,9 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no not-a-number: they become null."""
+    bad = (float("inf"), float("-inf"))
+    return {k: None if v in bad or v != v else v for k, v in values.items()}

@@ -1,1 +1,1 @@
-"""Raw files -> shards -> batches. Knows nothing of the network or of a model's weights."""
+"""Turns raw files into shards and shards into batches."""

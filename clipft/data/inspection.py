@@ -12,13 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from clipft.data.captions.template import JUST_THE_TXT, CaptionTemplate, parse_metadata
-from clipft.data.captions import BadCaption
-from clipft.data.images import BadImage, decode_image
-from clipft.data.duplicates import Look, look_of, near_photos
-from clipft.data.shards.dataset import PairDataset
-from clipft.data.split import Groups
 from clipft.core.common import processors
+from clipft.data.captions.template import JUST_THE_TXT, BadCaption, CaptionTemplate
+from clipft.data.duplicates import Groups, Look, look_of, near_photos
+from clipft.data.images import BadImage, decode_image
+from clipft.data.shards.dataset import PairDataset, parse_metadata
 
 _EXAMPLES = 5
 _LISTED = 12

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipft.config.settings import DataSettings
+from clipft.core.common import processors
+from clipft.core.errors import DataError
 from clipft.data.augmentation import make_transform
-from clipft.data.caption_source import CaptionSource
-from clipft.data.captions import BadCaption
+from clipft.data.captions.table import CaptionSource
+from clipft.data.captions.template import BadCaption
+from clipft.data.captions.tokenizer import padded
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import WHOLE, EpochPlan, Position, Share, derived_seed
-from clipft.data.shards.index import Skipped
 from clipft.data.shards.dataset import PairDataset, RawPair
-from clipft.data.captions.tokenizer import padded
+from clipft.data.shards.index import Skipped
 from clipft.data.workers import (
     UnderWay,
     ignore_signals,
@@ -29,9 +32,6 @@ from clipft.data.workers import (
     next_batch,
     started,
 )
-from clipft.core.errors import DataError
-from clipft.core.common import processors
-from clipft.config.settings import DataSettings
 
 AHEAD_BYTES = 1 << 30
 """Of decoded pictures that workers hold ready at most, beyond two micro-batches each."""

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipft.config.settings import Settings
+from clipft.core.common import counted
+from clipft.core.errors import UsageError, nearest
 from clipft.data.captions.metadata import known_fields
+from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
-from clipft.data.captions.tokenizer import caption_keys
-from clipft.core.errors import UsageError, nearest
-from clipft.config.settings import Settings
-from clipft.words import counted
 
 _MANY = 20_000
 """Pairs whose metadata takes a time that a user notices."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Several processes, one training run: collectives, rank-zero work, rendezvous."""

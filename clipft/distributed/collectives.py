@@ -9,7 +9,7 @@ Each step collective starts with a note to all, over the CPU: a process that can
 the step says so there (``abandon_step``), and the others hear it instead of waiting.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipft.core.errors import ClipftError, ProcessError
+from clipft.core.errors import ProcessError
 
 T = TypeVar("T")
 
@@ -269,72 +269,3 @@ def lost_process(error: Exception) -> ProcessError:
         f"another process of this run {what} ({reason[:120]})",
         "see what that process said; go on from the last checkpoint with `clipft resume`",
     )
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    value: Any = None
-    error: ClipftError | None = None
-
-
-def _attempt(work: Callable[[], Any]) -> _Outcome:
-    try:
-        return _Outcome(work())
-    except ClipftError as error:
-        if error.alone:
-            raise
-        return _Outcome(error=error)
-
-
-def together(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on each process. What one of them raises, all raise.
-
-    Raises:
-        ClipftError: the error of the lowest rank that had one.
-    """
-    value: T = _agreed(processes, _attempt(work))
-    return value
-
-
-def by_first(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on the first process, however long it takes; its result (pickled) on all.
-
-    Raises:
-        ClipftError: what it raised.
-    """
-    ours = _attempt(work) if processes.rank == 0 else _Outcome()
-    outcome = processes.broadcast_object(ours)
-    if outcome.error:
-        raise outcome.error
-    value: T = outcome.value
-    return value
-
-
-def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
-    """``work`` on one process of each machine, however long it takes.
-
-    Raises:
-        ClipftError: what it raised on one of them.
-    """
-    ours = _attempt(work) if processes.local_rank == 0 else _Outcome()
-    processes.barrier()
-    _agreed(processes, ours)
-
-
-def first_then_all(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on one process of each machine, then on the others: it leaves a cache on the
-    disk that they find.
-
-    Raises:
-        ClipftError: what it raised on one of them.
-    """
-    made: list[T] = []
-    on_each_machine(processes, lambda: made.append(work()))
-    return together(processes, lambda: made[0] if made else work())
-
-
-def _agreed(processes: Processes, ours: _Outcome) -> Any:
-    for error in processes.gather_objects(ours.error):
-        if error:
-            raise error
-    return ours.value

@@ -16,8 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from clipft.core.errors import ClipftError, Interrupted, ProcessError, UsageError
 from clipft.config.settings import Settings
+from clipft.core.errors import ClipftError, Interrupted, ProcessError, UsageError
 from clipft.distributed.collectives import ALONE, ManyProcesses, Processes
 from clipft.models.device import choose_precision
 

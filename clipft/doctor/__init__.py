@@ -1,1 +1,1 @@
-"""Is this machine ready for a run? One small check per question, each with what to do."""
+"""Checks whether this machine is ready for a run, one check per question."""

@@ -3,11 +3,11 @@ before what would have been computed with it."""
 
 from collections.abc import Callable
 
+from clipft.config.settings import Settings
+from clipft.core.errors import ClipftError, first_line
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.finding import Check, Examined, Finding
-from clipft.core.errors import ClipftError, first_line
-from clipft.modelling.quiet import quiet_libraries
-from clipft.config.settings import Settings
+from clipft.models.pretrained import quiet_libraries
 
 CHECKS = (
     Check("Python", machine.python),

@@ -5,9 +5,9 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from clipft.doctor.finding import Finding
-from clipft.core.errors import UsageError, first_line
 from clipft.config.settings import Settings
+from clipft.core.errors import UsageError, first_line
+from clipft.doctor.finding import Finding
 
 _GIB = 1 << 30
 _LOADED = ("numpy", "PIL", "torch", "torchvision", "transformers", "peft", "safetensors")
@@ -160,8 +160,8 @@ def eight_bit(settings: Settings) -> Finding:
     """bitsandbytes: does a step of its optimizer run?"""
     import torch
 
-    from clipft.training.step.optimizer import make_optimizer
     from clipft.models.device import choose_precision
+    from clipft.training.step.optimizer import make_optimizer
 
     where = choose_precision(settings).device
     weight = torch.nn.Parameter(torch.zeros(64, 64, device=where))

@@ -6,11 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clipft.cache import cache_folder
-from clipft.doctor.finding import Finding
-from clipft.core.files import nearest_folder
-from clipft.core.common import processors
 from clipft.config.settings import Settings
+from clipft.core.common import cache_folder, processors
+from clipft.core.files import nearest_folder
+from clipft.doctor.finding import Finding
 
 _GIB = 1 << 30
 _LITTLE_MEMORY = 4 * _GIB

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipft.doctor.finding import Finding
-from clipft.core.errors import first_line
 from clipft.config.settings import Settings
+from clipft.core.errors import first_line
+from clipft.doctor.finding import Finding
 
 _SECONDS = 5
 _PROBE = ".clipft-doctor"

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Sends pairs through the two towers and keeps what frozen towers computed."""

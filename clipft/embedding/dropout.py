@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipft.data.order import derived_seed
 from clipft.data.captions.tokenizer import Keys
+from clipft.data.order import derived_seed
 
 _LEVELS = 1 << 16
 """Masks are drawn with 16 bits a value."""

@@ -9,7 +9,6 @@ the row of each; ``about.json``, the width and the pictures that cannot be used.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,42 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.cache import cache_folder
-from clipft.data.caption_source import NoCaptions
-from clipft.data.captions.table import CaptionTable
+from clipft.core.common import Progress, cache_folder, counted
+from clipft.core.files import replacing_folder
+from clipft.data.captions.table import CaptionTable, NoCaptions
+from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards.dataset import PairDataset
-from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
-from clipft.core.files import replacing_folder
 from clipft.embedding.load import LoadedModel
-from clipft.words import counted
-
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a display under a heading; what it gives is told (done, all)."""
-
-
-@contextmanager
-def silent(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress that nobody looks at."""
-    yield lambda done, rows: None
-
-
-def checked(progress: Progress, check: Callable[[], None]) -> Progress:
-    """The same, but ``check`` is called after each batch and may end the work by what it
-    raises."""
-
-    @contextmanager
-    def opened(title: str) -> Iterator[Callable[[int, int], None]]:
-        with progress(title) as tell:
-
-            def told(done: int, rows: int) -> None:
-                check()
-                tell(done, rows)
-
-            yield told
-
-    return opened
-
 
 _FORMAT = "1"
 _BATCH = 64

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from clipft.models.trainable import TrainableModel, adapt
-from clipft.models.pretrained import BaseModel, load_base
 from clipft.config.settings import Settings
 from clipft.embedding.dropout import Masks, row_masks
 from clipft.models.device import Precision, choose_precision, settle_frozen
+from clipft.models.pretrained import BaseModel, load_base
+from clipft.models.trainable import TrainableModel, adapt
 
 
 @dataclass(frozen=True)

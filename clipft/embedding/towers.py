@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch
 from clipft.data.captions.tokenizer import Keys, caption_keys, lengths, stacked
-from clipft.models.trainable import TrainableModel
+from clipft.data.loader import Batch
 from clipft.embedding.dropout import Randomness
 from clipft.embedding.feature_cache import Features
 from clipft.embedding.load import LoadedModel
 from clipft.models.device import Precision
+from clipft.models.trainable import TrainableModel
 
 _LEAST_TOKENS = {"cpu": 256, "cuda": 16384}
 """Of a piece of captions, by device: as many as keep it busy."""

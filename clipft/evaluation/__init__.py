@@ -1,1 +1,1 @@
-"""Embeddings -> figures. Takes arrays, knows no model and no file."""
+"""Measures a checkpoint against its pretrained model."""

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import UsageError
-from clipft.evaluation.retrieval import Retrieval
-from clipft.core.files import check_writable, write_text
-from clipft.modelling.interpolate import Interpolation
 from clipft.config.settings import DataSettings, Settings
-from clipft.evaluation.evaluator import Comparison, EvaluationSet, load_untouched
+from clipft.core.errors import UsageError
+from clipft.core.files import check_writable, write_text
 from clipft.embedding.load import LoadedModel
-from clipft.runs.load import interpolation_of, load_tuned, save_interpolated
+from clipft.evaluation.evaluator import Comparison, EvaluationSet, load_untouched
+from clipft.evaluation.wise_ft import (
+    Interpolation,
+    Point,
+    best_point,
+    interpolation_of,
+    parse_alphas,
+    save_interpolated,
+    sweep,
+)
+from clipft.metrics.ranking import Retrieval
 from clipft.runs.folder import RunPaths
-from clipft.evaluation.wise_ft import Point, best_point, parse_alphas, sweep
+from clipft.runs.load import load_tuned
 
 
 @dataclass(frozen=True)

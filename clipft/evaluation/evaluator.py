@@ -6,22 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from clipft.config.settings import Settings
+from clipft.core.common import checked, silent
+from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
-from clipft.data.descriptions import describe, same_photos
 from clipft.data.loader import Preprocessing
+from clipft.data.overlap import same_photos
 from clipft.data.shards.dataset import PairDataset
-from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
+from clipft.distributed.rank_zero import Rounds, go_on
+from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
+from clipft.embedding.encoding import open_encoding, validation_preprocessing
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, normalised, numbered, relevance
+from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
 from clipft.models.pretrained import ModelInputs
-from clipft.config.settings import Settings
-from clipft.embedding.embed import Embeddings
-from clipft.embedding.encoding import open_encoding
-from clipft.embedding.feature_cache import checked, silent
-from clipft.embedding.load import LoadedModel, load_model
-from clipft.training.measure import embed_pairs, validation_pairs
-from clipft.training.preprocessing import validation_preprocessing
-from clipft.training.shared_steps import Rounds, go_on
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,68 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import UsageError
-from clipft.metrics.retrieval import Evaluation, recall_difference
-from clipft.metrics.definitions import DIRECTIONS
-from clipft.modelling.interpolate import Interpolation
+import torch
+from torch import Tensor
+
+from clipft.config.settings import Settings
+from clipft.core.errors import ModelError, UsageError
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.evaluation.evaluator import EvaluationSet
-from clipft.embedding.load import LoadedModel
+from clipft.metrics.definitions import DIRECTIONS
+from clipft.metrics.retrieval import Evaluation, recall_difference
+from clipft.runs.checkpoint import save_checkpoint
+
+_LORA_OUT = ("lora_B", "lora_embedding_B")
+_LORA_IN = ("lora_A", "lora_embedding_A")
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Two ``TrainableModel.trainable_state`` of one scenario, on the CPU.
+
+    Raises:
+        ModelError: nothing was trained, or the two are not of one scenario, or the untouched
+            adapters already change the model, so that no scale of the tuned ones undoes it.
+    """
+
+    untouched: State
+    tuned: State
+
+    def __post_init__(self) -> None:
+        if not self.tuned:
+            raise ModelError("nothing was trained: there is nothing to interpolate", _HINT)
+        if self.untouched.keys() != self.tuned.keys():
+            raise ModelError("the weights are not those of the model's scenario", _HINT)
+        changing = [name for name, w in self.untouched.items() if _is(name, _LORA_OUT) and w.any()]
+        if changing:
+            raise ModelError(
+                f"the adapters change the model before training ({changing[0]} is not 0): "
+                "their scale does not lead back to the untouched model",
+                _HINT,
+            )
+
+    def at(self, alpha: float) -> State:
+        """For ``TrainableModel.load_trainable_state``; exact at both ends."""
+        return {name: self._weight(name, alpha) for name in self.tuned}
+
+    def _weight(self, name: str, alpha: float) -> Tensor:
+        start, end = self.untouched[name], self.tuned[name]
+        if _is(name, _LORA_IN):
+            return end
+        return torch.lerp(start.float(), end.float(), alpha).to(end.dtype)
+
+
+_HINT = "name a run that trained something"
+
+
+def _is(name: str, kinds: tuple[str, ...]) -> bool:
+    return any(part in kinds for part in name.split("."))
+
 
 _MOST_POINTS = 101
 
@@ -108,3 +162,30 @@ def _wrong(text: str) -> UsageError:
         f"--interpolate {text}: not points between 0 (untouched) and 1 (tuned)",
         f"write 0:1:0.1 or 0,0.5,1, at most {_MOST_POINTS} points",
     )
+
+
+def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
+    """The way from the untouched weights to those of a checkpoint.
+
+    Raises:
+        ModelError: nothing was trained, or not so that there is a way back.
+    """
+    untouched = load_model(settings).model.trainable_state()
+    return Interpolation(untouched, content["model_state_dict"])
+
+
+def save_interpolated(path: Path, content: dict[str, Any], way: Interpolation, at: float) -> None:
+    """A checkpoint of weights alone, as ``best.pt`` is, at a point of the way.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    kept = {key: value for key, value in content.items() if key not in _OF_TRAINING}
+    # The best epoch's figures are not those of these weights, and there is nothing to go on with
+    own = {"model_state_dict": way.at(at), "interpolated_at": at, "best": None, "finished": True}
+    save_checkpoint(path, {**kept, **own})
+
+
+_OF_TRAINING = frozenset(
+    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
+)

@@ -1,5 +1,6 @@
 """Classification of the validation pictures: by prompts over labels, and linearly."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,20 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.descriptions import describe
-from clipft.data.shards.dataset import ChosenPairs, open_pairs
-from clipft.core.errors import UsageError
-from clipft.metrics.classification import Classification, classify, label_embeddings
-from clipft.evaluation.linear import Labelled, Linear, linear_classifier
-from clipft.evaluation.templates import TEMPLATES
 from clipft.config.settings import Settings
-from clipft.embedding.embed import Embeddings, embed_texts
-from clipft.embedding.encoding import live_encoding
-from clipft.evaluation.evaluator import EvaluationSet
+from clipft.core.errors import ModelError, UsageError
+from clipft.core.files import replacing
+from clipft.data.captions.metadata import describe
+from clipft.data.captions.template import CaptionTemplate
+from clipft.data.shards.dataset import ChosenPairs, open_pairs
+from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
+from clipft.embedding.encoding import live_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
-from clipft.training.measure import embed_pairs
-from clipft.training.preprocessing import validation_preprocessing
+from clipft.evaluation.evaluator import EvaluationSet
+from clipft.metrics.classification import (
+    TEMPLATES,
+    Classification,
+    Labelled,
+    Linear,
+    classify,
+    label_embeddings,
+    linear_classifier,
+)
 
 
 @dataclass(frozen=True)
@@ -125,3 +131,69 @@ def _templates(name: str) -> Sequence[str]:
             f"name one of {', '.join(TEMPLATES)}, or a file with one template a line",
         )
     return templates
+
+
+FORMAT = "clipft-classifier-1"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """As it stands in the file."""
+
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    vectors: Tensor
+    logit_scale: float
+    base_model: dict[str, str]
+    checkpoint: str | None
+
+
+def classifier_of(loaded: LoadedModel, labelling: Labelling, checkpoint: Path | None) -> Classifier:
+    return Classifier(
+        labelling.labels,
+        labelling.templates,
+        labelling.vectors,
+        float(loaded.model.logit_scale.detach().exp()),
+        loaded.identity,
+        str(checkpoint) if checkpoint else None,
+    )
+
+
+def save_classifier(path: Path, classifier: Classifier) -> None:
+    """
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    from safetensors.torch import save_file
+
+    said: dict[str, Any] = {
+        name: getattr(classifier, name)
+        for name in ("labels", "templates", "logit_scale", "base_model", "checkpoint")
+    }
+    words = {name: json.dumps(value, ensure_ascii=False) for name, value in said.items()}
+    with replacing(path) as temporary:
+        vectors = classifier.vectors.contiguous()
+        save_file({"label_vectors": vectors}, str(temporary), {"format": FORMAT, **words})
+
+
+def load_classifier(path: Path) -> Classifier:
+    """
+    Raises:
+        ModelError: missing, broken, or no classifier.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            words = file.metadata() or {}
+            if words.get("format") != FORMAT:
+                raise ModelError(f"{path} is no classifier of clipft", _HINT)
+            vectors = file.get_tensor("label_vectors")
+        said = {name: json.loads(value) for name, value in words.items() if name != "format"}
+        labels, templates = tuple(said.pop("labels")), tuple(said.pop("templates"))
+        return Classifier(labels, templates, vectors, **said)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read {path}: {' '.join(str(error).split())}", _HINT) from error
+
+
+_HINT = "make it with `clipft zero-shot --save-classifier FILE`"

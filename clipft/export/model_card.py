@@ -3,11 +3,19 @@
 The header is the hub's metadata (YAML); nothing in the card names a path of this machine.
 """
 
+import json
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipft.core.common import counted
+
+if TYPE_CHECKING:
+    from clipft.export.onnx import OnnxCheck
+    from clipft.runs.load import OpenedModel
 
 _PIPELINES = {
     "transformers": "zero-shot-image-classification",
@@ -122,7 +130,7 @@ def _about(facts: CardFacts) -> str:
 def _use(facts: CardFacts, kind: str, checked: str) -> str:
     if not kind:
         return "The model stands here in several formats, a folder each, with a card of its own.\n"
-    source = files("clipft.report").joinpath("assets", f"use_{kind.replace('-', '_')}.py.txt")
+    source = files("clipft.export").joinpath("assets", f"use_{kind.replace('-', '_')}.py.txt")
     code = string.Template(source.read_text(encoding="utf-8")).safe_substitute(
         base=facts.base_id or f"PATH/TO/{facts.base}"
     )
@@ -229,3 +237,100 @@ def _license(facts: CardFacts) -> str:
         else ("not stated by its card here: look it up before sharing this model")
     )
     return f"## Licence\n\nOf the base model: {stated}. The pairs it was tuned on have their own.\n"
+
+
+class _Cards:
+    """The card of each format; the model's facts are gathered once, before it is merged."""
+
+    def __init__(self, opened: "OpenedModel") -> None:
+        self._facts = _facts(opened)
+
+    def __call__(self, kind: str, check: "OnnxCheck | None") -> str:
+
+        return model_card(self._facts, kind, _checked(check) if kind == "onnx" else "")
+
+
+def _checked(check: "OnnxCheck | None") -> str:
+    if check is None:
+        return ""
+    return (
+        f"Checked with onnxruntime against torch on {counted(check.pairs, 'pair')}: the "
+        f"greatest difference of a component is {check.image_difference:.1e} for pictures and "
+        f"{check.text_difference:.1e} for texts."
+    )
+
+
+def _facts(opened: "OpenedModel") -> "CardFacts":
+    from clipft.config.scenarios import SCENARIOS
+    from clipft.models.huggingface import given_bias, hub_id, license_of, public_name
+
+    base, model = opened.loaded.base, opened.loaded.model
+    moved = model.logit_scale.requires_grad or given_bias(model) is not None
+    facts = CardFacts(
+        base=public_name(base.name),
+        base_id=hub_id(base.name),
+        license=license_of(base.name),
+        scenario=opened.settings.scenario,
+        summary=SCENARIOS[opened.settings.scenario].summary,
+        parameters=str(model.parameters_count()),
+        image_size=base.inputs.image_size,
+        context_length=base.inputs.context_length,
+        logit_scale=model.logit_scale.item() if moved else None,
+        logit_bias=given_bias(model),
+    )
+    return _with_history(facts, opened)
+
+
+def _with_history(facts: "CardFacts", opened: "OpenedModel") -> "CardFacts":
+    """What the checkpoint, and the evaluation beside it, tell of training and figures."""
+
+    if opened.content is None or opened.checkpoint is None:
+        return facts
+    content = opened.content
+    before = content["before"]["retrieval"]
+    best = content["best"]
+    judged = _evaluation(opened.checkpoint) or {}
+    told = _telling_settings(content["settings"])
+    if "interpolated_at" in content:
+        told["interpolated_at"] = content["interpolated_at"]
+    return replace(
+        facts,
+        train_pairs=content.get("train_pairs"),
+        val_pairs=before.get("pairs"),
+        epoch=best["epoch"] if best else content["epoch"],
+        settings=told,
+        before=figures_of(judged.get("before") or before),
+        after=figures_of(judged.get("after") or (best and best["retrieval"])),
+    )
+
+
+def _telling_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide the weights and say something: the usual ones, and what was changed."""
+    from clipft.config.scenarios import SCENARIOS
+    from clipft.config.settings import Settings, fixed_on_resume
+
+    standard = Settings().model_dump(mode="json")
+    told = [n for n in fixed_on_resume() if n in saved and n not in {"model", "scenario"}]
+    if not SCENARIOS[saved["scenario"]].lora:
+        told = [name for name in told if not name.startswith("lora_")]
+    return {n: saved[n] for n in told if n in _ALWAYS_TOLD or saved[n] != standard[n]}
+
+
+def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
+    """The run's evaluation, which is of its best epoch."""
+    from clipft.runs.folder import RunPaths
+
+    paths = RunPaths.within(checkpoint.parent)
+    path = paths.evaluation
+    if checkpoint != paths.best or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+_ALWAYS_TOLD = frozenset(
+    {"caption", "augmentation", "lora_r", "lora_alpha", "epochs", "effective_batch_size", "lr"}
+)

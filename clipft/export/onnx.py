@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from clipft.core.errors import ModelError, UsageError, first_line
 from clipft.models.architectures import Architecture
-from clipft.models.pretrained import BaseModel, ModelInputs
 from clipft.models.huggingface import write_processors
+from clipft.models.pretrained import BaseModel, ModelInputs
 
 OPSET = 18
 """What torch's exporter writes natively: no conversion, and read by runtimes since 2023."""

@@ -7,7 +7,7 @@ A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval; a
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from clipft.words import counted
+from clipft.core.common import counted
 
 DIRECTIONS = (("text → image", "text_to_image"), ("image → text", "image_to_text"))
 RECALLS = ("r@1", "r@5", "r@10")

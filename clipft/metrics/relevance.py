@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from clipft.core.common import counted
 from clipft.core.errors import UsageError
-from clipft.words import counted
 
 _MOST_EDGES = 50_000_000
 

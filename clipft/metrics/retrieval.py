@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
 from clipft.metrics.definitions import (
     DIRECTIONS,
@@ -21,7 +22,6 @@ from clipft.metrics.definitions import (
 )
 from clipft.metrics.ranking import ranks_of
 from clipft.metrics.relevance import Identities, Relevance, relevance
-from clipft.runs.records import finite
 
 _MOST_CATEGORIES = 50
 _LEAST_PAIRS = 5

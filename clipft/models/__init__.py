@@ -1,1 +1,1 @@
-"""A base model + a scenario -> a trainable model. Knows nothing of files of pairs."""
+"""Loads a pretrained CLIP, makes it trainable under a scenario, and writes it back."""

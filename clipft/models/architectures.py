@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clipft.models.fast_encoder import encode_pooled
 from clipft.config.scenarios import TEXTUAL, VISUAL
+from clipft.models.fast_encoder import encode_pooled
 
 
 @dataclass(frozen=True)

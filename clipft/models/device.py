@@ -1,14 +1,19 @@
 """Where to compute and in which numbers: chosen once, by what the hardware has."""
 
+import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clipft.core.errors import UsageError
+from clipft import __version__
 from clipft.config.settings import OptimSettings
+from clipft.core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,34 @@ def _cpu_has_bf16() -> bool:
     # Without these instructions bf16 is emulated, and slower by orders of magnitude
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+_PACKAGES = ("torch", "torchvision", "transformers", "peft", "bitsandbytes", "numpy", "pillow")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Names and values as people read them; nothing of the user, the host or its network."""
+    found = {"clipft": __version__, "Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        found["device"] = f"{properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+        return found
+    found["device"] = f"{device.type}, {_processor()}"
+    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import UsageError
-from clipft.models.trainable import TrainableModel
 from clipft.models.pretrained import TINY, BaseModel, Processors, load_processors
+from clipft.models.trainable import TrainableModel
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _TINY_LICENSE = "apache-2.0"

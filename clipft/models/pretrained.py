@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,15 @@ import torch
 
 from clipft.core.errors import ModelError, first_line
 from clipft.models.architectures import ARCHITECTURES, Architecture
-from clipft.modelling.quiet import quiet_libraries
+
+
+def quiet_libraries() -> None:
+    """Before the first of them is imported; loads none itself."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""

@@ -1,1 +1,1 @@
-"""Figures -> what people look at."""
+"""Renders the HTML pages that a run, an inspection or an ablation leaves."""

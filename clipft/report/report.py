@@ -6,34 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipft.config.settings import Settings
+from collections.abc import Mapping, Sequence
+
+from clipft.metrics.figures import before_and_after, figure_tables, mean_recall
+from clipft.report.curves import epoch_curves, step_curves
+from clipft.runs.records import RunRecords
 
 
-def write_report(folder: Path, page: Path, data_dir: Path | None) -> dict[str, Any]:
-    """Of a run's folder or an ablation's, as the two below."""
-    from clipft.training.ablation_state import STATE
-
-    if (folder / STATE).is_file():
-        return write_ablation_report(folder, page)
-    return write_run_report(folder, page, data_dir)
-
-
-def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
-    """Write ``page`` and its content as JSON beside it; returns the content.
-
-    Raises:
-        UsageError: no ablation is there.
-        StorageError: the page cannot be written.
-    """
-    from clipft.ablation.summary import ablation_content
-    from clipft.ablation.page import ablation_page
-    from clipft.training.ablation_state import read_state
-
-    content = ablation_content(str(folder), read_state(folder))
-    _write(page, ablation_page(content), content)
-    return content
-
-
-def _write(page: Path, html: str, content: dict[str, Any]) -> None:
+def write_page_and_json(page: Path, html: str, content: dict[str, Any]) -> None:
+    """Write a page, and its content as JSON beside it."""
     from clipft.report.html import write_page
 
     write_page(page, html)
@@ -49,16 +30,15 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
         UsageError: no run is there.
         StorageError: the page cannot be written.
     """
-    from clipft.reporting.run_content import run_content
     from clipft.report.run_page import run_page
-    from clipft.training.run_reading import read_run, run_settings
+    from clipft.runs.folder import read_run, run_settings
 
     records, settings = read_run(folder), run_settings(folder)
     if data_dir:
         settings = settings.model_copy(update={"data_dir": data_dir})
     cases, pictures, note = _gallery(folder, settings)
     content = run_content(records, cases, note)
-    _write(page, run_page(content, pictures), content)
+    write_page_and_json(page, run_page(content, pictures), content)
     return content
 
 
@@ -66,12 +46,17 @@ def _gallery(
     folder: Path, settings: "Settings"
 ) -> tuple[list[dict[str, Any]], dict[int, bytes], str]:
     """Cases, thumbnails by pair, and why there are none."""
-    from clipft.data.captions.template import CaptionTemplate
     from clipft.core.errors import DataError
+    from clipft.data.captions.template import CaptionTemplate
+    from clipft.embedding.embed import validation_pairs
+    from clipft.evaluation.gallery import (
+        PairReader,
+        Rankings,
+        choose_cases,
+        data_name,
+        gallery_content,
+    )
     from clipft.report.html import SIDE, thumbnail
-    from clipft.training.gallery import PairReader, choose_cases, gallery_content
-    from clipft.training.measure import validation_pairs
-    from clipft.evaluation.gallery import Rankings, data_name
     from clipft.runs.folder import RunPaths
 
     paths = RunPaths.within(folder)
@@ -97,3 +82,97 @@ def _gallery(
         return gallery_content(choose_cases(before, after), read, keep_picture), pictures, ""
     except DataError as error:
         return [], {}, f"No gallery: {error.message}."
+
+
+def run_content(
+    records: RunRecords, gallery: Sequence[Mapping[str, Any]], gallery_note: str
+) -> dict[str, Any]:
+    """JSON values alone. ``gallery_note`` says why there is no gallery, or is empty."""
+    return {
+        "kind": "run",
+        "format_version": 1,
+        "title": f"{records.setting('scenario')} on {records.setting('model')}",
+        "folder": records.folder,
+        "finished": records.result is not None,
+        "verdict": _verdict(records, *_recall(records)),
+        "plan": records.run.get("plan"),
+        "seconds": records.run.get("seconds"),
+        "peak_memory_bytes": records.run.get("peak_memory_bytes"),
+        "environment": records.run.get("environment", {}),
+        "figures": figure_tables(records.epochs, records.evaluation),
+        "steps": step_curves(records.steps),
+        "epochs": epoch_curves(records.epochs),
+        "categories": _categories(records.evaluation),
+        "interpolation": records.interpolation,
+        "kept": _kept(records.kept),
+        "gallery": list(gallery),
+        "gallery_note": gallery_note,
+        "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
+        "settings": records.settings,
+    }
+
+
+def _categories(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """R@10 from text to image of each category, the largest first."""
+    if not evaluation:
+        return []
+
+    def figure(part: str, name: str) -> Any:
+        of = (evaluation[part] or {}).get("by_category", {}).get(name)
+        return of["paired"]["text_to_image"]["figures"]["r@10"] if of else None
+
+    before = evaluation["before"]["by_category"]
+    return [
+        {
+            "name": name,
+            "pairs": category["pairs"],
+            "before": figure("before", name),
+            "after": figure("after", name),
+        }
+        for name, category in before.items()
+    ]
+
+
+def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The paired figures on the general pairs."""
+    if not kept:
+        return None
+    return {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
+
+
+def _recall(records: RunRecords) -> tuple[float | None, float | None]:
+    """Mean recall before and after, as the tables below have it."""
+    if records.evaluation:
+        before, after = records.evaluation["before"], records.evaluation["after"]
+        return before["recall"], after["recall"] if after else None
+    parts = before_and_after(records.epochs)
+    untouched, tuned = (mean_recall(part) if part else None for part in parts)
+    return untouched, tuned
+
+
+def _verdict(records: RunRecords, before: float | None, after: float | None) -> str:
+    if before is None:
+        return "The untouched model has not been measured yet."
+    untouched = f"{100 * before:.1f} %"
+    last = records.epochs[-1]["epoch"]
+    if after is None:
+        why = "no epoch was better" if last else "nothing was trained"
+        return f"Mean recall of the untouched model {untouched}; {why}."
+    gain = 100 * (after - before)
+    best = next((e["epoch"] for e in reversed(records.epochs) if e["improved"]), last)
+    end = f"epoch {best} of {last}" + ("" if records.result else " so far")
+    advice = "" if gain > 0 else " No gain over the untouched model."
+    around = _around(records.evaluation)
+    return (
+        f"Mean recall {untouched} before, {100 * after:.1f} % after "
+        f"({gain:+.1f} points{around}) at {end}.{advice}"
+    )
+
+
+def _around(evaluation: Mapping[str, Any] | None) -> str:
+    """The interval of the gain in words."""
+    change = ((evaluation or {}).get("difference") or {}).get("recall") or {}
+    if change.get("low") is None:
+        return ""
+    words = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+    return words if change["clear"] else f"{words}: it may be chance"

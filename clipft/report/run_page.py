@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from clipft.report.charts import chart_figures, chart_scripts
-from clipft.report.curves import run_charts
-from clipft.reporting.evaluation_charts import category_charts, interpolation_charts
+from clipft.core.common import duration
 from clipft.metrics.figures import (
     RECALL_DEFINITION,
     figure_name,
@@ -15,8 +13,9 @@ from clipft.metrics.figures import (
     shown_change,
     shown_interval,
 )
+from clipft.report.charts import chart_figures, chart_scripts
+from clipft.report.curves import category_charts, interpolation_charts, run_charts
 from clipft.report.html import PageTable, document, folded, image, paragraph, section, table
-from clipft.cli.progress import duration
 
 _KINDS = {
     "gain": "Best gains",

@@ -1,24 +1,20 @@
 """A checkpoint -> the tuned model that it holds."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.core.errors import ModelError
-from clipft.modelling.interpolate import Interpolation
 from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
-from clipft.runs.checkpoint import save_checkpoint
-from clipft.training.checkpoint_pair import there_is_one
+from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.runs.checkpoint import load_checkpoint, there_is_one
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"
 _PREVIOUS_GLOB = "*_checkpoint.previous.pt"
-_OF_TRAINING = frozenset(
-    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
-)
 
 
 def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collection[str]) -> Settings:
@@ -109,23 +105,40 @@ def load_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
     return loaded
 
 
-def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
-    """The way from the untouched weights to those of a checkpoint.
+@dataclass(frozen=True)
+class OpenedModel:
+    """``content`` and ``checkpoint`` are None where the model is an untouched one."""
+
+    loaded: LoadedModel
+    settings: Settings
+    content: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+
+
+def open_model(place: str, now: LoadedSettings, anew: Collection[str]) -> OpenedModel:
+    """The model of a checkpoint or run folder, with the settings it was trained with but those
+    in ``anew``; or the untouched model of a folder of transformers, a hub id, or ``tiny``.
 
     Raises:
-        ModelError: nothing was trained, or not so that there is a way back.
+        ModelError: there is none, or it cannot be loaded.
     """
-    untouched = load_model(settings).model.trainable_state()
-    return Interpolation(untouched, content["model_state_dict"])
+    path = Path(place).expanduser()
+    if _is_model_name(place, path):
+        return open_untouched(now.values.model_copy(update={"model": place}))
+    checkpoint = find_checkpoint(path, now.values)
+    content = load_checkpoint(checkpoint)
+    settings = saved_settings(content, now, anew)
+    return OpenedModel(load_tuned(content, settings), settings, content, checkpoint)
 
 
-def save_interpolated(path: Path, content: dict[str, Any], way: Interpolation, at: float) -> None:
-    """A checkpoint of weights alone, as ``best.pt`` is, at a point of the way.
+def open_untouched(settings: Settings) -> OpenedModel:
+    """The base model of some settings as it came."""
+    settings = settings.model_copy(update={"scenario": "zero_shot"})
+    return OpenedModel(load_model(settings), settings)
 
-    Raises:
-        StorageError: the disk is full or refuses.
-    """
-    kept = {key: value for key, value in content.items() if key not in _OF_TRAINING}
-    # The best epoch's figures are not those of these weights, and there is nothing to go on with
-    own = {"model_state_dict": way.at(at), "interpolated_at": at, "best": None, "finished": True}
-    save_checkpoint(path, {**kept, **own})
+
+def _is_model_name(place: str, path: Path) -> bool:
+    if path.is_dir():
+        return (path / "config.json").is_file()
+    looks_local = place.startswith((".", "/", "~")) or path.suffix == ".pt" or path.exists()
+    return not looks_local and not path.with_name(f"{path.name}_checkpoint.pt").is_file()

@@ -1,13 +1,12 @@
 """The plain records that a run hands to those who watch it, and the watchers' face."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no not-a-number: they become null."""
-    bad = (float("inf"), float("-inf"))
-    return {k: None if v in bad or v != v else v for k, v in values.items()}
+from clipft.core.common import Note, Progress, silent
+from clipft.core.files import finite
 
 
 @dataclass(frozen=True)
@@ -186,3 +185,14 @@ class RunRecords:
 
     def setting(self, name: str) -> Any:
         return next(entry["value"] for entry in self.settings if entry["name"] == name)
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Observers of the run, notes for people, each saved checkpoint."""
+
+    observer: Observer
+    note: Note
+    saved: Callable[[Path, int], None]
+    """With the number of optimizer steps done."""
+    progress: Progress = silent

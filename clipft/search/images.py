@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from clipft.data.blob import Blob
+from clipft.core.errors import DataError
+from clipft.data.shards.dataset import PairDataset, RawPair, shard_paths
 from clipft.data.shards.index import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -22,8 +23,7 @@ from clipft.data.shards.index import (
     open_shard,
     stamp_of,
 )
-from clipft.data.shards.dataset import PairDataset, RawPair, shard_paths
-from clipft.core.errors import DataError
+from clipft.data.shards.tar import Blob
 
 _PAIRS = 4096
 """Pairs of a shard in a part: what a kill while embedding costs at most."""

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.cache import cache_folder
-from clipft.data.augmentation import make_transform
-from clipft.data.caption_source import NoCaptions
-from clipft.data.images import BadImage, decode_image
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
-from clipft.search.images import PicturePart
-from clipft.data.shards.dataset import RawPair
+from clipft.config.settings import AdaptSettings
+from clipft.core.common import cache_folder
 from clipft.core.errors import DataError
 from clipft.core.files import replacing
-from clipft.config.settings import AdaptSettings
+from clipft.data.augmentation import make_transform
+from clipft.data.captions.table import NoCaptions
+from clipft.data.images import BadImage, decode_image
+from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
+from clipft.data.shards.dataset import RawPair
 from clipft.embedding.embed import embed_texts
-from clipft.training.opened import OpenedModel
+from clipft.runs.load import OpenedModel
+from clipft.search.images import PicturePart
 
 _FORMAT = "1"
 _BATCH = 64

@@ -1,1 +1,1 @@
-"""S3 <-> local folder: knows nothing of tars, models or training."""
+"""Moves files between S3 and a local folder."""

@@ -1,1 +1,1 @@
-"""Batches + a trainable model -> a better model."""
+"""A training run, from setup through the loop to its checkpoints."""

@@ -13,7 +13,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from clipft.cache import cache_folder
+from clipft.core.common import cache_folder
 from clipft.core.errors import StorageError
 from clipft.core.files import write_text
 from clipft.core.memory import GRAPH_SHARE

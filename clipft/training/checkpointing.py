@@ -1,19 +1,33 @@
 """What of a run is saved on its way: the newest state, and the best epoch's weights."""
 
 import math
+import shutil
 from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import ClipftError
-from clipft.core.files import settle
-from clipft.runs.checkpoint import save_checkpoint
-from clipft.training.checkpoint_pair import save_newest
-from clipft.distributed.collectives import by_first
-from clipft.runs.folder import RunPaths
-from clipft.training.state import RunState
-from clipft.training.setup import RunSetup
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.core.common import Note
+from clipft.core.errors import ClipftError, ModelError, UsageError
+from clipft.core.files import disk_error, settle
+from clipft.distributed.rank_zero import by_first
+from clipft.runs.checkpoint import (
+    Whole,
+    check_resumable,
+    load_checkpoint,
+    newest_whole,
+    previous_of,
+    put_back,
+    save_checkpoint,
+    save_newest,
+    there_is_one,
+)
+from clipft.runs.folder import RunPaths, cut_lines
+from clipft.runs.records import Watchers
 from clipft.training.loop import TrainState
-from clipft.training.watchers import Watchers
+from clipft.training.setup import RunSetup
+from clipft.training.state import RunState
 
 _BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
 """Where nothing trains; and of a state, what weights alone come with."""
@@ -79,3 +93,134 @@ class Saver:
             "train_pairs": len(self.setup.train),
             **self.state.progress(),
         }
+
+
+class Best(Enum):
+    """What ``best.pt`` is to a run that goes on."""
+
+    THERE = "the weights of the best epoch"
+    LATER = "those of an epoch that the run, killed after it, makes again"
+    GONE = "not there, or of another epoch"
+
+
+def load_best(path: Path, epoch: int) -> dict[str, Any]:
+    """
+    Raises:
+        ModelError: it is damaged; with whose weights are lost and what can be done.
+    """
+    try:
+        return load_checkpoint(path)
+    except ModelError as error:
+        raise ModelError(
+            f"{error.message}: the weights of epoch {epoch}, the best one so far, are lost",
+            f"put a copy of {path.name} back; or remove it, and `clipft resume` takes the best of "
+            "the epochs from the checkpoint's on",
+        ) from error
+
+
+def find_best(path: Path, epoch: int, step: int, mendable: bool) -> Best:
+    """``epoch`` is the best one as the checkpoint of ``step`` knows it. ``mendable``: a damaged
+    file counts as gone.
+
+    Raises:
+        ModelError: as ``load_best``.
+    """
+    if not path.exists():
+        return Best.GONE
+    try:
+        content = load_best(path, epoch)
+    except ModelError:
+        if mendable:
+            return Best.GONE
+        raise
+    if content["epoch"] == epoch:
+        return Best.THERE
+    return Best.LATER if content.get("step", 0) > step else Best.GONE
+
+
+def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> Whole | None:
+    """The checkpoint to go on from; None: start from scratch. Nothing is changed.
+
+    Raises:
+        ModelError: one is there but none can be gone on from.
+        UsageError: a setting that decides the weights was changed.
+    """
+    if not settings.resume_from_checkpoint:
+        return None
+    if not there_is_one(paths.checkpoint):
+        note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
+        return None
+    whole = newest_whole(paths.checkpoint)
+    check_resumable(whole.path, whole.content)
+    _refuse_changes(whole.content["settings"], settings)
+    return whole
+
+
+def go_back_to(whole: Whole, checkpoint: Path, note: Note) -> None:
+    """Where the newest is damaged, the one before it takes its place."""
+    if not whole.damage:
+        return
+    aside = put_back(checkpoint)
+    kept = f"; the damaged one is now {aside}" if aside else ""
+    step = whole.content.get("step", 0)
+    note(f"warning: {whole.damage.message}; going on from the one before it, of step {step}{kept}.")
+
+
+def set_aside(paths: RunPaths, note: Note) -> None:
+    """What an earlier run left is not of the one that starts from scratch. Where it has weights,
+    all of it is kept in a folder of its own.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    checkpoints = (paths.checkpoint, previous_of(paths.checkpoint))
+    there = [path for path in (*checkpoints, *paths.contents) if path.exists()]
+    if not {*checkpoints, paths.best}.intersection(there):
+        for path in there:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        return
+    kept = paths.earlier()
+    try:
+        kept.mkdir()
+        for path in there:
+            path.replace(kept / path.name)
+    except OSError as error:
+        raise disk_error(kept, error) from error
+    note(f"The earlier run in {paths.folder} is kept as {kept}.")
+
+
+def cut_back(paths: RunPaths, checkpoint: dict[str, Any]) -> None:
+    """Lines of what came after the checkpoint are written again."""
+    epochs = checkpoint["epoch"] - (not checkpoint.get("validated", True))
+    for path in (paths.metrics, paths.skipped):
+        cut_lines(path, checkpoint["step"], epochs)
+
+
+def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
+    """
+    Raises:
+        UsageError: another base model, or other training pairs.
+    """
+    theirs, ours = checkpoint["base_model"], setup.loaded.identity
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        raise UsageError(
+            f"the checkpoint was trained from other weights: {theirs['name']} "
+            f"({theirs['fingerprint'][:8]}) against {ours['name']} ({ours['fingerprint'][:8]})",
+            "resume with the base model it started from",
+        )
+    if checkpoint["data"] != setup.train.identity():
+        raise UsageError(
+            f"the training shards in {setup.settings.data_dir} are not those of the checkpoint",
+            "name the folder with the same shards with --data-dir, or start a new run",
+        )
+
+
+def _refuse_changes(saved: dict[str, Any], settings: Settings) -> None:
+    now = settings.model_dump(mode="json")
+    changed = [name for name in fixed_on_resume() if name in saved and saved[name] != now[name]]
+    if changed:
+        listed = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in changed)
+        raise UsageError(
+            f"these settings decide the weights and cannot change on resume: {listed}",
+            "set them back, or start a new run with another --output-dir",
+        )

@@ -9,25 +9,24 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from clipft.config.settings import Settings
+from clipft.core.common import Note, Progress
+from clipft.core.errors import DataError
+from clipft.core.files import nearest_folder
+from clipft.core.memory import Peak, peak_memory, usable_memory
 from clipft.data.captions.table import CaptionTable
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.data.shards.dataset import PairDataset
-from clipft.core.errors import DataError
-from clipft.core.files import nearest_folder
-from clipft.runs.records import Forecast, StepResult
-from clipft.config.settings import Settings
-from clipft.runs.checkpoint import checkpoint_size
 from clipft.distributed.collectives import Processes
-from clipft.embedding.feature_cache import Progress
-from clipft.training.measure import embed_pairs
-from clipft.core.memory import Peak, peak_memory, usable_memory
-from clipft.training.plan import Note
-from clipft.training.resuming import check_same_run, checkpoint_to_resume
+from clipft.distributed.rank_zero import Rounds, agreed
+from clipft.embedding.embed import embed_pairs
+from clipft.runs.checkpoint import checkpoint_size
 from clipft.runs.folder import RunPaths
-from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import Rounds, agreed
+from clipft.runs.records import Forecast, StepResult
+from clipft.training.checkpointing import check_same_run, checkpoint_to_resume
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource

@@ -1,16 +1,58 @@
 """The training loop."""
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from clipft.data.loader import StepBatch
+from clipft.config.settings import DataSettings
+from clipft.core.common import counted
+from clipft.core.errors import DataError
+from clipft.data.loader import StepBatch, training_batches
 from clipft.data.order import Position
+from clipft.distributed.collectives import Processes
+from clipft.distributed.rank_zero import agreed, by_first
 from clipft.models.trainable import TrainableModel
+from clipft.runs.folder import append_lines
 from clipft.runs.records import StepResult
+from clipft.training.setup import RunSetup
 from clipft.training.step.gradcache import Accumulation
 from clipft.training.step.optimizer import Optimiser
+
+
+class BadPairs:
+    """Of one run, in ``path``; ``count`` of those to train on."""
+
+    def __init__(
+        self, path: Path, pairs: int, settings: DataSettings, processes: Processes
+    ) -> None:
+        self.path, self.count = path, 0
+        self._pairs, self._settings, self._processes = pairs, settings, processes
+
+    def list(self, split: str, step: int, skipped: Iterable[dict[str, str]]) -> None:
+        """Note them as left out when ``step`` optimizer steps were done."""
+        lines = [{"split": split, "step": step, **entry} for entry in skipped]
+        by_first(self._processes, lambda: append_lines(self.path, lines))
+
+    def met(self, epoch: int, step: int, skipped: Sequence[dict[str, str]]) -> None:
+        """In a step of training. Only the first epoch counts: later ones meet the same again.
+
+        Raises:
+            DataError: they are too many by now.
+        """
+        if not skipped or epoch > 1:
+            return
+        self.count += len(skipped)
+        self.list("train", step, skipped)
+        last = skipped[-1]
+        if self._settings.too_many_bad(self.count, self._pairs):
+            raise DataError(
+                f"{counted(self.count, 'pair')} could not be used, more than --max-bad "
+                f"{self._settings.max_bad:g} of {self._pairs}: the last was {last['key']} in "
+                f"{last['shard']} ({last['reason']})",
+                f"see {self.path}; mend the data, or raise --max-bad",
+            )
 
 
 @dataclass
@@ -95,3 +137,28 @@ def fit(
             loss_floor=floor,
         )
         started = time.perf_counter()
+
+
+def run_steps(setup: RunSetup, state: TrainState, bad: BadPairs) -> Iterator[StepBatch]:
+    """
+    Raises:
+        DataError: none of a step's pairs can be used; they are listed among the ``bad``.
+    """
+    batches = training_batches(
+        setup.train,
+        setup.encoding.preprocessing,
+        setup.epoch_plan,
+        state.position,
+        setup.plan.epochs,
+        setup.loader_options,
+    )
+    for batch in agreed(setup.processes, batches):
+        if not batch.pairs:
+            skipped = [asdict(skipped) for skipped in batch.skipped]
+            bad.met(batch.epoch + 1, state.step, skipped)
+            pairs = counted(len(batch.skipped), "pair")
+            raise DataError(
+                f"none of the {pairs} of step {state.step + 1} can be used",
+                f"see {bad.path}; mend the data, or take a larger --effective-batch-size",
+            )
+        yield batch

@@ -4,18 +4,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from clipft.data.order import EpochPlan
-from clipft.runs.records import Plan
 from clipft.config.settings import FALLBACK_MICRO_BATCH, Settings
-from clipft.training.batch_size import Found, FoundCache, Probe
-from clipft.training.step.gradcache import ACCUMULATIONS
-from clipft.embedding.load import LoadedModel
+from clipft.core.common import Note, counted
 from clipft.core.memory import memory_in_use, usable_memory
-from clipft.training.step.optimizer import choose_optimizer, warmup_steps
+from clipft.data.order import EpochPlan
+from clipft.embedding.load import LoadedModel
+from clipft.runs.records import Plan
+from clipft.training.batch_size import Found, FoundCache, Probe
 from clipft.training.probe import find, probe_of
-from clipft.words import counted
-
-Note = Callable[[str], None]
+from clipft.training.step.gradcache import ACCUMULATIONS
+from clipft.training.step.optimizer import choose_optimizer, warmup_steps
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200

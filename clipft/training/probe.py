@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 
-from clipft.data.loader import Batch
-from clipft.models.trainable import TrainableModel
-from clipft.models.pretrained import ModelInputs
 from clipft.config.settings import Settings
-from clipft.training.batch_size import SMALLEST, Found, Probe, search
-from clipft.training.step.gradcache import ExactAccumulation
-from clipft.distributed.collectives import ALONE
-from clipft.training.graphs import GraphMemory, counting_saved
-from clipft.embedding.load import LoadedModel
-from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.core.memory import give_back, peak_memory, usable_memory
+from clipft.data.loader import Batch
 from clipft.data.positives import EACH_FOR_ITSELF
-from clipft.models.device import Precision
-from clipft.training.step.oom import memory_ran_out
+from clipft.distributed.collectives import ALONE
+from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Sides, make_sides
+from clipft.models.device import Precision
+from clipft.models.pretrained import ModelInputs
+from clipft.models.trainable import TrainableModel
+from clipft.training.batch_size import SMALLEST, Found, Probe, search
+from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, counting_saved
+from clipft.training.step.losses import ContrastiveLoss, make_loss
+from clipft.training.step.oom import memory_ran_out
 
 _TIMED = 0.3
 """Seconds that a small size is repeated for: one pass is a poor clock."""

@@ -6,38 +6,86 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.data.captions.table import CaptionTable
+from clipft.config.settings import Settings
+from clipft.core.common import checked
 from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
 from clipft.core.files import write_text
-from clipft.runs.records import EpochResult
-from clipft.config.settings import Settings
-from clipft.training.best_weights import Best, find_best
-from clipft.distributed.collectives import Processes, by_first, together
-from clipft.embedding.feature_cache import checked
-from clipft.training.finishing import Finish
+from clipft.data.captions.table import CaptionTable
+from clipft.distributed.collectives import Processes
+from clipft.distributed.rank_zero import Rounds, by_first, together
+from clipft.embedding.embed import embed_pairs
 from clipft.evaluation.evaluator import EvaluationSet
-from clipft.training.measure import embed_pairs
 from clipft.evaluation.gallery import Ranker, Rankings
-from clipft.training.result import TrainResult
-from clipft.training.resuming import (
+from clipft.runs.folder import RunLock, RunPaths
+from clipft.runs.records import EpochResult, Watchers
+from clipft.training.checkpointing import (
+    Best,
+    Saver,
     check_same_run,
     checkpoint_to_resume,
     cut_back,
+    find_best,
     go_back_to,
     set_aside,
 )
-from clipft.runs.folder import RunLock, RunPaths
-from clipft.training.state import RunState
-from clipft.training.run_steps import run_steps
-from clipft.training.checkpointing import Saver
+from clipft.training.loop import TrainState, fit, run_steps
 from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import Rounds
 from clipft.training.signals import StopRequest, stop_on_signals
-from clipft.training.loop import TrainState, fit
-from clipft.training.watchers import Watchers
+from clipft.training.state import RunState, TrainResult
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clipft.core.files import replacing_folder
+from clipft.embedding.load import LoadedModel
+from clipft.evaluation.evaluator import compare, load_untouched
+from clipft.models.huggingface import write_adapter
+from clipft.runs.load import load_tuned
+from clipft.training.checkpointing import load_best
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of one run; the work of one process. ``check`` may end it between batches by what
+    it raises: ``result.json`` is then missing, and the resumed run does all of it again."""
+
+    setup: RunSetup
+    paths: RunPaths
+    judged_on: EvaluationSet
+    check: Callable[[], None]
+
+    def leave(self, result: TrainResult) -> None:
+        """
+        Raises:
+            StorageError, ModelError: a disk is full; the best epoch's weights are damaged.
+            Interrupted: as ``check`` has it.
+        """
+        loaded = self._with_best(result.best)
+        self._evaluate(loaded if result.best else None)
+        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
+
+    def _with_best(self, best: EpochResult | None) -> LoadedModel:
+        """The best epoch's weights in the model, and for others' tools in the run folder."""
+        settings, loaded = self.setup.settings, self.setup.loaded
+        if best:
+            content = load_best(self.paths.best, best.epoch)
+            if self.setup.weights.sharded:  # whole once more: the other processes are not here
+                return load_tuned(content, settings)
+            loaded.model.load_trainable_state(content["model_state_dict"])
+        if settings.declared_scenario.lora:
+            with replacing_folder(self.paths.adapter) as temporary:
+                write_adapter(loaded.model, settings.model, temporary)
+        return loaded
+
+    def _evaluate(self, tuned: LoadedModel | None) -> None:
+        """All figures of the untouched model and of the best epoch, with intervals."""
+        untouched = load_untouched(self.setup.settings)
+        judged = compare(self.judged_on, untouched, tuned, self.check)
+        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
+        write_text(self.paths.evaluation, text + "\n")
 
 
 def train(

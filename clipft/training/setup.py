@@ -5,31 +5,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clipft.config.settings import Settings
+from clipft.core.common import Note, Progress, silent
+from clipft.core.errors import UsageError
+from clipft.core.memory import free_for_graphs
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.order import EpochPlan, Share
-from clipft.data.shards.dataset import PairDataset, open_pairs
-from clipft.core.errors import UsageError
-from clipft.runs.records import Plan
-from clipft.config.settings import Settings
-from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation
-from clipft.distributed.collectives import Processes, by_first, first_then_all, together
-from clipft.embedding.embed import Embeddings
-from clipft.embedding.encoding import Encoding, open_encoding
-from clipft.embedding.feature_cache import Progress, silent
-from clipft.training.graphs import GraphMemory
-from clipft.embedding.load import LoadedModel, load_model
-from clipft.training.step.losses import ContrastiveLoss, make_loss
-from clipft.core.memory import free_for_graphs
-from clipft.training.step.optimizer import Optimiser, make_optimizer, one_cycle, parameter_groups
-from clipft.training.plan import Note, even_micro_batch, lay_plan, micro_batch, step_remarks
 from clipft.data.positives import Positives, make_positives
-from clipft.training.preprocessing import (
+from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.distributed.collectives import Processes
+from clipft.distributed.rank_zero import by_first, first_then_all, together
+from clipft.embedding.embed import Embeddings
+from clipft.embedding.encoding import (
+    Encoding,
     data_remarks,
+    open_encoding,
     training_preprocessing,
     validation_preprocessing,
 )
+from clipft.embedding.load import LoadedModel, load_model
+from clipft.runs.records import Plan
+from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
 from clipft.training.step.fsdp import Unshrinking, check_sharding, hold_weights, to_shard
+from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, GraphMemory
+from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import ShrinkingAccumulation
+from clipft.training.step.optimizer import Optimiser, make_optimizer, one_cycle, parameter_groups
 from clipft.training.step.weights import Weights
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clipft.core.errors import UsageError
-from clipft.config.scenarios import SCENARIOS
 from clipft.ablation.grid import Grid, check_same_ablation, plan_runs
+from clipft.config.scenarios import SCENARIOS
+from clipft.core.errors import UsageError
 
 OUT = Path("/nowhere/out")
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from clipft.ablation.summary import ablation_content
 from clipft.ablation.page import FIGURES, ablation_page, ablation_rows
-from clipft.reporting.spread import differences, interval, spread
+from clipft.ablation.summary import ablation_content, differences, interval, spread
 
 
 def figures(recall: float) -> dict:

@@ -18,8 +18,8 @@ from p1_training import QUICK, Place, Size, make_model
 from side_by_side import arguments, in_turn, ratio_of, write_figures
 from torch._dynamo.utils import counters
 
-from clipft.data.packing.pack import pack
 from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
 
 SIZE, ROUNDS = Size(64, 64, 32), 3
 

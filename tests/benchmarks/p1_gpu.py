@@ -36,8 +36,8 @@ from side_by_side import Work, arguments, in_turn, ratio_of, write_figures
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipft.data.loader import training_batches
-from clipft.data.packing.pack import pack
 from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
 from clipft.runs.records import StepResult
 from clipft.training.loop import TrainState, fit
 

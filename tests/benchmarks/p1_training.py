@@ -31,14 +31,14 @@ from torch import nn
 from torchvision.transforms import v2
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
 
+from clipft.config.sources import load_settings
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.data.packing.pack import pack
 from clipft.data.packing.options import PackOptions
-from clipft.config.sources import load_settings
+from clipft.data.packing.pack import pack
 from clipft.distributed.collectives import ALONE
-from clipft.training.setup import RunSetup, prepare
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.models.checkpoints import clip_tokenizer

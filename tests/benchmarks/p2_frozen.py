@@ -28,8 +28,8 @@ from transformers import CLIPModel, Trainer, TrainingArguments
 
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.data.packing.pack import pack
 from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
 from clipft.training.loop import TrainState, fit
 
 Weights = dict[str, torch.Tensor]

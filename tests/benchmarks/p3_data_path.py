@@ -26,13 +26,13 @@ from transformers import CLIPImageProcessor
 from clipft.data.augmentation import _resized, make_transform
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import CaptionTemplate
+from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.packing.pack import pack
 from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
 from clipft.data.shards.dataset import open_pairs
-from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.models.pretrained import load_inputs
 
 BATCH, SIDE = 64, 224

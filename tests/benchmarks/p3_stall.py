@@ -20,12 +20,12 @@ from p3_data_path import photos, write_shards
 from side_by_side import arguments, write_figures
 
 from clipft.data import loader
-from clipft.data.caption_source import LiveCaptions
+from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import JUST_THE_TXT
+from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import PairDataset, open_pairs
-from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.models.pretrained import load_inputs
 
 EFFECTIVE, MICRO = 512, 32

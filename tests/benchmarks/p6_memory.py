@@ -68,13 +68,13 @@ def in_child(data: str, effective: int, pairs: int) -> None:
     import psutil
     import torch
 
+    from clipft.config.sources import load_settings
+    from clipft.core.memory import peak_memory
     from clipft.data.loader import training_batches
     from clipft.data.order import Position
-    from clipft.config.sources import load_settings
     from clipft.distributed.collectives import ALONE
-    from clipft.core.memory import peak_memory
-    from clipft.training.setup import prepare
     from clipft.training.loop import TrainState, fit
+    from clipft.training.setup import prepare
 
     flags = {
         "model": "tiny",

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from side_by_side import Work, arguments, compare, publish
 
-from clipft.data.packing.pack import pack
-from clipft.data.packing.options import PackOptions
 from clipft.core.common import processors
+from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
 
 SIDE, SHARD = 256, 250
 QUALITY = PackOptions.quality

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from side_by_side import arguments, write_figures
 
-from clipft.evaluation.retrieval import partner_ranks
 from clipft.config.settings import Settings
+from clipft.metrics.ranking import partner_ranks
 
 _PEER_BYTES = 16
 """Of a score in the peer: itself, negated for a falling order, its place as int64."""

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from clipft.cli.app import COMMANDS, command_of, run
-from clipft.core.errors import ClipftError
 from clipft.config.settings import Settings
+from clipft.core.errors import ClipftError
 
 NAMES = list(COMMANDS)
 HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")

@@ -6,10 +6,10 @@ import shlex
 import pytest
 from rich.console import Console
 
-from clipft.runs.records import EpochResult, Plan, StepResult
+from clipft.cli.console import say, say_command, wrapped
 from clipft.cli.progress import make_progress
 from clipft.cli.tables import FigureTable
-from clipft.reporting.wrapping import say, say_command, wrapped
+from clipft.runs.records import EpochResult, Plan, StepResult
 
 PLAN = Plan(
     *("dual_lora", "tiny", "81,920 parameters train", 81920, 921, 1, 3, 15, 4, 64, 32),

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipft.core.errors import UsageError
 from clipft.config.settings import Settings, fixed_on_resume
 from clipft.config.sources import load_settings
 from clipft.config.text import range_of, template
+from clipft.core.errors import UsageError
 
 
 def load(flags=None, config=None, environ=None):

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data import duplicates as likeness
-from clipft.data.inspection import leak, read_facts, split_facts
-from clipft.data.duplicates import near_pairs, near_photos
-from clipft.data.shards.dataset import open_pairs
 from clipft.core.errors import StorageError
-from clipft.report.inspection_page import findings_page
+from clipft.data import duplicates as likeness
+from clipft.data.duplicates import near_pairs, near_photos
+from clipft.data.inspection import leak, read_facts, split_facts
+from clipft.data.shards.dataset import open_pairs
 from clipft.report.html import Picture, write_page
+from clipft.report.inspection_page import findings_page
 from tests.conftest import add
 
 

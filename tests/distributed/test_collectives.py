@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from clipft.core.errors import DataError, UsageError
-from clipft.distributed.collectives import OneProcess, by_first, first_then_all, together
+from clipft.distributed.collectives import OneProcess
+from clipft.distributed.rank_zero import by_first, first_then_all, together
 from clipft.distributed.rendezvous import find_place
 from tests.training.process_helpers import (
     ROOT,

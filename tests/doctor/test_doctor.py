@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipft.cli.app import run
+from clipft.config.settings import Settings
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.examination import CHECKS, examine
-from clipft.config.settings import Settings
 
 TINY = Settings(model="tiny", device="cpu")
 

@@ -8,9 +8,9 @@ import torch
 
 from clipft.cli.app import run
 from clipft.core.errors import ModelError, UsageError
-from clipft.runs.checkpoint import load_checkpoint
-from clipft.training.classifier_file import load_classifier
 from clipft.evaluation.wise_ft import parse_alphas
+from clipft.evaluation.zero_shot import load_classifier
+from clipft.runs.checkpoint import load_checkpoint
 from tests.conftest import write_shard
 
 SMALL = ("--num-workers", "0", "--precision", "fp32", "--resamples", "100")

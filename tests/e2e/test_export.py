@@ -15,9 +15,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from clipft.cli.app import run
+from clipft.config.scenarios import SCENARIOS
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs
-from clipft.config.scenarios import SCENARIOS
 from clipft.embedding.embed import embed_texts
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
@@ -258,7 +258,7 @@ def test_the_documents_show_the_same_code():
     page = (REPOSITORY / "docs" / "export.md").read_text()
     for kind in FORMATS:
         name = f"use_{kind.replace('-', '_')}.py.txt"
-        shown = (REPOSITORY / "clipft" / "reporting" / "assets" / name).read_text()
+        shown = (REPOSITORY / "clipft" / "export" / "assets" / name).read_text()
         assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.data.loader import training_batches
 from clipft.config.sources import load_settings
+from clipft.data.loader import training_batches
 from clipft.distributed.collectives import OneProcess
-from clipft.training.setup import RunSetup, prepare
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 from tests.models.checkpoints import write_siglip
 
 SMALL = [

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clipft.cache import cache_folder
 from clipft.cli.app import run
+from clipft.core.common import cache_folder
 from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.search.images import open_pictures
 from clipft.data.shards.dataset import open_pairs
 from clipft.embedding.embed import embed_texts
+from clipft.search.images import open_pictures
 from clipft.search.index import open_index
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing

@@ -78,8 +78,8 @@ def test_its_settings_can_be_fed_back(whole, catalogue, tmp_path):
 def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     from peft import PeftModel
 
-    from clipft.models.pretrained import load_base
     from clipft.config.sources import load_settings
+    from clipft.models.pretrained import load_base
     from clipft.runs.checkpoint import load_checkpoint
     from clipft.runs.load import load_tuned, saved_settings
 

@@ -2,12 +2,11 @@
 
 import torch
 
-from clipft.data.demo.catalogue import render_pair
 from clipft.config.settings import Settings
-from clipft.embedding.encoding import open_encoding
+from clipft.data.demo.catalogue import render_pair
+from clipft.embedding.embed import embed_pairs, validation_pairs
+from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import load_model
-from clipft.training.measure import embed_pairs, validation_pairs
-from clipft.training.preprocessing import validation_preprocessing
 from tests.conftest import jpeg
 from tests.faults.helpers import write_tar
 

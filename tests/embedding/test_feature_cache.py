@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from clipft.cache import cache_folder
+from clipft.config.sources import load_settings
+from clipft.core.common import cache_folder
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
-from clipft.config.sources import load_settings
-from clipft.embedding import feature_cache
 from clipft.distributed.collectives import ALONE
-from clipft.training.setup import RunSetup, prepare
+from clipft.embedding import feature_cache
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 from tests.conftest import write_shard
 
 

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from clipft.embedding.embed import Embeddings
-from clipft.training.gallery import choose_cases
-from clipft.evaluation.gallery import Ranker, Rankings
+from clipft.evaluation.gallery import Ranker, Rankings, choose_cases
 
 
 def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from clipft.core.errors import ModelError
-from clipft.models.trainable import adapt
-from clipft.models.pretrained import load_base
-from clipft.modelling.interpolate import Interpolation
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
+from clipft.core.errors import ModelError
+from clipft.evaluation.wise_ft import Interpolation
+from clipft.models.pretrained import load_base
+from clipft.models.trainable import adapt
 
 TRAINING = [name for name, scenario in SCENARIOS.items() if scenario.trains]
 

@@ -31,7 +31,7 @@ def command(catalogue: Path, out: Path, *more: str) -> list[str]:
 SERVER = """
 import json, os, resource, signal, sys
 import torch, transformers, peft
-import clipft.cli.running, clipft.training.run, clipft.training.run_reading
+import clipft.cli.running, clipft.training.run, clipft.runs.folder
 import clipft.report.run_page, clipft.export.export, clipft.report.report
 from clipft.cli.app import run
 

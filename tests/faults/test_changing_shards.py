@@ -10,12 +10,12 @@ import pytest
 
 from clipft.cli import running
 from clipft.cli.app import run
+from clipft.core.errors import DataError
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs
-from clipft.core.errors import DataError
-from clipft.runs.records import EpochResult, Plan, StepResult
 from clipft.runs.checkpoint import load_checkpoint
+from clipft.runs.records import EpochResult, Plan, StepResult
 from tests.faults.helpers import Member, catalogue, good, lines, one_error, train, write_tar
 from tests.inputs import preprocessing
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.training.checkpoint_pair import newest_whole
+from clipft.runs.checkpoint import newest_whole
 from tests.faults.outside import ROOT, command
 
 CALLS = "write,fsync,rename,link,unlink"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clipft.data.shards.index import index_shard
-from clipft.data.shards.dataset import open_pairs
 from clipft.core.errors import DataError
+from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.index import index_shard
 from tests.faults.helpers import (
     catalogue,
     files,

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.captions import BadCaption
+from clipft.core.errors import DataError, UsageError
+from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.shards.index import _load, index_shard, stamp_of
 from clipft.data.shards.tar import _any_members, _plain_members
-from clipft.core.errors import DataError, UsageError
 from clipft.storage.s3.keys import Places, RefusedKey, spelling
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))

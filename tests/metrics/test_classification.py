@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from clipft.metrics.classification import classify, label_embeddings
-from clipft.evaluation.linear import Labelled, linear_classifier
+from clipft.metrics.classification import Labelled, classify, label_embeddings, linear_classifier
 from tests.metrics.embeddings import tied, unit
 
 NAMES = [f"label {i}" for i in range(8)]

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from clipft.metrics.definitions import paired_figures
-from clipft.metrics.ranking import ranks_of
-from clipft.evaluation.retrieval import partner_ranks, retrieval
+from clipft.metrics.ranking import partner_ranks, ranks_of, retrieval
 from tests.metrics.embeddings import PLENTY, naive_ranks, tied, unit
 
 

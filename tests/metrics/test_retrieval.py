@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional
 
 from clipft.metrics.bootstrap import interval, resampled
-from clipft.metrics.retrieval import EvaluationOptions, difference, evaluate
 from clipft.metrics.definitions import DEFINITIONS, DIRECTIONS, GROUPED, PAIRED, PerQuery
+from clipft.metrics.ranking import retrieval
 from clipft.metrics.relevance import Identities, numbered
-from clipft.evaluation.retrieval import retrieval
+from clipft.metrics.retrieval import EvaluationOptions, difference, evaluate
 from tests.metrics.embeddings import PLENTY, unit
 
 OPTIONS = EvaluationOptions(memory=PLENTY, resamples=300, seed=1)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from clipft.core.errors import ModelError
-from clipft.models.trainable import TrainableModel, adapt
-from clipft.modelling.adapters import TARGETS
-from clipft.models.pretrained import load_base
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.core.errors import ModelError
+from clipft.models.pretrained import load_base
+from clipft.models.trainable import TARGETS, TrainableModel, adapt
 
 KINDS = [
     {},

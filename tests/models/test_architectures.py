@@ -22,14 +22,14 @@ from transformers import (
     SiglipTokenizer,
 )
 
-from clipft.data.augmentation import make_transform
-from clipft.data.demo.catalogue import render_pair
-from clipft.data.captions.tokenizer import CaptionEncoder, padded
-from clipft.core.errors import ModelError
-from clipft.models.trainable import TrainableModel, adapt
-from clipft.models.pretrained import BaseModel, load_base, load_inputs
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.core.errors import ModelError
+from clipft.data.augmentation import make_transform
+from clipft.data.captions.tokenizer import CaptionEncoder, padded
+from clipft.data.demo.catalogue import render_pair
+from clipft.models.pretrained import BaseModel, load_base, load_inputs
+from clipft.models.trainable import TrainableModel, adapt
 from tests.models.checkpoints import TEXTS, clip_tokenizer, write_clip, write_siglip
 
 Folders = Callable[[str], Path]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.activations import QuickGELUActivation
 
-from clipft.models.fast_encoder import LeanQuickGelu
 from clipft.config.sources import load_settings
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.models.fast_encoder import LeanQuickGelu
 
 ROWS = 5
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from clipft.core.errors import ModelError
-from clipft.models.trainable import TrainableModel, adapt
-from clipft.models.pretrained import BaseModel, ModelInputs, load_base
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.core.errors import ModelError
+from clipft.models.pretrained import BaseModel, ModelInputs, load_base
+from clipft.models.trainable import TrainableModel, adapt
 
 SETTINGS = load_settings({}, environ={}).values
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipft.metrics.retrieval import EvaluationOptions, evaluate
-from clipft.metrics.relevance import Identities
-from clipft.reporting.evaluation_charts import category_charts, interpolation_charts
-from clipft.metrics.figures import figure_tables
 from clipft.evaluation.evaluator import Comparison
+from clipft.metrics.figures import figure_tables
+from clipft.metrics.relevance import Identities
+from clipft.metrics.retrieval import EvaluationOptions, evaluate
+from clipft.report.curves import category_charts, interpolation_charts
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,9 @@ def test_each_figure_is_defined(judged):
 
 
 def test_categories_are_bars_with_intervals(judged):
-    from clipft.runs.records import RunRecords
-    from clipft.reporting.run_content import run_content
+    from clipft.report.report import run_content
     from clipft.report.run_page import run_page
+    from clipft.runs.records import RunRecords
 
     epoch = {"kind": "epoch", "epoch": 0, "step": 0, "improved": False, "train_loss": None}
     one = {"r@1": 0.1, "r@5": 0.1, "r@10": 0.1, "median_rank": 3.0, "mrr": 0.5}

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from clipft.core.errors import ModelError, StorageError
-from clipft.training import checkpoint_pair
+from clipft.runs import checkpoint as checkpoint_pair
 from clipft.runs.checkpoint import (
     DamagedCheckpoint,
     check_resumable,
     load_checkpoint,
+    newest_whole,
     previous_of,
+    put_back,
     save_checkpoint,
+    save_newest,
 )
-from clipft.training.checkpoint_pair import newest_whole, put_back, save_newest
 
 CONTENT = {
     "epoch": 1,

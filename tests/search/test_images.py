@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from clipft.search.images import open_pictures
-from clipft.data.demo.catalogue import render_pair
 from clipft.core.errors import DataError
+from clipft.data.demo.catalogue import render_pair
+from clipft.search.images import open_pictures
 from tests.conftest import jpeg, write_shard
 
 

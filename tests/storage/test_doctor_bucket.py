@@ -2,9 +2,9 @@
 
 import pytest
 
+from clipft.config.settings import Settings
 from clipft.doctor.examination import CHECKS, _answer
 from clipft.doctor.finding import Finding
-from clipft.config.settings import Settings
 
 BUCKET = next(check for check in CHECKS if check.name == "bucket")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipft.data.demo import write_catalogue
+from clipft.data.demo.catalogue import write_catalogue
 from tests.benchmarks.write_docs import DOCS
 from tests.documents import SMALL, run_page
 

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipft.cli.app import run
-from clipft.data.shards.dataset import open_pairs
+from clipft.config.sources import S3Url, load_settings, parse_s3_url
 from clipft.core.errors import UsageError
-from clipft.s3_url import S3Url, parse_s3_url
-from clipft.config.sources import load_settings
+from clipft.data.shards.dataset import open_pairs
 from clipft.storage.s3.checksums import etag_of, matches
 from clipft.storage.s3.client import open_bucket
 from tests.faults.helpers import one_error

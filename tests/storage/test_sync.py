@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from clipft.cli.app import run
 from clipft.core.errors import StorageError, UsageError
 from clipft.storage.s3 import errors as failures
-from clipft.storage.sync.folder import JOURNAL
 from clipft.storage.s3.keys import RefusedKey, local_path
+from clipft.storage.sync.folder import JOURNAL
 from clipft.storage.sync.sync import sync
 from tests.storage.conftest import refusing
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from clipft.cli.app import run
 from clipft.config.sources import load_settings
-from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
-from clipft.embedding.load import load_model
 from clipft.core.memory import cgroup_free
+from clipft.embedding.load import load_model
+from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
 from clipft.training.probe import probe_of
 
 

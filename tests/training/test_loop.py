@@ -2,13 +2,11 @@
 
 import weakref
 
-from clipft.data.shards.dataset import PairDataset
 from clipft.config.sources import load_settings
-from clipft.training.bad_pairs import BadPairs
+from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import ALONE
-from clipft.training.run_steps import run_steps
+from clipft.training.loop import BadPairs, TrainState, fit, run_steps
 from clipft.training.setup import prepare
-from clipft.training.loop import TrainState, fit
 
 
 def test_the_pairs_of_a_step_are_gone_before_the_next_ones_are_read(

@@ -1,7 +1,7 @@
 import math
 
 from clipft.runs.records import EpochResult
-from clipft.training.early_stopping import EarlyStopping
+from clipft.training.state import EarlyStopping
 
 
 def epoch(loss: float, recall: float = 0.0) -> EpochResult:

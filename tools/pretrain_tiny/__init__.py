@@ -1,1 +1,1 @@
-"""The packaged tiny CLIP, and the scripts that made it from nothing but drawn scenes."""
+"""The script that made the packaged tiny CLIP, from nothing but drawn scenes."""

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipft.cli.console import Output, print_error
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import settings_command
-from clipft.core.errors import Interrupted, RunsFailed, UsageError
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings, read_toml, refuse_unknown
-from clipft.words import counted
+from clipft.core.common import counted
+from clipft.core.errors import Interrupted, RunsFailed, UsageError
 
 if TYPE_CHECKING:
     from clipft.ablation.grid import Grid, PlannedRun
@@ -127,7 +126,7 @@ def _ending(outcome: "Outcome") -> str:
     if outcome.exit_code:
         return f"failed with exit code {outcome.exit_code}: {outcome.error}"
     from clipft.metrics.figures import mean_recall
-    from clipft.training.run_reading import read_run
+    from clipft.runs.folder import read_run
 
     result = read_run(outcome.run.folder).result or {}
     return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
@@ -222,11 +221,9 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
 
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is left, with the report written at the end, however that comes."""
-    from clipft.report.report import write_ablation_report
-    from clipft.ablation.page import COSTS, FIGURES, ablation_rows
+    from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
+    from clipft.ablation.runner import STATE, Watchers, run_all, write_state
     from clipft.cli.tables import rows_table
-    from clipft.ablation.runner import Watchers, run_all
-    from clipft.training.ablation_state import STATE, write_state
     from clipft.runs.folder import RunLock, RunPaths
 
     ended: dict[Path, Outcome] = {}

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import settings_command
 from clipft.config.settings import DEMO
 from clipft.config.sources import LoadedSettings
-from clipft.words import counted
+from clipft.core.common import counted
 
 Pairs = Annotated[
     int,
@@ -72,9 +71,9 @@ def _make_catalogue(folder: Path, pairs: int, seed: int, out: Output) -> Path:
     if stamp.exists() and data.is_dir():
         out.note(f"Using the catalogue in {data}.")
         return data
-    from clipft.data.demo import write_catalogue
-    from clipft.data.packing.pack import pack
+    from clipft.data.demo.catalogue import write_catalogue
     from clipft.data.packing.options import PackOptions
+    from clipft.data.packing.pack import pack
 
     raw = folder / "raw"
     for old in (*folder.glob("catalogue-*"), raw, data):

@@ -6,10 +6,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.console import Output, print_error
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import flags_given, settings_command
-from clipft.core.errors import NotReady
 from clipft.config.settings import (
     ModelSettings,
     OptimSettings,
@@ -18,7 +16,8 @@ from clipft.config.settings import (
     TrackingSettings,
 )
 from clipft.config.sources import LoadedSettings
-from clipft.words import counted
+from clipft.core.common import counted
+from clipft.core.errors import NotReady
 
 if TYPE_CHECKING:
     from clipft.doctor.finding import Examined

@@ -1,31 +1,24 @@
 """``clipft export``."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import one_of, settings_command
 from clipft.cli.s3_data import LOCATION_SETTINGS, bring_named_data
-from clipft.core.errors import UsageError, unknown_choice
 from clipft.config.sources import LoadedSettings
-from clipft.words import counted
+from clipft.core.common import counted
+from clipft.core.errors import UsageError, unknown_choice
+from clipft.export.model_card import _Cards
 
 if TYPE_CHECKING:
-    from clipft.export.onnx import OnnxCheck
-    from clipft.export.model_card import CardFacts
     from clipft.export.export import Written
-    from clipft.training.opened import OpenedModel
+    from clipft.runs.load import OpenedModel
 
 CHOICES = ("transformers", "peft", "onnx", "sentence-transformers", "all")
-_ALWAYS_TOLD = frozenset(
-    {"caption", "augmentation", "lora_r", "lora_alpha", "epochs", "effective_batch_size", "lr"}
-)
 Model = Annotated[
     str,
     typer.Argument(
@@ -85,11 +78,10 @@ def export(
             f"--format {kind}: {unknown_choice(kind, CHOICES)}", "as in --format transformers"
         )
     from clipft.cli.s3_checkpoints import local_model
+    from clipft.export.export import Export, check_target, chosen_formats, make_repository
+    from clipft.export.export import push as upload
     from clipft.models.huggingface import has_adapter
-    from clipft.storage.hub import make_repository
-    from clipft.storage.hub import push as upload
-    from clipft.export.export import Export, check_target, chosen_formats
-    from clipft.training.opened import open_model
+    from clipft.runs.load import open_model
 
     check_target(target)
     bring_named_data(loaded, out)
@@ -116,101 +108,6 @@ def _on_cpu(loaded: LoadedSettings) -> LoadedSettings:
     """Weights are written, not trained: fp32 on the CPU, wherever they came from."""
     values = loaded.values.model_copy(update={"device": "cpu", "precision": "fp32"})
     return LoadedSettings(values, {**loaded.origins, "device": "command", "precision": "command"})
-
-
-class _Cards:
-    """The card of each format; the model's facts are gathered once, before it is merged."""
-
-    def __init__(self, opened: "OpenedModel") -> None:
-        self._facts = _facts(opened)
-
-    def __call__(self, kind: str, check: "OnnxCheck | None") -> str:
-        from clipft.export.model_card import model_card
-
-        return model_card(self._facts, kind, _checked(check) if kind == "onnx" else "")
-
-
-def _checked(check: "OnnxCheck | None") -> str:
-    if check is None:
-        return ""
-    return (
-        f"Checked with onnxruntime against torch on {counted(check.pairs, 'pair')}: the "
-        f"greatest difference of a component is {check.image_difference:.1e} for pictures and "
-        f"{check.text_difference:.1e} for texts."
-    )
-
-
-def _facts(opened: "OpenedModel") -> "CardFacts":
-    from clipft.models.huggingface import given_bias, hub_id, license_of, public_name
-    from clipft.export.model_card import CardFacts
-    from clipft.config.scenarios import SCENARIOS
-
-    base, model = opened.loaded.base, opened.loaded.model
-    moved = model.logit_scale.requires_grad or given_bias(model) is not None
-    facts = CardFacts(
-        base=public_name(base.name),
-        base_id=hub_id(base.name),
-        license=license_of(base.name),
-        scenario=opened.settings.scenario,
-        summary=SCENARIOS[opened.settings.scenario].summary,
-        parameters=str(model.parameters_count()),
-        image_size=base.inputs.image_size,
-        context_length=base.inputs.context_length,
-        logit_scale=model.logit_scale.item() if moved else None,
-        logit_bias=given_bias(model),
-    )
-    return _with_history(facts, opened)
-
-
-def _with_history(facts: "CardFacts", opened: "OpenedModel") -> "CardFacts":
-    """What the checkpoint, and the evaluation beside it, tell of training and figures."""
-    from clipft.export.model_card import figures_of
-
-    if opened.content is None or opened.checkpoint is None:
-        return facts
-    content = opened.content
-    before = content["before"]["retrieval"]
-    best = content["best"]
-    judged = _evaluation(opened.checkpoint) or {}
-    told = _telling_settings(content["settings"])
-    if "interpolated_at" in content:
-        told["interpolated_at"] = content["interpolated_at"]
-    return replace(
-        facts,
-        train_pairs=content.get("train_pairs"),
-        val_pairs=before.get("pairs"),
-        epoch=best["epoch"] if best else content["epoch"],
-        settings=told,
-        before=figures_of(judged.get("before") or before),
-        after=figures_of(judged.get("after") or (best and best["retrieval"])),
-    )
-
-
-def _telling_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Those that decide the weights and say something: the usual ones, and what was changed."""
-    from clipft.config.scenarios import SCENARIOS
-    from clipft.config.settings import Settings, fixed_on_resume
-
-    standard = Settings().model_dump(mode="json")
-    told = [n for n in fixed_on_resume() if n in saved and n not in {"model", "scenario"}]
-    if not SCENARIOS[saved["scenario"]].lora:
-        told = [name for name in told if not name.startswith("lora_")]
-    return {n: saved[n] for n in told if n in _ALWAYS_TOLD or saved[n] != standard[n]}
-
-
-def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
-    """The run's evaluation, which is of its best epoch."""
-    from clipft.runs.folder import RunPaths
-
-    paths = RunPaths.within(checkpoint.parent)
-    path = paths.evaluation
-    if checkpoint != paths.best or not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _result(opened: "OpenedModel", written: "Written", page: str | None) -> dict[str, Any]:

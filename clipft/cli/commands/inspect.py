@@ -8,14 +8,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import flags_given, settings_command
 from clipft.cli.s3_data import LOCATION_SETTINGS, bring_named_data, local_data
-from clipft.data.packing.options import NEAR_BITS
-from clipft.core.files import check_writable
 from clipft.config.sources import LoadedSettings
-from clipft.words import counted
+from clipft.core.common import counted
+from clipft.core.files import check_writable
+from clipft.data.packing.options import NEAR_BITS
 
 if TYPE_CHECKING:
     from clipft.data.captions.template import CaptionTemplate
@@ -156,8 +155,8 @@ def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
 def _figures(
     pairs: "PairDataset", facts: "list[PairFacts]", model: "ModelInputs", near: int
 ) -> "SplitFacts":
-    from clipft.data.inspection import split_facts
     from clipft.data.captions.tokenizer import CaptionEncoder
+    from clipft.data.inspection import split_facts
 
     captions = [fact.caption for fact in facts if fact.usable]
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
@@ -240,8 +239,8 @@ def _page(
     facts: "list[PairFacts]",
 ) -> str:
     from clipft.data.images import decode_image
-    from clipft.report.inspection_page import findings_page
     from clipft.report.html import SIDE, PageTable, Picture, thumbnail
+    from clipft.report.inspection_page import findings_page
 
     by_place = {fact.place: fact for fact in facts}
 

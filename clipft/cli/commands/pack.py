@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import plain_command
+from clipft.core.common import counted
 from clipft.data.packing.options import PackOptions, Part
-from clipft.words import counted
 
 if TYPE_CHECKING:
     from clipft.data.packing.pack import PackResult

@@ -1,15 +1,14 @@
 """``clipft report``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import settings_command
-from clipft.core.files import check_writable
 from clipft.config.sources import LoadedSettings
+from clipft.core.files import check_writable
 
 Place = Annotated[
     Path | None,
@@ -44,7 +43,6 @@ def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html 
         clipft report ./checkpoints/dual_lora
         clipft report ./checkpoints/dual_lora --html dual_lora.html
     """
-    from clipft.report.report import write_report
 
     folder = place or loaded.values.run_dir
     page = html or folder / "report.html"
@@ -54,3 +52,14 @@ def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html 
     out.result({**content, "page": str(page)})
     out.note(content["verdict"])
     end(out, {"report": page, "the same as JSON": page.with_suffix(".json")})
+
+
+def write_report(folder: Path, page: Path, data_dir: Path | None) -> dict[str, Any]:
+    """Write the page of a run or of an ablation, whichever ``folder`` holds."""
+    from clipft.ablation.page import write_ablation_report
+    from clipft.ablation.runner import STATE
+    from clipft.report.report import write_run_report
+
+    if (folder / STATE).is_file():
+        return write_ablation_report(folder, page)
+    return write_run_report(folder, page, data_dir)

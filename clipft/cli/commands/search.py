@@ -7,20 +7,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import settings_command
 from clipft.cli.s3_data import LOCATION_SETTINGS, local_data
+from clipft.config.sources import LoadedSettings
+from clipft.core.common import counted
 from clipft.core.errors import DataError, UsageError
 from clipft.core.files import check_writable
-from clipft.config.sources import LoadedSettings
-from clipft.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from clipft.data.shards.dataset import RawPair
-    from clipft.training.opened import OpenedModel
+    from clipft.runs.load import OpenedModel
     from clipft.search.index import Hit, PictureIndex
 
 _PANEL = "Search"
@@ -103,8 +102,8 @@ def search(
         check_writable(html)
     from clipft.cli.s3_checkpoints import local_model
     from clipft.data.loader import LoaderOptions
+    from clipft.runs.load import open_model
     from clipft.search.images import open_pictures
-    from clipft.training.opened import open_model
     from clipft.search.index import open_index
 
     asked = _read(image) if image else None
@@ -128,7 +127,7 @@ def search(
 
 
 def _read(image: Path) -> bytes:
-    from clipft.data.blob import Blob
+    from clipft.data.shards.tar import Blob
 
     try:
         return Blob(str(image)).read(_MOST_BYTES)
@@ -141,7 +140,7 @@ def _read(image: Path) -> bytes:
 def _embedded(
     opened: "OpenedModel", query: str | None, image: Path | None, asked: bytes | None
 ) -> "Tensor":
-    from clipft.data.captions import clean_text
+    from clipft.data.captions.template import clean_text
     from clipft.embedding.embed import embed_texts
     from clipft.search.index import embed_picture
 
@@ -151,8 +150,7 @@ def _embedded(
 
 
 def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
-    from clipft.data.captions.template import CaptionTemplate
-    from clipft.data.captions import BadCaption
+    from clipft.data.captions.template import BadCaption, CaptionTemplate
 
     template = CaptionTemplate.parse(opened.settings.caption)
     try:
@@ -202,8 +200,8 @@ def _write_sheet(
     asked: bytes | None,
 ) -> None:
     from clipft.data.images import decode_image
-    from clipft.search.page import SHEET_SIDE, SheetPicture, contact_sheet
     from clipft.report.html import thumbnail, write_page
+    from clipft.search.page import SHEET_SIDE, SheetPicture, contact_sheet
 
     def small(data: bytes) -> bytes:
         return thumbnail(decode_image(data, at_least=SHEET_SIDE), SHEET_SIDE)

@@ -7,10 +7,10 @@ import typer
 
 from clipft.cli.console import Output
 from clipft.cli.options import settings_command
-from clipft.core.errors import UsageError
 from clipft.config.settings import SECTIONS, Settings
 from clipft.config.sources import LoadedSettings
 from clipft.config.text import template as commented
+from clipft.core.errors import UsageError
 
 _PANEL = "Instead"
 Template = Annotated[

@@ -8,13 +8,12 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from clipft.cli.console import Output
-from clipft.cli.ending import end
+from clipft.cli.console import Output, end
 from clipft.cli.options import settings_command
 from clipft.cli.s3_data import bring_data, transfer_progress
-from clipft.core.errors import UsageError
 from clipft.config.settings import StorageSettings
 from clipft.config.sources import LoadedSettings
+from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
     from clipft.storage.sync.sync import SyncOptions, SyncResult
@@ -95,7 +94,7 @@ def sync(
 
 
 def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "SyncResult":
-    from clipft.s3_url import parse_s3_url
+    from clipft.config.sources import parse_s3_url
     from clipft.storage.sync.upload import send
 
     if parse_s3_url(settings.data_dir):

@@ -1,13 +1,20 @@
 """``clipft train``."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from clipft.cli.console import Output
-from clipft.cli.options import settings_command
-from clipft.config.settings import SECTIONS
-from clipft.config.sources import LoadedSettings
+from clipft.cli.console import Output, end
+from clipft.cli.options import flags_given, settings_command
+from clipft.config.settings import SECTIONS, ModelSettings, Settings, fixed_on_resume
+from clipft.config.sources import LoadedSettings, parse_s3_url
+from clipft.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipft.training.batch_size import Found, Probe
+
 
 Plan = Annotated[
     bool,
@@ -36,7 +43,120 @@ def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = 
         clipft train --processes 2 --data-dir ./catalogue
         clipft train --mini-train --model tiny --data-dir ./catalogue
     """
-    from clipft.cli.planned import plan_in
-    from clipft.cli.running import in_processes, train_in
+    from clipft.cli.running import in_processes, plan_in, train_in
 
     in_processes(plan_in if plan else train_in, loaded, out, ctx.obj)
+
+
+_FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint of the run, its folder, or s3://bucket/prefix "
+        "[default: the newest in --output-dir]",
+        show_default=False,
+    ),
+]
+
+
+@settings_command(*_FREE)
+def resume(
+    ctx: typer.Context, loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None
+) -> None:
+    """Go on with a run that was stopped.
+
+    It ends where it would have ended without the stop. The settings come from the checkpoint.
+    Only those listed here may be changed: the others decide the weights.
+
+    Examples:
+
+        clipft resume
+        clipft resume ./checkpoints/dual_lora
+        clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
+        clipft resume s3://bucket/checkpoints --endpoint-url http://localhost:9000
+    """
+    from clipft.cli.running import in_processes, train_in
+    from clipft.cli.s3_checkpoints import fetch_place
+    from clipft.runs.checkpoint import newest_whole
+    from clipft.runs.load import resumable_checkpoint, saved_settings
+
+    url = parse_s3_url(checkpoint) if checkpoint else None
+    now = loaded.values
+    if url:
+        path = fetch_place(url, now, now.output_dir, out)
+    else:
+        path = resumable_checkpoint(checkpoint, now.output_dir)
+    saved = saved_settings(newest_whole(path).content, loaded, _FREE)
+    settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
+    if path != settings.checkpoint_path:
+        raise UsageError(
+            f"{path} is not the checkpoint of a run in its place: a run goes on in its own folder",
+            f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
+        )
+    origins = dict.fromkeys(Settings.model_fields, "checkpoint")
+    in_processes(train_in, LoadedSettings(settings, origins), out, ctx.obj)
+
+
+_GIB = 2**30
+
+
+@settings_command(ModelSettings, "effective_batch_size", "precision", "device", "seed")
+def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
+    """Find the micro-batch that fits and is fastest here.
+
+    Tries real training passes. `train` does the same when --micro-batch-size is 0, and
+    takes what was found here for the same --effective-batch-size.
+
+    Examples:
+
+        clipft find-batch-size --scenario dual_lora
+        clipft find-batch-size --scenario full --effective-batch-size 4096 --json
+    """
+    from clipft.embedding.load import load_model
+    from clipft.training.plan import find_micro_batch
+
+    settings = loaded.values
+    effective = settings.effective_batch_size
+
+    def search(wanted: Settings) -> "Found":
+        how = ", gradient checkpointing" if wanted.gradient_checkpointing else ""
+
+        def report(probe: "Probe") -> None:
+            text = f"{probe.pairs_per_s(effective):.1f} pairs/s" if probe.fits else "does not fit"
+            out.note(f"micro-batch {probe.size}{how}: {text}, {probe.peak_bytes / _GIB:.2f} GiB")
+
+        return find_micro_batch(wanted, load_model(wanted), effective, report)
+
+    found = search(settings)
+    tight = found.largest < effective and found.kept < 1
+    lean = settings.model_copy(update={"gradient_checkpointing": True})
+    other = search(lean) if tight and not settings.gradient_checkpointing else None
+    results = {"micro_batch_size": found.chosen, **found.to_dict()}
+    if other:
+        results["with_gradient_checkpointing"] = other.to_dict()
+    tables = [_table(found, effective, f"{settings.scenario} on {settings.model}")]
+    tables += [_table(other, effective, "with --gradient-checkpointing")] if other else []
+    out.result(results, *tables)
+    how = "by extrapolation" if found.extrapolated else "tried"
+    out.note(f"Largest that fits {found.usable_bytes / _GIB:.1f} GiB: {found.largest} ({how}).")
+    out.note(
+        f"Chosen for speed: {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB; "
+        f"a run of the same model, scenario and effective batch takes it by itself."
+    )
+    if other and other.speed(effective) > found.speed(effective):
+        out.note(f"Faster with --gradient-checkpointing, micro-batches of {other.chosen}.")
+    following = ("train", *flags_given(loaded), "--plan")
+    end(out, {}, following if settings.data_dir.exists() else ())
+
+
+def _table(found: "Found", effective: int, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("micro-batch", "fits", "pairs/s", "peak GiB"):
+        table.add_column(heading, justify="right")
+    for probe in sorted(found.probes, key=lambda probe: probe.size):
+        speed = f"{probe.pairs_per_s(effective, found.kept):.1f}" if probe.fits else ""
+        memory = f"{probe.peak_bytes / _GIB:.2f}" if probe.fits else ""
+        table.add_row(str(probe.size), "yes" if probe.fits else "no", speed, memory)
+    return table

@@ -1,10 +1,12 @@
 """Which fields the metadata of some pairs has, and whether a caption template names others."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.shards.dataset import PairDataset
 from clipft.core.errors import UsageError, nearest
+from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
+from clipft.data.shards.dataset import PairDataset, parse_metadata
 
 _SAMPLED = 256
 """Pairs whose metadata is looked at."""
@@ -41,3 +43,53 @@ def _names(metadata: dict[str, Any], prefix: str = "") -> set[str]:
     for name, value in metadata.items():
         found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
     return found
+
+
+@dataclass(frozen=True)
+class Description:
+    """Of one pair: the text that it is measured with, and two fields of its metadata."""
+
+    caption: str
+    label: str | None
+    group: str | None
+
+
+def describe(
+    pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
+) -> list[Description]:
+    """Of every pair, in order.
+
+    Raises:
+        UsageError: no pair has the field of the groups.
+    """
+    found = list(_descriptions(pairs, template, label_field, group_field))
+    if group_field and not any(description.group for description in found):
+        known = known_fields(pairs)
+        near = nearest(group_field, known)
+        raise UsageError(
+            f"--group-field {group_field}: no pair has it",
+            (f"did you mean {near}? " if near else "")
+            + f"the metadata has {', '.join(sorted(known)) or 'no fields'}",
+        )
+    return found
+
+
+def _descriptions(
+    pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
+) -> Iterator[Description]:
+    for number in range(len(pairs)):
+        caption, metadata = pairs.words(number)
+        fields = parse_metadata(metadata)
+        try:
+            text = template.captions(caption, metadata)[0]
+        except BadCaption:  # such a pair is not measured
+            text = ""
+        group = _text(fields.get(group_field)) if group_field else None
+        yield Description(text, _text(fields.get(label_field)), group)
+
+
+def _text(value: Any) -> str | None:
+    """A field as a name; None where it holds none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    return clean_text(str(value)) or None

@@ -10,13 +10,44 @@ An empty field takes the punctuation around it along. A field that is a list is 
 captions where it stands alone, else its values with commas.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from clipft.data.captions import BadCaption, clean_text, decode_text
 from clipft.core.errors import UsageError
+from clipft.data.shards.dataset import parse_metadata
+
+
+class BadCaption(Exception):
+    """The caption holds no text; the message says why."""
+
+
+def clean_caption(data: bytes) -> str:
+    """The text of one caption.
+
+    Raises:
+        BadCaption: nothing is left.
+    """
+    text = decode_text(data)
+    if not text:
+        raise BadCaption("empty caption")
+    return text
+
+
+def decode_text(data: bytes) -> str:
+    """Tidied text; bytes that are not UTF-8 become replacement characters."""
+    return clean_text(data.decode("utf-8", errors="replace"))
+
+
+def clean_text(text: str) -> str:
+    """Without byte-order mark, NULs and runs of white space.
+
+    ``<|`` is broken up, so no caption can hold a special token: an ``<|endoftext|>`` inside
+    would end the text for the model.
+    """
+    bare = text.removeprefix("\ufeff").replace("\x00", " ").replace("<|", "< |")
+    return " ".join(bare.split())
+
 
 CAPTION_FIELD = "caption"
 """The ``.txt`` of the pair, unless the metadata has a field of that name alone."""
@@ -93,15 +124,6 @@ class CaptionTemplate:
         if not texts:
             raise BadCaption("empty caption")
         return list(dict.fromkeys(texts))
-
-
-def parse_metadata(data: bytes) -> dict[str, Any]:
-    """The ``.json`` of a pair; empty where it is not an object."""
-    try:
-        value = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _parsed(text: str, source: str) -> tuple[_Part, ...]:

@@ -1,12 +1,14 @@
 """The demo's furniture catalogue: drawn pictures with captions, the same for the same seed."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from PIL import Image
 
-from clipft.data.demo.furniture import KINDS, Kind, Look
+from clipft.core.errors import StorageError
 from clipft.data.demo.drawing import (
     CLUTTER,
     COLOURS,
@@ -22,6 +24,7 @@ from clipft.data.demo.drawing import (
     shade,
     vary,
 )
+from clipft.data.demo.furniture import KINDS, Kind, Look
 
 
 @dataclass(frozen=True)
@@ -209,3 +212,44 @@ def _record(product: _Product, index: int, rng: Random) -> dict[str, str]:
         "view": product.view,
         "category": product.kind.category,
     }
+
+
+VAL_SHARE = 0.125
+_QUALITY = 92
+
+
+def write_catalogue(
+    folder: Path, pairs: int, seed: int, report: Callable[[int, int], None]
+) -> None:
+    """Render ``pairs`` products as .jpg, .txt and .json; every eighth goes to val/.
+
+    A caption that stands in train/ is not repeated in val/: such a product is left out.
+    ``report`` is told how many of how many are done.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    seen: set[str] = set()
+    every = round(1 / VAL_SHARE)
+    try:
+        for split in ("train", "val"):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+        for number in range(pairs):
+            pair = render_pair(seed, number)
+            if pair.caption not in seen:
+                split = "val" if number % every == every - 1 else "train"
+                _write(folder / split / pair.key, pair)
+            seen.add(pair.caption)
+            report(number + 1, pairs)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or folder}: {error.strerror}",
+            "make room or choose another --output-dir",
+        ) from error
+
+
+def _write(stem: Path, pair: RenderedPair) -> None:
+    pair.image.save(stem.with_suffix(".jpg"), quality=_QUALITY)
+    stem.with_suffix(".txt").write_text(pair.caption, encoding="utf-8")
+    metadata = json.dumps(pair.metadata, ensure_ascii=False, sort_keys=True)
+    stem.with_suffix(".json").write_text(metadata, encoding="utf-8")

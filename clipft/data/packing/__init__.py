@@ -1,1 +1,1 @@
-"""TODO"""
+"""``clipft pack``: raw files, tables or shards become shards with an honest split."""

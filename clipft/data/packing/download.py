@@ -15,7 +15,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 
 from clipft import __version__
-from clipft.data.blob import Blob
+from clipft.data.shards.tar import Blob
 
 _THREADS = 16
 _TRIES = 3

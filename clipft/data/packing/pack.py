@@ -11,17 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipft.data.duplicates import Look, near_photos
-from clipft.data.packing.options import PackOptions
+from clipft.core.errors import DataError
+from clipft.data.duplicates import Groups, Look, near_photos, validation_rows
 from clipft.data.packing.download import Pictures
+from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
 from clipft.data.packing.scan import scan
-from clipft.data.packing.writer import SPLITS, content_of, plan, write_all
 from clipft.data.packing.sources import list_pairs
 from clipft.data.packing.target import Target
 from clipft.data.packing.worker_pool import Workers
-from clipft.data.split import Groups, validation_rows
-from clipft.core.errors import DataError
+from clipft.data.packing.writer import SPLITS, content_of, plan, write_all
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from clipft.data.blob import Blob
 from clipft.data.duplicates import Look
+from clipft.data.shards.tar import Blob
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from clipft.data.blob import Blob
-from clipft.data.captions.template import parse_metadata
-from clipft.data.captions import BadCaption, clean_caption
-from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
+from clipft.data.captions.template import BadCaption, clean_caption
 from clipft.data.duplicates import Look, look_of
+from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
 from clipft.data.packing.worker_pool import Workers
+from clipft.data.shards.dataset import parse_metadata
+from clipft.data.shards.tar import Blob
 
 _CHUNK = 32
 _LOOK_SIDE = 96

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipft.data.blob import Blob
-from clipft.data.packing.options import PackOptions
+from clipft.core.errors import UsageError
 from clipft.data.packing.download import Pictures
+from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_table
 from clipft.data.shards.index import (
@@ -24,7 +24,7 @@ from clipft.data.shards.index import (
     Shard,
     open_shard,
 )
-from clipft.core.errors import UsageError
+from clipft.data.shards.tar import Blob
 
 
 @dataclass

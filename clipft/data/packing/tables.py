@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from clipft.data.blob import Blob
-from clipft.data.packing.options import PackOptions
-from clipft.data.packing.download import Pictures
-from clipft.data.packing.records import Candidate, Listing
 from clipft.core.errors import DataError, UsageError
+from clipft.data.packing.download import Pictures
+from clipft.data.packing.options import PackOptions
+from clipft.data.packing.records import Candidate, Listing
+from clipft.data.shards.tar import Blob
 
 IMAGE_COLUMNS = (
     "image",

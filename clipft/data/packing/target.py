@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipft.core.errors import StorageError, UsageError
 from clipft.data.packing.options import Part
 from clipft.data.packing.writer import SPLITS, Written
-from clipft.core.errors import StorageError, UsageError
 
 _BUILDING = ".clipft-part-pack"
 _MARK = re.compile(r"\.clipft-pack(-\d+-of-(\d+))?\.json")

@@ -12,8 +12,8 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
-from clipft.core.errors import DataError
 from clipft.core.common import processors
+from clipft.core.errors import DataError
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")

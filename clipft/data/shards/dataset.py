@@ -5,6 +5,7 @@ there is one, ``chair.json``. Its index gives the place of each member, so a glo
 and a resumed run cost nothing; the pictures are read when asked for.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from clipft.data.captions.template import parse_metadata
+from clipft.core.common import counted
+from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan
 from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, Skipped, open_shard, stamp_of
-from clipft.core.errors import DataError
-from clipft.words import counted
 
 
 @dataclass(frozen=True)
@@ -185,3 +185,12 @@ def _counted(names: Iterable[str]) -> str:
         counts[name] = counts.get(name, 0) + 1
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     return ", ".join(f"{count} {name}" for name, count in ranked) or "nothing"
+
+
+def parse_metadata(data: bytes) -> dict[str, Any]:
+    """The ``.json`` of a pair; empty where it is not an object."""
+    try:
+        value = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

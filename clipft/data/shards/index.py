@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from clipft.cache import cache_folder
-from clipft.data.shards.tar import Member, read_members
+from clipft.core.common import cache_folder
 from clipft.core.errors import DataError, StorageError
 from clipft.core.files import replacing
+from clipft.data.shards.tar import Member, read_members
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 CAPTION_SUFFIX = "txt"

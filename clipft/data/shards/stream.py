@@ -22,11 +22,11 @@ from typing import IO, Any, Protocol, TypeVar
 import numpy as np
 from webdataset.tariterators import tar_file_iterator
 
-from clipft.data.order import EpochPlan, derived_seed
-from clipft.data.shards.index import Skipped, member_of, open_shard, printable
-from clipft.data.shards.dataset import RawPair, shard_paths
+from clipft.core.common import counted
 from clipft.core.errors import DataError
-from clipft.words import counted
+from clipft.data.order import EpochPlan, derived_seed
+from clipft.data.shards.dataset import RawPair, shard_paths
+from clipft.data.shards.index import Skipped, member_of, open_shard, printable
 
 T = TypeVar("T")
 

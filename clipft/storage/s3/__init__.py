@@ -1,1 +1,1 @@
-"""TODO"""
+"""Talks to S3: client, keys, errors, checksums, checkpoints and byte ranges."""

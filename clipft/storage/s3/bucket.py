@@ -11,14 +11,84 @@ from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import StorageSettings
 from clipft.storage.s3.checksums import PART_BYTES, BinaryFile
-from clipft.storage.s3.errors import Changed, error_code
+from clipft.storage.s3.errors import Changed, Patience, error_code
 from clipft.storage.s3.keys import Places, Refused, RefusedKey, RemoteObject
-from clipft.storage.listing import Entry, Pages
-from clipft.storage.patience import Patience
 
 if TYPE_CHECKING:
     from obstore import GetResult
     from obstore.store import S3Store
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+from clipft.storage.s3.checksums import etag_of
+from clipft.storage.s3.errors import Corrupt
+
+_BLANK = b"<ListBucketResult></ListBucketResult>"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    key: str
+    size: int
+    etag: str
+    _modified: str
+
+    @property
+    def modified(self) -> float:
+        """Unix seconds."""
+        return datetime.fromisoformat(self._modified).timestamp()
+
+
+@dataclass(frozen=True)
+class Page:
+    entries: list[Entry]
+    following: str | None
+    """The token of the next page."""
+
+
+class Pages:
+    """Of the listings of one boto3 client; each thread reads what it asked for."""
+
+    def __init__(self, client: Any) -> None:
+        self._held = threading.local()
+        client.meta.events.register("before-parse.s3.ListObjectsV2", self._take)
+
+    def _take(self, response_dict: dict[str, Any], **others: Any) -> None:
+        if response_dict["status_code"] == 200:
+            self._held.body = response_dict["body"]
+            response_dict["body"] = _BLANK
+
+    def last(self) -> Page:
+        """The page that this thread's ``list_objects_v2`` has just got.
+
+        Raises:
+            ValueError: it is no listing.
+        """
+        try:
+            root = ElementTree.fromstring(self._held.body)  # noqa: S314 (as botocore does)
+        except ElementTree.ParseError as error:
+            raise ValueError(f"the listing is not XML: {error}") from error
+        space = root.tag.rpartition("ListBucketResult")[0]
+        encoded = root.findtext(f"{space}EncodingType") == "url"
+        entries = list(_entries(root, space, encoded))
+        more = root.findtext(f"{space}IsTruncated") == "true"
+        return Page(entries, root.findtext(f"{space}NextContinuationToken") if more else None)
+
+
+def _entries(root: Any, space: str, encoded: bool) -> Iterator[Entry]:
+    for content in root.iterfind(f"{space}Contents"):
+        found = {child.tag[len(space) :]: child.text or "" for child in content}
+        key = found["Key"]
+        yield Entry(
+            unquote(key.replace("+", " ")) if encoded and ("%" in key or "+" in key) else key,
+            int(found["Size"]),
+            found["ETag"],
+            found.get("LastModified", ""),
+        )
+
 
 PIECE = 8 << 20
 """Bytes of one request at most: a larger object comes in as many ranges."""
@@ -188,3 +258,36 @@ class Bucket:
 def bucket_url(settings: StorageSettings, key: str = "") -> str:
     """``s3://bucket/key``, for people."""
     return f"s3://{settings.s3_bucket}/{key}"
+
+
+def put_checked(
+    bucket: Bucket, key: str, file: BinaryFile, size: int, unchanged: Callable[[], None]
+) -> str:
+    """The ETag of the object, asked again while failures may pass.
+
+    ``unchanged`` raises if the file is no longer what it was before.
+
+    Raises:
+        StorageError: it did not arrive as it is.
+        Stopped: the bucket's ``patience`` was told to stop.
+    """
+
+    def put() -> str:
+        expected = etag_of(file, size, PART_BYTES)
+        etag = bucket.put_once(key, file, size)
+        unchanged()
+        if etag == expected:
+            return etag
+        # Some servers give no ETag in answer to parts
+        head = bucket.client.head_object(Bucket=bucket.name, Key=key)
+        if head["ContentLength"] != size or not (head["ETag"] == expected or is_keyed(head)):
+            raise Corrupt("it is not what was sent")
+        return str(head["ETag"])
+
+    return bucket.patience.ask(put, bucket.url(key))
+
+
+def is_keyed(head: dict[str, Any]) -> bool:
+    """With keys of KMS or the customer an ETag may look like an md5 and is none."""
+    encryption = str(head.get("ServerSideEncryption", ""))
+    return bool(head.get("SSECustomerAlgorithm")) or "kms" in encryption

@@ -22,11 +22,10 @@ from typing import Any
 
 from clipft.core.errors import StorageError
 from clipft.core.files import replacing
-from clipft.storage.s3.bucket import PIECE, Bucket
+from clipft.storage.s3.bucket import PIECE, Bucket, put_checked
 from clipft.storage.s3.checksums import BinaryFile
 from clipft.storage.s3.errors import Changed, disk_error, error_code
 from clipft.storage.s3.keys import OWN_PREFIX, RefusedKey, RemoteObject, local_path
-from clipft.storage.putting import put_checked
 
 VERSION = 1
 _CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict"}

@@ -5,12 +5,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from clipft.core.errors import UsageError
 from clipft.config.settings import StorageSettings
-from clipft.storage.s3.bucket import Bucket, bucket_url, quiet
-from clipft.storage.s3.errors import storage_errors
-from clipft.storage.listing import Pages
-from clipft.storage.patience import Patience
+from clipft.core.errors import UsageError
+from clipft.storage.s3.bucket import Bucket, Pages, bucket_url, quiet
+from clipft.storage.s3.errors import Patience, storage_errors
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store

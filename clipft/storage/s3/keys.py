@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from clipft.core.errors import UsageError
 from clipft.config.settings import StorageSettings
+from clipft.core.errors import UsageError
 
 OWN_PREFIX = ".clipft-"
 """Names that clipft keeps for itself in a target folder."""

@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from clipft.core.errors import DataError
 from clipft.config.settings import StorageSettings
+from clipft.core.errors import DataError
 from clipft.storage.s3.bucket import PIECE, Bucket
-from clipft.storage.s3.keys import RemoteObject, folder_prefixes
 from clipft.storage.s3.client import open_bucket
+from clipft.storage.s3.keys import RemoteObject, folder_prefixes
 
 AHEAD = 4
 """Ranges that are fetched ahead of the reader: with the one being read 40 MiB."""

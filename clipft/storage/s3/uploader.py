@@ -15,7 +15,7 @@ from pathlib import Path
 from clipft.core.errors import StorageError
 from clipft.storage.s3.checkpoints import CheckpointStore, Run
 from clipft.storage.s3.checksums import BinaryFile
-from clipft.storage.patience import Stopped
+from clipft.storage.s3.errors import Stopped
 
 _REPLACED_WHOLE = ".pt"
 """Such files get new bytes by a rename alone: an open one stays as it is. Others grow."""

@@ -17,13 +17,11 @@ from functools import cached_property
 from pathlib import Path
 
 from clipft.core.errors import StorageError
-from clipft.storage.s3.bucket import PIECE, SMALL, Bucket
+from clipft.storage.s3.bucket import PIECE, SMALL, Bucket, is_keyed
 from clipft.storage.s3.checksums import matches, md5_of, plain_md5
-from clipft.storage.s3.errors import Corrupt, disk_error
-from clipft.storage.sync.folder import PART, Folder
+from clipft.storage.s3.errors import Corrupt, Stopped, disk_error
 from clipft.storage.s3.keys import Refused, RefusedKey, RemoteObject
-from clipft.storage.patience import Stopped
-from clipft.storage.putting import is_keyed
+from clipft.storage.sync.folder import PART, Folder
 
 _FLUSH_EVERY = 5.0
 _REPORT_EVERY = 0.1

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import StorageError
 from clipft.config.settings import StorageSettings
+from clipft.core.common import counted
+from clipft.core.errors import StorageError
 from clipft.storage.s3.bucket import Bucket, bucket_url, quiet
-from clipft.storage.s3.errors import check_space
-from clipft.storage.sync.download import Fetch, SyncProgress, part_name
-from clipft.storage.sync.folder import Folder
-from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixes
-from clipft.storage.local_files import local_files, remove_files
 from clipft.storage.s3.client import open_bucket
-from clipft.words import counted
+from clipft.storage.s3.errors import check_space
+from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixes
+from clipft.storage.sync.download import Fetch, SyncProgress, part_name
+from clipft.storage.sync.folder import Folder, local_files, remove_files
 
 SIDES = ("train", "val")
 

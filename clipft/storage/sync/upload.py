@@ -6,15 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipft.core.errors import StorageError
 from clipft.config.settings import StorageSettings
-from clipft.storage.s3.bucket import Bucket, quiet
+from clipft.core.errors import StorageError
+from clipft.storage.s3.bucket import Bucket, put_checked, quiet
 from clipft.storage.s3.checksums import PART_BYTES, etag_of
 from clipft.storage.s3.errors import Changed, disk_error
-from clipft.storage.sync.download import SyncProgress
 from clipft.storage.s3.keys import RemoteObject
-from clipft.storage.local_files import local_files
-from clipft.storage.putting import put_checked
+from clipft.storage.sync.download import SyncProgress
+from clipft.storage.sync.folder import local_files
 from clipft.storage.sync.sync import SIDES, Found, SyncOptions, SyncResult, look
 
 _DELETED_AT_ONCE = 1000

@@ -1,1 +1,1 @@
-"""TODO"""
+"""One optimizer step: losses, gradient caching, sharding, out-of-memory recovery."""

@@ -26,18 +26,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
-from clipft.data.loader import NO_PAIRS, Batch
-from clipft.core.errors import MemoryShortage, UsageError
-from clipft.models.trainable import TrainableModel
-from clipft.models.fast_encoder import POOLED, pooled_layer
 from clipft.config.settings import Settings
-from clipft.training.step.gradcache import Accumulation
+from clipft.core.errors import MemoryShortage, UsageError
+from clipft.core.memory import give_back
+from clipft.data.loader import NO_PAIRS, Batch
 from clipft.distributed.collectives import Processes, lost_process, telling_of_loss
 from clipft.embedding.load import LoadedModel
-from clipft.core.memory import give_back
-from clipft.models.device import Precision
-from clipft.training.step.oom import memory_ran_out
 from clipft.embedding.towers import Cut, Piece, Pieces, Side, Sides
+from clipft.models.device import Precision
+from clipft.models.fast_encoder import POOLED, pooled_layer
+from clipft.models.trainable import TrainableModel
+from clipft.training.step.gradcache import Accumulation
+from clipft.training.step.oom import memory_ran_out
 from clipft.training.step.weights import WHOLE, Weights
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipft.models.trainable import TrainableModel
 from clipft.config.settings import LossSettings
+from clipft.models.trainable import TrainableModel
 
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Logits that exist at once, by device; the work needs as much again. More is slower on a CPU."""

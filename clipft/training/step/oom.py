@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch
 from clipft.core.errors import MemoryShortage
-from clipft.models.trainable import TrainableModel
-from clipft.training.step.gradcache import Accumulation, Cutting
-from clipft.distributed.collectives import Processes, StepAbandonedError
-from clipft.training.graphs import GraphMemory
 from clipft.core.memory import give_back
+from clipft.data.loader import Batch
+from clipft.distributed.collectives import Processes, StepAbandonedError
+from clipft.models.trainable import TrainableModel
+from clipft.training.step.gradcache import Accumulation, Cutting, GraphMemory
 
 _CPU_REFUSALS = ("can't allocate memory", "not enough memory", "could not create a primitive")
 """Of torch's CPU allocator and of oneDNN, whose errors are plain RuntimeErrors."""

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from clipft.core.errors import DivergedError, ModelError, UsageError
-from clipft.models.trainable import TrainableModel
 from clipft.config.scenarios import TEXTUAL, VISUAL
 from clipft.config.settings import OptimSettings
+from clipft.core.errors import DivergedError, ModelError, UsageError
+from clipft.models.trainable import TrainableModel
 from clipft.training.step.weights import WHOLE, Weights
 
 EIGHT_BIT_PAYS_FROM = 20_000_000

@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipft.models.trainable import TrainableModel
 from clipft.distributed.collectives import Processes
-from clipft.models.device import Precision
 from clipft.embedding.towers import Sides
+from clipft.models.device import Precision
+from clipft.models.trainable import TrainableModel
 
 T = TypeVar("T")
 

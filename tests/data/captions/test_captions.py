@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipft.data.captions import BadCaption, clean_caption
+from clipft.data.captions.template import BadCaption, clean_caption
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.models.pretrained import load_inputs
 

@@ -3,10 +3,11 @@ import tarfile
 
 import pytest
 
-from clipft.data.captions.template import JUST_THE_TXT, CaptionTemplate
-from clipft.data.descriptions import describe, same_photos
-from clipft.data.shards.dataset import ChosenPairs, open_pairs
 from clipft.core.errors import UsageError
+from clipft.data.captions.metadata import describe
+from clipft.data.captions.template import JUST_THE_TXT, CaptionTemplate
+from clipft.data.overlap import same_photos
+from clipft.data.shards.dataset import ChosenPairs, open_pairs
 from tests.conftest import add
 
 PHOTOS = [b"one", b"two", b"one", b"three", b"four!", b"three"]

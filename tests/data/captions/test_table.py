@@ -7,13 +7,11 @@ import tarfile
 import pytest
 from PIL import Image
 
-from clipft.cache import cache_folder
-from clipft.data.caption_source import LiveCaptions
-from clipft.data.captions.table import caption_table
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.captions import BadCaption
-from clipft.data.shards.dataset import open_pairs
+from clipft.core.common import cache_folder
+from clipft.data.captions.table import LiveCaptions, caption_table
+from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.data.shards.dataset import open_pairs
 from clipft.models.pretrained import load_inputs
 from tests.conftest import add
 

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.captions import BadCaption
 from clipft.core.errors import UsageError
+from clipft.data.captions.template import BadCaption, CaptionTemplate
 
 
 def captions(template, txt="", **metadata):

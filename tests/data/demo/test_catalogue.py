@@ -5,9 +5,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from clipft.data.demo.furniture import KINDS
 from clipft.data.demo.catalogue import render_catalogue, render_pair
 from clipft.data.demo.drawing import COLOURS, MATERIALS
+from clipft.data.demo.furniture import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_keys_are_safe_file_names_and_unique(pairs):
 
 
 def test_every_kind_builds_whatever_is_drawn_for_it():
-    from clipft.data.demo.furniture import Look
     from clipft.data.demo.drawing import Paint
+    from clipft.data.demo.furniture import Look
 
     look = Look(Paint((10, 20, 30)), Paint((40, 50, 60)), Paint((70, 80, 90)))
     for kind in KINDS:

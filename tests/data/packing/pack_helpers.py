@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipft.data.packing.pack import PackResult, pack
 from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import PackResult, pack
 from clipft.data.shards.dataset import open_pairs
 
 

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from clipft.data.packing.pack import pack
-from clipft.data.packing.options import PackOptions, Part
 from clipft.core.errors import DataError, UsageError
+from clipft.data.packing.options import PackOptions, Part
+from clipft.data.packing.pack import pack
 from tests.data.packing.pack_helpers import (
     digests,
     metadata_of,

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipft.cli.app import run
-from clipft.data.packing import download as pack_pictures
-from clipft.data.packing.pack import pack
-from clipft.data.packing.options import PackOptions
-from clipft.data.packing.tables import _plain
 from clipft.core.errors import DataError, UsageError
+from clipft.data.packing import download as pack_pictures
+from clipft.data.packing.options import PackOptions
+from clipft.data.packing.pack import pack
+from clipft.data.packing.tables import _plain
 from tests.conftest import add
 from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, picture
 

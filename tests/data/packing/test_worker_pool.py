@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from clipft.data.packing.worker_pool import Workers
 from clipft.core.errors import DataError
+from clipft.data.packing.worker_pool import Workers
 
 
 def large(number: int) -> bytes:

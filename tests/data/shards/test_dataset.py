@@ -4,9 +4,9 @@ import tarfile
 
 import pytest
 
-from clipft.data.shards.index import index_shard
-from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.core.errors import DataError
+from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.index import index_shard
 from tests.conftest import add
 
 

@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from clipft.data.shards import index as shard_index
-from clipft.data.shards.index import Shard, _index_places, index_shard, open_shard
 from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.index import Shard, _index_places, index_shard, open_shard
 from tests.data.shards.test_dataset import shard as write
 
 MEMBERS = [("a.jpg", b"1"), ("a.txt", b"one"), ("é.png", b"22"), ("é.txt", b"two"), ("z.jpg", b"")]

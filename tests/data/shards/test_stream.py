@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs
 from clipft.data.shards.stream import open_stream
-from clipft.core.errors import DataError
 from tests.conftest import add
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from clipft.data.loader import StepBatch, training_batches
 from clipft.config.sources import load_settings
+from clipft.data.loader import StepBatch, training_batches
 from clipft.distributed.collectives import Processes
-from clipft.training.measure import embed_pairs
-from clipft.training.setup import RunSetup, prepare
-from clipft.training.shared_steps import Rounds, agreed
+from clipft.distributed.rank_zero import Rounds, agreed
+from clipft.embedding.embed import embed_pairs
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 
 SMALL = {
     **{"model": "tiny", "scenario": "full", "device": "cpu", "precision": "fp32", "epochs": 2},

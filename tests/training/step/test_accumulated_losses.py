@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from clipft.runs.records import EpochResult, StepResult
 from clipft.cli.progress import epoch_line
 from clipft.config.sources import load_settings
-from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
-from clipft.distributed.collectives import OneProcess
-from clipft.training.graphs import GraphMemory
-from clipft.training.step.losses import make_loss
 from clipft.data.positives import CaptionPositives, GroupPositives
+from clipft.distributed.collectives import OneProcess
 from clipft.embedding.towers import make_sides
+from clipft.runs.records import EpochResult, StepResult
+from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
+from clipft.training.step.losses import make_loss
 from tests.training.step.test_gradcache import (
     OFF,
     PAIRS,

@@ -5,18 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipft.data.loader import Batch
-from clipft.models.pretrained import load_base
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
-from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
-from clipft.distributed.collectives import OneProcess
-from clipft.training.graphs import GraphMemory
-from clipft.embedding.load import LoadedModel, load_model
-from clipft.training.step.losses import make_loss
+from clipft.data.loader import Batch
 from clipft.data.positives import CaptionPositives, PairPositives
-from clipft.models.device import Precision
+from clipft.distributed.collectives import OneProcess
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Sides, make_sides
+from clipft.models.device import Precision
+from clipft.models.pretrained import load_base
+from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
+from clipft.training.step.losses import make_loss
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 PAIRS = 12

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipft.config.settings import LossSettings
-from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.core.memory import peak_memory
+from clipft.training.step.losses import ContrastiveLoss, make_loss
 
 NAMES = ("clip", "siglip")
 MODES = ("soft", "mask")

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from clipft.cli.app import run
-from clipft.data.loader import Batch
 from clipft.core.errors import MemoryShortage
-from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
+from clipft.data.loader import Batch
 from clipft.distributed.collectives import ALONE
-from clipft.training.graphs import GraphMemory
+from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
 from clipft.training.step.oom import ShrinkingAccumulation, memory_ran_out
 from tests.training.process_helpers import results
-from tests.training.steps import around_each_step
 from tests.training.step.test_gradcache import gradients, load
+from tests.training.steps import around_each_step
 
 
 class Device:

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.core.errors import DivergedError, ModelError
-from clipft.models.trainable import TrainableModel, adapt
-from clipft.models.pretrained import load_base
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.core.errors import DivergedError, ModelError
+from clipft.models.pretrained import load_base
+from clipft.models.trainable import TrainableModel, adapt
 from clipft.training.step.optimizer import (
     MAX_SKIPPED_STEPS,
     Optimiser,

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipft.data.loader import Batch, StepBatch, training_batches
-from clipft.data.order import Position
-from clipft.data.captions.tokenizer import stacked
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.data.captions.tokenizer import stacked
+from clipft.data.loader import Batch, StepBatch, training_batches
+from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
-from clipft.training.setup import RunSetup, prepare
 from clipft.training.loop import TrainState, fit
+from clipft.training.setup import RunSetup, prepare
 
 EFFECTIVE, STEPS = 28, 50
 TRAINED = [name for name, scenario in SCENARIOS.items() if scenario.trains]
