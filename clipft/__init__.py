@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from clipft.config.sources import load_settings
     from clipft.core.errors import ClipftError
     from clipft.evaluation.compare import Request
-    from clipft.runs.records import Watchers
+    from clipft.runs.records import Callbacks
     from clipft.training.state import TrainResult
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callbacks",
     "ClipftError",
     "EvaluatedModel",
     "Request",
     "Settings",
     "TrainResult",
     "TunedModel",
-    "Watchers",
     "evaluate",
     "load_model",
     "load_settings",
@@ -42,7 +42,7 @@ _HOMES = {
     "Request": "clipft.evaluation.compare",
     "Settings": "clipft.config.settings",
     "TrainResult": "clipft.training.state",
-    "Watchers": "clipft.training.run",
+    "Callbacks": "clipft.training.run",
     "load_settings": "clipft.config.sources",
 }
 """Of those that ``clipft.api`` does not define itself."""

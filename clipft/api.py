@@ -13,7 +13,7 @@ from clipft.core.common import Note
 from clipft.core.errors import ClipftError, UsageError
 from clipft.core.memory import peak_memory_so_far
 from clipft.distributed.collectives import ALONE, Processes
-from clipft.distributed.rank_zero import by_first
+from clipft.distributed.rank_zero import on_rank_zero
 from clipft.evaluation.compare import Evaluated, Request, evaluate_checkpoint
 from clipft.models.device import choose_precision, environment
 from clipft.report.report import write_run_report
@@ -21,7 +21,7 @@ from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import find_checkpoint, open_model, saved_settings
 from clipft.runs.loggers import JsonlTracker, RunRecorder, WandbTracker
-from clipft.runs.records import Observer, Observers, Watchers
+from clipft.runs.records import Callbacks, Observers, TrainingCallback
 from clipft.training.run import train as run_service
 from clipft.training.state import TrainResult
 
@@ -40,12 +40,12 @@ def _nowhere(path: Path, step: int) -> None:
     """A checkpoint that stays where it was saved."""
 
 
-SILENT = Watchers(Observers(), _quiet, _nowhere)
+SILENT = Callbacks(Observers(), _quiet, _nowhere)
 
 
 def train(
     settings: Given,
-    watchers: Watchers = SILENT,
+    callbacks: Callbacks = SILENT,
     processes: Processes = ALONE,
     source: "ShardSource | None" = None,
 ) -> TrainResult:
@@ -53,7 +53,7 @@ def train(
     leave the run folder with its figures and its report.
 
     Pairs in a bucket are to be fetched before (``clipft sync``), or read by ``source``.
-    ``watchers`` are told of plan, steps and epochs. Ctrl-C saves the state.
+    ``callbacks`` are told of plan, steps and epochs. Ctrl-C saves the state.
 
     Raises:
         UsageError: settings that do not go together, or checkpoints that are to be uploaded
@@ -63,15 +63,15 @@ def train(
     """
     loaded = _loaded(settings)
     values = loaded.values
-    if values.enable_s3_checkpoints and watchers.saved is _nowhere:
+    if values.enable_s3_checkpoints and callbacks.saved is _nowhere:
         raise UsageError(
             "enable_s3_checkpoints: only the command line uploads",
-            "use `clipft train`, or upload in Watchers.saved",
+            "use `clipft train`, or upload in Callbacks.saved",
         )
-    members = [watchers.observer, *_keepers(values, watchers.note)] if processes.rank == 0 else []
-    told = Watchers(Observers(members), watchers.note, watchers.saved, watchers.progress)
+    members = [callbacks.callback, *_keepers(values, callbacks.note)] if processes.rank == 0 else []
+    told = Callbacks(Observers(members), callbacks.note, callbacks.saved, callbacks.progress)
     result = run_service(values, told, loaded.to_toml(), processes, source)
-    by_first(processes, lambda: _report(result, watchers.note))
+    on_rank_zero(processes, lambda: _report(result, callbacks.note))
     return result
 
 
@@ -83,10 +83,10 @@ def _loaded(given: Given) -> LoadedSettings:
     return load_settings(given)
 
 
-def _keepers(settings: Settings, note: Note) -> list[Observer]:
+def _keepers(settings: Settings, note: Note) -> list[TrainingCallback]:
     """Those who write a run's figures down."""
     device, paths = choose_precision(settings).device, RunPaths.of(settings)
-    keepers: list[Observer] = [
+    keepers: list[TrainingCallback] = [
         JsonlTracker(paths.metrics),
         RunRecorder(paths.record, environment(device), partial(peak_memory_so_far, device)),
     ]

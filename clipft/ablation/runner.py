@@ -36,7 +36,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Watchers:
+class Callbacks:
     started: Callable[[PlannedRun], None]
     ended: Callable[[Outcome], None]
 
@@ -48,7 +48,7 @@ class _Process:
     slot: int
 
 
-def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, watchers: Watchers) -> str | None:
+def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbacks) -> str | None:
     """Run those that are not finished, ``jobs`` at a time; the name of the signal that stopped
     it, if one did: the runs under way have then saved their state and ended.
 
@@ -65,7 +65,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, watchers: Watchers
                 while waiting and len(alive) < jobs and not stop.name:
                     slot = min(set(range(jobs)) - {process.slot for process in alive})
                     run = waiting.popleft()
-                    watchers.started(run)
+                    callbacks.started(run)
                     alive.append(_Process(run, _start(run, places[slot], lock), slot))
                 time.sleep(_POLL)
                 if stop.name and not told:
@@ -74,7 +74,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, watchers: Watchers
                 for process in [p for p in alive if p.popen.poll() is not None]:
                     alive.remove(process)
                     if not (stop.name and _stopped(process)):
-                        watchers.ended(_outcome(process))
+                        callbacks.ended(_outcome(process))
         finally:  # a second Ctrl-C, or a bug
             for process in alive:
                 process.popen.kill()

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from clipft.cli.console import say
 from clipft.core.common import counted, duration
-from clipft.runs.records import EpochResult, Observer, Plan, StepResult
+from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
 
 _PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -28,7 +28,7 @@ Memory = Callable[[], int]
 """Bytes in use."""
 
 
-def make_progress(console: Console, memory: Memory) -> Observer:
+def make_progress(console: Console, memory: Memory) -> TrainingCallback:
     """The display that fits ``console``."""
     kind = LiveProgress if console.is_interactive else PlainProgress
     return kind(console, memory)

@@ -20,11 +20,11 @@ from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted, duration
 from clipft.core.memory import memory_in_use
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import by_first, on_each_machine
+from clipft.distributed.rank_zero import on_each_machine, on_rank_zero
 from clipft.distributed.rendezvous import start_processes
 from clipft.models.device import choose_precision
 from clipft.runs.folder import RunPaths
-from clipft.runs.records import Forecast, Watchers
+from clipft.runs.records import Callbacks, Forecast
 from clipft.storage.sync.sync import SyncOptions, SyncResult
 from clipft.training.forecast import forecast
 from clipft.training.signals import stop_on_signals
@@ -129,16 +129,16 @@ def train_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     settings = loaded.values
     source = _bring_data(processes, settings, out)
     uploads = Uploads(settings, out)
-    by_first(processes, uploads.begin)
+    on_rank_zero(processes, uploads.begin)
     device = choose_precision(settings).device
     display = make_progress(out.err, partial(memory_in_use, device))
-    watchers = Watchers(display, out.note, uploads.saved, out.progress)
+    callbacks = Callbacks(display, out.note, uploads.saved, out.progress)
     with stop_on_signals() as stop:  # after those of the run, to the end of the upload
         with uploads.awaited(stop):
-            result = train(loaded, watchers, processes, source)
+            result = train(loaded, callbacks, processes, source)
             uploads.finished(result.checkpoint, result.steps)
         _show(result, settings, out)
-        by_first(processes, lambda: uploads.check(stop))
+        on_rank_zero(processes, lambda: uploads.check(stop))
 
 
 def _bring_data(processes: Processes, settings: Settings, out: Output) -> "ShardSource | None":
@@ -174,7 +174,7 @@ def plan_in(processes: Processes, loaded: LoadedSettings, out: Output) -> None:
     """Show what the run would do and take. Pairs that are still in a bucket are counted, not
     fetched; there are no steps to measure then."""
     settings = loaded.values
-    to_fetch = by_first(processes, lambda: _to_fetch(settings, out))
+    to_fetch = on_rank_zero(processes, lambda: _to_fetch(settings, out))
     if to_fetch and to_fetch.transferred:
         count, size = to_fetch.transferred, to_fetch.bytes / 2**20
         out.result(

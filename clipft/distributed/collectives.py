@@ -43,13 +43,13 @@ class Processes(Protocol):
     def rank(self) -> int: ...
 
     @property
-    def count(self) -> int: ...
+    def world_size(self) -> int: ...
 
     @property
     def local_rank(self) -> int: ...
 
     @property
-    def on_this_machine(self) -> int:
+    def local_world_size(self) -> int:
         """Of all, those that share this machine's memory, processors and disks."""
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class OneProcess:
     """Alone: nothing to gather, nobody to wait for."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    on_this_machine: int = 1
+    local_world_size: int = 1
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         return rows.detach()
@@ -135,9 +135,9 @@ class ManyProcesses:
     """
 
     rank: int
-    count: int
+    world_size: int
     local_rank: int
-    on_this_machine: int
+    local_world_size: int
     patient: Any
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class ManyProcesses:
             return any(note[0] for note in self._exchange([int(flag)]))
 
     def gather_objects(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         with telling_of_loss():
             dist.all_gather_object(values, value)
         return values
@@ -223,7 +223,7 @@ class ManyProcesses:
 
     def _exchange(self, note: list[int]) -> list[list[int]]:
         ours = torch.tensor(note + [0] * (_NOTE - len(note)))
-        theirs = [torch.empty_like(ours) for _ in range(self.count)]
+        theirs = [torch.empty_like(ours) for _ in range(self.world_size)]
         dist.all_gather(theirs, ours)
         return [other.tolist() for other in theirs]
 

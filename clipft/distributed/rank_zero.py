@@ -24,7 +24,7 @@ def _attempt(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=error)
 
 
-def together(processes: Processes, work: Callable[[], T]) -> T:
+def on_all_ranks(processes: Processes, work: Callable[[], T]) -> T:
     """``work`` on each process. What one of them raises, all raise.
 
     Raises:
@@ -34,7 +34,7 @@ def together(processes: Processes, work: Callable[[], T]) -> T:
     return value
 
 
-def by_first(processes: Processes, work: Callable[[], T]) -> T:
+def on_rank_zero(processes: Processes, work: Callable[[], T]) -> T:
     """``work`` on the first process, however long it takes; its result (pickled) on all.
 
     Raises:
@@ -59,7 +59,7 @@ def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
     _agreed(processes, ours)
 
 
-def first_then_all(processes: Processes, work: Callable[[], T]) -> T:
+def rank_zero_first(processes: Processes, work: Callable[[], T]) -> T:
     """``work`` on one process of each machine, then on the others: it leaves a cache on the
     disk that they find.
 
@@ -68,7 +68,7 @@ def first_then_all(processes: Processes, work: Callable[[], T]) -> T:
     """
     made: list[T] = []
     on_each_machine(processes, lambda: made.append(work()))
-    return together(processes, lambda: made[0] if made else work())
+    return on_all_ranks(processes, lambda: made[0] if made else work())
 
 
 def _agreed(processes: Processes, ours: _Outcome) -> Any:
@@ -101,7 +101,7 @@ class Rounds:
             self.check()
             return next(batches, None)
 
-        while (batch := together(self.processes, read)) is not None:
+        while (batch := on_all_ranks(self.processes, read)) is not None:
             yield batch
 
 

@@ -33,7 +33,7 @@ class Place:
     rank: int
     count: int
     local_rank: int
-    on_this_machine: int
+    local_world_size: int
     address: str
     port: int
 
@@ -63,7 +63,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place:
         rank=int(environ["RANK"]),
         count=count,
         local_rank=int(environ.get("LOCAL_RANK", "0")),
-        on_this_machine=int(environ.get("LOCAL_WORLD_SIZE", count)),
+        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", count)),
         address=environ["MASTER_ADDR"],
         port=int(environ["MASTER_PORT"]),
     )
@@ -79,7 +79,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
         rank=rank,
         count=count,
         local_rank=int(environ["SLURM_LOCALID"]),
-        on_this_machine=-(-count // nodes),
+        local_world_size=-(-count // nodes),
         address=environ.get("MASTER_ADDR") or _first_node(listed),
         port=int(environ.get("MASTER_PORT", port)),
     )
@@ -138,7 +138,7 @@ def _meet(place: Place, settings: Settings) -> ManyProcesses:
             f"({' '.join(str(error).split())[:120]})",
             "check that all of them were started, and that the address can be reached",
         ) from error
-    return ManyProcesses(place.rank, place.count, place.local_rank, place.on_this_machine, patient)
+    return ManyProcesses(place.rank, place.count, place.local_rank, place.local_world_size, patient)
 
 
 def _take_device(place: Place, settings: Settings) -> str:
@@ -153,10 +153,10 @@ def _take_device(place: Place, settings: Settings) -> str:
     if device == "cpu":
         return "gloo"
     there = torch.cuda.device_count()
-    bound = there == 1 and place.on_this_machine > 1  # SLURM may show each process its own GPU
-    if there < place.on_this_machine and not (bound and "SLURM_PROCID" in os.environ):
+    bound = there == 1 and place.local_world_size > 1  # SLURM may show each process its own GPU
+    if there < place.local_world_size and not (bound and "SLURM_PROCID" in os.environ):
         raise UsageError(
-            f"{place.on_this_machine} processes on this machine, but {there} GPUs",
+            f"{place.local_world_size} processes on this machine, but {there} GPUs",
             f"start {there}, or use --device cpu",
         )
     torch.cuda.set_device(0 if bound else place.local_rank)

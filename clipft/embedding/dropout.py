@@ -1,10 +1,10 @@
 """Dropout whose masks belong to the rows, not to the batches.
 
 The mask of a row is a function of (seed, step, tower, the row's key): the same whichever
-micro-batch, piece or process the row is in, so a second pass draws the masks of the first,
+micro-batch, chunk or process the row is in, so a second pass draws the masks of the first,
 and nothing about randomness has to be saved or restored. On a CPU the masks come from numpy's
 SFC64, row by row, at about a fifth of the time of torch's generator; on other devices torch
-draws them, seeded per piece, so there they belong to the piece.
+draws them, seeded per chunk, so there they belong to the chunk.
 """
 
 from collections.abc import Iterator
@@ -91,16 +91,16 @@ class _Dropped(torch.autograd.Function):
 
 
 class Randomness:
-    """All that is random while a tower works: set before each pass of each piece."""
+    """All that is random while a tower works: set before each pass of each chunk."""
 
     def __init__(self, seed: int, tower: int, masks: Masks | None) -> None:
         self._seed, self._tower, self._masks = seed, tower, masks
 
     @contextmanager
-    def of(self, step: int, piece: int, keys: Keys) -> Iterator[None]:
+    def of(self, step: int, chunk: int, keys: Keys) -> Iterator[None]:
         """During the block dropout belongs to these rows of this step, also in the parts of a
         forward pass that a backward pass computes once more."""
-        torch.manual_seed(derived_seed(self._seed, step, piece, self._tower))
+        torch.manual_seed(derived_seed(self._seed, step, chunk, self._tower))
         if self._masks:
             self._masks.use((self._seed, step, self._tower), keys)
         yield

@@ -20,7 +20,7 @@ from clipft.data.shards.index import Skipped
 from clipft.distributed.rank_zero import ON_ITS_OWN, Rounds
 from clipft.embedding.encoding import Encoding
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import Side, Sides
+from clipft.embedding.towers import Tower, Towers
 from clipft.metrics.ranking import Retrieval, retrieval
 from clipft.models.trainable import TrainableModel
 
@@ -49,7 +49,7 @@ class _Own(Embeddings):
 
 def embed(
     model: TrainableModel,
-    sides: Sides,
+    towers: Towers,
     batches: Iterator[Batch],
     positives: Positives,
     rounds: Rounds,
@@ -62,7 +62,7 @@ def embed(
         Interrupted: as the check of ``rounds`` has it.
     """
     processes = rounds.processes
-    own = _embed_own(model, sides, rounds.of(batches), positives)
+    own = _embed_own(model, towers, rounds.of(batches), positives)
     skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))
     numbers = tuple(chain.from_iterable(processes.gather_objects(own.numbers)))
     if not numbers:
@@ -82,7 +82,7 @@ def _alike(texts: Tensor, captions: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _embed_own(
-    model: TrainableModel, sides: Sides, batches: Iterable[Batch], positives: Positives
+    model: TrainableModel, towers: Towers, batches: Iterable[Batch], positives: Positives
 ) -> _Own:
     was_training = model.training
     model.eval()
@@ -92,8 +92,8 @@ def _embed_own(
     numbers, skipped = list[int](), list[Skipped]()
     for batch in batches:
         skipped += batch.skipped
-        images.append(_rows(sides.images, batch)[0])
-        rows, keys = _rows(sides.texts, batch)
+        images.append(_rows(towers.images, batch)[0])
+        rows, keys = _rows(towers.texts, batch)
         texts.append(rows)
         captions.append(keys)
         ids = positives.ids(batch)
@@ -110,13 +110,13 @@ def _embed_own(
     )
 
 
-def _rows(side: Side, batch: Batch) -> tuple[Tensor, Tensor]:
+def _rows(tower: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
     """[B, D] and the keys of what was encoded, int64 [B], on the CPU."""
-    cut = side.cut([batch.to(side.precision.device)] if len(batch) else [])
-    rows = [side.encode(0, piece) for piece in cut.pieces]
+    cut = tower.cut([batch.to(tower.precision.device)] if len(batch) else [])
+    rows = [tower.encode(0, chunk) for chunk in cut.chunks]
     if not rows:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
-    keys = torch.from_numpy(np.concatenate([piece.keys for piece in cut.pieces]).astype(np.int64))
+    keys = torch.from_numpy(np.concatenate([chunk.keys for chunk in cut.chunks]).astype(np.int64))
     return torch.cat(rows)[cut.order].cpu(), keys[cut.order.cpu()]
 
 
@@ -164,11 +164,11 @@ def embed_pairs(
         Interrupted: as the check of ``rounds`` has it.
     """
     processes = rounds.processes
-    share, device = Share(processes.rank, processes.count), loaded.precision.device
-    options = LoaderOptions.of(settings, device, share, processes.on_this_machine)
+    share, device = Share(processes.rank, processes.world_size), loaded.precision.device
+    options = LoaderOptions.of(settings, device, share, processes.local_world_size)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
-    embedded = embed(loaded.model, how.sides, batches, positives, rounds)
+    embedded = embed(loaded.model, how.towers, batches, positives, rounds)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

@@ -24,7 +24,7 @@ from clipft.data.overlap import shared_captions, shared_photos
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.feature_cache import FeatureCache
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import Sides, make_sides, with_image_features, with_text_features
+from clipft.embedding.towers import Towers, make_towers, with_image_features, with_text_features
 from clipft.models.pretrained import ModelInputs
 
 
@@ -33,12 +33,12 @@ class Encoding:
     """Belongs to one model and one set of pairs."""
 
     preprocessing: Preprocessing
-    sides: Sides
+    towers: Towers
 
 
 def live_encoding(loaded: LoadedModel, preprocessing: Preprocessing, seed: int) -> Encoding:
     """Both towers run, each time."""
-    return Encoding(preprocessing, make_sides(loaded, seed, preprocessing.captions.end))
+    return Encoding(preprocessing, make_towers(loaded, seed, preprocessing.captions.end))
 
 
 def open_encoding(
@@ -67,19 +67,19 @@ def open_encoding(
 
 def _with_texts(live: Encoding, cache: FeatureCache) -> Encoding:
     captions, model = live.preprocessing.captions, cache.loaded.model
-    if model.text_tower_learns or not isinstance(captions, CaptionTable):
+    if model.text_tower_trainable or not isinstance(captions, CaptionTable):
         return live
     features = cache.of_captions(captions, captions.end)
-    return replace(live, sides=with_text_features(live.sides, model, features, captions.end))
+    return replace(live, towers=with_text_features(live.towers, model, features, captions.end))
 
 
 def _with_images(live: Encoding, pairs: Pairs, cache: FeatureCache) -> Encoding:
     model, unchanging = cache.loaded.model, live.preprocessing.augmentation == "none"
-    if model.vision_tower_learns or not unchanging or not isinstance(pairs, PairDataset):
+    if model.vision_tower_trainable or not unchanging or not isinstance(pairs, PairDataset):
         return live
     features = cache.of_images(pairs)
     preprocessing = replace(live.preprocessing, pictures=False, bad=features.bad)
-    return Encoding(preprocessing, with_image_features(live.sides, model, features))
+    return Encoding(preprocessing, with_image_features(live.towers, model, features))
 
 
 _MANY = 20_000

@@ -115,7 +115,7 @@ class FeatureCache:
 
     def _kept(
         self,
-        side: str,
+        tower: str,
         of: tuple[str, ...],
         rows: Iterable[tuple[Keys, Tensor]],
         made: "_Made",
@@ -123,7 +123,7 @@ class FeatureCache:
         precision = self.loaded.precision
         parts = (_FORMAT, self.loaded.fingerprint, precision.name, precision.device.type, *of)
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-        folder = cache_folder() / "features" / f"{side}-{name}"
+        folder = cache_folder() / "features" / f"{tower}-{name}"
         try:
             return _load(folder)
         except (OSError, ValueError, KeyError):

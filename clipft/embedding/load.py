@@ -6,7 +6,7 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.embedding.dropout import Masks, row_masks
-from clipft.models.device import Precision, choose_precision, settle_frozen
+from clipft.models.device import Precision, cast_frozen_weights, choose_precision
 from clipft.models.pretrained import BaseModel, load_base
 from clipft.models.trainable import TrainableModel, adapt
 
@@ -47,5 +47,5 @@ def load_model(settings: Settings) -> LoadedModel:
         row_masks(tower, settings.lora_dropout, precision.device)
         for tower in (model.clip.vision_model, model.clip.text_model)
     )
-    settle_frozen(model, precision)
+    cast_frozen_weights(model, precision)
     return LoadedModel(base, fingerprint, model, precision, TowerMasks(*masks))

@@ -1,10 +1,10 @@
-"""The two sides of CLIP in a step: which rows go through a tower, in which pieces.
+"""The two towers of CLIP in a step: which rows go through a tower, in which chunks.
 
 Pictures go through in the micro-batches they come in. Captions do not have to: a caption that
 occurs several times in a step is encoded once, and those of like length go together, so that
-hardly any padding is computed. ``Pieces.order`` leads back from the pieces' rows to the pairs.
+hardly any padding is computed. ``Chunks.order`` leads back from the chunks' rows to the pairs.
 A tower that does not train and always sees the same does not run at all: its features are
-looked up, and what remains of the side is its projection.
+looked up, and what remains of the tower is its projection.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,11 @@ from clipft.models.device import Precision
 from clipft.models.trainable import TrainableModel
 
 _LEAST_TOKENS = {"cpu": 256, "cuda": 16384}
-"""Of a piece of captions, by device: as many as keep it busy."""
+"""Of a chunk of captions, by device: as many as keep it busy."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Rows that go through a tower together. ``keys``, uint64 [rows], tell them apart;
     ``cells`` is what memory grows with: rows, or rows x tokens."""
 
@@ -39,38 +39,38 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """``order``, int64 [pairs]: the row of each pair of the step among those of all pieces."""
+class Chunks:
+    """``order``, int64 [pairs]: the row of each pair of the step among those of all chunks."""
 
-    pieces: Sequence[Piece]
+    chunks: Sequence[Chunk]
     order: Tensor
 
 
-class Cut(Protocol):
-    """Some micro-batches (on the device; none empty) -> one side's pieces."""
+class Chunking(Protocol):
+    """Some micro-batches (on the device; none empty) -> one tower's chunks."""
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> Pieces: ...
+    def __call__(self, micro_batches: Sequence[Batch]) -> Chunks: ...
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side: how its inputs are cut, and what encodes them to unit rows [rows, D]."""
+class Tower:
+    """One tower: how its inputs are cut, and what encodes them to unit rows [rows, D]."""
 
     name: str
-    learns: bool
-    cut: Cut
+    trainable: bool
+    cut: Chunking
     encode_inputs: Callable[[Tensor], Tensor]
     randomness: Randomness
     precision: Precision
 
-    def encode(self, step: int, piece: Piece) -> Tensor:
-        """float32 [rows, D]; the same again for the same step and piece."""
-        with self.randomness.of(step, piece.number, piece.keys), self.precision.autocast():
-            return self.encode_inputs(piece.inputs)
+    def encode(self, step: int, chunk: Chunk) -> Tensor:
+        """float32 [rows, D]; the same again for the same step and chunk."""
+        with self.randomness.of(step, chunk.number, chunk.keys), self.precision.autocast():
+            return self.encode_inputs(chunk.inputs)
 
-    def push_back(self, step: int, piece: Piece, rows: Tensor, gradient: Tensor) -> None:
+    def backward(self, step: int, chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
         """Backward from ``rows``, which ``encode`` gave with a graph."""
-        with self.randomness.of(step, piece.number, piece.keys):
+        with self.randomness.of(step, chunk.number, chunk.keys):
             torch.autograd.backward(rows, gradient)
 
 
@@ -86,15 +86,15 @@ def _as_they_are(micro_batches: list[Batch]) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Sides:
+class Towers:
     """Images and texts."""
 
-    images: Side
-    texts: Side
+    images: Tower
+    texts: Tower
     even_out: EvenOut = _as_they_are
 
 
-def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
+def make_towers(loaded: LoadedModel, seed: int, fill: int) -> Towers:
     """Both towers at work. ``fill`` is the id that texts are filled with."""
     model, precision = loaded.model, loaded.precision
     context = loaded.base.inputs.context_length
@@ -105,46 +105,48 @@ def make_sides(loaded: LoadedModel, seed: int, fill: int) -> Sides:
         Randomness(seed, 0, loaded.masks.images),
         Randomness(seed, 1, loaded.masks.texts),
     )
-    return Sides(
-        Side("images", model.learns_images, _pictures, model.encode_images, images, precision),
-        Side("texts", model.learns_texts, cut_texts, model.encode_texts, texts, precision),
+    return Towers(
+        Tower("images", model.learns_images, _pictures, model.encode_images, images, precision),
+        Tower("texts", model.learns_texts, cut_texts, model.encode_texts, texts, precision),
     )
 
 
-def with_image_features(sides: Sides, model: TrainableModel, features: Features) -> Sides:
+def with_image_features(towers: Towers, model: TrainableModel, features: Features) -> Towers:
     """The vision tower's work looked up by the pair's number."""
     cut = _Looked(features, lambda batch: np.asarray(batch.numbers, np.uint64))
-    side = replace(sides.images, cut=cut, encode_inputs=model.project_images)
-    return replace(sides, images=side)
+    tower = replace(towers.images, cut=cut, encode_inputs=model.project_images)
+    return replace(towers, images=tower)
 
 
-def with_text_features(sides: Sides, model: TrainableModel, features: Features, fill: int) -> Sides:
+def with_text_features(
+    towers: Towers, model: TrainableModel, features: Features, fill: int
+) -> Towers:
     """The text tower's work looked up by the caption."""
     cut = _Looked(features, lambda batch: caption_keys(batch.input_ids, fill))
-    side = replace(sides.texts, cut=cut, encode_inputs=model.project_texts)
-    return replace(sides, texts=side)
+    tower = replace(towers.texts, cut=cut, encode_inputs=model.project_texts)
+    return replace(towers, texts=tower)
 
 
-def _pictures(micro_batches: Sequence[Batch]) -> Pieces:
-    pieces = [
-        Piece(i, batch.pixel_values, np.asarray(batch.numbers, np.uint64), len(batch))
+def _pictures(micro_batches: Sequence[Batch]) -> Chunks:
+    chunks = [
+        Chunk(i, batch.pixel_values, np.asarray(batch.numbers, np.uint64), len(batch))
         for i, batch in enumerate(micro_batches)
     ]
-    return Pieces(pieces, torch.arange(sum(piece.cells for piece in pieces)))
+    return Chunks(chunks, torch.arange(sum(chunk.cells for chunk in chunks)))
 
 
 @dataclass(frozen=True)
 class _Captions:
-    """Each caption once, shortest first, in pieces of at most a micro-batch's rows; filled to
-    ``width`` tokens where it is not 0, else cut at the longest of the piece."""
+    """Each caption once, shortest first, in chunks of at most a micro-batch's rows; filled to
+    ``width`` tokens where it is not 0, else cut at the longest of the chunk."""
 
     fill: int
     width: int
     least: int
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> Pieces:
+    def __call__(self, micro_batches: Sequence[Batch]) -> Chunks:
         if not micro_batches:
-            return Pieces([], torch.arange(0))
+            return Chunks([], torch.arange(0))
         ids = stacked([b.input_ids for b in micro_batches], self.fill, self.width)
         keys, first, which = np.unique(
             caption_keys(ids, self.fill), return_index=True, return_inverse=True
@@ -154,19 +156,19 @@ class _Captions:
         ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
         longest = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
         most = max(len(batch) for batch in micro_batches)
-        pieces = list[Piece]()
+        chunks = list[Chunk]()
         for start, end in _spans(longest, most, self.least):
             among, tokens = ranked[start:end], int(longest[end - 1])
             inputs = once[torch.from_numpy(among).to(ids.device)][:, :tokens]
-            pieces.append(Piece(len(pieces), inputs, keys[among], len(among) * tokens))
+            chunks.append(Chunk(len(chunks), inputs, keys[among], len(among) * tokens))
         place = np.empty(len(ranked), np.int64)
         place[ranked] = np.arange(len(ranked))
-        return Pieces(pieces, torch.from_numpy(place[which]).to(ids.device))
+        return Chunks(chunks, torch.from_numpy(place[which]).to(ids.device))
 
 
 def _spans(lengths: "np.ndarray[Any, Any]", most: int, least: int) -> Iterator[tuple[int, int]]:
-    """Cut rows of rising length into pieces of at most ``most`` rows: where the length rises,
-    once a piece has ``least`` tokens."""
+    """Chunking rows of rising length into chunks of at most ``most`` rows: where the length rises,
+    once a chunk has ``least`` tokens."""
     start = 0
     for end in range(1, len(lengths) + 1):
         tokens = (end - start) * int(lengths[end - 1])
@@ -178,14 +180,14 @@ def _spans(lengths: "np.ndarray[Any, Any]", most: int, least: int) -> Iterator[t
 
 @dataclass(frozen=True)
 class _Looked:
-    """All rows of the step as one piece: what remains is a projection."""
+    """All rows of the step as one chunk: what remains is a projection."""
 
     features: Features
     keys_of: Callable[[Batch], Keys]
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> Pieces:
+    def __call__(self, micro_batches: Sequence[Batch]) -> Chunks:
         if not micro_batches:
-            return Pieces([], torch.arange(0))
+            return Chunks([], torch.arange(0))
         keys = np.concatenate([self.keys_of(batch) for batch in micro_batches])
         rows = self.features.rows(keys).to(micro_batches[0].input_ids.device)
-        return Pieces([Piece(0, rows, keys, len(rows))], torch.arange(len(rows)))
+        return Chunks([Chunk(0, rows, keys, len(rows))], torch.arange(len(rows)))

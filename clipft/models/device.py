@@ -50,7 +50,7 @@ def choose_precision(settings: OptimSettings) -> Precision:
     return Precision(name, device)
 
 
-def settle_frozen(model: nn.Module, precision: Precision) -> None:
+def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
     """Keep the weights that autocast would cast at each use, and that do not learn, in the
     dtype it casts them to: the same numbers, half the memory, no casting."""
     for layer in model.modules():

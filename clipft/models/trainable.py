@@ -91,9 +91,12 @@ class TrainableModel(nn.Module):
         self.architecture = base.architecture
         self._base_count = base.parameters_count
         learning = {self.part_of(name) for name, _ in self.trainable()}
-        self.vision_tower_learns, self.text_tower_learns = "vision" in learning, "text" in learning
-        self.learns_images = self.vision_tower_learns or VISUAL in learning
-        self.learns_texts = self.text_tower_learns or TEXTUAL in learning
+        self.vision_tower_trainable, self.text_tower_trainable = (
+            "vision" in learning,
+            "text" in learning,
+        )
+        self.learns_images = self.vision_tower_trainable or VISUAL in learning
+        self.learns_texts = self.text_tower_trainable or TEXTUAL in learning
         # Pixels 0..255: (x / 255 - mean) / std in one multiply and add
         std = torch.tensor(base.inputs.std).view(1, 3, 1, 1)
         mean = torch.tensor(base.inputs.mean).view(1, 3, 1, 1)

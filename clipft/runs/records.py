@@ -1,4 +1,4 @@
-"""The plain records that a run hands to those who watch it, and the watchers' face."""
+"""The plain records that a run hands to those who watch it, and the callbacks' face."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -128,7 +128,7 @@ class EpochResult:
         return {"kind": "epoch", **finite(values)}
 
 
-class Observer(Protocol):
+class TrainingCallback(Protocol):
     """Watches a run; never reaches back into it."""
 
     def started(self, plan: Plan, done_steps: int) -> None: ...
@@ -144,7 +144,7 @@ class Observer(Protocol):
 class Observers:
     """Several observers with the face of one."""
 
-    members: list[Observer] = field(default_factory=list)
+    members: list[TrainingCallback] = field(default_factory=list)
 
     def started(self, plan: Plan, done_steps: int) -> None:
         for member in self.members:
@@ -188,10 +188,10 @@ class RunRecords:
 
 
 @dataclass(frozen=True)
-class Watchers:
+class Callbacks:
     """Observers of the run, notes for people, each saved checkpoint."""
 
-    observer: Observer
+    callback: TrainingCallback
     note: Note
     saved: Callable[[Path, int], None]
     """With the number of optimizer steps done."""

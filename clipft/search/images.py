@@ -23,7 +23,7 @@ from clipft.data.shards.index import (
     open_shard,
     stamp_of,
 )
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 _PAIRS = 4096
 """Pairs of a shard in a part: what a kill while embedding costs at most."""
@@ -114,7 +114,7 @@ class _FilePart:
     def __getitem__(self, number: int, /) -> RawPair:
         path = self.root / self.names[number]
         try:
-            image = Blob(str(path)).read()
+            image = ByteRange(str(path)).read()
         except OSError as error:
             raise DataError(
                 f"cannot read {path}: {error.strerror}", "put it back, or search again without it"
@@ -125,7 +125,7 @@ class _FilePart:
 
 def _text(path: Path) -> bytes:
     try:
-        return Blob(str(path)).read(_MOST_TEXT)
+        return ByteRange(str(path)).read(_MOST_TEXT)
     except OSError:  # none there
         return b""
 

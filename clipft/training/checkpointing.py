@@ -11,7 +11,7 @@ from clipft.config.settings import Settings, fixed_on_resume
 from clipft.core.common import Note
 from clipft.core.errors import ClipftError, ModelError, UsageError
 from clipft.core.files import disk_error, settle
-from clipft.distributed.rank_zero import by_first
+from clipft.distributed.rank_zero import on_rank_zero
 from clipft.runs.checkpoint import (
     Whole,
     check_resumable,
@@ -24,7 +24,7 @@ from clipft.runs.checkpoint import (
     there_is_one,
 )
 from clipft.runs.folder import RunPaths, cut_lines
-from clipft.runs.records import Watchers
+from clipft.runs.records import Callbacks
 from clipft.training.loop import TrainState
 from clipft.training.setup import RunSetup
 from clipft.training.state import RunState
@@ -38,9 +38,9 @@ class Saver:
     one writes."""
 
     def __init__(
-        self, state: RunState, setup: RunSetup, paths: RunPaths, watchers: Watchers
+        self, state: RunState, setup: RunSetup, paths: RunPaths, callbacks: Callbacks
     ) -> None:
-        self.state, self.setup, self.paths, self.watchers = state, setup, paths, watchers
+        self.state, self.setup, self.paths, self.callbacks = state, setup, paths, callbacks
         self.saved_step = 0
         """Of the newest checkpoint, where it has all that is known."""
 
@@ -61,13 +61,13 @@ class Saver:
 
     def save(self) -> None:
         state_dict = self._state_dict()
-        by_first(self.setup.processes, lambda: self._write(state_dict))
+        on_rank_zero(self.setup.processes, lambda: self._write(state_dict))
         self.saved_step = self.state.step
 
     def save_best(self, training: TrainState) -> None:
         """The weights alone."""
         state_dict = self.setup.weights.now(training.weights_dict)
-        by_first(self.setup.processes, lambda: self._write_best(state_dict))
+        on_rank_zero(self.setup.processes, lambda: self._write_best(state_dict))
 
     def _state_dict(self) -> Callable[[], dict[str, Any]]:
         training = self.state.training
@@ -77,7 +77,7 @@ class Saver:
         # After a power cut no checkpoint may be newer than the lines of its steps
         settle(self.paths.folder, self.paths.metrics.name, self.paths.skipped.name)
         save_newest(self.paths.checkpoint, self._content(state_dict()))
-        self.watchers.saved(self.paths.checkpoint, self.state.step)
+        self.callbacks.saved(self.paths.checkpoint, self.state.step)
 
     def _write_best(self, state_dict: Callable[[], dict[str, Any]]) -> None:
         weights = state_dict()

@@ -161,7 +161,7 @@ def _foreseen(
         validations=(0 if checkpoint else 1) + epochs_left + (_COMPARED if plan.epochs else 1),
         validation_seconds=measured.validation_seconds,
         peak_bytes=measured.peak.bytes,
-        usable_bytes=usable_memory(device, setup.processes.on_this_machine),
+        usable_bytes=usable_memory(device, setup.processes.local_world_size),
         saves=_saves(setup, done),
         checkpoint_bytes=measured.checkpoint_bytes,
         best_bytes=measured.weights_bytes,

@@ -12,7 +12,7 @@ from clipft.core.errors import DataError
 from clipft.data.loader import StepBatch, training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import agreed, by_first
+from clipft.distributed.rank_zero import agreed, on_rank_zero
 from clipft.models.trainable import TrainableModel
 from clipft.runs.folder import append_lines
 from clipft.runs.records import StepResult
@@ -33,7 +33,7 @@ class BadPairs:
     def list(self, split: str, step: int, skipped: Iterable[dict[str, str]]) -> None:
         """Note them as left out when ``step`` optimizer steps were done."""
         lines = [{"split": split, "step": step, **entry} for entry in skipped]
-        by_first(self._processes, lambda: append_lines(self.path, lines))
+        on_rank_zero(self._processes, lambda: append_lines(self.path, lines))
 
     def met(self, epoch: int, step: int, skipped: Sequence[dict[str, str]]) -> None:
         """In a step of training. Only the first epoch counts: later ones meet the same again.

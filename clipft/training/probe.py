@@ -13,12 +13,12 @@ from clipft.data.loader import Batch
 from clipft.data.positives import EACH_FOR_ITSELF
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import Sides, make_sides
+from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
 from clipft.models.pretrained import ModelInputs
 from clipft.models.trainable import TrainableModel
 from clipft.training.batch_size import SMALLEST, Found, Probe, search
-from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, counting_saved
+from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, counting_saved
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import memory_ran_out
 
@@ -38,13 +38,13 @@ class ModelProbe:
     of training, its graph kept."""
 
     model: TrainableModel
-    sides: Sides
+    towers: Towers
     loss: ContrastiveLoss
     inputs: ModelInputs
 
     @property
     def precision(self) -> Precision:
-        return self.sides.images.precision
+        return self.towers.images.precision
 
     def __call__(self, size: int) -> Probe:
         self.model.train()
@@ -82,27 +82,31 @@ class ModelProbe:
         return sum(saved.values()) / len(batch) * _PASSING
 
     def _batch(self, size: int) -> Batch:
-        side, length, end = self.inputs.image_size, self.inputs.context_length, _end(self.inputs)
-        pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+        image_size, length, end = (
+            self.inputs.image_size,
+            self.inputs.context_length,
+            _end(self.inputs),
+        )
+        pixels = torch.zeros(size, 3, image_size, image_size, dtype=torch.uint8)
         ids = torch.arange(size)[:, None] // torch.tensor([1, 100])
         ids = torch.cat([torch.ones(size, length - 2, dtype=torch.int64), ids % 100 + 2], 1)
         ids = torch.where(ids == end, 1, ids)  # all different, and none filled
         return Batch(pixels, ids, tuple(range(size)))
 
     def _embed(self, batch: Batch) -> None:
-        for side in (self.sides.images, self.sides.texts):
-            for piece in side.cut([batch]).pieces:
-                side.encode(0, piece)
+        for tower in (self.towers.images, self.towers.texts):
+            for chunk in tower.cut([batch]).chunks:
+                tower.encode(0, chunk)
 
     def _step(self, batch: Batch) -> None:
         accumulate = ExactAccumulation(
             model=self.model,
-            sides=self.sides,
+            towers=self.towers,
             loss=self.loss,
             positives=EACH_FOR_ITSELF,
             processes=ALONE,
             scaler=torch.amp.GradScaler(enabled=False),
-            graphs=GraphMemory(lambda: _ALL_GRAPHS),
+            graphs=ActivationBudget(lambda: _ALL_GRAPHS),
         )
         accumulate(0, [batch])
 
@@ -142,5 +146,5 @@ def find(
 def probe_of(loaded: LoadedModel, settings: Settings) -> ModelProbe:
     """For ``loaded`` as it is: scenario, adapters, checkpointing."""
     inputs = loaded.base.inputs
-    sides = make_sides(loaded, settings.seed, _end(inputs))
-    return ModelProbe(loaded.model, sides, make_loss(settings, loaded.model), inputs)
+    towers = make_towers(loaded, settings.seed, _end(inputs))
+    return ModelProbe(loaded.model, towers, make_loss(settings, loaded.model), inputs)

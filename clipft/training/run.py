@@ -12,12 +12,12 @@ from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShor
 from clipft.core.files import write_text
 from clipft.data.captions.table import CaptionTable
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import Rounds, by_first, together
+from clipft.distributed.rank_zero import Rounds, on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.evaluation.gallery import Ranker, Rankings
 from clipft.runs.folder import RunLock, RunPaths
-from clipft.runs.records import EpochResult, Watchers
+from clipft.runs.records import Callbacks, EpochResult
 from clipft.training.checkpointing import (
     Best,
     Saver,
@@ -90,7 +90,7 @@ class Finish:
 
 def train(
     settings: Settings,
-    watchers: Watchers,
+    callbacks: Callbacks,
     toml: str,
     processes: Processes,
     source: "ShardSource | None" = None,
@@ -109,29 +109,29 @@ def train(
 
     def begin(held: ExitStack) -> dict[str, Any] | None:
         held.enter_context(RunLock(paths))
-        whole = checkpoint_to_resume(settings, paths, watchers.note)
+        whole = checkpoint_to_resume(settings, paths, callbacks.note)
         if not whole:
             return None
-        go_back_to(whole, paths.checkpoint, watchers.note)
+        go_back_to(whole, paths.checkpoint, callbacks.note)
         return whole.content
 
     with ExitStack() as held, stop_on_signals(processes.rank == 0) as stop:
-        checkpoint = by_first(processes, lambda: begin(held))
+        checkpoint = on_rank_zero(processes, lambda: begin(held))
         if checkpoint and checkpoint["finished"]:
-            watchers.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
+            callbacks.note(f"{paths.checkpoint} is of a finished run: nothing left to train.")
             # A kill, or a new machine: what comes after training is made up for
             if processes.broadcast_object(paths.result.exists()):
                 return TrainResult.of_finished(checkpoint, paths)
         saved = paths.checkpoint if checkpoint else None
         progress = checked(
-            watchers.progress, lambda: stop.check("before the first step of this start", saved)
+            callbacks.progress, lambda: stop.check("before the first step of this start", saved)
         )
         try:
-            setup = prepare(settings, watchers.note, processes, progress, source)
+            setup = prepare(settings, callbacks.note, processes, progress, source)
             if not checkpoint:
-                by_first(processes, lambda: set_aside(paths, watchers.note))
-            by_first(processes, lambda: write_text(paths.settings, toml))
-            return _through(_Run(setup, paths, watchers, stop), checkpoint)
+                on_rank_zero(processes, lambda: set_aside(paths, callbacks.note))
+            on_rank_zero(processes, lambda: write_text(paths.settings, toml))
+            return _through(_Run(setup, paths, callbacks, stop), checkpoint)
         except Interrupted:
             processes.barrier()  # a launcher would end the others as soon as one is gone
             raise
@@ -145,17 +145,17 @@ def _through(run: "_Run", checkpoint: dict[str, Any] | None) -> TrainResult:
             run.start()
         return run.to_the_end()
     finally:
-        run.watchers.observer.closed()
+        run.callbacks.callback.closed()
 
 
 class _Run:
     """One run under way, and what happens between steps. All processes go the same way through
-    it; what leaves a trace is done ``by_first``."""
+    it; what leaves a trace is done ``on_rank_zero``."""
 
     def __init__(
-        self, setup: RunSetup, paths: RunPaths, watchers: Watchers, stop: StopRequest
+        self, setup: RunSetup, paths: RunPaths, callbacks: Callbacks, stop: StopRequest
     ) -> None:
-        self.setup, self.paths, self.watchers, self.stop = setup, paths, watchers, stop
+        self.setup, self.paths, self.callbacks, self.stop = setup, paths, callbacks, stop
         self.processes = setup.processes
         judged_on = EvaluationSet.of(setup.val, setup.val_preprocessing, setup.settings)
         self.finish = Finish(setup, paths, judged_on, self._check)
@@ -165,27 +165,27 @@ class _Run:
         self.rankings: Rankings | None = None
         """Of the last measurement."""
         self.state = RunState.of(setup, paths.skipped)
-        self.saver = Saver(self.state, setup, paths, watchers)
+        self.saver = Saver(self.state, setup, paths, callbacks)
 
     def start(self) -> None:
         """From scratch: measure the untouched model."""
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self.state.bad.list(split, 0, map(asdict, pairs.skipped))
-        self.watchers.observer.started(self.setup.plan, 0)
+        self.callbacks.callback.started(self.setup.plan, 0)
         self.state.before = self._measure(epoch=0, train_loss=None)
         self._keep_rankings(self.paths.rankings_before)
-        self.watchers.observer.epoch_ended(self.state.before)
+        self.callbacks.callback.epoch_ended(self.state.before)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Put back the state of ``checkpoint``."""
-        together(self.processes, lambda: check_same_run(checkpoint, self.setup))
+        on_all_ranks(self.processes, lambda: check_same_run(checkpoint, self.setup))
         self.state.load(checkpoint)
         self.saver.saved_step = self.state.step
-        by_first(self.processes, lambda: cut_back(self.paths, checkpoint))
-        self.watchers.note(
+        on_rank_zero(self.processes, lambda: cut_back(self.paths, checkpoint))
+        self.callbacks.note(
             f"Resuming after step {self.state.step} of {self.setup.plan.total_steps}."
         )
-        self.watchers.observer.started(self.setup.plan, self.state.step)
+        self.callbacks.callback.started(self.setup.plan, self.state.step)
         if self.state.training and self.state.best:
             self._look_after_best(self.state.training, self.state.best)
 
@@ -199,17 +199,17 @@ class _Run:
         ended = training.epoch_ended and self.state.validated
         held = ended and best.epoch == training.position.epoch  # by the checkpoint, too
         path = self.paths.best
-        found = by_first(
+        found = on_rank_zero(
             self.processes, lambda: find_best(path, best.epoch, training.step, mendable=held)
         )
         if found is Best.THERE:
             return
         if held:
             self.saver.save_best(training)
-            return self.watchers.note(f"{path} is written anew, from the checkpoint.")
+            return self.callbacks.note(f"{path} is written anew, from the checkpoint.")
         self.state.best = None
         if found is Best.GONE:
-            self.watchers.note(
+            self.callbacks.note(
                 f"warning: {path} is gone: the weights of epoch {best.epoch}, the best one so far, "
                 "are lost; the best of the epochs from here on takes their place."
             )
@@ -229,7 +229,7 @@ class _Run:
         self.state.finished = True
         self.saver.save()
         result = TrainResult.of(self.state, self.paths)
-        by_first(self.processes, lambda: self.finish.leave(result))
+        on_rank_zero(self.processes, lambda: self.finish.leave(result))
         return result
 
     def _train(self, training: TrainState) -> None:
@@ -247,16 +247,16 @@ class _Run:
         if not self.state.validated:  # its validation was cut off
             self._after_epoch(training)
             self.saver.save_if_due(training)
-        accumulate = self.setup.make_accumulation(training.optimiser, self.watchers.note)
+        accumulate = self.setup.make_accumulation(training.optimiser, self.callbacks.note)
         steps = fit(training, run_steps(self.setup, training, self.state.bad), accumulate)
         while not self.state.stopping.due and (result := next(steps, None)):
             self.state.validated = not training.epoch_ended
-            self.watchers.observer.stepped(result)
+            self.callbacks.callback.stepped(result)
             self.state.bad.met(result.epoch, result.step, result.skipped)
             if training.epoch_ended:
                 self._after_epoch(training)
             self.saver.save_if_due(training)
-            together(self.processes, self._check)
+            on_all_ranks(self.processes, self._check)
 
     def _check(self) -> None:
         """
@@ -281,7 +281,7 @@ class _Run:
         result = replace(measured, improved=improved)
         if improved:
             self._take_for_best(training, result)
-        self.watchers.observer.epoch_ended(result)
+        self.callbacks.callback.epoch_ended(result)
 
     def _measure(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup = self.setup
@@ -303,11 +303,11 @@ class _Run:
             loss, floor = setup.validation_loss(embedded), setup.loss.floor(embedded.groups)
             return EpochResult(epoch, step, train_loss, loss, found, val_floor=floor)
 
-        return by_first(self.processes, figures)
+        return on_rank_zero(self.processes, figures)
 
     def _keep_rankings(self, path: Path) -> None:
         def write() -> None:
             assert self.rankings
             self.rankings.write(path)
 
-        by_first(self.processes, write)
+        on_rank_zero(self.processes, write)

@@ -14,7 +14,7 @@ from clipft.data.order import EpochPlan, Share
 from clipft.data.positives import Positives, make_positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import by_first, first_then_all, together
+from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
 from clipft.embedding.embed import Embeddings
 from clipft.embedding.encoding import (
     Encoding,
@@ -27,7 +27,7 @@ from clipft.embedding.load import LoadedModel, load_model
 from clipft.runs.records import Plan
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
 from clipft.training.step.fsdp import Unshrinking, check_sharding, hold_weights, to_shard
-from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, GraphMemory
+from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, ActivationBudget
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import ShrinkingAccumulation
 from clipft.training.step.optimizer import Optimiser, make_optimizer, one_cycle, parameter_groups
@@ -62,8 +62,8 @@ class RunSetup:
     @property
     def loader_options(self) -> LoaderOptions:
         processes, device = self.processes, self.loaded.precision.device
-        share = Share(processes.rank, processes.count)
-        return LoaderOptions.of(self.settings, device, share, processes.on_this_machine)
+        share = Share(processes.rank, processes.world_size)
+        return LoaderOptions.of(self.settings, device, share, processes.local_world_size)
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
@@ -78,10 +78,10 @@ class RunSetup:
 
     def make_accumulation(self, optimiser: Optimiser, note: Note) -> Accumulation:
         model, settings = self.loaded.model, self.settings
-        graphs = GraphMemory(self._graph_bytes, self.weights.agreed)
+        graphs = ActivationBudget(self._graph_bytes, self.weights.agreed)
         accumulate = ACCUMULATIONS[settings.accumulation](
             model=model,
-            sides=self.encoding.sides,
+            towers=self.encoding.towers,
             loss=self.loss,
             positives=self.positives,
             processes=self.processes,
@@ -110,7 +110,7 @@ class RunSetup:
             return int(self.settings.graph_memory * 2**30)
         trainable = sum(self.weights.own(p).nbytes for _, p in self.loaded.model.trainable())
         free = free_for_graphs(self.loaded.precision.device, to_come=_STATES * trainable)
-        return free // self.processes.on_this_machine
+        return free // self.processes.local_world_size
 
 
 def prepare(
@@ -134,12 +134,12 @@ def prepare(
     notes = list[str]()
     if settings.declared_scenario.trains:
         notes += step_remarks(settings, epoch_plan)
-        notes += by_first(processes, opened.remarks)
+        notes += on_rank_zero(processes, opened.remarks)
     tell = (note, progress)
-    encoding = first_then_all(
+    encoding = rank_zero_first(
         processes, lambda: open_encoding(loaded, train, opened.preprocessing, settings, *tell)
     )
-    val_encoding = first_then_all(
+    val_encoding = rank_zero_first(
         processes, lambda: open_encoding(loaded, val, opened.val_preprocessing, settings, *tell)
     )
     fill = opened.preprocessing.captions.end
@@ -148,15 +148,15 @@ def prepare(
         loaded=loaded,
         train=train,
         val=val,
-        encoding=replace(encoding, sides=weights.sides(encoding.sides)),
-        val_encoding=replace(val_encoding, sides=weights.sides(val_encoding.sides)),
+        encoding=replace(encoding, towers=weights.towers(encoding.towers)),
+        val_encoding=replace(val_encoding, towers=weights.towers(val_encoding.towers)),
         val_preprocessing=opened.val_preprocessing,
         positives=make_positives(settings, train, fill, note),
         val_positives=make_positives(settings, val, fill, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=lay_plan(
-            settings, loaded, epoch_plan, len(val), processes.count, notes, weights.sharded
+            settings, loaded, epoch_plan, len(val), processes.world_size, notes, weights.sharded
         ),
         processes=processes,
         weights=weights,
@@ -182,17 +182,17 @@ class _Opened:
 def _open(
     settings: Settings, note: Note, processes: Processes, source: "ShardSource | None"
 ) -> _Opened:
-    train = first_then_all(processes, lambda: _open_training(settings, source))
-    val = first_then_all(
+    train = rank_zero_first(processes, lambda: _open_training(settings, source))
+    val = rank_zero_first(
         processes, lambda: open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     )
-    loaded = together(processes, lambda: load_model(settings))
+    loaded = on_all_ranks(processes, lambda: load_model(settings))
     _check_same_everywhere(processes, loaded, train)
     inputs = loaded.base.inputs
-    preprocessing = first_then_all(
+    preprocessing = rank_zero_first(
         processes, lambda: training_preprocessing(inputs, train, settings, note)
     )
-    val_preprocessing = first_then_all(
+    val_preprocessing = rank_zero_first(
         processes, lambda: validation_preprocessing(inputs, val, settings)
     )
     return _Opened(train, val, loaded, preprocessing, val_preprocessing)
@@ -202,14 +202,14 @@ def _epoch_plan(settings: Settings, opened: _Opened, note: Note, processes: Proc
     pairs = len(opened.train)
     micro = effective = min(settings.effective_batch_size, pairs)
     if settings.declared_scenario.trains:
-        most, beside = -(-effective // processes.count), processes.on_this_machine
-        found = by_first(
+        most, beside = -(-effective // processes.world_size), processes.local_world_size
+        found = on_rank_zero(
             processes,
             lambda: micro_batch(
                 settings, opened.loaded, most, note, beside, to_shard(settings, processes)
             ),
         )
-        micro = even_micro_batch(effective, found, processes.count)
+        micro = even_micro_batch(effective, found, processes.world_size)
     return EpochPlan(pairs, effective, micro, settings.seed)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from clipft.core.errors import DataError, UsageError
 from clipft.distributed.collectives import OneProcess
-from clipft.distributed.rank_zero import by_first, first_then_all, together
+from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
 from clipft.distributed.rendezvous import find_place
 from tests.training.process_helpers import (
     ROOT,
@@ -98,7 +98,7 @@ def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
 def test_an_error_of_one_is_raised_on_all():
     body = """
     from clipft.errors import DataError
-    from clipft.training.distributed import by_first, first_then_all, together
+    from clipft.training.distributed import on_rank_zero, rank_zero_first, on_all_ranks
     calls = []
     def fails_on(which):
         calls.append(which)
@@ -106,16 +106,16 @@ def test_an_error_of_one_is_raised_on_all():
             raise DataError(f"broken on {rank}", "mend it")
         return rank
     result = []
-    for run in (lambda: together(processes, lambda: fails_on(1)),
-                lambda: by_first(processes, lambda: fails_on(0)),
-                lambda: first_then_all(processes, lambda: fails_on(0))):
+    for run in (lambda: on_all_ranks(processes, lambda: fails_on(1)),
+                lambda: on_rank_zero(processes, lambda: fails_on(0)),
+                lambda: rank_zero_first(processes, lambda: fails_on(0))):
         try:
             run()
         except DataError as error:
             result.append([error.message, error.hint])
     result.append(len(calls))
-    result.append([together(processes, lambda: fails_on(5)), by_first(processes, lambda: rank),
-                   first_then_all(processes, lambda: rank)])
+    result.append([on_all_ranks(processes, lambda: fails_on(5)),
+                   on_rank_zero(processes, lambda: rank), rank_zero_first(processes, lambda: rank)])
 """
     first, second = results(body)
     raised = [["broken on 1", "mend it"], ["broken on 0", "mend it"], ["broken on 0", "mend it"]]
@@ -171,7 +171,7 @@ def test_one_process_does_nothing():
     def fail() -> None:
         raise error
 
-    for run in (together, by_first, first_then_all):
+    for run in (on_all_ranks, on_rank_zero, rank_zero_first):
         assert run(alone, lambda: 5) == 5
         with pytest.raises(DataError) as raised:
             run(alone, fail)
@@ -191,7 +191,7 @@ SLURM = {
 def test_the_place_of_a_process_under_slurm():
     place = find_place(SLURM)
     assert place
-    assert (place.rank, place.count, place.local_rank, place.on_this_machine) == (5, 8, 1, 4)
+    assert (place.rank, place.count, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert (place.address, place.port) == ("gpu03", 24711)
     for listed, node in (("n1", "n1"), ("n1,n2", "n1"), ("a-[1,3]", "a-1"), ("a[001-004]", "a001")):
         assert find_place({**SLURM, "SLURM_JOB_NODELIST": listed}).address == node

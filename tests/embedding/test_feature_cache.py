@@ -54,8 +54,10 @@ def test_the_same_is_learned_with_and_without(scenario, augmentation, kept, cata
     assert not (cache_folder() / "features").exists()
     cached = setup_of(catalogue, **given)
     made = [path.name.split("-")[0] for path in (cache_folder() / "features").glob("*")]
-    assert made.count("images") == ("images" in kept) + (not live.loaded.model.vision_tower_learns)
-    assert made.count("texts") == ("texts" in kept) + (not live.loaded.model.text_tower_learns)
+    assert made.count("images") == ("images" in kept) + (
+        not live.loaded.model.vision_tower_trainable
+    )
+    assert made.count("texts") == ("texts" in kept) + (not live.loaded.model.text_tower_trainable)
     for ours, expected in zip(trained(cached), trained(live), strict=True):
         assert ours.loss == pytest.approx(expected.loss, rel=1e-5)
     expected = live.loaded.model.trainable_state()
@@ -97,12 +99,12 @@ def test_features_are_made_once_and_anew_when_the_shards_change(tmp_path, monkey
 
 def test_a_broken_cache_is_made_anew(catalogue):
     given = {"scenario": "linear_probe", "augmentation": "none"}
-    expected = setup_of(catalogue, **given).encoding.sides.images.cut.features.rows(
+    expected = setup_of(catalogue, **given).encoding.towers.images.cut.features.rows(
         np.arange(96, dtype=np.uint64)
     )
     for path in (cache_folder() / "features").glob("images-*/values"):
         path.write_bytes(path.read_bytes()[:100])
-    again = setup_of(catalogue, **given).encoding.sides.images.cut.features.rows(
+    again = setup_of(catalogue, **given).encoding.towers.images.cut.features.rows(
         np.arange(96, dtype=np.uint64)
     )
     assert torch.equal(again, expected)

@@ -61,7 +61,7 @@ def test_only_what_the_scenario_names_gets_a_gradient(name):
 )
 def test_what_learns_is_told_apart(name, vision_tower, text_tower, images, texts):
     model = adapt(load_base("tiny"), SCENARIOS[name], SETTINGS)
-    assert (model.vision_tower_learns, model.text_tower_learns) == (vision_tower, text_tower)
+    assert (model.vision_tower_trainable, model.text_tower_trainable) == (vision_tower, text_tower)
     assert (model.learns_images, model.learns_texts) == (images, texts)
 
 

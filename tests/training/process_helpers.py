@@ -16,7 +16,7 @@ from clipft.settings import Settings
 from clipft.training.starting import start_processes
 torch.set_num_threads(1)
 with start_processes(Settings(device="cpu", process_timeout={minutes})) as processes:
-    rank, count = processes.rank, processes.count
+    rank, count = processes.rank, processes.world_size
     result = None
 {body}
     print("RESULT", json.dumps(result))

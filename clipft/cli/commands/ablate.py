@@ -222,7 +222,7 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is left, with the report written at the end, however that comes."""
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
-    from clipft.ablation.runner import STATE, Watchers, run_all, write_state
+    from clipft.ablation.runner import STATE, Callbacks, run_all, write_state
     from clipft.cli.tables import rows_table
     from clipft.runs.folder import RunLock, RunPaths
 
@@ -245,7 +245,7 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         out.note(f"Finished already, and kept: {kept} of {counted(len(runs), 'run')}.")
     with RunLock(RunPaths(folder / STATE, folder)) as lock:
         write_state(folder, runs, ended)
-        signal = run_all(runs, jobs, lock.descriptor, Watchers(started, finished))
+        signal = run_all(runs, jobs, lock.descriptor, Callbacks(started, finished))
         write_state(folder, runs, ended)
         content = write_ablation_report(folder, folder / "report.html")
     if signal:

@@ -127,10 +127,10 @@ def search(
 
 
 def _read(image: Path) -> bytes:
-    from clipft.data.shards.tar import Blob
+    from clipft.data.shards.tar import ByteRange
 
     try:
-        return Blob(str(image)).read(_MOST_BYTES)
+        return ByteRange(str(image)).read(_MOST_BYTES)
     except OSError as error:
         raise DataError(
             f"cannot read {image}: {error.strerror or error}", "name a picture's file"

@@ -15,7 +15,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 
 from clipft import __version__
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 _THREADS = 16
 _TRIES = 3
@@ -36,7 +36,7 @@ class Pictures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(self, data: bytes) -> Blob:
+    def put(self, data: bytes) -> ByteRange:
         """Lay out one picture under the hash of its bytes.
 
         Raises:
@@ -44,7 +44,7 @@ class Pictures:
         """
         return _put(self.folder / hashlib.sha256(data).hexdigest(), data)
 
-    def fetch(self, urls: Collection[str]) -> Iterator[tuple[str, Blob | str]]:
+    def fetch(self, urls: Collection[str]) -> Iterator[tuple[str, ByteRange | str]]:
         """Each URL with its picture, or why there is none, as they come.
 
         The threads do not outlive the process: Ctrl-C does not wait for a silent server.
@@ -53,7 +53,7 @@ class Pictures:
             OSError: the disk does not take a picture.
         """
         waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[str, Blob | str | Exception]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[str, ByteRange | str | Exception]] = queue.SimpleQueue()
         for url in urls:
             waiting.put(url)
         for _ in range(min(_THREADS, len(urls))):
@@ -67,7 +67,7 @@ class Pictures:
     def _fetch_some(
         self,
         waiting: "queue.SimpleQueue[str]",
-        done: "queue.SimpleQueue[tuple[str, Blob | str | Exception]]",
+        done: "queue.SimpleQueue[tuple[str, ByteRange | str | Exception]]",
     ) -> None:
         opener = _opener()
         while True:
@@ -80,21 +80,21 @@ class Pictures:
             except Exception as error:  # the one who waits must hear of it
                 done.put((url, error))
 
-    def _fetched(self, opener: urllib.request.OpenerDirector, url: str) -> Blob | str:
+    def _fetched(self, opener: urllib.request.OpenerDirector, url: str) -> ByteRange | str:
         place = self.folder / hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()
         if place.exists():
-            return Blob(str(place))
+            return ByteRange(str(place))
         data = _tried(lambda: _get(opener, url))
         return data if isinstance(data, str) else _put(place, data)
 
 
-def _put(place: Path, data: bytes) -> Blob:
+def _put(place: Path, data: bytes) -> ByteRange:
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_suffix(f".{threading.get_ident()}")
         temporary.write_bytes(data)
         os.replace(temporary, place)
-    return Blob(str(place))
+    return ByteRange(str(place))
 
 
 class _Refused(Exception):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from clipft.data.duplicates import Look
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +13,9 @@ class Candidate:
 
     name: str
     where: str
-    image: Blob | str
-    caption: Blob | bytes
-    metadata: Blob | bytes | None
+    image: ByteRange | str
+    caption: ByteRange | bytes
+    metadata: ByteRange | bytes | None
 
 
 @dataclass
@@ -40,7 +40,7 @@ class PackPair:
 
     name: str
     where: str
-    image: Blob
+    image: ByteRange
     suffix: str
     shorter: int
     caption: bytes

@@ -12,7 +12,7 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
 from clipft.data.packing.worker_pool import Workers
 from clipft.data.shards.dataset import parse_metadata
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 _CHUNK = 32
 _LOOK_SIDE = 96
@@ -71,7 +71,7 @@ def scan(
 
 
 def _pair(candidate: Candidate, read: _Read) -> PackPair:
-    assert isinstance(candidate.image, Blob)
+    assert isinstance(candidate.image, ByteRange)
     picture = read.picture
     return PackPair(
         candidate.name,
@@ -93,7 +93,7 @@ def _read_all(candidates: Sequence[Candidate], options: PackOptions) -> list[_Re
 
 def _read(candidate: Candidate, options: PackOptions) -> _Read | str:
     """What is in it, or why it cannot be used."""
-    assert isinstance(candidate.image, Blob)
+    assert isinstance(candidate.image, ByteRange)
     try:
         caption, metadata = _bytes(candidate.caption) or b"", _bytes(candidate.metadata)
         words = clean_caption(caption).casefold()
@@ -110,8 +110,8 @@ def _read(candidate: Candidate, options: PackOptions) -> _Read | str:
     return _Read(caption, metadata, words, "" if group is None else str(group), picture)
 
 
-def _bytes(value: Blob | bytes | None) -> bytes | None:
-    return value.read() if isinstance(value, Blob) else value
+def _bytes(value: ByteRange | bytes | None) -> bytes | None:
+    return value.read() if isinstance(value, ByteRange) else value
 
 
 def _picture(data: bytes, options: PackOptions) -> _Picture:

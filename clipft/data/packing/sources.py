@@ -24,7 +24,7 @@ from clipft.data.shards.index import (
     Shard,
     open_shard,
 )
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 
 @dataclass
@@ -112,9 +112,9 @@ def _list_files(files: _Files, listing: Listing) -> None:
         image, caption = members.get("image"), members.get(CAPTION_SUFFIX)
         metadata = members.get(METADATA_SUFFIX)
         if image and caption:
-            place, rest = str(image), Blob(str(metadata)) if metadata else None
+            place, rest = str(image), ByteRange(str(metadata)) if metadata else None
             listing.candidates.append(
-                Candidate(stem.name, place, Blob(place), Blob(str(caption)), rest)
+                Candidate(stem.name, place, ByteRange(place), ByteRange(str(caption)), rest)
             )
         elif image or caption:
             listing.skip(image or caption, "no caption" if image else "no image")
@@ -127,7 +127,7 @@ def _list_shard(shard: Shard, listing: Listing) -> None:
     for row in range(len(shard)):
         key = shard.key(row)
         blobs = {
-            name: Blob(path, offset, size)
+            name: ByteRange(path, offset, size)
             for name, (offset, size) in zip(FIELDS, shard.places[row].tolist(), strict=True)
             if offset >= 0
         }

@@ -18,7 +18,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.data.packing.download import Pictures
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
-from clipft.data.shards.tar import Blob
+from clipft.data.shards.tar import ByteRange
 
 IMAGE_COLUMNS = (
     "image",
@@ -73,7 +73,7 @@ def _utf8(text: str) -> bytes:
 
 def _picture(
     value: object, table: Path, number: int, pictures: Pictures
-) -> tuple[str, str, Blob | str] | str:
+) -> tuple[str, str, ByteRange | str] | str:
     """Name, what people know it by and place (or URL) of a row's picture; or what is wrong."""
     if isinstance(value, dict):  # as Hugging Face stores pictures
         value = value.get("bytes") or value.get("path")
@@ -87,7 +87,7 @@ def _picture(
             return "neither a path nor an http or https address"
         return _name_in(value), value, value
     path = str(table.parent / value)
-    return PurePosixPath(value).stem, path, Blob(path)
+    return PurePosixPath(value).stem, path, ByteRange(path)
 
 
 def _name_in(url: str) -> str:

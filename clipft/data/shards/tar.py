@@ -140,7 +140,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class ByteRange:
     """``size`` bytes of ``path`` from ``offset``; -1: all up to its end. A catalogue has
     millions of these: the path is text, a fifth of a ``Path``."""
 

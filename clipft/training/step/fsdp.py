@@ -2,8 +2,8 @@
 
 Each encoder layer is fetched from all processes before it works and dropped after, so a pass
 through a tower is a meeting of all. They must therefore pass equally often: what a process lacks
-in pieces it makes up for with blank ones, whose gradient is zero, and a graph is kept only where
-all keep theirs. Gradients are summed part by part after each piece.
+in chunks it makes up for with blank ones, whose gradient is zero, and a graph is kept only where
+all keep theirs. Gradients are summed part by part after each chunk.
 
 The temperature and the bias, which the loss reads outside any tower, stay whole. The optimizer
 works on plain tensors, each process's own parts.
@@ -32,7 +32,7 @@ from clipft.core.memory import give_back
 from clipft.data.loader import NO_PAIRS, Batch
 from clipft.distributed.collectives import Processes, lost_process, telling_of_loss
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import Cut, Piece, Pieces, Side, Sides
+from clipft.embedding.towers import Chunk, Chunking, Chunks, Tower, Towers
 from clipft.models.device import Precision
 from clipft.models.fast_encoder import POOLED, pooled_layer
 from clipft.models.trainable import TrainableModel
@@ -64,7 +64,7 @@ def check_sharding(settings: Settings) -> None:
 
 
 def to_shard(settings: Settings, processes: Processes) -> bool:
-    return settings.shard_weights and processes.count > 1
+    return settings.shard_weights and processes.world_size > 1
 
 
 def hold_weights(
@@ -103,16 +103,16 @@ class ShardedWeights:
     def agreed(self, flag: bool) -> bool:
         return not self._processes.any(not flag)
 
-    def sides(self, sides: Sides) -> Sides:
-        return Sides(
-            self._together(sides.images, self._blanks.picture),
-            self._together(sides.texts, self._blanks.text),
+    def towers(self, towers: Towers) -> Towers:
+        return Towers(
+            self._together(towers.images, self._blanks.picture),
+            self._together(towers.texts, self._blanks.text),
             self._even_out,
         )
 
-    def _together(self, side: Side, blank: Tensor) -> Side:
-        cut = _AsManyOnAll(side.cut, blank, self._processes)
-        return replace(side, cut=cut, encode_inputs=partial(_encode, side.encode_inputs))
+    def _together(self, tower: Tower, blank: Tensor) -> Tower:
+        cut = _AsManyOnAll(tower.cut, blank, self._processes)
+        return replace(tower, cut=cut, encode_inputs=partial(_encode, tower.encode_inputs))
 
     def _even_out(self, micro_batches: list[Batch]) -> list[Batch]:
         most = max(self._processes.gather_objects(len(micro_batches)))
@@ -205,7 +205,7 @@ class ShardedWeights:
     def _part(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor):
             return whole
-        parts = torch.chunk(whole, self._processes.count)
+        parts = torch.chunk(whole, self._processes.world_size)
         rank = self._processes.rank
         return parts[rank] if rank < len(parts) else whole[:0]
 
@@ -213,7 +213,7 @@ class ShardedWeights:
 @dataclass(frozen=True)
 class Unshrinking:
     """``accumulate`` over sharded weights: a process without memory cannot have the step done
-    again in smaller pieces, because the others wait for it within a pass."""
+    again in smaller chunks, because the others wait for it within a pass."""
 
     accumulate: Accumulation
 
@@ -257,7 +257,7 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
 
 @dataclass(frozen=True)
 class _Blanks:
-    """A row of each side that stands for nothing."""
+    """A row of each tower that stands for nothing."""
 
     picture: Tensor
     text: Tensor
@@ -265,27 +265,27 @@ class _Blanks:
     @classmethod
     def of(cls, loaded: LoadedModel) -> "_Blanks":
         inputs, device = loaded.base.inputs, loaded.precision.device
-        side, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
-        picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+        image_size, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
+        picture = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
         return cls(picture, torch.full((1, 2), end, device=device))
 
 
 @dataclass(frozen=True)
 class _AsManyOnAll:
-    """``cut``, and blank pieces up to the number of the process that has most."""
+    """``cut``, and blank chunks up to the number of the process that has most."""
 
-    cut: Cut
+    cut: Chunking
     blank: Tensor
     processes: Processes
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> Pieces:
+    def __call__(self, micro_batches: Sequence[Batch]) -> Chunks:
         own = self.cut(micro_batches)
-        most = max(self.processes.gather_objects(len(own.pieces)))
+        most = max(self.processes.gather_objects(len(own.chunks)))
         blanks = [
-            Piece(number, self.blank, np.zeros(1, np.uint64), self.blank[0].numel())
-            for number in range(len(own.pieces), most)
+            Chunk(number, self.blank, np.zeros(1, np.uint64), self.blank[0].numel())
+            for number in range(len(own.chunks), most)
         ]
-        return Pieces([*own.pieces, *blanks], own.order)
+        return Chunks([*own.chunks, *blanks], own.order)
 
 
 def _encode(encode_inputs: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ def _passing() -> Iterator[None]:
         if memory_ran_out(error):
             shortage = MemoryShortage(
                 "memory ran out, and with --shard-weights a step cannot be done again in smaller "
-                "pieces",
+                "chunks",
                 "`clipft resume` goes on from the last checkpoint: with a smaller "
                 "--micro-batch-size, --gradient-checkpointing, --graph-memory 0, or more processes",
             )

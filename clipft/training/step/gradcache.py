@@ -3,8 +3,8 @@
 The loss compares every image with every text of the batch, so averaging the losses of
 micro-batches is another loss with fewer negatives. ``ExactAccumulation`` keeps it whole
 (GradCache, Gao et al. 2021, arXiv:2101.06983): embed everything, take the loss and its
-gradient with respect to the embeddings, then push each piece's part of that gradient back
-through its tower. A piece whose graph had no room in memory goes forward once more for that.
+gradient with respect to the embeddings, then push each chunk's part of that gradient back
+through its tower. A chunk whose graph had no room in memory goes forward once more for that.
 The gradients are those of one large batch, on any number of processes: each embeds its own
 pairs, all see all embeddings.
 """
@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from clipft.data.loader import NO_PAIRS, Batch
 from clipft.data.positives import Positives
 from clipft.distributed.collectives import Processes
-from clipft.embedding.towers import Piece, Side, Sides
+from clipft.embedding.towers import Chunk, Tower, Towers
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.losses import ContrastiveLoss
 from clipft.training.step.weights import WHOLE, Weights
@@ -29,14 +29,14 @@ from clipft.training.step.weights import WHOLE, Weights
 
 @dataclass(frozen=True)
 class Embedded:
-    """A piece's embeddings: ``rows`` [rows, D] without a graph; ``graph`` with it, if kept."""
+    """A chunk's embeddings: ``rows`` [rows, D] without a graph; ``graph`` with it, if kept."""
 
     rows: Tensor
     graph: Tensor | None
 
 
 @dataclass
-class GraphMemory:
+class ActivationBudget:
     """``budget``: how many bytes the graphs of a step may hold, asked when first needed.
     ``agreed``: whether it is so for all that must keep the same ones."""
 
@@ -53,28 +53,28 @@ class GraphMemory:
         """Keep none from now on: memory has run out."""
         self._all = 0
 
-    def embed(self, side: Side, step: int, piece: Piece) -> Embedded:
+    def embed(self, tower: Tower, step: int, chunk: Chunk) -> Embedded:
         """Forward, with a graph where it is of use and there is room for it."""
-        if side.learns and side.name not in self._bytes_per_cell:
-            return self._count(side, step, piece)
-        keep = side.learns and self._takes(side, piece)
+        if tower.trainable and tower.name not in self._bytes_per_cell:
+            return self._count(tower, step, chunk)
+        keep = tower.trainable and self._takes(tower, chunk)
         with torch.set_grad_enabled(keep):
-            rows = side.encode(step, piece)
+            rows = tower.encode(step, chunk)
         return Embedded(rows.detach(), rows if keep else None)
 
-    def _takes(self, side: Side, piece: Piece) -> bool:
-        needed = self._bytes_per_cell[side.name] * piece.cells
+    def _takes(self, tower: Tower, chunk: Chunk) -> bool:
+        needed = self._bytes_per_cell[tower.name] * chunk.cells
         fits = self.agreed(needed <= self._left)
         self._left -= needed if fits else 0
         return fits
 
-    def _count(self, side: Side, step: int, piece: Piece) -> Embedded:
+    def _count(self, tower: Tower, step: int, chunk: Chunk) -> Embedded:
         with counting_saved() as saved:
-            rows = side.encode(step, piece)
-        self._bytes_per_cell[side.name] = sum(saved.values()) / piece.cells
+            rows = tower.encode(step, chunk)
+        self._bytes_per_cell[tower.name] = sum(saved.values()) / chunk.cells
         if self._all is None:
             self._all = self._left = self.budget()
-        return Embedded(rows.detach(), rows if self._takes(side, piece) else None)
+        return Embedded(rows.detach(), rows if self._takes(tower, chunk) else None)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ class Accumulation(Protocol):
 
 @dataclass(frozen=True)
 class Cutting:
-    """What smaller micro-batches mean: ``least`` is the smallest that still learns."""
+    """What smaller micro-batches mean: ``least`` is the smallest that still trainable."""
 
     least: int
     consequence: str
@@ -114,11 +114,11 @@ class Cutting:
 
 @dataclass
 class _Passed:
-    """A side after its first pass: ``leaf`` [rows, D] stands for the rows of its pieces."""
+    """A tower after its first pass: ``leaf`` [rows, D] stands for the rows of its chunks."""
 
-    side: Side
+    tower: Tower
     step: int
-    pieces: Sequence[Piece]
+    chunks: Sequence[Chunk]
     graphs: list[Tensor | None]
     leaf: Tensor
     order: Tensor
@@ -127,40 +127,40 @@ class _Passed:
         """[pairs, D], differentiable in ``leaf``."""
         return self.leaf[self.order]
 
-    def push_back(self) -> None:
+    def backward(self) -> None:
         """From the gradient that the loss left in ``leaf`` to that of the parameters."""
-        if not self.side.learns:
+        if not self.tower.trainable:
             return
-        # No pair, no loss; but other processes may wait for these pieces
+        # No pair, no loss; but other processes may wait for these chunks
         given = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        gradients = torch.split(given, [len(piece.keys) for piece in self.pieces])
-        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
+        gradients = torch.split(given, [len(chunk.keys) for chunk in self.chunks])
+        for i, (chunk, gradient) in enumerate(zip(self.chunks, gradients, strict=True)):
             graph, self.graphs[i] = self.graphs[i], None
-            rows = self.side.encode(self.step, piece) if graph is None else graph
-            self.side.push_back(self.step, piece, rows, gradient)
+            rows = self.tower.encode(self.step, chunk) if graph is None else graph
+            self.tower.backward(self.step, chunk, rows, gradient)
 
 
 @dataclass(frozen=True)
 class _Accumulation:
     model: TrainableModel
-    sides: Sides
+    towers: Towers
     loss: ContrastiveLoss
     positives: Positives
     processes: Processes
     scaler: "torch.amp.GradScaler"
-    graphs: GraphMemory
+    graphs: ActivationBudget
     weights: Weights = WHOLE
 
-    def _pass(self, side: Side, step: int, batches: Sequence[Batch]) -> _Passed:
-        cut = side.cut(batches)
-        embedded = [self.graphs.embed(side, step, piece) for piece in cut.pieces]
+    def _pass(self, tower: Tower, step: int, batches: Sequence[Batch]) -> _Passed:
+        cut = tower.cut(batches)
+        embedded = [self.graphs.embed(tower, step, chunk) for chunk in cut.chunks]
         rows = torch.cat([e.rows for e in embedded]) if embedded else torch.empty(0)
-        leaf = rows.to(self.sides.images.precision.device).requires_grad_(side.learns)
-        return _Passed(side, step, cut.pieces, [e.graph for e in embedded], leaf, cut.order)
+        leaf = rows.to(self.towers.images.precision.device).requires_grad_(tower.trainable)
+        return _Passed(tower, step, cut.chunks, [e.graph for e in embedded], leaf, cut.order)
 
     def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
         ids = [self.positives.ids(batch) for batch in batches or [NO_PAIRS]]
-        known = [i.to(self.sides.images.precision.device) for i in ids if i is not None]
+        known = [i.to(self.towers.images.precision.device) for i in ids if i is not None]
         return torch.cat(known) if known else None
 
     def _sum_gradients(self, complete: Sequence[nn.Parameter] = ()) -> None:
@@ -174,11 +174,11 @@ class ExactAccumulation(_Accumulation):
     cutting: ClassVar[Cutting] = Cutting(1, "the effective batch and the loss stay as they were")
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
-        device = self.sides.images.precision.device
+        device = self.towers.images.precision.device
         batches = [batch.to(device) for batch in micro_batches]
         self.graphs.begin_step()
-        images = self._pass(self.sides.images, step, batches)
-        texts = self._pass(self.sides.texts, step, batches)
+        images = self._pass(self.towers.images, step, batches)
+        texts = self._pass(self.towers.texts, step, batches)
         loss = self.loss(
             self._among_all(images.by_pair()),
             self._among_all(texts.by_pair()),
@@ -186,8 +186,8 @@ class ExactAccumulation(_Accumulation):
         )
         if loss.requires_grad:
             torch.autograd.backward(self.scaler.scale(loss))
-        images.push_back()
-        texts.push_back()
+        images.backward()
+        texts.backward()
         self._sum_gradients(self._scalars)
         return loss.detach()
 
@@ -219,15 +219,15 @@ class LocalAccumulation(_Accumulation):
     cutting: ClassVar[Cutting] = Cutting(2, "each has fewer negatives, which is another loss")
 
     def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
-        device = self.sides.images.precision.device
+        device = self.towers.images.precision.device
         own = torch.tensor([sum(len(batch) for batch in micro_batches)])
         total = int(self.processes.gather_rows(own).sum())
         mean = torch.zeros(1, device=device)
-        for micro_batch in self.sides.even_out(micro_batches):
+        for micro_batch in self.towers.even_out(micro_batches):
             batches = [micro_batch.to(device)] if len(micro_batch) else []
             self.graphs.begin_step()
-            images = self._pass(self.sides.images, step, batches)
-            texts = self._pass(self.sides.texts, step, batches)
+            images = self._pass(self.towers.images, step, batches)
+            texts = self._pass(self.towers.texts, step, batches)
             if batches:
                 groups = self._own_groups(batches)
                 share = self.loss(images.by_pair(), texts.by_pair(), groups) * (
@@ -236,8 +236,8 @@ class LocalAccumulation(_Accumulation):
                 if share.requires_grad:
                     torch.autograd.backward(self.scaler.scale(share))
                 mean += share.detach()
-            images.push_back()
-            texts.push_back()
+            images.backward()
+            texts.backward()
         self._sum_gradients()
         return self.processes.gather_rows(mean).sum()
 

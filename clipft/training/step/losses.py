@@ -33,10 +33,10 @@ class _Targets(Protocol):
     """Which pairs attract. ``first`` is the row of the batch at which a block begins; ``work``
     is memory of the block's size."""
 
-    def leave_out(self, logits: Tensor, first: int) -> None:
+    def mask(self, logits: Tensor, first: int) -> None:
         """Put -inf, in place, where neither is the other's negative or positive."""
 
-    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
+    def positive_logits(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
         """The block's logits weighted by its targets, summed."""
 
     def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
@@ -47,10 +47,10 @@ class _Targets(Protocol):
 class _Pairs:
     """Image i and text i."""
 
-    def leave_out(self, logits: Tensor, first: int) -> None:
+    def mask(self, logits: Tensor, first: int) -> None:
         return
 
-    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
+    def positive_logits(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
         return logits.diagonal(first).sum()
 
     def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
@@ -74,7 +74,7 @@ class _Masked(_Pairs):
 
     groups: _Groups
 
-    def leave_out(self, logits: Tensor, first: int) -> None:
+    def mask(self, logits: Tensor, first: int) -> None:
         others = self.groups.same(first, len(logits))
         others.diagonal(first).fill_(False)
         logits.masked_fill_(others, -math.inf)
@@ -87,10 +87,10 @@ class _Soft:
     groups: _Groups
     weights: Tensor
 
-    def leave_out(self, logits: Tensor, first: int) -> None:
+    def mask(self, logits: Tensor, first: int) -> None:
         return
 
-    def attraction(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
+    def positive_logits(self, logits: Tensor, first: int, work: Tensor) -> Tensor:
         return self._fill(work, first).mul_(logits).sum()
 
     def subtract(self, gradient: Tensor, first: int, times: float, work: Tensor) -> None:
@@ -133,7 +133,7 @@ class _Logits:
                 torch.mm(scaled, self.texts.T, out=block)
                 if self.bias is not None:
                     block += self.bias
-                targets.leave_out(block, first)
+                targets.mask(block, first)
                 self._kept = self.rows == self.size
             yield first, block, work
 
@@ -164,15 +164,15 @@ class _Gradients:
 def _softmax(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evaluated:
     """Mean of both directions' cross entropies."""
     n, rows, columns = logits.size, list[Tensor](), None
-    attraction = logits.images.new_zeros(())
+    positive_logits = logits.images.new_zeros(())
     for first, block, work in logits.blocks(targets):
-        attraction += targets.attraction(block, first, work)
+        positive_logits += targets.positive_logits(block, first, work)
         rows.append(_logsumexp(block, 1, work))
         summed = _logsumexp(block, 0, work)
         columns = summed if columns is None else torch.logaddexp(columns, summed)
     assert columns is not None
     by_image = torch.cat(rows)
-    value = ((by_image.sum() + columns.sum()) / 2 - attraction) / n
+    value = ((by_image.sum() + columns.sum()) / 2 - positive_logits) / n
     if not with_gradients:
         return _Evaluated(value, None)
     gradients = _Gradients(logits)
@@ -200,7 +200,7 @@ def _sigmoid(logits: _Logits, targets: _Targets, with_gradients: bool) -> _Evalu
         # log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which cannot overflow
         value += torch.abs(block, out=work).neg_().exp_().log1p_().sum()
         value += torch.clamp(block, min=0, out=work).sum()
-        value -= targets.attraction(block, first, work)
+        value -= targets.positive_logits(block, first, work)
         if gradients:
             gradient = block.sigmoid_()
             targets.subtract(gradient, first, 1.0, work)

@@ -1,4 +1,4 @@
-"""When memory runs out in a step: the same step in smaller pieces.
+"""When memory runs out in a step: the same step in smaller chunks.
 
 First no graphs are kept from then on, then micro-batches are cut in two, and again. The exact
 loss is over all pairs however they are cut, so nothing else changes; what it means for the
@@ -16,7 +16,7 @@ from clipft.core.memory import give_back
 from clipft.data.loader import Batch
 from clipft.distributed.collectives import Processes, StepAbandonedError
 from clipft.models.trainable import TrainableModel
-from clipft.training.step.gradcache import Accumulation, Cutting, GraphMemory
+from clipft.training.step.gradcache import Accumulation, ActivationBudget, Cutting
 
 _CPU_REFUSALS = ("can't allocate memory", "not enough memory", "could not create a primitive")
 """Of torch's CPU allocator and of oneDNN, whose errors are plain RuntimeErrors."""
@@ -35,7 +35,7 @@ class ShrinkingAccumulation:
     that the steps come in; ``note`` tells the user."""
 
     accumulate: Accumulation
-    graphs: GraphMemory
+    graphs: ActivationBudget
     model: TrainableModel
     processes: Processes
     cutting: Cutting
@@ -89,11 +89,11 @@ class ShrinkingAccumulation:
         )
 
     def _cut(self, micro_batches: list[Batch]) -> list[Batch]:
-        return [piece for batch in micro_batches for piece in pieces_of(batch, self.micro)]
+        return [chunk for batch in micro_batches for chunk in pieces_of(batch, self.micro)]
 
 
 def pieces_of(batch: Batch, most: int) -> Sequence[Batch]:
-    """``batch`` in pieces of at most ``most`` pairs."""
+    """``batch`` in chunks of at most ``most`` pairs."""
     if len(batch) <= most:
         return [batch]
     return [

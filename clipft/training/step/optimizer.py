@@ -91,7 +91,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, warmup: int) -
     """Each group rises to its rate over the warm-up, then falls as a cosine (Smith & Topin
     2018).
 
-    The cycle is laid over one step more than there are, so the last step still learns.
+    The cycle is laid over one step more than there are, so the last step still trainable.
     """
     length = total_steps + 1
     return OneCycleLR(

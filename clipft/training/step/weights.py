@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipft.distributed.collectives import Processes
-from clipft.embedding.towers import Sides
+from clipft.embedding.towers import Towers
 from clipft.models.device import Precision
 from clipft.models.trainable import TrainableModel
 
@@ -35,7 +35,7 @@ class Weights(Protocol):
     def agreed(self, flag: bool) -> bool:
         """Whether it is so for all that must do the same."""
 
-    def sides(self, sides: Sides) -> Sides:
+    def towers(self, towers: Towers) -> Towers:
         """The same towers, passed through as often as all must."""
 
     def sum_gradients(
@@ -81,8 +81,8 @@ class WholeWeights:
     def agreed(self, flag: bool) -> bool:
         return flag
 
-    def sides(self, sides: Sides) -> Sides:
-        return sides
+    def towers(self, towers: Towers) -> Towers:
+        return towers
 
     def sum_gradients(
         self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]

@@ -7,9 +7,9 @@ from clipft.cli.progress import epoch_line
 from clipft.config.sources import load_settings
 from clipft.data.positives import CaptionPositives, GroupPositives
 from clipft.distributed.collectives import OneProcess
-from clipft.embedding.towers import make_sides
+from clipft.embedding.towers import make_towers
 from clipft.runs.records import EpochResult, StepResult
-from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
+from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
 from clipft.training.step.losses import make_loss
 from tests.training.step.test_gradcache import (
     OFF,
@@ -34,12 +34,12 @@ def made(kind, loaded, source, **given):
     settings = load_settings(given, environ={}).values
     return kind(
         model=loaded.model,
-        sides=make_sides(loaded, 1, fill(loaded)),
+        towers=make_towers(loaded, 1, fill(loaded)),
         loss=make_loss(settings, loaded.model),
         positives=SOURCES[source](fill(loaded)),
         processes=OneProcess(),
         scaler=OFF,
-        graphs=GraphMemory(lambda: 0),
+        graphs=ActivationBudget(lambda: 0),
     )
 
 

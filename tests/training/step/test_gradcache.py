@@ -11,10 +11,10 @@ from clipft.data.loader import Batch
 from clipft.data.positives import CaptionPositives, PairPositives
 from clipft.distributed.collectives import OneProcess
 from clipft.embedding.load import LoadedModel, load_model
-from clipft.embedding.towers import Sides, make_sides
+from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
 from clipft.models.pretrained import load_base
-from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
+from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
 from clipft.training.step.losses import make_loss
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -38,17 +38,17 @@ def fill(loaded: LoadedModel) -> int:
 
 
 def accumulation(
-    loaded: LoadedModel, kind=ExactAccumulation, room: int = NO_ROOM, sides: Sides | None = None
+    loaded: LoadedModel, kind=ExactAccumulation, room: int = NO_ROOM, towers: Towers | None = None
 ):
     settings = load_settings({}, environ={}).values
     return kind(
         model=loaded.model,
-        sides=sides or make_sides(loaded, 1, fill(loaded)),
+        towers=towers or make_towers(loaded, 1, fill(loaded)),
         loss=make_loss(settings, loaded.model),
         positives=PairPositives(),
         processes=OneProcess(),
         scaler=OFF,
-        graphs=GraphMemory(lambda: room),
+        graphs=ActivationBudget(lambda: room),
     )
 
 
@@ -131,21 +131,21 @@ def test_kept_and_repeated_graphs_give_the_same_bits(extra, pairs):
 
 def test_as_many_graphs_are_kept_as_there_is_room_for(pairs):
     loaded = load("dual_lora")
-    sides = make_sides(loaded, 1, fill(loaded))
+    towers = make_towers(loaded, 1, fill(loaded))
     encoded = []
 
     def counting(inputs):
         encoded.append(torch.is_grad_enabled())
         return loaded.model.encode_images(inputs)
 
-    counted = Sides(replace(sides.images, encode_inputs=counting), sides.texts)
+    counted = Towers(replace(towers.images, encode_inputs=counting), towers.texts)
     batches = cut(pairs, 3)
-    step = accumulation(loaded, room=ALL_ROOM, sides=counted)
+    step = accumulation(loaded, room=ALL_ROOM, towers=counted)
     step(0, batches)
     assert encoded == [True] * 4
     graph_bytes = step.graphs._bytes_per_cell["images"] * 3
     encoded.clear()
-    accumulation(loaded, room=int(graph_bytes * 2.5), sides=counted)(0, batches)
+    accumulation(loaded, room=int(graph_bytes * 2.5), towers=counted)(0, batches)
     assert encoded == [True, True, False, False, True, True]
     encoded.clear()
     step.graphs.release()
@@ -167,9 +167,9 @@ def test_what_a_graph_holds_is_counted(pairs):
 
 def test_a_caption_that_comes_twice_is_encoded_once_and_short_ones_are_not_filled(pairs):
     loaded = load("dual_lora")
-    pieces = make_sides(loaded, 1, fill(loaded)).texts.cut(cut(pairs, 4)).pieces
-    widths = [piece.inputs.shape[1] for piece in pieces]
-    assert sum(len(piece.keys) for piece in pieces) == PAIRS - 1
+    chunks = make_towers(loaded, 1, fill(loaded)).texts.cut(cut(pairs, 4)).chunks
+    widths = [chunk.inputs.shape[1] for chunk in chunks]
+    assert sum(len(chunk.keys) for chunk in chunks) == PAIRS - 1
     assert widths == sorted(widths) and widths[0] < widths[-1] == pairs.input_ids.shape[1]
 
 

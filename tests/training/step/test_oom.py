@@ -9,7 +9,7 @@ from clipft.cli.app import run
 from clipft.core.errors import MemoryShortage
 from clipft.data.loader import Batch
 from clipft.distributed.collectives import ALONE
-from clipft.training.step.gradcache import ExactAccumulation, GraphMemory, LocalAccumulation
+from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
 from clipft.training.step.oom import ShrinkingAccumulation, memory_ran_out
 from tests.training.process_helpers import results
 from tests.training.step.test_gradcache import gradients, load
@@ -51,7 +51,7 @@ def model(loaded):
 
 def shrinking(model, device, micro, said, kind=ExactAccumulation) -> ShrinkingAccumulation:
     return ShrinkingAccumulation(
-        device, GraphMemory(lambda: 1 << 40), model, ALONE, kind.cutting, micro, said.append
+        device, ActivationBudget(lambda: 1 << 40), model, ALONE, kind.cutting, micro, said.append
     )
 
 
@@ -103,7 +103,7 @@ def test_what_the_cpu_allocator_says_is_known():
 def test_all_processes_shrink_when_one_runs_out():
     body = """
     from clipft.training.distributed import StepAbandonedError
-    from clipft.training.graphs import GraphMemory
+    from clipft.training.graphs import ActivationBudget
     from clipft.training.contrastive import ExactAccumulation
     from clipft.training.shrinking import ShrinkingAccumulation
     from tests.training.step.test_gradcache import load
@@ -115,7 +115,7 @@ def test_all_processes_shrink_when_one_runs_out():
         return processes.gather_rows(torch.ones(1)).sum()
     said = []
     step = ShrinkingAccumulation(
-        accumulate, GraphMemory(lambda: 0), model, processes, ExactAccumulation.cutting, 8,
+        accumulate, ActivationBudget(lambda: 0), model, processes, ExactAccumulation.cutting, 8,
         said.append,
     )
     total = float(step(0, [batch(8), batch(8)]))

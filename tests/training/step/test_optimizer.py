@@ -45,7 +45,7 @@ def test_any_number_of_steps_has_a_learning_rate(total, asked):
     if warmup:
         assert rates.index(max(rates)) == warmup - 1
         assert max(rates) == pytest.approx(1.0)
-    assert rates[-1] > 1e-5  # the last step still learns
+    assert rates[-1] > 1e-5  # the last step still trainable
 
 
 def tiny(scenario: str, **given: object) -> tuple[TrainableModel, list[dict[str, Any]]]:
