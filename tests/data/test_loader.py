@@ -122,7 +122,7 @@ LEFT_OVER = """
 from pathlib import Path
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards import open_pairs
+from clipft.data.shards.dataset import open_pairs
 from tests.inputs import preprocessing
 
 plan = EpochPlan(30, 4, 4, 5)

@@ -79,7 +79,7 @@ def test_gradients_larger_than_one_message():
 
 def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
     body = """
-    from clipft.training.distributed import StepAbandonedError
+    from clipft.distributed.collectives import StepAbandonedError
     result = []
     for collective in (lambda: processes.gather_rows(torch.ones(1)),
                        lambda: processes.sum_gradients([])):
@@ -97,8 +97,8 @@ def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
 
 def test_an_error_of_one_is_raised_on_all():
     body = """
-    from clipft.errors import DataError
-    from clipft.training.distributed import on_rank_zero, rank_zero_first, on_all_ranks
+    from clipft.core.errors import DataError
+    from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
     calls = []
     def fails_on(which):
         calls.append(which)
@@ -216,9 +216,9 @@ def test_no_thread_of_the_group_lives_until_python_ends(way_out):
     body = f"""
 import os
 from pathlib import Path
-from clipft.errors import Interrupted
-from clipft.settings import Settings
-from clipft.training.starting import start_processes
+from clipft.core.errors import Interrupted
+from clipft.config.settings import Settings
+from clipft.distributed.rendezvous import start_processes
 try:
     with start_processes(Settings(device="cpu")) as processes:
         processes.barrier()

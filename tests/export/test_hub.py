@@ -94,8 +94,8 @@ def hub() -> Iterator[Hub]:
 PUSHING = """
 import sys
 from pathlib import Path
-from clipft.errors import ClipftError
-from clipft.storage.hub import make_repository, push
+from clipft.core.errors import ClipftError
+from clipft.export.export import make_repository, push
 try:
     print(push(Path(sys.argv[1]), make_repository(sys.argv[2])))
 except ClipftError as error:

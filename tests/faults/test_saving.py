@@ -23,8 +23,8 @@ import sys, os, signal
 import torch
 from pathlib import Path
 from clipft.cli.app import run
-from clipft.errors import StorageError
-from clipft.training.checkpoint_pair import save_newest
+from clipft.core.errors import StorageError
+from clipft.runs.checkpoint import save_newest
 
 def content(step):
     base = {"name": "tiny", "fingerprint": "0"}

@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+import clipft.models
 from clipft.data.demo.drawing import COLOURS
-from tools import pretrain_tiny as tiny
 from tools.pretrain_tiny.scenes import render_scene
 
-FOLDER = Path(tiny.__file__).parent
+FOLDER = Path(clipft.models.__file__).parent / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 START = """
 import json, sys
 import torch
-from clipft.settings import Settings
-from clipft.training.starting import start_processes
+from clipft.config.settings import Settings
+from clipft.distributed.rendezvous import start_processes
 torch.set_num_threads(1)
 with start_processes(Settings(device="cpu", process_timeout={minutes})) as processes:
     rank, count = processes.rank, processes.world_size

@@ -109,7 +109,7 @@ def test_the_same_figures_and_state_as_one_process_in_half_the_memory(way, ways,
 SHORT = """
     import os
     import torch
-    from clipft.errors import ClipftError
+    from clipft.core.errors import ClipftError
     from tests.training.step.sharded_runs import Run
     run = Run.of({{"data_dir": {data!r}, "shard_weights": True}}, processes)
     layer = run.setup.loaded.model.clip.text_model.encoder.layers[1]

@@ -102,10 +102,10 @@ def test_what_the_cpu_allocator_says_is_known():
 
 def test_all_processes_shrink_when_one_runs_out():
     body = """
-    from clipft.training.distributed import StepAbandonedError
-    from clipft.training.graphs import ActivationBudget
-    from clipft.training.contrastive import ExactAccumulation
-    from clipft.training.shrinking import ShrinkingAccumulation
+    from clipft.distributed.collectives import StepAbandonedError
+    from clipft.training.step.gradcache import ActivationBudget
+    from clipft.training.step.gradcache import ExactAccumulation
+    from clipft.training.step.oom import ShrinkingAccumulation
     from tests.training.step.test_gradcache import load
     from tests.training.step.test_oom import Device, batch
     model = load("dual_lora").model
