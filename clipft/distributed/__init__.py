@@ -1,1 +1,1 @@
-"""Several processes, one training run: collectives, rank-zero work, rendezvous."""
+"""Lets several processes work on one run: collectives, work for rank zero, and the rendezvous."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Work that one process does for the others, and errors that all of them raise together."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from clipft.core.errors import ClipftError
 from clipft.data.loader import StepBatch
-from clipft.distributed.collectives import ALONE, Processes, T
+from clipft.distributed.collectives import Processes, T
 
 
 @dataclass(frozen=True)
@@ -16,32 +16,40 @@ class _Outcome:
 
 
 def _attempt(work: Callable[[], Any]) -> _Outcome:
+    """Run ``work`` and hold its error, so that it can be told to the other processes."""
     try:
         return _Outcome(work())
     except ClipftError as error:
-        if error.alone:
+        if error.alone:  # the others can no longer be reached
             raise
         return _Outcome(error=error)
 
 
+def _raise_first(processes: Processes, outcome: _Outcome) -> None:
+    for error in processes.gather_objects(outcome.error):
+        if error:
+            raise error
+
+
 def on_all_ranks(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on each process. What one of them raises, all raise.
+    """Run ``work`` on every process. If it fails on one, it fails on all.
 
     Raises:
         ClipftError: the error of the lowest rank that had one.
     """
-    value: T = _agreed(processes, _attempt(work))
+    outcome = _attempt(work)
+    _raise_first(processes, outcome)
+    value: T = outcome.value
     return value
 
 
 def on_rank_zero(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on the first process, however long it takes; its result (pickled) on all.
+    """Run ``work`` on rank zero, however long it takes, and return its result on every rank.
 
-    Raises:
-        ClipftError: what it raised.
+    The result is pickled on its way. An error of ``work`` is raised on every rank.
     """
-    ours = _attempt(work) if processes.rank == 0 else _Outcome()
-    outcome = processes.broadcast_object(ours)
+    outcome = _attempt(work) if processes.rank == 0 else _Outcome()
+    outcome = processes.broadcast_object(outcome)
     if outcome.error:
         raise outcome.error
     value: T = outcome.value
@@ -49,73 +57,51 @@ def on_rank_zero(processes: Processes, work: Callable[[], T]) -> T:
 
 
 def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
-    """``work`` on one process of each machine, however long it takes.
+    """Run ``work`` on one process of each machine, however long it takes.
 
-    Raises:
-        ClipftError: what it raised on one of them.
+    An error on one machine is raised on every rank.
     """
-    ours = _attempt(work) if processes.local_rank == 0 else _Outcome()
+    outcome = _attempt(work) if processes.local_rank == 0 else _Outcome()
     processes.barrier()
-    _agreed(processes, ours)
+    _raise_first(processes, outcome)
 
 
 def rank_zero_first(processes: Processes, work: Callable[[], T]) -> T:
-    """``work`` on one process of each machine, then on the others: it leaves a cache on the
-    disk that they find.
+    """Run ``work`` on one process of each machine, and then on the others.
 
-    Raises:
-        ClipftError: what it raised on one of them.
+    Use it for work that leaves a cache on disk: the others find it there. If the first process
+    fails, the others do not try, and its error is raised on every rank.
     """
     made: list[T] = []
     on_each_machine(processes, lambda: made.append(work()))
     return on_all_ranks(processes, lambda: made[0] if made else work())
 
 
-def _agreed(processes: Processes, ours: _Outcome) -> Any:
-    for error in processes.gather_objects(ours.error):
-        if error:
-            raise error
-    return ours.value
+def in_lockstep(
+    processes: Processes, batches: Iterator[T], check: Callable[[], None] = lambda: None
+) -> Iterator[T]:
+    """Yield this process's batches, each only after every process has read its own.
 
-
-def go_on() -> None:
-    """The check that nothing ends."""
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """How processes go through their batches: all read one, then all work. ``check`` is called
-    before each and may raise a ``ClipftError`` to end it."""
-
-    processes: Processes = ALONE
-    check: Callable[[], None] = go_on
-
-    def of(self, batches: Iterator[T]) -> Iterator[T]:
-        """This process's batches, of which each process has as many.
-
-        Raises:
-            ClipftError: what reading or ``check`` raised on one of them.
-        """
-
-        def read() -> T | None:
-            self.check()
-            return next(batches, None)
-
-        while (batch := on_all_ranks(self.processes, read)) is not None:
-            yield batch
-
-
-ON_ITS_OWN = Rounds()
-"""One process, to the end."""
-
-
-def agreed(processes: Processes, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
-    """Each process's part of each step, with the pairs and the skipped of all.
-
-    Raises:
-        DataError: one of them cannot read its part.
+    All processes must have equally many batches. ``check`` is called before each batch and may
+    end the iteration by raising a ``ClipftError``. An error of reading or of ``check`` on one
+    process is raised on all.
     """
-    for batch in Rounds(processes).of(batches):
-        told = processes.gather_objects((batch.pairs, batch.skipped))
-        skipped = [entry for _, entries in told for entry in entries]
-        yield replace(batch, skipped=skipped, pairs=sum(pairs for pairs, _ in told))
+
+    def read() -> T | None:
+        check()
+        return next(batches, None)
+
+    while (batch := on_all_ranks(processes, read)) is not None:
+        yield batch
+
+
+def steps_in_lockstep(processes: Processes, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    """Yield this process's part of each training step, with the totals of all processes.
+
+    ``pairs`` and ``skipped`` of each yielded batch cover the whole step. A ``DataError`` of
+    reading on one process is raised on all.
+    """
+    for batch in in_lockstep(processes, batches):
+        gathered = processes.gather_objects((batch.pairs, batch.skipped))
+        skipped = [entry for _, entries in gathered for entry in entries]
+        yield replace(batch, skipped=skipped, pairs=sum(pairs for pairs, _ in gathered))

@@ -1,6 +1,6 @@
 """A model + a data set -> one embedding per pair."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -17,7 +17,8 @@ from clipft.data.order import Share
 from clipft.data.positives import EACH_FOR_ITSELF, Positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.data.shards.index import Skipped
-from clipft.distributed.rank_zero import ON_ITS_OWN, Rounds
+from clipft.distributed.collectives import ALONE, Processes
+from clipft.distributed.rank_zero import in_lockstep
 from clipft.embedding.encoding import Encoding
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower, Towers
@@ -52,7 +53,8 @@ def embed(
     towers: Towers,
     batches: Iterator[Batch],
     positives: Positives,
-    rounds: Rounds,
+    processes: Processes,
+    check: Callable[[], None],
 ) -> Embeddings:
     """Embed all pairs with dropout off; the model's mode is put back. Each process has its own
     ``batches``, as many as the others; all get the embeddings of all, in the order of ranks.
@@ -61,8 +63,7 @@ def embed(
         DataError: none of them can be used.
         Interrupted: as the check of ``rounds`` has it.
     """
-    processes = rounds.processes
-    own = _embed_own(model, towers, rounds.of(batches), positives)
+    own = _embed_own(model, towers, in_lockstep(processes, batches, check), positives)
     skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))
     numbers = tuple(chain.from_iterable(processes.gather_objects(own.numbers)))
     if not numbers:
@@ -155,7 +156,8 @@ def embed_pairs(
     how: Encoding,
     settings: Settings,
     positives: Positives = EACH_FOR_ITSELF,
-    rounds: Rounds = ON_ITS_OWN,
+    processes: Processes = ALONE,
+    check: Callable[[], None] = lambda: None,
 ) -> Embeddings:
     """Each process embeds its share; all get all, in the pairs' own order.
 
@@ -163,12 +165,11 @@ def embed_pairs(
         DataError: more of the pairs are unreadable than ``max_bad`` allows.
         Interrupted: as the check of ``rounds`` has it.
     """
-    processes = rounds.processes
     share, device = Share(processes.rank, processes.world_size), loaded.precision.device
     options = LoaderOptions.of(settings, device, share, processes.local_world_size)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
-    embedded = embed(loaded.model, how.towers, batches, positives, rounds)
+    embedded = embed(loaded.model, how.towers, batches, positives, processes, check)
     _check_bad_share(embedded, len(pairs), settings)
     return embedded
 

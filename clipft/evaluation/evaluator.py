@@ -13,7 +13,6 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import Preprocessing
 from clipft.data.overlap import same_photos
 from clipft.data.shards.dataset import PairDataset
-from clipft.distributed.rank_zero import Rounds, go_on
 from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel, load_model
@@ -67,14 +66,14 @@ class EvaluationSet:
         pairs = validation_pairs(settings)
         return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings)
 
-    def judge(self, loaded: LoadedModel, check: Callable[[], None] = go_on) -> Judged:
+    def judge(self, loaded: LoadedModel, check: Callable[[], None] = lambda: None) -> Judged:
         """Embed all pairs with a model and measure. ``check`` is called between batches, and may
         end it by what it raises."""
         settings, progress = self.settings, checked(silent, check)
         how = open_encoding(
             loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress
         )
-        embedded = embed_pairs(loaded, self.pairs, how, settings, rounds=Rounds(check=check))
+        embedded = embed_pairs(loaded, self.pairs, how, settings, check=check)
         chosen = np.array(embedded.numbers)
         own = self.identities
         groups = None if own.groups is None else own.groups[chosen]
@@ -112,7 +111,7 @@ def compare(
     pairs: EvaluationSet,
     before: LoadedModel,
     after: LoadedModel | None,
-    check: Callable[[], None] = go_on,
+    check: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Judge both; ``check`` as in ``judge``."""
     untouched = pairs.judge(before, check).evaluation

@@ -19,7 +19,7 @@ from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import Rounds, agreed
+from clipft.distributed.rank_zero import steps_in_lockstep
 from clipft.embedding.embed import embed_pairs
 from clipft.runs.checkpoint import checkpoint_size
 from clipft.runs.folder import RunPaths
@@ -108,7 +108,7 @@ def _train(setup: RunSetup, state: TrainState, note: Note) -> list[StepResult]:
         setup.plan.epochs,
         setup.loader_options,
     )
-    usable = (batch for batch in agreed(setup.processes, batches) if batch.pairs)
+    usable = (batch for batch in steps_in_lockstep(setup.processes, batches) if batch.pairs)
     results, began = list[StepResult](), time.perf_counter()
     with closing(fit(state, usable, accumulate)) as steps:
         for result in steps:
@@ -134,7 +134,7 @@ def _validate(setup: RunSetup) -> tuple[float, int]:
         setup.val_encoding,
         setup.settings,
         setup.val_positives,
-        Rounds(setup.processes),
+        setup.processes,
     )
     seconds = time.perf_counter() - started
     return seconds * len(setup.val) / len(some), len(embedded.skipped)

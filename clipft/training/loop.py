@@ -12,7 +12,7 @@ from clipft.core.errors import DataError
 from clipft.data.loader import StepBatch, training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import agreed, on_rank_zero
+from clipft.distributed.rank_zero import on_rank_zero, steps_in_lockstep
 from clipft.models.trainable import TrainableModel
 from clipft.runs.folder import append_lines
 from clipft.runs.records import StepResult
@@ -152,7 +152,7 @@ def run_steps(setup: RunSetup, state: TrainState, bad: BadPairs) -> Iterator[Ste
         setup.plan.epochs,
         setup.loader_options,
     )
-    for batch in agreed(setup.processes, batches):
+    for batch in steps_in_lockstep(setup.processes, batches):
         if not batch.pairs:
             skipped = [asdict(skipped) for skipped in batch.skipped]
             bad.met(batch.epoch + 1, state.step, skipped)

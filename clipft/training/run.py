@@ -12,7 +12,7 @@ from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShor
 from clipft.core.files import write_text
 from clipft.data.captions.table import CaptionTable
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import Rounds, on_all_ranks, on_rank_zero
+from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.evaluation.gallery import Ranker, Rankings
@@ -291,7 +291,8 @@ class _Run:
             setup.val_encoding,
             setup.settings,
             setup.val_positives,
-            Rounds(self.processes, self._check),
+            self.processes,
+            self._check,
         )
         step = self.state.step
         if not epoch:  # later epochs meet the same ones again

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from clipft.core.errors import DataError, UsageError
-from clipft.distributed.collectives import OneProcess
+from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
-from clipft.distributed.rendezvous import find_place
+from clipft.distributed.rendezvous import find_rendezvous
 from tests.training.process_helpers import (
     ROOT,
     free_port,
@@ -153,11 +153,11 @@ def test_a_process_that_is_killed_is_an_error_of_the_others(wait):
 
 def test_a_process_that_hangs_is_an_error_of_the_others_after_the_timeout():
     said = lost("time.sleep(300)", "gather_rows(torch.ones(2))", minutes=0.05)
-    assert "was not heard of within --process-timeout" in said
+    assert "did not answer within --process-timeout" in said
 
 
 def test_one_process_does_nothing():
-    alone = OneProcess()
+    alone = Processes()
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     alone.sum_gradients([parameter])
@@ -189,24 +189,24 @@ SLURM = {
 
 
 def test_the_place_of_a_process_under_slurm():
-    place = find_place(SLURM)
+    place = find_rendezvous(SLURM)
     assert place
-    assert (place.rank, place.count, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert (place.address, place.port) == ("gpu03", 24711)
     for listed, node in (("n1", "n1"), ("n1,n2", "n1"), ("a-[1,3]", "a-1"), ("a[001-004]", "a001")):
-        assert find_place({**SLURM, "SLURM_JOB_NODELIST": listed}).address == node
+        assert find_rendezvous({**SLURM, "SLURM_JOB_NODELIST": listed}).address == node
 
 
 def test_a_batch_script_of_slurm_without_srun_runs_alone():
-    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None
-    assert find_place({}) is None
+    assert find_rendezvous({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None
+    assert find_rendezvous({}) is None
 
 
 def test_an_incomplete_environment_is_refused():
     with pytest.raises(UsageError, match="MASTER_ADDR"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+        find_rendezvous({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UsageError):
-        find_place({"RANK": "first", "WORLD_SIZE": "2"})
+        find_rendezvous({"RANK": "first", "WORLD_SIZE": "2"})
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")

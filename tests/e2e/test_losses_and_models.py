@@ -10,7 +10,7 @@ import torch
 from clipft.cli.app import run
 from clipft.config.sources import load_settings
 from clipft.data.loader import training_batches
-from clipft.distributed.collectives import OneProcess
+from clipft.distributed.collectives import ALONE
 from clipft.training.loop import TrainState, fit
 from clipft.training.setup import RunSetup, prepare
 from tests.models.checkpoints import write_siglip
@@ -75,7 +75,7 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(given, catalogue, 
     settings = load_settings(given, environ={}).values
 
     def started() -> tuple[RunSetup, TrainState]:
-        setup = prepare(settings, lambda note: None, OneProcess())
+        setup = prepare(settings, lambda note: None, ALONE)
         steps = setup.epoch_plan.steps
         return setup, TrainState(setup.loaded.model, setup.make_optimiser(), steps)
 

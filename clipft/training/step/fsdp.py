@@ -30,7 +30,7 @@ from clipft.config.settings import Settings
 from clipft.core.errors import MemoryShortage, UsageError
 from clipft.core.memory import give_back
 from clipft.data.loader import NO_PAIRS, Batch
-from clipft.distributed.collectives import Processes, lost_process, telling_of_loss
+from clipft.distributed.collectives import Processes, lost_process_error, lost_process_errors
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Chunk, Chunking, Chunks, Tower, Towers
 from clipft.models.device import Precision
@@ -133,7 +133,7 @@ class ShardedWeights:
             return nn.utils.get_total_norm(gradients).double().to(self._mesh.device_type) ** 2
 
         parts = square(p for p in owned if p in self._wholes)
-        with telling_of_loss():
+        with lost_process_errors():
             dist.all_reduce(parts)
         norm = torch.sqrt(parts + square(p for p in owned if p not in self._wholes)).float()
         if math.isfinite(most):
@@ -192,7 +192,7 @@ class ShardedWeights:
         on the others. ``parameter``: cut in the same way, or not at all."""
         whole = part.detach()
         if isinstance(parameter, DTensor):
-            with telling_of_loss():
+            with lost_process_errors():
                 whole = DTensor.from_local(
                     whole,
                     self._mesh,
@@ -321,7 +321,7 @@ def _passing() -> Iterator[None]:
             shortage.alone = True
             raise shortage from error
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise lost_process(error) from error
+            raise lost_process_error(error) from error
         raise
 
 

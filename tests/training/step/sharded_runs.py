@@ -10,7 +10,7 @@ import torch
 from clipft.config.sources import load_settings
 from clipft.data.loader import StepBatch, training_batches
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import Rounds, agreed
+from clipft.distributed.rank_zero import steps_in_lockstep
 from clipft.embedding.embed import embed_pairs
 from clipft.training.loop import TrainState, fit
 from clipft.training.setup import RunSetup, prepare
@@ -51,12 +51,11 @@ class Run:
             setup.plan.epochs,
             setup.loader_options,
         )
-        return agreed(setup.processes, batches)
+        return steps_in_lockstep(setup.processes, batches)
 
     def validation_loss(self) -> float:
         setup = self.setup
-        rounds = Rounds(setup.processes)
-        how = (setup.val_encoding, setup.settings, setup.val_positives, rounds)
+        how = (setup.val_encoding, setup.settings, setup.val_positives, setup.processes)
         return setup.validation_loss(embed_pairs(setup.loaded, setup.val, *how))
 
     def held_bytes(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from clipft.cli.progress import epoch_line
 from clipft.config.sources import load_settings
 from clipft.data.positives import CaptionPositives, GroupPositives
-from clipft.distributed.collectives import OneProcess
+from clipft.distributed.collectives import ALONE
 from clipft.embedding.towers import make_towers
 from clipft.runs.records import EpochResult, StepResult
 from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
@@ -37,7 +37,7 @@ def made(kind, loaded, source, **given):
         towers=make_towers(loaded, 1, fill(loaded)),
         loss=make_loss(settings, loaded.model),
         positives=SOURCES[source](fill(loaded)),
-        processes=OneProcess(),
+        processes=ALONE,
         scaler=OFF,
         graphs=ActivationBudget(lambda: 0),
     )

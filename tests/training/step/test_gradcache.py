@@ -9,7 +9,7 @@ from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.data.loader import Batch
 from clipft.data.positives import CaptionPositives, PairPositives
-from clipft.distributed.collectives import OneProcess
+from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
@@ -46,7 +46,7 @@ def accumulation(
         towers=towers or make_towers(loaded, 1, fill(loaded)),
         loss=make_loss(settings, loaded.model),
         positives=PairPositives(),
-        processes=OneProcess(),
+        processes=ALONE,
         scaler=OFF,
         graphs=ActivationBudget(lambda: room),
     )
