@@ -63,12 +63,12 @@ def _cells(variant: Mapping[str, Any]) -> dict[str, str]:
         f"{label.replace(' ', '')} {figure_name(name)}": _amount(
             variant["figures"][direction][name]
         )
-        for label, direction in DIRECTIONS
+        for direction, label in DIRECTIONS.items()
         for name in ("r@1", "r@10")
     }
     grouped = {
         f"grouped {label.replace(' ', '')} R@10": _amount((variant["grouped"] or {}).get(direction))
-        for label, direction in DIRECTIONS
+        for direction, label in DIRECTIONS.items()
     }
     parameters, seconds = variant["trainable_parameters"], variant["seconds"]["mean"]
     return {

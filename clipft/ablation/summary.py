@@ -96,7 +96,7 @@ def _variant(name: str, runs: Sequence[Run]) -> dict[str, Any]:
                 key: spread({seed: figures[direction][key] for seed, figures in tuned.items()})
                 for key in (*RECALLS, "median_rank", "mrr")
             }
-            for _, direction in DIRECTIONS
+            for direction in DIRECTIONS
         },
         "grouped": _grouped(done),
         "trains": bool(plans and plans[0]["epochs"]),
@@ -120,7 +120,7 @@ def _grouped(runs: Mapping[int, Run]) -> dict[str, Any] | None:
                 for seed, found in judged.items()
             }
         )
-        for _, direction in DIRECTIONS
+        for direction in DIRECTIONS
     }
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from clipft.cli.console import say
 from clipft.core.common import counted, duration
+from clipft.metrics.figures import DIRECTIONS
 from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
 
 _PLAIN_EVERY = 10.0
@@ -22,7 +23,7 @@ _BAR_AND_TIME = 20
 """Columns that stay for the bar and the time left."""
 _ROW_WIDTH = 80
 """Columns of a table of epochs, ``best so far`` included."""
-_DIRECTIONS = ("text -> image", "image -> text")
+_DIRECTIONS = tuple(label.replace("→", "->") for label in DIRECTIONS.values())
 
 Memory = Callable[[], int]
 """Bytes in use."""
@@ -230,7 +231,7 @@ def _label(result: EpochResult, epochs: int) -> str:
 
 
 def _directions(result: EpochResult) -> list[dict[str, Any]]:
-    return [result.retrieval["text_to_image"], result.retrieval["image_to_text"]]
+    return [result.retrieval[direction] for direction in DIRECTIONS]
 
 
 _PLAIN_EVERY_transfers = 5.0

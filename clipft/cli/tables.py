@@ -10,10 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.core.common import counted
-from clipft.metrics.figures import RECALL_DEFINITION, figure_name
+from clipft.metrics.figures import (
+    DIRECTIONS,
+    RECALL_DEFINITION,
+    RECALLS,
+    figure_name,
+    number,
+    unit_of,
+)
 
-_DIRECTIONS = (("text -> image", "text_to_image"), ("image -> text", "image_to_text"))
-_RECALLS = ("r@1", "r@5", "r@10")
 _PLAIN: dict[str, Any] = {
     "box": box.SIMPLE,
     "show_edge": False,
@@ -61,10 +66,10 @@ def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     table.add_column("figure")
     for heading in columns:
         table.add_column(heading, justify="right")
-    for label, direction in _DIRECTIONS:
+    for direction, label in DIRECTIONS.items():
         found = [figures[direction] for figures in columns.values()]
-        table.add_row(Text(label, style="bold"))
-        for name in _RECALLS:
+        table.add_row(Text(label.replace("→", "->"), style="bold"))
+        for name in RECALLS:
             table.add_row(f"  {name.upper()}", *(f"{figures[name]:.1%}" for figures in found))
         table.add_row("  MRR", *(f"{figures['mrr']:.3f}" for figures in found))
         table.add_row("  median rank", *(f"{figures['median_rank']:g}" for figures in found))
@@ -82,9 +87,6 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     return table
 
 
-_DIRECTIONS_evaluation_tables = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
-_RANKS = frozenset({"median_rank", "mean_rank"})
-_DECIMALS = frozenset({"mrr", "map", "ndcg@10", "r_precision"})
 _SHOWN = ("hit@1", "hit@5", "hit@10", "recall@10", "mrr", "map", "ndcg@10", "r_precision")
 """Of the grouped figures; the JSON has all."""
 UNCLEAR = "~ the interval of this difference includes 0: it may be chance"
@@ -113,9 +115,9 @@ def comparison_tables(
             table.add_column("tuned", justify="right")
             table.add_column("difference", justify="right")
         if protocol == "paired":
-            table.add_column("ceiling", justify="right")
-        for direction, label in _DIRECTIONS_evaluation_tables.items():
-            table.add_row(Text(label, style="bold"))
+            table.add_column("upper bound", justify="right")
+        for direction, label in DIRECTIONS.items():
+            table.add_row(Text(label.replace("→", "->"), style="bold"))
             for row in _rows(compared, protocol, direction):
                 table.add_row(*row)
         yield table
@@ -152,15 +154,12 @@ def _shown(protocol: str, named: dict[str, Any]) -> dict[str, Any]:
     return {name: of for name, of in named.items() if name not in hidden}
 
 
-def value(name: str, number: float | None, sign: str = "") -> str:
+def value(name: str, figure: float | None, sign: str = "") -> str:
     """One number in its unit: percent (percentage points with a sign), a rank, a share of 1."""
-    if number is None:
-        return "-"
-    if name in _RANKS:
-        return f"{number:{sign}.1f}"
-    if name in _DECIMALS:
-        return f"{number:{sign}.3f}"
-    return f"{100 * number:{sign}.1f}{' pp' if sign else '%'}"
+    shown = number(figure, unit_of(name), sign)
+    if figure is None or unit_of(name) != "percent":
+        return shown
+    return f"{shown}{' pp' if sign else '%'}"
 
 
 def with_interval(name: str, figure: dict[str, Any], sign: str = "") -> str:

@@ -17,7 +17,7 @@ from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.metrics.definitions import DEFINITIONS
-from clipft.metrics.relevance import Identities, normalised, numbered, relevance
+from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
 from clipft.models.pretrained import ModelInputs
 
@@ -51,7 +51,7 @@ class EvaluationSet:
         template = CaptionTemplate.parse(settings.caption)
         said = describe(pairs, template, settings.label_field, settings.group_field)
         groups = numbered(d.group for d in said) if settings.group_field else None
-        captions = numbered(normalised(d.caption) for d in said)
+        captions = numbered(normalized(d.caption) for d in said)
         identities = Identities(captions, same_photos(pairs), groups)
         relevance(identities)  # refuses here, not after hours of training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said])
@@ -82,7 +82,7 @@ class EvaluationSet:
         evaluation = evaluate(
             embedded.images.to(where),
             embedded.texts.to(where),
-            Identities(own.captions[chosen], own.photos[chosen], groups),
+            Identities(own.captions[chosen], own.images[chosen], groups),
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),
         )

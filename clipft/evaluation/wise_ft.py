@@ -12,7 +12,7 @@ from clipft.config.settings import Settings
 from clipft.core.errors import ModelError, UsageError
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.evaluation.evaluator import EvaluationSet
-from clipft.metrics.definitions import DIRECTIONS
+from clipft.metrics.figures import DIRECTIONS
 from clipft.metrics.retrieval import Evaluation, recall_difference
 from clipft.runs.checkpoint import save_checkpoint
 

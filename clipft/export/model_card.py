@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.core.common import counted
+from clipft.metrics.figures import DIRECTIONS
 
 if TYPE_CHECKING:
     from clipft.export.onnx import OnnxCheck
@@ -23,7 +24,6 @@ _PIPELINES = {
     "onnx": "feature-extraction",
     "sentence-transformers": "sentence-similarity",
 }
-_DIRECTIONS = (("text → image", "text_to_image"), ("image → text", "image_to_text"))
 _FIGURES = (("R@1", "r@1"), ("R@5", "r@5"), ("R@10", "r@10"), ("median rank", "median_rank"))
 
 
@@ -70,7 +70,7 @@ def figures_of(retrieval: Mapping[str, Any] | None) -> Figures | None:
         return None
     paired = retrieval.get("paired", retrieval)
     found = {}
-    for _, direction in _DIRECTIONS:
+    for direction in DIRECTIONS:
         values = paired[direction].get("figures", paired[direction])
         found[direction] = {name: _figure(values[name]) for _, name in _FIGURES if name in values}
     return found
@@ -186,7 +186,7 @@ def _figures(facts: CardFacts) -> str:
         "| | " + " | ".join(name for name, _ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
-    for label, direction in _DIRECTIONS:
+    for direction, label in DIRECTIONS.items():
         for shown, name in _FIGURES:
             cells = [_cell(figures[direction].get(name), name) for _, figures in columns]
             lines.append(f"| {label} {shown} | " + " | ".join(cells) + " |")

@@ -1,1 +1,1 @@
-"""Turns arrays of vectors into figures with intervals; knows no model and no file."""
+"""Turns arrays of embeddings into figures with intervals. Knows no model and reads no file."""

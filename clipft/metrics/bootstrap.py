@@ -1,12 +1,13 @@
-"""How far a figure would move with other data: the cluster bootstrap.
+"""Confidence intervals from the cluster bootstrap.
 
-Whole clusters are drawn with replacement and each figure is taken anew as the mean over the
-queries drawn (Efron & Tibshirani 1993, chapter 13: percentile intervals). The draws follow from
-the seed and the number of clusters alone: two models measured on the same pairs meet the same
-draws, so the differences of their draws give the interval of their difference.
+Whole clusters are resampled with replacement, and each figure is recomputed as the mean over the
+queries of the resampled clusters (percentile intervals: Efron & Tibshirani 1993, chapter 13). The
+resamples depend on the seed and the number of clusters alone. Two models measured on the same
+pairs therefore meet the same resamples, and subtracting them resample by resample gives the
+interval of their difference.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,53 +15,54 @@ import numpy as np
 from clipft.metrics.definitions import Floats, Integers, PerQuery
 
 CONFIDENCE = 0.95
-_CELLS = 1 << 23
-"""Weights held at a time."""
+_MAX_WEIGHTS = 1 << 23
+"""Bootstrap weights held in memory at a time (64 MiB as float64)."""
 
 
 def resampled(samples: Sequence[PerQuery], resamples: int, seed: int) -> list[dict[str, Floats]]:
-    """For each sample: name -> its mean in each resample, float64 [resamples].
+    """Recompute the mean of every figure in each resample.
 
-    All samples are of the same clusters, and each resample draws the same ones for all.
-    Not-a-number where a resample drew no query of a sample.
+    All samples share one numbering of clusters, and each resample uses the same clusters for
+    all of them.
+
+    Returns:
+        For each sample, name -> float64 [resamples]: the figure's mean in each resample, NaN
+        where a resample holds no query of the sample.
     """
     clusters = 1 + max(int(sample.clusters.max()) for sample in samples)
-    summed = [_per_cluster(sample, clusters) for sample in samples]
-    widths = np.cumsum([columns.shape[1] for columns in summed])[:-1]
-    table = np.concatenate(summed, axis=1)
-    drawn = np.concatenate([w @ table for w in _weights(clusters, resamples, seed)])
+    # For each sample: the number of queries per cluster, then the sum of each figure per cluster
+    sums = []
+    for sample in samples:
+        columns: list[Floats | None] = [None, *sample.figures.values()]
+        counted = [np.bincount(sample.clusters, values, clusters) for values in columns]
+        sums.append(np.stack([column.astype(np.float64) for column in counted], axis=1))
+    table = np.concatenate(sums, axis=1)  # [clusters, columns of all samples]
+
+    random = np.random.default_rng(seed)
+    rows = max(1, _MAX_WEIGHTS // clusters)
+    totals = []
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        picked: Integers = random.integers(0, clusters, (size, clusters))
+        picked += np.arange(size)[:, None] * clusters  # so that one bincount serves all rows
+        weights = np.bincount(picked.ravel(), minlength=size * clusters).reshape(size, clusters)
+        totals.append(weights.astype(np.float64) @ table)
+
+    ends = np.cumsum([columns.shape[1] for columns in sums])[:-1]
     found = []
-    for sample, totals in zip(samples, np.split(drawn, widths, axis=1), strict=True):
-        with np.errstate(invalid="ignore"):
-            means = totals[:, 1:] / totals[:, :1]
+    for sample, total in zip(samples, np.split(np.concatenate(totals), ends, axis=1), strict=True):
+        with np.errstate(invalid="ignore"):  # 0 / 0 where a resample holds no query
+            means = total[:, 1:] / total[:, :1]
         found.append(dict(zip(sample.figures, means.T, strict=True)))
     return found
 
 
-def _per_cluster(sample: PerQuery, clusters: int) -> Floats:
-    """Queries, and the sum of each figure, in each cluster: [clusters, 1 + figures]."""
-    columns: list[Floats | None] = [None, *sample.figures.values()]
-    return np.stack(
-        [np.bincount(sample.clusters, values, clusters).astype(np.float64) for values in columns],
-        axis=1,
-    )
+def interval(resampled_values: Floats) -> dict[str, Any]:
+    """Return ``low`` and ``high`` of the middle 95 % of float64 [resamples], ignoring NaN.
 
-
-def _weights(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each cluster is drawn: [some resamples, clusters] at a time."""
-    random = np.random.default_rng(seed)
-    at_once = max(1, _CELLS // clusters)
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        draws: Integers = random.integers(0, clusters, (size, clusters))
-        draws += np.arange(size)[:, None] * clusters
-        counts = np.bincount(draws.ravel(), minlength=size * clusters)
-        yield counts.reshape(size, clusters).astype(np.float64)
-
-
-def interval(draws: Floats) -> dict[str, Any]:
-    """``low`` and ``high`` of the middle 95 %; both None where nothing was drawn."""
-    known = draws[~np.isnan(draws)]
+    Both are None if no value is left.
+    """
+    known = resampled_values[~np.isnan(resampled_values)]
     if not len(known):
         return {"low": None, "high": None}
     tail = (1 - CONFIDENCE) / 2

@@ -1,7 +1,8 @@
-"""Zero-shot classification: a label is the mean embedding of its prompts.
+"""Zero-shot and linear classification of image embeddings.
 
-Follows CLIP (Radford et al. 2021, section 3.1.4): each prompt's embedding has unit length,
-the mean over the templates is brought to unit length again, the nearest label wins.
+Zero-shot follows CLIP (Radford et al. 2021, section 3.1.4): each prompt's embedding is brought to
+unit length, the mean over the templates is brought to unit length again, and the nearest label
+wins.
 """
 
 import warnings
@@ -15,43 +16,59 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipft.metrics.bootstrap import interval, resampled
-from clipft.metrics.definitions import Integers, PerQuery
+from clipft.metrics.definitions import Floats, Integers, PerQuery
 
 CLASSIFICATION = {
     "top1": "share of images whose best label is the right one (acc1 of CLIP_benchmark)",
-    "top5": "share of images whose right label is among the best 5 (acc5); not with 5 or fewer",
+    "top5": "share of images whose right label is among the best 5 (acc5); not given with 5 or "
+    "fewer labels",
     "mean_per_class_recall": "top-1 of each label's images, mean over the labels that have any "
     "(scikit-learn's balanced accuracy)",
 }
 _BLOCK = 1 << 16
+"""Images scored at a time."""
 _MOST_CONFUSED = 10
 
 
 @dataclass(frozen=True)
 class Classification:
-    """``right`` are hits of each image, bool [N, 5]: place of the right label. ``confusion``
-    int64 [L, L]: images of a row's label that were taken for a column's."""
+    """How N images were classified among L labels.
+
+    ``right``, bool [N, up to 5], marks the place of the right label among the five best.
+    ``confusion``, int64 [L, L], counts the images of a row's label that were given a column's.
+    ``recalls``, float64 [L], is NaN for labels without images. ``top5`` is None with fewer than
+    six labels, where it would say nothing.
+    """
 
     names: tuple[str, ...]
     right: "np.ndarray[Any, np.dtype[np.bool_]]"
     confusion: Integers
+    recalls: Floats
+    top1: float
+    top5: float | None
+    mean_per_class_recall: float
 
-    @property
-    def top1(self) -> float:
-        return float(self.right[:, 0].mean())
+    def to_dict(self, resamples: int = 0, seed: int = 0) -> dict[str, Any]:
+        """Return JSON values, with a bootstrap interval of top-1 over images if asked for."""
+        around = {}
+        if resamples:
+            hits = PerQuery({"top1": self.right[:, 0].astype(float)}, np.arange(len(self.right)))
+            around = {"top1_interval": interval(resampled([hits], resamples, seed)[0]["top1"])}
+        return {
+            "top1": self.top1,
+            **around,
+            "top5": self.top5,
+            "mean_per_class_recall": self.mean_per_class_recall,
+            "images": len(self.right),
+            "labels": len(self.names),
+            "names": list(self.names),
+            "recall": [None if np.isnan(recall) else float(recall) for recall in self.recalls],
+            "confusion": self.confusion.tolist(),
+            "confused": self._confused(),
+        }
 
-    @property
-    def top5(self) -> float | None:
-        """None with fewer than six labels: it would say nothing."""
-        return float(self.right.any(1).mean()) if len(self.names) > 5 else None
-
-    @property
-    def mean_per_class_recall(self) -> float:
-        """Over the labels that have images."""
-        return float(np.nanmean(self._recalls()))
-
-    def confused(self) -> list[dict[str, Any]]:
-        """The pairs of labels that are mixed up most: ``share`` of the label's images."""
+    def _confused(self) -> list[dict[str, Any]]:
+        """The pairs of labels that are confused most; ``share`` is of the right label's images."""
         wrong = self.confusion.copy()
         np.fill_diagonal(wrong, 0)
         totals = self.confusion.sum(1)
@@ -68,39 +85,22 @@ class Classification:
             if wrong[label, taken]
         ]
 
-    def to_dict(self, resamples: int = 0, seed: int = 0) -> dict[str, Any]:
-        """Top-1 with its interval over images; ``recall`` of a label without images: None."""
-        around = {}
-        if resamples:
-            hits = PerQuery({"top1": self.right[:, 0].astype(float)}, np.arange(len(self.right)))
-            around = {"top1_interval": interval(resampled([hits], resamples, seed)[0]["top1"])}
-        recalls = [None if np.isnan(recall) else float(recall) for recall in self._recalls()]
-        return {
-            "top1": self.top1,
-            **around,
-            "top5": self.top5,
-            "mean_per_class_recall": self.mean_per_class_recall,
-            "images": len(self.right),
-            "labels": len(self.names),
-            "names": list(self.names),
-            "recall": recalls,
-            "confusion": self.confusion.tolist(),
-            "confused": self.confused(),
-        }
-
-    def _recalls(self) -> "np.ndarray[Any, np.dtype[np.float64]]":
-        with np.errstate(invalid="ignore"):
-            recalls: np.ndarray[Any, np.dtype[np.float64]]
-            recalls = np.diag(self.confusion) / self.confusion.sum(1)
-            return recalls
-
 
 def label_embeddings(
     labels: Sequence[str],
     templates: Sequence[str],
     encode: Callable[[list[str]], Tensor],
 ) -> Tensor:
-    """One unit vector per label, float [labels, D]; ``encode`` gives unit rows."""
+    """Embed each label as the mean of its prompts.
+
+    Args:
+        labels: L names, which replace ``{}`` in each template.
+        templates: prompts with ``{}`` in them.
+        encode: embeds texts as float [texts, D] of unit length.
+
+    Returns:
+        float [L, D] of unit length.
+    """
     rows = []
     for label in labels:
         prompts = encode([template.replace("{}", label) for template in templates])
@@ -111,47 +111,73 @@ def label_embeddings(
 def classify(
     images: Tensor, targets: Tensor, label_vectors: Tensor, names: Sequence[str]
 ) -> Classification:
-    """Figures for unit embeddings float [N, D] and the right label's number, int64 [N]."""
-    blocks = range(0, len(images), _BLOCK)
-    scores = (images[start : start + _BLOCK] @ label_vectors.T for start in blocks)
-    best = torch.cat([_best(block) for block in scores])
-    return classification(best, targets, names)
+    """Give each image the label with the nearest vector.
+
+    Args:
+        images: float [N, D] of unit length.
+        targets: int64 [N], the number of the right label.
+        label_vectors: float [L, D] of unit length, on the device of ``images``.
+        names: the L labels.
+    """
+    best = []
+    for start in range(0, len(images), _BLOCK):
+        scores = images[start : start + _BLOCK] @ label_vectors.T
+        # Stable, so that equal scores take the lower number first
+        order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+        best.append(order[:, :5].cpu())
+    return classification(torch.cat(best), targets, names)
 
 
 def classification(best: Tensor, targets: Tensor, names: Sequence[str]) -> Classification:
-    """Of the labels that a classifier put first, int64 [N, up to 5], the best one first."""
+    """Compute the figures of a classifier.
+
+    Args:
+        best: int64 [N, up to 5], the labels it ranks first, the best one first.
+        targets: int64 [N], the number of the right label.
+        names: the L labels.
+    """
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (targets.numpy(), best[:, 0].numpy()), 1)
-    return Classification(tuple(names), (best == targets[:, None]).numpy(), confusion)
+    right = (best == targets[:, None]).numpy()
+    with np.errstate(invalid="ignore"):  # 0 / 0 for labels without images
+        recalls: Floats = np.diag(confusion) / confusion.sum(1)
+    return Classification(
+        names=tuple(names),
+        right=right,
+        confusion=confusion,
+        recalls=recalls,
+        top1=float(right[:, 0].mean()),
+        top5=float(right.any(1).mean()) if len(names) > 5 else None,
+        mean_per_class_recall=float(np.nanmean(recalls)),
+    )
 
 
-def _best(scores: Tensor) -> Tensor:
-    """The five best labels of each image; equal scores: the lower number first."""
-    order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-    return order[:, :5].cpu()
-
-
-_GRID = tuple(10.0**power for power in range(-2, 6))
+_STRENGTHS = tuple(10.0**power for power in range(-2, 6))
+"""Values of C to choose from, the most regularized first."""
 _HELD_OUT = 0.2
-_STEPS = 1000
+_MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Figures on other images; ``c`` is the inverse strength of the regularisation."""
+    """A linear classifier's figures on other images than it was trained on.
+
+    ``c`` is scikit-learn's C, the inverse strength of the regularization.
+    """
 
     figures: Classification
     c: float
     training_images: int
 
     def to_dict(self, resamples: int = 0, seed: int = 0) -> dict[str, Any]:
+        """Return JSON values, with an interval as in ``Classification.to_dict``."""
         figures = self.figures.to_dict(resamples, seed)
         return {**figures, "c": self.c, "training_images": self.training_images}
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Unit features float32 [N, D] and numbers of their labels, int64 [N]."""
+    """Unit features, float32 [N, D], and the numbers of their labels, int64 [N]."""
 
     features: Tensor
     targets: Tensor
@@ -160,31 +186,37 @@ class Labelled:
 def linear_classifier(
     train: Labelled, test: Labelled, names: Sequence[str], seed: int
 ) -> Linear | None:
-    """None where the training images have fewer than two labels."""
+    """Fit logistic regression to ``train`` and measure it on ``test``.
+
+    As in CLIP's linear probe, C is chosen by accuracy on a held-out part: a fifth of each
+    label's training images, at least one of a label that has two. The final fit uses them all.
+
+    Returns:
+        None if the training images have fewer than two labels.
+    """
     x, y = train.features.numpy(), train.targets.numpy()
     if len(np.unique(y)) < 2:
         return None
-    held_out = _held_out(y, seed)
-    c = _GRID[len(_GRID) // 2]
-    if held_out.any() and len(np.unique(y[~held_out])) > 1:
-        kept = ~held_out
-        # The least C among equals: the most regular
-        c = max(_GRID, key=lambda c: _accuracy(_fit(x[kept], y[kept], c), x[held_out], y[held_out]))
+    random, held_out = np.random.default_rng(seed), np.zeros(len(y), bool)
+    for label in np.unique(y):
+        members = random.permutation(np.flatnonzero(y == label))
+        if len(members) > 1:
+            held_out[members[: max(1, round(_HELD_OUT * len(members)))]] = True
+    kept = ~held_out
+
+    def held_out_accuracy(c: float) -> float:
+        fitted = _fit(x[kept], y[kept], c)
+        return float((fitted.predict(x[held_out]) == y[held_out]).mean())
+
+    c = _STRENGTHS[len(_STRENGTHS) // 2]
+    if held_out.any() and len(np.unique(y[kept])) > 1:
+        c = max(_STRENGTHS, key=held_out_accuracy)  # of equals the first: the most regularized
     fitted = _fit(x, y, c)
-    scores = np.full((len(test.features), len(names)), -1.0)  # of labels that were not learnt
+    # Labels that were not trained on score below every probability
+    scores = np.full((len(test.features), len(names)), -1.0)
     scores[:, fitted.classes_] = fitted.predict_proba(test.features.numpy())
     best = torch.from_numpy(np.argsort(-scores, axis=1, kind="stable")[:, :5].copy())
     return Linear(classification(best, test.targets, names), c, len(y))
-
-
-def _held_out(targets: "np.ndarray[Any, Any]", seed: int) -> "np.ndarray[Any, Any]":
-    """A fifth of each label's images, at least one where there are two: bool [N]."""
-    random, chosen = np.random.default_rng(seed), np.zeros(len(targets), bool)
-    for label in np.unique(targets):
-        members = random.permutation(np.flatnonzero(targets == label))
-        if len(members) > 1:
-            chosen[members[: max(1, round(_HELD_OUT * len(members)))]] = True
-    return chosen
 
 
 def _fit(features: Any, targets: Any, c: float) -> Any:
@@ -192,12 +224,9 @@ def _fit(features: Any, targets: Any, c: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of a C that will not be chosen
-        return LogisticRegression(C=c, max_iter=_STEPS).fit(features, targets)
-
-
-def _accuracy(fitted: Any, features: Any, targets: Any) -> float:
-    return float((fitted.predict(features) == targets).mean())
+        # A weakly regularized C may not converge; the held-out accuracy then decides against it
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(features, targets)
 
 
 TEMPLATES: dict[str, tuple[str, ...]] = {

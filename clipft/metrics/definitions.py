@@ -1,19 +1,17 @@
-"""Ranks -> figures per query, and the words that define them."""
+"""Figures per query from ranks, and the sentences that define them for the user."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-DIRECTIONS = ("text_to_image", "image_to_text")
-
 PAIRED = {
-    "r@1": "share of queries whose own partner ranks first",
-    "r@5": "share of queries whose own partner is among the first 5",
-    "r@10": "share of queries whose own partner is among the first 10",
-    "mrr": "mean of 1 / rank of the own partner, over the full ranking",
-    "mean_rank": "mean rank of the own partner, from 1",
-    "median_rank": "median rank of the own partner, from 1",
+    "r@1": "share of queries whose partner ranks first",
+    "r@5": "share of queries whose partner is among the first 5",
+    "r@10": "share of queries whose partner is among the first 10",
+    "mrr": "mean of 1 / rank of the partner, over the full ranking",
+    "mean_rank": "mean rank of the partner, counted from 1",
+    "median_rank": "median rank of the partner, counted from 1",
 }
 """Every pair is a query in both directions; only the other half of the same pair is right."""
 
@@ -25,34 +23,34 @@ GROUPED = {
     "recall@5": "share of a query's right candidates among the first 5, mean over queries",
     "recall@10": "share of a query's right candidates among the first 10, mean over queries",
     "mrr": "mean of 1 / rank of the first right candidate, over the full ranking",
-    "map": "mean over queries of the average precision: precision at each right candidate's "
-    "rank, summed over the full ranking, by the number of right ones",
-    "ndcg@10": "DCG of the first 10 (gain 1, discount log2(rank + 1)) by that of a perfect "
-    "ranking, mean over queries",
-    "r_precision": "precision among the first R, R the number of right candidates, mean over "
-    "queries",
+    "map": "mean average precision: the precision at the rank of each right candidate, averaged "
+    "over a query's right candidates in the full ranking, mean over queries",
+    "ndcg@10": "DCG of the first 10 (gain 1, discount log2(rank + 1)) divided by the DCG of a "
+    "perfect ranking, mean over queries",
+    "r_precision": "precision among the first R, where R is the number of right candidates, mean "
+    "over queries",
 }
-"""Each caption and each photo once; all that belong together are right."""
+"""Each distinct caption and image counts once; everything that belongs together is right."""
 
 DEFINITIONS: dict[str, Any] = {
     "paired": {
-        "protocol": "every pair is a query, only the other half of the same pair is right (as "
+        "protocol": "every pair is a query, and only the other half of the same pair is right (as "
         "in the CLIP papers and open_clip)",
         **PAIRED,
-        "ceiling": "the most that any model could reach: equal captions rank all photos "
-        "alike, equal photos rank by position",
+        "ceiling": "upper bound: the best that any model could reach, because equal captions "
+        "rank all images alike and equal images rank by position",
     },
     "grouped": {
-        "protocol": "equal captions are one text, equal files one photo; every photo that any "
-        "pair (or group) joins to the text is right, and the other way round",
+        "protocol": "equal captions are one text and equal files are one image; every image that "
+        "any pair (or group) joins to a text is right for it, and the other way round",
         **GROUPED,
     },
     "ties": "equal scores rank by position, the lower first",
-    "interval": "95 % percentile bootstrap over clusters of pairs that share a caption, a "
-    "photo or a group; a difference is of the same resamples",
+    "interval": "95 % percentile bootstrap over clusters of pairs that share a caption, an "
+    "image or a group; a difference uses the same resamples for both models",
 }
 
-_CUTS = (1, 5, 10)
+_CUTOFFS = (1, 5, 10)
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -60,8 +58,11 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class PerQuery:
-    """Figures of each query by name, float64 [Q] each; ``clusters`` int64 [Q]: those of one
-    cluster are not independent."""
+    """Figures of Q queries by name, float64 [Q] each.
+
+    ``clusters``, int64 [Q], numbers the cluster of each query from 0. The queries of one cluster
+    are not independent of each other.
+    """
 
     figures: dict[str, Floats]
     clusters: Integers
@@ -70,40 +71,59 @@ class PerQuery:
         return len(self.clusters)
 
     def means(self) -> dict[str, float]:
-        return {name: float(values.mean()) for name, values in self.figures.items()}
+        """Average each figure over the queries; ranks also give their median."""
+        found = {name: float(values.mean()) for name, values in self.figures.items()}
+        if "mean_rank" in self.figures:
+            found["median_rank"] = float(np.median(self.figures["mean_rank"]))
+        return found
 
-    def of(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> "PerQuery":
-        """Of some queries alone."""
+    def subset(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> "PerQuery":
+        """Keep the queries marked in ``chosen``, bool [Q]."""
         figures = {name: values[chosen] for name, values in self.figures.items()}
         return PerQuery(figures, self.clusters[chosen])
 
 
 def paired_figures(ranks: Integers) -> dict[str, Floats]:
-    """Of the rank of each query's partner, int64 [Q]."""
+    """Compute R@K and MRR of each query from the rank of its partner.
+
+    Args:
+        ranks: int64 [Q], counted from 1.
+
+    Returns:
+        Name -> float64 [Q]. R@K is that of CLIP (Radford et al. 2021) and open_clip.
+    """
     exact = ranks.astype(np.float64)
-    hits = {f"r@{k}": (ranks <= k).astype(np.float64) for k in _CUTS}
+    hits = {f"r@{k}": (ranks <= k).astype(np.float64) for k in _CUTOFFS}
     return {**hits, "mrr": 1 / exact, "mean_rank": exact}
 
 
-def ceiling_ranks(captions: Integers, photos: Integers) -> Integers:
-    """The best ranks that any model could give partners, text to image, int64 [N]; swap the
-    arguments for the other direction. Equal numbers are equal captions or photos.
+def upper_bound_ranks(captions: Integers, images: Integers) -> Integers:
+    """Return the best partner ranks, text to image, that any model could reach.
 
-    A pair's rank is at least its place among the copies of its photo. Queries of one caption
-    rank alike, so no two of their ranks are equal: each is at least one more than the last.
+    A pair ranks no better than its place among the copies of its image, because equal images
+    score alike and ties rank by position. Queries with one caption see the same ranking, so no
+    two of them share a rank: each rank is at least one more than the last.
+
+    Args:
+        captions: int64 [N], equal numbers for equal captions.
+        images: int64 [N], equal numbers for equal images. Swap the two for image to text.
+
+    Returns:
+        int64 [N], counted from 1.
     """
-    copy = _place_among_equals(photos)
+    copy = _place_among_equals(images)
     order = np.lexsort((copy, captions))
     place = _place_among_equals(captions[order])
-    # r_j = max(copy_j, r_j-1 + 1), so r_j - j is a running maximum, anew for each caption
-    apart = (captions[order] - captions.min(initial=0)) * (len(captions) + 1)
+    # rank_j = max(copy_j, rank_(j-1) + 1), so rank_j - j is a running maximum. The offset grows
+    # by more than any rank from one caption to the next, which starts the maximum afresh.
+    offset = (captions[order] - captions.min(initial=0)) * (len(captions) + 1)
     ranks = np.empty_like(captions)
-    ranks[order] = np.maximum.accumulate(copy[order] - place + apart) - apart + place
+    ranks[order] = np.maximum.accumulate(copy[order] - place + offset) - offset + place
     return ranks
 
 
 def _place_among_equals(values: Integers) -> Integers:
-    """1 for the first of equal values, 2 for the second, ..."""
+    """Number equal values in order of appearance: 1 for the first, 2 for the second, ..."""
     order = np.argsort(values, kind="stable")
     starts = np.searchsorted(values[order], values[order], side="left")
     places = np.empty_like(values)
@@ -112,20 +132,30 @@ def _place_among_equals(values: Integers) -> Integers:
 
 
 def grouped_figures(queries: Integers, ranks: Integers) -> dict[str, Floats]:
-    """Of the rank of each right candidate: int64 [E] each, ``queries`` rising and each of
-    them from 0 on with at least one."""
-    order = np.lexsort((ranks, queries))
-    ranks = ranks[order]
+    """Compute the figures of queries that may have several right candidates.
+
+    The formulas are those of Manning, Raghavan & Schuetze 2008, chapter 8, and for nDCG with
+    binary gains those of Jarvelin & Kekalainen 2002.
+
+    Args:
+        queries: int64 [E], the query of each right candidate, ascending; every query from 0
+            to Q - 1 has at least one.
+        ranks: int64 [E], the rank of each right candidate, counted from 1.
+
+    Returns:
+        Name -> float64 [Q].
+    """
+    ranks = ranks[np.lexsort((ranks, queries))]  # ascending within each query
     starts = np.flatnonzero(np.diff(queries, prepend=-1))
     counts = np.diff(starts, append=len(queries))
-    nth = np.arange(len(queries)) - np.repeat(starts, counts) + 1  # of the right ones so far
+    nth = np.arange(len(queries)) - np.repeat(starts, counts) + 1  # right candidates so far
     first = ranks[starts]
 
     def summed(values: np.ndarray[Any, Any]) -> Floats:
         return np.add.reduceat(values.astype(np.float64), starts)
 
-    figures = {f"hit@{k}": (first <= k).astype(np.float64) for k in _CUTS}
-    figures |= {f"recall@{k}": summed(ranks <= k) / counts for k in _CUTS}
+    figures = {f"hit@{k}": (first <= k).astype(np.float64) for k in _CUTOFFS}
+    figures |= {f"recall@{k}": summed(ranks <= k) / counts for k in _CUTOFFS}
     discounts = 1 / np.log2(np.arange(10) + 2)
     gains = np.where(ranks <= 10, discounts[np.minimum(ranks, 10) - 1], 0)
     ideal = np.cumsum(discounts)[np.minimum(counts, 10) - 1]

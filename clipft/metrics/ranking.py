@@ -1,8 +1,9 @@
-"""Where the right candidates stand among all, without ever holding the whole matrix.
+"""Ranks of the right candidates, computed without ever holding the whole score matrix.
 
-The rank of a candidate for a query is its place from 1 by falling score (dot product), equal
-scores by rising index. Queries are taken in blocks; of each block's scores only the ranks that
-are asked for are kept, so memory is a block's, whatever the number of queries.
+The rank of a candidate for a query is its place, counted from 1, when all candidates are sorted
+by falling score (dot product); equal scores are sorted by rising index. Queries are processed in
+blocks and only the wanted ranks of a block are kept, so memory does not grow with the number of
+queries.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,105 +12,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BYTES = 14
-"""Of a score in flight: itself, its row's copy for one right candidate, the comparison, and
-what ties take at worst."""
+_BYTES_PER_SCORE = 14
+"""The score itself, its copy in the row of one right candidate, the comparison (4 bytes each),
+and what ties take at worst."""
 
 
 @torch.inference_mode()
 def ranks_of(
     queries: Tensor, candidates: Tensor, rows: Tensor, columns: Tensor, memory: int
 ) -> Tensor:
-    """The rank of candidate ``columns[i]`` for query ``rows[i]``, int64 [E], on the CPU.
+    """Rank candidate ``columns[i]`` for query ``rows[i]``, exactly up to 2^24 candidates.
 
-    ``queries`` float32 [Q, D], ``candidates`` float32 [C, D], both on one device; ``rows``
-    rising. ``memory`` bytes bound the scores held at a time (one query's are the least).
-    Not-a-number ranks last. Exact up to 2^24 candidates.
+    Args:
+        queries: float32 [Q, D].
+        candidates: float32 [C, D], on the same device.
+        rows: int64 [E], ascending.
+        columns: int64 [E].
+        memory: limit in bytes of the scores held at a time; at least one query's are held.
+
+    Returns:
+        int64 [E] on the CPU. NaN ranks last.
     """
-    room = _Room(candidates, memory, len(queries))
-    size = room.size
+    size = max(1, min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries)))
+    # Allocated once: allocating for each block costs as much as the matrix products
+    all_scores, all_picked, all_compared = (
+        torch.empty((size, len(candidates)), dtype=candidates.dtype, device=candidates.device)
+        for _ in range(3)
+    )
+    index = torch.arange(len(candidates), device=candidates.device)
     bounds = torch.searchsorted(rows.contiguous(), torch.arange(0, len(queries) + size, size))
     ranks = [torch.empty(0, dtype=torch.int64)]
     for block, start in enumerate(range(0, len(queries), size)):
-        scores = room.scored(queries[start : start + size])
+        some = queries[start : start + size]
+        scores = torch.matmul(some, candidates.T, out=all_scores[: len(some)])
         first, last = int(bounds[block]), int(bounds[block + 1])
         for at in range(first, last, size):
             end = min(at + size, last)
-            own_rows = (rows[at:end] - start).to(scores.device)
-            ranks.append(room.ranks(scores, own_rows, columns[at:end].to(scores.device)).cpu())
+            own_row = (rows[at:end] - start).to(scores.device)
+            own_column = columns[at:end, None].to(scores.device)
+            picked = torch.index_select(scores, 0, own_row, out=all_picked[: end - at])
+            own = picked.gather(1, own_column)
+            # Counted from the back: no comparison holds for NaN, so NaN ranks last. Comparisons
+            # are written as floats because torch sums floats ten times faster than booleans.
+            compared = all_compared[: end - at]
+            behind = torch.lt(picked, own, out=compared).sum(1).long()
+            tied = torch.eq(picked, own, out=compared).sum(1) > 1
+            for few in torch.split(tied.nonzero().flatten(), -(-size // 4)):
+                later = (picked[few] == own[few]) & (index > own_column[few])
+                behind[few] += later.sum(1)
+            ranks.append((picked.shape[1] - behind).cpu())
     return torch.cat(ranks)
 
 
-class _Room:
-    """The blocks' memory, taken once: taking it anew costs as much as the products."""
-
-    def __init__(self, candidates: Tensor, memory: int, queries: int) -> None:
-        self.candidates = candidates
-        self.size = max(1, min(memory // (_BYTES * max(1, len(candidates))), queries))
-        shape = (self.size, len(candidates))
-        self._scores, self._picked, self._compared = (
-            torch.empty(shape, dtype=candidates.dtype, device=candidates.device) for _ in range(3)
-        )
-
-    def scored(self, queries: Tensor) -> Tensor:
-        """All candidates for some queries, [Q, C]."""
-        return torch.matmul(queries, self.candidates.T, out=self._scores[: len(queries)])
-
-    def ranks(self, scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Rank of one column each in ``rows`` of ``scores``; int64 [B].
-
-        Counted from the back, so that not-a-number, which no comparison holds for, ranks last.
-        Comparisons are written as floats: torch adds those ten times faster than booleans.
-        """
-        picked = torch.index_select(scores, 0, rows, out=self._picked[: len(rows)])
-        own = picked.gather(1, columns[:, None])
-        compared = self._compared[: len(rows)]
-        behind = torch.lt(picked, own, out=compared).sum(1).long()
-        tied = torch.eq(picked, own, out=compared).sum(1) > 1
-        index = torch.arange(picked.shape[1], device=picked.device)
-        for some in torch.split(tied.nonzero().flatten(), -(-self.size // 4)):
-            later = (picked[some] == own[some]) & (index > columns[some, None])
-            behind[some] += later.sum(1)
-        return picked.shape[1] - behind
-
-
-_BYTES_retrieval = 12
-"""Of a logit in flight: itself, its shift and its logarithm."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Figures of one direction; recalls and MRR in 0..1, the median rank from 1."""
-
-    r1: float
-    r5: float
-    r10: float
-    median_rank: float
-    mrr: float
-
-    def to_dict(self) -> dict[str, float]:
-        short = {"r1": "r@1", "r5": "r@5", "r10": "r@10"}
-        return {short.get(name, name): value for name, value in asdict(self).items()}
+def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
+    """Rank candidate i for query i, as ``ranks_of`` does; returns int64 [N], counted from 1."""
+    own = torch.arange(len(queries))
+    return ranks_of(queries, candidates, own, own, memory)
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Both directions over ``pairs`` pairs."""
+    """Paired retrieval in both directions over ``pairs`` pairs, as measured after each epoch.
 
-    text_to_image: Direction
-    image_to_text: Direction
+    Each direction maps ``r@1``, ``r@5``, ``r@10`` and ``mrr`` to shares in 0..1, and
+    ``median_rank`` to a rank counted from 1.
+    """
+
+    text_to_image: dict[str, float]
+    image_to_text: dict[str, float]
     pairs: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "text_to_image": self.text_to_image.to_dict(),
-            "image_to_text": self.image_to_text.to_dict(),
-            "pairs": self.pairs,
-        }
+        """Return the values of ``metrics.jsonl`` and ``result.json``."""
+        return asdict(self)
 
 
 def retrieval(images: Tensor, texts: Tensor, memory: int) -> Retrieval:
-    """Paired retrieval of unit embeddings, float [N, D] each, in ``memory`` bytes."""
+    """Measure paired retrieval of unit embeddings.
+
+    Args:
+        images, texts: float32 [N, D]; row i of both is pair i.
+        memory: limit in bytes of the scores held at a time.
+    """
     return Retrieval(
         text_to_image=_figures(partner_ranks(texts, images, memory)),
         image_to_text=_figures(partner_ranks(images, texts, memory)),
@@ -117,27 +101,13 @@ def retrieval(images: Tensor, texts: Tensor, memory: int) -> Retrieval:
     )
 
 
-def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
-    """Rank of candidate i for query i, int64 [N], from 1; equal scores: lower index first."""
-    own = torch.arange(len(queries))
-    return ranks_of(queries, candidates, own, own, memory)
-
-
-def _figures(ranks: Tensor) -> Direction:
+def _figures(ranks: Tensor) -> dict[str, float]:
     exact = ranks.double()
-    hits = {k: (ranks <= k).double().mean().item() for k in (1, 5, 10)}
-    return Direction(
-        r1=hits[1],
-        r5=hits[5],
-        r10=hits[10],
-        median_rank=median(exact),
-        mrr=(1 / exact).mean().item(),
-    )
-
-
-def median(values: Tensor) -> float:
-    """As numpy's; torch's own takes the lower of the two in the middle, and its ``quantile``
-    refuses more than 16 million values."""
-    ordered = values.sort().values
-    middle = len(ordered) // 2
-    return float((ordered[middle] + ordered[-middle - 1]) / 2)
+    # torch.median takes the lower of the two in the middle, and torch.quantile refuses more
+    # than 16 million values
+    ordered, middle = exact.sort().values, len(exact) // 2
+    return {
+        **{f"r@{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)},
+        "median_rank": float((ordered[middle] + ordered[-middle - 1]) / 2),
+        "mrr": (1 / exact).mean().item(),
+    }

@@ -1,4 +1,4 @@
-"""Embeddings of pairs -> all retrieval figures, with intervals, and what two models differ in."""
+"""All retrieval figures of a model's embeddings, with intervals, and how two models differ."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ from torch import Tensor
 from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
 from clipft.metrics.definitions import (
-    DIRECTIONS,
     Floats,
     Integers,
     PerQuery,
-    ceiling_ranks,
     grouped_figures,
     paired_figures,
+    upper_bound_ranks,
 )
-from clipft.metrics.ranking import ranks_of
+from clipft.metrics.figures import RECALLS
+from clipft.metrics.ranking import partner_ranks, ranks_of
 from clipft.metrics.relevance import Identities, Relevance, relevance
 
 _MOST_CATEGORIES = 50
-_LEAST_PAIRS = 5
-"""Of a category that is shown by itself."""
+_MIN_PAIRS = 5
+"""Smaller categories get no figures of their own."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """``memory`` in bytes bounds the scores held at a time; ``resamples`` 0: no intervals."""
+    """``memory`` limits the bytes of scores held at a time; ``resamples`` 0 means no intervals."""
 
     memory: int
     resamples: int
@@ -39,32 +39,38 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """One protocol in one direction: figures, and their values in each resample."""
+    """The figures of one protocol in one direction.
+
+    ``resampled`` maps the name of a figure to its value in each resample, float64 [resamples];
+    it is empty without resamples. ``upper_bound`` is what duplicates leave to reach, for the
+    paired protocol.
+    """
 
     queries: int
     candidates: int
     means: dict[str, float]
-    draws: dict[str, Floats]
-    ceiling: dict[str, float] | None = None
+    resampled: dict[str, Floats]
+    upper_bound: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        figures = {
-            name: finite({"value": mean, **self._interval(name)})
-            for name, mean in self.means.items()
-        }
+        """Return JSON values; ``low`` and ``high`` are given where a figure was resampled."""
+        figures = {}
+        for name, mean in self.means.items():
+            around = interval(self.resampled[name]) if name in self.resampled else {}
+            figures[name] = finite({"value": mean, **around})
         shape = {"queries": self.queries, "candidates": self.candidates, "figures": figures}
-        return shape | ({"ceiling": self.ceiling} if self.ceiling else {})
-
-    def _interval(self, name: str) -> dict[str, Any]:
-        return interval(self.draws[name]) if name in self.draws else {}
+        return shape | ({"ceiling": self.upper_bound} if self.upper_bound else {})
 
     def minus(self, other: "Part") -> dict[str, Any]:
-        """By figure: ``value``, ``low``, ``high`` of the difference; ``clear``: 0 is outside."""
+        """Return the difference of each figure: ``value``, ``low``, ``high`` and ``clear``.
+
+        ``clear`` is True if the interval does not include 0.
+        """
         found = {}
         for name, mean in self.means.items():
             difference: dict[str, Any] = {"value": mean - other.means[name]}
-            if name in self.draws:
-                difference |= interval(self.draws[name] - other.draws[name])
+            if name in self.resampled:
+                difference |= interval(self.resampled[name] - other.resampled[name])
                 low, high = difference["low"], difference["high"]
                 difference["clear"] = None if low is None else low > 0 or high < 0
             found[name] = finite(difference)
@@ -77,13 +83,15 @@ Parts = dict[str, dict[str, Part]]
 
 @dataclass(frozen=True)
 class Category:
+    """The figures of the queries of one category, against all candidates."""
+
     pairs: int
     parts: Parts
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures of one model on some pairs. ``clusters`` is what the bootstrap draws."""
+    """All figures of one model on some pairs. ``clusters`` is the number that is resampled."""
 
     pairs: int
     clusters: int
@@ -92,61 +100,65 @@ class Evaluation:
     options: EvaluationOptions
 
     def recall(self) -> float:
-        """Mean of the paired R@1/5/10 of both directions, in 0..1."""
+        """Return the mean of paired R@1, R@5 and R@10 of both directions, in 0..1."""
         paired = self.parts["paired"].values()
-        return float(np.mean([part.means[f"r@{k}"] for part in paired for k in (1, 5, 10)]))
+        return float(np.mean([part.means[name] for part in paired for name in RECALLS]))
 
-    def recall_draws(self) -> Floats | None:
-        """``recall`` in each resample."""
+    def resampled_recall(self) -> Floats | None:
+        """Return ``recall`` in each resample, float64 [resamples]; None without resamples."""
+        if not self.options.resamples:
+            return None
         paired = self.parts["paired"].values()
-        draws = [part.draws.get(f"r@{k}") for part in paired for k in (1, 5, 10)]
-        known = [values for values in draws if values is not None]
-        return np.mean(known, axis=0) if known else None
+        values: Floats = np.mean(
+            [part.resampled[name] for part in paired for name in RECALLS], axis=0
+        )
+        return values
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON values of ``before`` and ``after`` in evaluation.json."""
         return {
             "pairs": self.pairs,
             "clusters": self.clusters,
             "resamples": self.options.resamples,
             "confidence": CONFIDENCE,
             "recall": self.recall(),
-            **_dicts(self.parts),
+            **_to_dicts(self.parts),
             "by_category": {
-                name: {"pairs": category.pairs, **_dicts(category.parts)}
+                name: {"pairs": category.pairs, **_to_dicts(category.parts)}
                 for name, category in self.categories.items()
             },
         }
 
 
-def _dicts(parts: Parts) -> dict[str, Any]:
-    return {
-        protocol: {direction: part.to_dict() for direction, part in directions.items()}
-        for protocol, directions in parts.items()
-    }
+def _to_dicts(parts: Parts) -> dict[str, Any]:
+    return {p: {d: part.to_dict() for d, part in parts[p].items()} for p in parts}
 
 
 def difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
-    """``after`` minus ``before``, measured on the same pairs, resample by resample."""
+    """Subtract ``before`` from ``after``, resample by resample.
 
-    def of(ours: Parts, theirs: Parts) -> dict[str, Any]:
+    Both must be measured on the same pairs with the same options. Returns JSON values shaped as
+    in ``Evaluation.to_dict``.
+    """
+
+    def subtract(ours: Parts, theirs: Parts) -> dict[str, Any]:
         return {p: {d: part.minus(theirs[p][d]) for d, part in ours[p].items()} for p in ours}
 
-    shared = after.categories.keys() & before.categories.keys()
     return {
         "recall": recall_difference(after, before),
-        **of(after.parts, before.parts),
+        **subtract(after.parts, before.parts),
         "by_category": {
-            name: of(category.parts, before.categories[name].parts)
+            name: subtract(category.parts, before.categories[name].parts)
             for name, category in after.categories.items()
-            if name in shared
+            if name in before.categories
         },
     }
 
 
 def recall_difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
-    """``value``, ``low``, ``high``, ``clear`` of the difference in mean recall."""
+    """Return ``value``, ``low``, ``high`` and ``clear`` of the difference in mean recall."""
     found: dict[str, Any] = {"value": after.recall() - before.recall()}
-    ours, theirs = after.recall_draws(), before.recall_draws()
+    ours, theirs = after.resampled_recall(), before.resampled_recall()
     if ours is None or theirs is None:
         return found
     around = interval(ours - theirs)
@@ -161,117 +173,104 @@ def evaluate(
     labels: Sequence[str | None],
     options: EvaluationOptions,
 ) -> Evaluation:
-    """Unit embeddings float32 [N, D] of N pairs; ``labels`` [N] name their categories."""
+    """Measure paired and grouped retrieval in both directions, overall and by category.
+
+    Args:
+        images, texts: unit embeddings, float32 [N, D]; row i of both is pair i.
+        identities: which captions, images and groups are equal.
+        labels: the category of each pair, None where it has none.
+        options: memory, resamples and seed.
+
+    Raises:
+        UsageError: the groups are too large (see ``relevance``).
+    """
     related = relevance(identities)
-    samples = _paired(images, texts, related, options) | _grouped(images, texts, related, options)
-    sizes = {"paired": (len(images), len(images)), "grouped": _sizes(related)}
-    ceilings = _ceilings(identities)
-    drawn = _draws(list(samples.values()), options)
+    samples = _measure(images, texts, related, options.memory)
+    candidates = {
+        ("paired", "text_to_image"): len(images),
+        ("paired", "image_to_text"): len(images),
+        ("grouped", "text_to_image"): len(related.image_pairs),
+        ("grouped", "image_to_text"): len(related.text_pairs),
+    }
+    captions, photos = identities.captions, identities.images
+    upper_bounds = {}
+    for direction, best in (
+        ("text_to_image", upper_bound_ranks(captions, photos)),
+        ("image_to_text", upper_bound_ranks(photos, captions)),
+    ):
+        upper_bounds["paired", direction] = PerQuery(paired_figures(best), captions).means()
+    values = _resampled(list(samples.values()), options)
     parts: Parts = {}
-    for (key, sample), draws in zip(samples.items(), drawn, strict=True):
+    for (key, sample), own in zip(samples.items(), values, strict=True):
         protocol, direction = key
-        candidates = sizes[protocol][direction == "image_to_text"]
-        ceiling = ceilings[direction] if protocol == "paired" else None
-        part = Part(len(sample), candidates, _means(sample), draws, ceiling)
+        part = Part(len(sample), candidates[key], sample.means(), own, upper_bounds.get(key))
         parts.setdefault(protocol, {})[direction] = part
-    return Evaluation(
-        len(images),
-        int(related.clusters.max()) + 1,
-        parts,
-        _categories(samples, labels, related, parts, options),
-        options,
-    )
+    categories = _by_category(samples, candidates, labels, related, options)
+    clusters = int(related.clusters.max()) + 1
+    return Evaluation(len(images), clusters, parts, categories, options)
 
 
 Samples = dict[tuple[str, str], PerQuery]
 """(protocol, direction) -> figures per query."""
 
 
-def _paired(images: Tensor, texts: Tensor, related: Relevance, o: EvaluationOptions) -> Samples:
-    own = torch.arange(len(images))
-    sides = {"text_to_image": (texts, images), "image_to_text": (images, texts)}
-    return {
-        ("paired", direction): PerQuery(
-            paired_figures(ranks_of(queries, candidates, own, own, o.memory).numpy()),
-            related.clusters,
-        )
-        for direction, (queries, candidates) in sides.items()
-    }
-
-
-def _grouped(images: Tensor, texts: Tensor, related: Relevance, o: EvaluationOptions) -> Samples:
-    texts, images = texts[related.text_pairs], images[related.photo_pairs]
-    rows, columns = related.edge_texts, related.edge_photos
-    back = np.lexsort((rows, columns))
-    sides = {
-        "text_to_image": (texts, images, rows, columns, related.text_pairs),
-        "image_to_text": (images, texts, columns[back], rows[back], related.photo_pairs),
-    }
+def _measure(images: Tensor, texts: Tensor, related: Relevance, memory: int) -> Samples:
+    """Rank the right candidates of every query, by both protocols in both directions."""
     samples = {}
-    for direction, (queries, candidates, wanted, right, pairs) in sides.items():
+    for direction, queries, candidates in (
+        ("text_to_image", texts, images),
+        ("image_to_text", images, texts),
+    ):
+        ranks = partner_ranks(queries, candidates, memory).numpy()
+        samples["paired", direction] = PerQuery(paired_figures(ranks), related.clusters)
+    distinct_texts, distinct_images = texts[related.text_pairs], images[related.image_pairs]
+    by_text = (related.edge_texts, related.edge_images)
+    order = np.lexsort(by_text)  # by image, then by text
+    by_image = (related.edge_images[order], related.edge_texts[order])
+    for direction, queries, candidates, (wanted, right), pairs in (
+        ("text_to_image", distinct_texts, distinct_images, by_text, related.text_pairs),
+        ("image_to_text", distinct_images, distinct_texts, by_image, related.image_pairs),
+    ):
         edges = torch.from_numpy(wanted), torch.from_numpy(right)
-        ranks = ranks_of(queries, candidates, *edges, o.memory).numpy()
+        ranks = ranks_of(queries, candidates, *edges, memory).numpy()
         figures = grouped_figures(wanted, ranks)
         samples["grouped", direction] = PerQuery(figures, related.clusters[pairs])
     return samples
 
 
-def _sizes(related: Relevance) -> tuple[int, int]:
-    """Candidates of the grouped protocol: text to image, image to text."""
-    return len(related.photo_pairs), len(related.text_pairs)
-
-
-def _ceilings(identities: Identities) -> dict[str, dict[str, float]]:
-    captions, photos = identities.captions, identities.photos
-    ranks = (ceiling_ranks(captions, photos), ceiling_ranks(photos, captions))
-    clusters = np.zeros(len(captions), np.int64)
-    figures = (_means(PerQuery(paired_figures(best), clusters)) for best in ranks)
-    return dict(zip(DIRECTIONS, figures, strict=True))
-
-
-def _means(sample: PerQuery) -> dict[str, float]:
-    means = sample.means()
-    if "mean_rank" in sample.figures:
-        means["median_rank"] = float(np.median(sample.figures["mean_rank"]))
-    return means
-
-
-def _draws(samples: Sequence[PerQuery], options: EvaluationOptions) -> list[dict[str, Floats]]:
+def _resampled(samples: Sequence[PerQuery], options: EvaluationOptions) -> list[dict[str, Floats]]:
     if not options.resamples:
         return [{} for _ in samples]
     return resampled(samples, options.resamples, options.seed)
 
 
-def _categories(
+def _by_category(
     samples: Samples,
+    candidates: dict[tuple[str, str], int],
     labels: Sequence[str | None],
     related: Relevance,
-    whole: Parts,
     options: EvaluationOptions,
 ) -> dict[str, Category]:
-    """The most frequent categories; a text or photo is of its first pair's category."""
-    counted = Counter(label for label in labels if label).most_common(_MOST_CATEGORIES)
+    """Measure the most frequent categories. A text or image takes its first pair's category."""
     of_pair = np.array([label or "" for label in labels])
     of_query = {
         ("paired", "text_to_image"): of_pair,
         ("paired", "image_to_text"): of_pair,
         ("grouped", "text_to_image"): of_pair[related.text_pairs],
-        ("grouped", "image_to_text"): of_pair[related.photo_pairs],
+        ("grouped", "image_to_text"): of_pair[related.image_pairs],
     }
     found = {}
-    for label, pairs in counted:
+    for label, pairs in Counter(label for label in labels if label).most_common(_MOST_CATEGORIES):
+        chosen = {key: sample.subset(of_query[key] == label) for key, sample in samples.items()}
+        if pairs < _MIN_PAIRS or not all(map(len, chosen.values())):
+            continue
         parts: Parts = {}
-        for (protocol, direction), sample in samples.items():
-            chosen = sample.of(of_query[protocol, direction] == label)
-            if len(chosen):
-                candidates = whole[protocol][direction].candidates
-                parts.setdefault(protocol, {})[direction] = _part(chosen, candidates, options)
-        if pairs >= _LEAST_PAIRS and len(parts) == len(whole):
-            found[label] = Category(pairs, parts)
+        for (protocol, direction), sample in chosen.items():
+            # The bootstrap wants the clusters of this category numbered from 0
+            clusters: Integers = np.unique(sample.clusters, return_inverse=True)[1].astype(np.int64)
+            values = _resampled([PerQuery(sample.figures, clusters)], options)[0]
+            size = candidates[protocol, direction]
+            part = Part(len(sample), size, sample.means(), values)
+            parts.setdefault(protocol, {})[direction] = part
+        found[label] = Category(pairs, parts)
     return found
-
-
-def _part(sample: PerQuery, candidates: int, options: EvaluationOptions) -> Part:
-    clusters: Integers = np.unique(sample.clusters, return_inverse=True)[1].astype(np.int64)
-    draws = _draws([PerQuery(sample.figures, clusters)], options)[0]
-    return Part(len(sample), candidates, _means(sample), draws)

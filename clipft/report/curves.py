@@ -32,7 +32,7 @@ def epoch_curves(epochs: Sequence[Record]) -> dict[str, Any]:
         for name in ("epoch", "step", "train_loss", "val_loss")
     }
     curves["mean_recall"] = [mean_recall(epoch["retrieval"]) for epoch in epochs]
-    for _, direction in DIRECTIONS:
+    for direction in DIRECTIONS:
         for name in ("r@1", "r@10"):
             values = [epoch["retrieval"][direction][name] for epoch in epochs]
             curves[f"{direction}_{name}"] = values
@@ -65,7 +65,7 @@ def _recall_chart(epochs: Mapping[str, Any]) -> Chart:
         return Series(name, _points(epochs["epoch"], epochs[key]), colour=colour, dash=dash)
 
     lines = [series(RECALL_NAME, "mean_recall", 0, 1)]
-    for number, (label, direction) in enumerate(DIRECTIONS, 1):
+    for number, (direction, label) in enumerate(DIRECTIONS.items(), 1):
         lines.append(series(f"{label} R@1", f"{direction}_r@1", number, 2))
         lines.append(series(f"{label} R@10", f"{direction}_r@10", number))
     note = "Epoch 0 is the untouched model."

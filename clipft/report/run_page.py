@@ -8,10 +8,8 @@ from clipft.core.common import duration
 from clipft.metrics.figures import (
     RECALL_DEFINITION,
     figure_name,
-    shown,
+    number,
     shown_bytes,
-    shown_change,
-    shown_interval,
 )
 from clipft.report.charts import chart_figures, chart_scripts
 from clipft.report.curves import category_charts, interpolation_charts, run_charts
@@ -63,7 +61,7 @@ def _figures(found: Mapping[str, Any]) -> str:
     columns = {title: [_cell(row, kind) for row in rows] for title, kind in kinds.items()}
     ceilings = [_ceiling(row) for row in rows]
     if any(ceilings):
-        columns["ceiling"] = ceilings
+        columns["upper bound"] = ceilings
     names = [row["name"] for row in rows]
     lines = list(map(list, zip(names, *columns.values(), strict=True)))
     title = found["title"]
@@ -78,13 +76,18 @@ def _figures(found: Mapping[str, Any]) -> str:
 def _cell(row: Mapping[str, Any], kind: str) -> str:
     figure, unit = row[kind], row["unit"]
     value = figure["value"] if figure else None
-    text = (shown_change if kind == "change" else shown)(value, unit)
-    around = shown_interval(figure, unit)
-    return f"{text}\n{around}" if around else text
+    text = number(value, unit, "+") if kind == "change" else _shown(value, unit)
+    if not figure or figure.get("low") is None:
+        return text
+    return f"{text}\n{number(figure['low'], unit)} to {number(figure['high'], unit)}"
+
+
+def _shown(value: float | None, unit: Any) -> str:
+    return number(value, unit) + (" %" if unit == "percent" and value is not None else "")
 
 
 def _ceiling(row: Mapping[str, Any]) -> str:
-    return "" if row["ceiling"] is None else shown(row["ceiling"], row["unit"])
+    return "" if row["ceiling"] is None else _shown(row["ceiling"], row["unit"])
 
 
 def _kept(kept: Mapping[str, Any] | None) -> str:

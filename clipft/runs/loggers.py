@@ -20,7 +20,7 @@ import psutil
 from clipft.config.settings import TrackingSettings
 from clipft.core.errors import first_line
 from clipft.core.files import disk_error, json_lines, write_text
-from clipft.metrics.figures import figure_tables
+from clipft.metrics.figures import DIRECTIONS, figure_tables
 from clipft.runs.records import EpochResult, Plan, StepResult
 
 METRICS = "metrics.jsonl"
@@ -117,7 +117,7 @@ class WandbTracker:
 
     def epoch_ended(self, result: EpochResult) -> None:
         figures: dict[str, Any] = {"val/loss": result.val_loss, "val/epoch": result.epoch}
-        for direction in ("text_to_image", "image_to_text"):
+        for direction in DIRECTIONS:
             for name, value in result.retrieval[direction].items():
                 figures[f"val/{direction}/{name}"] = value
         self._queue.put(_Logged(result.step, figures))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from clipft.core.common import Note, Progress, silent
 from clipft.core.files import finite
+from clipft.metrics.figures import mean_recall
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,14 @@ class EpochResult:
     train_loss: float | None
     val_loss: float
     retrieval: dict[str, Any]
-    """As ``evaluation.retrieval.Retrieval.to_dict`` gives it."""
+    """As ``metrics.ranking.Retrieval.to_dict`` gives it."""
     improved: bool = False
     val_floor: float = 0.0
     """The least that any model's ``val_loss`` could be."""
 
     def recall(self) -> float:
         """Mean R@1/5/10 of both directions, in 0..1."""
-        values: list[float] = [
-            self.retrieval[direction][f"r@{k}"]
-            for direction in ("text_to_image", "image_to_text")
-            for k in (1, 5, 10)
-        ]
-        return sum(values) / len(values)
+        return mean_recall(self.retrieval)
 
     def metrics(self) -> dict[str, Any]:
         left_out = set() if self.val_floor else {"val_floor"}

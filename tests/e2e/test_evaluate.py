@@ -51,7 +51,7 @@ def test_a_run_leaves_its_evaluation_and_evaluate_finds_the_same(trained, data, 
 def test_people_see_both_models_the_difference_and_what_it_means(trained, data, capsys):
     assert run(["evaluate", str(trained), *data]) == 0
     shown = capsys.readouterr().out
-    for word in ("untouched", "tuned", "difference", "ceiling", "grouped", "share of queries"):
+    for word in ("untouched", "tuned", "difference", "upper bound", "grouped", "share of queries"):
         assert word in shown
     assert "[low, high]" in shown
     headline = shown.strip().splitlines()[-1]

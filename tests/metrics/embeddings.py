@@ -1,4 +1,4 @@
-"""Embeddings that show mistakes: random, tied, doubled."""
+"""Embeddings that expose mistakes: random ones and ones with many ties."""
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ def unit(rows: int, seed: int, dim: int = 16) -> Tensor:
 
 
 def tied(rows: int, seed: int, values: int = 3) -> Tensor:
-    """Small whole numbers: dot products are exact, and many are equal, some negative."""
+    """Return small whole numbers: their dot products are exact, often equal, some negative."""
     drawn = np.random.default_rng(seed).integers(-values, values + 1, (rows, 3))
     return torch.from_numpy(drawn).float()
 
 
 def naive_ranks(scores: "np.ndarray") -> "np.ndarray":
-    """[Q, C]: the rank of every candidate, by a stable sort of falling scores."""
+    """Rank every candidate by a stable sort of falling scores, [Q, C]."""
     order = np.argsort(-scores, axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(1, scores.shape[1] + 1)[None], axis=1)

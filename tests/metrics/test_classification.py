@@ -19,7 +19,7 @@ def test_a_label_is_the_mean_of_its_prompts():
     torch.testing.assert_close(rows, functional.normalize(torch.ones(1, 2), dim=-1))
 
 
-def test_figures_on_a_case_worked_out_by_hand():
+def test_figures_of_a_case_computed_by_hand():
     images = torch.eye(6)[[0, 0, 0, 1]]
     targets = torch.tensor([0, 0, 1, 1])
     figures = classify(images, targets, torch.eye(6), NAMES[:6])
@@ -33,14 +33,14 @@ def test_figures_on_a_case_worked_out_by_hand():
     ]
 
 
-def test_top5_of_few_labels_is_not_given():
+def test_top5_is_not_given_for_few_labels():
     assert classify(torch.eye(5), torch.arange(5), torch.eye(5), NAMES[:5]).top5 is None
 
 
 @pytest.mark.parametrize("kind", [unit, tied])
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_those_of_sklearn(kind, seed):
-    """The formulas of CLIP_benchmark: acc1, acc5 by topk, balanced accuracy by sklearn."""
+def test_figures_equal_sklearns(kind, seed):
+    """CLIP_benchmark uses the same: acc1 and acc5 by topk, balanced accuracy by sklearn."""
     metrics = pytest.importorskip("sklearn.metrics")
     images, labels = kind(200, seed), kind(8, seed + 9)
     targets = torch.from_numpy(np.random.default_rng(seed).integers(0, 8, 200))
@@ -64,15 +64,15 @@ def clouds(rows, seed, noise):
     return Labelled(features, targets)
 
 
-def test_a_linear_classifier_learns_what_can_be_learnt():
+def test_a_linear_classifier_learns_separable_labels_only():
     found = linear_classifier(clouds(200, 1, 0.5), clouds(300, 2, 0.5), NAMES, seed=0)
     assert found and found.figures.top1 > 0.95
     noise = linear_classifier(clouds(200, 1, 50.0), clouds(300, 2, 50.0), NAMES, seed=0)
     assert noise and noise.figures.top1 < 0.3
 
 
-def test_its_strength_is_chosen_by_the_data():
-    """Features that hardly differ need weights that are hardly held down."""
+def test_the_regularization_is_chosen_by_the_data():
+    """Features that hardly differ need weak regularization."""
 
     def near(clouds):
         features = functional.normalize(clouds.features + 20 * unit(1, 5), dim=-1)
@@ -82,7 +82,7 @@ def test_its_strength_is_chosen_by_the_data():
     assert found and found.c >= 10 and found.figures.top1 > 0.9
 
 
-def test_labels_that_were_not_learnt_are_wrong_and_one_label_is_nothing_to_learn():
+def test_labels_without_training_images_are_wrong_and_one_label_is_refused():
     train, test = clouds(200, 1, 0.3), clouds(300, 2, 0.3)
     known = train.targets < 7
     some = Labelled(train.features[known], train.targets[known])
@@ -93,7 +93,7 @@ def test_labels_that_were_not_learnt_are_wrong_and_one_label_is_nothing_to_learn
     assert linear_classifier(same, test, NAMES, seed=0) is None
 
 
-def test_two_images_of_two_labels_are_enough_to_try():
+def test_two_images_with_two_labels_are_enough():
     two = Labelled(unit(2, 0), torch.tensor([0, 1]))
     found = linear_classifier(two, clouds(20, 2, 0.3), NAMES, seed=0)
     assert found and found.training_images == 2

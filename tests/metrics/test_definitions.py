@@ -1,4 +1,4 @@
-"""Ours against the libraries whose figures people know, on embeddings that show mistakes."""
+"""Compares our figures with those of well-known libraries, on embeddings that expose mistakes."""
 
 from itertools import permutations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.metrics.definitions import ceiling_ranks, grouped_figures, paired_figures
+from clipft.metrics.definitions import grouped_figures, paired_figures, upper_bound_ranks
 from clipft.metrics.ranking import ranks_of
 from tests.metrics.embeddings import PLENTY, naive_ranks, tied, unit
 
@@ -16,7 +16,7 @@ SEEDS = range(4)
 
 
 def case(kind, seed):
-    """Queries, candidates, and which are right: each query has at least one."""
+    """Return queries, candidates, and which are right; each query has at least one."""
     queries, candidates = kind(30, seed), kind(40, seed + 50)
     right = np.random.default_rng(seed).random((30, 40)) < 0.1
     right[np.arange(30), np.arange(30)] = True
@@ -30,14 +30,16 @@ def ours(queries, candidates, right):
 
 
 def as_scores(queries, candidates):
-    """Scores without ties in the order that we give tied ones: what libraries that leave ties
-    undefined are compared on."""
+    """Return scores without ties, in the order in which we rank tied ones.
+
+    Libraries that leave the order of ties undefined are compared on these.
+    """
     return -naive_ranks((queries @ candidates.T).numpy()).astype(np.float64)
 
 
 @pytest.mark.parametrize("kind", [unit, tied])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_average_precision_is_that_of_sklearn(kind, seed):
+def test_average_precision_equals_sklearns(kind, seed):
     average_precision = pytest.importorskip("sklearn.metrics").average_precision_score
     queries, candidates, right = case(kind, seed)
     scores = as_scores(queries, candidates)
@@ -46,7 +48,7 @@ def test_average_precision_is_that_of_sklearn(kind, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_gain_is_that_of_sklearn(seed):
+def test_ndcg_equals_sklearns(seed):
     ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
     queries, candidates, right = case(unit, seed)
     scores = (queries @ candidates.T).numpy()
@@ -56,10 +58,10 @@ def test_gain_is_that_of_sklearn(seed):
 
 @pytest.mark.parametrize("kind", [unit, tied])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_figures_are_those_of_torchmetrics(kind, seed):
+def test_figures_equal_torchmetrics(kind, seed):
     library = pytest.importorskip("torchmetrics.retrieval")
     queries, candidates, right = case(kind, seed)
-    # It takes scores of 0 and below for wrong: shift them (cosines would take + 2)
+    # torchmetrics counts scores of 0 and below as wrong, so shift them (cosines would need + 2)
     scores = torch.from_numpy(as_scores(queries, candidates) + 41)
     index = torch.arange(30)[:, None].expand(30, 40)
     theirs = {
@@ -78,7 +80,7 @@ def test_figures_are_those_of_torchmetrics(kind, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_figures_are_those_of_sentence_transformers(seed):
+def test_figures_equal_sentence_transformers(seed):
     module = "sentence_transformers.evaluation"
     evaluator = pytest.importorskip(module).InformationRetrievalEvaluator
     queries, candidates, right = case(unit, seed)
@@ -108,7 +110,7 @@ def test_figures_are_those_of_sentence_transformers(seed):
         assert figures[f"recall@{k}"] == pytest.approx(theirs["recall@k"][k])
 
 
-def test_with_one_right_candidate_each_grouped_is_paired():
+def test_grouped_equals_paired_with_one_right_candidate_each():
     ranks = np.random.default_rng(0).integers(1, 40, 100)
     paired, grouped = paired_figures(ranks), grouped_figures(np.arange(100), ranks)
     for k in (1, 5, 10):
@@ -118,31 +120,33 @@ def test_with_one_right_candidate_each_grouped_is_paired():
     np.testing.assert_array_equal(paired["mrr"], grouped["map"])
 
 
-def best_ranks(captions, photos):
-    """All that a perfect model could do: any order of the distinct photos for a caption, photos
-    that are equal side by side by position."""
+def best_ranks(captions, images):
+    """Return every ranking a perfect model could give.
+
+    The distinct images may come in any order for a caption; equal images rank by position.
+    """
     found = []
-    for order in permutations(sorted(set(photos))):
-        candidates = sorted(range(len(photos)), key=lambda i: (order.index(photos[i]), i))
+    for order in permutations(sorted(set(images))):
+        candidates = sorted(range(len(images)), key=lambda i: (order.index(images[i]), i))
         place = {pair: rank + 1 for rank, pair in enumerate(candidates)}
-        found.append([place[i] for i in range(len(photos))])
+        found.append([place[i] for i in range(len(images))])
     return {c: [[r[i] for i in np.flatnonzero(captions == c)] for r in found] for c in captions}
 
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=7))
-def test_no_model_does_better_than_the_ceiling(pairs):
-    captions, photos = map(np.array, zip(*pairs, strict=True))
-    ceiling = ceiling_ranks(captions, photos)
-    for caption, possible in best_ranks(captions, photos.tolist()).items():
-        ours = np.sort(ceiling[captions == caption])
+def test_no_model_exceeds_the_upper_bound(pairs):
+    captions, images = map(np.array, zip(*pairs, strict=True))
+    bound = upper_bound_ranks(captions, images)
+    for caption, possible in best_ranks(captions, images.tolist()).items():
+        ours = np.sort(bound[captions == caption])
         for ranks in possible:
             assert (ours <= np.sort(ranks)).all()
-        if len(set(photos.tolist())) == len(photos):  # without copies it can be reached
+        if len(set(images.tolist())) == len(images):  # without copies it can be reached
             assert any((ours == np.sort(ranks)).all() for ranks in possible)
 
 
-def test_the_ceiling_of_captions_that_stand_twice():
-    captions, photos = np.array([5, 5, 7, 5]), np.array([0, 1, 2, 3])
-    assert sorted(ceiling_ranks(captions, photos).tolist()) == [1, 1, 2, 3]
-    assert ceiling_ranks(photos, captions).tolist() == [1, 2, 1, 3]
+def test_the_upper_bound_of_repeated_captions():
+    captions, images = np.array([5, 5, 7, 5]), np.array([0, 1, 2, 3])
+    assert sorted(upper_bound_ranks(captions, images).tolist()) == [1, 1, 2, 3]
+    assert upper_bound_ranks(images, captions).tolist() == [1, 2, 1, 3]

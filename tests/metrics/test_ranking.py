@@ -17,7 +17,7 @@ from tests.metrics.embeddings import PLENTY, naive_ranks, tied, unit
     seed=st.integers(0, 999),
     memory=st.integers(1, 9000),
 )
-def test_ranks_are_those_of_a_sort_with_many_ties(n, values, seed, memory):
+def test_ranks_equal_a_stable_sort_with_many_ties(n, values, seed, memory):
     queries, candidates = tied(n, seed, values), tied(n, seed + 1, values)
     expected = naive_ranks((queries @ candidates.T).numpy()).diagonal()
     assert partner_ranks(queries, candidates, memory).tolist() == expected.tolist()
@@ -30,7 +30,7 @@ def test_ranks_are_those_of_a_sort_with_many_ties(n, values, seed, memory):
     memory=st.integers(1, 4000),
     share=st.floats(0, 1),
 )
-def test_any_number_of_right_candidates_is_ranked(shape, seed, memory, share):
+def test_any_number_of_right_candidates_can_be_ranked(shape, seed, memory, share):
     queries, candidates = tied(shape[0], seed), tied(shape[1], seed + 1)
     wanted = np.random.default_rng(seed).random(shape) < share
     rows, columns = map(torch.from_numpy, np.nonzero(wanted))
@@ -38,7 +38,7 @@ def test_any_number_of_right_candidates_is_ranked(shape, seed, memory, share):
     assert ranks_of(queries, candidates, rows, columns, memory).tolist() == expected.tolist()
 
 
-def test_blocks_change_nothing():
+def test_the_block_size_does_not_change_the_figures():
     images, texts = unit(50, 1), unit(50, 2)
     for memory in (1, 5000, 20_000):
         assert retrieval(images, texts, memory) == retrieval(images, texts, PLENTY)
@@ -51,7 +51,7 @@ def test_figures_agree_with_open_clip(kind, seed):
     images, texts = kind(200, seed), kind(200, seed + 10)
     texts = functional.normalize(images + texts, dim=-1) if kind is unit else texts
     for queries, candidates in ((images, texts), (texts, images)):
-        # open_clip leaves ties to an unstable sort: it is handed scores in our order of them
+        # open_clip leaves ties to an unstable sort, so it is given scores in our order
         scores = -torch.from_numpy(naive_ranks((queries @ candidates.T).numpy())).float()
         theirs = metrics(scores, torch.eye(200), torch.tensor(1.0))
         ranks = partner_ranks(queries, candidates, PLENTY).numpy()
@@ -62,7 +62,7 @@ def test_figures_agree_with_open_clip(kind, seed):
         assert np.floor(np.median(ranks)) == theirs["image_to_text_median_rank"]
 
 
-def test_a_perfect_model_is_perfect_and_the_json_has_its_names():
+def test_a_perfect_model_scores_perfectly_and_the_json_keys_are_stable():
     same = unit(20, 5)
     figures = retrieval(same, same, PLENTY).to_dict()
     assert figures["pairs"] == 20
@@ -70,15 +70,15 @@ def test_a_perfect_model_is_perfect_and_the_json_has_its_names():
     assert figures["text_to_image"] == figures["image_to_text"] == expected
 
 
-def test_not_a_number_ranks_last():
+def test_nan_ranks_last():
     images, texts = unit(10, 8), unit(10, 9)
     images[3] = float("nan")
     assert partner_ranks(texts, images, PLENTY)[3] == 10
-    assert retrieval(images * float("nan"), texts, PLENTY).text_to_image.r1 == 0.0
+    assert retrieval(images * float("nan"), texts, PLENTY).text_to_image["r@1"] == 0.0
 
 
 @pytest.mark.gpu
-def test_a_gpu_ranks_alike():
+def test_a_gpu_gives_the_same_ranks():
     queries, candidates = tied(300, 1), tied(300, 2)
-    there = partner_ranks(queries.cuda(), candidates.cuda(), 50_000)
-    assert there.tolist() == partner_ranks(queries, candidates, PLENTY).tolist()
+    on_gpu = partner_ranks(queries.cuda(), candidates.cuda(), 50_000)
+    assert on_gpu.tolist() == partner_ranks(queries, candidates, PLENTY).tolist()

@@ -5,24 +5,24 @@ from hypothesis import strategies as st
 
 from clipft.core.errors import UsageError
 from clipft.metrics import relevance as module
-from clipft.metrics.relevance import Identities, normalised, numbered, relevance
+from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 
 few = st.integers(0, 6)
 
 
 def edges(related):
-    return set(zip(related.edge_texts.tolist(), related.edge_photos.tolist(), strict=True))
+    return set(zip(related.edge_texts.tolist(), related.edge_images.tolist(), strict=True))
 
 
-def test_equal_captions_and_photos_are_one_each():
+def test_equal_captions_and_equal_images_count_once():
     related = relevance(Identities(numbered("aabc"), numbered([1, 2, 1, 3])))
     assert related.text_pairs.tolist() == [0, 2, 3]
-    assert related.photo_pairs.tolist() == [0, 1, 3]
+    assert related.image_pairs.tolist() == [0, 1, 3]
     assert edges(related) == {(0, 0), (0, 1), (1, 0), (2, 2)}
     assert related.clusters.tolist() == [0, 0, 0, 1]
 
 
-def test_a_group_makes_all_its_photos_right_for_all_its_texts():
+def test_every_image_of_a_group_is_right_for_every_text_of_it():
     groups = numbered(["sofa", "sofa", None, None])
     related = relevance(Identities(numbered("abcd"), np.arange(4), groups))
     assert edges(related) == {(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 3)}
@@ -31,24 +31,24 @@ def test_a_group_makes_all_its_photos_right_for_all_its_texts():
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=st.lists(st.tuples(few, few, st.integers(-1, 3)), min_size=1, max_size=20))
-def test_edges_and_clusters_are_those_of_the_definition(pairs):
-    captions, photos, groups = map(np.array, zip(*pairs, strict=True))
-    related = relevance(Identities(captions, photos, groups))
-    texts, shots = captions[related.text_pairs], photos[related.photo_pairs]
+def test_edges_and_clusters_follow_their_definition(pairs):
+    captions, images, groups = map(np.array, zip(*pairs, strict=True))
+    related = relevance(Identities(captions, images, groups))
+    texts, shown = captions[related.text_pairs], images[related.image_pairs]
     assert len(set(texts.tolist())) == len(texts) == len(set(captions.tolist()))
-    found = {(int(texts[t]), int(shots[p])) for t, p in edges(related)}
+    found = {(int(texts[t]), int(shown[p])) for t, p in edges(related)}
     expected = {(c, p) for c, p, _ in pairs} | {
         (c, p) for c, _, g in pairs for _, p, h in pairs if g == h >= 0
     }
     assert found == expected
-    for i, (caption, photo, group) in enumerate(pairs):
+    for i, (caption, image, group) in enumerate(pairs):
         for j, (c, p, g) in enumerate(pairs):
-            if caption == c or photo == p or group == g >= 0:
+            if caption == c or image == p or group == g >= 0:
                 assert related.clusters[i] == related.clusters[j]
-    assert len(set(related.clusters.tolist())) == _components(pairs)
+    assert len(set(related.clusters.tolist())) == count_components(pairs)
 
 
-def _components(pairs):
+def count_components(pairs):
     left, count = set(range(len(pairs))), 0
     while left:
         reached, count = [left.pop()], count + 1
@@ -66,13 +66,13 @@ def _components(pairs):
 
 def test_a_long_chain_is_one_cluster():
     captions = np.arange(2000) // 2
-    photos = (np.arange(2000) + 1) // 2
-    assert relevance(Identities(captions, photos)).clusters.max() == 0
+    images = (np.arange(2000) + 1) // 2
+    assert relevance(Identities(captions, images)).clusters.max() == 0
 
 
-def test_captions_are_equal_as_the_tokenizer_reads_them():
-    assert normalised("  Oak\ttable ") == normalised("oak Table")
-    assert normalised("oak table.") != normalised("oak table")
+def test_captions_are_compared_as_the_tokenizer_reads_them():
+    assert normalized("  Oak\ttable ") == normalized("oak Table")
+    assert normalized("oak table.") != normalized("oak table")
 
 
 def test_groups_too_large_to_list_are_refused(monkeypatch):

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 
 from clipft.metrics.bootstrap import interval, resampled
-from clipft.metrics.definitions import DEFINITIONS, DIRECTIONS, GROUPED, PAIRED, PerQuery
+from clipft.metrics.definitions import DEFINITIONS, GROUPED, PAIRED, PerQuery
+from clipft.metrics.figures import DIRECTIONS
 from clipft.metrics.ranking import retrieval
 from clipft.metrics.relevance import Identities, numbered
 from clipft.metrics.retrieval import EvaluationOptions, difference, evaluate
@@ -26,7 +27,7 @@ def measured(amount=1.0, seed=2, identities=ALONE, options=OPTIONS):
     return evaluate(images, noisy(images, amount, seed), identities, labels, options)
 
 
-def test_paired_figures_are_those_of_each_epoch():
+def test_paired_figures_equal_those_of_each_epoch():
     images = unit(60, 1)
     short = retrieval(images, noisy(images, 1.0, 2), PLENTY).to_dict()
     full = measured().to_dict()
@@ -35,7 +36,7 @@ def test_paired_figures_are_those_of_each_epoch():
             assert full["paired"][direction]["figures"][name]["value"] == pytest.approx(value)
 
 
-def test_the_json_holds_all_figures_that_are_defined():
+def test_the_json_holds_every_defined_figure():
     found = json.loads(json.dumps(measured().to_dict(), allow_nan=False))
     for protocol, names in (("paired", PAIRED), ("grouped", GROUPED)):
         assert set(names) <= set(DEFINITIONS[protocol])
@@ -45,15 +46,15 @@ def test_the_json_holds_all_figures_that_are_defined():
     assert found["by_category"]["kind 0"]["pairs"] == 10
 
 
-def test_a_value_lies_in_its_interval_and_an_interval_shrinks_with_the_data():
+def test_intervals_contain_their_value_and_shrink_with_more_data():
     for part in measured().parts["paired"].values():
         for figure in part.to_dict()["figures"].values():
             if "low" in figure:
                 assert figure["low"] <= figure["value"] <= figure["high"]
-    draws = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     widths = []
     for clusters in (50, 5000):
-        sample = PerQuery({"x": draws.random(clusters)}, np.arange(clusters))
+        sample = PerQuery({"x": random.random(clusters)}, np.arange(clusters))
         found = interval(resampled([sample], 500, 0)[0]["x"])
         widths.append(found["high"] - found["low"])
         expected = 2 * 1.96 * np.sqrt(1 / 12 / clusters)
@@ -61,16 +62,15 @@ def test_a_value_lies_in_its_interval_and_an_interval_shrinks_with_the_data():
     assert widths[1] < widths[0] / 5
 
 
-def test_queries_of_one_cluster_count_once():
-    """Ten copies of each query make no interval narrower."""
+def test_copies_within_a_cluster_do_not_narrow_the_interval():
     values = np.random.default_rng(0).random(40)
     once = PerQuery({"x": values}, np.arange(40))
     copies = PerQuery({"x": np.tile(values, 10)}, np.tile(np.arange(40), 10))
-    draws = [resampled([sample], 400, 3)[0]["x"] for sample in (once, copies)]
-    np.testing.assert_allclose(*draws)
+    values = [resampled([sample], 400, 3)[0]["x"] for sample in (once, copies)]
+    np.testing.assert_allclose(*values)
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says():
+def test_intervals_cover_the_truth_at_their_stated_rate():
     random, covered = np.random.default_rng(5), 0
     for _ in range(300):
         sample = PerQuery({"x": (random.random(100) < 0.3).astype(float)}, np.arange(100))
@@ -79,46 +79,45 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     assert 0.89 <= covered / 300 <= 0.99
 
 
-def test_the_same_model_differs_in_nothing():
-    for parts in (difference(measured(), measured())["paired"],):
-        for figures in parts.values():
-            for name, figure in figures.items():
-                assert figure["value"] == 0, name
-                assert figure.get("clear") in (False, None)
+def test_a_model_does_not_differ_from_itself():
+    for figures in difference(measured(), measured())["paired"].values():
+        for name, figure in figures.items():
+            assert figure["value"] == 0, name
+            assert figure.get("clear") in (False, None)
 
 
-def test_a_better_model_differs_clearly_and_paired_draws_are_narrower():
+def test_a_better_model_differs_clearly_and_shared_resamples_narrow_the_interval():
     good, bad = measured(0.7), measured(3.0)
     found = difference(good, bad)["paired"]["text_to_image"]["r@5"]
     assert found["clear"] and found["value"] > 0 and found["low"] > 0
-    # A hardly changed model: the difference is known far better than each figure
+    # The difference to a hardly changed model is known far better than either figure
     near = measured(1.001)
     change = difference(near, measured(1.0))["paired"]["text_to_image"]["mrr"]
     alone = near.parts["paired"]["text_to_image"].to_dict()["figures"]["mrr"]
     assert change["high"] - change["low"] < (alone["high"] - alone["low"]) / 3
 
 
-def test_without_resamples_there_are_figures_alone():
+def test_without_resamples_there_are_no_intervals():
     options = EvaluationOptions(PLENTY, resamples=0, seed=1)
     found = measured(options=options)
     assert "low" not in found.to_dict()["paired"]["text_to_image"]["figures"]["r@1"]
     assert difference(found, found)["recall"] == {"value": 0.0}
 
 
-def test_not_a_number_in_the_embeddings_is_the_worst_not_an_error():
+def test_nan_embeddings_rank_last_and_raise_nothing():
     images = unit(60, 1) * float("nan")
     found = evaluate(images, unit(60, 2), ALONE, [None] * 60, OPTIONS).to_dict()
     figures = json.loads(json.dumps(found, allow_nan=False))["paired"]["text_to_image"]["figures"]
     assert figures["r@10"]["value"] == 0 and figures["mean_rank"]["value"] == 60
 
 
-def test_a_model_that_knows_the_words_reaches_the_ceiling_of_doubled_captions():
+def test_a_perfect_model_reaches_the_upper_bound_of_repeated_captions():
     captions = numbered(i // 3 for i in range(60))
     texts = unit(20, 4, dim=64)[captions]
     identities = Identities(captions, np.arange(60))
     found = evaluate(texts.clone(), texts, identities, [None] * 60, OPTIONS)
     part = found.parts["paired"]["text_to_image"]
-    assert part.ceiling and part.means == pytest.approx(part.ceiling)
+    assert part.upper_bound and part.means == pytest.approx(part.upper_bound)
     assert found.parts["grouped"]["text_to_image"].means["map"] == 1
     assert found.clusters == 20
 

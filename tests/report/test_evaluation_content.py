@@ -32,7 +32,7 @@ def judged() -> dict:
 
 def test_every_figure_has_a_row_with_its_interval(judged):
     paired, grouped = figure_tables([], judged)
-    assert "60 pairs" in paired["title"] and "56 captions, 60 photos" in grouped["title"]
+    assert "60 pairs" in paired["title"] and "56 captions, 60 images" in grouped["title"]
     rows = {row["key"]: row for table in (paired, grouped) for row in table["rows"]}
     r10 = judged["difference"]["paired"]["text_to_image"]["r@10"]
     assert rows["text_to_image/r@10"]["change"] == r10
