@@ -3,7 +3,7 @@
 from functools import cache
 
 from clipft.data.captions.table import LiveCaptions
-from clipft.data.captions.template import JUST_THE_TXT
+from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import Preprocessing
 from clipft.models.pretrained import ModelInputs, load_inputs
@@ -19,5 +19,5 @@ def encoder(context: int = 77) -> CaptionEncoder:
 
 
 def preprocessing(augmentation: str = "simple", side: int = 0, seed: int = 5) -> Preprocessing:
-    captions = LiveCaptions(JUST_THE_TXT, encoder())
+    captions = LiveCaptions(DEFAULT_TEMPLATE, encoder())
     return Preprocessing(captions, side or tiny().image_size, augmentation, seed)

@@ -28,27 +28,27 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
-class Look:
+class PerceptualHash:
     """What a photo looks like: its dHash (64 bits), and its thumbnail (RGB bytes)."""
 
     hash: int
     thumbnail: bytes
 
 
-def look_of(image: Image.Image) -> Look:
+def perceptual_hash(image: Image.Image) -> PerceptualHash:
     """The look of an RGB picture of at least 24 pixels a side; smaller ones are blurry."""
     small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
     grey = np.asarray(small, np.int16)
     bits = (grey[:, 1:] > grey[:, :-1] + _FLAT).flatten()
     thumbnail = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX).tobytes()
-    return Look(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail)
+    return PerceptualHash(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail)
 
 
-def near_photos(looks: Sequence[Look], near: int) -> list[tuple[int, int]]:
+def near_duplicates(looks: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
     """All (i, j), i < j, that are near-identical."""
     if not looks:
         return []
-    close = near_pairs(np.array([look.hash for look in looks], np.uint64), near)
+    close = close_hashes(np.array([look.hash for look in looks], np.uint64), near)
     thumbnails = np.frombuffer(b"".join(look.thumbnail for look in looks), np.uint8)
     thumbnails = thumbnails.reshape(len(looks), -1)
     contrast = np.array([row.std() for row in thumbnails])
@@ -62,7 +62,7 @@ def near_photos(looks: Sequence[Look], near: int) -> list[tuple[int, int]]:
     return [(one, other) for one, other in found]
 
 
-def near_pairs(hashes: Hashes, near: int) -> Rows:
+def close_hashes(hashes: Hashes, near: int) -> Rows:
     """All (i, j), i < j, in order, whose hashes differ in at most ``near`` bits; exact.
 
     Of near + 1 bands of the hash, at least one must be equal (pigeonhole), so only rows that

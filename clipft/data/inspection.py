@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from clipft.core.common import processors
-from clipft.data.captions.template import JUST_THE_TXT, BadCaption, CaptionTemplate
-from clipft.data.duplicates import Groups, Look, look_of, near_photos
+from clipft.data.captions.template import DEFAULT_TEMPLATE, BadCaption, CaptionTemplate
+from clipft.data.duplicates import Groups, PerceptualHash, near_duplicates, perceptual_hash
 from clipft.data.images import BadImage, decode_image
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
@@ -40,7 +40,7 @@ class PairFacts:
     photo: str = ""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
-    look: Look | None = None
+    perceptual_hash: PerceptualHash | None = None
     broken: str = ""
 
     @property
@@ -108,7 +108,7 @@ def read_facts(
     report: Callable[[int, int], None],
     workers: int = 0,
     split: str = "",
-    template: CaptionTemplate = JUST_THE_TXT,
+    template: CaptionTemplate = DEFAULT_TEMPLATE,
 ) -> list[PairFacts]:
     """Decode every pair in ``workers`` threads (Pillow decodes outside of the interpreter's
     lock); 0: as many as there are processors."""
@@ -144,14 +144,16 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
     with Image.open(io.BytesIO(raw.image)) as header:
         kind = (header.format or "?").lower()
     photo = hashlib.sha256(raw.image).hexdigest()
-    return replace(fact, photo=photo, kind=kind, size=image.size, look=look_of(image))
+    return replace(
+        fact, photo=photo, kind=kind, size=image.size, perceptual_hash=perceptual_hash(image)
+    )
 
 
 def _alike(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
     """Near-identical photos, by SHA-256: each is compared once, however often it stands."""
     once = list({fact.photo: fact for fact in facts}.values())
-    looks = [fact.look for fact in once if fact.look]
-    return [(once[i].photo, once[j].photo) for i, j in near_photos(looks, near)]
+    looks = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
+    return [(once[i].photo, once[j].photo) for i, j in near_duplicates(looks, near)]
 
 
 def split_facts(

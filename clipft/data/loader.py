@@ -22,7 +22,7 @@ from clipft.data.captions.table import CaptionSource
 from clipft.data.captions.template import BadCaption
 from clipft.data.captions.tokenizer import padded
 from clipft.data.images import BadImage, decode_image
-from clipft.data.order import WHOLE, EpochPlan, Position, Share, derived_seed
+from clipft.data.order import SOLE_PROCESS, EpochPlan, Position, Share, derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.shards.index import Skipped
 from clipft.data.workers import (
@@ -59,7 +59,7 @@ class Batch:
         return Batch(pixels, ids, self.numbers, self.skipped)
 
 
-NO_PAIRS = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
+EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
 """What a process has that has nothing."""
 
 
@@ -85,7 +85,7 @@ class StepBatch:
 class Preprocessing:
     """How raw bytes become model input.
 
-    ``pictures`` False: none is read, because the vision tower's features are there already;
+    ``read_images`` False: none is read, because the vision tower's features are there already;
     ``bad`` are then the pairs, by number, whose pictures cannot be used, and why.
     """
 
@@ -94,11 +94,11 @@ class Preprocessing:
     augmentation: str
     seed: int
     squashed: bool = False
-    pictures: bool = True
+    read_images: bool = True
     bad: Mapping[int, str] = field(default_factory=dict)
 
 
-class Places(Protocol):
+class PairSource(Protocol):
     """What a worker reads from."""
 
     def __len__(self) -> int: ...
@@ -111,7 +111,7 @@ class Places(Protocol):
         """
 
 
-class Pairs(Places, Protocol):
+class Pairs(PairSource, Protocol):
     """What can be trained on: an indexed ``PairDataset`` or a ``PairStream``."""
 
     @property
@@ -131,12 +131,16 @@ class LoaderOptions:
 
     workers: int = 0
     pin_memory: bool = False
-    share: Share = WHOLE
+    share: Share = SOLE_PROCESS
     timeout: float = 0
 
     @classmethod
-    def of(
-        cls, settings: DataSettings, device: torch.device, share: Share = WHOLE, beside: int = 1
+    def from_settings(
+        cls,
+        settings: DataSettings,
+        device: torch.device,
+        share: Share = SOLE_PROCESS,
+        beside: int = 1,
     ) -> "LoaderOptions":
         """As the settings have it, where ``beside`` processes each take their part of the
         machine's processors."""
@@ -183,7 +187,7 @@ def _ahead(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
 
 
 def evaluation_batches(
-    dataset: Places, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
+    dataset: PairSource, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
     """All pairs once, in their own order; of its batches those in ``options.share``, filled up
     with empty ones: each share has as many."""
@@ -196,11 +200,11 @@ def evaluation_batches(
     for _ in mine:
         yield _next(batches, under_way)
     for _ in range(-(-len(starts) // share.count) - len(mine)):
-        yield NO_PAIRS
+        yield EMPTY_BATCH
 
 
 def _loader(
-    dataset: Places,
+    dataset: PairSource,
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
     options: LoaderOptions,
@@ -209,18 +213,18 @@ def _loader(
 ) -> "DataLoader[Batch | DataError]":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are the parallelism
     # Looking captions up takes less time than sending them between processes
-    workers = options.processes if preprocessing.pictures else 0
+    workers = options.processes if preprocessing.read_images else 0
     if workers:
         kill_workers_at_exit()
     decoded: Any = (  # items become a Batch in collate
         _Decoded(dataset, preprocessing, under_way)
-        if preprocessing.pictures
+        if preprocessing.read_images
         else _Captioned(dataset, preprocessing)
     )
     return DataLoader(
         decoded,
         batch_sampler=micro_batches,
-        collate_fn=_Collate(preprocessing.captions.end),
+        collate_fn=_Collate(preprocessing.captions.pad_token_id),
         worker_init_fn=ignore_signals,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
@@ -252,7 +256,9 @@ class _Decoded(Dataset["_Pair | Skipped | DataError"]):
     alone.
     """
 
-    def __init__(self, dataset: Places, preprocessing: Preprocessing, under_way: UnderWay) -> None:
+    def __init__(
+        self, dataset: PairSource, preprocessing: Preprocessing, under_way: UnderWay
+    ) -> None:
         self.dataset, self.under_way = dataset, under_way
         self.seed, self.captions = preprocessing.seed, preprocessing.captions
         self.transform = make_transform(
@@ -288,7 +294,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
     _NOTHING = torch.empty(0, dtype=torch.uint8)
 
-    def __init__(self, dataset: Places, preprocessing: Preprocessing) -> None:
+    def __init__(self, dataset: PairSource, preprocessing: Preprocessing) -> None:
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
         self.dataset, self.preprocessing = dataset, preprocessing
 
@@ -305,7 +311,7 @@ class _Captioned(Dataset["_Pair | Skipped"]):
 
 @dataclass(frozen=True)
 class _Collate:
-    end: int
+    pad_token_id: int
 
     def __call__(self, items: "list[_Pair | Skipped | DataError]") -> "Batch | DataError":
         for item in items:
@@ -316,5 +322,5 @@ class _Collate:
         if not pairs:
             return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
         pixels = torch.stack([pair.pixels for pair in pairs])
-        ids = padded([pair.ids for pair in pairs], self.end)
+        ids = padded([pair.ids for pair in pairs], self.pad_token_id)
         return Batch(pixels, ids, tuple(pair.number for pair in pairs), skipped)

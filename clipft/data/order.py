@@ -39,7 +39,7 @@ class Share:
         return range(things * self.rank // self.count, things * (self.rank + 1) // self.count)
 
 
-WHOLE = Share()
+SOLE_PROCESS = Share()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class EpochPlan:
         start: Position,
         epochs: int,
         order: Callable[[int, int], Iterator[Place]],
-        share: Share = WHOLE,
+        share: Share = SOLE_PROCESS,
     ) -> Iterator[list[tuple[int, Place]]]:
         """The micro-batches from ``start`` to the end, as lists of (epoch, place): of each
         step those in ``share``.

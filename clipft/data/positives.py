@@ -6,7 +6,6 @@ Ids follow from the pairs alone, so they are equal in any batch, process and mac
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,35 +25,31 @@ _MANY = 20_000
 _POSITIVE = (1 << 63) - 1
 
 
-class Positives(Protocol):
-    def ids(self, batch: Batch) -> Tensor | None:
-        """int64 [B], equal for rows of one group; None: each row is its own group."""
-
-
 @dataclass(frozen=True)
-class PairPositives:
-    """Each pair for itself."""
+class Positives:
+    """Assigns the rows of a batch to groups. This base class makes each pair its own group."""
 
     def ids(self, batch: Batch) -> Tensor | None:
+        """Return int64 [B], equal for rows of one group; None if each row is its own group."""
         return None
 
 
-EACH_FOR_ITSELF = PairPositives()
+NO_GROUPS = Positives()
 
 
 @dataclass(frozen=True)
-class CaptionPositives:
-    """Rows with the same caption. ``end`` is the id that ends a text and fills it."""
+class CaptionPositives(Positives):
+    """Rows with the same caption. ``pad_token_id`` ends and pads the texts."""
 
-    end: int
+    pad_token_id: int
 
     def ids(self, batch: Batch) -> Tensor | None:
-        keys = caption_keys(batch.input_ids, self.end)
+        keys = caption_keys(batch.input_ids, self.pad_token_id)
         return torch.from_numpy((keys >> np.uint64(1)).astype(np.int64))
 
 
 @dataclass(frozen=True)
-class GroupPositives:
+class GroupPositives(Positives):
     """Rows with the same value of a metadata field; ``table`` int64 [pairs] by pair number."""
 
     table: Tensor
@@ -64,17 +59,17 @@ class GroupPositives:
 
 
 def make_positives(
-    settings: Settings, pairs: Pairs, end: int, note: Callable[[str], None]
+    settings: Settings, pairs: Pairs, pad_token_id: int, note: Callable[[str], None]
 ) -> Positives:
-    """What ``settings.positives`` names, for these pairs; ``end`` ends the captions' ids.
+    """What ``settings.positives`` names, for these pairs.
 
     Raises:
         UsageError: groups of a stream, or by a field that no pair has.
     """
     if settings.positives == "pair":
-        return EACH_FOR_ITSELF
+        return NO_GROUPS
     if settings.positives == "caption":
-        return CaptionPositives(end)
+        return CaptionPositives(pad_token_id)
     if not isinstance(pairs, PairDataset):
         raise UsageError(
             "--positives group does not go with --stream: groups are looked up by pair",

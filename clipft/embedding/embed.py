@@ -12,9 +12,9 @@ from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
-from clipft.data.loader import NO_PAIRS, Batch, LoaderOptions, Places, evaluation_batches
+from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, PairSource, evaluation_batches
 from clipft.data.order import Share
-from clipft.data.positives import EACH_FOR_ITSELF, Positives
+from clipft.data.positives import NO_GROUPS, Positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.data.shards.index import Skipped
 from clipft.distributed.collectives import ALONE, Processes
@@ -89,7 +89,7 @@ def _embed_own(
     model.eval()
     images, texts = [torch.empty(0)], [torch.empty(0)]
     captions = [torch.empty(0, dtype=torch.int64)]
-    groups = [] if (none := positives.ids(NO_PAIRS)) is None else [none]
+    groups = [] if (none := positives.ids(EMPTY_BATCH)) is None else [none]
     numbers, skipped = list[int](), list[Skipped]()
     for batch in batches:
         skipped += batch.skipped
@@ -126,7 +126,7 @@ def embed_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
     """Texts of no data set, float32 [texts, D] of unit length, on the CPU."""
     inputs, precision = loaded.base.inputs, loaded.precision
     encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
-    ids = padded([encoded.ids for encoded in encoder(texts)], encoder.end)
+    ids = padded([encoded.ids for encoded in encoder(texts)], encoder.eos_token_id)
     with precision.autocast():
         return loaded.model.eval().encode_texts(ids.to(precision.device)).cpu()
 
@@ -152,10 +152,10 @@ def validation_pairs(settings: Settings) -> PairDataset:
 
 def embed_pairs(
     loaded: LoadedModel,
-    pairs: Places,
+    pairs: PairSource,
     how: Encoding,
     settings: Settings,
-    positives: Positives = EACH_FOR_ITSELF,
+    positives: Positives = NO_GROUPS,
     processes: Processes = ALONE,
     check: Callable[[], None] = lambda: None,
 ) -> Embeddings:
@@ -166,7 +166,7 @@ def embed_pairs(
         Interrupted: as the check of ``rounds`` has it.
     """
     share, device = Share(processes.rank, processes.world_size), loaded.precision.device
-    options = LoaderOptions.of(settings, device, share, processes.local_world_size)
+    options = LoaderOptions.from_settings(settings, device, share, processes.local_world_size)
     batch_size = settings.micro_batch_size or _BATCH
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
     embedded = embed(loaded.model, how.towers, batches, positives, processes, check)

@@ -20,7 +20,7 @@ from clipft.data.captions.table import (
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
-from clipft.data.overlap import shared_captions, shared_photos
+from clipft.data.overlap import shared_captions, shared_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.feature_cache import FeatureCache
 from clipft.embedding.load import LoadedModel
@@ -38,7 +38,7 @@ class Encoding:
 
 def live_encoding(loaded: LoadedModel, preprocessing: Preprocessing, seed: int) -> Encoding:
     """Both towers run, each time."""
-    return Encoding(preprocessing, make_towers(loaded, seed, preprocessing.captions.end))
+    return Encoding(preprocessing, make_towers(loaded, seed, preprocessing.captions.pad_token_id))
 
 
 def open_encoding(
@@ -56,7 +56,7 @@ def open_encoding(
     live = live_encoding(loaded, preprocessing, settings.seed)
     if not settings.feature_cache:
         return live
-    options = LoaderOptions.of(settings, loaded.precision.device)
+    options = LoaderOptions.from_settings(settings, loaded.precision.device)
     cache = FeatureCache(loaded, options, progress)
     try:
         return _with_images(_with_texts(live, cache), pairs, cache)
@@ -69,8 +69,10 @@ def _with_texts(live: Encoding, cache: FeatureCache) -> Encoding:
     captions, model = live.preprocessing.captions, cache.loaded.model
     if model.text_tower_trainable or not isinstance(captions, CaptionTable):
         return live
-    features = cache.of_captions(captions, captions.end)
-    return replace(live, towers=with_text_features(live.towers, model, features, captions.end))
+    features = cache.of_captions(captions, captions.pad_token_id)
+    return replace(
+        live, towers=with_text_features(live.towers, model, features, captions.pad_token_id)
+    )
 
 
 def _with_images(live: Encoding, pairs: Pairs, cache: FeatureCache) -> Encoding:
@@ -78,7 +80,7 @@ def _with_images(live: Encoding, pairs: Pairs, cache: FeatureCache) -> Encoding:
     if model.vision_tower_trainable or not unchanging or not isinstance(pairs, PairDataset):
         return live
     features = cache.of_images(pairs)
-    preprocessing = replace(live.preprocessing, pictures=False, bad=features.bad)
+    preprocessing = replace(live.preprocessing, read_images=False, bad=features.bad)
     return Encoding(preprocessing, with_image_features(live.towers, model, features))
 
 
@@ -162,7 +164,7 @@ def data_remarks(
         remarks += _caption_remarks(ours.figures, len(train), context)
     shared = {}
     if isinstance(train, PairDataset):
-        shared["photo"] = shared_photos(val, train)
+        shared["photo"] = shared_images(val, train)
     if isinstance(ours, CaptionTable) and isinstance(theirs, CaptionTable):
         shared["caption"] = shared_captions(theirs, ours)
     listed = " and ".join(f"the {what} of {count:,}" for what, count in shared.items() if count)

@@ -79,7 +79,7 @@ class FeatureCache:
         title = f"Image features of {counted(len(pairs), 'pair')}"
         return self._kept("images", (pairs.state(), how), rows(), _Made(title, len(pairs), bad))
 
-    def of_captions(self, table: CaptionTable, fill: int) -> Features:
+    def of_captions(self, table: CaptionTable, pad_token_id: int) -> Features:
         """[captions, W] by ``caption_keys``, each different caption once.
 
         Raises:
@@ -94,12 +94,17 @@ class FeatureCache:
 
         def rows() -> Iterator[tuple[Keys, Tensor]]:
             for start in range(0, len(captions), _BATCH):
-                ids = stacked([padded(captions[start : start + _BATCH], fill)], fill, filled)
-                yield caption_keys(ids, fill), self._texts(ids.to(self.loaded.precision.device))
+                ids = stacked(
+                    [padded(captions[start : start + _BATCH], pad_token_id)], pad_token_id, filled
+                )
+                yield (
+                    caption_keys(ids, pad_token_id),
+                    self._texts(ids.to(self.loaded.precision.device)),
+                )
 
         title = f"Text features of {counted(len(captions), 'caption')}"
         made = _Made(title, len(captions), {})
-        features = self._kept("texts", (digest, str(fill), str(width)), rows(), made)
+        features = self._kept("texts", (digest, str(pad_token_id), str(width)), rows(), made)
         assert len(features.keys) == len(captions), "two captions with one key"
         return features
 

@@ -94,13 +94,13 @@ class Towers:
     even_out: EvenOut = _as_they_are
 
 
-def make_towers(loaded: LoadedModel, seed: int, fill: int) -> Towers:
-    """Both towers at work. ``fill`` is the id that texts are filled with."""
+def make_towers(loaded: LoadedModel, seed: int, pad_token_id: int) -> Towers:
+    """Both towers at work. ``pad_token_id`` pads the texts."""
     model, precision = loaded.model, loaded.precision
     context = loaded.base.inputs.context_length
     width = context if model.architecture.fills_texts else 0
     least = _LEAST_TOKENS.get(precision.device.type, _LEAST_TOKENS["cuda"])
-    cut_texts = _Captions(fill, width, least)
+    cut_texts = _Captions(pad_token_id, width, least)
     images, texts = (
         Randomness(seed, 0, loaded.masks.images),
         Randomness(seed, 1, loaded.masks.texts),
@@ -119,10 +119,10 @@ def with_image_features(towers: Towers, model: TrainableModel, features: Feature
 
 
 def with_text_features(
-    towers: Towers, model: TrainableModel, features: Features, fill: int
+    towers: Towers, model: TrainableModel, features: Features, pad_token_id: int
 ) -> Towers:
     """The text tower's work looked up by the caption."""
-    cut = _Looked(features, lambda batch: caption_keys(batch.input_ids, fill))
+    cut = _Looked(features, lambda batch: caption_keys(batch.input_ids, pad_token_id))
     tower = replace(towers.texts, cut=cut, encode_inputs=model.project_texts)
     return replace(towers, texts=tower)
 
@@ -140,19 +140,19 @@ class _Captions:
     """Each caption once, shortest first, in chunks of at most a micro-batch's rows; filled to
     ``width`` tokens where it is not 0, else cut at the longest of the chunk."""
 
-    fill: int
+    pad_token_id: int
     width: int
     least: int
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Chunks:
         if not micro_batches:
             return Chunks([], torch.arange(0))
-        ids = stacked([b.input_ids for b in micro_batches], self.fill, self.width)
+        ids = stacked([b.input_ids for b in micro_batches], self.pad_token_id, self.width)
         keys, first, which = np.unique(
-            caption_keys(ids, self.fill), return_index=True, return_inverse=True
+            caption_keys(ids, self.pad_token_id), return_index=True, return_inverse=True
         )
         once = ids[torch.from_numpy(first).to(ids.device)]
-        needed = self.width or lengths(once, self.fill).cpu().numpy() + 1
+        needed = self.width or lengths(once, self.pad_token_id).cpu().numpy() + 1
         ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
         longest = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
         most = max(len(batch) for batch in micro_batches)

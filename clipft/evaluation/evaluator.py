@@ -11,7 +11,7 @@ from clipft.core.common import checked, silent
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import Preprocessing
-from clipft.data.overlap import same_photos
+from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
@@ -52,7 +52,7 @@ class EvaluationSet:
         said = describe(pairs, template, settings.label_field, settings.group_field)
         groups = numbered(d.group for d in said) if settings.group_field else None
         captions = numbered(normalized(d.caption) for d in said)
-        identities = Identities(captions, same_photos(pairs), groups)
+        identities = Identities(captions, same_images(pairs), groups)
         relevance(identities)  # refuses here, not after hours of training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said])
 

@@ -160,7 +160,7 @@ class PairReader:
     def caption(self, number: int) -> str:
         """The first caption of a pair; "" where it has none."""
         try:
-            return self.template.captions(*self.pairs.words(number))[0]
+            return self.template.captions(*self.pairs.caption_and_metadata(number))[0]
         except BadCaption:
             return ""
 

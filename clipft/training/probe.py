@@ -10,7 +10,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.memory import give_back, peak_memory, usable_memory
 from clipft.data.loader import Batch
-from clipft.data.positives import EACH_FOR_ITSELF
+from clipft.data.positives import NO_GROUPS
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers
@@ -103,7 +103,7 @@ class ModelProbe:
             model=self.model,
             towers=self.towers,
             loss=self.loss,
-            positives=EACH_FOR_ITSELF,
+            positives=NO_GROUPS,
             processes=ALONE,
             scaler=torch.amp.GradScaler(enabled=False),
             graphs=ActivationBudget(lambda: _ALL_GRAPHS),

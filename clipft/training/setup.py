@@ -63,7 +63,7 @@ class RunSetup:
     def loader_options(self) -> LoaderOptions:
         processes, device = self.processes, self.loaded.precision.device
         share = Share(processes.rank, processes.world_size)
-        return LoaderOptions.of(self.settings, device, share, processes.local_world_size)
+        return LoaderOptions.from_settings(self.settings, device, share, processes.local_world_size)
 
     def make_optimiser(self) -> Optimiser:
         settings, precision = self.settings, self.loaded.precision
@@ -142,7 +142,7 @@ def prepare(
     val_encoding = rank_zero_first(
         processes, lambda: open_encoding(loaded, val, opened.val_preprocessing, settings, *tell)
     )
-    fill = opened.preprocessing.captions.end
+    pad_token_id = opened.preprocessing.captions.pad_token_id
     return RunSetup(
         settings=settings,
         loaded=loaded,
@@ -151,8 +151,8 @@ def prepare(
         encoding=replace(encoding, towers=weights.towers(encoding.towers)),
         val_encoding=replace(val_encoding, towers=weights.towers(val_encoding.towers)),
         val_preprocessing=opened.val_preprocessing,
-        positives=make_positives(settings, train, fill, note),
-        val_positives=make_positives(settings, val, fill, note),
+        positives=make_positives(settings, train, pad_token_id, note),
+        val_positives=make_positives(settings, val, pad_token_id, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=lay_plan(

@@ -22,7 +22,7 @@ from PIL import Image
 from side_by_side import arguments, write_figures
 
 from clipft.data.captions.table import caption_table
-from clipft.data.captions.template import JUST_THE_TXT
+from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
@@ -84,7 +84,7 @@ def private_mib(process: int) -> float:
 
 def batches(folder: Path, encoder: CaptionEncoder, workers: int) -> Iterator[Any]:
     pairs = open_pairs(folder)
-    captions = caption_table(pairs, JUST_THE_TXT, encoder, 1, lambda: None)
+    captions = caption_table(pairs, DEFAULT_TEMPLATE, encoder, 1, lambda: None)
     plan = EpochPlan(len(pairs), BATCH, BATCH, 1)
     preprocessing = Preprocessing(captions, 224, "simple", 1)
     options = LoaderOptions(workers)
@@ -112,7 +112,7 @@ def measure(pairs: int, root: Path, encoder: CaptionEncoder) -> Figures:
         index.unlink()
     warm, opened = seconds(lambda: open_pairs(folder))
     again, _ = seconds(lambda: open_pairs(folder))
-    table, _ = seconds(lambda: caption_table(opened, JUST_THE_TXT, encoder, 1, lambda: None))
+    table, _ = seconds(lambda: caption_table(opened, DEFAULT_TEMPLATE, encoder, 1, lambda: None))
     first, _ = seconds(lambda: next(batches(folder, encoder, workers=0)))
     memory = worker_memory(folder, encoder)
     shutil.rmtree(folder)

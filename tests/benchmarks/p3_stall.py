@@ -21,7 +21,7 @@ from side_by_side import arguments, write_figures
 
 from clipft.data import loader
 from clipft.data.captions.table import LiveCaptions
-from clipft.data.captions.template import JUST_THE_TXT
+from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--slack", type=float, default=1.3)
     options = parser.parse_args()
     model, rows = load_inputs("tiny"), []
-    captions = LiveCaptions(JUST_THE_TXT, CaptionEncoder(model.tokenizer, 77))
+    captions = LiveCaptions(DEFAULT_TEMPLATE, CaptionEncoder(model.tokenizer, 77))
     preprocessing = Preprocessing(captions, 224, "simple", 1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "train"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from clipft.cli.app import run
 from clipft.core.errors import StorageError
-from clipft.data import duplicates as likeness
-from clipft.data.duplicates import near_pairs, near_photos
+from clipft.data import duplicates
+from clipft.data.duplicates import close_hashes, near_duplicates
 from clipft.data.inspection import leak, read_facts, split_facts
 from clipft.data.shards.dataset import open_pairs
 from clipft.report.html import Picture, write_page
@@ -153,7 +153,7 @@ def test_many_copies_of_a_photo_are_compared_once(tmp_path, monkeypatch):
     pairs = write(tmp_path / "0.tar", copies)
     compared = []
     monkeypatch.setattr(
-        likeness, "near_pairs", lambda h, near: compared.append(len(h)) or near_pairs(h, near)
+        duplicates, "close_hashes", lambda h, near: compared.append(len(h)) or close_hashes(h, near)
     )
     found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
     assert compared == [2]
@@ -251,7 +251,7 @@ def test_near_pairs_misses_none_and_makes_up_none(hashes, flips, near):
         for j in range(i + 1, len(rows))
         if (rows[i] ^ rows[j]).bit_count() <= near
     ]
-    assert near_pairs(np.array(rows, np.uint64), near).tolist() == wanted
+    assert close_hashes(np.array(rows, np.uint64), near).tolist() == wanted
 
 
 def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
@@ -264,7 +264,7 @@ def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
 
     pairs = [(swatch((90, 60, 30)), "walnut"), (swatch((200, 170, 130)), "oak")]
     facts = read_facts(write(tmp_path / "0.tar", pairs), quiet)
-    assert not near_photos([fact.look for fact in facts], 8)
+    assert not near_duplicates([fact.perceptual_hash for fact in facts], 8)
     assert leak(facts[:1], facts[1:], 8).near_photo == 0
 
 

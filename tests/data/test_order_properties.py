@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
-from clipft.data.order import WHOLE, EpochPlan, Share
+from clipft.data.order import SOLE_PROCESS, EpochPlan, Share
 from clipft.data.shards.dataset import open_pairs
 from clipft.training.loop import TrainState
 from tests import inputs
@@ -37,7 +37,7 @@ class Run:
     epochs: int
     seed: int
     workers: int = 0
-    share: Share = WHOLE
+    share: Share = SOLE_PROCESS
 
     @property
     def plan(self) -> EpochPlan:
@@ -135,7 +135,7 @@ def batches_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
 
 def pairs_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
     """The pairs in their order, without the micro-batches and without padding."""
-    end = preprocessing(0).captions.end
+    end = preprocessing(0).captions.pad_token_id
     return [
         (step.epoch, step.step, number, pixels.tolist(), ids.tolist()[: ids.tolist().index(end)])
         for step in steps

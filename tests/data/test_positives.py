@@ -16,7 +16,7 @@ from clipft.data.shards.stream import open_stream
 from tests.conftest import add, jpeg, write_shard
 from tests.inputs import encoder
 
-END = encoder().end
+END = encoder().eos_token_id
 
 
 def positives(pairs, **given):

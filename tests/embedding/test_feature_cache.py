@@ -119,5 +119,5 @@ def test_a_cache_without_room_is_done_without(catalogue, monkeypatch, tmp_path):
         {"model": "tiny", "data_dir": str(catalogue), "scenario": "linear_probe"}, environ={}
     ).values.model_copy(update={"micro_batch_size": 16, "num_workers": 0})
     setup = prepare(settings, notes.append, ALONE)
-    assert setup.encoding.preprocessing.pictures
+    assert setup.encoding.preprocessing.read_images
     assert any("features are not kept" in note for note in notes)

@@ -225,8 +225,8 @@ def test_every_kind_of_caption_reads_as_it_should(tmp_path):
     for name, (_, text) in CAPTIONS.items():
         ids = pairs[name][1]
         assert ids.tolist() == encoder()([text])[0].ids, name
-        assert ids.tolist().count(encoder().end) == 1, name
-        assert ids[-1] == encoder().end, name
+        assert ids.tolist().count(encoder().eos_token_id) == 1, name
+        assert ids[-1] == encoder().eos_token_id, name
 
 
 def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsys):

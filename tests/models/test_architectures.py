@@ -79,7 +79,7 @@ def pixels_and_ids(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = untouched(folder).inputs
     transform = make_transform("none", inputs.image_size, inputs.squashed)
     encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
-    ids = padded([encoded.ids for encoded in encoder(TEXTS)], encoder.end)
+    ids = padded([encoded.ids for encoded in encoder(TEXTS)], encoder.eos_token_id)
     return torch.stack([transform(image, 0) for image in pictures()]), ids
 
 
@@ -230,7 +230,7 @@ def test_siglips_captions_are_cut_between_words(folders):
     text = "a red chair and an oak table and a blue sofa"
     (caption,) = encoder([text])
     assert caption.length > 12 >= len(caption.ids)
-    assert caption.ids[-1] == encoder.end
+    assert caption.ids[-1] == encoder.eos_token_id
     kept = inputs.tokenizer.decode(caption.ids[:-1]).split()
     assert kept == text.split()[: len(kept)]
     assert (

@@ -110,7 +110,7 @@ def search(
     parts = open_pictures(local_data(data, loaded.values, out))
     opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
-    options = LoaderOptions.of(opened.settings, opened.loaded.precision.device)
+    options = LoaderOptions.from_settings(opened.settings, opened.loaded.precision.device)
     with out.progress(f"Searching {counted(sum(map(len, parts)), 'picture')}") as report:
         index = open_index(opened, parts, options, report)
         scores = index.scores(vector)

@@ -78,7 +78,7 @@ def _descriptions(
     pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
 ) -> Iterator[Description]:
     for number in range(len(pairs)):
-        caption, metadata = pairs.words(number)
+        caption, metadata = pairs.caption_and_metadata(number)
         fields = parse_metadata(metadata)
         try:
             text = template.captions(caption, metadata)[0]

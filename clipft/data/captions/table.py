@@ -31,10 +31,10 @@ _CAPTION = 1
 
 
 class CaptionSource(Protocol):
-    """``end`` is the id that ends a text, for padding."""
+    """``pad_token_id`` pads the rows of a batch."""
 
     @property
-    def end(self) -> int: ...
+    def pad_token_id(self) -> int: ...
 
     def ids(self, pair: RawPair, epoch: int) -> list[int]:
         """
@@ -59,8 +59,8 @@ class LiveCaptions:
     seed: int | None = None
 
     @property
-    def end(self) -> int:
-        return self.encoder.end
+    def pad_token_id(self) -> int:
+        return self.encoder.eos_token_id
 
     def ids(self, pair: RawPair, epoch: int) -> list[int]:
         texts = self.template.captions(pair.caption, pair.metadata)
@@ -72,10 +72,10 @@ class LiveCaptions:
 class NoCaptions:
     """Where the pictures alone matter."""
 
-    end: int = 0
+    pad_token_id: int = 0
 
     def ids(self, pair: RawPair, epoch: int) -> list[int]:
-        return [self.end]
+        return [self.pad_token_id]
 
 
 _FORMAT = "1"
@@ -102,7 +102,7 @@ class CaptionTable:
     """A ``CaptionSource``. ``seed`` None: the first caption of each pair in every epoch."""
 
     figures: CaptionFigures
-    end: int
+    pad_token_id: int
     seed: int | None
     ids_of_all: Numbers
     ends: Numbers
@@ -129,7 +129,7 @@ class CaptionTable:
     def __reduce__(self) -> tuple[Any, ...]:
         # A started (not forked) worker maps the files anew rather than being sent a copy
         if self.folder:
-            return _load, (self.folder, self.end, self.seed)
+            return _load, (self.folder, self.pad_token_id, self.seed)
         return super().__reduce__()  # type: ignore[return-value]
 
 
@@ -146,13 +146,13 @@ def caption_table(
         digest.update(hashlib.sha256(part.encode()).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
     try:
-        return _load(folder, encoder.end, seed)
+        return _load(folder, encoder.eos_token_id, seed)
     except (OSError, ValueError, KeyError, TypeError):
         building()
     table = _build(pairs, template, encoder, seed)
     try:
         _save(table, folder)
-        return _load(folder, encoder.end, seed)
+        return _load(folder, encoder.eos_token_id, seed)
     except (OSError, ValueError):  # no room, or another run was faster
         return table
 
@@ -178,7 +178,7 @@ def _build(
     small = np.uint16 if int(whole.max(initial=0)) < 1 << 16 else np.uint32
     return CaptionTable(
         figures,
-        encoder.end,
+        encoder.eos_token_id,
         seed,
         whole.astype(small),
         np.cumsum(np.concatenate(ends)),
@@ -190,7 +190,7 @@ def _texts(pairs: PairDataset, template: CaptionTemplate) -> Iterator[list[list[
     """The captions of all pairs, some thousands at a time; [] for a pair without text."""
     for start in range(0, len(pairs), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(pairs)))
-        yield [_captions(*pairs.words(number), template) for number in numbers]
+        yield [_captions(*pairs.caption_and_metadata(number), template) for number in numbers]
 
 
 def _captions(caption: bytes, metadata: bytes, template: CaptionTemplate) -> list[str]:
@@ -221,7 +221,7 @@ def _arrays(table: CaptionTable) -> tuple[Numbers, Numbers, Numbers]:
     return table.ids_of_all, table.ends, table.counts
 
 
-def _load(folder: Path, end: int, seed: int | None) -> CaptionTable:
+def _load(folder: Path, pad_token_id: int, seed: int | None) -> CaptionTable:
     """
     Raises:
         OSError, ValueError, KeyError, TypeError: no table, or a broken one.
@@ -231,4 +231,4 @@ def _load(folder: Path, end: int, seed: int | None) -> CaptionTable:
     ids, ends, counts = map(np.asarray, mapped)  # memmap's own indexing is slow
     if (len(counts) and int(counts[-1]) != len(ends)) or (len(ends) and int(ends[-1]) != len(ids)):
         raise ValueError("the arrays do not belong together")
-    return CaptionTable(figures, end, seed, ids, ends, counts, folder)
+    return CaptionTable(figures, pad_token_id, seed, ids, ends, counts, folder)

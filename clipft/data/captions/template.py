@@ -238,4 +238,4 @@ def _rank(separator: str) -> int:
     return min(ranks, default=len(_STRENGTH) + (not separator))
 
 
-JUST_THE_TXT = CaptionTemplate.parse(f"{{{CAPTION_FIELD}}}")
+DEFAULT_TEMPLATE = CaptionTemplate.parse(f"{{{CAPTION_FIELD}}}")

@@ -27,7 +27,7 @@ class CaptionEncoder:
 
     def __init__(self, tokenizer: Any, context: int) -> None:
         self.context = context
-        self.end = int(tokenizer.eos_token_id)
+        self.eos_token_id = int(tokenizer.eos_token_id)
         fast = hasattr(tokenizer, "backend_tokenizer")
         self._backend: _Backend = _Tokenizers(tokenizer) if fast else _SentencePiece(tokenizer)
 
@@ -49,7 +49,7 @@ class CaptionEncoder:
         kept = fits
         while kept > 1 and words[kept] == words[kept - 1]:
             kept -= 1
-        return [*ids[: kept if kept > 1 else fits], self.end]
+        return [*ids[: kept if kept > 1 else fits], self.eos_token_id]
 
 
 class _Backend(Protocol):
@@ -106,20 +106,20 @@ class _SentencePiece:
         return f"{type(self._tokenizer).__name__} {self._tokenizer.do_lower_case} {vocabulary}"
 
 
-def padded(rows: Sequence[Sequence[int]], end: int) -> Tensor:
-    """int64 [rows, T], filled to the longest with ``end``.
+def padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    """int64 [rows, T], filled to the longest with ``pad_token_id``.
 
     CLIP's text tower is causal and pools at the first end, so what follows it changes nothing
     and no attention mask is needed; SigLIP's fills texts itself.
     """
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[end] * (longest - len(row))] for row in rows])
+    return torch.tensor([[*row, *[pad_token_id] * (longest - len(row))] for row in rows])
 
 
-def stacked(parts: Sequence[Tensor], fill: int, width: int = 0) -> Tensor:
+def stacked(parts: Sequence[Tensor], pad_token_id: int, width: int = 0) -> Tensor:
     """Rows of [b_i, T_i] under each other: [sum b_i, the longest T_i, and at least ``width``]."""
     longest = max(width, *(part.shape[1] for part in parts))
-    wide = (functional.pad(p, (0, longest - p.shape[1]), value=fill) for p in parts)
+    wide = (functional.pad(p, (0, longest - p.shape[1]), value=pad_token_id) for p in parts)
     return torch.cat(list(wide))
 
 
@@ -132,18 +132,18 @@ _PLACE, _ODD, _MIX = (
 )
 
 
-def lengths(ids: Tensor, fill: int) -> Tensor:
-    """int64 [rows]: the ids of each row of [rows, T] up to the last that is no ``fill``."""
+def lengths(ids: Tensor, pad_token_id: int) -> Tensor:
+    """int64 [rows]: the ids of each row of [rows, T] up to the last that is no ``pad_token_id``."""
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    return (places * (ids != fill)).amax(1)
+    return (places * (ids != pad_token_id)).amax(1)
 
 
-def caption_keys(ids: Tensor, fill: int) -> Keys:
+def caption_keys(ids: Tensor, pad_token_id: int) -> Keys:
     """uint64 [rows]: equal for equal captions however far they are filled, and, by 64 bits,
     for no others. SplitMix64 (Steele et al. 2014) of each id and place, added up."""
     values = ids.cpu().numpy().astype(np.uint64)
     places = np.arange(1, values.shape[1] + 1, dtype=np.uint64) * _PLACE
-    counted = np.arange(values.shape[1]) < lengths(ids, fill).cpu().numpy()[:, None]
+    counted = np.arange(values.shape[1]) < lengths(ids, pad_token_id).cpu().numpy()[:, None]
     return _mixed((_mixed(values + places) * counted).sum(1, dtype=np.uint64))
 
 

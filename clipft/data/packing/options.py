@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from clipft.core.errors import UsageError
 
 NEAR_BITS = 4
-"""Usual ``near`` of ``likeness.near_photos``."""
+"""Usual ``near`` of ``duplicates.near_duplicates``."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import DataError
-from clipft.data.duplicates import Groups, Look, near_photos, validation_rows
+from clipft.data.duplicates import Groups, PerceptualHash, near_duplicates, validation_rows
 from clipft.data.packing.download import Pictures
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
@@ -136,7 +136,7 @@ def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
-        kinds, links = _alike(found.looks, options.near)
+        kinds, links = _alike(found.hashes, options.near)
         groups = Groups(len(kinds))
         for one, other in links:
             groups.join(one, other)
@@ -147,12 +147,14 @@ def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
     return {"train": train, "val": val}
 
 
-def _alike(looks: Sequence[Look | None], near: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Each row's look by number, and which of the looks are near. Equal looks have one number:
+def _alike(
+    hashes: Sequence[PerceptualHash | None], near: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Number the distinct hashes and find those that are near. Equal hashes share one number:
     a placeholder that stands for a thousand products is compared once."""
-    numbers: dict[Look, int] = {}
-    kinds = [numbers.setdefault(look, len(numbers)) for look in looks if look]
-    return kinds, near_photos(list(numbers), near)
+    numbers: dict[PerceptualHash, int] = {}
+    kinds = [numbers.setdefault(hashed, len(numbers)) for hashed in hashes if hashed]
+    return kinds, near_duplicates(list(numbers), near)
 
 
 def _shared(found: dict[str, Scan], options: PackOptions) -> dict[str, int]:
@@ -163,7 +165,7 @@ def _shared(found: dict[str, Scan], options: PackOptions) -> dict[str, int]:
     photos, words = {pair.photo for pair in train}, {pair.words for pair in train}
     near = 0
     if options.near >= 0:
-        kinds, links = _alike([*found["train"].looks, *found["val"].looks], options.near)
+        kinds, links = _alike([*found["train"].hashes, *found["val"].hashes], options.near)
         theirs = set(kinds[: len(train)])
         reach = theirs.union(*({a, b} for a, b in links if a in theirs or b in theirs))
         near = sum(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from clipft.data.duplicates import Look
+from clipft.data.duplicates import PerceptualHash
 from clipft.data.shards.tar import ByteRange
 
 
@@ -52,9 +52,9 @@ class PackPair:
 
 @dataclass
 class Scan:
-    """The pairs that can be used, each with its look (none where nobody asks), and what
+    """The pairs that can be used, each with its perceptual hash (none where nobody asks), and what
     cannot, as in ``Listing``."""
 
     pairs: list[PackPair] = field(default_factory=list)
-    looks: list[Look | None] = field(default_factory=list)
+    hashes: list[PerceptualHash | None] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)

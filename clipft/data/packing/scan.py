@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from clipft.data.captions.template import BadCaption, clean_caption
-from clipft.data.duplicates import Look, look_of
+from clipft.data.duplicates import PerceptualHash, perceptual_hash
 from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
@@ -48,7 +48,7 @@ class _Picture:
     photo: str
     suffix: str
     shorter: int
-    look: Look | None
+    perceptual_hash: PerceptualHash | None
 
 
 def scan(
@@ -65,7 +65,7 @@ def scan(
                 found.skipped.append({"file": candidate.where, "reason": read})
             else:
                 found.pairs.append(_pair(candidate, read))
-                found.looks.append(read.picture.look)
+                found.hashes.append(read.picture.perceptual_hash)
         step(len(chunk))
     return found
 
@@ -119,15 +119,15 @@ def _picture(data: bytes, options: PackOptions) -> _Picture:
     Raises:
         BadImage: it is broken as far as was looked: decoded, or its header read.
     """
-    image, look = open_image(data), None
+    image, hashed = open_image(data), None
     kind, shorter = image.format or "?", min(image.size)
     if kind not in _SUFFIXES:
         raise BadImage(f"{kind} is no format that shards hold: make it JPEG or PNG")
     if options.near >= 0:  # which also finds what a full decode finds broken
-        look = look_of(decode_opened(image, at_least=_LOOK_SIDE))
+        hashed = perceptual_hash(decode_opened(image, at_least=_LOOK_SIDE))
     elif options.check:
         decode_opened(image)
     else:
         verify_opened(image)
     photo = hashlib.sha256(data).hexdigest()
-    return _Picture(len(data), photo, _SUFFIXES[kind], shorter, look)
+    return _Picture(len(data), photo, _SUFFIXES[kind], shorter, hashed)

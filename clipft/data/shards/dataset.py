@@ -64,14 +64,14 @@ class PairDataset:
         shard, row = self._place(number)
         return RawPair(number, shard.key(row), shard.path.name, b"", b"")
 
-    def words(self, number: int) -> tuple[bytes, bytes]:
+    def caption_and_metadata(self, number: int) -> tuple[bytes, bytes]:
         """The pair without its picture: ``.txt`` and ``.json``; b"" where there is none."""
         caption, metadata = _read(*self._place(number), ("caption", "metadata"))
         return caption, metadata
 
     def metadata(self, number: int) -> dict[str, Any]:
         """The ``.json`` of a pair; empty where there is none or it is not an object."""
-        return parse_metadata(self.words(number)[1])
+        return parse_metadata(self.caption_and_metadata(number)[1])
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[int]]:
         """All pairs, shuffled anew each epoch."""

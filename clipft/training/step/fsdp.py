@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from clipft.config.settings import Settings
 from clipft.core.errors import MemoryShortage, UsageError
 from clipft.core.memory import give_back
-from clipft.data.loader import NO_PAIRS, Batch
+from clipft.data.loader import EMPTY_BATCH, Batch
 from clipft.distributed.collectives import Processes, lost_process_error, lost_process_errors
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Chunk, Chunking, Chunks, Tower, Towers
@@ -116,7 +116,7 @@ class ShardedWeights:
 
     def _even_out(self, micro_batches: list[Batch]) -> list[Batch]:
         most = max(self._processes.gather_objects(len(micro_batches)))
-        return micro_batches + [NO_PAIRS] * (most - len(micro_batches))
+        return micro_batches + [EMPTY_BATCH] * (most - len(micro_batches))
 
     def sum_gradients(
         self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from clipft.data.loader import NO_PAIRS, Batch
+from clipft.data.loader import EMPTY_BATCH, Batch
 from clipft.data.positives import Positives
 from clipft.distributed.collectives import Processes
 from clipft.embedding.towers import Chunk, Tower, Towers
@@ -159,7 +159,7 @@ class _Accumulation:
         return _Passed(tower, step, cut.chunks, [e.graph for e in embedded], leaf, cut.order)
 
     def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
-        ids = [self.positives.ids(batch) for batch in batches or [NO_PAIRS]]
+        ids = [self.positives.ids(batch) for batch in batches or [EMPTY_BATCH]]
         known = [i.to(self.towers.images.precision.device) for i in ids if i is not None]
         return torch.cat(known) if known else None
 

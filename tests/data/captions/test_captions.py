@@ -9,7 +9,7 @@ from clipft.models.pretrained import load_inputs
 
 def tokenize(tokenizer, texts, context):
     encoder = CaptionEncoder(tokenizer, context)
-    return padded([encoded.ids for encoded in encoder(texts)], encoder.end)
+    return padded([encoded.ids for encoded in encoder(texts)], encoder.eos_token_id)
 
 
 @pytest.fixture(scope="module")

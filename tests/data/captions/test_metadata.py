@@ -5,8 +5,8 @@ import pytest
 
 from clipft.core.errors import UsageError
 from clipft.data.captions.metadata import describe
-from clipft.data.captions.template import JUST_THE_TXT, CaptionTemplate
-from clipft.data.overlap import same_photos
+from clipft.data.captions.template import DEFAULT_TEMPLATE, CaptionTemplate
+from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import ChosenPairs, open_pairs
 from tests.conftest import add
 
@@ -27,11 +27,11 @@ def pairs(tmp_path):
 
 
 def test_equal_files_have_equal_numbers(pairs):
-    assert same_photos(pairs).tolist() == [0, 1, 0, 3, 4, 3]
+    assert same_images(pairs).tolist() == [0, 1, 0, 3, 4, 3]
 
 
 def test_what_is_said_of_pairs(pairs):
-    said = describe(pairs, JUST_THE_TXT, "kind", "id")
+    said = describe(pairs, DEFAULT_TEMPLATE, "kind", "id")
     assert [d.label for d in said] == ["sofa", None, None, None, None, None]
     assert [d.group for d in said] == ["7", None, None, None, None, None]
     assert [d.caption for d in said[:2]] == ["caption 0", "caption 1"]
@@ -45,7 +45,7 @@ def test_the_first_caption_of_several_is_the_one_that_is_measured(pairs):
 
 def test_a_group_field_that_no_pair_has_is_refused(pairs):
     with pytest.raises(UsageError, match="kid") as error:
-        describe(pairs, JUST_THE_TXT, "kind", "kid")
+        describe(pairs, DEFAULT_TEMPLATE, "kind", "kid")
     assert "did you mean" in error.value.hint
 
 

@@ -42,7 +42,7 @@ def test_ids_fit_whatever_the_text(tokenizer, texts, context):
     for caption in encoder(texts):
         assert 2 <= len(caption.ids) <= context
         assert caption.ids[0] == tokenizer.bos_token_id
-        assert caption.ids.index(encoder.end) == len(caption.ids) - 1
+        assert caption.ids.index(encoder.eos_token_id) == len(caption.ids) - 1
 
 
 def test_padding_is_to_the_longest_with_the_end():

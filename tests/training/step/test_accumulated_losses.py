@@ -16,9 +16,9 @@ from tests.training.step.test_gradcache import (
     PAIRS,
     assert_same,
     cut,
-    fill,
     gradients,
     load,
+    pad_token_id,
     pairs,
 )
 
@@ -34,9 +34,9 @@ def made(kind, loaded, source, **given):
     settings = load_settings(given, environ={}).values
     return kind(
         model=loaded.model,
-        towers=make_towers(loaded, 1, fill(loaded)),
+        towers=make_towers(loaded, 1, pad_token_id(loaded)),
         loss=make_loss(settings, loaded.model),
-        positives=SOURCES[source](fill(loaded)),
+        positives=SOURCES[source](pad_token_id(loaded)),
         processes=ALONE,
         scaler=OFF,
         graphs=ActivationBudget(lambda: 0),

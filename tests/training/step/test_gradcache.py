@@ -8,7 +8,7 @@ import torch
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.data.loader import Batch
-from clipft.data.positives import CaptionPositives, PairPositives
+from clipft.data.positives import CaptionPositives, Positives
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers
@@ -33,7 +33,7 @@ def load(scenario: str, **given: str) -> LoadedModel:
     return loaded
 
 
-def fill(loaded: LoadedModel) -> int:
+def pad_token_id(loaded: LoadedModel) -> int:
     return int(loaded.base.inputs.tokenizer.eos_token_id)
 
 
@@ -43,9 +43,9 @@ def accumulation(
     settings = load_settings({}, environ={}).values
     return kind(
         model=loaded.model,
-        towers=towers or make_towers(loaded, 1, fill(loaded)),
+        towers=towers or make_towers(loaded, 1, pad_token_id(loaded)),
         loss=make_loss(settings, loaded.model),
-        positives=PairPositives(),
+        positives=Positives(),
         processes=ALONE,
         scaler=OFF,
         graphs=ActivationBudget(lambda: room),
@@ -131,7 +131,7 @@ def test_kept_and_repeated_graphs_give_the_same_bits(extra, pairs):
 
 def test_as_many_graphs_are_kept_as_there_is_room_for(pairs):
     loaded = load("dual_lora")
-    towers = make_towers(loaded, 1, fill(loaded))
+    towers = make_towers(loaded, 1, pad_token_id(loaded))
     encoded = []
 
     def counting(inputs):
@@ -167,7 +167,7 @@ def test_what_a_graph_holds_is_counted(pairs):
 
 def test_a_caption_that_comes_twice_is_encoded_once_and_short_ones_are_not_filled(pairs):
     loaded = load("dual_lora")
-    chunks = make_towers(loaded, 1, fill(loaded)).texts.cut(cut(pairs, 4)).chunks
+    chunks = make_towers(loaded, 1, pad_token_id(loaded)).texts.cut(cut(pairs, 4)).chunks
     widths = [chunk.inputs.shape[1] for chunk in chunks]
     assert sum(len(chunk.keys) for chunk in chunks) == PAIRS - 1
     assert widths == sorted(widths) and widths[0] < widths[-1] == pairs.input_ids.shape[1]
@@ -175,7 +175,7 @@ def test_a_caption_that_comes_twice_is_encoded_once_and_short_ones_are_not_fille
 
 def test_positives_by_caption_reach_the_loss(pairs):
     loaded = load("dual_lora")
-    step = replace(accumulation(loaded), positives=CaptionPositives(fill(loaded)))
+    step = replace(accumulation(loaded), positives=CaptionPositives(pad_token_id(loaded)))
     images, texts = loaded.model(pairs.pixel_values, pairs.input_ids)
     groups = torch.tensor([*range(8), 4, *range(9, 12)])
     expected = make_loss(load_settings({}, environ={}).values, loaded.model)(images, texts, groups)
