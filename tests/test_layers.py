@@ -61,7 +61,7 @@ def test_an_upward_import_is_found(tmp_path):
     module = tmp_path / "module.py"
     module.write_text("def work():\n    from clipft.cli.console import Output\n")
     assert upward_imports("training", module) == {"cli"}
-    module.write_text("from clipft.models.pretrained import load_base\n")
+    module.write_text("from clipft.models.pretrained import load_pretrained\n")
     assert upward_imports("storage", module) == {"models"}, "neighbours do not know each other"
 
 

@@ -33,16 +33,16 @@ def pairs(settings: Settings) -> Finding:
 
 def model(settings: Settings) -> Finding:
     """A local or cached model is really loaded; of another the hub is asked whether it has it."""
-    from clipft.models.pretrained import TINY, load_base, looks_local
+    from clipft.models.pretrained import TINY, load_pretrained, looks_local
 
     name = settings.model
     if name == TINY or looks_local(name):
-        base = load_base(name)
+        base = load_pretrained(name)
         return Finding("ok", f"{name} loads, {base.parameters_count:,} parameters")
     cached = _cached(name)
     if cached is None:
         return _on_hub(name)
-    base = load_base(cached)
+    base = load_pretrained(cached)
     return Finding("ok", f"{name} loads from the cache, {base.parameters_count:,} parameters")
 
 

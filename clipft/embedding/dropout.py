@@ -22,7 +22,7 @@ _LEVELS = 1 << 16
 """Masks are drawn with 16 bits a value."""
 
 
-class Masks:
+class RowMasks:
     """The masks of one tower's dropouts for the rows that are going through it."""
 
     def __init__(self, p: float) -> None:
@@ -63,7 +63,7 @@ class Masks:
 class RowDropout(nn.Module):
     """Takes the place of ``nn.Dropout`` before an adapter. Over [rows, positions, width]."""
 
-    def __init__(self, width: int, masks: Masks) -> None:
+    def __init__(self, width: int, masks: RowMasks) -> None:
         super().__init__()
         self._masks, self._slice = masks, masks.join(width)
 
@@ -93,7 +93,7 @@ class _Dropped(torch.autograd.Function):
 class Randomness:
     """All that is random while a tower works: set before each pass of each chunk."""
 
-    def __init__(self, seed: int, tower: int, masks: Masks | None) -> None:
+    def __init__(self, seed: int, tower: int, masks: RowMasks | None) -> None:
         self._seed, self._tower, self._masks = seed, tower, masks
 
     @contextmanager
@@ -106,9 +106,9 @@ class Randomness:
         yield
 
 
-def row_masks(tower: nn.Module, p: float, device: torch.device) -> Masks | None:
+def row_masks(tower: nn.Module, p: float, device: torch.device) -> RowMasks | None:
     """Replace the adapters' dropouts in a tower; None: there are none, or torch draws."""
-    masks = Masks(p)
+    masks = RowMasks(p)
     layers: list[Any] = [layer for layer in tower.modules() if hasattr(layer, "lora_dropout")]
     if device.type != "cpu" or not p or not layers:
         return None

@@ -89,7 +89,7 @@ class FeatureCache:
         width = table.ids_of_all.dtype
         captions = sorted((np.frombuffer(ids, width).tolist() for ids in different), key=len)
         model, inputs = self.loaded.model, self.loaded.base.inputs
-        filled = inputs.context_length if model.architecture.fills_texts else 0
+        filled = inputs.context_length if model.architecture.pads_texts else 0
         digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
 
         def rows() -> Iterator[tuple[Keys, Tensor]]:

@@ -1,51 +1,60 @@
-"""Loading a model ready for work: under its scenario, on its device, in its numbers."""
+"""Loads a model ready for work: under its scenario, on its device, in its precision."""
 
 from dataclasses import dataclass
 
 import torch
 
 from clipft.config.settings import Settings
-from clipft.embedding.dropout import Masks, row_masks
+from clipft.embedding.dropout import RowMasks, row_masks
 from clipft.models.device import Precision, cast_frozen_weights, choose_precision
-from clipft.models.pretrained import BaseModel, load_base
+from clipft.models.pretrained import PretrainedModel, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model under the scenario of some settings, on its device."""
+    """A pretrained model under the scenario of some settings, on its device.
 
-    base: BaseModel
+    ``image_masks`` and ``text_masks`` are the dropout masks of each tower's adapters; None
+    where there is no dropout, or torch draws the masks itself.
+    """
+
+    base: PretrainedModel
     fingerprint: str
     model: TrainableModel
     precision: Precision
-    masks: "TowerMasks"
+    image_masks: RowMasks | None
+    text_masks: RowMasks | None
 
     @property
     def identity(self) -> dict[str, str]:
+        """Name and fingerprint of the pretrained model, as checkpoints record them."""
         return {"name": self.base.name, "fingerprint": self.fingerprint}
 
 
-@dataclass(frozen=True)
-class TowerMasks:
-    """Of the adapters' dropouts; None: there are none, or torch draws them."""
+def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
+    """Load the pretrained model of ``settings``, adapted to their scenario.
 
-    images: Masks | None
-    texts: Masks | None
+    The first values of adapters follow from the seed. With ``pretrained``, the scenario is
+    ignored and the model is loaded as it was published. ``runs.load.load_fine_tuned`` also
+    loads the weights of a checkpoint.
 
-
-def load_model(settings: Settings) -> LoadedModel:
-    """Load and adapt; the adapters' first values follow from the seed."""
+    Raises:
+        ModelError: the model cannot be loaded, or the scenario does not fit it.
+        UsageError: the device or the precision is not available.
+    """
+    if pretrained:
+        settings = settings.model_copy(update={"scenario": "zero_shot"})
     precision = choose_precision(settings)
-    base = load_base(settings.model)
-    fingerprint = base.fingerprint()
+    base = load_pretrained(settings.model)
+    fingerprint = base.fingerprint()  # before adapt, which changes the weights
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings).to(precision.device)
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
-    masks = (
+    image_masks, text_masks = (
         row_masks(tower, settings.lora_dropout, precision.device)
         for tower in (model.clip.vision_model, model.clip.text_model)
     )
     cast_frozen_weights(model, precision)
-    return LoadedModel(base, fingerprint, model, precision, TowerMasks(*masks))
+    return LoadedModel(base, fingerprint, model, precision, image_masks, text_masks)

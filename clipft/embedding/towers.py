@@ -98,16 +98,16 @@ def make_towers(loaded: LoadedModel, seed: int, pad_token_id: int) -> Towers:
     """Both towers at work. ``pad_token_id`` pads the texts."""
     model, precision = loaded.model, loaded.precision
     context = loaded.base.inputs.context_length
-    width = context if model.architecture.fills_texts else 0
+    width = context if model.architecture.pads_texts else 0
     least = _LEAST_TOKENS.get(precision.device.type, _LEAST_TOKENS["cuda"])
     cut_texts = _Captions(pad_token_id, width, least)
     images, texts = (
-        Randomness(seed, 0, loaded.masks.images),
-        Randomness(seed, 1, loaded.masks.texts),
+        Randomness(seed, 0, loaded.image_masks),
+        Randomness(seed, 1, loaded.text_masks),
     )
     return Towers(
-        Tower("images", model.learns_images, _pictures, model.encode_images, images, precision),
-        Tower("texts", model.learns_texts, cut_texts, model.encode_texts, texts, precision),
+        Tower("images", model.images_trainable, _pictures, model.encode_images, images, precision),
+        Tower("texts", model.texts_trainable, cut_texts, model.encode_texts, texts, precision),
     )
 
 

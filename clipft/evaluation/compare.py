@@ -10,8 +10,8 @@ from typing import Any
 from clipft.config.settings import DataSettings, Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, write_text
-from clipft.embedding.load import LoadedModel
-from clipft.evaluation.evaluator import Comparison, EvaluationSet, load_untouched
+from clipft.embedding.load import LoadedModel, load_model
+from clipft.evaluation.evaluator import Comparison, EvaluationSet
 from clipft.evaluation.wise_ft import (
     Interpolation,
     Point,
@@ -23,7 +23,7 @@ from clipft.evaluation.wise_ft import (
 )
 from clipft.metrics.ranking import Retrieval
 from clipft.runs.folder import RunPaths
-from clipft.runs.load import load_tuned
+from clipft.runs.load import load_fine_tuned
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,13 @@ def evaluate_checkpoint(
     Raises:
         DataError, ModelError, UsageError: the pairs, the weights or the wish cannot be had.
     """
-    tuned = load_tuned(content, settings)
+    tuned = load_fine_tuned(content, settings)
     inputs = tuned.base.inputs
     here = EvaluationSet.open(inputs, settings)
     there = EvaluationSet.open(inputs, _general(settings, request.keep)) if request.keep else None
     between = bool(request.alphas) or request.save_to is not None
     way = interpolation_of(content, settings) if between else None
-    untouched, trained = load_untouched(settings), settings.declared_scenario.trains
+    untouched, trained = load_model(settings, pretrained=True), settings.declared_scenario.trains
     ours, keep = here.judge(tuned), None
     before = here.judge(untouched).evaluation if trained else ours.evaluation
     compared = Comparison(before, ours.evaluation if trained else None)

@@ -15,7 +15,7 @@ from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
-from clipft.embedding.load import LoadedModel, load_model
+from clipft.embedding.load import LoadedModel
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
@@ -116,8 +116,3 @@ def compare(
     """Judge both; ``check`` as in ``judge``."""
     untouched = pairs.judge(before, check).evaluation
     return Comparison(untouched, pairs.judge(after, check).evaluation if after else None)
-
-
-def load_untouched(settings: Settings) -> LoadedModel:
-    """The base model of some settings as it came."""
-    return load_model(settings.model_copy(update={"scenario": "zero_shot"}))

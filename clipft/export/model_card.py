@@ -262,10 +262,10 @@ def _checked(check: "OnnxCheck | None") -> str:
 
 def _facts(opened: "OpenedModel") -> "CardFacts":
     from clipft.config.scenarios import SCENARIOS
-    from clipft.models.huggingface import given_bias, hub_id, license_of, public_name
+    from clipft.models.huggingface import added_bias, hub_id, license_of, public_name
 
     base, model = opened.loaded.base, opened.loaded.model
-    moved = model.logit_scale.requires_grad or given_bias(model) is not None
+    moved = model.logit_scale.requires_grad or added_bias(model) is not None
     facts = CardFacts(
         base=public_name(base.name),
         base_id=hub_id(base.name),
@@ -276,7 +276,7 @@ def _facts(opened: "OpenedModel") -> "CardFacts":
         image_size=base.inputs.image_size,
         context_length=base.inputs.context_length,
         logit_scale=model.logit_scale.item() if moved else None,
-        logit_bias=given_bias(model),
+        logit_bias=added_bias(model),
     )
     return _with_history(facts, opened)
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from clipft.core.errors import ModelError, UsageError, first_line
 from clipft.models.architectures import Architecture
 from clipft.models.huggingface import write_processors
-from clipft.models.pretrained import BaseModel, ModelInputs
+from clipft.models.pretrained import ModelInputs, PretrainedModel
 
 OPSET = 18
 """What torch's exporter writes natively: no conversion, and read by runtimes since 2023."""
@@ -88,7 +88,7 @@ def check_onnx_installed() -> None:
         )
 
 
-def write_onnx(clip: Any, base: BaseModel, folder: Path) -> None:
+def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:
     """Both towers of ``clip``, the merged fp32 model, with tokenizer and image processor.
 
     Raises:
@@ -134,7 +134,7 @@ def _trace(
 
 @torch.inference_mode()
 def check_onnx(
-    folder: Path, clip: Any, base: BaseModel, batches: Iterable[OnnxInputs]
+    folder: Path, clip: Any, base: PretrainedModel, batches: Iterable[OnnxInputs]
 ) -> OnnxCheck:
     """Run onnxruntime and torch on the same inputs.
 

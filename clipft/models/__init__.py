@@ -1,1 +1,1 @@
-"""Loads a pretrained CLIP, makes it trainable under a scenario, and writes it back."""
+"""Loads pretrained CLIP models, adapts them to a scenario, and writes them for others."""

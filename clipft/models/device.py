@@ -1,4 +1,4 @@
-"""Where to compute and in which numbers: chosen once, by what the hardware has."""
+"""Chooses the device and the precision of a run, and describes the machine."""
 
 import os
 import platform
@@ -15,10 +15,20 @@ from clipft import __version__
 from clipft.config.settings import OptimSettings
 from clipft.core.errors import UsageError
 
+_RECORDED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "pillow",
+)
+
 
 @dataclass(frozen=True)
 class Precision:
-    """Forward passes run under ``autocast``; weights and optimizer stay fp32."""
+    """What forward passes compute in, under ``autocast``. Trained weights stay in fp32."""
 
     name: str
     device: torch.device
@@ -33,26 +43,52 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
     def make_scaler(self) -> "torch.amp.GradScaler":
-        """Scales the loss where fp16 gradients would underflow; else hands it through."""
+        """Return a loss scaler for fp16, whose gradients would underflow; else one that does
+        nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def choose_precision(settings: OptimSettings) -> Precision:
-    """The device and the numbers of a run.
+    """Choose the device and the precision of a run from its settings and the hardware.
 
     Raises:
-        UsageError: the device or the precision asked for is not there.
+        UsageError: the requested device or precision is not available here.
     """
-    device = _device(settings.device)
-    name = _best(device) if settings.precision == "auto" else settings.precision
-    if name == "fp16" and device.type == "cpu":
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind: str = settings.device
+    if kind == "auto":
+        kind = next(name for name, present in available.items() if present)
+    if not available[kind]:
+        raise UsageError(
+            f"--device {kind}: PyTorch {torch.__version__} finds no such device here",
+            "run `clipft doctor` to see why, then fix the driver or the PyTorch build, or use "
+            "--device auto",
+        )
+    name: str = settings.precision
+    if name == "fp16" and kind == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
-    return Precision(name, device)
+    if name == "auto":
+        name = "fp32"
+        if kind == "cuda":
+            native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if native_bf16 else "fp16"
+        elif kind == "cpu":
+            # Without these instructions bf16 is emulated, and slower by orders of magnitude
+            probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+            name = "bf16" if native else "fp32"
+    return Precision(name, torch.device(kind))
 
 
 def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
-    """Keep the weights that autocast would cast at each use, and that do not learn, in the
-    dtype it casts them to: the same numbers, half the memory, no casting."""
+    """Keep frozen weights in the dtype to which autocast would cast them at every use.
+
+    The results are the same, in half the memory and without the casts.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             for weight in layer.parameters(recurse=False):
@@ -60,43 +96,11 @@ def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
                     weight.data = weight.data.to(precision.dtype)
 
 
-def _device(asked: str) -> torch.device:
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if asked == "auto":
-        return torch.device(next(name for name, present in there.items() if present))
-    if not there[asked]:
-        raise UsageError(
-            f"--device {asked}: PyTorch {torch.__version__} finds no such device here",
-            "`clipft doctor` says why; mend the driver or the PyTorch build, or use --device auto",
-        )
-    return torch.device(asked)
-
-
-def _best(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and _cpu_has_bf16():
-        return "bf16"
-    return "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 is emulated, and slower by orders of magnitude
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-
-
-_PACKAGES = ("torch", "torchvision", "transformers", "peft", "bitsandbytes", "numpy", "pillow")
-
-
 def environment(device: torch.device) -> dict[str, str]:
-    """Names and values as people read them; nothing of the user, the host or its network."""
+    """Describe the software and hardware of a run, by name, without anything that identifies
+    the user, the host or its network."""
     found = {"clipft": __version__, "Python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in _RECORDED_PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -107,15 +111,12 @@ def environment(device: torch.device) -> dict[str, str]:
         memory = properties.total_memory / 2**30
         found["device"] = f"{properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
         return found
-    found["device"] = f"{device.type}, {_processor()}"
-    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
-    return found
-
-
-def _processor() -> str:
-    try:
+    try:  # platform.processor() is empty on most Linux systems
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    processor = next(names, platform.processor() or platform.machine())
+    found["device"] = f"{device.type}, {processor}"
+    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    return found

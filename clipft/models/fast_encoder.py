@@ -1,8 +1,9 @@
-"""What CLIP computes, with less work and less kept for the backward pass: the same numbers.
+"""Computes what CLIP computes with less work and less memory: the same numbers.
 
-Of a tower's last layer only the pooled place is ever read, so only that place goes through its
-attention's query and its MLP: nearly 7 % of the products of twelve layers are saved. Gradients
-are the same, since the other places' outputs reach no loss.
+Only one position of a tower's last layer is ever read: the one that is pooled. So only that
+position goes through the layer's attention query and its MLP, which saves nearly 7 % of the
+multiplications in twelve layers. The gradients are the same, because the outputs at the other
+positions reach no loss.
 """
 
 from functools import partial
@@ -14,33 +15,38 @@ from torch.nn import functional
 
 QUICK_GELU = 1.702
 POOLED = "pooled"
-"""Under which a layer may carry its own ``pooled_layer``: one that its weights are fetched for."""
+"""Attribute under which a layer may carry its own ``pooled_layer`` (a sharded layer fetches its
+weights first)."""
 
 
-def encode_pooled(tower: Any, hidden: Tensor, places: Tensor, causal: bool) -> Tensor:
-    """The encoder of a transformers tower, for one place of each row.
+def encode_pooled(tower: Any, hidden: Tensor, positions: Tensor, causal: bool) -> Tensor:
+    """Run the encoder of a transformers tower for one position of each row.
 
     Args:
-        tower: the vision or text model of a ``CLIPModel``, LoRA or not.
-        hidden: [B, T, C], what goes into the first layer.
-        places: int64 [B], the place that is pooled; ``causal``: it sees none behind it.
+        tower: the vision or text model of a ``CLIPModel``, with or without LoRA.
+        hidden: [B, T, C], the input of the first layer.
+        positions: int64 [B], the position to pool.
+        causal: whether a position attends only to itself and those before it.
 
     Returns:
-        [B, C]: ``encoder(hidden)[b, places[b]]``.
+        [B, C]: ``encoder(hidden)[b, positions[b]]``.
     """
     *layers, last = tower.encoder.layers
     for layer in layers:
         hidden = layer(hidden, None, is_causal=causal)
-    seen = None
+    mask = None
     if causal:
-        seen = torch.arange(hidden.shape[1], device=hidden.device) <= places[:, None]
-        seen = seen[:, None, None]  # heads, queries
-    pooled: Tensor = getattr(last, POOLED, partial(pooled_layer, last))(hidden, places, seen)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None]
+        mask = mask[:, None, None]  # for all heads and queries
+    pooled: Tensor = getattr(last, POOLED, partial(pooled_layer, last))(hidden, positions, mask)
     return pooled[:, 0]
 
 
-def pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | None) -> Tensor:
-    """An encoder layer for one place of each row, [B, 1, C]; see ``encode_pooled``."""
+def pooled_layer(layer: Any, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Run one encoder layer for one position of each row: [B, T, C] -> [B, 1, C].
+
+    ``mask``, bool [B, 1, 1, T], is true where that position attends to.
+    """
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
 
@@ -49,26 +55,25 @@ def pooled_layer(layer: Any, hidden: Tensor, places: Tensor, seen: Tensor | None
         return split.transpose(1, 2)
 
     mixed = functional.scaled_dot_product_attention(
-        heads(attention.q_proj(_at(places, normed))),
+        heads(attention.q_proj(_at(positions, normed))),
         heads(attention.k_proj(normed)),
         heads(attention.v_proj(normed)),
-        attn_mask=seen,
+        attn_mask=mask,
         dropout_p=attention.dropout if attention.training else 0.0,
         scale=attention.scale,
     )
-    pooled: Tensor = _at(places, hidden) + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    pooled: Tensor = _at(positions, hidden) + attention.out_proj(mixed.transpose(1, 2).flatten(2))
     pooled = pooled + layer.mlp(layer.layer_norm2(pooled))
     return pooled
 
 
-def _at(places: Tensor, hidden: Tensor) -> Tensor:
-    """[B, T, C] -> [B, 1, C]."""
-    # Not take_along_dim, which exporters tie to this batch's size
-    return hidden.gather(1, places[:, None, None].expand(-1, 1, hidden.shape[2]))
+def _at(positions: Tensor, hidden: Tensor) -> Tensor:
+    # [B, T, C] -> [B, 1, C]. Not take_along_dim, which exporters tie to this batch's size
+    return hidden.gather(1, positions[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
 class _QuickGelu(torch.autograd.Function):
-    """x * sigmoid(1.702 x), of which autograd would keep two more tensors of x's size."""
+    """x * sigmoid(1.702 x). Plain autograd would keep two more tensors of the size of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -78,27 +83,26 @@ class _QuickGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        # With z = 1.702 x: the derivative of z sigmoid(z) with respect to z, in z's place
+        # With z = 1.702 x: the derivative of z sigmoid(z) with respect to z, written over z
         z = x * QUICK_GELU
         found: Tensor = torch.ops.aten.silu_backward.grad_input(gradients[0], z, grad_input=z)
         return found
 
 
-class LeanQuickGelu(nn.Module):
-    """Takes the place of transformers' ``QuickGELUActivation``: the same bits forward."""
+class FastQuickGelu(nn.Module):
+    """Replaces transformers' ``QuickGELUActivation``; its output is bit-identical."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, kept."""
         if not torch.is_grad_enabled():  # exporters trace plain operators
             return x * torch.sigmoid(QUICK_GELU * x)
         activated: Tensor = _QuickGelu.apply(x)
         return activated
 
 
-def lean_activations(clip: nn.Module) -> None:
-    """Replace the activations of both towers where there is a leaner one."""
+def use_fast_activations(clip: nn.Module) -> None:
+    """Replace the activations of both towers where a faster implementation exists."""
     from transformers.activations import QuickGELUActivation
 
     for layer in clip.modules():
         if isinstance(getattr(layer, "activation_fn", None), QuickGELUActivation):
-            layer.activation_fn = LeanQuickGelu()
+            layer.activation_fn = FastQuickGelu()

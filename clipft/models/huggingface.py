@@ -1,4 +1,4 @@
-"""A tuned model -> folders that other libraries open: transformers, PEFT, sentence-transformers.
+"""Writes fine-tuned models as folders that transformers, PEFT and sentence-transformers open.
 
 Weights are safetensors. Nothing that is written names a path of this machine.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import UsageError
-from clipft.models.pretrained import TINY, BaseModel, Processors, load_processors
+from clipft.models.pretrained import TINY, PretrainedModel, loading_errors, model_source
 from clipft.models.trainable import TrainableModel
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _TINY_LICENSE = "apache-2.0"
 _CARD_TIMEOUT = 5.0
+"""Seconds to wait for the hub to answer for a model card."""
 
 _SENTENCE_MODULES = [
     {
@@ -45,43 +46,22 @@ _SENTENCE_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-"""As sentence-transformers 6 writes a CLIP itself, with unit embeddings at the end."""
-
-
-def _sentence_files(base: BaseModel) -> dict[str, Any]:
-    """File -> content."""
-    transformer: dict[str, Any] = {
-        "transformer_task": "feature-extraction",
-        "modality_config": {
-            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
-            for kind in ("text", "image")
-        },
-        "module_output_name": "sentence_embedding",
-    }
-    if base.architecture.fills_texts:
-        transformer["processing_kwargs"] = {
-            "text": {
-                "padding": "max_length",
-                "max_length": base.inputs.context_length,
-                "return_attention_mask": False,  # the tower was trained to see the filling
-            }
-        }
-    return {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}
+"""What sentence-transformers 6 itself writes for a CLIP, followed by a normalization."""
 
 
 def hub_id(name: str) -> str | None:
-    """``name`` where it is one of the hub's, not a folder's and not ``tiny``."""
+    """Return ``name`` if it is a model of the hub; None for a folder and for ``tiny``."""
     local = name == TINY or Path(name).exists()
     return name if not local and _HUB_ID.fullmatch(name) else None
 
 
 def public_name(name: str) -> str:
-    """What others may read of a base model: of a folder its own name, not where it lies."""
+    """Return what may be published of a model's name: of a folder only its last part."""
     return hub_id(name) or (name if name == TINY else Path(name).resolve().name)
 
 
 def license_of(name: str) -> str | None:
-    """The licence that the model's own card states; None: no card, or none in it."""
+    """Return the license in the model's own card; None if there is no card, or none in it."""
     from huggingface_hub import ModelCard, hf_hub_download
 
     if name == TINY:
@@ -94,17 +74,39 @@ def license_of(name: str) -> str | None:
             else Path(name) / "README.md"
         )
         found = ModelCard.load(path, ignore_metadata_errors=True).data.license
-    except Exception:  # no network, no card, a card that is no YAML: it is not known
+    except Exception:  # no network, no card, or no valid YAML: the license is then unknown
         return None
     return str(found) if found else None
 
 
+def has_adapter(model: TrainableModel) -> bool:
+    return hasattr(model.clip, "peft_config")
+
+
+def added_bias(model: TrainableModel) -> float | None:
+    """Return the bias that the sigmoid loss added to a model whose class in transformers has no
+    place for it; None if there is no such bias."""
+    bias = model.logit_bias
+    return None if bias is None or model.architecture.loss == "siglip" else bias.item()
+
+
+def merged(model: TrainableModel) -> Any:
+    """Merge adapters into the weights and return the plain transformers model, in eval mode.
+
+    ``model`` must not be used afterwards.
+    """
+    clip = model.clip.merge_and_unload() if has_adapter(model) else model.clip
+    if added_bias(model) is not None:
+        del clip.logit_bias
+    return clip.eval()
+
+
 def write_adapter(model: TrainableModel, base: str, folder: Path) -> None:
-    """The PEFT adapter alone, with the trained projections.
+    """Write the PEFT adapter alone, with the trained projections.
 
     Raises:
-        UsageError: nothing of the model is an adapter.
-        OSError: the disk refuses.
+        UsageError: the model has no adapter.
+        OSError: the disk is full or cannot be written to.
     """
     if not has_adapter(model):
         raise UsageError(
@@ -113,84 +115,91 @@ def write_adapter(model: TrainableModel, base: str, folder: Path) -> None:
     with _disk_errors():
         model.clip.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    # Not before: PEFT looks for the base model's files under the name it has
+    # Not before saving: PEFT looks for the base model's files under the name in the config
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = public_name(base)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def has_adapter(model: TrainableModel) -> bool:
-    return hasattr(model.clip, "peft_config")
-
-
-def merged(model: TrainableModel) -> Any:
-    """The plain ``transformers`` model with adapters merged into its weights, in eval mode;
-    ``model`` is used up."""
-    clip = model.clip.merge_and_unload() if has_adapter(model) else model.clip
-    if given_bias(model) is not None:
-        del clip.logit_bias
-    return clip.eval()
-
-
-def given_bias(model: TrainableModel) -> float | None:
-    """What the sigmoid loss added to a model whose class in transformers has no place for it."""
-    bias = model.logit_bias
-    return None if bias is None or model.architecture.loss == "siglip" else bias.item()
-
-
-def write_transformers(clip: Any, base: BaseModel, folder: Path) -> None:
-    """Weights, configuration, tokenizer and image processor of a merged model.
+def write_transformers(clip: Any, base: PretrainedModel, folder: Path) -> None:
+    """Write weights, configuration, tokenizer and image processor of a merged model.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk is full or cannot be written to.
     """
     with _disk_errors():
         clip.save_pretrained(str(folder))
         write_processors(base, folder)
 
 
-def write_processors(base: BaseModel, folder: Path) -> None:
-    """Tokenizer and image processor, as the base model has them, but that texts are cut where
-    the model's context ends: some tokenizers carry the length of their last use."""
-    processors = _processors(base)
-    processors.tokenizer.save_pretrained(str(folder))
-    processors.image_processor.save_pretrained(str(folder))
+def write_processors(base: PretrainedModel, folder: Path) -> None:
+    """Write the pretrained model's tokenizer and image processor."""
+    for processor in _load_processors(base):
+        processor.save_pretrained(str(folder))
 
 
-def processor_of(base: BaseModel) -> Any:
-    """The same two as one processor of ``transformers``, of the model's own class.
+def processor_of(base: PretrainedModel) -> Any:
+    """Return tokenizer and image processor as one processor of transformers, such as
+    ``CLIPProcessor``.
 
     Raises:
-        ModelError: its files cannot be had.
+        ModelError: their files cannot be loaded.
     """
     import transformers
 
-    found = _processors(base)
+    tokenizer, image_processor = _load_processors(base)
     kind = getattr(transformers, base.architecture.processor_class)
-    return kind(image_processor=found.image_processor, tokenizer=found.tokenizer)
+    return kind(image_processor=image_processor, tokenizer=tokenizer)
 
 
-def _processors(base: BaseModel) -> Processors:
-    processors = load_processors(base.name)
-    tokenizer = processors.tokenizer
+def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
+    """Load tokenizer and image processor as their files describe them, in a state to be written.
+
+    Texts are truncated where the model's context ends: some tokenizers carry the length of
+    their last use, or remember how they were loaded.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    source = model_source(base.name)
+    with loading_errors(base.name):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = AutoImageProcessor.from_pretrained(source)
     tokenizer.model_max_length = base.inputs.context_length
     if hasattr(tokenizer, "backend_tokenizer"):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    for of_last_use in ("max_length", "stride", "truncation_strategy"):
-        tokenizer.init_kwargs.pop(of_last_use, None)
-    return processors
+    loading = ("is_local", "local_files_only")
+    for temporary in (*loading, "max_length", "stride", "truncation_strategy"):
+        tokenizer.init_kwargs.pop(temporary, None)
+    return tokenizer, image_processor
 
 
-def write_sentence_transformers(clip: Any, base: BaseModel, folder: Path) -> None:
-    """The same folder with what ``SentenceTransformer(folder)`` needs; its ``encode`` takes
-    texts and pictures and gives unit embeddings.
+def write_sentence_transformers(clip: Any, base: PretrainedModel, folder: Path) -> None:
+    """Write the folder of ``write_transformers`` with what ``SentenceTransformer(folder)`` needs.
+
+    Its ``encode`` takes texts and images, and returns unit embeddings.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk is full or cannot be written to.
     """
     write_transformers(clip, base, folder)
-    for name, content in _sentence_files(base).items():
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+            for kind in ("text", "image")
+        },
+        "module_output_name": "sentence_embedding",
+    }
+    if base.architecture.pads_texts:
+        transformer["processing_kwargs"] = {
+            "text": {
+                "padding": "max_length",
+                "max_length": base.inputs.context_length,
+                "return_attention_mask": False,  # the tower was trained to attend to padding
+            }
+        }
+    for name, content in {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -202,5 +211,5 @@ def _disk_errors() -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:  # its own kind, also for a full disk
+    except SafetensorError as error:  # its own class, also when the disk is full
         raise OSError(str(error)) from error

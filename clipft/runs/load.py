@@ -1,4 +1,9 @@
-"""A checkpoint -> the tuned model that it holds."""
+"""Finds checkpoints, and opens the models that they hold.
+
+Each loader builds on the one before: ``models.pretrained.load_pretrained`` loads a published
+model, ``embedding.load.load_model`` adapts it to a scenario, ``load_fine_tuned`` gives it a
+checkpoint's weights, and ``open_model`` chooses between these by what it is given.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
 from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.models.pretrained import looks_local
 from clipft.runs.checkpoint import load_checkpoint, there_is_one
 
 CHECKPOINT_GLOB = "*_checkpoint.pt"
@@ -18,10 +24,11 @@ _PREVIOUS_GLOB = "*_checkpoint.previous.pt"
 
 
 def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collection[str]) -> Settings:
-    """The settings of a checkpoint, but those named in ``anew`` as they are set now.
+    """Return the settings in a checkpoint, except that those named in ``anew`` follow ``now``
+    where the user has set them.
 
     Raises:
-        ModelError: the checkpoint's settings are not valid ones.
+        ModelError: the checkpoint's settings are not valid.
     """
     current = now.values.model_dump()
     changed = {name: current[name] for name in anew if now.origins[name] != "default"}
@@ -36,10 +43,11 @@ def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collectio
 
 
 def find_checkpoint(place: Path | None, settings: Settings) -> Path:
-    """The weights to evaluate: a file as it is; a run folder's best; else the settings' run.
+    """Find the weights to evaluate: ``place`` itself if it is a file, else the best or newest
+    checkpoint of that run folder, or of the run that ``settings`` describe.
 
     Raises:
-        ModelError: none is there.
+        ModelError: there is no checkpoint.
     """
     if place is not None and place.is_file():
         return place
@@ -55,10 +63,11 @@ def find_checkpoint(place: Path | None, settings: Settings) -> Path:
 
 
 def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
-    """A file as it is; a run folder's own checkpoint; else the newest in a folder of runs.
+    """Find the checkpoint to resume from: ``place`` itself if it is a file, else the checkpoint
+    of that run folder, else the newest in a folder of runs.
 
     Raises:
-        ModelError: none is there.
+        ModelError: there is no checkpoint.
     """
     if place is None:
         return newest_checkpoint(output_dir)
@@ -69,11 +78,12 @@ def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint written last in a folder of runs; where only the one before it is left,
-    the path that it had.
+    """Return the checkpoint that was written last in a folder of runs.
+
+    Where only its predecessor is left, this is the path that the lost checkpoint had.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no checkpoint.
     """
     found = sorted(output_dir.glob(CHECKPOINT_GLOB), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -87,11 +97,12 @@ def newest_checkpoint(output_dir: Path) -> Path:
     return found[-1]
 
 
-def load_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
-    """The model of a checkpoint, with its weights.
+def load_fine_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
+    """Load the model of ``settings`` with the weights of a checkpoint.
 
     Raises:
-        ModelError: the base model is not the one it was trained from.
+        ModelError: the checkpoint was trained from another pretrained model, or its weights do
+            not fit the scenario.
     """
     loaded = load_model(settings)
     theirs = content["base_model"]
@@ -107,7 +118,7 @@ def load_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """``content`` and ``checkpoint`` are None where the model is an untouched one."""
+    """A model with its settings; ``content`` and ``checkpoint`` are None for a pretrained one."""
 
     loaded: LoadedModel
     settings: Settings
@@ -115,30 +126,33 @@ class OpenedModel:
     checkpoint: Path | None = None
 
 
-def open_model(place: str, now: LoadedSettings, anew: Collection[str]) -> OpenedModel:
-    """The model of a checkpoint or run folder, with the settings it was trained with but those
-    in ``anew``; or the untouched model of a folder of transformers, a hub id, or ``tiny``.
+def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) -> OpenedModel:
+    """Open a fine-tuned or a pretrained model.
+
+    Args:
+        place: a checkpoint or run folder; or a pretrained model: a folder of transformers, a hub
+            id, or ``tiny``. None is the pretrained model of the settings.
+        now: the settings of this command.
+        anew: names of settings that a fine-tuned model takes from ``now`` rather than from its
+            checkpoint.
 
     Raises:
-        ModelError: there is none, or it cannot be loaded.
+        ModelError: there is no such model, or it cannot be loaded.
     """
-    path = Path(place).expanduser()
-    if _is_model_name(place, path):
-        return open_untouched(now.values.model_copy(update={"model": place}))
+    path = Path(place).expanduser() if place else None
+    if place is None or path is None or _is_pretrained(place, path):
+        model = now.values.model if place is None else place
+        settings = now.values.model_copy(update={"model": model, "scenario": "zero_shot"})
+        return OpenedModel(load_model(settings), settings)
     checkpoint = find_checkpoint(path, now.values)
     content = load_checkpoint(checkpoint)
     settings = saved_settings(content, now, anew)
-    return OpenedModel(load_tuned(content, settings), settings, content, checkpoint)
+    return OpenedModel(load_fine_tuned(content, settings), settings, content, checkpoint)
 
 
-def open_untouched(settings: Settings) -> OpenedModel:
-    """The base model of some settings as it came."""
-    settings = settings.model_copy(update={"scenario": "zero_shot"})
-    return OpenedModel(load_model(settings), settings)
-
-
-def _is_model_name(place: str, path: Path) -> bool:
+def _is_pretrained(place: str, path: Path) -> bool:
+    """Tell a pretrained model from a checkpoint or run folder, which may also be missing."""
     if path.is_dir():
         return (path / "config.json").is_file()
-    looks_local = place.startswith((".", "/", "~")) or path.suffix == ".pt" or path.exists()
-    return not looks_local and not path.with_name(f"{path.name}_checkpoint.pt").is_file()
+    local = looks_local(place) or path.suffix == ".pt" or path.exists()
+    return not local and not path.with_name(f"{path.name}_checkpoint.pt").is_file()

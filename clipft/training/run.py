@@ -40,10 +40,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clipft.core.files import replacing_folder
-from clipft.embedding.load import LoadedModel
-from clipft.evaluation.evaluator import compare, load_untouched
+from clipft.embedding.load import LoadedModel, load_model
+from clipft.evaluation.evaluator import compare
 from clipft.models.huggingface import write_adapter
-from clipft.runs.load import load_tuned
+from clipft.runs.load import load_fine_tuned
 from clipft.training.checkpointing import load_best
 
 
@@ -73,7 +73,7 @@ class Finish:
         if best:
             content = load_best(self.paths.best, best.epoch)
             if self.setup.weights.sharded:  # whole once more: the other processes are not here
-                return load_tuned(content, settings)
+                return load_fine_tuned(content, settings)
             loaded.model.load_trainable_state(content["model_state_dict"])
         if settings.declared_scenario.lora:
             with replacing_folder(self.paths.adapter) as temporary:
@@ -82,7 +82,7 @@ class Finish:
 
     def _evaluate(self, tuned: LoadedModel | None) -> None:
         """All figures of the untouched model and of the best epoch, with intervals."""
-        untouched = load_untouched(self.setup.settings)
+        untouched = load_model(self.setup.settings, pretrained=True)
         judged = compare(self.judged_on, untouched, tuned, self.check)
         text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
         write_text(self.paths.evaluation, text + "\n")

@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 from clipft.data import images
 from clipft.data.augmentation import make_transform
 from clipft.data.images import decode_image
-from clipft.models.pretrained import load_base
+from clipft.models.pretrained import load_pretrained
 
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
@@ -67,11 +67,11 @@ def pixels(pictures: list[bytes], size: int, margin: float) -> Tensor:
 
 
 def encoders(name: str | None) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor]]]:
-    tiny = load_base("tiny")
+    tiny = load_pretrained("tiny")
     torch.manual_seed(0)
     models = {"tiny": (tiny.model, tiny.inputs.image_size)}
     if name:
-        base = load_base(name)
+        base = load_pretrained(name)
         models[name] = (base.model, base.inputs.image_size)
     else:
         models["ViT-B/32, random"] = (CLIPModel(CLIPConfig()).eval(), 224)

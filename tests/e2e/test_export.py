@@ -125,11 +125,11 @@ def embedded(checkpoint, files, texts, from_pipeline) -> tuple[torch.Tensor, tor
 def test_peft_computes_the_same(scenario, checkpoints, batch, tmp_path):
     from peft import PeftModel
 
-    from clipft.models.pretrained import load_base
+    from clipft.models.pretrained import load_pretrained
 
     out = tmp_path / "out"
     assert run(["export", str(checkpoints[scenario]), str(out), "--format", "peft"]) == 0
-    model = PeftModel.from_pretrained(load_base("tiny").model, out).eval()
+    model = PeftModel.from_pretrained(load_pretrained("tiny").model, out).eval()
     assert_same(theirs(model, batch), ours(checkpoints[scenario], batch))
     assert (out / "adapter_model.safetensors").is_file()
     assert not (out / "model.safetensors").exists()
@@ -266,7 +266,7 @@ def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, ba
     from peft import PeftModel
     from transformers import CLIPModel
 
-    from clipft.models.pretrained import load_base
+    from clipft.models.pretrained import load_pretrained
 
     checkpoint = write_checkpoint(tmp_path, "dual_lora", loss="siglip")
     out = tmp_path / "out"
@@ -281,7 +281,7 @@ def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, ba
         assert bias in (out / kind / "README.md").read_text()
     told = re.search(r"`(model\.logit_scale\S+)`", (out / "peft" / "README.md").read_text())
     assert told
-    loaded = PeftModel.from_pretrained(load_base("tiny").model, out / "peft")
+    loaded = PeftModel.from_pretrained(load_pretrained("tiny").model, out / "peft")
     exec(told[1], {"model": loaded})
     assert loaded.logit_scale.item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
 

@@ -79,17 +79,17 @@ def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
     from peft import PeftModel
 
     from clipft.config.sources import load_settings
-    from clipft.models.pretrained import load_base
+    from clipft.models.pretrained import load_pretrained
     from clipft.runs.checkpoint import load_checkpoint
-    from clipft.runs.load import load_tuned, saved_settings
+    from clipft.runs.load import load_fine_tuned, saved_settings
 
     content = load_checkpoint(whole / "dual_lora" / "best.pt")
     settings = saved_settings(content, load_settings({}, environ={}), ())
-    ours = load_tuned(content, settings).model.eval()
+    ours = load_fine_tuned(content, settings).model.eval()
     theirs = PeftModel.from_pretrained(
-        load_base("tiny").model, str(whole / "dual_lora" / "adapter")
+        load_pretrained("tiny").model, str(whole / "dual_lora" / "adapter")
     ).eval()
-    size = load_base("tiny").inputs.image_size
+    size = load_pretrained("tiny").inputs.image_size
     pixels = torch.rand(2, 3, size, size)
     with torch.no_grad():
         a = ours.clip.get_image_features(pixel_values=pixels).pooler_output

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from clipft.embedding.dropout import Masks, RowDropout
+from clipft.embedding.dropout import RowDropout, RowMasks
 
 
 def through(keys, positions=6, width=40, p=0.25, seed=(1, 2, 0)):
-    masks = Masks(p)
+    masks = RowMasks(p)
     first, second = RowDropout(width, masks), RowDropout(width, masks)
     masks.use(seed, np.array(keys, np.uint64))
     ones = torch.ones(len(keys), positions, width)
@@ -38,6 +38,6 @@ def test_the_share_dropped_and_the_mean_kept():
 
 
 def test_evaluation_drops_nothing():
-    dropout = RowDropout(4, Masks(0.5)).eval()
+    dropout = RowDropout(4, RowMasks(0.5)).eval()
     values = torch.randn(2, 3, 4)
     assert dropout(values) is values

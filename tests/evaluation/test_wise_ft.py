@@ -5,7 +5,7 @@ from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
 from clipft.core.errors import ModelError
 from clipft.evaluation.wise_ft import Interpolation
-from clipft.models.pretrained import load_base
+from clipft.models.pretrained import load_pretrained
 from clipft.models.trainable import adapt
 
 TRAINING = [name for name, scenario in SCENARIOS.items() if scenario.trains]
@@ -13,12 +13,12 @@ TRAINING = [name for name, scenario in SCENARIOS.items() if scenario.trains]
 
 def trainable(scenario="dual_lora"):
     settings = Settings(model="tiny", scenario=scenario)
-    return adapt(load_base("tiny"), settings.declared_scenario, settings).eval()
+    return adapt(load_pretrained("tiny"), settings.declared_scenario, settings).eval()
 
 
 def inputs():
     generator = torch.Generator().manual_seed(3)
-    side = load_base("tiny").inputs.image_size
+    side = load_pretrained("tiny").inputs.image_size
     pixels = torch.randint(0, 256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
     return pixels, torch.randint(1, 400, (4, 12), generator=generator)
 
@@ -40,7 +40,7 @@ def moved(model):
 
 @pytest.mark.parametrize("scenario", TRAINING)
 def test_the_ends_are_the_untouched_and_the_tuned_model(scenario):
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     settings = Settings(model="tiny", scenario="zero_shot")
     untouched = encoded(adapt(base, SCENARIOS["zero_shot"], settings).eval())
     model = trainable(scenario)

@@ -7,7 +7,7 @@ from peft import PeftModel
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.models.pretrained import load_base
+from clipft.models.pretrained import load_pretrained
 from clipft.models.trainable import TARGETS, TrainableModel, adapt
 
 KINDS = [
@@ -27,7 +27,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(ma
 def adapted(scenario="dual_lora", seed=0, **given) -> TrainableModel:
     settings = load_settings({"lora_r": "4", **given}, environ={}).values
     torch.manual_seed(seed)
-    return adapt(load_base("tiny"), SCENARIOS[scenario], settings).eval()
+    return adapt(load_pretrained("tiny"), SCENARIOS[scenario], settings).eval()
 
 
 def trained(model: TrainableModel) -> TrainableModel:
@@ -40,7 +40,7 @@ def trained(model: TrainableModel) -> TrainableModel:
 
 @pytest.fixture(scope="module")
 def pairs():
-    inputs = load_base("tiny").inputs
+    inputs = load_pretrained("tiny").inputs
     side = inputs.image_size
     pixels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     texts = ["a red chair", "a lamp", "an oak table", "a blue sofa"]
@@ -70,7 +70,7 @@ def test_a_checkpoint_goes_back_into_a_model_that_was_loaded_anew(kind, pairs):
 def test_the_folder_is_an_adapter_for_peft_alone(kind, pairs, tmp_path):
     model = trained(adapted(**kind))
     model.clip.save_pretrained(str(tmp_path))
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     torch.manual_seed(123)  # nothing of it may be random
     alone = PeftModel.from_pretrained(base.model, str(tmp_path)).eval()
     pixels = pairs[0].float() * model._gain - model._shift
@@ -101,7 +101,7 @@ def test_rank_stabilised_scale():
 
 
 def test_no_map_of_that_name_is_an_error():
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     for layer in base.model.vision_model.encoder.layers:
         layer.self_attn.query = layer.self_attn._modules.pop("q_proj")
         layer.self_attn.value = layer.self_attn._modules.pop("v_proj")

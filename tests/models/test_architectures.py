@@ -28,7 +28,7 @@ from clipft.core.errors import ModelError
 from clipft.data.augmentation import make_transform
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.data.demo.catalogue import render_pair
-from clipft.models.pretrained import BaseModel, load_base, load_inputs
+from clipft.models.pretrained import PretrainedModel, load_inputs, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 from tests.models.checkpoints import TEXTS, clip_tokenizer, write_clip, write_siglip
 
@@ -65,8 +65,8 @@ def pictures() -> list[Image.Image]:
 
 
 @cache
-def untouched(folder: Path) -> BaseModel:
-    return load_base(str(folder))
+def untouched(folder: Path) -> PretrainedModel:
+    return load_pretrained(str(folder))
 
 
 def tuned(folder: Path, scenario: str = "zero_shot", **given: object) -> TrainableModel:
@@ -166,7 +166,7 @@ def test_a_text_is_pooled_at_its_end_whatever_an_old_configuration_says(folders,
     legacy.text_model.resize_token_embeddings(49409)
     legacy.config.text_config.vocab_size = 49409
     legacy.save_pretrained(str(folder))
-    base = load_base(str(folder))
+    base = load_pretrained(str(folder))
     ids = torch.tensor(tokenizer(["a furniturium chair", "furniturium"], padding=True)["input_ids"])
     with torch.no_grad():
         hidden = base.model.text_model(input_ids=ids).last_hidden_state
@@ -182,8 +182,8 @@ def test_every_scenario_trains_siglip(name, folders):
     model = tuned(folders("SigLIP"), name)
     pixels, ids = pixels_and_ids(folders("SigLIP"))
     images, texts = model.train()(pixels, ids)
-    assert images.requires_grad == model.learns_images
-    assert texts.requires_grad == model.learns_texts
+    assert images.requires_grad == model.images_trainable
+    assert texts.requires_grad == model.texts_trainable
     (images @ texts.T).diagonal().sum().backward()
     learning = [n for n, p in model.trainable() if p.grad is not None]
     for projection, path in (("visual", "vision_model.head.mlp."), ("text", "text_model.head.")):
@@ -249,4 +249,4 @@ def test_siglips_captions_are_cut_between_words(folders):
 def test_what_cannot_be_trained_is_refused(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
-        load_base(str(tmp_path))
+        load_pretrained(str(tmp_path))

@@ -6,7 +6,7 @@ from transformers.activations import QuickGELUActivation
 
 from clipft.config.sources import load_settings
 from clipft.embedding.load import LoadedModel, load_model
-from clipft.models.fast_encoder import LeanQuickGelu
+from clipft.models.fast_encoder import FastQuickGelu
 
 ROWS = 5
 
@@ -57,7 +57,7 @@ def with_gradients(loaded: LoadedModel, way) -> tuple[list[torch.Tensor], dict[s
 
 def as_transformers_has_it(loaded: LoadedModel) -> LoadedModel:
     for layer in loaded.model.clip.modules():
-        if isinstance(getattr(layer, "activation_fn", None), LeanQuickGelu):
+        if isinstance(getattr(layer, "activation_fn", None), FastQuickGelu):
             layer.activation_fn = QuickGELUActivation()
     return loaded
 
@@ -93,7 +93,7 @@ def test_a_tower_of_one_layer_is_only_its_last():
 
 def test_the_activation_has_the_bits_of_transformers_and_its_own_derivative():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    lean, plain = LeanQuickGelu(), QuickGELUActivation()
+    lean, plain = FastQuickGelu(), QuickGELUActivation()
     for dtype in (torch.float32, torch.bfloat16):
         values = x.to(dtype).requires_grad_()
         assert torch.equal(lean(values), plain(values))
@@ -106,5 +106,5 @@ def test_of_an_activation_one_tensor_is_kept():
     kept = []
     x = torch.randn(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        LeanQuickGelu()(x)
+        FastQuickGelu()(x)
     assert len(kept) == 1

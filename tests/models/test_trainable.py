@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.models.pretrained import BaseModel, ModelInputs, load_base
+from clipft.models.pretrained import ModelInputs, PretrainedModel, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 
 SETTINGS = load_settings({}, environ={}).values
@@ -29,7 +29,7 @@ def test_trainable_parameters_of_the_true_vit_b_32(name):
         clip = CLIPModel(CLIPConfig())
     total = sum(p.numel() for p in clip.parameters())
     inputs = ModelInputs(None, 77, 224, (0.5,) * 3, (0.5,) * 3)
-    base = BaseModel("vit", clip, inputs, total)
+    base = PretrainedModel("vit", clip, inputs, total)
     counted = adapt(base, SCENARIOS[name], SETTINGS).parameters_count()
     assert counted.base == 151_277_313
     assert counted.trainable == TRAINABLE[name]
@@ -38,9 +38,9 @@ def test_trainable_parameters_of_the_true_vit_b_32(name):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_only_what_the_scenario_names_gets_a_gradient(name):
     scenario = SCENARIOS[name]
-    model = adapt(load_base("tiny"), scenario, SETTINGS)
+    model = adapt(load_pretrained("tiny"), scenario, SETTINGS)
     names = [n for n, _ in model.trainable()]
-    assert model.learns_images == any("vision" in n or "visual" in n for n in names)
+    assert model.images_trainable == any("vision" in n or "visual" in n for n in names)
     assert ("logit_scale" in "".join(names)) == scenario.full
     if scenario.lora and not scenario.full:
         wanted = {f"{tower}_model" for tower in scenario.lora}
@@ -60,13 +60,13 @@ def test_only_what_the_scenario_names_gets_a_gradient(name):
     ],
 )
 def test_what_learns_is_told_apart(name, vision_tower, text_tower, images, texts):
-    model = adapt(load_base("tiny"), SCENARIOS[name], SETTINGS)
+    model = adapt(load_pretrained("tiny"), SCENARIOS[name], SETTINGS)
     assert (model.vision_tower_trainable, model.text_tower_trainable) == (vision_tower, text_tower)
-    assert (model.learns_images, model.learns_texts) == (images, texts)
+    assert (model.images_trainable, model.texts_trainable) == (images, texts)
 
 
 def test_an_adapted_model_starts_as_the_untouched_one():
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     pixels = torch.randint(
         0, 256, (2, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
     )
@@ -74,14 +74,14 @@ def test_an_adapted_model_starts_as_the_untouched_one():
     untouched = adapt(base, SCENARIOS["zero_shot"], SETTINGS).eval()
     with torch.no_grad():
         expected = untouched(pixels, ids)
-        tuned = adapt(load_base("tiny"), SCENARIOS["dual_lora"], SETTINGS).eval()(pixels, ids)
+        tuned = adapt(load_pretrained("tiny"), SCENARIOS["dual_lora"], SETTINGS).eval()(pixels, ids)
     torch.testing.assert_close(tuned, expected)
 
 
 def test_normalising_is_that_of_the_image_processor():
     from transformers import CLIPImageProcessor
 
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     processor = CLIPImageProcessor(
         image_mean=list(base.inputs.mean), image_std=list(base.inputs.std)
     )
@@ -99,19 +99,19 @@ def test_normalising_is_that_of_the_image_processor():
 
 def test_weights_go_back_where_they_came_from_or_are_refused():
     torch.manual_seed(1)
-    model = adapt(load_base("tiny"), SCENARIOS["dual_lora"], SETTINGS)
+    model = adapt(load_pretrained("tiny"), SCENARIOS["dual_lora"], SETTINGS)
     state = {name: torch.randn_like(value) for name, value in model.trainable_state().items()}
     model.load_trainable_state(state)
     for name, value in model.trainable_state().items():
         assert torch.equal(value, state[name])
-    other = adapt(load_base("tiny"), SCENARIOS["vision_lora"], SETTINGS)
+    other = adapt(load_pretrained("tiny"), SCENARIOS["vision_lora"], SETTINGS)
     with pytest.raises(ModelError, match="does not fit"):
         other.load_trainable_state(state)
 
 
 def adapted(scenario: str, **given: str) -> TrainableModel:
     settings = load_settings(given, environ={}).values
-    return adapt(load_base("tiny"), SCENARIOS[scenario], settings)
+    return adapt(load_pretrained("tiny"), SCENARIOS[scenario], settings)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_siglip_gives_a_clip_checkpoint_a_bias_and_starts_its_temperature_anew()
 
 
 def test_the_logit_scale_stays_at_or_below_100():
-    model = adapt(load_base("tiny"), SCENARIOS["full"], SETTINGS)
+    model = adapt(load_pretrained("tiny"), SCENARIOS["full"], SETTINGS)
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     model.clamp_logit_scale()
@@ -156,9 +156,9 @@ def test_the_logit_scale_stays_at_or_below_100():
 
 
 def test_fingerprints_tell_weights_apart():
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     before = base.fingerprint()
-    assert load_base("tiny").fingerprint() == before
+    assert load_pretrained("tiny").fingerprint() == before
     with torch.no_grad():
         base.model.logit_scale += 1e-3
     assert base.fingerprint() != before
@@ -174,10 +174,10 @@ def test_fingerprints_tell_weights_apart():
 def test_a_model_that_is_not_there(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=message):
-        load_base(name)
+        load_pretrained(name)
 
 
 def test_tiny_is_the_packaged_model_whatever_lies_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert load_base("tiny").parameters_count > 1_000_000
+    assert load_pretrained("tiny").parameters_count > 1_000_000

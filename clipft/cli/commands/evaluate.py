@@ -215,14 +215,14 @@ def zero_shot(
     from clipft.evaluation.evaluator import Comparison, EvaluationSet
     from clipft.evaluation.zero_shot import LabelSource, classifier_of, label_validation
     from clipft.evaluation.zero_shot import save_classifier as save
-    from clipft.runs.load import open_model, open_untouched
+    from clipft.runs.load import open_model
 
     bring_named_data(loaded, out)
     if save_classifier:
         check_writable(save_classifier)
     checkpoint = fetched_checkpoint(checkpoint, loaded.values, out)
     place = str(checkpoint) if checkpoint else None
-    opened = open_model(place, loaded, _SETTINGS) if place else open_untouched(loaded.values)
+    opened = open_model(place, loaded, _SETTINGS)
     settings, model, path = opened.settings, opened.loaded, opened.checkpoint
     pairs = EvaluationSet.open(model.base.inputs, settings)
     judged = pairs.judge(model)

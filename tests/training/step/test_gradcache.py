@@ -13,7 +13,7 @@ from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
-from clipft.models.pretrained import load_base
+from clipft.models.pretrained import load_pretrained
 from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
 from clipft.training.step.losses import make_loss
 
@@ -55,7 +55,7 @@ def accumulation(
 @pytest.fixture(scope="module")
 def pairs() -> Batch:
     """Captions of different lengths; the fifth and the ninth are the same."""
-    base = load_base("tiny")
+    base = load_pretrained("tiny")
     generator = torch.Generator().manual_seed(3)
     size = base.inputs.image_size
     pixels = torch.randint(0, 256, (PAIRS, 3, size, size), dtype=torch.uint8, generator=generator)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import DivergedError, ModelError
-from clipft.models.pretrained import load_base
+from clipft.models.pretrained import load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 from clipft.training.step.optimizer import (
     MAX_SKIPPED_STEPS,
@@ -50,7 +50,7 @@ def test_any_number_of_steps_has_a_learning_rate(total, asked):
 
 def tiny(scenario: str, **given: object) -> tuple[TrainableModel, list[dict[str, Any]]]:
     values = load_settings({"scenario": scenario, "lr": "0.01", **given}, environ={}).values
-    model = adapt(load_base("tiny"), SCENARIOS[scenario], values)
+    model = adapt(load_pretrained("tiny"), SCENARIOS[scenario], values)
     return model, parameter_groups(model, values)
 
 
