@@ -1,6 +1,7 @@
-"""Known vulnerabilities in the exact versions of constraints.txt: ``python tests/audit.py``.
+"""Look for known vulnerabilities in the versions of constraints.txt: ``python tests/audit.py``.
 
-Ends with 1 where there is one. Without a network to the advisory database that is said, and 0.
+Exits with 1 if it finds any. If the advisory database cannot be reached, it says so and exits with
+0.
 """
 
 import json

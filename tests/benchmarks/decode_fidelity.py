@@ -1,7 +1,8 @@
-"""What decoding JPEGs at a reduced scale changes: cosine of the image features, and pixels.
+"""Measure what decoding JPEGs at a reduced scale changes in pixels and image features.
 
-Augmentation none, the whole decode against the scaled one, on photos as they are and enlarged.
-Features of the packaged tiny model, and of a ViT-B/32 of random weights (or of ``--model``).
+Compares full and scaled decoding without augmentation, on photos in their own size and enlarged.
+The features are those of the packaged tiny model and of a ViT-B/32 with random weights (or of
+``--model``).
 
     python tests/benchmarks/decode_fidelity.py --photos DIR [--quick] [--model NAME] [--json FILE]
 """
@@ -27,7 +28,7 @@ MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosine between features, and the difference of pixels in steps of 255."""
+    """The cosine between features, and the difference of pixels in steps of 1/255."""
 
     name: str
     least_cosine: float
@@ -37,7 +38,7 @@ class Fidelity:
 
 
 def publish(rows: list[Fidelity], file: Path | None) -> None:
-    """Print one table; write the figures where a file was named."""
+    """Print one table, and write the figures to ``path`` if it is given."""
     print(f"{'':48} {'cosine: least':>14} {'median':>10} {'pixels: mean':>13} {'most':>6}")
     for row in rows:
         cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
@@ -47,7 +48,7 @@ def publish(rows: list[Fidelity], file: Path | None) -> None:
 
 
 def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
-    """Photos of the folder with this shorter side, quality 90."""
+    """The photos of a folder, resized to this shorter side, as JPEGs of quality 90."""
     for path in sorted(folder.rglob("*.jpg"))[:count]:
         with Image.open(path) as photo:
             photo = photo.convert("RGB")
@@ -59,7 +60,7 @@ def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
 
 
 def pixels(pictures: list[bytes], size: int, margin: float) -> Tensor:
-    """uint8 [N, 3, size, size]; ``margin`` 0: decoded in full."""
+    """Decode to uint8 [N, 3, size, size]; a ``margin`` of 0 decodes in full."""
     images._DRAFT_MARGIN = margin  # type: ignore[assignment]
     transform = make_transform("none", size)
     at_least = size if margin else 0

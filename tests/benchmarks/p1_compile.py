@@ -1,10 +1,10 @@
-"""Does torch.compile pay? A step of 64 pairs with both towers compiled against the same as it is.
+"""Measure whether torch.compile pays: a step of 64 pairs with both towers compiled, and uncompiled.
 
     python tests/benchmarks/p1_compile.py --photos DIR [--quick] [--json FILE]
 
-Pieces of captions differ in length from step to step, so the text tower is compiled with dynamic
-shapes; ``graphs`` counts what was compiled during all rounds, ``compile_s`` is how much longer the
-first step took than a later one.
+Chunks of captions differ in length from step to step, so the text tower is compiled with dynamic
+shapes. ``graphs`` counts what was compiled during all rounds, and ``compile_s`` is how much longer
+the first step took than a later one.
 """
 
 import statistics
@@ -26,7 +26,7 @@ SIZE, ROUNDS = Size(64, 64, 32), 3
 
 @dataclass(frozen=True)
 class Row:
-    """Samples/s (medians); ``times_as_fast`` is the median of the rounds' ratios."""
+    """Samples per second (medians); ``times_as_fast`` is the median of the ratios of all rounds."""
 
     scenario: str
     compiled: float

@@ -1,15 +1,15 @@
 """P1 on a GPU: ViT-B/32, dual_lora r = 16, bf16, from packed shards to the optimizer step.
 
     python tests/benchmarks/p1_gpu.py --photos DIR [--json FILE]
-    python tests/benchmarks/p1_gpu.py --photos DIR --device cpu --quick     # does it run?
+    python tests/benchmarks/p1_gpu.py --photos DIR --device cpu --quick   # only checks that it runs
 
-An effective batch of 1,024 that goes through at once, and one of 32,768 as 32 micro-batches of
-1,024, each against transformers' Trainer, open_clip's loop and sentence-transformers' cached loss
-(see p1_training.py); ours with the towers compiled; and of each how many of its products per
-second the device reaches in a bf16 matrix product of 8,192 x 8,192 in the same run (``utilised``:
-products that the model needs, counted once forward and backward, whatever is computed twice).
-``busy`` is the share of the time in which training did not wait for data. DIR holds NAME.jpg and
-NAME.txt; each pair is used as often as it takes, with a caption of its own.
+Measures an effective batch of 1,024 in one pass and one of 32,768 as 32 micro-batches of 1,024,
+each against transformers' Trainer, open_clip's loop and sentence-transformers' cached loss (see
+p1_training.py), and clipft with the towers compiled. ``utilised`` is the share of the speed of a
+bf16 matrix product of 8,192 x 8,192 in the same run; it counts the products that the model needs,
+once forward and once backward, even if some are computed twice. ``busy`` is the share of time in
+which training did not wait for data. DIR holds NAME.jpg and NAME.txt; each pair is repeated as
+often as necessary, with a caption of its own.
 """
 
 import shutil
@@ -56,7 +56,7 @@ PEERS: dict[str, Callable[[Place, Size], Work]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Samples/s (medians); ``times_as_fast`` is the median of the rounds' ratios."""
+    """Samples per second (medians); ``times_as_fast`` is the median of the ratios of all rounds."""
 
     effective_batch: int
     against: str
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass
 class Ours:
-    """Ours at one size; ``steps`` of the last round."""
+    """clipft at one batch size; ``steps`` are those of the last round."""
 
     work: Work
     state: TrainState
@@ -79,12 +79,12 @@ class Ours:
 
     @property
     def busy(self) -> float:
-        later = self.steps[1:] or self.steps  # the first waits for the workers to start
+        later = self.steps[1:] or self.steps  # the first step waits until the workers have started
         return 1 - sum(s.data_seconds for s in later) / sum(s.seconds for s in later)
 
 
 def ours(place: Place, size: Size, compiled: bool = False, **given: Any) -> Ours:
-    """An epoch each time its work is called, the next one each time."""
+    """Train the next epoch each time the work is called."""
     setup = setup_of(place, size, **given)
     model = setup.loaded.model
     if compiled:
@@ -110,7 +110,7 @@ def ours(place: Place, size: Size, compiled: bool = False, **given: Any) -> Ours
 
 
 def settled(work: Work, device: str) -> Work:
-    """With all that the device has been given done."""
+    """Wait until the device has finished its queue."""
 
     def timed() -> int:
         pairs = work()
@@ -122,7 +122,7 @@ def settled(work: Work, device: str) -> Work:
 
 
 def products_per_pair(model: Any, size: Size, device: str) -> float:
-    """Multiplications and additions, two each, of a pair's forward and backward pass."""
+    """Floating-point operations of the forward and backward pass of one pair."""
     pixels = torch.zeros(size.micro, 3, 224, 224, dtype=torch.uint8, device=device)
     ids = torch.full((size.micro, 32), 49406, device=device)
     ids[:, -1] = 49407
@@ -134,7 +134,7 @@ def products_per_pair(model: Any, size: Size, device: str) -> float:
 
 
 def device_rate(device: str, side: int) -> float:
-    """Of a bf16 product, in products a second: the median of ten."""
+    """The speed of a bf16 matrix product in operations per second, median of ten."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(12):
@@ -153,7 +153,7 @@ def measured(place: Place, size: Size, rate: float) -> list[Row]:
     rows = []
     for name, way in ways.items():
         pair = [settled(work, device) for work in (plain.work, way)]
-        for work in pair:  # uncounted
+        for work in pair:  # a warm-up that does not count
             work()
         row = ratio_of(name, *in_turn(pair, ROUNDS), GOALS.get(name, 0))
         least, most = row.spread
@@ -167,7 +167,8 @@ def measured(place: Place, size: Size, rate: float) -> list[Row]:
 
 
 def repeated(photos: Path, folder: Path, count: int) -> Path:
-    """``count`` pairs, each with a caption of its own: equal ones would be encoded once."""
+    """Write ``count`` pairs with distinct captions, because equal ones would be encoded only
+    once."""
     pairs = sorted(photos.glob("*.jpg"))
     folder.mkdir()
     for i in range(count):

@@ -1,15 +1,16 @@
 """P1: training throughput on the true ViT-B/32 (random weights: speed does not depend on them).
 
-dual_lora r = 16, fp32 on the CPU, effective batch 128 as 4 micro-batches of 32, from shards to
-the optimizer step; ours computes the 128-way loss exactly. Against (a) transformers' Trainer
-with PEFT: captions filled to 77, four micro-batches with a loss of their own; (b)
-sentence-transformers' cached loss with PEFT; (c) open_clip's own ``train_one_epoch`` with
-``accum_freq`` 4, over the same adapted model. No worker processes on either side.
+dual_lora with r = 16, fp32 on the CPU, an effective batch of 128 as 4 micro-batches of 32, from
+shards to the optimizer step. clipft computes the 128-way loss exactly. The peers are (a)
+transformers' Trainer with PEFT, with captions padded to 77 and a loss for each of the four
+micro-batches; (b) sentence-transformers' cached loss with PEFT; (c) open_clip's own
+``train_one_epoch`` with ``accum_freq`` 4 over the same model with adapters. No side uses worker
+processes.
 
     python tests/benchmarks/p1_training.py --photos DIR [--effective N] [--quick] [--json FILE]
 
-DIR holds NAME.jpg and NAME.txt. ``--profile`` tells where our own time goes, beside the rate
-of matrix products that the machine reaches in the same run.
+DIR holds NAME.jpg and NAME.txt. ``--profile`` shows where clipft spends its time, and the speed of
+matrix products that the machine reaches in the same run.
 """
 
 import argparse
@@ -48,7 +49,7 @@ LENGTH = 77
 
 @dataclass(frozen=True)
 class Size:
-    """An optimizer step takes ``effective`` pairs, ``micro`` at a time."""
+    """An optimizer step uses ``effective`` pairs, ``micro`` at a time."""
 
     pairs: int
     effective: int
@@ -60,7 +61,7 @@ QUICK = Size(16, 16, 4)
 
 @dataclass(frozen=True)
 class Place:
-    """``model``: the random ViT-B/32 as transformers saves it; ``data``: packed shards."""
+    """``model`` is the random ViT-B/32 as transformers saves it, ``data`` the packed shards."""
 
     model: Path
     data: Path
@@ -86,7 +87,7 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
         "num_workers": place.machine.workers,
         "precision": "fp32" if place.machine.device == "cpu" else "bf16",
         "device": place.machine.device,
-        "epochs": 1000,  # the work is done once in each round
+        "epochs": 1000,  # each round trains one epoch
         **given,
     }
     return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
@@ -110,7 +111,7 @@ def adapted_clip(place: Place) -> Any:
 
 
 class Samples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """As transformers' CLIP example prepares them: crop, flip, processor, filled captions."""
+    """Prepare pairs as transformers' CLIP example does: crop, flip, processor, padded captions."""
 
     def __init__(self, place: Place, pairs: int) -> None:
         self.shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]
@@ -176,7 +177,7 @@ def sentence_transformers_way(place: Place, size: Size) -> Work:
 
 
 class AsOpenClip(nn.Module):
-    """The adapted model with the outputs that open_clip's loop and loss expect."""
+    """The model with adapters, with the outputs that open_clip's loop and loss expect."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -281,7 +282,7 @@ def measured(place: Place, size: Size, pairs: int) -> list[Row]:
 
 
 def profile(place: Place, size: Size) -> None:
-    """Our step by operator, and the machine's matrix products beside those of the step."""
+    """Profile clipft's step by operator, and compare its matrix products with plain ones."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 

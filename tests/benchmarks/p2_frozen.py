@@ -1,16 +1,16 @@
-"""P2: frozen towers: what a tower that does not train would compute again is looked up.
+"""P2: frozen towers, whose features clipft looks up instead of computing them again.
 
-The true ViT-B/32 with random weights, fp32 on the CPU, augmentation ``none``, 10 epochs, from
-loading the model to the last step, the making of the features included: against the same
-without the feature cache, and against (a) transformers' Trainer with the same weights learning
-(PEFT for the LoRA scenarios), captions filled to 77. The features' folder is empty before each
-run; each run makes everything anew, so none warms up another. Loading is some seconds whatever the
-number of pairs: more of them than here make the ratios greater.
+Trains the true ViT-B/32 with random weights, fp32 on the CPU, without augmentation, for 10 epochs,
+and measures from loading the model to the last step, including the computation of the features.
+The peers are the same run without the feature cache, and transformers' Trainer training the same
+weights (with PEFT for the LoRA scenarios) with captions padded to 77. The feature cache is empty
+before each run, so no run warms up another. Loading takes some seconds whatever the number of
+pairs, so more pairs make the ratios larger.
 
     python tests/benchmarks/p2_frozen.py --photos DIR [--quick] [--json FILE]
 
 DIR holds NAME.jpg and NAME.txt. The weights after all epochs with and without the cache are
-compared as well: the greatest difference is printed, and is an error above 1e-5.
+compared as well: the largest difference is printed, and a difference above 1e-5 is an error.
 """
 
 import os
@@ -37,7 +37,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """``trainer``: against (a), else against the same without cache."""
+    """Compare with the Trainer if ``trainer``, else with the same run without the cache."""
 
     scenario: str
     trainer: bool

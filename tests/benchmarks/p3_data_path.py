@@ -1,8 +1,8 @@
-"""P3: samples/s of one process, from shards to a ready batch.
+"""P3: samples per second of one process, from shards to a ready batch.
 
-Ours against (a) webdataset + Pillow + torchvision + CLIPProcessor as in transformers' CLIP
-example, and (b) open_clip's transform and tokenizer in the pipeline its trainer builds. Same
-shards, same process, one thread, augmentation ``simple`` or the peer's own.
+clipft against (a) webdataset + Pillow + torchvision + CLIPProcessor as in transformers' CLIP
+example, and (b) open_clip's transform and tokenizer in the pipeline its trainer builds. All use
+the same shards and one thread of the same process, with augmentation ``simple`` or the peer's own.
 
     python tests/benchmarks/p3_data_path.py [--quick] [--photos DIR] [--json FILE]
 """
@@ -40,7 +40,7 @@ CAPTIONS = ("a grey oak side table", "velvet armchair with brass legs, emerald",
 
 
 def photos(folder: Path | None, side: int, count: int) -> Iterator[bytes]:
-    """JPEGs of quality 90: the folder's photos at this side, or textured made-up ones."""
+    """JPEGs of quality 90: the folder's photos at this size, or textured made-up images."""
     found = sorted(folder.rglob("*.jpg")) if folder else []
     for number in range(count):
         if found:
@@ -54,7 +54,7 @@ def photos(folder: Path | None, side: int, count: int) -> Iterator[bytes]:
 
 
 def _textured(side: int, number: int) -> Image.Image:
-    """Noise of several scales: compresses about as a photo does."""
+    """Noise of several scales, which compresses about as well as a photo."""
     draw, total = np.random.default_rng(number), np.zeros((side, side, 3), np.float32)
     for scale in (4, 16, 64, side // 2):
         noise = draw.integers(0, 256, (scale, scale, 3), np.uint8)
@@ -90,7 +90,7 @@ def _stream(folder: Path, buffer: int) -> Any:
 
 
 def transformers_way(folder: Path, tokenizer: Any) -> Work:
-    """Peer (a): augment as PIL images, then the processor resizes, crops and normalises."""
+    """Peer (a): augment PIL images; the processor resizes, crops and normalizes them."""
     augment = v2.Compose([v2.RandomResizedCrop(SIDE, scale=(0.8, 1.0)), v2.RandomHorizontalFlip()])
     processor = CLIPImageProcessor()
 
@@ -122,7 +122,7 @@ def open_clip_way(folder: Path) -> Work:
 
 
 def shares(folder: Path, tokenizer: Any) -> None:
-    """Where our time goes, in ms per sample."""
+    """Print where clipft spends its time, in milliseconds per sample."""
     dataset = open_pairs(folder)
     raw = [dataset[number] for number in range(min(256, len(dataset)))]
     transform = make_transform("simple", SIDE)

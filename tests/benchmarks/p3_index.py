@@ -1,7 +1,7 @@
-"""The index: how long until the first batch, and what a worker process holds in memory.
+"""Measure the index: the time until the first batch, and the memory of a worker process.
 
-Shards of small pictures, 1,000 pairs each. ``new``: neither index nor token table are there;
-``again``: both are. Cold: the shards are dropped from the page cache before.
+Uses shards of 1,000 small images each. ``new`` means that neither index nor token table exist, and
+``again`` that both do. Cold means that the shards are dropped from the page cache first.
 
     python tests/benchmarks/p3_index.py [--quick] [--json FILE]
 """
@@ -34,7 +34,7 @@ IN_SHARD, BATCH = 1000, 64
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds; ``worker_mib`` is what a worker process shares with no other after 20 batches."""
+    """Seconds; ``worker_mib`` is the unshared memory of a worker process after 20 batches."""
 
     pairs: int
     shard_mib: float
@@ -77,7 +77,7 @@ def seconds(work: Any) -> tuple[float, Any]:
 
 
 def private_mib(process: int) -> float:
-    """Memory that the process shares with no other."""
+    """The memory that the process does not share with others."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
 

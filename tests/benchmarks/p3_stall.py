@@ -1,9 +1,9 @@
-"""How long a training step waits for data: workers ahead by a whole step, or by two batches each.
+"""Measure how long a step waits for data with workers one whole step or two batches each ahead.
 
-The step sleeps as long as a GPU would compute, so that the workers have the processors for
-themselves; how long is set to what the workers need for a step, times ``--slack``. An optimizer
-step takes ``EFFECTIVE`` pairs in micro-batches of ``MICRO``. 500 x 500 JPEGs, made up or of
-``--photos``.
+The step sleeps for as long as a GPU would compute, so that the workers have the processors to
+themselves: for the time that the workers need for a step, times ``--slack``. An optimizer step
+uses ``EFFECTIVE`` pairs in micro-batches of ``MICRO``. The images are JPEGs of 500 x 500, made up
+or from ``--photos``.
 
     python tests/benchmarks/p3_stall.py [--photos DIR] [--quick] [--json FILE]
 """
@@ -33,7 +33,7 @@ EFFECTIVE, MICRO = 512, 32
 
 @dataclass(frozen=True)
 class Stall:
-    """Shares of the time that steps waited for data, after the first step."""
+    """The shares of time that steps waited for data, after the first step."""
 
     workers: int
     step_seconds: float
@@ -44,7 +44,7 @@ class Stall:
 def after_the_first(
     pairs: PairDataset, preprocessing: Preprocessing, workers: int
 ) -> Iterator[StepBatch]:
-    """The steps of an epoch, the first of which has gone by."""
+    """The steps of an epoch after the first one."""
     plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
     steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
     next(steps)
@@ -52,7 +52,7 @@ def after_the_first(
 
 
 def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep: float) -> float:
-    """The share of waiting over one epoch."""
+    """The share of time spent waiting in one epoch."""
     steps = after_the_first(pairs, preprocessing, workers)
     time.sleep(sleep)
     waited, started = 0.0, time.perf_counter()
@@ -65,7 +65,7 @@ def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep:
 
 
 def needed(pairs: PairDataset, preprocessing: Preprocessing, workers: int) -> float:
-    """Seconds that the workers take for a step, when nothing else runs."""
+    """Seconds that the workers need for a step if nothing else runs."""
     steps = after_the_first(pairs, preprocessing, workers)
     started = time.perf_counter()
     count = sum(1 for _ in steps)

@@ -1,10 +1,11 @@
-"""P4: bringing a catalogue from a real S3 server (Ceph's RADOS Gateway on loopback), against
-what people use: aws s3 sync, rclone, a plain boto3 loop. Wall and processor time of the client.
+"""P4: download a catalogue from a real S3 server (Ceph's RADOS Gateway on loopback).
+
+Compares wall and processor time of clipft with aws s3 sync, rclone and a plain boto3 loop.
 
     python tests/benchmarks/p4_sync.py [--aws PATH] [--tasks small,large,many] [--json FILE]
 
-Each tool writes to folders of its own, and nothing is deleted before the end: ext4 takes long
-to make files in a folder's neighbourhood where thousands have just been deleted.
+Each tool writes to its own folders, and nothing is deleted before the end: on ext4, creating files
+is slow next to a folder where thousands have just been deleted.
 """
 
 import argparse
@@ -48,8 +49,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of the rounds; ``times_faster`` and ``cpu_share`` are medians of the ratios of
-    each round."""
+    """Medians of the rounds; ``times_faster`` and ``cpu_share`` are medians of each round's
+    ratio."""
 
     task: str
     peer: str
@@ -65,7 +66,7 @@ class Row:
 
 
 class Tools:
-    """Commands that bring ``prefix`` to a folder."""
+    """The commands that download ``prefix`` to a folder."""
 
     def __init__(self, url: str, home: Path, aws: str | None) -> None:
         self._url, self._aws = url, aws
@@ -122,7 +123,7 @@ def measured(command: list[str], environment: dict[str, str]) -> Cost:
 
 
 def filled(url: str, prefix: str, count: int, size: int) -> None:
-    """In a process of its own: the peak memory of a child is never below that of its parent."""
+    """Run in a process of its own, because a child's peak memory is never below its parent's."""
     process = multiprocessing.get_context("spawn").Process(
         target=fill, args=(url, prefix, count, size)
     )
@@ -173,7 +174,7 @@ def _row(task: str, name: str, ours: list[Cost], theirs: list[Cost]) -> Row:
 
 
 def compare(tools: Tools, task: str, prefix: str, home: Path, rounds: int) -> list[Row]:
-    """A fresh sync and one with nothing to do, by each tool in turn."""
+    """Measure a fresh sync and one with nothing to do, with each tool in turn."""
     fresh: dict[str, list[Cost]] = {name: [] for name in tools.names()}
     again: dict[str, list[Cost]] = {name: [] for name in tools.names()}
     for number in range(rounds):
@@ -219,7 +220,7 @@ def main() -> None:
 
 
 class Few(Tools):
-    """Ours and the vendor's alone: for peak memory."""
+    """Run only clipft and aws, to measure peak memory."""
 
     def __init__(self, tools: Tools) -> None:
         self.__dict__.update(tools.__dict__)

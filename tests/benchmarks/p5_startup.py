@@ -1,9 +1,9 @@
-"""P5: how long the help takes, over a Python that does nothing, and beside the `hf` command.
+"""P5: measure how long the help takes, beyond an empty Python program and next to `hf --help`.
 
     python tests/benchmarks/p5_startup.py [--quick] [--json FILE]
 
-Each is a process of its own with the same interpreter, its files in the system's cache; all in
-turn, round by round. Counted is the time from its start to its end.
+Each command runs as its own process with the same interpreter and with its files in the page cache,
+all of them in turn in each round. The time is that from start to end.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.side_by_side import arguments, write_figures
 
 GOAL_S = 0.25
-"""Over a Python that does nothing."""
+"""Seconds beyond an empty Python program."""
 NOTHING = ["-c", "pass"]
 OURS = {
     "clipft --help": ["-m", "clipft", "--help"],
@@ -32,7 +32,7 @@ PEER = ["-c", "from huggingface_hub.cli.hf import main; main()", "--help"]
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds; ``spread`` is the least and the greatest time over Python's."""
+    """Medians over the rounds; ``spread`` is the smallest and largest time beyond Python's."""
 
     command: str
     seconds: float
@@ -71,7 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     ways = [NOTHING, PEER, *OURS.values()]
     for way in ways:
-        seconds_of(way)  # uncounted: compiles, and reads from the disk
+        seconds_of(way)  # a warm-up that does not count: compiles, and reads from the disk
     rounds = [[seconds_of(way) for way in ways] for _ in range(3 if given.quick else 15)]
     nothing, peer, *ours = zip(*rounds, strict=True)
     rows = [row_of(name, times, nothing, peer) for name, times in zip(OURS, ours, strict=True)]

@@ -1,13 +1,13 @@
-"""P6: memory and time per sample as the effective batch grows, the micro-batch fixed.
+"""P6: memory and time per sample as the effective batch grows with a fixed micro-batch.
 
     python tests/benchmarks/p6_memory.py [--quick] [--json FILE]
 
-dual_lora on the packaged tiny model, micro-batches of 64, no graphs kept beyond the one under way
-(``--graph-memory 0``), one step or more over rendered pairs, at least 1,024 (quick: fewer and
-smaller). Each effective batch runs in a process of its own, in turn, ``--rounds`` times. Peak
-memory is the resident memory of the process while it trains, over what it had before the first
-step. What has to grow is stated: the embeddings of a step and their gradients, float32, both
-sides, and the pairs of the step as they come from the loader.
+Trains dual_lora on the packaged tiny model with micro-batches of 64 and without stored activations
+(``--graph-memory 0``), for one step or more over at least 1,024 rendered pairs (``--quick``:
+fewer). Each effective batch runs in its own process, in turn, ``--rounds`` times. Peak memory is
+the resident memory of the process during training beyond that before the first step. What must
+grow is listed separately: the float32 embeddings of a step and their gradients for both towers,
+and the pairs of the step as they come from the loader.
 """
 
 import json
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """``beside_mib``: the peak without what is stored for a step; ratios to the first row."""
+    """``beside_mib`` is the peak without what a step must store; ratios are to the first row."""
 
     effective_batch: int
     peak_mib: float
@@ -140,7 +140,7 @@ def rows_of(effectives: tuple[int, ...], found: list[list[dict[str, Any]]]) -> A
         return (middle(at, "peak") - middle(at, "embeddings") - middle(at, "pairs")) / MIB
 
     for at, effective in enumerate(effectives):
-        # Ratios within a round: its runs share what else the machine was doing
+        # Ratios within a round, because its runs see the same load of the machine
         slower = median(one[at]["ms"] / one[0]["ms"] for one in found)
         memory = beside(at) / beside(0)
         yield Row(

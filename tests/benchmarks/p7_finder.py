@@ -1,10 +1,11 @@
-"""P7: does the batch finder find the largest micro-batch that a memory limit allows?
+"""P7: check that the batch finder finds the largest micro-batch within a memory limit.
 
     python tests/benchmarks/p7_finder.py [--quick] [--json FILE]
 
-dual_lora on a CLIP with random weights, on the CPU, under RLIMIT_DATA. The peer is an
-exhaustive search in steps of 8: one forward and backward pass each, until memory refuses. Each
-runs in a process of its own, in which the limit is the data segment after loading plus so much.
+Runs dual_lora on a CLIP with random weights on the CPU under RLIMIT_DATA. The peer is an
+exhaustive search in steps of 8, with one forward and one backward pass each, until memory runs
+out. Each runs in its own process, whose limit is the data segment after loading plus a fixed
+amount.
 """
 
 import json
@@ -26,8 +27,8 @@ GOAL, MOST_PROBES = 0.05, 10
 
 @dataclass(frozen=True)
 class Row:
-    """``true_largest`` by exhaustive search; ``given_back_mib``: resident memory after the
-    search, over what it was before the first probe."""
+    """``true_largest`` is from the exhaustive search; ``given_back_mib`` is the resident memory
+    after the search beyond that before the first probe."""
 
     name: str
     limit_gib: float
@@ -127,7 +128,7 @@ def in_child(mode: str, folder: str, limit: float) -> None:
     settings = load_settings(flags, environ={}).values
     loaded = load_model(settings)
     probe = probe_of(loaded, settings)
-    probe(2)  # libraries set themselves up
+    probe(2)  # a warm-up: libraries allocate on first use
     me = psutil.Process()
     before = me.memory_info().rss
     most = me.memory_info().data + int(limit * GIB)

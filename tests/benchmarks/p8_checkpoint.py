@@ -1,11 +1,11 @@
-"""P8: what a checkpoint with its upload every 50 steps costs a run, against no checkpoints.
+"""P8: measure what a checkpoint and its upload every 50 steps cost, compared with none.
 
     python tests/benchmarks/p8_checkpoint.py [--quick] [--json FILE]
 
-The same run of the tiny model, one epoch, with the bucket on a RADOS Gateway and with the two saves
-at its end alone. Counted is the time for which the training itself stood still (writing the file,
-handing it to the uploader), and the processor time of all threads: on a busy machine two runs
-differ by more than what is asked.
+Trains the tiny model for one epoch, once with a bucket on a RADOS Gateway and once with only the
+two saves at the end. Measures the time for which training paused (to write the file and hand it to
+the uploader) and the processor time of all threads, because on a busy machine two runs differ by
+more than the effect.
 """
 
 import argparse
@@ -31,7 +31,7 @@ GOAL = 0.01
 
 @dataclass(frozen=True)
 class Row:
-    """``file_over_state`` is the checkpoint's size over 4 bytes a trained parameter."""
+    """``file_over_state`` is the checkpoint's size divided by 4 bytes per trained parameter."""
 
     run: str
     steps: int
@@ -64,7 +64,7 @@ class Clock:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Clock]:
-    """Times every save of the run's state and every hand-over to the uploader."""
+    """Measure every save of the run's state and every hand-over to the uploader."""
     from clipft.training.checkpointing import Saver
 
     clock, before = Clock(), Saver.save

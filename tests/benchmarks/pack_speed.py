@@ -1,8 +1,9 @@
-"""Pack: files/s from a folder of pictures and captions to shards.
+"""Measure files per second from a folder of images and captions to shards.
 
-Ours (`clipft pack`: scan with hashes, verification and near-identical photos, honest split,
-shards) against the plain loop: Pillow and webdataset.ShardWriter in one process, no checks and no
-split. Same files, same side and JPEG quality. The loop has one process; ours one, then all.
+Compares `clipft pack` (hashes, verification, near-duplicates, honest split, shards) with a plain
+loop of Pillow and webdataset.ShardWriter in one process without checks and split. Both use the
+same files, image size and JPEG quality. The loop has one process; clipft runs with one, and then
+with all.
 
     python tests/benchmarks/pack_speed.py [--quick] [--photos DIR] [--json FILE]
 """
@@ -26,13 +27,13 @@ QUALITY = PackOptions.quality
 
 
 def write_files(folder: Path, photos: Path | None, count: int) -> None:
-    """``count`` JPEGs of other bytes each, with captions: real photos again and again, or
-    made-up ones of 500 x 500."""
+    """Write ``count`` JPEGs with distinct bytes, and captions: real photos repeated, or made-up
+    images of 500 x 500."""
     folder.mkdir(parents=True)
     found = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))] if photos else []
     pictures = found or [_textured(number) for number in range(64)]
     for number, data in zip(range(count), itertools.cycle(pictures), strict=False):
-        # Bytes after a JPEG's end are nobody's business but the hash's
+        # Bytes after the end of a JPEG change its hash and nothing else
         (folder / f"{number:06d}.jpg").write_bytes(data + number.to_bytes(8, "big"))
         (folder / f"{number:06d}.txt").write_text(f"product number {number}")
 
@@ -59,8 +60,8 @@ def ours(files: Path, out: Path, size: int, processes: int, near: int = PackOpti
 
 
 def plain_loop(files: Path, out: Path, size: int) -> Work:
-    """What one writes oneself: open, decode, resize, save, into a ShardWriter."""
-    import webdataset  # not above: it brings torch, which our processes would load too
+    """The loop that people write themselves: open, decode, resize, save, into a ShardWriter."""
+    import webdataset  # not at the top: it imports torch, which packing processes would load too
 
     def work() -> int:
         shutil.rmtree(out, ignore_errors=True)

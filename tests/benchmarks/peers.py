@@ -1,4 +1,4 @@
-"""The peers' side that several benchmarks share, as their documentation shows it."""
+"""The peers that several benchmarks share, set up as their documentation shows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a benchmark computes: in fp32 on a CPU, else under bf16 autocast."""
+    """Where a benchmark computes: in fp32 on a CPU, under bf16 autocast elsewhere."""
 
     device: str = "cpu"
     workers: int = 0
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """For the arguments of a trainer: training alone, nothing written."""
+        """Trainer arguments that only train and write nothing."""
         return {
             "save_strategy": "no",
             "report_to": "none",
@@ -33,7 +33,7 @@ CPU = Machine()
 
 
 def adapted(clip: Any) -> Any:
-    """``dual_lora``: LoRA on q and v of both encoders, both projections whole."""
+    """``dual_lora``: LoRA on q and v of both encoders, and both projections in full."""
     config = LoraConfig(
         r=16,
         lora_alpha=32,
@@ -81,7 +81,7 @@ def train_with_cached_loss(
 
 
 def adapted_transformer(model: Path) -> Any:
-    """sentence-transformers' module over the adapted CLIP of a folder."""
+    """A sentence-transformers module around the CLIP with adapters in a folder."""
     from sentence_transformers.base.modules import Transformer
 
     module = Transformer(str(model))

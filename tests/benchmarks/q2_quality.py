@@ -1,10 +1,10 @@
-"""Q2: retrieval after equal epochs from the same weights: ours against transformers' Trainer
-with PEFT, and sentence-transformers with its cached loss (scale 100, both directions).
+"""Q2: retrieval after the same number of epochs from the same weights.
 
-All adapt the packaged tiny model alike (LoRA r = 16 on q and v of both encoders, both
-projections whole) with one learning rate, and keep their own defaults for the rest: schedule,
-augmentation, decay. The last epoch's weights are measured, all by ``clipft``, on the
-validation pairs. DIR holds train/ and val/ with NAME.jpg and NAME.txt.
+Compares clipft with transformers' Trainer with PEFT, and with sentence-transformers and its cached
+loss (scale 100, both directions). All of them train the same parts of the packaged tiny model (LoRA
+r = 16 on q and v of both encoders, both projections in full) with one learning rate, and keep their
+own defaults for schedule, augmentation and decay. clipft measures the weights of the last epoch of
+each on the validation pairs. DIR holds train/ and val/ with NAME.jpg and NAME.txt.
 
     python tests/benchmarks/q2_quality.py --photos DIR [--quick] [--json FILE]
 """
@@ -34,7 +34,7 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.js
 
 @dataclass(frozen=True)
 class Work:
-    """An optimizer step takes ``batch`` pairs, ``micro`` of them at a time."""
+    """An optimizer step uses ``batch`` pairs, ``micro`` at a time."""
 
     name: str
     batch: int
@@ -52,7 +52,7 @@ QUICK = (Work("128 pairs as 4 x 32, 1 epoch", 128, 32, 1, 2e-3),)
 
 @dataclass(frozen=True)
 class Result:
-    """R@10 on the validation pairs, in percent; ``met``: ours is no less than either."""
+    """R@10 on the validation pairs in percent; ``met`` if clipft is at least as good as both."""
 
     work: str
     seed: int
@@ -66,7 +66,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Place:
-    """``photos`` as files, ``data`` the same as shards, ``out`` for what is made."""
+    """``photos`` are the files, ``data`` the same as shards, and ``out`` receives the results."""
 
     photos: Path
     data: Path
@@ -111,7 +111,7 @@ def measured(model: str, place: Place) -> dict[str, float]:
 
 
 def merged(adapted: Any, place: Place) -> dict[str, float]:
-    """Figures of a peer's weights, as a folder of transformers'."""
+    """The figures of a peer's weights in a transformers folder."""
     folder = place.out / "peer"
     shutil.rmtree(folder, ignore_errors=True)
     adapted.merge_and_unload().save_pretrained(folder)
@@ -126,7 +126,7 @@ def captioned(place: Place) -> list[tuple[Path, str]]:
 
 
 def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
-    """As run_clip.py: the model's own loss over what goes through it at once."""
+    """As in run_clip.py: the model's own loss over each micro-batch."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     processor = CLIPImageProcessor.from_pretrained(TINY)

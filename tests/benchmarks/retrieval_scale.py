@@ -1,9 +1,9 @@
-"""Paired retrieval, both directions, of random embeddings: time and peak memory.
+"""Time and peak memory of paired retrieval of random embeddings, in both directions.
 
-Ours in the memory that ``evaluation_memory`` allows by default, against the whole matrix of
-scores and numpy's argsort of it, at the largest size whose matrix and order fit into ``--room``
-GiB; then ours alone at ``--pairs``. Each measurement is a process of its own; memory is what
-its peak adds to the embeddings.
+Compares clipft, in the memory that ``evaluation_memory`` allows by default, with the full matrix of
+scores and numpy's argsort, at the largest size whose matrix and order fit into ``--room`` GiB; then
+runs clipft alone at ``--pairs``. Each measurement is its own process. Memory is its peak beyond the
+embeddings.
 
     python tests/benchmarks/retrieval_scale.py [--pairs 200000] [--quick] [--json FILE]
 """
@@ -25,12 +25,12 @@ from clipft.config.settings import Settings
 from clipft.metrics.ranking import partner_ranks
 
 _PEER_BYTES = 16
-"""Of a score in the peer: itself, negated for a falling order, its place as int64."""
+"""Bytes per score in the peer: the score, its negation for the order, and its index as int64."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Seconds and MiB (medians); ``times_faster`` of ours with its spread."""
+    """Seconds and MiB (medians), and ``times_faster`` with its spread."""
 
     pairs: int
     dimensions: int
@@ -46,7 +46,7 @@ class Cost:
     seconds: float
     mebibytes: float
     ranks: int
-    """Their sum: both must find the same."""
+    """The sum of the ranks, which must be the same for both."""
 
 
 def embeddings(pairs: int, dimensions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ def ours(images: torch.Tensor, texts: torch.Tensor) -> int:
 
 
 def peer(images: torch.Tensor, texts: torch.Tensor) -> int:
-    """As open_clip's ``get_clip_metrics``: all scores, all orders, where the partner stands."""
+    """As open_clip's ``get_clip_metrics``: all scores, all orders, the rank of the partner."""
     scores, total = images.numpy() @ texts.numpy().T, 0
     for matrix in (scores, scores.T):
         order = np.argsort(-matrix, axis=1, kind="stable")
@@ -74,7 +74,7 @@ def peer(images: torch.Tensor, texts: torch.Tensor) -> int:
 
 def _child(work: Callable[..., int], pairs: int, dimensions: int, pipe: Any) -> None:
     images, texts = embeddings(pairs, dimensions)
-    work(images[:64], texts[:64])  # what the libraries take once
+    work(images[:64], texts[:64])  # a warm-up of the libraries
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     ranks = work(images, texts)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: ours and the peer in turn, the ratio with its spread."""
+"""Run clipft and its peers alternately and compute ratios with their spread."""
 
 import argparse
 import datetime
@@ -19,8 +19,8 @@ Work = Callable[[], int]
 
 @dataclass(frozen=True)
 class Row:
-    """``ours`` and ``peer`` in samples/s (medians); ``ratio`` is the median of the pairs'
-    ratios, ``spread`` their least and greatest; ``goal`` 0: none."""
+    """``ours`` and ``peer`` in samples per second (medians). ``ratio`` is the median of the ratios
+    of all rounds, ``spread`` their minimum and maximum. A ``goal`` of 0 means none."""
 
     name: str
     ours: float
@@ -32,19 +32,19 @@ class Row:
 
 
 def compare(name: str, ours: Work, peer: Work, goal: float, pairs: int) -> Row:
-    """A B A B ..., after one uncounted run of each."""
+    """Run A B A B ..., after a warm-up of each."""
     ours(), peer()
     return ratio_of(name, *in_turn((ours, peer), pairs), goal)
 
 
 def in_turn(ways: Sequence[Work], rounds: int) -> list[list[float]]:
-    """A B C A B C ...: of each way its samples/s, round by round."""
+    """Run A B C A B C ...; return the samples per second of each, round by round."""
     found = [[_speed(way) for way in ways] for _ in range(rounds)]
     return [list(speeds) for speeds in zip(*found, strict=True)]
 
 
 def ratio_of(name: str, ours: Sequence[float], peer: Sequence[float], goal: float) -> Row:
-    """Of the samples/s of rounds that stood side by side."""
+    """The result of alternating rounds, given in samples per second."""
     ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
     ratio, spread = statistics.median(ratios), (ratios[0], ratios[-1])
     middle = statistics.median(ours), statistics.median(peer)
@@ -65,7 +65,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path | None) -> None:
-    """Print one table; write the figures where a file was named."""
+    """Print one table, and write the figures to ``path`` if it is given."""
     print(f"{'':44} {'ours':>9} {'peer':>9} {'ratio':>7} {'spread':>13} {'goal':>6}")
     for row in rows:
         spread = f"{row.spread[0]:.2f}..{row.spread[1]:.2f}"
@@ -88,14 +88,14 @@ def write_figures(file: Path, figure: str, rows: Sequence[Any], packages: Sequen
 
 
 def _gpu() -> dict[str, str]:
-    """Its name, if there is one."""
+    """The name of the GPU, if there is one."""
     import torch
 
     return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu() -> str:
-    """The processor's name where the system tells it."""
+    """The name of the processor, if the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,8 @@
-"""Writes the tables of docs/benchmarks.md and README.md from the JSON files of the benchmarks, and
-that of docs/evaluation.md from the code's own definitions.
+"""Write the generated tables of the documentation.
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, NAME that of its file.
+The tables of docs/benchmarks.md and README.md come from the JSON files of the benchmarks, and that
+of docs/evaluation.md from the definitions in the code. A table is between ``<!-- NAME -->`` and
+``<!-- end -->``, where NAME is the name of its file.
 
     python tests/benchmarks/write_docs.py
 """
@@ -26,13 +27,13 @@ Rows = list[dict[str, Any]]
 
 
 def written(text: str) -> str:
-    """``text`` with its tables as the JSON files have them."""
+    """Return ``text`` with the tables of the JSON files."""
 
     def table(found: "re.Match[str]") -> str:
         name = found.group(1)
         file = DOCS / "benchmarks" / f"{name}.json"
         if not file.exists() and found.group(0).count("\n") == 1:
-            return found.group(0)  # empty: nothing has been measured yet
+            return found.group(0)  # nothing has been measured yet
         figures = json.loads(file.read_text(encoding="utf-8"))
         machine = figures["machine"]
         versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
@@ -85,7 +86,7 @@ def _shown(value: Any) -> str:
 
 
 def defined(text: str) -> str:
-    """``text`` with the figures' definitions as the code prints them."""
+    """Return ``text`` with the definitions of the figures as the code prints them."""
     groups = {
         "paired": DEFINITIONS["paired"],
         "grouped": DEFINITIONS["grouped"],
@@ -103,7 +104,7 @@ def defined(text: str) -> str:
 
 
 def summarised(text: str) -> str:
-    """``text`` with the figures of all benchmarks that have a peer and a goal."""
+    """Return ``text`` with the figures of all benchmarks that have a peer and a goal."""
     rows = [["", "ratio", "spread", "goal"], ["---", "---:", "---:", "---:"]]
     for file in sorted((DOCS / "benchmarks").glob("*.json")):
         figures = json.loads(file.read_text(encoding="utf-8"))
