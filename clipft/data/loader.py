@@ -24,7 +24,7 @@ from clipft.data.captions.tokenizer import padded
 from clipft.data.images import BadImage, decode_image
 from clipft.data.order import SOLE_PROCESS, EpochPlan, Position, Share, derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
-from clipft.data.shards.index import Skipped
+from clipft.data.skipped import Skipped
 from clipft.data.workers import (
     UnderWay,
     ignore_signals,

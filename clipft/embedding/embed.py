@@ -16,7 +16,7 @@ from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, PairSource, ev
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
-from clipft.data.shards.index import Skipped
+from clipft.data.skipped import Skipped
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import in_lockstep
 from clipft.embedding.encoding import Encoding

@@ -75,7 +75,7 @@ def test_a_shard_that_is_no_whole_tar_ends_with_3_and_its_name(tmp_path, capsys,
     before = files(tmp_path)
     assert train(tmp_path) == 3
     error, hint = one_error(capsys)
-    assert error.startswith(f"{path} is not a whole tar: ")
+    assert error.startswith(f"{path} is not a complete tar: ")
     assert "fetch the shard again" in hint
     assert files(tmp_path) == before
 
@@ -188,7 +188,9 @@ def test_two_pictures_of_one_key_are_one_pair_and_a_reason(tmp_path):
     write_tar(tmp_path / "a.tar", members)
     shard = index_shard(tmp_path / "a.tar")
     assert [shard.key(row) for row in range(len(shard))] == ["a", "A"]
-    assert [(s.key, s.reason) for s in shard.skipped] == [("a.PNG", "a second image of one key")]
+    assert [(s.key, s.reason) for s in shard.skipped] == [
+        ("a.PNG", "a second image with the same key")
+    ]
 
 
 def test_a_shard_that_may_not_be_read_is_named(tmp_path, capsys):

@@ -12,8 +12,8 @@ import numpy as np
 
 from clipft.core.errors import DataError, UsageError
 from clipft.data.captions.template import BadCaption, CaptionTemplate
-from clipft.data.shards.index import _load, index_shard, stamp_of
-from clipft.data.shards.tar import _any_members, _plain_members
+from clipft.data.shards.index import index_shard, load_index, stamp_of
+from clipft.data.shards.tar import plain_members, tarfile_members
 from clipft.storage.s3.keys import Places, RefusedKey, spelling
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))
@@ -36,11 +36,11 @@ def tar(data: bytes) -> None:
             shard.key(row)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        plain = _plain_members(descriptor)
+        plain = plain_members(descriptor)
     finally:
         os.close(descriptor)
     if plain is not None:
-        assert plain == _any_members(path)
+        assert plain == tarfile_members(path)
 
 
 def index(data: bytes) -> None:
@@ -52,7 +52,7 @@ def index(data: bytes) -> None:
         os.utime(shard_path, ns=(10**18, 10**18))
     place, stamp = in_a_file(data, "b.index"), stamp_of(shard_path.stat())
     try:
-        shard = _load(place, shard_path, stamp)
+        shard = load_index(place, shard_path, stamp)
     except (OSError, ValueError, KeyError, TypeError):
         return
     there = shard.places[shard.places[..., 0] >= 0]

@@ -1,14 +1,15 @@
-"""Opening WebDataset shards: any pair of any shard by its number.
+"""Access to any pair of any shard by its number.
 
-A shard is a plain tar whose members share a key: ``chair.jpg``, ``chair.txt`` and, where
-there is one, ``chair.json``. Its index gives the place of each member, so a global shuffle
-and a resumed run cost nothing; the pictures are read when asked for.
+A shard is a plain tar whose members share a key: ``chair.jpg``, ``chair.txt`` and perhaps
+``chair.json``. The index of a shard says where each member lies, so shuffling all pairs costs
+nothing, nor does resuming in the middle of an epoch; images are read when they are asked for.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import numpy as np
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan
-from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, Skipped, open_shard, stamp_of
+from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, open_shard, stamp_of
+from clipft.data.skipped import Skipped
 
 
 @dataclass(frozen=True)
 class RawPair:
-    """The bytes of one pair as they lie in the shard; no caption or metadata: b""."""
+    """The bytes of one pair as they lie in the shard; b"" if there is no caption or metadata."""
 
     number: int
     key: str
@@ -35,7 +37,7 @@ class RawPair:
 
 @dataclass(frozen=True)
 class PairDataset:
-    """All pairs of some shards, numbered from 0 in the order of the shards' names."""
+    """All pairs of some shards, numbered from 0 in the order of the shards; ``limit`` 0 is none."""
 
     shards: Sequence[Shard]
     limit: int = 0
@@ -50,31 +52,34 @@ class PairDataset:
         return min(total, self.limit) if self.limit else total
 
     def __getitem__(self, number: int) -> RawPair:
-        """The raw bytes of a pair.
+        """Read a pair.
 
         Raises:
-            DataError: the shard was changed or removed since it was indexed.
+            DataError: The shard was changed or removed since it was indexed.
         """
-        shard, row = self._place(number)
-        members = _read(shard, row, FIELDS)
-        return RawPair(number, shard.key(row), shard.path.name, *members)
+        shard, row = self._locate(number)
+        return RawPair(number, shard.key(row), shard.path.name, *_read(shard, row, FIELDS))
 
     def named(self, number: int) -> RawPair:
-        """A pair's key and shard alone, without reading anything."""
-        shard, row = self._place(number)
+        """Return a pair with its key and shard but without its bytes; nothing is read."""
+        shard, row = self._locate(number)
         return RawPair(number, shard.key(row), shard.path.name, b"", b"")
 
     def caption_and_metadata(self, number: int) -> tuple[bytes, bytes]:
-        """The pair without its picture: ``.txt`` and ``.json``; b"" where there is none."""
-        caption, metadata = _read(*self._place(number), ("caption", "metadata"))
+        """Read the ``.txt`` and the ``.json`` of a pair but not its image; b"" if there is none.
+
+        Raises:
+            DataError: The shard was changed or removed since it was indexed.
+        """
+        caption, metadata = _read(*self._locate(number), ("caption", "metadata"))
         return caption, metadata
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """The ``.json`` of a pair; empty where there is none or it is not an object."""
+        """Read the ``.json`` of a pair; empty if there is none or it is not an object."""
         return parse_metadata(self.caption_and_metadata(number)[1])
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[int]]:
-        """All pairs, shuffled anew each epoch."""
+        """Return the function (epoch, first) -> numbers of the pairs: shuffled in each epoch."""
         return plan.order
 
     @property
@@ -82,52 +87,49 @@ class PairDataset:
         return [skipped for shard in self.shards for skipped in shard.skipped]
 
     def identity(self) -> str:
-        """Of names, keys and sizes: equal for equal data, whatever the folder."""
+        """A text that is equal for equal names, keys and sizes, whatever folder they are in."""
         shards = (f"{s.path.name}:{len(s)}:{s.digest}" for s in self.shards)
         return ";".join(shards) + f";{len(self)}"
 
     def state(self) -> str:
-        """Paths, sizes and times of the shards: changes whenever any of them does."""
+        """A text that changes with the path, size or time of any of the shards."""
         shards = (f"{s.path.resolve()}:{s.stamp}:{len(s)}" for s in self.shards)
         return ";".join(shards) + f";{len(self)}"
 
-    def _place(self, number: int) -> tuple[Shard, int]:
+    def _locate(self, number: int) -> tuple[Shard, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.shards[which], number - int(self._starts[which])
 
 
 def _read(shard: Shard, row: int, names: Sequence[str]) -> list[bytes]:
-    """Members of one pair, surely of the file that was indexed; b"" for one it has not.
+    """Read members of one pair, b"" for an absent one, and make sure that the shard is unchanged.
 
-    Opened each time: 10 microseconds, and no descriptor is held or inherited. The stamp is
-    looked at (1 microsecond) after the reading, so that it vouches for what was read.
+    The file is opened each time: that takes 10 microseconds, and no descriptor is kept open or
+    inherited by a worker process.
     """
     try:
         places = [shard.places[row, FIELDS.index(name)].tolist() for name in names]
         file = os.open(shard.path, os.O_RDONLY)
         try:
             found = [os.pread(file, max(0, size), max(0, offset)) for offset, size in places]
-            same = stamp_of(os.fstat(file)) == shard.stamp
+            # The stamp is looked at (1 microsecond) after the reading: it vouches for what was read
+            stamp = stamp_of(os.fstat(file))
         finally:
             os.close(file)
+        sizes = [max(0, size) for _, size in places]
+        if stamp != shard.stamp or [len(part) for part in found] != sizes:
+            raise OSError("another state of the shard than the indexed one")
     except (OSError, IndexError) as error:
-        raise _changed(shard.path) from error
-    whole = all(len(part) == max(0, size) for part, (_, size) in zip(found, places, strict=True))
-    if not (same and whole):
-        raise _changed(shard.path)
+        raise DataError(
+            f"{shard.path} was changed or removed while it was in use",
+            "put the shard back as it was, then run `clipft resume`",
+        ) from error
     return found
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(
-        f"{path} was changed or removed while it was in use",
-        "put the shard back as it was, then run `clipft resume`",
-    )
 
 
 @dataclass(frozen=True)
 class ChosenPairs:
-    """Some pairs of a data set; each keeps its number there."""
+    """Some pairs of a data set, each with the number that it has there."""
 
     pairs: PairDataset
     numbers: Sequence[int]
@@ -140,10 +142,11 @@ class ChosenPairs:
 
 
 def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
-    """Open every ``*.tar`` of a folder.
+    """Open every ``*.tar`` of a folder, and use the first ``limit`` pairs or, with 0, all of them.
 
     Raises:
-        DataError: no folder, no tar in it (the message says what is there), no whole pair.
+        DataError: The folder does not exist, or has no tar (the message says what it has instead),
+            or the tars have no complete pair.
     """
     paths = shard_paths(folder)
     dataset = PairDataset([open_shard(path) for path in paths], limit)
@@ -155,40 +158,32 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Every ``*.tar`` of a folder, by name.
+    """Return every ``*.tar`` of a folder, sorted by name.
 
     Raises:
-        DataError: no folder, or no tar in it (the message says what is there).
+        DataError: The folder does not exist, or has no tar (the message says what it has instead).
     """
     paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(*_nothing(folder))
-    return paths
-
-
-def _nothing(folder: Path) -> tuple[str, str]:
+    if paths:
+        return paths
     if re.match(r"[a-z0-9]+:", str(folder)):
-        return f"{folder} is not a folder", "URLs and commands are not read: fetch the shards first"
+        raise DataError(
+            f"{folder} is not a folder", "URLs and commands are not read: fetch the shards first"
+        )
     if not folder.is_dir():
-        return (
+        raise DataError(
             f"no folder {folder}",
-            "name the folder that holds train/ and val/ with --data-dir, or fetch it with "
+            "pass the folder that has train/ and val/ in it with --data-dir, or fetch it with "
             "`clipft sync`",
         )
-    suffixes = _counted(path.suffix.lower() or "no suffix" for path in folder.iterdir())
-    return f"no .tar in {folder}: found {suffixes}", PACK_HINT
-
-
-def _counted(names: Iterable[str]) -> str:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{count} {name}" for name, count in ranked) or "nothing"
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in folder.iterdir())
+    ranked = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:5]
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in ranked) or "nothing"
+    raise DataError(f"no .tar in {folder}: found {listed}", PACK_HINT)
 
 
 def parse_metadata(data: bytes) -> dict[str, Any]:
-    """The ``.json`` of a pair; empty where it is not an object."""
+    """Parse the ``.json`` of a pair; empty if it is not a JSON object."""
     try:
         value = json.loads(data or b"{}")
     except (ValueError, RecursionError):

@@ -1,11 +1,11 @@
-"""The index of a shard: which pairs it holds and where their bytes lie.
+"""The index of a shard: which pairs it holds, and where in the tar their bytes lie.
 
-Made once per shard from the tar's headers and kept beside it (in the cache folder where that
-cannot be written). Reopened through a memory map: worker processes share one copy in the
-system's page cache, whatever the number of pairs; a pair takes 56 bytes and those of its key.
+An index is made once per shard from the headers of the tar and kept beside it, or in the cache
+folder if that place cannot be written to. It is reopened through a memory map, so all worker
+processes share one copy in the page cache. A pair takes 56 bytes and those of its key.
 
-File: 8 bytes magic, the length of the JSON header (little-endian uint64), the header, then
-``places`` int64 [pairs, 3, 2], ``key_ends`` int64 [pairs], the keys' UTF-8 bytes.
+The file has 8 bytes of magic, the length of a JSON header (little-endian uint64), the header, and
+then ``places`` int64 [pairs, 3, 2], ``key_ends`` int64 [pairs] and the UTF-8 bytes of the keys.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ import numpy as np
 from clipft.core.common import cache_folder
 from clipft.core.errors import DataError, StorageError
 from clipft.core.files import replacing
-from clipft.data.shards.tar import Member, read_members
+from clipft.data.shards.tar import read_members
+from clipft.data.skipped import Skipped
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 CAPTION_SUFFIX = "txt"
@@ -32,19 +33,10 @@ PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
 
 _MAGIC = b"clipftx2"
 _INT = np.dtype("<i8")
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A pair that cannot be used, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
+_ABSENT = (-1, -1)
 
 Stamp = tuple[int, int]
-"""Bytes and time of the last change in ns: another state of a file has another stamp."""
+"""Size in bytes and time of the last change in ns; a file that was changed has another stamp."""
 
 
 def stamp_of(state: os.stat_result) -> Stamp:
@@ -53,10 +45,11 @@ def stamp_of(state: os.stat_result) -> Stamp:
 
 @dataclass(frozen=True)
 class Shard:
-    """One indexed tar. ``places`` is int64 [pairs, 3 members, (offset, bytes)]; -1: absent.
+    """An indexed tar.
 
-    ``key_bytes`` uint8 holds all keys one after the other, ``key_ends`` int64 [pairs] where
-    each ends. ``stamp`` tells the state of the file that was indexed.
+    ``places`` int64 [pairs, 3, 2] holds (offset, bytes) of each pair's image, caption and metadata,
+    (-1, -1) for one that is absent. ``key_bytes`` uint8 holds all keys in a row and ``key_ends``
+    int64 [pairs] where each of them ends. ``stamp`` is that of the tar when it was indexed.
     """
 
     path: Path
@@ -75,156 +68,149 @@ class Shard:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal keys, sizes of members and their order, wherever the shard lies."""
+        """A hash of the keys, the sizes of the members and their order, not of the path."""
         content = hashlib.blake2b(self.key_bytes.data, digest_size=8)
         for array in (self.key_ends, self.places[..., 1]):
             content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A started (not forked) worker maps the index anew rather than being sent a copy
-        return _reopened, (self.path, self.stamp)
+        # A spawned (not forked) worker maps the index itself instead of receiving a copy
+        return _reopen, (self.path, self.stamp)
 
 
-def _reopened(path: Path, stamp: Stamp) -> Shard:
-    """The shard as it was when indexed; without pairs where it is no longer that."""
+def _reopen(path: Path, stamp: Stamp) -> Shard:
+    """The shard in the state in which it was indexed, or one without pairs if it has changed.
+
+    Reading from the latter raises the same ``DataError`` as any other changed shard does.
+    """
     try:
         shard = open_shard(path)
     except DataError:
         shard = None
-    return shard if shard and shard.stamp == stamp else _shard(path, stamp, {}, [])
+    if shard and shard.stamp == stamp:
+        return shard
+    nothing = np.empty(0, _INT)
+    return Shard(path, stamp, nothing.reshape(0, 3, 2), nothing, np.empty(0, np.uint8), [])
 
 
 def open_shard(path: Path) -> Shard:
-    """A shard through its index; made now where there is none that fits size and mtime.
+    """Open a shard through its index, which is made if there is none for its present state.
 
     Raises:
-        DataError: the file is not a whole, uncompressed tar, or cannot be read.
+        DataError: The file is not a complete, uncompressed tar, or cannot be read.
     """
     try:
         stamp = stamp_of(path.stat())
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}", "check that it is there and may be read"
-        ) from error
-    for place in _index_places(path):
+        raise _unreadable(path, error) from error
+    for place in index_places(path):
         try:
-            return _load(place, path, stamp)
+            return load_index(place, path, stamp)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or of another state of the shard: it is made anew
+            continue  # there is none, or it belongs to another state of the shard
     shard = index_shard(path)
-    for place in _index_places(path):
+    for place in index_places(path):
         try:
             _save(shard, place)
-            return _load(place, path, shard.stamp)
+            return load_index(place, path, shard.stamp)
         except (StorageError, OSError, ValueError):
             continue
-    return shard
+    return shard  # no place can be written to: the index lives in this process's memory
+
+
+def index_places(path: Path) -> tuple[Path, Path]:
+    """Where the index of a shard may be: beside it, or in the cache folder."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
 
 
 def index_shard(path: Path) -> Shard:
-    """Read the headers of one tar.
+    """Read the headers of one tar and pair its members by key.
 
-    Members that are not regular files, or whose key has no image or no words (caption or
-    metadata), are left out and listed in ``skipped``; nothing is ever extracted, so names
-    cannot escape.
+    A member that is not a regular file, a second file of one kind, and a key without an image or
+    without words (caption or metadata) are listed in ``Shard.skipped`` with the reason. Nothing is
+    ever extracted, so no member can be written outside of a folder.
 
     Raises:
-        DataError: the file is not a whole, uncompressed tar.
+        DataError: The file is not a complete, uncompressed tar, or cannot be read.
     """
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    skipped: list[Skipped] = []
     try:
-        stamp = stamp_of(path.stat())  # before the reading: a change meanwhile is noticed
-        for member in read_members(path):
-            reason = _file_member(member, found)
-            if reason:
-                skipped.append(Skipped(path.name, printable(member.name), reason))
+        stamp = stamp_of(path.stat())  # before the reading, so that a change meanwhile is noticed
+        members = read_members(path)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"{path} is not a whole tar: {error}", f"fetch the shard again, or {PACK_HINT}"
+            f"{path} is not a complete tar: {error}", f"fetch the shard again, or {PACK_HINT}"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}", "check that it is there and may be read"
-        ) from error
-    pairs = {}
-    for key, members in found.items():
-        if "image" not in members:
+        raise _unreadable(path, error) from error
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    skipped: list[Skipped] = []
+    for member in members:
+        if member.kind == "folder":
+            continue
+        if member.kind != "file":
+            skipped.append(Skipped(path.name, printable(member.name), "not a regular file"))
+            continue
+        named = member_of(member.name)
+        if named is None:
+            continue  # a file of another tool
+        key, kind = named
+        if kind in found.setdefault(key, {}):
+            reason = f"a second {kind} with the same key"
+            skipped.append(Skipped(path.name, printable(member.name), reason))
+        else:
+            found[key][kind] = (member.offset, member.size)
+    keys, places = list[bytes](), []
+    for key, parts in found.items():
+        if "image" not in parts:
             skipped.append(Skipped(path.name, printable(key), "no image"))
-        elif not members.keys() & {"caption", "metadata"}:
+        elif not parts.keys() & {"caption", "metadata"}:
             skipped.append(Skipped(path.name, printable(key), "no caption"))
         else:
-            pairs[key.encode("utf-8", "surrogateescape")] = members
-    return _shard(path, stamp, pairs, skipped)
-
-
-def _shard(
-    path: Path,
-    stamp: Stamp,
-    pairs: dict[bytes, dict[str, tuple[int, int]]],
-    skipped: list[Skipped],
-) -> Shard:
-    places = [[members.get(name, (-1, -1)) for name in FIELDS] for members in pairs.values()]
+            keys.append(key.encode("utf-8", "surrogateescape"))
+            places.append([parts.get(field, _ABSENT) for field in FIELDS])
     return Shard(
         path,
         stamp,
         np.array(places, _INT).reshape(-1, len(FIELDS), 2),
-        np.cumsum([len(key) for key in pairs], dtype=_INT),
-        np.frombuffer(b"".join(pairs), np.uint8),
+        np.cumsum([len(key) for key in keys], dtype=_INT),
+        np.frombuffer(b"".join(keys), np.uint8),
         skipped,
     )
 
 
-def _file_member(member: Member, found: dict[str, dict[str, tuple[int, int]]]) -> str | None:
-    """Note where ``member`` lies; returns why it cannot be used, if so."""
-    if member.kind == "folder":
-        return None
-    if member.kind != "file":
-        return "not a regular file"
-    found_as = member_of(member.name)
-    if found_as is None:
-        return None  # other tools' members
-    key, kind = found_as
-    members = found.setdefault(key, {})
-    if kind in members:
-        return f"a second {kind} of one key"
-    members[kind] = (member.offset, member.size)
-    return None
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot read {path}: {error.strerror}", "check that the file exists and may be read"
+    )
 
 
 def member_of(name: str) -> tuple[str, str] | None:
-    """(key, kind of ``FIELDS``) of a member's name; None: not of any pair."""
+    """Split a member's name into its pair's key and its kind (one of ``FIELDS``).
+
+    None for files that belong to no pair: hidden ones and those with other suffixes.
+    """
     folder, _, file = name.rpartition("/")
-    stem, dot, suffix = file.rpartition(".")
-    kind = _kind(suffix) if dot and stem else None
-    if kind is None or file.startswith("."):
+    stem, _, suffix = file.rpartition(".")
+    if not stem or file.startswith("."):
         return None
-    return _key(folder, stem), kind
+    suffix = suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        kind = "image"
+    elif suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):
+        kind = "caption" if suffix == CAPTION_SUFFIX else "metadata"
+    else:
+        return None
+    key = f"{folder}/{stem}" if folder else stem
+    if folder and ("./" in key or "//" in key):
+        key = str(PurePosixPath(key))  # ./a.jpg and a.txt are one pair
+    return key, kind
 
 
 def printable(name: str) -> str:
-    """Bytes that are not UTF-8 as replacement characters, as ``Shard.key`` has them."""
+    """Replace bytes that are not UTF-8 by replacement characters, as ``Shard.key`` does."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _key(folder: str, stem: str) -> str:
-    if not folder:
-        return stem
-    plain = f"{folder}/{stem}"
-    return str(PurePosixPath(plain)) if "./" in plain or "//" in plain else plain
-
-
-def _kind(suffix: str) -> str | None:
-    bare = suffix.lower()
-    if bare in IMAGE_SUFFIXES:
-        return "image"
-    return {CAPTION_SUFFIX: "caption", METADATA_SUFFIX: "metadata"}.get(bare)
-
-
-def _index_places(path: Path) -> tuple[Path, Path]:
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
 
 
 def _save(shard: Shard, place: Path) -> None:
@@ -235,59 +221,51 @@ def _save(shard: Shard, place: Path) -> None:
         "skipped": [asdict(skipped) for skipped in shard.skipped],
     }
     text = json.dumps(head).encode()
-    text += b" " * (-len(text) % _INT.itemsize)  # the arrays after it stay aligned
+    text += b" " * (-len(text) % _INT.itemsize)  # keeps the arrays after it aligned
     with replacing(place, shared=True) as temporary, temporary.open("wb") as file:
         file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for array in (shard.places, shard.key_ends, shard.key_bytes):
             file.write(np.ascontiguousarray(array).data)
 
 
-def _load(place: Path, path: Path, stamp: Stamp) -> Shard:
-    """
+def load_index(place: Path, path: Path, stamp: Stamp) -> Shard:
+    """Map the index file ``place`` of the shard ``path``.
+
     Raises:
-        OSError, ValueError, KeyError, TypeError: no index, or not one of this shard's state.
+        OSError, ValueError, KeyError, TypeError: It does not exist, is damaged, or belongs to
+            another state of the shard than ``stamp``.
     """
     with place.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("not an index")
         length = int.from_bytes(file.read(8), "little")
         if length > place.stat().st_size:
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         head = json.loads(file.read(length))
     if head["stamp"] != list(stamp):
-        raise ValueError("of another state of the shard")
+        raise ValueError("the shard has changed")
     pairs, key_bytes = int(head["pairs"]), int(head["key_bytes"])
     start = len(_MAGIC) + 8 + length
     ends_at = start + pairs * len(FIELDS) * 2 * _INT.itemsize
     keys_at = ends_at + pairs * _INT.itemsize
-    raw = np.asarray(np.memmap(place, np.uint8, mode="r"))  # memmap's own indexing is slow
+    # Indexing a memmap is several times as slow as indexing a plain array over the same memory
+    raw = np.asarray(np.memmap(place, np.uint8, mode="r"))
     if min(pairs, key_bytes) < 0 or len(raw) != keys_at + key_bytes:
-        raise ValueError("cut off")
+        raise ValueError("truncated")
     places = raw[start:ends_at].view(_INT).reshape(pairs, len(FIELDS), 2)
-    shard = Shard(
-        path,
-        stamp,
-        places,
-        raw[ends_at:keys_at].view(_INT),
-        raw[keys_at:],
-        [Skipped(**skipped) for skipped in head["skipped"]],
-    )
-    _check_bounds(shard)
-    return shard
-
-
-def _check_bounds(shard: Shard) -> None:
-    """An index comes from whoever supplied the shards: it may only point into its shard."""
-    offsets, sizes = shard.places[..., 0], shard.places[..., 1]
-    size, ends = shard.stamp[0], shard.key_ends
-    if len(shard) and (
-        int(shard.places.min()) < -1
+    key_ends = raw[ends_at:keys_at].view(_INT)
+    # An index comes from whoever supplied the shards, so it may only point into its own shard
+    offsets, sizes = places[..., 0], places[..., 1]
+    if pairs and (
+        int(places.min()) < -1
         or int(offsets[:, 0].min()) < 0
         or bool(((sizes < 0) & (offsets >= 0)).any())
-        or int(offsets.max()) > size
-        or int(sizes.max()) > size
-        or int(ends[0]) < 0
-        or int(ends[-1]) != len(shard.key_bytes)
-        or bool((np.diff(ends) < 0).any())
+        or int(offsets.max()) > stamp[0]
+        or int(sizes.max()) > stamp[0]
+        or int(key_ends[0]) < 0
+        or int(key_ends[-1]) != key_bytes
+        or bool((np.diff(key_ends) < 0).any())
     ):
         raise ValueError("points out of the shard")
+    skipped = [Skipped(**skipped) for skipped in head["skipped"]]
+    return Shard(path, stamp, places, key_ends, raw[keys_at:], skipped)

@@ -1,13 +1,12 @@
-"""Shards read in sequence, for catalogues that random access would starve: slow disks, network
-file systems, and more than the disk holds.
+"""Shards read in sequence, for catalogues that are too slow or too large for random access: on slow
+disks, on network file systems, or in a bucket.
 
-Where the shards lie is the business of a ``ShardSource``: a folder, or whatever else lists and
-opens tars; storage has one that reads from S3.
+A ``ShardSource`` lists and opens the tars: a folder here, S3 in ``storage/s3/remote_shards.py``.
 
-The order is a function of (seed, epoch): the shards are shuffled, then every ``buffer`` pairs
-that follow each other. The main process reads, workers decode, so their number changes nothing;
-a thread reads one buffer ahead. A run goes on at its place by skipping whole shards and, of
-the buffer it stopped in, the pairs that were trained on. Memory: two buffers of stored bytes.
+The order is a function of (seed, epoch): the shards are shuffled, then every ``buffer`` pairs.
+The main process reads and the workers decode, so the number of workers changes nothing. A thread
+reads one buffer ahead, so two buffers of stored bytes are in memory. A resumed run skips whole
+shards and, in the buffer where it stopped, the pairs that it was trained on already.
 """
 
 import json
@@ -15,6 +14,8 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import IO, Any, Protocol, TypeVar
@@ -26,47 +27,47 @@ from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan, derived_seed
 from clipft.data.shards.dataset import RawPair, shard_paths
-from clipft.data.shards.index import Skipped, member_of, open_shard, printable
+from clipft.data.shards.index import member_of, open_shard, printable
+from clipft.data.skipped import Skipped
 
 T = TypeVar("T")
 
+# Constants in the seeds, so that the two shuffles are independent
 _SHARDS, _BUFFER = 1, 2
-"""Keep the two shuffles apart."""
-_POLL = 0.1
-"""Seconds after which a reading thread looks whether it is still wanted."""
+_POLL_SECONDS = 0.1
 
 
 class ShardSource(Protocol):
-    """Tars and the ``sizes*.json`` beside them, by name."""
+    """Lists and opens tars and the ``sizes*.json`` beside them, by name."""
 
     @property
     def place(self) -> str:
-        """Where they lie, for people."""
+        """Where they are, for messages."""
 
     def names(self) -> Sequence[str]:
-        """Of the tars, sorted.
+        """Return the names of the tars, sorted.
 
         Raises:
-            DataError: there is none.
+            DataError: There is none.
         """
 
     def sizes(self) -> dict[str, bytes]:
-        """The content of each ``sizes*.json``."""
+        """Return the content of each ``sizes*.json``."""
 
     def open(self, name: str) -> IO[bytes]:
-        """A tar from its start, to be read in sequence."""
+        """Open a tar, to be read from its start in sequence."""
 
     def count(self, name: str) -> tuple[int, Sequence[Skipped]]:
-        """Pairs of a tar that no ``sizes*.json`` names, and those that are none.
+        """Count the pairs of a tar that is in no ``sizes*.json``; also return what is skipped.
 
         Raises:
-            DataError: it cannot be read, or not be counted here.
+            DataError: It cannot be read, or this source cannot count.
         """
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The source that is a folder."""
+    """A ``ShardSource`` that is a folder."""
 
     folder: Path
 
@@ -91,20 +92,16 @@ class ShardFolder:
 
 @dataclass(frozen=True)
 class StreamShard:
-    """One tar, and how many pairs of it are used: the first so many."""
+    """One tar, of which the first ``pairs`` pairs are used."""
 
     name: str
     pairs: int
     source: ShardSource
 
-    @property
-    def where(self) -> str:
-        return f"{self.source.place}/{self.name}"
-
 
 @dataclass(frozen=True)
 class PairStream:
-    """The face of ``PairDataset`` for training: pairs come by their order, not by number."""
+    """Pairs to train on like a ``PairDataset``, except that they come in order, not by number."""
 
     shards: Sequence[StreamShard]
     skipped: Sequence[Skipped]
@@ -114,20 +111,21 @@ class PairStream:
         return sum(shard.pairs for shard in self.shards)
 
     def __getitem__(self, pair: RawPair) -> RawPair:
+        # ``order`` gives the pairs themselves: the main process has read them already
         return pair
 
     def identity(self) -> str:
-        """As that of ``PairDataset``, and the buffer, which shapes the order."""
+        """A text that is equal for equal data in an equal order; the buffer shapes the order."""
         names = ";".join(f"{shard.name}:{shard.pairs}" for shard in self.shards)
         return f"{names};{len(self)};buffer {self.buffer}"
 
     def order(self, plan: EpochPlan) -> Callable[[int, int], Iterator[RawPair]]:
-        return lambda epoch, first: self._from(plan.seed, epoch, first)
+        """Return the function (epoch, first) -> pairs of the epoch from the ``first``-th on."""
+        return partial(self._shuffled, plan.seed)
 
-    def _from(self, seed: int, epoch: int, first: int) -> Iterator[RawPair]:
-        """The epoch's pairs in order, from the ``first``-th on."""
+    def _shuffled(self, seed: int, epoch: int, first: int) -> Iterator[RawPair]:
         buffer = first // self.buffer
-        pairs = _ahead(self._in_sequence(seed, epoch, buffer * self.buffer), self.buffer)
+        pairs = _read_ahead(self._in_sequence(seed, epoch, buffer * self.buffer), self.buffer)
         skip = first % self.buffer
         for start in range(buffer * self.buffer, len(self), self.buffer):
             count = min(self.buffer, len(self) - start)
@@ -138,7 +136,7 @@ class PairStream:
             skip = 0
 
     def _in_sequence(self, seed: int, epoch: int, first: int) -> Iterator[RawPair]:
-        """Pairs as the shards hold them, the shards in the epoch's order."""
+        """The pairs in the order of their shards, and the shards shuffled for the epoch."""
         starts = np.cumsum([0, *(shard.pairs for shard in self.shards)])
         draw = np.random.default_rng(derived_seed(seed, epoch, _SHARDS))
         for which in draw.permutation(len(self.shards)):
@@ -146,21 +144,34 @@ class PairStream:
             if first >= shard.pairs:
                 first -= shard.pairs
                 continue
-            yield from _read(shard, int(starts[which]), first)
+            yield from _read_shard(shard, int(starts[which]), first)
             first = 0
 
 
 def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> PairStream:
-    """Shards of a source or folder; their numbers of pairs from ``sizes*.json`` beside them,
-    else counted.
+    """Open the shards of a source or folder; ``limit`` 0 is none.
+
+    The numbers of pairs are taken from ``sizes*.json`` beside the shards, as ``clipft pack`` and
+    others write it (``{"00000.tar": 1000}``); a shard that is not in there is counted.
 
     Raises:
-        DataError: no folder, no tar, or nothing in it.
+        DataError: There is no folder, no tar, or no pair; or a ``sizes*.json`` is wrong.
     """
     if isinstance(source, Path):
         source = ShardFolder(source)
-    names = source.names()
-    sizes, shards, skipped, left = _sizes(source), list[StreamShard](), list[Skipped](), limit
+    names, sizes = source.names(), dict[str, int]()
+    for file, text in source.sizes().items():
+        try:
+            found = {str(name): int(pairs) for name, pairs in json.loads(text).items()}
+            if min(found.values(), default=0) < 0:
+                raise ValueError("a number is below 0")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{source.place}/{file} does not map shards to numbers of pairs: {error}",
+                "remove the file, and the shards are counted instead",
+            ) from error
+        sizes |= found
+    shards, skipped, left = list[StreamShard](), list[Skipped](), limit
     for name in names:
         pairs = sizes.get(name)
         if pairs is None:
@@ -175,84 +186,57 @@ def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> Pair
     return PairStream(shards, skipped, buffer)
 
 
-def _sizes(source: ShardSource) -> dict[str, int]:
-    """``{"00000.tar": 1000}``, as ``clipft pack`` and others write it."""
-    sizes: dict[str, int] = {}
-    for file, text in source.sizes().items():
-        try:
-            found = {str(name): int(pairs) for name, pairs in json.loads(text).items()}
-            if min(found.values(), default=0) < 0:
-                raise ValueError("a number below 0")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{source.place}/{file} does not give numbers of pairs by shard: {error}",
-                "remove it: the shards are counted then",
-            ) from error
-        sizes |= found
-    return sizes
-
-
-def _read(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
-    """The pairs of one shard from its ``first``-th on, numbered from ``start``.
+def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
+    """The pairs of one shard from its ``first``-th on; its pairs are numbered from ``start``.
 
     Raises:
-        DataError: it cannot be read, is cut off, or holds another number of pairs.
+        DataError: The shard cannot be read, is truncated, or has fewer pairs than expected.
     """
-    row = 0
+    row, where = 0, f"{shard.source.place}/{shard.name}"
     try:
         with shard.source.open(shard.name) as file:
-            for key, members in _grouped(file):
+            for key, parts in _grouped_members(file):
                 if row >= shard.pairs:
                     return
                 if row >= first:
-                    yield _pair(shard, start + row, key, members)
+                    caption, metadata = parts.get("caption", b""), parts.get("metadata", b"")
+                    image, shown = parts["image"], printable(key)
+                    yield RawPair(start + row, shown, shard.name, image, caption, metadata)
                 row += 1
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"cannot read {shard.where} to its end: {error}",
-            "fetch it again, then `clipft resume`",
+            f"cannot read {where} to its end: {error}", "fetch it again, then `clipft resume`"
         ) from error
     if row < shard.pairs:
         raise DataError(
-            f"{shard.where} gave {counted(row, 'pair')} in sequence, {shard.pairs} were expected",
-            "the files of a pair must follow each other: `clipft pack` it anew, or train "
-            "without --stream; or mend sizes.json beside it",
+            f"{where} gave {counted(row, 'pair')} in sequence, but {shard.pairs} were expected",
+            "the files of a pair must follow each other in the shard: make it anew with "
+            "`clipft pack`, train without --stream, or correct sizes.json beside it",
         )
 
 
-def _pair(shard: StreamShard, number: int, key: str, members: dict[str, bytes]) -> RawPair:
-    caption, metadata = members.get("caption", b""), members.get("metadata", b"")
-    return RawPair(number, printable(key), shard.name, members["image"], caption, metadata)
-
-
-def _grouped(file: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Members that follow each other and share a key, where they make a pair."""
+def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The key and the contents of members that follow each other, share a key and make a pair."""
     wanted = tar_file_iterator(file, skip_meta=None, select_files=lambda n: bool(member_of(n)))
-    current, members = "", dict[str, bytes]()
-    for member in wanted:
-        key, kind = member_of(member["fname"]) or ("", "")
-        if key != current:
-            if _is_pair(members):
-                yield current, members
-            current, members = key, {}
-        members.setdefault(kind, member["data"])
-    if _is_pair(members):
-        yield current, members
+    named = ((*(member_of(member["fname"]) or ("", "")), member["data"]) for member in wanted)
+    for key, members in groupby(named, key=lambda member: member[0]):
+        parts = dict[str, bytes]()
+        for _, kind, data in members:
+            parts.setdefault(kind, data)  # of a second file of one kind, the index uses the first
+        if "image" in parts and parts.keys() & {"caption", "metadata"}:
+            yield key, parts
 
 
-def _is_pair(members: dict[str, bytes]) -> bool:
-    return "image" in members and bool(members.keys() & {"caption", "metadata"})
-
-
-def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """``items``, read by a thread that is at most ``count`` ahead; its errors come through."""
+def _read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """``items``, read by a thread at most ``count`` ahead; what it raises is raised here."""
     queue: Queue[tuple[str, Any]] = Queue(count)
     unwanted = threading.Event()
 
     def put(kind: str, value: Any) -> None:
         while not unwanted.is_set():
             try:
-                return queue.put((kind, value), timeout=_POLL)
+                # Without a timeout, the thread would wait forever for a reader that has gone
+                return queue.put((kind, value), timeout=_POLL_SECONDS)
             except Full:
                 continue
 
@@ -266,8 +250,7 @@ def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
         except BaseException as error:
             put("error", error)
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
+    threading.Thread(target=read, daemon=True).start()
     try:
         while True:
             kind, value = queue.get()
@@ -278,7 +261,7 @@ def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
             yield value
     finally:
         unwanted.set()
-        while True:  # let the pairs that were read ahead go
+        while True:  # free the memory of the pairs that were read ahead
             try:
                 queue.get_nowait()
             except Empty:

@@ -1,34 +1,33 @@
-"""The members of a tar and where their bytes lie, without reading those bytes.
+"""Lists the members of a tar and where their bytes lie, without reading those bytes.
 
-What WebDataset's writers make (plain ustar headers, at most a pax record of times and
-owners before them) is read here, several times as fast as ``tarfile`` does. Anything else,
-long names, links, sparse files, a checksum that does not fit, is left to ``tarfile`` for the
-whole shard.
+The plain tars that WebDataset's writers make (ustar headers, at most preceded by a pax record of
+times and owners) are parsed here, several times as fast as ``tarfile`` does it. A tar with anything
+else in it (long names, links, sparse files, a wrong checksum) is left to ``tarfile`` as a whole.
 """
 
 import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-_ENDED = bytes(BLOCK)
+_END_OF_TAR = bytes(BLOCK)
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \x00"
-_PAX_RECORD = re.compile(rb"(\d+) (mtime|atime|ctime|uid|gid|uname|gname)=")
 _OCTAL = re.compile(rb" *([0-7]+)[ \x00]*")
+# Of a pax header, only records that change neither the name nor the size of the next member
+_HARMLESS_RECORD = re.compile(rb"(\d+) (mtime|atime|ctime|uid|gid|uname|gname)=")
+# Mode, owner, group, time and device in their usual spelling. Nothing here needs them, but tarfile
+# refuses a header in which one of them is not a number, so this parser must not accept it.
 _SHORT = rb"(?:[0-7]{7}[ \x00]|[0-7]{6} \x00|\x00{8})"
 _UNUSED = re.compile(rb"(?s).{100}" + 3 * _SHORT + rb".{12}[0-7]{11}[ \x00].{181}" + 2 * _SHORT)
-"""Mode, owner, group, time, device as is usual: not wanted here, but ``tarfile`` refuses a header
-where one of them is no number."""
-_READ = 3 * BLOCK  # a pax header, its records and the member's own header
 
 
 class Member(NamedTuple):
-    """``kind``: file, folder or other. ``offset`` and ``size`` of the content in bytes."""
+    """A member of a tar. ``kind`` is "file", "folder" or "other"; ``offset`` and ``size`` of its
+    content are in bytes."""
 
     name: str
     kind: str
@@ -37,68 +36,65 @@ class Member(NamedTuple):
 
 
 def read_members(path: Path) -> list[Member]:
-    """All members in their order.
+    """Return all members in the order of the tar.
 
     Raises:
-        tarfile.TarError, EOFError: not a whole, uncompressed tar.
-        OSError: the file cannot be read.
+        tarfile.TarError, EOFError: The file is not a complete, uncompressed tar.
+        OSError: The file cannot be read.
     """
     file = os.open(path, os.O_RDONLY)
     try:
-        members = _plain_members(file)
+        members = plain_members(file)
     finally:
         os.close(file)
-    return _any_members(path) if members is None else members
+    return tarfile_members(path) if members is None else members
 
 
-def _plain_members(file: int) -> list[Member] | None:
-    """None: there is something in it that ``tarfile`` must look at."""
+def plain_members(file: int) -> list[Member] | None:
+    """Parse the headers of an open plain tar; None if it contains anything for ``tarfile``."""
     members: list[Member] = []
     at, end = 0, os.fstat(file).st_size
     while True:
-        blocks = os.pread(file, _READ, at)
+        # One read for a pax header, its records and the header of the member itself
+        blocks = os.pread(file, 3 * BLOCK, at)
         header = blocks[:BLOCK]
-        if header == _ENDED:
+        if header == _END_OF_TAR:
             return members
-        size = _size(header)
+        size = _stated_size(header)
         if size is None:
             return None
         if header[156:157] == b"x":
-            if size > BLOCK or not _harmless(blocks[BLOCK : BLOCK + size]):
+            records, position = blocks[BLOCK : BLOCK + size], 0
+            while position < len(records):
+                record = _HARMLESS_RECORD.match(records, position)
+                if not record or not int(record[1]):
+                    return None
+                position += int(record[1])
+            if size > BLOCK or position != len(records):
                 return None
             at, header = at + 2 * BLOCK, blocks[2 * BLOCK :]
-            size = _size(header)
-        member = None if size is None else _member(header, at + BLOCK, size)
+            size = _stated_size(header)
+        member = None if size is None else _plain_member(header, at + BLOCK, size)
         if member is None or member.offset + member.size > end:
             return None
         members.append(member)
         at = member.offset + -(-member.size // BLOCK) * BLOCK
 
 
-def _size(header: bytes) -> int | None:
-    """The size that a whole header of usual numbers with a right checksum states."""
+def _stated_size(header: bytes) -> int | None:
+    """The member's size, if the header is complete, plain and has the right checksum."""
     if len(header) < BLOCK:
         return None
     checksum, size = _OCTAL.fullmatch(header[148:156]), _OCTAL.fullmatch(header[124:136])
     if not checksum or not size or not _UNUSED.match(header):
         return None
+    # The checksum is computed as if its own field held eight spaces
     if int(checksum[1], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         return None
     return int(size[1], 8)
 
 
-def _harmless(records: bytes) -> bool:
-    """Only times and owners: nothing that changes the name, the size or the meaning."""
-    at = 0
-    while at < len(records):
-        record = _PAX_RECORD.match(records, at)
-        if not record or not int(record[1]):
-            return False
-        at += int(record[1])
-    return at == len(records)
-
-
-def _member(header: bytes, offset: int, size: int) -> Member | None:
+def _plain_member(header: bytes, offset: int, size: int) -> Member | None:
     magic, prefix = header[257:265], header[345:500].partition(b"\0")[0]
     if magic != _USTAR and not (magic == _GNU and not any(header[345:500])):
         return None
@@ -106,55 +102,57 @@ def _member(header: bytes, offset: int, size: int) -> Member | None:
     kind = {b"0": "file", b"5": "folder"}.get(header[156:157])
     if not name or not kind or (size if kind == "folder" else name.endswith(b"/")):
         return None
-    whole = prefix + b"/" + name if prefix else name
-    text = whole.decode("utf-8", "surrogateescape")
+    full = prefix + b"/" + name if prefix else name
+    text = full.decode("utf-8", "surrogateescape")
     return Member(text.rstrip("/"), kind, offset, size)
 
 
-def _any_members(path: Path) -> list[Member]:
+def tarfile_members(path: Path) -> list[Member]:
+    """List the members with ``tarfile``, which knows every variant of the format.
+
+    Raises:
+        tarfile.TarError: The file is not a complete, uncompressed tar.
+    """
+    members = []
     try:
         with tarfile.open(path, "r:") as tar:
-            members = list(_tarfile_members(tar))
-            _check_end(tar)
+            for info in tar:
+                if info.size < 0:  # tarfile would step back by it and loop forever
+                    raise ValueError(f"{info.size} bytes in {info.name}")
+                kind = "folder" if info.isdir() else "other"
+                if info.isreg() and not info.issparse():
+                    kind = "file"
+                members.append(Member(info.name, kind, info.offset_data, info.size))
+            # tarfile stops at a truncated or damaged header as it does at a proper end of the tar;
+            # only the block where it stopped tells the two apart
+            assert tar.fileobj
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(BLOCK) != _END_OF_TAR:
+                raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset}")
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise tarfile.ReadError(f"damaged header: {error}") from error  # absurd sizes and depths
+        # What absurd sizes and thousands of nested pax headers lead to
+        raise tarfile.ReadError(f"damaged header: {error}") from error
     return members
-
-
-def _tarfile_members(tar: tarfile.TarFile) -> Iterator[Member]:
-    for info in tar:
-        if info.size < 0:  # tarfile would go back by it, again and again
-            raise ValueError(f"{info.size} bytes in {info.name}")
-        kind = "folder" if info.isdir() else "other"
-        if info.isreg() and not info.issparse():
-            kind = "file"
-        yield Member(info.name, kind, info.offset_data, info.size)
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """A cut or damaged header ends tarfile's reading like a proper end does: tell them apart."""
-    assert tar.fileobj
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(BLOCK) != _ENDED:
-        raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset}")
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """``size`` bytes of ``path`` from ``offset``; -1: all up to its end. A catalogue has
-    millions of these: the path is text, a fifth of a ``Path``."""
+    """``size`` bytes of the file ``path`` from ``offset`` on; size -1 means up to its end.
+
+    A catalogue has millions of these, so the path is a string: it takes a fifth of a ``Path``.
+    """
 
     path: str
     offset: int = 0
     size: int = -1
 
     def read(self, limit: int = -1) -> bytes:
-        """The bytes.
+        """Return the bytes.
 
         Raises:
-            OSError: they cannot be read, are more than ``limit``, or fewer than ``size``.
+            OSError: They cannot be read, or there are more than ``limit`` or fewer than ``size``.
         """
-        # Opening a pipe would wait for its writer
+        # Opening a pipe would wait for whoever writes to it
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError(None, "not a regular file")
         with open(self.path, "rb", buffering=0) as file:

@@ -214,7 +214,7 @@ def test_a_shard_that_is_cut_off_is_an_error(raw, tmp_path):
     data = (tmp_path / "a" / "train" / "00000.tar").read_bytes()
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "00000.tar").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="not a whole tar"):
+    with pytest.raises(DataError, match="not a complete tar"):
         packed(tmp_path / "cut", tmp_path / "out")
 
 

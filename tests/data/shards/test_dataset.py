@@ -59,7 +59,7 @@ def test_what_is_no_pair_is_counted_by_key(tmp_path):
     assert reasons == {
         ("a", "no caption"),
         ("b", "no image"),
-        ("c.txt", "a second caption of one key"),
+        ("c.txt", "a second caption with the same key"),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from clipft.data.shards import index as shard_index
 from clipft.data.shards.dataset import PairDataset
-from clipft.data.shards.index import Shard, _index_places, index_shard, open_shard
+from clipft.data.shards.index import Shard, index_places, index_shard, open_shard
 from tests.data.shards.test_dataset import shard as write
 
 MEMBERS = [("a.jpg", b"1"), ("a.txt", b"one"), ("é.png", b"22"), ("é.txt", b"two"), ("z.jpg", b"")]
@@ -61,7 +61,7 @@ def test_a_touched_shard_is_indexed_anew(path, monkeypatch):
 
 
 def test_where_the_folder_cannot_be_written_the_cache_takes_it(path, monkeypatch):
-    beside, cached = _index_places(path)
+    beside, cached = index_places(path)
     beside.mkdir()  # nothing can be renamed to this name
     first = content(open_shard(path))
     assert cached.is_file()
@@ -72,14 +72,14 @@ def test_where_the_folder_cannot_be_written_the_cache_takes_it(path, monkeypatch
 
 def test_where_nothing_can_be_written_it_works_all_the_same(path, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    _index_places(path)[0].mkdir()
+    index_places(path)[0].mkdir()
     assert content(open_shard(path))[0] == ["a", "é"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "magic", "offset", "keys", "length"])
 def test_a_damaged_or_hostile_index_is_made_anew(path, damage):
     good = content(open_shard(path))
-    place = _index_places(path)[0]
+    place = index_places(path)[0]
     data = bytearray(place.read_bytes())
     start = 16 + int.from_bytes(data[8:16], "little")
     if damage == "cut":

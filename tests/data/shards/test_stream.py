@@ -113,7 +113,7 @@ def drain(stream):
 def test_fewer_pairs_than_promised_is_an_error(tmp_path):
     folder = write(tmp_path / "s", [5])
     (folder / "sizes.json").write_text('{"00.tar": 6}')
-    with pytest.raises(DataError, match=r"gave 5 pairs in sequence, 6 were expected"):
+    with pytest.raises(DataError, match=r"gave 5 pairs in sequence, but 6 were expected"):
         drain(open_stream(folder, 4))
 
 
@@ -121,7 +121,7 @@ def test_a_pair_that_does_not_stand_together_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for name in ("a.jpg", "b.jpg", "b.txt", "a.txt"):
             add(tar, name, b"x")
-    with pytest.raises(DataError, match=r"gave 1 pair in sequence, 2 were expected"):
+    with pytest.raises(DataError, match=r"gave 1 pair in sequence, but 2 were expected"):
         drain(open_stream(tmp_path, 4))
 
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clipft.data.shards.tar import _any_members, _plain_members, read_members
+from clipft.data.shards.tar import plain_members, read_members, tarfile_members
 
 
 def quick(path):
     file = os.open(path, os.O_RDONLY)
     try:
-        return _plain_members(file)
+        return plain_members(file)
     finally:
         os.close(file)
 
@@ -38,7 +38,7 @@ def test_it_sees_what_tarfile_sees(tmp_path_factory, members, form):
             except ValueError:  # this format cannot say it
                 return
     seen = quick(path)
-    assert seen is None or seen == _any_members(path)
+    assert seen is None or seen == tarfile_members(path)
 
 
 def test_what_webdataset_writes_needs_no_tarfile(tmp_path):
@@ -49,7 +49,7 @@ def test_what_webdataset_writes_needs_no_tarfile(tmp_path):
     seen = quick(tmp_path / "a.tar")
     sizes = {member.name: member.size for member in seen}
     assert sizes == {"dir/a.jpg": 700, "dir/a.txt": 1, "dir/a.json": 2}
-    assert seen == _any_members(tmp_path / "a.tar")
+    assert seen == tarfile_members(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("summed", [False, True])
@@ -69,7 +69,7 @@ def test_a_changed_byte_in_a_header_is_left_to_tarfile(tmp_path_factory, summed,
         data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
     try:
-        truth = _any_members(path)
+        truth = tarfile_members(path)
     except tarfile.TarError:
         truth = None
     seen = quick(path)

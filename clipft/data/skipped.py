@@ -1,0 +1,31 @@
+"""Pairs that cannot be used, and why.
+
+Every reason for which a pair is skipped, and where it is decided:
+
+====================================== ==================================== ======================
+Reason                                 When                                 Where
+====================================== ==================================== ======================
+no image, no caption                   a shard is opened                    ``shards/index.py``
+a second image with the same key       a shard is opened                    ``shards/index.py``
+not a regular file                     a shard is opened                    ``shards/index.py``
+empty caption                          the pair is read                     ``captions/template.py``
+not an image, an empty file, too many  the image is decoded                 ``images.py``
+pixels, truncated, EPS, ...
+====================================== ==================================== ======================
+
+``shards/index.py`` records its reasons in ``Shard.skipped``. The other two raise ``BadCaption`` and
+``BadImage``, which ``loader.py`` turns into a ``Skipped`` in the batch. A run appends them all to
+``skipped.jsonl`` and stops if they are more than ``--max-bad`` (``BadPairs`` in
+``training/loop.py``).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A pair, or a member of a shard, that cannot be used. ``reason`` says why, for people."""
+
+    shard: str
+    key: str
+    reason: str
