@@ -1,6 +1,6 @@
 """clipft fine-tunes CLIP on your own image-text pairs and measures the gain.
 
-The names of ``__all__`` are loaded when they are first used: ``import clipft`` loads nothing.
+``import clipft`` loads nothing: each name in ``__all__`` is imported when it is first used.
 """
 
 from importlib import import_module
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from clipft.config.sources import load_settings
     from clipft.core.errors import ClipftError
     from clipft.evaluation.compare import Request
-    from clipft.runs.records import Callbacks
+    from clipft.runs.records import Callbacks, TrainingCallback
     from clipft.training.state import TrainResult
+
+    Watchers = Callbacks
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "Request",
     "Settings",
     "TrainResult",
+    "TrainingCallback",
     "TunedModel",
     "evaluate",
     "load_model",
@@ -37,21 +40,25 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
+    "Callbacks": "clipft.runs.records",
     "ClipftError": "clipft.core.errors",
     "Request": "clipft.evaluation.compare",
     "Settings": "clipft.config.settings",
     "TrainResult": "clipft.training.state",
-    "Callbacks": "clipft.training.run",
+    "TrainingCallback": "clipft.runs.records",
     "load_settings": "clipft.config.sources",
 }
-"""Of those that ``clipft.api`` does not define itself."""
+"""The modules of the names that ``clipft.api`` does not define itself."""
+
+_FORMER_NAMES = {"Watchers": "Callbacks"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    current = _FORMER_NAMES.get(name, name)
+    if current not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "clipft.api")), name)
+    return getattr(import_module(_MODULES.get(current, "clipft.api")), current)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,7 @@
-"""What ``from clipft import ...`` hands out: the whole of a job, as the command line does it
-(which calls these too)."""
+"""What ``from clipft import ...`` offers. The command line calls the same functions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,27 +19,18 @@ from clipft.report.report import write_run_report
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import find_checkpoint, open_model, saved_settings
-from clipft.runs.loggers import JsonlTracker, RunRecorder, WandbTracker
-from clipft.runs.records import Callbacks, Observers, TrainingCallback
-from clipft.training.run import train as run_service
+from clipft.runs.loggers import MetricsLogger, RunRecorder, WandbLogger
+from clipft.runs.records import CallbackList, Callbacks, TrainingCallback, ignore
+from clipft.training.run import train as run_training
 from clipft.training.state import TrainResult
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
 
 Given = Settings | LoadedSettings | Mapping[str, Any]
-"""Settings, or some by name: the others are as ``load_settings`` has them."""
+"""Complete settings, or some by name; ``load_settings`` then supplies the others."""
 
-
-def _quiet(note: str) -> None:
-    """Says nothing."""
-
-
-def _nowhere(path: Path, step: int) -> None:
-    """A checkpoint that stays where it was saved."""
-
-
-SILENT = Callbacks(Observers(), _quiet, _nowhere)
+SILENT = Callbacks()
 
 
 def train(
@@ -48,30 +38,51 @@ def train(
     callbacks: Callbacks = SILENT,
     processes: Processes = ALONE,
     source: "ShardSource | None" = None,
+    *,
+    watchers: Callbacks | None = None,
 ) -> TrainResult:
-    """Fine-tune on the pairs in ``data_dir``, to the end of the last epoch or of patience, and
-    leave the run folder with its figures and its report.
+    """Fine-tune on the pairs in ``data_dir``, and write the run folder with figures and a report.
 
-    Pairs in a bucket are to be fetched before (``clipft sync``), or read by ``source``.
-    ``callbacks`` are told of plan, steps and epochs. Ctrl-C saves the state.
+    Training ends after the last epoch, or earlier if the validation stops improving. Ctrl-C and
+    SIGTERM save the state first.
+
+    Args:
+        settings: The settings of the run. Pairs in a bucket must have been fetched before
+            (``clipft sync``), unless ``source`` reads them.
+        callbacks: Who is told of the plan, the steps, the epochs and the checkpoints.
+        processes: The processes that train together; by default this one alone.
+        source: Where a streamed run reads its training shards, if not from ``data_dir``.
+        watchers: The former name of ``callbacks``, still accepted.
 
     Raises:
-        UsageError: settings that do not go together, or checkpoints that are to be uploaded
-            with nobody who does.
-        Interrupted, DataError, StorageError, ModelError, DivergedError, ProcessError: as they
-            say.
+        UsageError: Settings contradict each other, or ask for uploads without a callback for them.
+        DataError: There are no pairs, or too many of them are broken.
+        ModelError: The pretrained model or the checkpoint to resume cannot be loaded.
+        StorageError: The disk is full or refuses to write.
+        DivergedError: The loss or the gradients stopped being finite.
+        ProcessError: Another process of the run ended or hangs.
+        Interrupted: A signal stopped the run; its state is saved.
     """
+    callbacks = watchers or callbacks
     loaded = _loaded(settings)
     values = loaded.values
-    if values.enable_s3_checkpoints and callbacks.saved is _nowhere:
+    if values.enable_s3_checkpoints and callbacks.saved is ignore:
         raise UsageError(
-            "enable_s3_checkpoints: only the command line uploads",
-            "use `clipft train`, or upload in Callbacks.saved",
+            "enable_s3_checkpoints: only the command line uploads checkpoints",
+            "use `clipft train`, or upload them yourself in Callbacks(saved=...)",
         )
-    members = [callbacks.callback, *_keepers(values, callbacks.note)] if processes.rank == 0 else []
-    told = Callbacks(Observers(members), callbacks.note, callbacks.saved, callbacks.progress)
-    result = run_service(values, told, loaded.to_toml(), processes, source)
-    on_rank_zero(processes, lambda: _report(result, callbacks.note))
+    # One process writes and reports for all
+    members = [callbacks.callback, *_loggers(values, callbacks.note)] if processes.rank == 0 else []
+    told = replace(callbacks, callback=CallbackList(members))
+    result = run_training(values, told, loaded.to_toml(), processes, source)
+
+    def report() -> None:
+        try:
+            write_run_report(result.folder, RunPaths(result.folder).report)
+        except ClipftError as error:  # never a reason to lose the result of a run
+            callbacks.note(f"warning: the report could not be written: {error.message}")
+
+    on_rank_zero(processes, report)
     return result
 
 
@@ -83,36 +94,29 @@ def _loaded(given: Given) -> LoadedSettings:
     return load_settings(given)
 
 
-def _keepers(settings: Settings, note: Note) -> list[TrainingCallback]:
-    """Those who write a run's figures down."""
-    device, paths = choose_precision(settings).device, RunPaths.of(settings)
-    keepers: list[TrainingCallback] = [
-        JsonlTracker(paths.metrics),
+def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
+    """Return the callbacks that write the figures of a run down."""
+    device, paths = choose_precision(settings).device, RunPaths(settings.run_dir)
+    loggers: list[TrainingCallback] = [
+        MetricsLogger(paths.metrics),
         RunRecorder(paths.record, environment(device), partial(peak_memory_so_far, device)),
     ]
     if settings.wandb != "disabled":
         config = settings.model_dump(mode="json")
-        keepers.append(WandbTracker(settings, settings.run_dir, config, note))
-    return keepers
-
-
-def _report(result: TrainResult, note: Note) -> None:
-    try:
-        write_run_report(result.folder, RunPaths.within(result.folder).report)
-    except ClipftError as error:  # never a reason to lose the result of a run
-        note(f"warning: no report was written: {error.message}")
+        loggers.append(WandbLogger(settings, settings.run_dir, config, note))
+    return loggers
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A checkpoint, the settings it was measured with, and its figures."""
+    """A checkpoint, the settings it was evaluated with, and its figures."""
 
     checkpoint: Path
     settings: Settings
     found: Evaluated
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``clipft evaluate --json`` prints it."""
+        """Return what ``clipft evaluate --json`` prints."""
         at = {"scenario": self.settings.scenario, "checkpoint": str(self.checkpoint)}
         return {**at, **self.found.to_dict()}
 
@@ -121,15 +125,21 @@ def evaluate(
     place: str | Path | None,
     settings: Given | None = None,
     request: Request | None = None,
-    note: Note = _quiet,
+    note: Note = ignore,
 ) -> EvaluatedModel:
-    """A checkpoint or run folder (None: the run of ``settings``) beside its untouched model.
+    """Evaluate a checkpoint and its pretrained model on the validation pairs.
 
-    The settings are those it was trained with, but where ``settings`` has others of
-    ``JUDGED_ANEW``, or another ``model``. ``request``: what is wanted besides.
+    Args:
+        place: A checkpoint or run folder. None means the run that ``settings`` describe.
+        settings: Replaces settings the checkpoint was trained with: the data, the evaluation, the
+            hardware (``JUDGED_ANEW``) and the ``model``. All others are ignored.
+        request: What to measure besides, such as interpolated weights.
+        note: Receives sentences for the user.
 
     Raises:
-        DataError, ModelError, UsageError: pairs or weights cannot be had.
+        DataError: There are no validation pairs, or they cannot be read.
+        ModelError: There is no checkpoint, or its pretrained model cannot be loaded.
+        UsageError: The settings or the request are not valid.
     """
     now = _loaded(settings or {})
     path = find_checkpoint(Path(place) if place else None, now.values)
@@ -142,8 +152,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class TunedModel:
-    """``model``: the plain ``transformers`` model, adapters merged in, in eval mode; what it
-    takes ``processor`` makes of pictures and texts."""
+    """A model that is ready to use.
+
+    ``model`` is a plain ``transformers`` model in eval mode, with adapters merged into its
+    weights. ``processor`` turns images and texts into its inputs.
+    """
 
     model: Any
     processor: Any
@@ -151,12 +164,12 @@ class TunedModel:
 
 
 def load_model(place: str | Path, device: str = "cpu") -> TunedModel:
-    """The model of a run folder (its best epoch), a checkpoint, an exported folder, a hub id,
+    """Load the model of a run folder (its best epoch), a checkpoint, an exported folder, a hub id,
     or ``tiny``, in fp32.
 
     Raises:
-        ModelError: there is none, or it cannot be loaded.
-        UsageError: there is no such device.
+        ModelError: There is no such model, or it cannot be loaded.
+        UsageError: There is no such device.
     """
     from clipft.models.huggingface import merged, processor_of
 

@@ -63,7 +63,7 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        return RunPaths.within(self.folder).result.is_file()
+        return RunPaths(self.folder).result.is_file()
 
 
 def plan_runs(grid: Grid, base: Mapping[str, Any], folder: Path) -> list[PlannedRun]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from clipft.ablation.grid import PlannedRun, settings_in_common
-from clipft.config.settings import Settings
 from clipft.config.sources import ENV_OTHERS, ENV_PREFIX
+from clipft.config.text import beside_defaults
 from clipft.core.errors import Interrupted, UsageError
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json, write_text
 from clipft.runs.folder import read_run
 from clipft.training.signals import stop_on_signals
 
@@ -163,17 +163,12 @@ STATE = "ablation.json"
 
 def write_state(folder: Path, runs: Sequence[PlannedRun], ended: Mapping[Path, Outcome]) -> None:
     """``ended`` is by the run's folder; a run that is neither in it nor finished waits."""
-    standard = Settings().model_dump(mode="json")
-    common = settings_in_common(runs)
     content = {
         "format_version": 1,
-        "settings": [
-            {"name": n, "value": v, "default": standard[n], "changed": v != standard[n]}
-            for n, v in common.items()
-        ],
+        "settings": beside_defaults(settings_in_common(runs)),
         "runs": [_entry(folder, run, ended.get(run.folder)) for run in runs],
     }
-    write_text(folder / STATE, json.dumps(content, indent=1) + "\n")
+    write_json(folder / STATE, content, indent=1)
 
 
 def _entry(folder: Path, run: PlannedRun, outcome: Outcome | None) -> dict[str, Any]:
@@ -198,12 +193,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: no ablation is there, or its files are not clipft's.
     """
-    try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        runs = state["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"no ablation in {folder}", "name the folder of one") from error
-    for run in runs:
+    state = read_json(folder / STATE)
+    if state is None or "runs" not in state:
+        raise UsageError(f"no ablation in {folder}", "name the folder of one")
+    for run in state["runs"]:
         run |= _left(folder / run["folder"]) if run["state"] == "finished" else {}
     return state
 

@@ -35,7 +35,7 @@ def make_progress(console: Console, memory: Memory) -> TrainingCallback:
     return kind(console, memory)
 
 
-class _Lines:
+class _Lines(TrainingCallback):
     """The lines both displays share: the plan at the start, figures at each epoch's end."""
 
     _headed = False

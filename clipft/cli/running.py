@@ -160,11 +160,11 @@ def _show(result: TrainResult, settings: Settings, out: Output) -> None:
     if result.stopped_early:
         out.note("Stopped early: no improvement any more.")
     if result.skipped_pairs:
-        reasons = RunPaths.within(result.folder).skipped
+        reasons = RunPaths(result.folder).skipped
         out.note(f"note: left out {counted(result.skipped_pairs, 'bad pair')}, see {reasons}.")
     if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
         out.note("No gain over the untouched model: try another --lr, or more --epochs.")
-    page = RunPaths.within(result.folder).report
+    page = RunPaths(result.folder).report
     made = {"run folder": result.folder, "checkpoint": result.checkpoint, "report": page}
     there = {what: place if place.exists() else None for what, place in made.items()}
     end(out, there, ("evaluate", result.folder, "--data-dir", settings.data_dir))

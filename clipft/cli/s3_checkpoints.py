@@ -1,6 +1,5 @@
 """Checkpoints that lie in a bucket: fetched before a run, uploaded behind its back."""
 
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from clipft.cli.console import Output
 from clipft.config.settings import Settings
 from clipft.config.sources import S3Url, cached_bucket, parse_s3_url
 from clipft.core.errors import ClipftError, ModelError, UsageError
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from clipft.storage.s3.bucket import Bucket
@@ -249,11 +248,11 @@ def _read_run(folder: Path) -> "Run | None":
     from clipft.storage.s3.checkpoints import Run
 
     try:
-        content = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+        content = read_json(folder / _IDENTITY) or {}
         return Run(str(content["id"]), float(content["started"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def _write_run(folder: Path, run: "Run") -> None:
-    write_text(folder / _IDENTITY, json.dumps({"id": run.id, "started": run.started}))
+    write_json(folder / _IDENTITY, {"id": run.id, "started": run.started})

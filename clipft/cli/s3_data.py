@@ -1,17 +1,16 @@
 """Pairs that lie in a bucket: brought to ``data_dir``, shown on the way, packed if raw."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
 from clipft.core.common import counted
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -109,13 +108,13 @@ def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
     from clipft.data.packing.pack import pack
 
     content, mark = _content(found), data_dir / _PACKED
-    if _read(mark).get("content") == content and any(data_dir.glob("train/*.tar")):
+    if read_json(mark) == {"content": content} and any(data_dir.glob("train/*.tar")):
         return
     # Without validation files of its own, pack makes the split
     source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"
     with out.progress(f"Packing {source}") as report:
         result = pack(source, data_dir, PackOptions(overwrite=True), report)
-    write_text(mark, json.dumps({"content": content}))
+    write_json(mark, {"content": content})
     out.note(
         f"Packed {result.train_pairs:,} training and {result.val_pairs:,} validation pairs into "
         f"{counted(result.shards, 'shard')} in {data_dir}; the raw files stay in {data_dir / RAW}."
@@ -128,14 +127,6 @@ def _content(found: "Found") -> str:
         for wanted in objects:
             digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
     return digest.hexdigest()
-
-
-def _read(mark: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from clipft.config.fields import Section, fate_of, setting
 from clipft.config.scenarios import SCENARIOS, Scenario
 from clipft.core.errors import unknown_choice
 
+CHECKPOINT_SUFFIX = "_checkpoint.pt"
+"""Follows the scenario in the file name of a run's checkpoint."""
+
 MINI_TRAIN = {
     "epochs": 1,
     "effective_batch_size": 32,
@@ -371,7 +374,7 @@ class Settings(
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.output_dir / f"{self.scenario}_checkpoint.pt"
+        return self.output_dir / f"{self.scenario}{CHECKPOINT_SUFFIX}"
 
 
 def fixed_on_resume() -> list[str]:

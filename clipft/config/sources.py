@@ -17,7 +17,7 @@ from clipft.config.fields import fields_of
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import MINI_TRAIN, SECTIONS, EvaluationSettings, Settings
 from clipft.core.common import cache_folder
-from clipft.core.errors import UsageError, nearest, unknown_choice
+from clipft.core.errors import UsageError, did_you_mean, unknown_choice
 
 SCHEME = "s3://"
 
@@ -229,9 +229,8 @@ def refuse_unknown(names: Iterable[str], source: Path | str) -> None:
 
 
 def _unknown_name(shown: str, key: str, spell: Any) -> UsageError:
-    near = nearest(key, Settings.model_fields)
-    hint = f"did you mean {spell(near)}?" if near else "`clipft settings` lists every name"
-    return UsageError(f"unknown setting {shown}", hint)
+    meant = did_you_mean(key, Settings.model_fields, spell)
+    return UsageError(f"unknown setting {shown}", meant or "`clipft settings` lists every name")
 
 
 def _mistakes(error: ValidationError, origins: Mapping[str, str]) -> UsageError:

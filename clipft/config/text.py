@@ -1,6 +1,7 @@
 """What each setting is, in words: its choices, unit, range and default, for help, templates and
 documents alike."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -47,6 +48,20 @@ def kind_of(name: str) -> str:
     given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
     kind = given[0] if len(given) == 1 else field.annotation
     return _KINDS.get(kind, "CHOICE" if choices_of(name) else "TEXT")
+
+
+def beside_defaults(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe settings, dumped in JSON mode, by name, value, default, and whether they differ."""
+    standard = Settings().model_dump(mode="json")
+    return [
+        {
+            "name": name,
+            "value": value,
+            "default": standard[name],
+            "changed": value != standard[name],
+        }
+        for name, value in values.items()
+    ]
 
 
 def default_text(value: Any) -> str:

@@ -1,24 +1,47 @@
-"""What the machine gives this process."""
+"""Small helpers and callback types that every part of the package may use."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-
-def processors() -> int:
-    """Processors that this process may use: containers and schedulers give it a share."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return os.cpu_count() or 1
-
-
 Note = Callable[[str], None]
+"""Receives a sentence for the user, such as a warning."""
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Opens a progress display with a title and yields a function that takes (done, total)."""
+
+
+@contextmanager
+def silent(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show no progress at all."""
+    yield lambda done, total: None
+
+
+def checked(progress: Progress, check: Callable[[], None]) -> Progress:
+    """Call ``check`` after each batch of a progress display, so that it can stop the work by
+    raising an error."""
+
+    @contextmanager
+    def opened(title: str) -> Iterator[Callable[[int, int], None]]:
+        with progress(title) as report:
+
+            def check_and_report(done: int, total: int) -> None:
+                check()
+                report(done, total)
+
+            yield check_and_report
+
+    return opened
+
+
+def counted(count: int, thing: str) -> str:
+    """Format a number of things: ``1 pair``, ``2,000 pairs``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """``75`` -> ``1m15s``."""
+    """Format a duration: ``75`` becomes ``1m15s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -26,43 +49,16 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a display under a heading; what it gives is told (done, all)."""
-
-
-@contextmanager
-def silent(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress that nobody looks at."""
-    yield lambda done, rows: None
-
-
-def checked(progress: Progress, check: Callable[[], None]) -> Progress:
-    """The same, but ``check`` is called after each batch and may end the work by what it
-    raises."""
-
-    @contextmanager
-    def opened(title: str) -> Iterator[Callable[[int, int], None]]:
-        with progress(title) as tell:
-
-            def told(done: int, rows: int) -> None:
-                check()
-                tell(done, rows)
-
-            yield told
-
-    return opened
+def processors() -> int:
+    """Return how many processors this process may use; a container or scheduler may limit them."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinities
+        return os.cpu_count() or 1
 
 
 def cache_folder() -> Path:
-    """``CLIPFT_CACHE``, or ``clipft`` in the user's cache folder; not made here."""
-    return Path(
-        os.environ.get("CLIPFT_CACHE")
-        or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clipft"
-        )
-    )
-
-
-def counted(count: int, thing: str) -> str:
-    """``1 pair``, ``2,000 pairs``."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    """Return ``CLIPFT_CACHE``, or ``clipft`` in the user's cache folder. It may not exist yet."""
+    if given := os.environ.get("CLIPFT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clipft"

@@ -1,36 +1,36 @@
 """Every error that a user can cause, as one tree.
 
-ClipftError               1   (never raised itself)
+ClipftError               1   base class, never raised itself
 ├── UsageError            2   wrong usage or settings
-├── DataError             3   the pairs: missing, unreadable, too many bad ones
+├── DataError             3   pairs that are missing, unreadable, or too often broken
 ├── StorageError          4   disks and buckets
-├── ModelError            5   base models, hubs, checkpoints
+├── ModelError            5   pretrained models, the hub, checkpoints
 ├── DivergedError         6   training diverged; the last good state is kept
-├── ProcessError          7   another process of the run ended, hangs, or never came
+├── ProcessError          7   another process of the run ended, hangs, or never started
 ├── RunsFailed            8   some runs of an ablation failed; the others are in its table
- ├── MemoryShortage        9   not even one pair fits into memory, the state is saved; or sharded
- │                             weights leave no way to smaller pieces
- ├── NotReady             10   ``clipft doctor`` found what stops a run; a library does not load
-└── Interrupted          75   stopped by a signal, state saved; ``clipft resume`` goes on
+├── MemoryShortage        9   not even one pair fits into memory (the state is saved), or sharded
+│                             weights make smaller chunks impossible
+├── NotReady             10   ``clipft doctor`` found a problem, or a library does not load
+└── Interrupted          75   a signal stopped the run; the state is saved for ``clipft resume``
 
-A service raises one of these with the sentence and the mend; ``cli.app.main`` alone
-catches them. Whatever else reaches ``main`` is a bug and exits with 1.
+Code anywhere in the package raises one of these with a message and a hint. Only ``cli.app.main``
+catches them. Any other exception that reaches ``main`` is a bug and exits with 1.
 """
 
 import difflib
-from collections.abc import Iterable
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, without what follows below."""
-    return str(error).strip().partition("\n")[0]
+from collections.abc import Callable, Iterable
 
 
 class ClipftError(Exception):
-    """What was wrong and where (``message``), what to do (``hint``), and the exit code.
+    """Base class of all errors, with what the command line prints and its exit code.
 
-    ``said``: another process of the run tells the user of it. ``alone``: the other processes
-    do not know of it, and nothing can be done together any more.
+    Attributes:
+        message: What is wrong, and where.
+        hint: What the user can do about it.
+        exit_code: The exit code of the command line.
+        said: True if another process of the same run already reports the error.
+        alone: True if the other processes do not know of the error, so that no collective
+            operation is possible any more.
     """
 
     exit_code = 1
@@ -43,6 +43,7 @@ class ClipftError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type["ClipftError"], tuple[str, str]]:
+        # The default would unpickle with ``message`` alone; errors travel between processes
         return type(self), (self.message, self.hint)
 
 
@@ -87,14 +88,22 @@ class Interrupted(ClipftError):
     exit_code = 75
 
 
-def nearest(wrong: str, right: Iterable[str]) -> str | None:
-    """The name of ``right`` that was probably meant by ``wrong``, if any is close."""
-    matches = difflib.get_close_matches(wrong.lower(), list(right), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error; what follows is often a whole report."""
+    return str(error).strip().partition("\n")[0]
+
+
+def did_you_mean(wrong: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """Return ``did you mean NAME?`` for the name closest to ``wrong``, or "" if none is close.
+
+    ``spell`` turns the name into what the user would type.
+    """
+    close = difflib.get_close_matches(wrong.lower(), list(names), n=1, cutoff=0.6)
+    return f"did you mean {spell(close[0])}?" if close else ""
 
 
 def unknown_choice(value: str, choices: Iterable[str]) -> str:
-    """The sentence for a value that is not among ``choices``."""
+    """Return ``must be one of A, B`` for a value that is not among ``choices``."""
     listed = list(choices)
-    near = nearest(value, listed)
-    return f"must be one of {', '.join(listed)}" + (f" (did you mean {near}?)" if near else "")
+    meant = did_you_mean(value, listed)
+    return f"must be one of {', '.join(listed)}" + (f" ({meant})" if meant else "")

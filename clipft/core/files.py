@@ -1,4 +1,8 @@
-"""Writing so that a file under its final name is always whole: the old one or the new one."""
+"""Writing files so that the one under the final name is always whole: the old one or the new one.
+
+Everything that a user may find after a crash (checkpoints, figures, reports, exports) is written
+under a temporary name beside its final one, flushed to the disk, and then renamed.
+"""
 
 import errno
 import json
@@ -11,49 +15,43 @@ from typing import Any
 
 from clipft.core.errors import StorageError
 
-_UNTOUCHED = "what was there before is untouched"
+_UNCHANGED = "files that were there before are unchanged"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well.
+    """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
 
-    ``shared``: other processes may write the same file at this moment; the temporary name is
-    then this process's own, and a kill leaves it behind.
+    Set ``shared`` where other processes may write the same file at the same moment: the temporary
+    name then contains the process id, and a kill leaves that file behind.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: The disk is full, or refuses to write or to rename.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
+    temporary = _temporary_name(path, shared)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        _flush(path.parent)  # a power cut could undo the rename otherwise
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         raise disk_error(path, error) from error
     finally:
-        # A folder that cannot be written cannot be unlinked from either
+        # Look first: in a read-only folder, unlink fails even if the file does not exist
         if os.path.lexists(temporary):
             temporary.unlink()
 
 
-def write_text(path: Path, text: str, shared: bool = False) -> None:
-    """``text`` in UTF-8 takes the place of ``path``.
-
-    Raises:
-        StorageError: as ``replacing``.
-    """
-    with replacing(path, shared) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 @contextmanager
 def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
-    """The same for a folder of files: between the two names there is only a rename."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid() if shared else 'part'}")
+    """Do the same for a folder of files. The block makes the temporary folder itself.
+
+    Raises:
+        StorageError: The disk is full, or refuses to write or to rename.
+    """
+    temporary = _temporary_name(folder, shared)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
@@ -68,12 +66,86 @@ def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def settle(folder: Path, *names: str) -> None:
-    """Files that grow, and their names, are on the disk when this returns; those that are not
-    there are left out.
+def _temporary_name(path: Path, shared: bool) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, shared: bool = False) -> None:
+    """Replace ``path`` with ``text`` in UTF-8.
 
     Raises:
-        StorageError: the disk refuses.
+        StorageError: The disk is full, or refuses to write.
+    """
+    with replacing(path, shared) as temporary:
+        # The name of a file within a tar may hold bytes that are not UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(
+    path: Path,
+    content: Any,
+    indent: int | None = None,
+    ascii_only: bool = True,
+    shared: bool = False,
+) -> None:
+    """Replace ``path`` with ``content`` as JSON and a final newline.
+
+    Raises:
+        StorageError: The disk is full, or refuses to write.
+    """
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n", shared)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in ``path``, or None if there is no such file or no such object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError includes text that is not UTF-8
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a JSONL file, an empty list if it does not exist.
+
+    Lines that do not parse are skipped: a kill may have cut off the last one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    found = []
+    # Not splitlines(): it also splits at U+2028 and others, which JSON allows within a string
+    for line in text.split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace infinities and NaN by None, because JSON has neither."""
+    bad = (float("inf"), float("-inf"))
+    return {k: None if v in bad or v != v else v for k, v in values.items()}
+
+
+def settle(folder: Path, *names: str) -> None:
+    """Flush files that are appended to, and then ``folder`` itself, to the disk.
+
+    Names that do not exist are skipped.
+
+    Raises:
+        StorageError: The disk refuses to write.
     """
     for path in (*(folder / name for name in names), folder):
         try:
@@ -84,70 +156,48 @@ def settle(folder: Path, *names: str) -> None:
             raise disk_error(path, error) from error
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, of which a kill may have cut the last; none where there
-    is no file. A line ends with a line feed alone: in JSON, other ends of lines are text."""
-    found = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.split("\n"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
-
-
 def check_writable(path: Path) -> None:
-    """Before long work: could ``path`` be written at its end?
+    """Check before a long computation that its result can be written to ``path``.
 
     Raises:
-        StorageError: its folder cannot be made or written to, or it is a folder itself.
+        StorageError: The folder cannot be made or written to, or ``path`` is a folder itself.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(path, error) from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"{path.parent} cannot be written to"
-        raise StorageError(f"cannot write {path}: {why}", f"write to another place; {_UNTOUCHED}")
+        why = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
+        raise StorageError(f"cannot write {path}: {why}", f"choose another path; {_UNCHANGED}")
 
 
 def nearest_folder(path: Path) -> Path:
-    """``path``, or what exists of the way to it: nothing is made."""
-    way = (path.absolute(), *path.absolute().parents)
-    return next(place for place in way if os.path.lexists(place))
+    """Return ``path``, or its closest parent that exists. Nothing is created."""
+    candidates = (path.absolute(), *path.absolute().parents)
+    return next(candidate for candidate in candidates if os.path.lexists(candidate))
 
 
-def disk_error(path: Path, error: OSError | RuntimeError) -> StorageError:
-    """What to raise where ``path`` could not be written."""
-    return StorageError(f"cannot write {path}: {_reason(error)}", disk_hint(error))
+def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> StorageError:
+    """Build the error for a ``path`` that could not be written.
+
+    ``needed`` is the size of the file in bytes. If it is known, and the disk is full, the message
+    says it.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = " ".join(str(error).split())
+    if needed and not _refused(error):
+        reason += f", {needed:,} bytes were needed"
+    return StorageError(f"cannot write {path}: {reason}", disk_hint(error))
 
 
 def disk_hint(error: OSError | RuntimeError) -> str:
-    """What to do about a disk that did not take a file: where it is not full, room is no help."""
-    refused = isinstance(error, OSError) and error.errno not in _FULL
-    place = "write to another place" if refused else "make room or write to another place"
-    return f"{place}; {_UNTOUCHED}"
+    """Say what to do after a failed write; freeing space is suggested only if it can help."""
+    action = "choose another place" if _refused(error) else "make room or choose another place"
+    return f"{action}; {_UNCHANGED}"
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no not-a-number: they become null."""
-    bad = (float("inf"), float("-inf"))
-    return {k: None if v in bad or v != v else v for k, v in values.items()}
+def _refused(error: OSError | RuntimeError) -> bool:
+    """Return True if the disk refused to write for a reason other than being full."""
+    return isinstance(error, OSError) and error.errno not in _FULL

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clipft.config.settings import Settings
 from clipft.core.common import counted
-from clipft.core.errors import UsageError, nearest
-from clipft.data.captions.metadata import known_fields
+from clipft.core.errors import UsageError
+from clipft.data.captions.metadata import fields_hint, known_fields
 from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
@@ -83,14 +83,11 @@ def make_positives(
 
 def _checked(field: str | None, pairs: PairDataset) -> str:
     known = known_fields(pairs)
-    has = f"the metadata has {', '.join(sorted(known)) or 'no fields'}"
     if not field:
-        raise UsageError("--positives group needs --group-field", has)
+        raise UsageError("--positives group needs --group-field", fields_hint("", known))
     if field not in known:
-        near = nearest(field, known)
         raise UsageError(
-            f"--positives group: no pair has a field {field!r}",
-            f"did you mean {near}? {has}" if near else has,
+            f"--positives group: no pair has a field {field!r}", fields_hint(field, known)
         )
     return field
 

@@ -1,7 +1,6 @@
 """``evaluate``: a checkpoint against the untouched model, on its own pairs and on general ones,
 and between the two."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from clipft.config.settings import DataSettings, Settings
 from clipft.core.errors import UsageError
-from clipft.core.files import check_writable, write_text
+from clipft.core.files import check_writable, write_json
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.evaluation.evaluator import Comparison, EvaluationSet
 from clipft.evaluation.wise_ft import (
@@ -86,15 +85,13 @@ class Evaluated:
         Raises:
             StorageError: the disk is full or refuses.
         """
-        paths, on = RunPaths.within(folder), {"data_dir": str(settings.data_dir)}
+        paths, on = RunPaths(folder), {"data_dir": str(settings.data_dir)}
         if self.keep:
-            _write(paths.kept, {"keep_dir": str(self.keep_dir), **self.keep.to_dict()})
+            kept = {"keep_dir": str(self.keep_dir), **self.keep.to_dict()}
+            write_json(paths.kept, kept, indent=2, ascii_only=False)
         if self.points:
-            _write(paths.interpolation, {**on, **self._sweep()})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            found = {**on, **self._sweep()}
+            write_json(paths.interpolation, found, indent=2, ascii_only=False)
 
 
 def evaluate_checkpoint(

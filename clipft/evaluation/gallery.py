@@ -5,7 +5,6 @@ Right are all pictures of the query's caption, not its own pair's alone.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json
 from clipft.data.captions.table import CaptionTable
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.images import BadImage, decode_image
@@ -39,14 +38,14 @@ class Rankings:
     first: list[list[int]]
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(asdict(self)) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "Rankings | None":
         """None: there is no such file, or not one of ours."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return cls(**(read_json(path) or {}))
+        except TypeError:
             return None
 
 

@@ -3,7 +3,6 @@
 The header is the hub's metadata (YAML); nothing in the card names a path of this machine.
 """
 
-import json
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.core.common import counted
+from clipft.core.files import read_json
 from clipft.metrics.figures import DIRECTIONS
 
 if TYPE_CHECKING:
@@ -307,28 +307,29 @@ def _with_history(facts: "CardFacts", opened: "OpenedModel") -> "CardFacts":
 def _telling_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those that decide the weights and say something: the usual ones, and what was changed."""
     from clipft.config.scenarios import SCENARIOS
-    from clipft.config.settings import Settings, fixed_on_resume
+    from clipft.config.settings import fixed_on_resume
+    from clipft.config.text import beside_defaults
 
-    standard = Settings().model_dump(mode="json")
     told = [n for n in fixed_on_resume() if n in saved and n not in {"model", "scenario"}]
     if not SCENARIOS[saved["scenario"]].lora:
         told = [name for name in told if not name.startswith("lora_")]
-    return {n: saved[n] for n in told if n in _ALWAYS_TOLD or saved[n] != standard[n]}
+    described = beside_defaults({name: saved[name] for name in told})
+    return {
+        entry["name"]: entry["value"]
+        for entry in described
+        if entry["name"] in _ALWAYS_TOLD or entry["changed"]
+    }
 
 
 def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
     """The run's evaluation, which is of its best epoch."""
     from clipft.runs.folder import RunPaths
 
-    paths = RunPaths.within(checkpoint.parent)
+    paths = RunPaths(checkpoint.parent)
     path = paths.evaluation
-    if checkpoint != paths.best or not path.is_file():
+    if checkpoint != paths.best:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return read_json(path)
 
 
 _ALWAYS_TOLD = frozenset(

@@ -1,6 +1,5 @@
 """Making a run's report: what ``train``, ``ablate`` and ``report`` share."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ if TYPE_CHECKING:
     from clipft.config.settings import Settings
 from collections.abc import Mapping, Sequence
 
+from clipft.core.files import write_json
 from clipft.metrics.figures import before_and_after, figure_tables, mean_recall
 from clipft.report.curves import epoch_curves, step_curves
 from clipft.runs.records import RunRecords
@@ -18,7 +18,7 @@ def write_page_and_json(page: Path, html: str, content: dict[str, Any]) -> None:
     from clipft.report.html import write_page
 
     write_page(page, html)
-    write_page(page.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_json(page.with_suffix(".json"), content, indent=1, ascii_only=False)
 
 
 def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _gallery(
     from clipft.report.html import SIDE, thumbnail
     from clipft.runs.folder import RunPaths
 
-    paths = RunPaths.within(folder)
+    paths = RunPaths(folder)
     before, after = Rankings.read(paths.rankings_before), Rankings.read(paths.rankings_best)
     if before is None:
         return [], {}, "No gallery: the run kept no rankings."

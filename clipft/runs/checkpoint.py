@@ -1,14 +1,17 @@
-"""One file that holds all a run needs to go on, and only what the run changes.
+"""Checkpoints: what they contain, and the pair of files that keeps one of them whole.
 
-A checkpoint is a ``torch.save`` zip of plain values and tensors, read with
-``weights_only=True``: nothing in it is executed; ``checkpoint_file`` says what its bytes are.
-``docs/checkpoint.md`` says what each key holds.
+A checkpoint holds all that a run needs to resume, and of the model only the weights that train.
+It is a ``torch.save`` zip of plain values and tensors, read with ``weights_only=True``, so nothing
+in it is executed. ``checkpoint_format`` defines its bytes, and ``docs/checkpoint.md`` each key.
 
-No random state is kept: everything random is a function of the seed and the position.
+No random state is saved: all that is random is a function of the seed and the position.
+
+Next to the newest checkpoint, the run keeps the one before it (``.previous.pt``). At every moment
+one of the two is whole, whatever happens to the machine.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.core.errors import ModelError
+from clipft.core.errors import ClipftError, ModelError
 from clipft.core.files import replacing
-from clipft.runs.checkpoint_format import Damaged, check_file, file_size, has_checksum, write_file
+from clipft.runs.checkpoint_format import Damaged, check_file, file_size, write_file
 
 FORMAT_VERSION = 2
-_CHECKSUM_FROM = 2
-"""Files of this format and later end with their checksum."""
+_CHECKSUM_SINCE = 2
+"""Files of this format and later end with a checksum."""
 
 _REQUIRED: dict[str, type] = {
     "epoch": int,
@@ -32,7 +35,7 @@ _REQUIRED: dict[str, type] = {
     "base_model": dict,
     "format_version": int,
 }
-_OF_A_RUN: dict[str, type] = {
+_REQUIRED_TO_RESUME: dict[str, type] = {
     "step": int,
     "step_in_epoch": int,
     "loss": float,
@@ -45,26 +48,27 @@ _OF_A_RUN: dict[str, type] = {
     "before": dict,
     "skipped_pairs": int,
 }
-"""Besides the required ones, what a run that trains goes on from."""
+"""Keys that only the checkpoint of a run has; ``best.pt`` holds weights alone."""
 
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda content: content,  # the same keys, in a file without a checksum of its own
+    1: lambda content: content,  # the same keys, in a file without a checksum
 }
-"""Format -> how its content becomes that of the next one."""
+"""By format: turns its content into that of the next format."""
 
 
 class DamagedCheckpoint(ModelError):
-    """Not the bytes that were written: an earlier file may be whole."""
+    """The file does not hold the bytes that were written; the one before it may be whole."""
 
 
 def save_checkpoint(
     path: Path, content: dict[str, Any], before_replacing: Callable[[], None] = lambda: None
 ) -> None:
-    """Write ``content`` so that ``path`` is at every moment the old file or the new one.
-    ``before_replacing`` is called when the new one was read back and is whole.
+    """Write ``content`` so that ``path`` is always either the old file or the new one.
+
+    ``before_replacing`` is called once the new file has been read back and is known to be whole.
 
     Raises:
-        StorageError: the disk is full or refuses; the old file is untouched.
+        StorageError: The disk is full or refuses to write. The old file is unchanged.
     """
     with replacing(path) as temporary:
         write_file(temporary, {**content, "format_version": FORMAT_VERSION})
@@ -72,151 +76,126 @@ def save_checkpoint(
 
 
 def checkpoint_size(content: dict[str, Any]) -> int:
-    """Bytes that ``save_checkpoint`` would write; nothing is written."""
+    """Return how many bytes ``save_checkpoint`` would write, without writing any."""
     return file_size({**content, "format_version": FORMAT_VERSION})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and check a checkpoint, onto the CPU, as the newest format has it.
+    """Read and check a checkpoint; its tensors are on the CPU, its keys those of the newest format.
 
     Raises:
-        DamagedCheckpoint: truncated or altered.
-        ModelError: missing, of another program or a newer clipft, or holding anything but
-            plain values and tensors.
+        DamagedCheckpoint: The file was truncated or altered.
+        ModelError: The file does not exist, was written by another program or a newer clipft, or
+            holds anything but plain values and tensors.
     """
     if not path.is_file():
         raise ModelError(f"no checkpoint {path}", "check the path, or start with `clipft train`")
+    previous = previous_of(path)
+    hint = "use another checkpoint, or train again"
+    if previous.is_file():
+        hint = f"remove {path.name}: `clipft resume` then uses the one before it, {previous}"
+    foreign = ModelError(f"{path} is not a checkpoint of clipft", hint)
     try:
-        check_file(path)
-        checksum = has_checksum(path)
+        has_checksum = check_file(path)
     except (OSError, Damaged) as error:
-        raise DamagedCheckpoint(*_unreadable(path, f"is damaged: {error}")) from error
-    content = _content(path)
-    version = content["format_version"]
+        raise DamagedCheckpoint(f"{path} is damaged: {error}", hint) from error
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler may raise anything on foreign bytes
+        raise ModelError(
+            f"{path} holds code or other objects besides weights and plain values; "
+            "nothing in it was executed",
+            hint,
+        ) from error
+    if not isinstance(content, dict) or _missing(content, _REQUIRED):
+        raise foreign
+    weights, base, version = (
+        content[key] for key in ("model_state_dict", "base_model", "format_version")
+    )
+    named = all(isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items())
+    known = all(isinstance(base.get(key), str) for key in ("name", "fingerprint"))
+    if not named or not known or version < 1:
+        raise foreign
     if version > FORMAT_VERSION:
-        raise ModelError(*_unreadable(path, "was written by a newer clipft"))
-    if version >= _CHECKSUM_FROM and not checksum:
-        raise DamagedCheckpoint(*_unreadable(path, "is damaged: its checksum is missing"))
-    while version < FORMAT_VERSION:
-        content, version = _MIGRATIONS[version](content), version + 1
+        raise ModelError(f"{path} was written by a newer clipft", hint)
+    if version >= _CHECKSUM_SINCE and not has_checksum:
+        raise DamagedCheckpoint(f"{path} is damaged: its checksum is missing", hint)
+    for older in range(version, FORMAT_VERSION):
+        content = _MIGRATIONS[older](content)
     return content
 
 
 def check_resumable(path: Path, content: dict[str, Any]) -> None:
-    """
+    """Check that a checkpoint holds the state of a run.
+
     Raises:
-        ModelError: it holds weights, but not the state of a run.
+        ModelError: It holds weights alone, as ``best.pt`` does.
     """
-    of_a_run: dict[str, type] = _OF_A_RUN if content.get("step") else {"before": dict}
-    if missing := _other_than(content, of_a_run):
+    # A run that is still at step 0 has measured the pretrained model and nothing else
+    needed: dict[str, type] = _REQUIRED_TO_RESUME if content.get("step") else {"before": dict}
+    if missing := _missing(content, needed):
         raise ModelError(
-            f"{path} holds weights but no run to go on with: {missing}",
-            "name the checkpoint of a run, or start one with `clipft train`",
+            f"{path} holds weights but no run to resume: it has no {', '.join(missing)}",
+            "name the checkpoint of a run, or start a new one with `clipft train`",
         )
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """
+def _missing(content: dict[str, Any], kinds: dict[str, type]) -> list[str]:
+    """Return the keys that ``content`` lacks or that have values of another type."""
+    return [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+
+
+def check_base_model(
+    content: dict[str, Any], ours: Mapping[str, str], error: type[ClipftError]
+) -> None:
+    """Check that a checkpoint was trained from the pretrained model that is loaded now.
+
+    ``ours`` is its name and fingerprint, as in ``content["base_model"]``.
+
     Raises:
-        ModelError: what torch refuses, or of another program.
+        error: The fingerprints differ.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a reader of foreign bytes may raise anything
-        why = "holds code or other things than weights and plain values; nothing of it was run"
-        raise ModelError(*_unreadable(path, why)) from error
-    if not isinstance(content, dict) or _other_than(content, _REQUIRED):
-        raise ModelError(*_unreadable(path, "is not a checkpoint of clipft"))
-    weights = content["model_state_dict"]
-    named = all(isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items())
-    known = all(isinstance(content["base_model"].get(k), str) for k in ("name", "fingerprint"))
-    if not named or not known or content["format_version"] < 1:
-        raise ModelError(*_unreadable(path, "is not a checkpoint of clipft"))
-    return content
-
-
-def _other_than(content: dict[str, Any], kinds: dict[str, type]) -> str:
-    """Which keys are missing or of another kind; empty: none."""
-    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-    return f"no {', '.join(wrong)}" if wrong else ""
-
-
-def _unreadable(path: Path, why: str) -> tuple[str, str]:
-    """Message and hint."""
-    previous = previous_of(path)
-    if previous.is_file():
-        way = f"`clipft resume` goes on from the one before, {previous}, once {path.name} is gone"
-        return f"{path} {why}", way
-    return f"{path} {why}", "use another checkpoint, or train again"
+    theirs = content["base_model"]
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        raise error(
+            f"the checkpoint was trained from other weights: {theirs['name']} "
+            f"({theirs['fingerprint'][:8]}) instead of {ours['name']} ({ours['fingerprint'][:8]})",
+            "set --model to the base model it was trained from",
+        )
 
 
 def previous_of(checkpoint: Path) -> Path:
-    """Where the checkpoint before the newest is kept."""
+    """Return where the checkpoint before the newest one is kept."""
     return checkpoint.with_suffix(".previous.pt")
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The newest checkpoint that is whole, and what is the matter with a newer one, if one is."""
-
-    content: dict[str, Any]
-    path: Path
-    damage: ModelError | None = None
-
-
-def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
-    """
-    Raises:
-        StorageError: the disk is full or refuses; both files are as they were.
-    """
-    save_checkpoint(checkpoint, content, lambda: _keep(checkpoint))
-
-
-def there_is_one(checkpoint: Path) -> bool:
+def checkpoint_exists(checkpoint: Path) -> bool:
+    """Return True if the checkpoint or the one before it exists."""
     return checkpoint.exists() or previous_of(checkpoint).exists()
 
 
-def newest_whole(checkpoint: Path) -> Whole:
-    """The checkpoint, or the one before it where it is damaged or gone.
+def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
+    """Save a checkpoint, and keep the last one as the one before it.
 
     Raises:
-        ModelError: neither is whole, or the newest is refused for what it holds.
+        StorageError: The disk is full or refuses to write. Both files are unchanged.
     """
+    save_checkpoint(checkpoint, content, lambda: _keep_as_previous(checkpoint))
+
+
+def _keep_as_previous(checkpoint: Path) -> None:
     previous = previous_of(checkpoint)
-    if not checkpoint.exists() and previous.exists():
-        gone = ModelError(f"no checkpoint {checkpoint}", "")
-        return Whole(load_checkpoint(previous), previous, gone)
-    try:
-        return Whole(load_checkpoint(checkpoint), checkpoint)
-    except DamagedCheckpoint as damage:
-        if not previous.exists():
-            raise
-        return Whole(load_checkpoint(previous), previous, damage)
-
-
-def put_back(checkpoint: Path) -> Path | None:
-    """The one before takes the place of a damaged one, which is kept: its new path, if it was
-    there."""
-    aside = checkpoint.with_suffix(".damaged.pt")
-    if checkpoint.exists():
-        checkpoint.replace(aside)
-    previous_of(checkpoint).replace(checkpoint)
-    return aside if aside.exists() else None
-
-
-def _keep(checkpoint: Path) -> None:
-    """The last checkpoint becomes the one before."""
-    previous = previous_of(checkpoint)
+    # A second name for the same file: ``checkpoint`` itself stays until it is replaced
     link = previous.with_name(f".{previous.name}.part")
     with suppress(FileNotFoundError):
         link.unlink()
     try:
         os.link(checkpoint, link)
-    except FileNotFoundError:  # the first of a run
+    except FileNotFoundError:  # this is the first checkpoint of the run
         return
-    except OSError:  # a file system without links: for a moment there is the one before alone
+    except OSError:  # without links, only the previous checkpoint exists for a moment
         link = checkpoint
     try:
         link.replace(previous)
@@ -224,3 +203,45 @@ def _keep(checkpoint: Path) -> None:
         if link != checkpoint:
             link.unlink()
         raise
+
+
+@dataclass(frozen=True)
+class NewestCheckpoint:
+    """The newest checkpoint that is whole.
+
+    ``damage`` says what is wrong with a newer one, if the one before had to be used.
+    """
+
+    content: dict[str, Any]
+    path: Path
+    damage: ModelError | None = None
+
+
+def load_newest(checkpoint: Path) -> NewestCheckpoint:
+    """Load a checkpoint, or the one before it if it is damaged or gone.
+
+    Raises:
+        ModelError: Neither of the two is whole, or the newest was refused for its content.
+    """
+    previous = previous_of(checkpoint)
+    if not checkpoint.exists() and previous.exists():
+        gone = ModelError(f"no checkpoint {checkpoint}", "")
+        return NewestCheckpoint(load_checkpoint(previous), previous, gone)
+    try:
+        return NewestCheckpoint(load_checkpoint(checkpoint), checkpoint)
+    except DamagedCheckpoint as damage:
+        if not previous.exists():
+            raise
+        return NewestCheckpoint(load_checkpoint(previous), previous, damage)
+
+
+def restore_previous(checkpoint: Path) -> Path | None:
+    """Put the checkpoint before it in the place of a damaged one.
+
+    The damaged file is kept; its new path is returned, or None if it did not exist.
+    """
+    aside = checkpoint.with_suffix(".damaged.pt")
+    if checkpoint.exists():
+        checkpoint.replace(aside)
+    previous_of(checkpoint).replace(checkpoint)
+    return aside if aside.exists() else None

@@ -12,15 +12,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.config.settings import Settings
+from clipft.config.settings import CHECKPOINT_SUFFIX, Settings
 from clipft.config.sources import LoadedSettings
 from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.models.pretrained import looks_local
-from clipft.runs.checkpoint import load_checkpoint, there_is_one
-
-CHECKPOINT_GLOB = "*_checkpoint.pt"
-_PREVIOUS_GLOB = "*_checkpoint.previous.pt"
+from clipft.runs.checkpoint import check_base_model, checkpoint_exists, load_checkpoint, previous_of
+from clipft.runs.folder import RunPaths
 
 
 def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collection[str]) -> Settings:
@@ -52,8 +50,9 @@ def find_checkpoint(place: Path | None, settings: Settings) -> Path:
     if place is not None and place.is_file():
         return place
     folder = place if place is not None else settings.run_dir
-    beside = folder.with_name(f"{folder.name}_checkpoint.pt")
-    candidates = [folder / "best.pt", beside, *sorted(folder.glob(CHECKPOINT_GLOB))]
+    paths = RunPaths(folder)
+    within = sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"))
+    candidates = [paths.best, paths.checkpoint, *within]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -71,10 +70,10 @@ def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
     """
     if place is None:
         return newest_checkpoint(output_dir)
-    own = place.with_name(f"{place.name}_checkpoint.pt")
+    own = RunPaths(place).checkpoint
     if not place.is_dir():
         return place
-    return own if there_is_one(own) else newest_checkpoint(place)
+    return own if checkpoint_exists(own) else newest_checkpoint(place)
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -85,13 +84,15 @@ def newest_checkpoint(output_dir: Path) -> Path:
     Raises:
         ModelError: there is no checkpoint.
     """
-    found = sorted(output_dir.glob(CHECKPOINT_GLOB), key=lambda path: path.stat().st_mtime)
+    name = f"*{CHECKPOINT_SUFFIX}"
+    found = sorted(output_dir.glob(name), key=lambda path: path.stat().st_mtime)
     if not found:
-        left = sorted(output_dir.glob(_PREVIOUS_GLOB), key=lambda path: path.stat().st_mtime)
+        previous = previous_of(Path(name)).name
+        left = sorted(output_dir.glob(previous), key=lambda path: path.stat().st_mtime)
         found = [path.with_name(path.name.replace(".previous.pt", ".pt")) for path in left]
     if not found:
         raise ModelError(
-            f"no *_checkpoint.pt in {output_dir}",
+            f"no *{CHECKPOINT_SUFFIX} in {output_dir}",
             "name a checkpoint, or set --output-dir to the folder of the run",
         )
     return found[-1]
@@ -105,13 +106,7 @@ def load_fine_tuned(content: dict[str, Any], settings: Settings) -> LoadedModel:
             not fit the scenario.
     """
     loaded = load_model(settings)
-    theirs = content["base_model"]
-    if theirs["fingerprint"] != loaded.fingerprint:
-        raise ModelError(
-            f"the checkpoint was trained from other weights: {theirs['name']} "
-            f"({theirs['fingerprint'][:8]}) against {settings.model} ({loaded.fingerprint[:8]})",
-            "name the base model it was trained from with --model",
-        )
+    check_base_model(content, loaded.identity, ModelError)
     loaded.model.load_trainable_state(content["model_state_dict"])
     return loaded
 
@@ -155,4 +150,4 @@ def _is_pretrained(place: str, path: Path) -> bool:
     if path.is_dir():
         return (path / "config.json").is_file()
     local = looks_local(place) or path.suffix == ".pt" or path.exists()
-    return not local and not path.with_name(f"{path.name}_checkpoint.pt").is_file()
+    return not local and not RunPaths(path).checkpoint.is_file()

@@ -1,9 +1,9 @@
-"""The plain records that a run hands to those who watch it, and the callbacks' face."""
+"""What a run reports while it trains: its plan, each step, each epoch, and who is told of them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clipft.core.common import Note, Progress, silent
 from clipft.core.files import finite
@@ -38,11 +38,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take, measured on some of its own steps. Bytes and seconds; ``pairs`` a
-    second. ``unusable``: pairs of both sides that are known to be left out.
-    ``validation_seconds`` is of one pass over the validation pairs, of which the run makes
-    ``validations``. ``disk_bytes``: at most in the output folder while a checkpoint replaces
-    another one. ``saves``: how often the run writes a checkpoint.
+    """What a run would take, measured on some of its own steps.
+
+    Sizes are in bytes, times in seconds. ``unusable`` counts the training and validation pairs
+    that are known to be skipped. ``validation_seconds`` is one pass over the validation pairs, of
+    which the run makes ``validations``. ``saves`` is how often the run writes a checkpoint, and
+    ``disk_bytes`` the most that its output folder holds, while one checkpoint replaces another.
     """
 
     plan: Plan
@@ -64,7 +65,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, without early stopping."""
+        """Seconds for all steps that are left and all validations, without early stopping."""
         steps = max(0, self.plan.total_steps - self.done_steps)
         return steps * self.seconds_per_step + self.validations * self.validation_seconds
 
@@ -76,9 +77,10 @@ class Forecast:
 class StepResult:
     """One optimizer step. ``step`` counts from 1 over the whole run, ``epoch`` from 1.
 
-    ``loss`` is that of the whole effective batch; ``seconds`` includes ``data_seconds``,
-    the wait for the batch. ``applied`` is False where the gradient was not finite.
-    ``loss_floor`` is the least that any model's loss could be on these pairs.
+    ``loss`` is over the whole effective batch. ``seconds`` includes ``data_seconds``, the wait for
+    the batch. ``applied`` is False if the gradient was not finite. ``skipped`` lists the pairs
+    that could not be used. ``loss_floor`` is the lowest loss that any model could reach on these
+    pairs.
     """
 
     epoch: int
@@ -94,51 +96,63 @@ class StepResult:
     loss_floor: float = 0.0
 
     def metrics(self) -> dict[str, Any]:
-        left_out = {"skipped", "applied"} | (set() if self.loss_floor else {"loss_floor"})
-        values = {k: v for k, v in asdict(self).items() if k not in left_out}
+        """Return the line for ``metrics.jsonl``."""
+        omitted = {"skipped", "applied"} | (set() if self.loss_floor else {"loss_floor"})
+        values = {k: v for k, v in asdict(self).items() if k not in omitted}
         values["pairs_per_s"] = self.pairs / max(self.seconds, 1e-9)
         return {"kind": "step", **finite(values)}
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch's end. ``epoch`` 0 is the untouched model, before any training."""
+    """The validation after an epoch. Epoch 0 is the pretrained model, before any training.
+
+    ``retrieval`` is what ``metrics.retrieval.Retrieval.to_dict`` returns. ``val_floor`` is the
+    lowest ``val_loss`` that any model could reach.
+    """
 
     epoch: int
     step: int
     train_loss: float | None
     val_loss: float
     retrieval: dict[str, Any]
-    """As ``metrics.ranking.Retrieval.to_dict`` gives it."""
     improved: bool = False
     val_floor: float = 0.0
-    """The least that any model's ``val_loss`` could be."""
 
     def recall(self) -> float:
-        """Mean R@1/5/10 of both directions, in 0..1."""
+        """Return the mean of R@1, R@5 and R@10 of both directions, in 0..1."""
         return mean_recall(self.retrieval)
 
     def metrics(self) -> dict[str, Any]:
-        left_out = set() if self.val_floor else {"val_floor"}
-        values = {k: v for k, v in asdict(self).items() if k not in left_out}
+        """Return the line for ``metrics.jsonl``."""
+        omitted = set() if self.val_floor else {"val_floor"}
+        values = {k: v for k, v in asdict(self).items() if k not in omitted}
         return {"kind": "epoch", **finite(values)}
 
 
-class TrainingCallback(Protocol):
-    """Watches a run; never reaches back into it."""
+class TrainingCallback:
+    """Base class of everything that follows a run: progress displays, loggers, your own code.
 
-    def started(self, plan: Plan, done_steps: int) -> None: ...
+    Override the methods you need; the others do nothing. Only the process of rank zero calls
+    them, between steps, so a slow method slows down training. An exception ends the run.
+    """
 
-    def stepped(self, result: StepResult) -> None: ...
+    def started(self, plan: Plan, done_steps: int) -> None:
+        """Called before the first step; ``done_steps`` is above 0 if the run was resumed."""
 
-    def epoch_ended(self, result: EpochResult) -> None: ...
+    def stepped(self, result: StepResult) -> None:
+        """Called after each optimizer step."""
 
-    def closed(self) -> None: ...
+    def epoch_ended(self, result: EpochResult) -> None:
+        """Called after each validation, and once for the pretrained model (epoch 0)."""
+
+    def closed(self) -> None:
+        """Called last, however the run ended."""
 
 
 @dataclass
-class Observers:
-    """Several observers with the face of one."""
+class CallbackList(TrainingCallback):
+    """Passes everything on to several callbacks, and closes them in reverse order."""
 
     members: list[TrainingCallback] = field(default_factory=list)
 
@@ -159,17 +173,47 @@ class Observers:
             member.closed()
 
 
+def ignore(*args: object) -> None:
+    """Do nothing: the default of ``Callbacks.note`` and ``Callbacks.saved``."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who is told of a run. By default nobody is.
+
+    Attributes:
+        callback: Follows the plan, the steps and the epochs.
+        note: Receives sentences for the user, such as warnings.
+        saved: Receives the path of each checkpoint and the number of optimizer steps done.
+        progress: Shows the progress of work before and after training.
+        observer: The former name of ``callback``, still accepted.
+    """
+
+    callback: TrainingCallback = TrainingCallback()  # noqa: RUF009 (it has no state)
+    note: Note = ignore
+    saved: Callable[[Path, int], None] = ignore
+    progress: Progress = silent
+    observer: InitVar[TrainingCallback | None] = None
+
+    def __post_init__(self, observer: TrainingCallback | None) -> None:
+        if observer is not None:
+            object.__setattr__(self, "callback", observer)
+
+
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run left in its folder. ``result`` and ``evaluation`` are None until the run has
-    ended, ``interpolation`` and ``kept`` until they were asked for; ``skipped`` holds at most
-    so many as a page lists."""
+    """What a run left in its folder.
+
+    ``settings`` has the section, name, value and default of each setting, and whether it was
+    changed. ``run`` is what ``loggers.RunRecorder`` writes. ``result`` and ``evaluation`` are None
+    until the run has ended, ``interpolation`` and ``kept`` until ``clipft evaluate`` was asked for
+    them. ``skipped`` has the first pairs that could not be used, ``skipped_counts`` the number of
+    all of them by split.
+    """
 
     folder: str
     settings: list[dict[str, Any]]
-    """Of each: section, name, value, default, changed."""
     run: dict[str, Any]
-    """As ``reporting.run_record`` writes it."""
     steps: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
     result: dict[str, Any] | None
@@ -181,14 +225,3 @@ class RunRecords:
 
     def setting(self, name: str) -> Any:
         return next(entry["value"] for entry in self.settings if entry["name"] == name)
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """Observers of the run, notes for people, each saved checkpoint."""
-
-    callback: TrainingCallback
-    note: Note
-    saved: Callable[[Path, int], None]
-    """With the number of optimizer steps done."""
-    progress: Progress = silent

@@ -9,13 +9,12 @@ The largest size is not always the fastest: the choice goes by the time per pair
 step, counting the second forward pass of those pairs whose graphs there is no room to keep.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from clipft.core.common import cache_folder
 from clipft.core.errors import StorageError
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json
 from clipft.core.memory import GRAPH_SHARE
 
 MAX_PROBES = 10
@@ -225,15 +224,15 @@ class FoundCache:
 
     def get(self, key: str) -> Found | None:
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))[key]
+            stored = (read_json(self.path) or {})[key]
             probes = tuple(Probe(**probe) for probe in stored.pop("probes"))
             return Found(**stored, probes=probes)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             return None
 
     def put(self, key: str, found: Found) -> None:
         try:
-            known = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
-            write_text(self.path, json.dumps({**known, key: found.to_dict()}), shared=True)
-        except (OSError, ValueError, StorageError):
+            known = read_json(self.path) or {}
+            write_json(self.path, {**known, key: found.to_dict()}, shared=True)
+        except StorageError:
             return

@@ -13,15 +13,16 @@ from clipft.core.errors import ClipftError, ModelError, UsageError
 from clipft.core.files import disk_error, settle
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.runs.checkpoint import (
-    Whole,
+    NewestCheckpoint,
+    check_base_model,
     check_resumable,
+    checkpoint_exists,
     load_checkpoint,
-    newest_whole,
+    load_newest,
     previous_of,
-    put_back,
+    restore_previous,
     save_checkpoint,
     save_newest,
-    there_is_one,
 )
 from clipft.runs.folder import RunPaths, cut_lines
 from clipft.runs.records import Callbacks
@@ -138,7 +139,9 @@ def find_best(path: Path, epoch: int, step: int, mendable: bool) -> Best:
     return Best.LATER if content.get("step", 0) > step else Best.GONE
 
 
-def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> Whole | None:
+def checkpoint_to_resume(
+    settings: Settings, paths: RunPaths, note: Note
+) -> NewestCheckpoint | None:
     """The checkpoint to go on from; None: start from scratch. Nothing is changed.
 
     Raises:
@@ -147,20 +150,20 @@ def checkpoint_to_resume(settings: Settings, paths: RunPaths, note: Note) -> Who
     """
     if not settings.resume_from_checkpoint:
         return None
-    if not there_is_one(paths.checkpoint):
+    if not checkpoint_exists(paths.checkpoint):
         note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
         return None
-    whole = newest_whole(paths.checkpoint)
+    whole = load_newest(paths.checkpoint)
     check_resumable(whole.path, whole.content)
     _refuse_changes(whole.content["settings"], settings)
     return whole
 
 
-def go_back_to(whole: Whole, checkpoint: Path, note: Note) -> None:
+def go_back_to(whole: NewestCheckpoint, checkpoint: Path, note: Note) -> None:
     """Where the newest is damaged, the one before it takes its place."""
     if not whole.damage:
         return
-    aside = put_back(checkpoint)
+    aside = restore_previous(checkpoint)
     kept = f"; the damaged one is now {aside}" if aside else ""
     step = whole.content.get("step", 0)
     note(f"warning: {whole.damage.message}; going on from the one before it, of step {step}{kept}.")
@@ -174,12 +177,12 @@ def set_aside(paths: RunPaths, note: Note) -> None:
         StorageError: the disk refuses.
     """
     checkpoints = (paths.checkpoint, previous_of(paths.checkpoint))
-    there = [path for path in (*checkpoints, *paths.contents) if path.exists()]
+    there = [path for path in (*checkpoints, *paths.contents()) if path.exists()]
     if not {*checkpoints, paths.best}.intersection(there):
         for path in there:
             path.unlink() if path.is_file() else shutil.rmtree(path)
         return
-    kept = paths.earlier()
+    kept = paths.unused_earlier()
     try:
         kept.mkdir()
         for path in there:
@@ -201,13 +204,7 @@ def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
     Raises:
         UsageError: another base model, or other training pairs.
     """
-    theirs, ours = checkpoint["base_model"], setup.loaded.identity
-    if theirs["fingerprint"] != ours["fingerprint"]:
-        raise UsageError(
-            f"the checkpoint was trained from other weights: {theirs['name']} "
-            f"({theirs['fingerprint'][:8]}) against {ours['name']} ({ours['fingerprint'][:8]})",
-            "resume with the base model it started from",
-        )
+    check_base_model(checkpoint, setup.loaded.identity, UsageError)
     if checkpoint["data"] != setup.train.identity():
         raise UsageError(
             f"the training shards in {setup.settings.data_dir} are not those of the checkpoint",

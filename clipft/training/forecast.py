@@ -52,7 +52,7 @@ def forecast(
     Raises:
         DataError, ModelError, UsageError: what the run itself would raise before it starts.
     """
-    paths = RunPaths.of(settings)
+    paths = RunPaths(settings.run_dir)
     whole = checkpoint_to_resume(settings, paths, note)
     checkpoint = whole.content if whole else None
     setup = prepare(settings, note, processes, progress, source)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from clipft.config.settings import Settings
 from clipft.core.common import checked
 from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
-from clipft.core.files import write_text
+from clipft.core.files import write_json, write_text
 from clipft.data.captions.table import CaptionTable
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.evaluation.gallery import Ranker, Rankings
-from clipft.runs.folder import RunLock, RunPaths
+from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.records import Callbacks, EpochResult
 from clipft.training.checkpointing import (
     Best,
@@ -35,7 +35,6 @@ from clipft.training.state import RunState, TrainResult
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +64,7 @@ class Finish:
         """
         loaded = self._with_best(result.best)
         self._evaluate(loaded if result.best else None)
-        write_text(self.paths.result, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_json(self.paths.result, result.to_dict(), indent=2)
 
     def _with_best(self, best: EpochResult | None) -> LoadedModel:
         """The best epoch's weights in the model, and for others' tools in the run folder."""
@@ -84,8 +83,7 @@ class Finish:
         """All figures of the untouched model and of the best epoch, with intervals."""
         untouched = load_model(self.setup.settings, pretrained=True)
         judged = compare(self.judged_on, untouched, tuned, self.check)
-        text = json.dumps(judged.to_dict(), indent=2, ensure_ascii=False)
-        write_text(self.paths.evaluation, text + "\n")
+        write_json(self.paths.evaluation, judged.to_dict(), indent=2, ascii_only=False)
 
 
 def train(
@@ -105,10 +103,10 @@ def train(
         Interrupted: a signal asked to stop; the state is saved, if there was one.
         DataError, StorageError, ModelError, DivergedError, UsageError, ProcessError: as they say.
     """
-    paths = RunPaths.of(settings)
+    paths = RunPaths(settings.run_dir)
 
     def begin(held: ExitStack) -> dict[str, Any] | None:
-        held.enter_context(RunLock(paths))
+        held.enter_context(run_lock(paths.folder))
         whole = checkpoint_to_resume(settings, paths, callbacks.note)
         if not whole:
             return None

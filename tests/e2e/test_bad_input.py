@@ -93,13 +93,13 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(catalogue, tmp_p
 
 def test_a_second_run_in_one_folder_is_refused(catalogue, tmp_path, capsys):
     from clipft.config.sources import load_settings
-    from clipft.runs.folder import RunLock, RunPaths
+    from clipft.runs.folder import run_lock
 
     settings = load_settings({"output_dir": str(tmp_path)}, environ={}).values
     args = ["train", *TINY, "--data-dir", str(catalogue), "--output-dir", str(tmp_path)]
-    with RunLock(RunPaths.of(settings)):
+    with run_lock(settings.run_dir):
         assert run(args) == 2
-    assert "under way" in one_error(capsys)[0]
+    assert "already in progress" in one_error(capsys)[0]
     assert run(args) == 0  # a stale lock is no lock
 
 

@@ -77,7 +77,7 @@ def test_a_checkpoint_of_a_newer_clipft_is_not_passed_over(copy, capsys):
 def test_weights_alone_in_a_checkpoints_place(copy, capsys):
     shutil.copy(copy / "dual_lora" / "best.pt", copy / NAME)
     assert run(["resume", str(copy / "dual_lora")]) == 5
-    assert "holds weights but no run to go on with" in one_error(capsys)[0]
+    assert "holds weights but no run to resume" in one_error(capsys)[0]
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_another_base_model_is_refused_with_both_fingerprints(copy, capsys):
     content["finished"] = False
     torch.save({**content, "format_version": 1}, path)
     assert run(["resume", str(copy / "dual_lora")]) == 2
-    assert "(01234567) against tiny (" in one_error(capsys)[0]
+    assert "(01234567) instead of tiny (" in one_error(capsys)[0]

@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_keeps_the_last_state_and_resumes_with_room(
         assert str(out) in error and "No space left on device" in error
         assert "make room" in hint
         if "_checkpoint.pt" in error:
-            assert "bytes were wanted" in error
+            assert "bytes were needed" in error
         assert not list(out.rglob("*.part"))
         if (out / CHECKPOINT).exists():
             load_checkpoint(out / CHECKPOINT)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.runs.checkpoint import newest_whole
+from clipft.runs.checkpoint import load_newest
 from tests.faults.outside import ROOT, command
 
 CALLS = "write,fsync,rename,link,unlink"
@@ -115,7 +115,7 @@ def test_a_kill_at_each_call_of_a_save_leaves_a_whole_checkpoint(
     for number in range(1, 200):  # strace counts each call by itself
         path = tmp_path / str(number) / "a_checkpoint.pt"
         code = third_save(strace, saver, path, f"{call}:signal=KILL:when={number}")
-        content = newest_whole(path).content
+        content = load_newest(path).content
         assert set(content["model_state_dict"]["w"].tolist()) == {content["step"]}
         if code == 0:
             break
@@ -141,7 +141,7 @@ def test_an_error_of_each_call_leaves_a_whole_checkpoint(
         path = tmp_path / str(number) / "a_checkpoint.pt"
         code = third_save(strace, saver, path, f"{call}:error={error}:when={number}")
         assert code in (0, told)
-        assert newest_whole(path).content["step"] in ((3,) if code == 0 else (2, 3))
+        assert load_newest(path).content["step"] in ((3,) if code == 0 else (2, 3))
         assert not list(path.parent.glob(".*.part"))
         if number == 1:
             assert code == told

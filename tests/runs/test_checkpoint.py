@@ -14,9 +14,9 @@ from clipft.runs.checkpoint import (
     DamagedCheckpoint,
     check_resumable,
     load_checkpoint,
-    newest_whole,
+    load_newest,
     previous_of,
-    put_back,
+    restore_previous,
     save_checkpoint,
     save_newest,
 )
@@ -111,7 +111,7 @@ def test_a_failed_save_leaves_both_old_files_and_says_what_was_wanted(saved, siz
     whole = len(before[saved.name])
     with (
         files_of_at_most(size if size >= 0 else whole + size),
-        pytest.raises(StorageError, match=rf"{saved}: File too large, [\d,]+ bytes were wanted"),
+        pytest.raises(StorageError, match=rf"{saved}: File too large, [\d,]+ bytes were needed"),
     ):
         save_newest(saved, {**CONTENT, "epoch": 3})
     assert {p.name: p.read_bytes() for p in saved.parent.iterdir()} == before
@@ -172,10 +172,10 @@ def test_the_one_before_is_gone_on_from(saved):
     with pytest.raises(ModelError) as refused:
         load_checkpoint(saved)
     assert str(previous_of(saved)) in refused.value.hint
-    whole = newest_whole(saved)
+    whole = load_newest(saved)
     assert (whole.content["epoch"], whole.path) == (2, previous_of(saved))
     assert "SHA-256" in whole.damage.message
-    aside = put_back(saved)
+    aside = restore_previous(saved)
     assert load_checkpoint(saved)["epoch"] == 2 and aside.exists()
     save_newest(saved, {**CONTENT, "epoch": 4})
     assert load_checkpoint(previous_of(saved))["epoch"] == 2
@@ -186,7 +186,7 @@ def test_where_both_are_damaged_that_is_an_error(saved):
     for path in (saved, previous_of(saved)):
         truncate(path)
     with pytest.raises(DamagedCheckpoint):
-        newest_whole(saved)
+        load_newest(saved)
 
 
 def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
@@ -198,12 +198,12 @@ def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
     assert load_checkpoint(saved)["epoch"] == 2
     assert load_checkpoint(previous_of(saved))["epoch"] == 1
     saved.unlink()  # killed between the two names
-    assert newest_whole(saved).content["epoch"] == 1
-    assert put_back(saved) is None
+    assert load_newest(saved).content["epoch"] == 1
+    assert restore_previous(saved) is None
     assert load_checkpoint(saved)["epoch"] == 1
 
 
 def test_weights_alone_are_no_run_to_go_on_with(saved):
     content = load_checkpoint(saved) | {"step": 3, "before": {}}
-    with pytest.raises(ModelError, match="no run to go on with: no step_in_epoch, loss"):
+    with pytest.raises(ModelError, match="no run to resume: it has no step_in_epoch, loss"):
         check_resumable(saved, content)

@@ -299,7 +299,7 @@ def test_a_stopped_sync_leaves_no_parts_and_the_next_goes_on(filled):
 
 def test_the_disk(filled, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write to"):
+    with pytest.raises(StorageError, match="cannot write"):
         sync(filled.but(data_dir=tmp_path / "file"), quiet)
     full = SimpleNamespace(free=3014)
     monkeypatch.setattr(failures.shutil, "disk_usage", lambda path: full)

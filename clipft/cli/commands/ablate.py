@@ -222,9 +222,9 @@ def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is left, with the report written at the end, however that comes."""
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
-    from clipft.ablation.runner import STATE, Callbacks, run_all, write_state
+    from clipft.ablation.runner import Callbacks, run_all, write_state
     from clipft.cli.tables import rows_table
-    from clipft.runs.folder import RunLock, RunPaths
+    from clipft.runs.folder import run_lock
 
     ended: dict[Path, Outcome] = {}
     numbers = {run.folder: number for number, run in enumerate(runs, 1)}
@@ -243,9 +243,9 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
     kept = sum(run.finished for run in runs)
     if kept:
         out.note(f"Finished already, and kept: {kept} of {counted(len(runs), 'run')}.")
-    with RunLock(RunPaths(folder / STATE, folder)) as lock:
+    with run_lock(folder) as lock:
         write_state(folder, runs, ended)
-        signal = run_all(runs, jobs, lock.descriptor, Callbacks(started, finished))
+        signal = run_all(runs, jobs, lock, Callbacks(started, finished))
         write_state(folder, runs, ended)
         content = write_ablation_report(folder, folder / "report.html")
     if signal:

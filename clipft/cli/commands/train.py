@@ -79,7 +79,7 @@ def resume(
     """
     from clipft.cli.running import in_processes, train_in
     from clipft.cli.s3_checkpoints import fetch_place
-    from clipft.runs.checkpoint import newest_whole
+    from clipft.runs.checkpoint import load_newest
     from clipft.runs.load import resumable_checkpoint, saved_settings
 
     url = parse_s3_url(checkpoint) if checkpoint else None
@@ -88,7 +88,7 @@ def resume(
         path = fetch_place(url, now, now.output_dir, out)
     else:
         path = resumable_checkpoint(checkpoint, now.output_dir)
-    saved = saved_settings(newest_whole(path).content, loaded, _FREE)
+    saved = saved_settings(load_newest(path).content, loaded, _FREE)
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
     if path != settings.checkpoint_path:
         raise UsageError(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from clipft.core.errors import UsageError, nearest
+from clipft.core.errors import UsageError, did_you_mean
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
@@ -22,11 +22,9 @@ def check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
     known = known_fields(pairs)
     for field in template.fields:
         if field not in known:
-            near = nearest(field, known)
             raise UsageError(
                 f"--caption {template.source!r}: no pair has a field {field!r}",
-                (f"did you mean {near}? " if near else "")
-                + f"the metadata has {', '.join(sorted(known)) or 'no fields'}",
+                fields_hint(field, known),
             )
 
 
@@ -36,6 +34,12 @@ def known_fields(pairs: PairDataset) -> set[str]:
     for number in range(0, len(pairs), max(1, len(pairs) // _SAMPLED)):
         found |= _names(pairs.metadata(number))
     return found
+
+
+def fields_hint(wrong: str, known: set[str]) -> str:
+    """Say which fields the metadata has, and which of them ``wrong`` probably means."""
+    fields = f"the metadata has {', '.join(sorted(known)) or 'no fields'}"
+    return f"{did_you_mean(wrong, known)} {fields}".lstrip()
 
 
 def _names(metadata: dict[str, Any], prefix: str = "") -> set[str]:
@@ -65,11 +69,8 @@ def describe(
     found = list(_descriptions(pairs, template, label_field, group_field))
     if group_field and not any(description.group for description in found):
         known = known_fields(pairs)
-        near = nearest(group_field, known)
         raise UsageError(
-            f"--group-field {group_field}: no pair has it",
-            (f"did you mean {near}? " if near else "")
-            + f"the metadata has {', '.join(sorted(known)) or 'no fields'}",
+            f"--group-field {group_field}: no pair has it", fields_hint(group_field, known)
         )
     return found
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import StorageError, UsageError
+from clipft.core.files import read_json
 from clipft.data.packing.options import Part
 from clipft.data.packing.writer import SPLITS, Written
 
@@ -163,7 +164,5 @@ class Target:
 
 
 def _content_of(mark: Path) -> str | None:
-    try:
-        return str(json.loads(mark.read_text(encoding="utf-8"))["content"])
-    except (ValueError, TypeError, KeyError):  # cut off, or of a former version
-        return None
+    found = read_json(mark) or {}  # none if it was cut off
+    return str(found["content"]) if "content" in found else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from clipft.core.files import read_json
 from clipft.data.images import BadImage, decode_image, resize_shorter
 from clipft.data.order import derived_seed
 from clipft.data.packing.options import PackOptions
@@ -176,9 +177,9 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
 
 def _made_before(path: Path, note: Path, fingerprint: str) -> Written | None:
     try:
-        written = Written(**json.loads(note.read_text(encoding="utf-8")))
+        written = Written(**(read_json(note) or {}))
         whole = written.fingerprint == fingerprint and path.stat().st_size == written.bytes
-    except (OSError, ValueError, TypeError):
+    except (OSError, TypeError):
         return None
     return written if whole else None
 

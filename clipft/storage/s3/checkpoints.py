@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import StorageError
-from clipft.core.files import replacing
+from clipft.core.files import disk_error, replacing
 from clipft.storage.s3.bucket import PIECE, Bucket, put_checked
 from clipft.storage.s3.checksums import BinaryFile
-from clipft.storage.s3.errors import Changed, disk_error, error_code
+from clipft.storage.s3.errors import Changed, error_code
 from clipft.storage.s3.keys import OWN_PREFIX, RefusedKey, RemoteObject, local_path
 
 VERSION = 1
@@ -261,7 +261,7 @@ class CheckpointStore:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
-            raise disk_error(error, home, sum(s.size for s in wanted.values())) from error
+            raise disk_error(home, error, sum(s.size for s in wanted.values())) from error
 
     @property
     def checkpoint_name(self) -> str:

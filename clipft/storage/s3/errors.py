@@ -1,6 +1,5 @@
 """What boto3 and obstore raise, as one list of kinds and as sentences for people."""
 
-import errno
 import os
 import random
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipft.config.settings import StorageSettings
-from clipft.core.errors import ClipftError, StorageError
+from clipft.core.errors import StorageError
 
 
 class Changed(Exception):
@@ -202,17 +201,6 @@ def _detail(error: Exception) -> str:
 def _is_dns(error: Any) -> bool:
     cause = str(getattr(error, "kwargs", {}).get("error", ""))
     return "resolve" in cause.lower() or "name or service not known" in cause.lower()
-
-
-def disk_error(error: OSError, path: Path, wanted: int) -> ClipftError:
-    """The sentence for a failed write of ``wanted`` bytes at ``path``."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return StorageError(
-            f"no space left for {path}: {wanted:,} bytes wanted",
-            "make room or set another --data-dir; what has arrived whole is kept",
-        )
-    reason = error.strerror or str(error)
-    return StorageError(f"cannot write to {path}: {reason}", "check the folder and its rights")
 
 
 def check_space(folder: Path, wanted: int) -> None:

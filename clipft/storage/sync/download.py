@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path
 
 from clipft.core.errors import StorageError
+from clipft.core.files import disk_error
 from clipft.storage.s3.bucket import PIECE, SMALL, Bucket, is_keyed
 from clipft.storage.s3.checksums import matches, md5_of, plain_md5
-from clipft.storage.s3.errors import Corrupt, Stopped, disk_error
+from clipft.storage.s3.errors import Corrupt, Stopped
 from clipft.storage.s3.keys import Refused, RefusedKey, RemoteObject
 from clipft.storage.sync.folder import PART, Folder
 
@@ -171,7 +172,7 @@ class Fetch:
             if last and job.needed and job.large:
                 self._finish_large(job)
         except OSError as error:
-            raise disk_error(error, Path(job.place), job.wanted.size) from error
+            raise disk_error(Path(job.place), error, job.wanted.size) from error
         if last:
             self._finished.append((job, job.needed))
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from clipft.core.errors import StorageError
-from clipft.core.files import replacing
+from clipft.core.files import disk_error, replacing
 from clipft.storage.s3.checksums import etag_of, plain_md5
-from clipft.storage.s3.errors import disk_error
 from clipft.storage.s3.keys import OWN_PREFIX, Refused, RefusedKey, RemoteObject, parents
 
 JOURNAL = f"{OWN_PREFIX}sync.jsonl"
@@ -55,7 +54,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = _lock_file(self.path)
         except OSError as error:
-            raise disk_error(error, self.path, 0) from error
+            raise disk_error(self.path, error) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +94,7 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise disk_error(error, self.path / JOURNAL, 0) from error
+            raise disk_error(self.path / JOURNAL, error) from error
         self.records |= self._new
         self._new = {}
 
@@ -244,7 +243,7 @@ def remove_files(folder: Path, names: list[str]) -> None:
                     break
                 parent.rmdir()
         except OSError as error:
-            raise disk_error(error, path, 0) from error
+            raise disk_error(path, error) from error
 
 
 def _is_own(name: str) -> bool:

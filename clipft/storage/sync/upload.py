@@ -8,9 +8,10 @@ from pathlib import Path
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import StorageError
+from clipft.core.files import disk_error
 from clipft.storage.s3.bucket import Bucket, put_checked, quiet
 from clipft.storage.s3.checksums import PART_BYTES, etag_of
-from clipft.storage.s3.errors import Changed, disk_error
+from clipft.storage.s3.errors import Changed
 from clipft.storage.s3.keys import RemoteObject
 from clipft.storage.sync.download import SyncProgress
 from clipft.storage.sync.folder import local_files
@@ -143,5 +144,5 @@ def _send(bucket: Bucket, upload: _Upload) -> _Upload:
         with open(upload.path, "rb") as file:
             put_checked(bucket, upload.key, file, upload.size, unchanged)
     except OSError as error:
-        raise disk_error(error, upload.path, 0) from error
+        raise disk_error(upload.path, error) from error
     return upload
