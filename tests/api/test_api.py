@@ -48,6 +48,29 @@ def test_every_name_is_there_and_no_other():
         _ = clipft.trian
 
 
+class Recorder(clipft.TrainingCallback):
+    """Counts the steps, and leaves the other methods to the base class."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def stepped(self, result) -> None:
+        self.steps += 1
+
+
+def test_former_names_are_still_accepted(catalogue, tmp_path):
+    from clipft import Watchers
+
+    assert Watchers is clipft.Callbacks
+    recorder, where = Recorder(), {"data_dir": catalogue, "output_dir": tmp_path}
+    saved: list[int] = []
+    watchers = Watchers(observer=recorder, saved=lambda path, step: saved.append(step))
+    result = clipft.train({**SMALL, **where, "epochs": 1}, watchers=watchers)
+    assert recorder.steps == result.steps == 3
+    assert saved[-1] == 3
+    assert Watchers(recorder).callback is recorder
+
+
 @pytest.mark.slow
 def test_type_checkers_see_the_names(tmp_path):
     file = tmp_path / "user.py"
