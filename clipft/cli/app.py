@@ -148,7 +148,7 @@ def run(args: list[str]) -> int:
             return UsageError.exit_code
         known = _usage(error)
     except BrokenPipeError:
-        silence_broken_pipe()
+        silence_broken_pipe(sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
         return 130

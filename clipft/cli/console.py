@@ -1,4 +1,4 @@
-"""The one mouth. Results go to stdout, everything for people on the way to stderr.
+"""All that a command prints: results to stdout, everything else to stderr.
 
 With ``--json`` stdout carries one JSON object and nothing else.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,20 @@ from rich.text import Text
 
 from clipft.core.errors import ClipftError
 
-_CHUNK = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
-"""A word, or a command in backticks with what is written to it."""
+_UNBREAKABLE = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+"""A word, or a whole command in backticks with the punctuation attached to it."""
 _LABEL = re.compile(r"(?:error|hint|warning|note|Made|Next):")
 _STYLES = {"error:": "bold red", "warning:": "bold yellow"}
+_PIPED_WIDTH = 120
+"""Columns of a table that is written to a file or read by another program."""
 
 
 def say(console: Console, text: str) -> None:
-    """One line, its label (``note:``, ``error:``) marked; wrapped on a terminal alone. ``text``
-    is plain: brackets are not markup."""
+    """Print ``text``, its label (``note:``, ``error:``) highlighted.
+
+    Long lines are wrapped on a terminal only; files and pipes get them whole. Brackets in the
+    text are printed as they are, not read as rich markup.
+    """
     lines = text.splitlines() or [""]
     if console.is_terminal:
         lines = [part for line in lines for part in wrapped(line, console.width)]
@@ -34,93 +38,106 @@ def say(console: Console, text: str) -> None:
     label = _LABEL.match(text)
     if label:
         shown.stylize(_STYLES.get(label.group(), "bold"), 0, label.end())
+    # soft_wrap: rich would break within commands, and also where nothing is a terminal
     console.print(shown, soft_wrap=True)
 
 
 def wrapped(line: str, width: int) -> list[str]:
-    """``line`` in parts of at most ``width`` where its words allow it; what follows is indented."""
+    """Break ``line`` between words into parts of at most ``width`` columns.
+
+    Commands in backticks stay in one piece even if that makes a part longer. All parts but
+    the first are indented by two more columns than the line itself.
+    """
     if len(line) <= width:
         return [line]
-    first, *others = _CHUNK.findall(line)
-    lead = line[: len(line) - len(line.lstrip())]
-    return list(_filled([lead + first, *others], width, indent=lead + "  "))
+    first, *others = _UNBREAKABLE.findall(line)
+    margin = line[: len(line) - len(line.lstrip())]
+    return _fill([margin + first, *others], width, indent=margin + "  ")
 
 
 def say_command(console: Console, lead: str, words: Sequence[object]) -> None:
-    """A command to be copied, after ``lead``; a terminal too narrow for it gets it in lines that
-    a shell takes as one."""
-    lines = [lead + shlex.join(map(str, words))]
+    r"""Print a shell command for the user to copy, after ``lead``.
+
+    On a terminal that is too narrow for it, the command is broken before options, each line
+    ending in ``\`` so that a shell reads the copied lines as one command.
+    """
+    given = [str(word) for word in words]
+    lines = [lead + shlex.join(given)]
     if console.is_terminal and len(lines[0]) > console.width:
-        lines = _continued(lead, words, console.width)
+        groups = [[given[0]]]  # an option stays on one line with its value
+        for word in given[1:]:
+            takes_value = groups[-1][0].startswith("-") and len(groups[-1]) == 1
+            if takes_value and not word.startswith("-"):
+                groups[-1].append(word)
+            else:
+                groups.append([word])
+        chunks = [shlex.join(group) for group in groups]
+        chunks[0] = lead + chunks[0]
+        *broken, last = _fill(chunks, console.width - len(" \\"), indent="    ")
+        lines = [*(f"{line} \\" for line in broken), last]
     shown = Text("\n".join(lines))
     shown.stylize("bold", 0, len(lead.rstrip()))
     console.print(shown, soft_wrap=True)
 
 
-def _continued(lead: str, words: Sequence[object], width: int) -> list[str]:
-    chunks = [lead + shlex.quote(str(words[0])), *_options(words[1:])]
-    lines = list(_filled(chunks, width - len(" \\"), indent="    "))
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
-
-
-def _options(words: Sequence[object]) -> Iterator[str]:
-    """Each option together with its value."""
-    held: list[str] = []
-    for word in map(str, words):
-        if held and (word.startswith("-") or not held[0].startswith("-") or len(held) > 1):
-            yield shlex.join(held)
-            held = []
-        held.append(word)
-    if held:
-        yield shlex.join(held)
-
-
-def _filled(chunks: Iterable[str], width: int, indent: str) -> Iterator[str]:
-    line = ""
+def _fill(chunks: Iterable[str], width: int, indent: str) -> list[str]:
+    """Join ``chunks`` by spaces into lines of at most ``width`` where they fit."""
+    lines, line = [], ""
     for chunk in chunks:
         longer = f"{line} {chunk}" if line.strip() else line + chunk
         if len(longer) > width and line.strip():
-            yield line
+            lines.append(line)
             longer = indent + chunk
         line = longer
-    yield line
+    return [*lines, line]
 
 
 class _Console(Console):
-    """One whose reader may go away (``| head``): nothing more is said, and the work goes on.
-    rich's own would end the program there and then, a run without its state saved."""
+    """A console that survives a reader who goes away, as with ``clipft train | head``.
+
+    rich's own console would exit at once, and a training run would lose its state. This one
+    falls silent, and the work goes on.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, **options)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _PIPED_WIDTH
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        _silence(self.file.fileno())
+        silence_broken_pipe(self.file.fileno())
 
 
-_PIPED = 120
-"""Columns of a table that goes into a file or a program."""
+def silence_broken_pipe(descriptor: int) -> None:
+    """Redirect a stream whose reader is gone to /dev/null.
 
-
-def _console(**options: Any) -> _Console:
-    console = _Console(highlight=False, **options)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPED
-    return console
+    Otherwise Python would report the broken pipe once more when it flushes at exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class Output:
-    """What a command says: notes on the way, and one result at its end."""
+    """What a command prints: notes and progress while it works, then one result.
+
+    ``quiet`` is for the processes of a distributed run that must not print at all.
+    """
 
     def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json and not quiet
-        self.err = _console(stderr=True, quiet=quiet)
-        self._out = self.err if as_json else _console(quiet=quiet)
+        self.err = _Console(stderr=True, quiet=quiet)
+        self._out = self.err if as_json else _Console(quiet=quiet)
 
     def note(self, text: str) -> None:
-        """A line for people, on stderr. ``text`` is plain: brackets are not markup."""
+        """Print a line to stderr. Brackets in it are not read as markup."""
         say(self.err, text)
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for work that reports (done, total); one plain line where nothing can move."""
+        """Show a bar under the heading ``text``; call what this yields with (done, total).
+
+        Where the cursor cannot move, one plain line is printed instead.
+        """
         if not self.err.is_interactive:
             self.note(f"{text} ...")
             yield lambda done, total: None
@@ -132,7 +149,7 @@ class Output:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def result(self, data: dict[str, Any], *shown: RenderableType) -> None:
-        """The command's result: ``data`` for programs, ``shown`` for people."""
+        """Print the command's result: ``shown`` for people and, with ``--json``, ``data``."""
         for renderable in shown:
             if isinstance(renderable, str):
                 say(self._out, renderable)
@@ -142,18 +159,13 @@ class Output:
             print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
 
     def raw(self, data: dict[str, Any], text: str) -> None:
-        """A result whose text is itself read by programs (TOML): never wrapped or coloured."""
+        """Print a result that is itself a file format, such as TOML, without any wrapping."""
         print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, end="")
 
 
-def silent() -> Output:
-    """For all processes of a run but the one that speaks."""
-    return Output(as_json=False, quiet=True)
-
-
 def print_error(error: ClipftError, as_json: bool) -> None:
-    """One line ``error:`` and one line ``hint:`` on stderr; with ``--json`` an object too."""
-    err = _console(stderr=True)
+    """Print an ``error:`` and a ``hint:`` line to stderr; with ``--json`` an object to stdout."""
+    err = _Console(stderr=True)
     for label, text in (("error", error.message), ("hint", error.hint)):
         say(err, f"{label}: {' '.join(text.split())}")
     if as_json:
@@ -161,27 +173,21 @@ def print_error(error: ClipftError, as_json: bool) -> None:
         print(json.dumps({"error": body}, ensure_ascii=False), flush=True)
 
 
-def silence_broken_pipe() -> None:
-    """The reader of stdout went away (``| head``): say nothing more, not even at exit."""
-    _silence(sys.stdout.fileno())
-
-
-def _silence(descriptor: int) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
 def end(
     out: Output, made: Mapping[str, Path | str | None], following: Sequence[object] = ()
 ) -> None:
-    """``made``: places by what lies there, None: not made; ``following``: the words after
-    ``clipft``. Says nothing with ``--json``, whose object has it all."""
+    """Print a command's last lines: the files it made, and the command to type next.
+
+    ``made`` maps a description to a path, None for what was not made after all. ``following``
+    holds the words after ``clipft``. With ``--json`` nothing is printed: the object has it all.
+    """
     if out.as_json:
         return
-    there = {what: place for what, place in made.items() if place is not None}
-    broad = max(map(len, there), default=0)
-    for label, (what, place) in zip(
-        ["Made:", *[" " * 5] * len(there)], there.items(), strict=False
-    ):
-        out.note(f"{label} {what:{broad}}  {place}")
+    places = {what: place for what, place in made.items() if place is not None}
+    width = max(map(len, places), default=0)
+    label = "Made:"
+    for what, place in places.items():
+        out.note(f"{label} {what:{width}}  {place}")
+        label = " " * len(label)
     if following:
         say_command(out.err, "Next: ", ("clipft", *following))

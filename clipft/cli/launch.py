@@ -1,7 +1,7 @@
-"""``--processes N``: this command once more in N processes, under PyTorch's elastic launcher.
+"""``--processes N``: run the command in N processes, under PyTorch's elastic launcher.
 
-The processes tell their errors to the launcher through the file that torch gives each of them
-(TORCHELASTIC_ERROR_FILE), and the launcher says the one that was first.
+Each process hands its error to the launcher in the file that torch names to it
+(TORCHELASTIC_ERROR_FILE). The launcher then reports the error that came first.
 """
 
 import json
@@ -24,18 +24,55 @@ from clipft.core.errors import ClipftError, ProcessError
 
 _RUN_ID = "clipft-"
 _SECONDS_TO_SAVE = 300
-"""From the signal that asks the processes to end to the one that ends them."""
+"""How long the processes may take to save their state after a signal, before they are killed."""
 
 
-def told_launcher(error: ClipftError) -> bool:
-    """Leave the error to the launcher of this process, if ``--processes`` started it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path or not _launched():
+def launch_processes(processes: int, args: Sequence[str]) -> bool:
+    """Run ``clipft ARGS`` in that many processes of this machine, if that is this one's task.
+
+    Returns True when they have ended well. Returns False at once where there is nothing to
+    launch: one process is enough, or this is itself one of several, whoever started them.
+
+    Raises:
+        ClipftError: the first error that one of them had, with its exit code.
+        ProcessError: one of them was killed.
+        typer.Exit: a signal ended them before there was anything to save.
+    """
+    started = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    if processes == 1 or started:
+        if _launched():
+            _end_with_launcher()
         return False
-    told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-    extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
-    body = {"message": {"message": error.message, "extraInfo": extra}, "clipft": told}
-    Path(path).write_text(json.dumps(body), encoding="utf-8")
+    import psutil
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The launcher logs a traceback of its own for each failure, which says less than the error
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))
+    with tempfile.TemporaryDirectory(prefix="clipft-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"{_RUN_ID}{uuid.uuid4()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "clipft", *args)
+        except SignalException as stopped:
+            # A second signal leaves the launcher before its processes have ended
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+            error = _reported_error(Path(folder))
+            raise (error or typer.Exit(128 + stopped.sigval)) from stopped
+        except ChildFailedError as failed:
+            raise _first_error(Path(folder), processes, failed.failures) from failed
     return True
 
 
@@ -43,10 +80,8 @@ def _launched() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID)
 
 
-def follow_launcher() -> None:
-    """End (state saved) when the launcher is gone: killed, it can tell nobody."""
-    if not _launched():
-        return
+def _end_with_launcher() -> None:
+    """End this process, its state saved, once its launcher is gone: killed, it can tell nobody."""
     launcher = os.getppid()
 
     def watch() -> None:
@@ -57,83 +92,55 @@ def follow_launcher() -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def starts_others(processes: int) -> bool:
-    """Is this the process that starts ``processes``, and none of those that were started?"""
-    started = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
-    return processes > 1 and not started
+def told_launcher(error: ClipftError) -> bool:
+    """Hand ``error`` to the launcher of this process; False if ``--processes`` started none."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or not _launched():
+        return False
+    told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    # torch itself reads "message" from this file; "clipft" is ours
+    extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
+    body = {"message": {"message": error.message, "extraInfo": extra}, "clipft": told}
+    Path(path).write_text(json.dumps(body), encoding="utf-8")
+    return True
 
 
-def launch(processes: int, args: Sequence[str]) -> None:
-    """``clipft ARGS`` in so many processes of this machine, to their end.
+def _reported_error(folder: Path) -> ClipftError | None:
+    """Return the earliest error that a process left in ``folder``.
 
-    Raises:
-        ClipftError: the first error that one of them had, with its exit code.
-        ProcessError: one of them was killed.
-        typer.Exit: a signal ended them before there was anything to save.
+    Errors of processes that only lost another one come last: they are a consequence.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))
-    with tempfile.TemporaryDirectory(prefix="clipft-") as folder:
-        try:
-            _run(processes, args, folder)
-        except ChildFailedError as failed:
-            raise _first_error(Path(folder), processes, failed.failures) from failed
-
-
-def _run(processes: int, args: Sequence[str], folder: str) -> None:
-    import psutil
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=f"{_RUN_ID}{uuid.uuid4()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=folder),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "clipft", *args)
-    except SignalException as stopped:
-        for child in psutil.Process().children(recursive=True):  # a second signal: at once
-            child.kill()
-        raise (_told(Path(folder)) or typer.Exit(128 + stopped.sigval)) from stopped
-
-
-def _told(folder: Path) -> ClipftError | None:
-    """The earliest error that a process left for us; one that lost others counts last."""
     bodies = (json.loads(path.read_text("utf-8")) for path in folder.rglob("error.json"))
     told = [body for body in bodies if "clipft" in body]
+    told.sort(key=lambda body: int(body["message"]["extraInfo"]["timestamp"]))
     every: list[type[ClipftError]] = [ClipftError, *ClipftError.__subclasses__()]
     kinds = {kind.exit_code: kind for kind in every}
     errors = [
         kinds[body["clipft"]["exit_code"]](body["clipft"]["message"], body["clipft"]["hint"])
-        for body in sorted(told, key=lambda body: int(body["message"]["extraInfo"]["timestamp"]))
+        for body in told
     ]
     errors.sort(key=lambda error: isinstance(error, ProcessError))
     return errors[0] if errors else None
 
 
 def _first_error(folder: Path, processes: int, failures: dict[int, Any]) -> ClipftError:
-    """What a process said, unless it is only that it lost one that was killed."""
-    told = _told(folder)
+    """Return what a process reported, or else which one was killed or ended without a word.
+
+    ``failures`` maps ranks to torch's ``ProcessFailure``.
+    """
+    told = _reported_error(folder)
     if told and not isinstance(told, ProcessError):
         return told
-    killed = {rank: f.exitcode for rank, f in failures.items() if f.exitcode < 0}
-    for rank, code in killed.items():
-        return ProcessError(
-            f"process {rank} of {processes} was killed by {signal.Signals(-code).name}",
-            "if memory is short, use a smaller --micro-batch-size or fewer --processes; "
-            "`clipft resume` goes on from the last checkpoint",
-        )
+    for rank, failure in failures.items():
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            return ProcessError(
+                f"process {rank} of {processes} was killed by {name}",
+                "if memory is short, use a smaller --micro-batch-size or fewer --processes; "
+                "`clipft resume` continues from the last checkpoint",
+            )
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     return told or ProcessError(
         f"process {rank} of {processes} ended with exit code {failure.exitcode}",
-        "see what it said above",
+        "look for its messages above",
     )

@@ -3,80 +3,129 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
-from clipft.cli.console import say
+from clipft.cli.console import Output, say
+from clipft.cli.tables import DIRECTIONS
 from clipft.core.common import counted, duration
-from clipft.metrics.figures import DIRECTIONS
 from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
 
-_PLAIN_EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
+if TYPE_CHECKING:
+    from clipft.storage.sync.sync import SyncProgress
 
+_STEPS_EVERY, _TRANSFERS_EVERY = 10.0, 5.0
+"""Seconds between progress lines where nothing can move."""
 _BAR_AND_TIME = 20
-"""Columns that stay for the bar and the time left."""
+"""Columns reserved for the bar and the time left."""
 _ROW_WIDTH = 80
-"""Columns of a table of epochs, ``best so far`` included."""
-_DIRECTIONS = tuple(label.replace("→", "->") for label in DIRECTIONS.values())
+"""Columns of a row in the table of epochs, ``best so far`` included."""
 
-Memory = Callable[[], int]
-"""Bytes in use."""
+_RECALLS_HEAD = f"  {'R@1':>7}{'R@10':>7}"
+_EPOCHS_HEAD = (
+    f"{'':15}{'loss':>18}  " + "  ".join(f"{label:>14}" for label, _ in DIRECTIONS),
+    f"{'':15}{'train':>9}{'val':>9}{_RECALLS_HEAD * len(DIRECTIONS)}",
+)
 
 
-def make_progress(console: Console, memory: Memory) -> TrainingCallback:
-    """The display that fits ``console``."""
+def make_progress(console: Console, memory: Callable[[], int]) -> TrainingCallback:
+    """Choose the display that fits ``console``; ``memory`` returns the bytes in use."""
     kind = LiveProgress if console.is_interactive else PlainProgress
     return kind(console, memory)
 
 
-class _Lines(TrainingCallback):
-    """The lines both displays share: the plan at the start, figures at each epoch's end."""
+@dataclass
+class Pace:
+    """Running means of a run's speed, so that the figures shown do not jump from step to step."""
 
-    _headed = False
+    seconds_per_step: float = 0.0
+    pairs_per_s: float = 0.0
+    data_share: float = 0.0
+    """Share of the time spent waiting for data, 0 to 1."""
 
-    def __init__(self, console: Console, memory: Memory) -> None:
+    def add(self, result: StepResult) -> None:
+        """Take one more step into the means; the first step sets them."""
+        seconds = max(result.seconds, 1e-9)
+        weight = 0.1 if self.seconds_per_step else 1.0
+        self.seconds_per_step += weight * (seconds - self.seconds_per_step)
+        self.pairs_per_s += weight * (result.pairs / seconds - self.pairs_per_s)
+        self.data_share += weight * (result.data_seconds / seconds - self.data_share)
+
+
+class PlainProgress:
+    """Print the plan, a line at the first step and then every ten seconds, a line each epoch."""
+
+    def __init__(self, console: Console, memory: Callable[[], int]) -> None:
         self._console, self._memory = console, memory
         self._plan: Plan | None = None
         self._pace = Pace()
+        self._has_head = False
+        self._last = float("-inf")
 
     def started(self, plan: Plan, done_steps: int) -> None:
         self._plan = plan
         for line in plan_lines(plan):
-            self._say(line)
+            say(self._console, line)
+
+    def stepped(self, result: StepResult) -> None:
+        assert self._plan
+        self._pace.add(result)
+        now = time.monotonic()
+        if now - self._last < _STEPS_EVERY:
+            return
+        self._last = now
+        left = self._pace.seconds_per_step * (self._plan.total_steps - result.step)
+        figures = " ".join(step_figures(result, self._pace, self._memory()))
+        say(
+            self._console,
+            f"epoch {result.epoch}/{self._plan.epochs} "
+            f"step {result.step}/{self._plan.total_steps} "
+            f"{' '.join(figures.split())} {duration(left)} left",
+        )
 
     def epoch_ended(self, result: EpochResult) -> None:
         epochs = self._plan.epochs if self._plan else 0
         if not self._console.is_interactive or self._console.width < _ROW_WIDTH:
-            self._say(epoch_line(result, epochs))
+            say(self._console, epoch_line(result, epochs))
             return
-        if not self._headed:
-            self._headed = True
+        if not self._has_head:
+            self._has_head = True
             if result.val_floor:
-                self._say(f"note: no model has a val loss below {result.val_floor:.4f} here.")
-            head = Text("\n".join(epoch_head()), style="bold")
-            self._console.print(head, soft_wrap=True)
-        self._say(epoch_row(result, epochs))
+                say(
+                    self._console,
+                    "note: no model can have a validation loss below "
+                    f"{result.val_floor:.4f} on these pairs.",
+                )
+            self._console.print(Text("\n".join(_EPOCHS_HEAD), style="bold"), soft_wrap=True)
+        say(self._console, epoch_row(result, epochs))
 
-    def _say(self, line: str) -> None:
-        say(self._console, line)
+    def closed(self) -> None:
+        return None
 
 
-class LiveProgress(_Lines):
-    """A bar with the step's figures beside it."""
+class LiveProgress(PlainProgress):
+    """Show a bar with the step's figures beside it, and the epochs as a table above it."""
 
-    def __init__(self, console: Console, memory: Memory) -> None:
+    def __init__(self, console: Console, memory: Callable[[], int]) -> None:
         super().__init__(console, memory)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}", justify="right"),
-            # The one column that is not cut where the terminal is narrow
+            # The time left is the one column that must not be cut on a narrow terminal
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             console=console,
             transient=True,
@@ -103,87 +152,41 @@ class LiveProgress(_Lines):
         done = (
             f"epoch {result.epoch}/{self._plan.epochs} step {result.step:{len(str(total))}}/{total}"
         )
-        figures = self._figures(result, self._console.width - len(done) - _BAR_AND_TIME)
-        self._progress.update(self._task, advance=1, description=done, figures=figures)
-
-    def _figures(self, result: StepResult, room: int) -> str:
-        """As many as leave room for the bar; the last go first."""
         figures = step_figures(result, self._pace, self._memory())
-        while len(figures) > 1 and len("  ".join(figures)) > room:
+        # The least important figures give way to the bar
+        while len(figures) > 1 and (
+            len(done) + len("  ".join(figures)) + _BAR_AND_TIME > self._console.width
+        ):
             figures.pop()
-        return "  ".join(figures)
+        self._progress.update(self._task, advance=1, description=done, figures="  ".join(figures))
 
     def closed(self) -> None:
         self._progress.stop()
 
 
-class PlainProgress(_Lines):
-    """A line at the first step, then every ten seconds."""
-
-    def __init__(self, console: Console, memory: Memory) -> None:
-        super().__init__(console, memory)
-        self._last = float("-inf")
-
-    def stepped(self, result: StepResult) -> None:
-        assert self._plan
-        self._pace.add(result)
-        now = time.monotonic()
-        if now - self._last < _PLAIN_EVERY:
-            return
-        self._last = now
-        left = self._pace.seconds_per_step * (self._plan.total_steps - result.step)
-        figures = " ".join(step_figures(result, self._pace, self._memory()))
-        self._say(
-            f"epoch {result.epoch}/{self._plan.epochs} "
-            f"step {result.step}/{self._plan.total_steps} "
-            f"{' '.join(figures.split())} {duration(left)} left"
-        )
-
-    def closed(self) -> None:
-        return None
-
-
-class Pace:
-    """Running means, so that the shown speed does not jump from step to step."""
-
-    _WEIGHT = 0.1
-
-    def __init__(self) -> None:
-        self.seconds_per_step = 0.0
-        self.pairs_per_s = 0.0
-        self.data_share = 0.0
-        """Of the time, spent waiting for data."""
-
-    def add(self, result: StepResult) -> None:
-        seconds = max(result.seconds, 1e-9)
-        weight = self._WEIGHT if self.seconds_per_step else 1.0
-        self.seconds_per_step += weight * (seconds - self.seconds_per_step)
-        self.pairs_per_s += weight * (result.pairs / seconds - self.pairs_per_s)
-        self.data_share += weight * (result.data_seconds / seconds - self.data_share)
-
-
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan of a run as people read it."""
+    """Describe a run's plan in two or three sentences, followed by its notes."""
     lines = [
         f"{plan.scenario} on {plan.model}: {plan.parameters}.",
         f"{counted(plan.train_pairs, 'training pair')}, "
         f"{counted(plan.val_pairs, 'validation pair')}; {plan.device}, {plan.precision}.",
     ]
     if plan.total_steps:
-        each = counted(plan.steps_per_epoch, "step")
-        among = f" over {plan.processes} processes" if plan.processes > 1 else ""
-        warmup = counted(plan.warmup_steps, "step")
+        across = f" across {plan.processes} processes" if plan.processes > 1 else ""
         lines.append(
-            f"{counted(plan.epochs, 'epoch')} x {each} of "
-            f"{counted(plan.effective_batch_size, 'pair')} "
-            f"(micro-batches of {plan.micro_batch_size}{among}), warm-up {warmup}, "
-            f"{plan.optimizer}."
+            f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')} with "
+            f"{counted(plan.effective_batch_size, 'pair')} each "
+            f"(micro-batches of {plan.micro_batch_size}{across}), "
+            f"{counted(plan.warmup_steps, 'warm-up step')}, {plan.optimizer}."
         )
     return lines + [f"note: {note}." for note in plan.notes]
 
 
 def step_figures(result: StepResult, pace: Pace, memory: int) -> list[str]:
-    """The most wanted first; of equal lengths from step to step."""
+    """Format a step's figures, the most important first.
+
+    Their widths stay the same from step to step, so that a bar beside them does not jump.
+    """
     skipped = [] if result.applied else ["gradient not finite: step skipped"]
     return [
         f"loss {result.loss:.4f}",
@@ -196,104 +199,72 @@ def step_figures(result: StepResult, pace: Pace, memory: int) -> list[str]:
 
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
-    """All of an epoch in one line that needs no heading."""
+    """Describe an epoch in one line that needs no heading."""
     train = f" train loss {result.train_loss:.4f}" if result.train_loss is not None else ""
-    recalls = "  ".join(
-        f"{name} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
-        for name, figures in zip(_DIRECTIONS, _directions(result), strict=True)
-    )
+    bound = f" (lower bound {result.val_floor:.4f})" if result.val_floor else ""
+    recalls = ""
+    for label, direction in DIRECTIONS:
+        figures = result.retrieval[direction]
+        recalls += f"  {label} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
     best = "  best so far" if result.improved else ""
-    floor = f" (floor {result.val_floor:.4f})" if result.val_floor else ""
-    label = _label(result, epochs)
-    return f"{label}:{train} val loss {result.val_loss:.4f}{floor}  {recalls}{best}"
-
-
-def epoch_head() -> list[str]:
-    """The heading of ``epoch_row``, in two lines."""
-    first, second = _DIRECTIONS
-    recalls = f"  {'R@1':>7}{'R@10':>7}"
-    return [
-        f"{'':15}{'loss':>18}  {first:>14}  {second:>14}",
-        f"{'':15}{'train':>9}{'val':>9}{recalls}{recalls}",
-    ]
+    return (
+        f"{_epoch_label(result, epochs)}:{train} val loss {result.val_loss:.4f}{bound}"
+        f"{recalls}{best}"
+    )
 
 
 def epoch_row(result: EpochResult, epochs: int) -> str:
-    """An epoch as a row of a table whose columns stay in their places."""
+    """Format an epoch as a row of the table of epochs, in the columns of its heading."""
     train = f"{result.train_loss:.4f}" if result.train_loss is not None else ""
-    recalls = "".join(f"  {f['r@1']:>7.1%}{f['r@10']:>7.1%}" for f in _directions(result))
+    recalls = ""
+    for _, direction in DIRECTIONS:
+        figures = result.retrieval[direction]
+        recalls += f"  {figures['r@1']:>7.1%}{figures['r@10']:>7.1%}"
     best = "  best so far" if result.improved else ""
-    return f"{_label(result, epochs):15}{train:>9}{result.val_loss:>9.4f}{recalls}{best}"
+    return f"{_epoch_label(result, epochs):15}{train:>9}{result.val_loss:>9.4f}{recalls}{best}"
 
 
-def _label(result: EpochResult, epochs: int) -> str:
-    return f"epoch {result.epoch}/{epochs}" if result.epoch else "untouched model"
-
-
-def _directions(result: EpochResult) -> list[dict[str, Any]]:
-    return [result.retrieval[direction] for direction in DIRECTIONS]
-
-
-_PLAIN_EVERY_transfers = 5.0
-"""Seconds between lines where there is no terminal."""
-
-
-class Transferred(Protocol):
-    """What is watched: done and all of both."""
-
-    @property
-    def files_done(self) -> int: ...
-    @property
-    def files(self) -> int: ...
-    @property
-    def bytes_done(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-
-
-Report = Callable[[Transferred], None]
+def _epoch_label(result: EpochResult, epochs: int) -> str:
+    return f"epoch {result.epoch}/{epochs}" if result.epoch else "pretrained"
 
 
 @contextmanager
-def bar(console: Console) -> Iterator[Report]:
-    """A bar that is gone at the end."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]:
+    """Show a sync with a bucket: a bar on a terminal, a line every few seconds elsewhere.
 
-    text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), left)
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("listing", total=None)
+    Call what this yields whenever something has arrived.
+    """
+    if out.err.is_interactive:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=out.err,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("listing", total=None)
 
-        def report(now: Transferred) -> None:
-            files = f"{now.files_done:,}/{now.files:,} files"
-            shown.update(task, description=files, completed=now.bytes_done, total=now.bytes)
+            def update(now: "SyncProgress") -> None:
+                files = f"{now.files_done:,}/{now.files:,} files"
+                bar.update(task, description=files, completed=now.bytes_done, total=now.bytes)
 
-        yield report
-
-
-@contextmanager
-def lines(note: Callable[[str], None]) -> Iterator[Report]:
-    """A line every few seconds."""
+            yield update
+        return
     start = last = time.monotonic()
 
-    def report(now: Transferred) -> None:
+    def print_line(now: "SyncProgress") -> None:
         nonlocal last
         clock = time.monotonic()
-        if clock - last < _PLAIN_EVERY_transfers:
+        if clock - last < _TRANSFERS_EVERY:
             return
         last = clock
         rate = max(now.bytes_done, 1) / (clock - start)
-        note(
+        out.note(
             f"{now.files_done:,}/{now.files:,} files, {decimal(now.bytes_done)} of "
             f"{decimal(now.bytes)}, {decimal(int(rate))}/s, "
             f"{(now.bytes - now.bytes_done) / rate:.0f} s left"
         )
 
-    yield report
+    yield print_line

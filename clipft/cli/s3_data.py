@@ -1,8 +1,7 @@
-"""Pairs that lie in a bucket: brought to ``data_dir``, shown on the way, packed if raw."""
+"""Pairs in a bucket: fetched to ``data_dir`` and packed if they are raw files, or streamed."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,15 @@ from clipft.cli.console import Output
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
 from clipft.core.common import counted
-from clipft.core.files import read_json, write_json
+from clipft.core.files import write_text
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
-    from clipft.storage.sync.sync import Found, SyncOptions, SyncProgress, SyncResult
+    from clipft.distributed.collectives import Processes
+    from clipft.storage.sync.sync import Found, SyncOptions, SyncResult
 
 RAW = ".clipft-raw"
-"""Folder in ``data_dir`` for raw files, which are packed into shards beside it."""
+"""Folder in ``data_dir`` for raw files, from which the shards beside it are packed."""
 
 _PACKED = ".clipft-packed.json"
 
@@ -30,18 +30,21 @@ LOCATION_SETTINGS = (
     "s3_requests",
     "s3_patience",
 )
-"""What a command needs besides ``data_dir`` to take ``s3://bucket/prefix`` for it."""
+"""The settings that a command needs besides ``data_dir`` to read ``s3://bucket/prefix``."""
 
 
 def bring_named_data(loaded: LoadedSettings, out: Output) -> None:
-    """Where ``--data-dir`` names a bucket: bring its pairs to the folder that stands for it."""
+    """Fetch the pairs if ``--data-dir`` is an ``s3://`` location.
+
+    The settings then name a folder of the cache as ``data_dir``, which is filled here.
+    """
     settings = loaded.values
     if settings.s3_bucket and settings.data_dir.is_relative_to(cached_bucket(settings.s3_bucket)):
         bring_data(settings, out)
 
 
 def local_data(place: Path, settings: Settings, out: Output) -> Path:
-    """A folder as it is; ``s3://bucket/prefix`` brought to the folder that stands for it."""
+    """Return ``place``, or for an ``s3://`` location the cache folder it was fetched to."""
     url = parse_s3_url(place)
     if url is None:
         return place
@@ -53,17 +56,23 @@ def local_data(place: Path, settings: Settings, out: Output) -> Path:
 def bring_data(
     settings: StorageSettings, out: Output, options: "SyncOptions | None" = None
 ) -> "SyncResult":
-    """Sync, say what deserves it, and pack raw files if the settings want it.
+    """Sync the bucket's pairs to ``data_dir``, and pack raw files if the settings want it.
 
     Raises:
-        StorageError: as ``storage.sync.bring``.
-        DataError, UsageError: as ``data.pack.pack``.
+        StorageError: the bucket cannot be read, or the disk cannot be written.
+        DataError: the raw files are not pairs that can be packed.
     """
+    from clipft.cli.progress import transfer_progress
+    from clipft.data.shards.index import IMAGE_SUFFIXES
     from clipft.storage.sync.sync import SyncOptions, bring, look
 
     options = options or SyncOptions()
     found = look(settings, options.filter, out.note)
-    packs = settings.pack and _is_raw(found)
+    names = [name.lower() for side in found.objects for name in found.names(side)]
+    suffixes = {name.rpartition(".")[2] for name in names}
+    # Images and no shard on either side: files as a shop keeps them
+    is_raw = "tar" not in suffixes and bool(suffixes & set(IMAGE_SUFFIXES))
+    packs = settings.pack and is_raw
     target = settings.data_dir / RAW if packs else settings.data_dir
     out.note(f"Syncing {found.bucket.url(found.prefixes['train'])} to {target}.")
     with transfer_progress(out) as report:
@@ -75,65 +84,49 @@ def bring_data(
     return result
 
 
-def stream_source(settings: Settings, out: Output) -> "ShardSource":
-    """The training shards, read from the bucket as they are needed."""
-    from clipft.storage.s3.remote_shards import open_remote_shards
-
-    source = open_remote_shards(settings, out.note)
-    out.note(f"Streaming {source.place}; only the validation pairs are synced.")
-    return source
-
-
-def bring_validation(settings: Settings, out: Output) -> None:
-    """Sync the validation pairs alone: they are read by number."""
-    from clipft.storage.sync.sync import bring_side, look
-
-    found = look(settings, say=out.note)
-    with transfer_progress(out) as report:
-        bring_side(found, "val", settings.data_dir, report)
-
-
-def _is_raw(found: "Found") -> bool:
-    """Pictures, and no shard on either side."""
-    from clipft.data.shards.index import IMAGE_SUFFIXES
-
-    names = [name.lower() for side in found.objects for name in found.names(side)]
-    suffixes = {name.rpartition(".")[2] for name in names}
-    return "tar" not in suffixes and bool(suffixes & set(IMAGE_SUFFIXES))
-
-
 def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
-    """Pack what was synced, unless that was done for exactly these objects."""
+    """Pack the raw files that were synced, unless exactly these objects are packed already."""
     from clipft.data.packing.options import PackOptions
     from clipft.data.packing.pack import pack
 
-    content, mark = _content(found), data_dir / _PACKED
-    if read_json(mark) == {"content": content} and any(data_dir.glob("train/*.tar")):
+    digest = hashlib.sha256()
+    for side, objects in found.objects.items():
+        for wanted in objects:
+            digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
+    mark = json.dumps({"content": digest.hexdigest()})
+    path = data_dir / _PACKED
+    packed = path.is_file() and path.read_text(encoding="utf-8", errors="replace") == mark
+    if packed and any(data_dir.glob("train/*.tar")):
         return
-    # Without validation files of its own, pack makes the split
+    # Without validation files of its own, pack splits the training files
     source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"
     with out.progress(f"Packing {source}") as report:
         result = pack(source, data_dir, PackOptions(overwrite=True), report)
-    write_json(mark, {"content": content})
+    write_text(path, mark)
     out.note(
         f"Packed {result.train_pairs:,} training and {result.val_pairs:,} validation pairs into "
         f"{counted(result.shards, 'shard')} in {data_dir}; the raw files stay in {data_dir / RAW}."
     )
 
 
-def _content(found: "Found") -> str:
-    digest = hashlib.sha256()
-    for side, objects in found.objects.items():
-        for wanted in objects:
-            digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
-    return digest.hexdigest()
+def open_stream(settings: Settings, out: Output, processes: "Processes") -> "ShardSource":
+    """Open the training shards in the bucket, to be read as they are needed.
 
+    The validation pairs are synced all the same, once on each machine: they are read by
+    number, which a stream cannot do.
+    """
+    from clipft.cli.progress import transfer_progress
+    from clipft.distributed.rank_zero import on_each_machine
+    from clipft.storage.s3.remote_shards import open_remote_shards
+    from clipft.storage.sync.sync import bring_side, look
 
-@contextmanager
-def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]:
-    """A bar on a terminal, a line every few seconds elsewhere."""
-    from clipft.cli.progress import bar, lines
+    source = open_remote_shards(settings, out.note)
+    out.note(f"Streaming {source.place}; only the validation pairs are synced.")
 
-    shown = bar(out.err) if out.err.is_interactive else lines(out.note)
-    with shown as report:
-        yield report
+    def sync_validation() -> None:
+        found = look(settings, say=out.note)
+        with transfer_progress(out) as report:
+            bring_side(found, "val", settings.data_dir, report)
+
+    on_each_machine(processes, sync_validation)
+    return source

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal, wide or narrow, and what a file gets instead."""
+"""What is printed to a terminal, wide or narrow, and what goes to a file instead."""
 
 import io
 import shlex
@@ -32,21 +32,21 @@ def plain(width: int = 80) -> Console:
 
 
 def drawn(width: int) -> list[str]:
-    """A run's lines on a terminal without colours."""
+    """The lines that a run prints on a terminal without colors."""
     console = terminal(width, color_system=None)
     display = make_progress(console, lambda: 2**30)
-    run(display)
+    run_two_epochs(display)
     return shown(console).splitlines()
 
 
-def run(display) -> None:
+def run_two_epochs(display) -> None:
     retrieval = {d: {"r@1": 0.04, "r@5": 0.1, "r@10": 0.2} for d in ("text_to_image",)}
     retrieval["image_to_text"] = retrieval["text_to_image"]
     display.epoch_ended(EpochResult(0, 0, None, 8.5, retrieval))
     display.epoch_ended(EpochResult(1, 15, 5.06, 4.9, retrieval, improved=True))
 
 
-def test_a_line_breaks_between_words_and_never_within_a_command():
+def test_lines_break_between_words_but_never_inside_a_command():
     text = "hint: fetch the shard again, or pack it with `clipft pack SRC OUT`, and then go on"
     lines = wrapped(text, 40)
     assert max(map(len, lines)) <= 40 and len(lines) > 2
@@ -73,7 +73,7 @@ def test_a_file_gets_one_line_without_control_codes():
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 200])
-def test_a_command_that_is_copied_is_the_command(width):
+def test_a_broken_command_can_be_copied_and_run(width):
     console = terminal(width, color_system=None)
     say_command(console, "Next: ", WORDS)
     text = shown(console)
@@ -81,34 +81,34 @@ def test_a_command_that_is_copied_is_the_command(width):
     assert (text.count("\n") == 1) == (width > 80)
 
 
-def test_colours_are_left_out_where_they_are_not_wanted(monkeypatch):
-    coloured = terminal(80, color_system="standard")
-    say(coloured, "error: no")
-    assert "\x1b[1;31m" in shown(coloured)
+def test_no_color_turns_colors_off(monkeypatch):
+    colored = terminal(80, color_system="standard")
+    say(colored, "error: no")
+    assert "\x1b[1;31m" in shown(colored)
     monkeypatch.setenv("NO_COLOR", "1")
     without = terminal(80, color_system="standard")
     say(without, "error: no")
     assert "31m" not in shown(without)
 
 
-def test_epochs_are_a_table_in_80_columns_and_lines_where_that_has_no_room():
-    head, names, untouched, first = drawn(80)
-    assert max(map(len, (head, names, untouched, first))) <= 80
-    assert names.index("val") + 3 == untouched.index("8.5000") + 6 == first.index("4.9000") + 6
+def test_epochs_are_a_table_from_80_columns_and_sentences_below():
+    head, names, pretrained, first = drawn(80)
+    assert max(map(len, (head, names, pretrained, first))) <= 80
+    assert names.index("val") + 3 == pretrained.index("8.5000") + 6 == first.index("4.9000") + 6
     assert first.endswith("best so far") and head.count("->") == 2
     assert any(line.startswith("epoch 1/0: train loss 5.0600") for line in drawn(60))
 
 
-def test_a_file_gets_each_epoch_as_one_line_that_needs_no_heading():
+def test_a_file_gets_each_epoch_as_one_self_explanatory_line():
     console = plain(40)
-    run(make_progress(console, lambda: 2**30))
-    untouched, first = shown(console).splitlines()
-    assert untouched.startswith("untouched model: val loss 8.5000")
+    run_two_epochs(make_progress(console, lambda: 2**30))
+    pretrained, first = shown(console).splitlines()
+    assert pretrained.startswith("pretrained: val loss 8.5000")
     assert "text -> image R@1 4.0%" in first
 
 
 @pytest.mark.parametrize(("width", "figures"), [(60, 1), (80, 3), (140, 5)])
-def test_the_bar_keeps_its_room(width, figures):
+def test_figures_give_way_to_the_bar(width, figures):
     console = terminal(width, color_system=None)
     display = make_progress(console, lambda: 2**30)
     display.started(PLAN, 0)
@@ -122,7 +122,7 @@ def test_the_bar_keeps_its_room(width, figures):
     )
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+def test_a_dumb_terminal_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     console = terminal(80)
     display = make_progress(console, lambda: 2**30)
@@ -132,7 +132,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
     assert "epoch 2/3 step 27/45 loss 3.5000" in shown(console) and "\x1b[" not in shown(console)
 
 
-def test_one_thing_is_one_and_the_plan_fits():
+def test_the_plan_uses_the_singular_for_one():
     console = terminal(80, color_system=None)
     display = make_progress(console, lambda: 2**30)
     display.started(PLAN, 0)
@@ -141,10 +141,9 @@ def test_one_thing_is_one_and_the_plan_fits():
 
 
 @pytest.mark.parametrize(("width", "lines"), [(40, 2), (120, 1)])
-def test_intervals_stand_in_one_line_or_all_below(width, lines):
-    table = FigureTable("Validation, paired: 228 pairs, a title that is longer than its table")
-    for heading in ("figure", "untouched", "tuned"):
-        table.add_column(heading, justify="right")
+def test_intervals_move_below_their_values_on_a_narrow_terminal(width, lines):
+    title = "Validation, paired: 228 pairs, a title that is longer than its table"
+    table = FigureTable(title, "figure", "pretrained", "fine-tuned")
     table.add_row("R@10", "15.4% [10.9, 19.6]", "23.7% [18.3, 29.8]")
     console = terminal(width, color_system=None)
     console.print(table)

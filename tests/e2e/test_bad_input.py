@@ -66,7 +66,7 @@ def test_a_corrupt_picture_is_left_out_and_named(tmp_path, capsys):
     assert run(args) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["skipped_pairs"] == 1
-    assert "left out 1 bad pair, see" in printed.err
+    assert "skipped 1 bad pair, listed in" in printed.err
     skipped = [json.loads(x) for x in (out / "dual_lora/skipped.jsonl").read_text().splitlines()]
     assert [(s["shard"], s["key"]) for s in skipped] == [("00000.tar", "00005")]
     assert "truncated" in skipped[0]["reason"].lower()

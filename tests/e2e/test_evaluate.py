@@ -51,11 +51,18 @@ def test_a_run_leaves_its_evaluation_and_evaluate_finds_the_same(trained, data, 
 def test_people_see_both_models_the_difference_and_what_it_means(trained, data, capsys):
     assert run(["evaluate", str(trained), *data]) == 0
     shown = capsys.readouterr().out
-    for word in ("untouched", "tuned", "difference", "upper bound", "grouped", "share of queries"):
+    for word in (
+        "pretrained",
+        "fine-tuned",
+        "difference",
+        "upper bound",
+        "grouped",
+        "share of queries",
+    ):
         assert word in shown
     assert "[low, high]" in shown
     headline = shown.strip().splitlines()[-1]
-    assert "Mean recall" in headline and "% untouched, " in headline and "% tuned, " in headline
+    assert "Mean recall" in headline and "Pretrained " in headline and "fine-tuned " in headline
 
 
 def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys):

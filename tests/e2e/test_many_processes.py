@@ -113,7 +113,7 @@ def test_the_same_run_by_clipfts_launcher(alone, data, tmp_path):
     assert_same_figures(tmp_path, alone)
     assert skipped(tmp_path) == skipped(alone)
     assert json.loads(stdout)["skipped_pairs"] == 3  # one voice
-    assert stderr.count("training pairs,") == 1 and "over 2 processes" in stderr
+    assert stderr.count("training pairs,") == 1 and "across 2 processes" in stderr
     assert not list(tmp_path.rglob("*.part"))
 
 

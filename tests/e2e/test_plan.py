@@ -70,7 +70,14 @@ def test_people_read_it_too(catalogue, tmp_path, capsys):
     flags = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "none")]
     assert run(["train", *SMALL, *flags, "--plan"]) == 0
     said = capsys.readouterr().out
-    for words in ("2 epochs x 3 steps of 32 pairs", "warm-up", "time", "memory", "disk", "uploads"):
+    for words in (
+        "2 epochs of 3 steps with 32 pairs each",
+        "warm-up",
+        "time",
+        "memory",
+        "disk",
+        "uploads",
+    ):
         assert words in said
 
 

@@ -81,7 +81,7 @@ def test_five_kills_in_mid_accumulation_with_other_numbers_of_workers(
 
 
 def began(said: str) -> bool:
-    return "untouched model" in said or "Resuming after step" in said
+    return "pretrained: val loss" in said or "Resuming after step" in said
 
 
 def step_lines(out: Path) -> list[dict]:

@@ -248,7 +248,7 @@ def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsy
     assert not any("0x7" in reason for reason in reasons.values())  # no object in memory
     assert trained_pairs(tmp_path) == 12
     said = capsys.readouterr().err
-    assert f"note: left out {len(starts) - 2} bad pairs" in said
+    assert f"note: skipped {len(starts) - 2} bad pairs" in said
     assert "note: left out 2 members of the train shards: no pairs" in said
 
 

@@ -177,7 +177,7 @@ def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 75, said
         assert time.monotonic() - began < 25
-    assert "error: stopped by SIGTERM while its upload was awaited" in said
+    assert "error: stopped by SIGTERM while its checkpoint was uploaded" in said
     assert "Traceback" not in said
     again = command(real_bucket, tmp_path, "--resume-from-checkpoint", "--epochs", "1")
     assert run(again) == 0

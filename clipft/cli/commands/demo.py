@@ -56,11 +56,11 @@ def demo(
         following = ("train", "--mini-train", "--model", "tiny", "--data-dir", data)
         end(out, {"catalogue": data}, following)
         return
-    from clipft.cli.running import in_processes, train_in
+    from clipft.cli.running import run_training
 
     settings = loaded.values.model_copy(update={"data_dir": data, "output_dir": folder / "runs"})
     alone = settings.model_copy(update={"processes": 1})
-    in_processes(train_in, LoadedSettings(alone, loaded.origins), out, ())
+    run_training(LoadedSettings(alone, loaded.origins), out, ())
     out.note(f"{time.perf_counter() - started:.0f} s in all.")
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import settings_command
-from clipft.cli.s3_data import bring_data, transfer_progress
+from clipft.cli.s3_data import bring_data
 from clipft.config.settings import StorageSettings
 from clipft.config.sources import LoadedSettings
 from clipft.core.errors import UsageError
@@ -99,6 +99,8 @@ def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "Sy
 
     if parse_s3_url(settings.data_dir):
         raise UsageError("--up sends a folder", "name the folder with --data-dir")
+    from clipft.cli.progress import transfer_progress
+
     with transfer_progress(out) as report:
         return send(settings, report, options, out.note)
 

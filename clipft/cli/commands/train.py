@@ -43,9 +43,9 @@ def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = 
         clipft train --processes 2 --data-dir ./catalogue
         clipft train --mini-train --model tiny --data-dir ./catalogue
     """
-    from clipft.cli.running import in_processes, plan_in, train_in
+    from clipft.cli.running import plan_training, run_training
 
-    in_processes(plan_in if plan else train_in, loaded, out, ctx.obj)
+    (plan_training if plan else run_training)(loaded, out, ctx.obj)
 
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
@@ -77,7 +77,7 @@ def resume(
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
         clipft resume s3://bucket/checkpoints --endpoint-url http://localhost:9000
     """
-    from clipft.cli.running import in_processes, train_in
+    from clipft.cli.running import run_training
     from clipft.cli.s3_checkpoints import fetch_place
     from clipft.runs.checkpoint import load_newest
     from clipft.runs.load import resumable_checkpoint, saved_settings
@@ -96,7 +96,7 @@ def resume(
             f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
         )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
-    in_processes(train_in, LoadedSettings(settings, origins), out, ctx.obj)
+    run_training(LoadedSettings(settings, origins), out, ctx.obj)
 
 
 _GIB = 2**30

@@ -79,6 +79,6 @@ def test_a_floor_is_told_where_there_is_one():
     both = {"text_to_image": figures, "image_to_text": figures}
     epoch = EpochResult(1, 1, 2.0, 2.5, both, val_floor=0.25)
     assert epoch.metrics()["val_floor"] == 0.25
-    assert "val loss 2.5000 (floor 0.2500)" in epoch_line(epoch, 2)
+    assert "val loss 2.5000 (lower bound 0.2500)" in epoch_line(epoch, 2)
     plain = EpochResult(1, 1, 2.0, 2.5, both)
     assert "floor" not in epoch_line(plain, 2) + str(plain.metrics())
