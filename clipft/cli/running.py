@@ -131,8 +131,9 @@ def _forecast_table(f: Forecast, folder: str, uploads_to: str | None) -> Table:
     time = f"about {duration(f.seconds)}: "
     if f.measured_steps:
         steps = counted(f.plan.total_steps - f.done_steps, "step")
-        time += f"{steps} of {_seconds(f.seconds_per_step)}, "
-    time += f"{counted(f.validations, 'validation')} of {_seconds(f.validation_seconds)}"
+        time += f"{steps} at {_seconds(f.seconds_per_step)} each, "
+    validations = counted(f.validations, "validation")
+    time += f"{validations} at {_seconds(f.validation_seconds)} each"
     if f.measured_steps:
         done = f"; {f.done_steps:,} steps are already done" if f.done_steps else ""
         time += (
@@ -163,7 +164,7 @@ def _forecast_table(f: Forecast, folder: str, uploads_to: str | None) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    unusable = f"{counted(f.unusable, 'pair')}, skipped" if f.unusable else "no pairs known so far"
+    unusable = f"{counted(f.unusable, 'pair')}, skipped" if f.unusable else "none found so far"
     table.add_row("unusable", unusable)
     table.add_row("time", time)
     if f.measured_steps:

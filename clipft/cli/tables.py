@@ -191,7 +191,8 @@ def definitions(compared: dict[str, Any]) -> Table:
     for protocol in ("paired", "grouped"):
         for name in _shown(protocol, words[protocol]):
             if name != "protocol":
-                table.add_row(f"{protocol} {figure_name(name)}", words[protocol][name])
+                shown = "upper bound" if name == "ceiling" else figure_name(name)
+                table.add_row(f"{protocol} {shown}", words[protocol][name])
     table.add_row("ties", words["ties"])
     table.add_row(Text("[low, high]"), words["interval"])
     return table
