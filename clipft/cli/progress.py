@@ -36,7 +36,7 @@ _ROW_WIDTH = 80
 
 _RECALLS_HEAD = f"  {'R@1':>7}{'R@10':>7}"
 _EPOCHS_HEAD = (
-    f"{'':15}{'loss':>18}  " + "  ".join(f"{label:>14}" for label, _ in DIRECTIONS),
+    f"{'':15}{'loss':>18}  " + "  ".join(f"{label:>14}" for label in DIRECTIONS.values()),
     f"{'':15}{'train':>9}{'val':>9}{_RECALLS_HEAD * len(DIRECTIONS)}",
 )
 
@@ -65,7 +65,7 @@ class Pace:
         self.data_share += weight * (result.data_seconds / seconds - self.data_share)
 
 
-class PlainProgress:
+class PlainProgress(TrainingCallback):
     """Print the plan, a line at the first step and then every ten seconds, a line each epoch."""
 
     def __init__(self, console: Console, memory: Callable[[], int]) -> None:
@@ -111,9 +111,6 @@ class PlainProgress:
                 )
             self._console.print(Text("\n".join(_EPOCHS_HEAD), style="bold"), soft_wrap=True)
         say(self._console, epoch_row(result, epochs))
-
-    def closed(self) -> None:
-        return None
 
 
 class LiveProgress(PlainProgress):
@@ -203,7 +200,7 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
     train = f" train loss {result.train_loss:.4f}" if result.train_loss is not None else ""
     bound = f" (lower bound {result.val_floor:.4f})" if result.val_floor else ""
     recalls = ""
-    for label, direction in DIRECTIONS:
+    for direction, label in DIRECTIONS.items():
         figures = result.retrieval[direction]
         recalls += f"  {label} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
     best = "  best so far" if result.improved else ""
@@ -217,7 +214,7 @@ def epoch_row(result: EpochResult, epochs: int) -> str:
     """Format an epoch as a row of the table of epochs, in the columns of its heading."""
     train = f"{result.train_loss:.4f}" if result.train_loss is not None else ""
     recalls = ""
-    for _, direction in DIRECTIONS:
+    for direction in DIRECTIONS:
         figures = result.retrieval[direction]
         recalls += f"  {figures['r@1']:>7.1%}{figures['r@10']:>7.1%}"
     best = "  best so far" if result.improved else ""

@@ -74,7 +74,7 @@ def _show_result(result: TrainResult, settings: Settings, out: Output) -> None:
     if result.best:
         columns[f"fine-tuned (epoch {result.best.epoch})"] = result.best.retrieval
     out.result(result.to_dict(), retrieval_table("Validation", columns))
-    paths = RunPaths.within(result.folder)
+    paths = RunPaths(result.folder)
     if result.stopped_early:
         out.note("Stopped early: the validation figures no longer improved.")
     if result.skipped_pairs:

@@ -1,7 +1,6 @@
 """Pairs in a bucket: fetched to ``data_dir`` and packed if they are raw files, or streamed."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ from clipft.cli.console import Output
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
 from clipft.core.common import counted
-from clipft.core.files import write_text
+from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -93,16 +92,14 @@ def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
     for side, objects in found.objects.items():
         for wanted in objects:
             digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
-    mark = json.dumps({"content": digest.hexdigest()})
-    path = data_dir / _PACKED
-    packed = path.is_file() and path.read_text(encoding="utf-8", errors="replace") == mark
-    if packed and any(data_dir.glob("train/*.tar")):
+    content, mark = {"content": digest.hexdigest()}, data_dir / _PACKED
+    if read_json(mark) == content and any(data_dir.glob("train/*.tar")):
         return
     # Without validation files of its own, pack splits the training files
     source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"
     with out.progress(f"Packing {source}") as report:
         result = pack(source, data_dir, PackOptions(overwrite=True), report)
-    write_text(path, mark)
+    write_json(mark, content)
     out.note(
         f"Packed {result.train_pairs:,} training and {result.val_pairs:,} validation pairs into "
         f"{counted(result.shards, 'shard')} in {data_dir}; the raw files stay in {data_dir / RAW}."

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from clipft.core.common import counted
 from clipft.metrics import figures
-from clipft.metrics.figures import NOTHING, RECALL_DEFINITION, figure_name, formatted, unit_of
+from clipft.metrics.figures import RECALL_DEFINITION, RECALLS, figure_name, unit_of
 
 # "->" instead of the pages' arrow: not every terminal's font and encoding has the arrow
-DIRECTIONS = tuple((label.replace("→", "->"), key) for label, key in figures.DIRECTIONS)
-"""(label, key in the JSON) of the two retrieval directions."""
+DIRECTIONS = {key: label.replace("→", "->") for key, label in figures.DIRECTIONS.items()}
+"""The two directions of retrieval in their order: JSON key -> label."""
 
 UNCLEAR = "~ the interval of this difference includes 0, so it may be due to chance"
 
@@ -69,11 +69,10 @@ def value(name: str, number: float | None, sign: str = "") -> str:
 
     With ``sign`` ``"+"`` it is a difference, and percent become percentage points.
     """
-    if number is None:
-        return NOTHING
-    unit = unit_of(name)
-    percent = " pp" if sign else "%"
-    return formatted(number, unit, sign) + (percent if unit == "percent" else "")
+    shown = figures.number(number, unit_of(name), sign)
+    if number is None or unit_of(name) != "percent":
+        return shown
+    return shown + (" pp" if sign else "%")
 
 
 def with_interval(name: str, figure: dict[str, Any], sign: str = "") -> str:
@@ -96,9 +95,9 @@ def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     """Show retrieval figures side by side; ``columns`` maps a heading to ``Retrieval.to_dict``."""
     pairs = next(iter(columns.values()))["pairs"]
     table = FigureTable(f"{title}: {counted(pairs, 'pair')}", "figure", *columns)
-    for label, direction in DIRECTIONS:
+    for direction, label in DIRECTIONS.items():
         table.add_row(Text(label, style="bold"))
-        for name in (*figures.RECALLS, "mrr", "median_rank"):
+        for name in (*RECALLS, "mrr", "median_rank"):
             cells = (value(name, found[direction][name]) for found in columns.values())
             table.add_row(f"  {figure_name(name)}", *cells)
     return table
@@ -137,13 +136,17 @@ def comparison_tables(
     tuned = ["fine-tuned", "difference"] if after else []
     for protocol in ("paired", "grouped"):
         paired = protocol == "paired"
-        size = counted(before["pairs"], "pair") if paired else figures.grouped_size(before)
+        if paired:
+            size = counted(before["pairs"], "pair")
+        else:
+            part = before["grouped"]["text_to_image"]
+            size = f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"
         table = FigureTable(
             f"{title}, {protocol}: {size}",
             *("figure", model, *tuned, *(["upper bound"] if paired else [])),
             caption=compared["definitions"][protocol]["protocol"],
         )
-        for label, direction in DIRECTIONS:
+        for direction, label in DIRECTIONS.items():
             table.add_row(Text(label, style="bold"))
             part = before[protocol][direction]
             for name in _shown(protocol, part["figures"]):
@@ -191,8 +194,7 @@ def definitions(compared: dict[str, Any]) -> Table:
     for protocol in ("paired", "grouped"):
         for name in _shown(protocol, words[protocol]):
             if name != "protocol":
-                shown = "upper bound" if name == "ceiling" else figure_name(name)
-                table.add_row(f"{protocol} {shown}", words[protocol][name])
+                table.add_row(f"{protocol} {figure_name(name)}", words[protocol][name])
     table.add_row("ties", words["ties"])
     table.add_row(Text("[low, high]"), words["interval"])
     return table
