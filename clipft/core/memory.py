@@ -1,10 +1,11 @@
-"""Memory: how much may be used, and how much a piece of work took."""
+"""Memory: how much this process may use, and how much a piece of work took."""
 
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import psutil
 import torch
 
 USABLE_SHARE = 0.8
-"""Of what the machine has free: others use it too, and a run comes to need more."""
+"""Of the free memory of the machine: other programs use it too, and a run needs more later."""
 _LIMIT_SHARE = 0.97
-"""Of what a limit leaves that is this job's alone."""
+"""Of what is left below a limit that applies to this job alone."""
+GRAPH_SHARE = 0.6
+"""Of the usable memory that is free when a step first keeps graphs: backward passes, fragments
+and what else a run needs later get the rest."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _NO_LIMIT = 1 << 60
-"""cgroup v1 writes about 2^63 where v2 writes max."""
+"""cgroup v1 writes about 2^63 where v2 writes ``max``."""
 
 
 @dataclass
@@ -29,75 +33,66 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak bytes during the block: reserved on a GPU, resident of this process on a CPU.
+    """Measure the peak bytes during the block: reserved on a GPU, resident on a CPU.
 
-    Absolute, not over what was there before: an allocator keeps and reuses what an earlier
-    block freed, so a difference would say too little.
+    The value is absolute. An allocator keeps and reuses what an earlier block freed, so the
+    difference from the start would be too low.
     """
-    peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.bytes = torch.cuda.max_memory_reserved(device)
-        return
-    _reset_peak_rss()
+    else:
+        # Where this fails, the peak covers the whole life of the process: never too low
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    peak = Peak()
     yield peak
-    peak.bytes = _peak_rss()
+    peak.bytes = peak_memory_so_far(device)
+
+
+def peak_memory_so_far(device: torch.device) -> int:
+    """Return peak bytes: reserved on a GPU, resident in this process (not its workers) on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):  # unlike getrusage, this can be reset
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Peak bytes of a GPU so far, or the resident bytes of this process."""
+    """Return the peak bytes of a GPU so far, or the bytes now resident in this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_memory_so_far(device: torch.device) -> int:
-    """Peak bytes: reserved on a GPU, resident of this process (without its workers) on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    return _peak_rss()
-
-
 def usable_memory(device: torch.device, sharers: int = 1) -> int:
-    """Bytes that this process may hold, what it holds already included, within all limits.
-    On a CPU so many ``sharers`` will want the same."""
+    """Return how many bytes this process may hold, including those it holds already.
+
+    On a CPU, the limits of the machine, the cgroup and the process are all respected, and
+    ``sharers`` processes share the first two.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    memory = psutil.Process().memory_info()
     shared = [psutil.virtual_memory().available * USABLE_SHARE]
     shared += [free * _LIMIT_SHARE for free in cgroup_free(_CGROUPS, _MEMBERSHIP)]
-    own = [free * _LIMIT_SHARE for free in _rlimit_free()]
-    return int(psutil.Process().memory_info().rss + min([min(shared) / sharers, *own]))
-
-
-def give_back(device: torch.device) -> None:
-    """Return what is free to the system: allocators keep it for later otherwise."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
-
-
-GRAPH_SHARE = 0.6
-"""Of what is usable and not in use when graphs of a step are first kept: backward passes,
-fragments and what else a run comes to need have the rest."""
-
-
-def free_for_graphs(device: torch.device, to_come: int) -> int:
-    """Bytes that the graphs of a step may hold; ``to_come`` is known to be needed later."""
-    if device.type == "mps":  # its memory cannot be measured
-        return 0
-    used = memory_in_use(device)
-    if device.type == "cuda":
-        used = int(torch.cuda.memory_allocated(device))
-    return max(0, int((usable_memory(device) - used - to_come) * GRAPH_SHARE))
+    own = []
+    for limit, used in ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.data)):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY:
+            own.append(max(0, soft - used) * _LIMIT_SHARE)
+    return int(memory.rss + min([min(shared) / sharers, *own]))
 
 
 def cgroup_free(root: Path, membership: Path) -> list[int]:
-    """Bytes left under each memory limit of this process's cgroup and those above it, of
-    version 1 or 2. Files that the kernel merely remembers do not count as used."""
+    """Return the bytes left below each memory limit of this process's cgroup and its parents.
+
+    ``root`` is where cgroups are mounted, ``membership`` names the group of this process. Both
+    versions of cgroups are read.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -105,22 +100,23 @@ def cgroup_free(root: Path, membership: Path) -> list[int]:
     free = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        version2 = not controllers
-        if not version2 and "memory" not in controllers.split(","):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        top = root if version2 else root / "memory"
+        top = root / "memory" if controllers else root  # version 2 names no controllers
         own = top / path.lstrip("/")
-        # Within a container its own group is mounted as the top, whatever the path says
+        # Within a container its own group is mounted at the top, whatever the path says
         for folder in {own, *own.parents, top}:
             if folder == top or top in folder.parents:
-                free += _left_in(folder, version2)
+                left = _left_in(folder, version=1 if controllers else 2)
+                free += [] if left is None else [left]
     return free
 
 
-def _left_in(folder: Path, version2: bool) -> list[int]:
+def _left_in(folder: Path, version: int) -> int | None:
+    """Return the bytes left below the limit of one cgroup, or None if it has no limit."""
     limit_name, used_name, reclaimable = (
         ("memory.max", "memory.current", "inactive_file")
-        if version2
+        if version == 2
         else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     )
     try:
@@ -128,38 +124,30 @@ def _left_in(folder: Path, version2: bool) -> list[int]:
         used = int((folder / used_name).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return []
+        return None
     if limit == "max" or int(limit) > _NO_LIMIT:
-        return []
-    return [max(0, int(limit) - used + int(stat.get(reclaimable, 0)))]
+        return None
+    # Files that the kernel merely caches count as used, but are dropped when memory runs short
+    return max(0, int(limit) - used + int(stat.get(reclaimable, 0)))
 
 
-def _rlimit_free() -> list[int]:
-    if sys.platform == "win32":
-        return []
-    import resource
+def free_for_graphs(device: torch.device, to_come: int) -> int:
+    """Return how many bytes the graphs of a step may hold.
 
-    memory = psutil.Process().memory_info()
-    limits = ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.data))
-    found = [(resource.getrlimit(limit)[0], used) for limit, used in limits]
-    return [max(0, soft - used) for soft, used in found if soft != resource.RLIM_INFINITY]
-
-
-def _reset_peak_rss() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the peak then covers the process's life: too high, never too low
+    ``to_come`` bytes are known to be needed later, as for the states of the optimizer.
+    """
+    if device.type == "mps":  # its memory cannot be measured
+        return 0
+    # Not the peak, as ``memory_in_use`` has it on a GPU: what is free counts, not what was
+    cuda = device.type == "cuda"
+    used = int(torch.cuda.memory_allocated(device)) if cuda else memory_in_use(device)
+    return max(0, int((usable_memory(device) - used - to_come) * GRAPH_SHARE))
 
 
-def _peak_rss() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def give_back(device: torch.device) -> None:
+    """Return free memory to the system; allocators would keep it for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # only glibc has it

@@ -1,1 +1,21 @@
-"""Checks whether this machine is ready for a run, one check per question."""
+"""Checks whether this machine is ready for a run.
+
+Each check is a function that takes the settings and returns a ``Finding``. ``examination`` lists
+them all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check.
+
+    ``error`` means that a run with these settings would fail, ``warning`` that it would be slower
+    or may fail later. ``hint`` says what to do; it is empty if nothing needs to be done.
+    """
+
+    status: Literal["ok", "warning", "error"]
+    found: str
+    hint: str = ""

@@ -1,81 +1,75 @@
-"""Checks of the libraries and of what they find to compute on."""
+"""Checks of the installed libraries and of the device that they find."""
 
 import importlib
 import subprocess
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from clipft.config.settings import Settings
 from clipft.core.errors import UsageError, first_line
-from clipft.doctor.finding import Finding
+from clipft.doctor import Finding
 
 _GIB = 1 << 30
 _LOADED = ("numpy", "PIL", "torch", "torchvision", "transformers", "peft", "safetensors")
+_SHOWN = ("torch", "torchvision", "transformers", "peft", "pillow")
 _REINSTALL = (
     "install both from one index, as in `pip install --force-reinstall torch torchvision`; "
-    "a CPU-only torch does not fit a CUDA torchvision"
+    "a torch for the CPU does not fit a torchvision for CUDA"
 )
 
 
 def packages(settings: Settings) -> Finding:
-    """Are the versions those that clipft asks for?"""
-    wrong = list(_not_as_required())
-    if wrong:
-        return Finding("error", "; ".join(wrong), "install clipft anew: `pip install -U clipft`")
-    shown = ("torch", "torchvision", "transformers", "peft", "pillow")
-    return Finding("ok", ", ".join(f"{name} {version(name)}" for name in shown))
-
-
-def _not_as_required() -> Iterator[str]:
+    """Compare the versions of the installed packages with those that clipft requires."""
     from packaging.requirements import Requirement
 
     try:
-        asked = [Requirement(line) for line in requires("clipft") or ()]
-    except PackageNotFoundError:  # run from a folder that was not installed
-        return
-    for requirement in asked:
+        required = [Requirement(line) for line in requires("clipft") or ()]
+    except PackageNotFoundError:  # clipft runs from a folder and was never installed
+        required = []
+    wrong = []
+    for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            there = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            yield f"{requirement.name} is missing"
+            wrong.append(f"{requirement.name} is missing")
             continue
-        if not requirement.specifier.contains(there, prereleases=True):
-            yield f"{requirement.name} {there} is not {requirement.specifier}"
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+    if wrong:
+        return Finding("error", "; ".join(wrong), "reinstall clipft: `pip install -U clipft`")
+    return Finding("ok", ", ".join(f"{name} {version(name)}" for name in _SHOWN))
 
 
 def fit(settings: Settings) -> Finding:
-    """Do the libraries load together?"""
+    """Import the libraries, and check that torch and torchvision were built for each other."""
     for name in _LOADED:
         try:
             importlib.import_module(name)
             if name == "torchvision":
                 importlib.import_module("torchvision.ops").nms  # noqa: B018 (loads its operators)
-        except Exception as error:  # they share no base class
+        except Exception as error:  # libraries may fail with anything
             hint = _REINSTALL if name in {"torch", "torchvision"} else f"reinstall {name}"
-            return Finding(
-                "error", f"{name} does not load: {type(error).__name__}: {first_line(error)}", hint
-            )
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            return Finding("error", f"{name} does not load: {reason}", hint)
     import torch
     import torchvision
 
     ours, theirs = torch.version.cuda, getattr(torchvision.version, "cuda", None)
-    if _major(ours) != _major(theirs):
-        return Finding(
-            "error",
-            f"torch is built for {_build(ours)}, torchvision for {_build(theirs)}",
-            _REINSTALL,
-        )
-    return Finding("ok", f"they load together, built for {_build(ours)}")
+    torch_build, torchvision_build = (
+        f"CUDA {cuda}" if cuda else "the CPU" for cuda in (ours, theirs)
+    )
+    if cuda_major(ours) != cuda_major(theirs):
+        found = f"torch was built for {torch_build}, torchvision for {torchvision_build}"
+        return Finding("error", found, _REINSTALL)
+    return Finding("ok", f"they load together, built for {torch_build}")
 
 
-def _build(cuda: str | int | None) -> str:
-    return "the CPU" if cuda is None else f"CUDA {cuda}"
+def cuda_major(cuda: str | int | None) -> int | None:
+    """Return 13 for ``"13.2"``, as torch writes a version, and for 13020, as torchvision does.
 
-
-def _major(cuda: str | int | None) -> int | None:
-    """``13.2`` as torch writes it, 13020 as torchvision does."""
+    None is a build for the CPU.
+    """
     if cuda is None:
         return None
     text = str(cuda)
@@ -83,27 +77,27 @@ def _major(cuda: str | int | None) -> int | None:
 
 
 def device(settings: Settings) -> Finding:
-    """Where a run would compute."""
+    """Say on which device a run would compute, and why not on a GPU if the machine has one."""
     import torch
 
     from clipft.models.device import choose_precision
 
-    card = "" if torch.cuda.is_available() else _driver()
+    # torch sees no GPU: does the driver?
+    card = "" if torch.cuda.is_available() else _nvidia_card()
     unusable = (
-        f"PyTorch {torch.__version__} cannot use it: is it built for the CPU, or for a "
-        "newer CUDA than the driver's? See https://pytorch.org/get-started"
+        f"PyTorch {torch.__version__} cannot use the GPU: it was built for the CPU, or for a "
+        "newer CUDA than the driver supports; see https://pytorch.org/get-started"
     )
     if settings.device == "cuda" and card:
-        return Finding("error", f"not cuda, though this machine has {card}", unusable)
+        return Finding("error", f"not cuda, although this machine has {card}", unusable)
     chosen = choose_precision(settings).device
     if chosen.type == "cuda":
         return _gpus(settings.processes)
     if chosen.type == "cpu" and settings.device == "auto":
         if card:
-            return Finding("warning", f"cpu, though this machine has {card}", unusable)
-        return Finding(
-            "warning", "cpu: no GPU", "real models take hours on a CPU; --model tiny does not"
-        )
+            return Finding("warning", f"cpu, although this machine has {card}", unusable)
+        hint = "real models take hours on a CPU; try `--model tiny` first"
+        return Finding("warning", "cpu: this machine has no GPU", hint)
     return Finding("ok", chosen.type)
 
 
@@ -111,7 +105,7 @@ def _gpus(processes: int) -> Finding:
     import torch
 
     count = torch.cuda.device_count()
-    driver = _driver().partition(", driver ")[2] or "unknown"
+    driver = _nvidia_card().partition(", driver ")[2] or "unknown"
     cards = []
     for number in range(count):
         free, total = torch.cuda.mem_get_info(number)
@@ -119,45 +113,44 @@ def _gpus(processes: int) -> Finding:
         cards.append(f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
     found = f"{'; '.join(cards)}; driver {driver}, CUDA {torch.version.cuda}"
     if processes > count:
-        return Finding(
-            "error", found, f"--processes {processes} needs as many GPUs: use {count} at most"
-        )
+        hint = f"each of the --processes needs a GPU of its own: use at most {count}"
+        return Finding("error", found, hint)
     free, total = torch.cuda.mem_get_info()
     if free < total / 2:
-        return Finding("warning", found, "another program holds most of it: see `nvidia-smi`")
+        return Finding("warning", found, "another program uses most of it: see `nvidia-smi`")
     return Finding("ok", found)
 
 
-def _driver() -> str:
-    """Name and driver of the first card, as NVIDIA's own tool says it; "" where it is not."""
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def _nvidia_card() -> str:
+    """Return the name and driver of the first card, as nvidia-smi reports them, or ""."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    name, _, driver = said.stdout.strip().partition("\n")[0].rpartition(", ")
+    name, _, driver = done.stdout.strip().partition("\n")[0].rpartition(", ")
     return f"{name}, driver {driver}"
 
 
 def precision(settings: Settings) -> Finding:
-    """In which numbers a run would compute."""
+    """Say in which precision a run would compute."""
     from clipft.models.device import choose_precision
 
     chosen = choose_precision(settings)
-    how = "chosen for this hardware" if settings.precision == "auto" else "as set"
     if chosen.name == "bf16" and chosen.device.type == "cpu" and settings.precision == "bf16":
         auto = choose_precision(settings.model_copy(update={"precision": "auto"}))
         if auto.name != "bf16":
             return Finding(
                 "warning",
                 "bf16, which this processor only emulates",
-                "use --precision auto: emulated, a step takes minutes",
+                "use --precision auto: with emulation a step takes minutes",
             )
-    return Finding("ok", f"{chosen.name} on {chosen.device.type}, {how}")
+    why = "chosen for this hardware" if settings.precision == "auto" else "as set"
+    return Finding("ok", f"{chosen.name} on {chosen.device.type}, {why}")
 
 
 def eight_bit(settings: Settings) -> Finding:
-    """bitsandbytes: does a step of its optimizer run?"""
+    """Take one step with the 8-bit optimizer of bitsandbytes."""
     import torch
 
     from clipft.models.device import choose_precision
@@ -166,13 +159,12 @@ def eight_bit(settings: Settings) -> Finding:
     where = choose_precision(settings).device
     weight = torch.nn.Parameter(torch.zeros(64, 64, device=where))
     weight.grad = torch.ones_like(weight)
-    needed = settings.optimizer == "adamw8bit"
     try:
         make_optimizer("adamw8bit", [{"params": [weight], "lr": 1e-3}], where).step()
     except (UsageError, RuntimeError, OSError) as error:
         return Finding(
-            "error" if needed else "warning",
+            "error" if settings.optimizer == "adamw8bit" else "warning",
             f"AdamW8bit does not run on {where.type}: {first_line(error)}",
-            "use --optimizer adamw, or mend the installation of bitsandbytes",
+            "use --optimizer adamw, or reinstall bitsandbytes",
         )
     return Finding("ok", f"bitsandbytes {version('bitsandbytes')} runs on {where.type}")

@@ -1,53 +1,50 @@
-"""Checks of what a run reads and where it sends: pairs, model, bucket, W&B."""
+"""Checks of what a run reads and where it sends figures: pairs, model, bucket, W&B."""
 
 import os
 import socket
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from clipft.config.settings import Settings
 from clipft.core.errors import first_line
-from clipft.doctor.finding import Finding
+from clipft.doctor import Finding
 
 _SECONDS = 5
-_PROBE = ".clipft-doctor"
 
 
 def pairs(settings: Settings) -> Finding:
-    """Are there shards? Only their names are looked at."""
-    sides = {side: sorted((settings.data_dir / side).glob("*.tar")) for side in ("train", "val")}
-    missing = [side for side, shards in sides.items() if not shards]
+    """Look for shards. Only their names and sizes are read."""
+    shards = {side: sorted((settings.data_dir / side).glob("*.tar")) for side in ("train", "val")}
+    missing = [f"{side}/*.tar" for side, found in shards.items() if not found]
     if not missing:
-        size = sum(shard.stat().st_size for shards in sides.values() for shard in shards)
-        counts = " and ".join(f"{len(shards)} of {side}" for side, shards in sides.items())
+        size = sum(path.stat().st_size for found in shards.values() for path in found)
+        counts = " and ".join(f"{len(found)} for {side}" for side, found in shards.items())
         return Finding("ok", f"shards in {settings.data_dir}: {counts}, {size / 2**20:,.0f} MiB")
     if settings.s3_bucket:
-        return Finding("ok", f"to be fetched from bucket {settings.s3_bucket}")
+        return Finding("ok", f"to be downloaded from bucket {settings.s3_bucket}")
     return Finding(
         "warning",
-        f"no {' and no '.join(f'{side}/*.tar' for side in missing)} in {settings.data_dir}",
-        "name the folder with --data-dir, or make it: `clipft pack PHOTOS FOLDER`",
+        f"no {' and no '.join(missing)} in {settings.data_dir}",
+        "name the folder with --data-dir, or create it with `clipft pack PHOTOS FOLDER`",
     )
 
 
 def model(settings: Settings) -> Finding:
-    """A local or cached model is really loaded; of another the hub is asked whether it has it."""
+    """Load a local or cached model. For any other, ask the hub whether it has it."""
     from clipft.models.pretrained import TINY, load_pretrained, looks_local
 
     name = settings.model
     if name == TINY or looks_local(name):
         base = load_pretrained(name)
         return Finding("ok", f"{name} loads, {base.parameters_count:,} parameters")
-    cached = _cached(name)
-    if cached is None:
+    if not (cached := _cached(name)):
         return _on_hub(name)
     base = load_pretrained(cached)
     return Finding("ok", f"{name} loads from the cache, {base.parameters_count:,} parameters")
 
 
 def _cached(name: str) -> str | None:
-    """The folder of a hub model that is here already, with weights and all."""
+    """Return the folder of a hub model that was downloaded before, weights included."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -55,6 +52,7 @@ def _cached(name: str) -> str | None:
         folder = snapshot_download(name, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
+    # Reading a configuration alone also makes a folder in the cache
     weights = [p for ending in ("safetensors", "bin") for p in Path(folder).glob(f"*.{ending}")]
     return folder if weights else None
 
@@ -63,78 +61,73 @@ def _on_hub(name: str) -> Finding:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    instead = "--model takes a local folder too, and --model tiny needs no network"
+    instead = "--model also takes a local folder, and --model tiny needs no network"
     try:
         found = HfApi().model_info(name, timeout=_SECONDS)
     except GatedRepoError:
-        return Finding(
-            "error", f"{name} asks for consent on the hub", "give it, then `hf auth login`"
-        )
+        hint = "accept its terms on the hub, then run `hf auth login`"
+        return Finding("error", f"{name} is a gated model", hint)
     except (RepositoryNotFoundError, HFValidationError):
         return Finding("error", f"the hub has no model {name}", f"check the name; {instead}")
-    except Exception as error:  # of httpx, of sockets, or of the offline mode
+    except Exception as error:  # from httpx, from sockets, or because of the offline mode
         return Finding(
             "error",
-            f"{name} is not in the cache, and the hub cannot be asked "
+            f"{name} is not in the cache, and the hub cannot be reached "
             f"({type(error).__name__}: {first_line(error)})",
-            f"mend the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies); {instead}",
+            f"check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies); {instead}",
         )
-    return Finding("ok", f"{found.id} is on the hub, to be fetched by the first run")
+    return Finding("ok", f"{found.id} is on the hub; the first run will download it")
 
 
 def bucket(settings: Settings) -> Finding:
-    """Credentials, address and rights, as ``sync`` and the upload of checkpoints need them."""
+    """List the bucket, and if checkpoints are to be uploaded, write an empty object and delete it.
+
+    Raises:
+        StorageError: Credentials, address or rights are wrong.
+    """
     if not settings.s3_bucket:
         if settings.enable_s3_checkpoints:
-            return Finding(
-                "error", "--enable-s3-checkpoints without a bucket", "name it with --s3-bucket"
-            )
+            found = "--enable-s3-checkpoints is set without a bucket"
+            return Finding("error", found, "name the bucket with --s3-bucket")
         return Finding("ok", "no bucket is set")
     from clipft.storage.s3.client import open_bucket
 
-    at_once = settings.model_copy(update={"s3_patience": 0.0})
-    opened = open_bucket(at_once)
+    # Without retries: an answer is wanted at once
+    opened = open_bucket(settings.model_copy(update={"s3_patience": 0.0}))
     prefix = settings.s3_prefix.strip("/") + "/"
+    listed = f"{opened.url(prefix)} can be listed"
     if not opened.holds(prefix):
-        return Finding(
-            "warning",
-            f"{opened.url(prefix)} can be listed and is empty",
-            "check --s3-prefix; raw pairs or shards belong there",
-        )
-    if settings.enable_s3_checkpoints:
-        _write_to(opened, settings)
-        return Finding("ok", f"{opened.url(prefix)} can be listed, checkpoints can be uploaded")
-    return Finding("ok", f"{opened.url(prefix)} can be listed")
-
-
-def _write_to(opened: Any, settings: Settings) -> None:
-    """Put an empty object where checkpoints go, and take it away.
-
-    Raises:
-        StorageError: one of the two is refused.
-    """
-    key = f"{settings.s3_checkpoint_prefix.strip('/')}/{_PROBE}-{os.getpid()}"
+        hint = "check --s3-prefix: it should hold raw pairs or shards"
+        return Finding("warning", f"{listed} and is empty", hint)
+    if not settings.enable_s3_checkpoints:
+        return Finding("ok", listed)
+    key = f"{settings.s3_checkpoint_prefix.strip('/')}/.clipft-doctor-{os.getpid()}"
     opened.call("put_object", key, Key=key, Body=b"")
     opened.call("delete_object", key, Key=key)
+    return Finding("ok", f"{listed}, checkpoints can be uploaded")
 
 
 def tracking(settings: Settings) -> Finding:
-    """W&B never stops a run: what is wrong with it is a warning."""
+    """Check W&B. It never stops a run, so any problem is only a warning."""
     if settings.wandb == "disabled":
         return Finding("ok", "off")
     try:
         import wandb
     except ImportError as error:
-        return Finding("warning", f"wandb does not load: {error}", "`pip install wandb`")
+        return Finding("warning", f"wandb does not load: {error}", "run `pip install wandb`")
     if settings.wandb == "offline":
-        return Finding("ok", f"wandb {wandb.__version__}, offline: `wandb sync` sends a run later")
+        return Finding(
+            "ok", f"wandb {wandb.__version__}, offline: `wandb sync` uploads a run later"
+        )
     address = wandb.setup().settings.base_url
     if not wandb.login(host=address, prompt=False):
-        return Finding("warning", f"no key for {address}", "`wandb login`, or set WANDB_API_KEY")
-    return _reached(address)
+        hint = "run `wandb login`, or set WANDB_API_KEY"
+        return Finding("warning", f"there is no key for {address}", hint)
+    return reachable(address)
 
 
-def _reached(address: str) -> Finding:
+def reachable(address: str) -> Finding:
+    """Connect to the server of W&B at a URL."""
     parts = urlsplit(address)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
@@ -143,6 +136,6 @@ def _reached(address: str) -> Finding:
         return Finding(
             "warning",
             f"{address} cannot be reached: {error.strerror or error}",
-            "use --wandb offline, and `wandb sync` later; training goes on without it",
+            "use --wandb offline, and `wandb sync` later; training continues without it",
         )
-    return Finding("ok", f"{address} is there, and so is a key")
+    return Finding("ok", f"{address} can be reached, and there is a key")

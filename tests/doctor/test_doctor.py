@@ -1,8 +1,9 @@
-"""Under real conditions: broken libraries, folders, limits, models, buckets."""
+"""Checks under real conditions: broken libraries, folders, limits, models, buckets."""
 
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from clipft.cli.app import run
 from clipft.config.settings import Settings
+from clipft.core.errors import ModelError
 from clipft.doctor import libraries, machine, reach
-from clipft.doctor.examination import CHECKS, examine
+from clipft.doctor.examination import CHECKS, examine, run_check
 
 TINY = Settings(model="tiny", device="cpu")
 
@@ -21,13 +23,15 @@ def but(**changed) -> Settings:
     return TINY.model_copy(update=changed)
 
 
-def doctor(*args: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "clipft", "doctor", "--device", "cpu", *args],
+def doctor(*args: str, **environ: str) -> "tuple[subprocess.CompletedProcess[str], dict]":
+    """Runs ``clipft doctor`` in a process of its own, and returns its checks by name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "clipft", "doctor", "--device", "cpu", "--json", *args],
         capture_output=True,
         text=True,
         env=os.environ | environ,
     )
+    return done, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
 
 def test_a_machine_that_can_train_is_ready(catalogue, tmp_path, capsys):
@@ -36,20 +40,20 @@ def test_a_machine_that_can_train_is_ready(catalogue, tmp_path, capsys):
     assert run(["doctor", "--model", "tiny", *flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ready"]
-    assert [check["name"] for check in said["checks"]] == [check.name for check in CHECKS]
+    assert [check["name"] for check in said["checks"]] == list(CHECKS)
     assert not [check for check in said["checks"] if check["status"] == "error"]
     assert not out.exists()
 
 
-def test_each_finding_that_is_not_ok_says_what_to_do(tmp_path):
+def test_each_finding_that_is_not_ok_has_a_hint(tmp_path):
     settings = but(data_dir=tmp_path / "none", model="nobody/nothing", s3_bucket="x")
     settings = settings.model_copy(update={"endpoint_url": "http://127.0.0.1:9", "wandb": "online"})
-    findings = [examined.finding for examined in examine(settings, lambda done, of: None)]
+    findings = examine(settings, lambda done, of: None).values()
     assert all(f.hint for f in findings if f.status != "ok")
     assert {f.status for f in findings} >= {"ok", "error"}
 
 
-def test_an_error_has_an_exit_code_and_a_sentence(tmp_path, capsys):
+def test_an_error_sets_the_exit_code_and_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     flags = ["--model", "tiny", "--output-dir", str(tmp_path / "file" / "runs")]
     assert run(["doctor", *flags]) == 10
@@ -58,29 +62,27 @@ def test_an_error_has_an_exit_code_and_a_sentence(tmp_path, capsys):
     assert "--output-dir" in said.err
 
 
-def test_a_torchvision_that_does_not_fit_is_told_and_ends_nothing_else(tmp_path):
-    """As of a CPU-only torch beside a torchvision for CUDA."""
+def test_a_torchvision_that_does_not_fit_is_found_and_the_other_checks_still_run(tmp_path):
+    """The error of a CPU-only torch beside a torchvision for CUDA."""
     fake = tmp_path / "torchvision"
     fake.mkdir()
     (fake / "__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')"
     )
-    done = doctor("--model", "tiny", "--json", PYTHONPATH=str(tmp_path))
+    done, checks = doctor("--model", "tiny", PYTHONPATH=str(tmp_path))
     assert done.returncode == 10
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert "torchvision::nms does not exist" in checks["libraries fit"]["found"]
     assert "pip install" in checks["libraries fit"]["hint"]
     assert checks["memory"]["status"] == "ok"
     assert "Traceback" not in done.stderr
 
 
-def test_a_library_of_a_wrong_version_is_told(tmp_path):
-    """Another version stands before the real one on the path."""
+def test_a_library_of_a_wrong_version_is_found(tmp_path):
+    """Another version comes before the real one on the path."""
     info = tmp_path / "peft-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    done = doctor("--model", "tiny", "--json", PYTHONPATH=str(tmp_path))
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    _, checks = doctor("--model", "tiny", PYTHONPATH=str(tmp_path))
     assert checks["packages"]["status"] == "error"
     assert "peft 0.1.0 is not" in checks["packages"]["found"]
 
@@ -89,26 +91,26 @@ def test_a_library_of_a_wrong_version_is_told(tmp_path):
     ("torch", "torchvision", "same"),
     [("13.2", 13020, True), (None, None, True), (None, 13020, False), ("12.8", 13020, False)],
 )
-def test_builds_are_told_apart(torch, torchvision, same):
-    assert (libraries._major(torch) == libraries._major(torchvision)) is same
+def test_cuda_versions_are_compared_across_notations(torch, torchvision, same):
+    assert (libraries.cuda_major(torch) == libraries.cuda_major(torchvision)) is same
 
 
-@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that nobody can write")
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that nobody can write to")
 def test_a_read_only_folder_is_an_error_for_the_output_and_a_warning_for_the_cache(monkeypatch):
     assert machine.output_folder(but(output_dir=Path("/sys/runs"))).status == "error"
     monkeypatch.setenv("CLIPFT_CACHE", "/sys/cache")
     assert machine.cache(TINY).status == "warning"
 
 
-def test_looking_at_a_folder_leaves_nothing(tmp_path):
+def test_checking_a_folder_leaves_nothing_behind(tmp_path):
     deep = tmp_path / "a" / "b"
     found = machine.output_folder(but(output_dir=deep))
     assert found.status in {"ok", "warning"}
-    assert "will be made" in found.found
+    assert "will be created" in found.found
     assert not list(tmp_path.iterdir())
 
 
-def test_few_open_files_are_told():
+def test_a_low_limit_of_open_files_is_found():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
@@ -121,7 +123,7 @@ def test_few_open_files_are_told():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_process_limit_on_memory_is_seen():
+def test_a_memory_limit_of_the_process_is_respected():
     code = (
         "import resource, torch; from clipft.doctor import machine; "
         "from clipft.config.settings import Settings; import psutil; "
@@ -133,31 +135,26 @@ def test_a_process_limit_on_memory_is_seen():
     assert done.stdout.strip() == "warning", done.stderr
 
 
-def test_a_broken_model_folder_is_told(tmp_path):
-    from clipft.core.errors import ModelError
-
+def test_a_broken_model_folder_is_found(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         reach.model(but(model=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
-    checks = {e.name: e.finding for e in examine(but(model=str(tmp_path)), lambda *_: None)}
-    assert checks["model"].status == "error"
-    assert checks["model"].hint
+    found = run_check("model", but(model=str(tmp_path)))
+    assert found.status == "error"
+    assert found.hint
 
 
-def test_a_truncated_model_is_told(tmp_path):
-    import shutil
-
+def test_a_truncated_model_is_found(tmp_path):
     from clipft.models import pretrained as base
 
     folder = tmp_path / "model"
     shutil.copytree(base._TINY_FOLDER, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    checks = {e.name: e.finding for e in examine(but(model=str(folder)), lambda *_: None)}
-    assert checks["model"].status == "error"
+    assert run_check("model", but(model=str(folder))).status == "error"
 
 
-def test_a_hub_out_of_reach_is_told():
+def test_an_unreachable_hub_is_found():
     found = reach.model(but(model="nobody/nothing"))
     assert found.status == "error"
     assert "not in the cache" in found.found
@@ -168,7 +165,7 @@ def test_wandb_without_key_or_server_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert reach.tracking(but(wandb="disabled")).status == "ok"
     assert reach.tracking(but(wandb="offline")).status == "ok"
-    found = reach._reached("http://127.0.0.1:9")
+    found = reach.reachable("http://127.0.0.1:9")
     assert found.status == "warning"
     assert "offline" in found.hint
 

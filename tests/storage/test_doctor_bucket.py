@@ -1,34 +1,32 @@
-"""``clipft doctor`` on buckets: what is wrong is told apart as ``sync`` tells it."""
+"""``clipft doctor`` on buckets: it distinguishes the same problems as ``clipft sync``."""
 
 import pytest
 
 from clipft.config.settings import Settings
-from clipft.doctor.examination import CHECKS, _answer
-from clipft.doctor.finding import Finding
-
-BUCKET = next(check for check in CHECKS if check.name == "bucket")
+from clipft.doctor import Finding
+from clipft.doctor.examination import run_check
 
 
-def looked(storage, **more) -> Finding:
-    return _answer(BUCKET, Settings(**{**storage.model_dump(), **more}))
+def check(storage, **more) -> Finding:
+    return run_check("bucket", Settings(**{**storage.model_dump(), **more}))
 
 
 def test_a_bucket_with_pairs_is_ok_and_an_empty_one_a_warning(bucket):
-    assert looked(bucket.settings).status == "warning"
+    assert check(bucket.settings).status == "warning"
     bucket.put({"data/train/00000.tar": b"x"})
-    assert looked(bucket.settings).status == "ok"
+    assert check(bucket.settings).status == "ok"
 
 
-def test_checkpoints_are_tried_and_nothing_stays(bucket):
+def test_uploading_a_checkpoint_is_tried_and_nothing_stays(bucket):
     bucket.put({"data/train/00000.tar": b"x"})
-    found = looked(bucket.settings, enable_s3_checkpoints=True)
+    found = check(bucket.settings, enable_s3_checkpoints=True)
     assert "uploaded" in found.found
     listed = bucket.client.list_objects_v2(Bucket=bucket.settings.s3_bucket)["Contents"]
     assert [entry["Key"] for entry in listed] == ["data/train/00000.tar"]
 
 
-def test_checkpoints_without_a_bucket_are_an_error():
-    assert looked(Settings(enable_s3_checkpoints=True)).status == "error"
+def test_checkpoint_uploads_without_a_bucket_are_an_error():
+    assert check(Settings(enable_s3_checkpoints=True)).status == "error"
 
 
 @pytest.mark.parametrize(
@@ -40,14 +38,14 @@ def test_checkpoints_without_a_bucket_are_an_error():
         ({"s3_profile": "nobody"}, "no profile nobody"),
     ],
 )
-def test_what_is_wrong_is_told_apart(bucket, changed, said):
-    found = looked(bucket.settings, **changed)
+def test_problems_are_distinguished(bucket, changed, said):
+    found = check(bucket.settings, **changed)
     assert found.status == "error"
     assert said in found.found
     assert found.hint
 
 
-def test_missing_credentials_are_told(bucket, monkeypatch):
+def test_missing_credentials_are_found(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert "no usable AWS credentials" in looked(bucket.settings).found
+    assert "no usable AWS credentials" in check(bucket.settings).found

@@ -1,5 +1,6 @@
 """``clipft doctor``."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,7 +21,7 @@ from clipft.core.common import counted
 from clipft.core.errors import NotReady
 
 if TYPE_CHECKING:
-    from clipft.doctor.finding import Examined
+    from clipft.doctor import Finding
 
 _LOOKED_AT = (StorageSettings, ModelSettings, OptimSettings, RunSettings, TrackingSettings)
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -45,33 +46,32 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
     from clipft.doctor.examination import examine
 
     with out.progress("Looking at this machine") as report:
-        examined = examine(loaded.values, report)
-    errors = [e for e in examined if e.finding.status == "error"]
-    out.result({"ready": not errors, "checks": [e.to_dict() for e in examined]}, _table(examined))
+        findings = examine(loaded.values, report)
+    errors = [name for name, finding in findings.items() if finding.status == "error"]
+    checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
+    out.result({"ready": not errors, "checks": checks}, _table(findings))
     if errors:
-        first = errors[0]
+        first = findings[errors[0]]
         error = NotReady(
-            f"{counted(len(errors), 'check')} failed, first {first.name}: {first.finding.found}",
-            first.finding.hint,
+            f"{counted(len(errors), 'check')} failed, first {errors[0]}: {first.found}", first.hint
         )
         print_error(error, as_json=False)  # stdout has the table already
         raise typer.Exit(error.exit_code)
-    warnings = sum(e.finding.status == "warning" for e in examined)
+    warnings = sum(finding.status == "warning" for finding in findings.values())
     remark = f", with {counted(warnings, 'warning')}" if warnings else ""
     out.note(f"Ready{remark}.")
-    lacking = any(e.name == "pairs" and e.finding.status != "ok" for e in examined)
-    end(out, {}, () if lacking else ("train", *flags_given(loaded), "--plan"))
+    has_pairs = findings["pairs"].status == "ok"
+    end(out, {}, () if not has_pairs else ("train", *flags_given(loaded), "--plan"))
 
 
-def _table(examined: "list[Examined]") -> Table:
+def _table(findings: "dict[str, Finding]") -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     for column in ("status", "name"):
         table.add_column(column, no_wrap=True)
     table.add_column("found", overflow="fold")
-    for each in examined:
-        finding = each.finding
+    for name, finding in findings.items():
         said = Text(finding.found)
         if finding.hint:
             said.append(f"\n-> {finding.hint}")
-        table.add_row(Text(finding.status, _COLOURS[finding.status]), each.name, said)
+        table.add_row(Text(finding.status, _COLOURS[finding.status]), name, said)
     return table
