@@ -1,16 +1,16 @@
-"""Pictures to search among: those of shards, or the loose files of a folder, cut into parts.
+"""The images to search among: pairs in shards, or loose files in a folder.
 
-A part is what is embedded and cached together: some pairs of one shard, or some files of one
-folder. Its ``state`` changes whenever any of its pictures does, and only then.
+They are divided into parts: some pairs of one shard, or some files of one folder. A part is
+embedded and cached as a whole, so a changed image costs only the embedding of its own part again.
 """
 
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from clipft.core.errors import DataError
 from clipft.data.shards.dataset import PairDataset, RawPair, shard_paths
@@ -19,139 +19,107 @@ from clipft.data.shards.index import (
     IMAGE_SUFFIXES,
     METADATA_SUFFIX,
     Shard,
-    Stamp,
     open_shard,
     stamp_of,
 )
 from clipft.data.shards.tar import ByteRange
 
-_PAIRS = 4096
-"""Pairs of a shard in a part: what a kill while embedding costs at most."""
-_FILES = 256
-"""Files in a part, about: what one changed file costs to embed again."""
-_MOST_TEXT = 1 << 20
+_PAIRS_PER_PART = 4096
+"""For shards: the most that has to be embedded again after a kill."""
+_FILES_PER_PART = 256
+"""For files, roughly: what has to be embedded again after one of them changed."""
+_MAX_TEXT_BYTES = 1 << 20
 
 
-class PicturePart(Protocol):
-    """Pairs by number from 0; a caption is b"" where there is none."""
+@dataclass(frozen=True)
+class ImagePart:
+    """Images that are embedded and cached together.
 
-    @property
-    def state(self) -> str: ...
+    Attributes:
+        state: Changes whenever one of the images does, and only then.
+        count: The number of images.
+        read: Returns the image of a number below ``count`` as a pair, with an empty caption if it
+            has none. It raises a DataError if the shard or file was changed or removed.
+    """
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        """
-        Raises:
-            DataError: the shard or file was changed or removed.
-        """
+    state: str
+    count: int
+    read: Callable[[int], RawPair]
 
 
-def open_pictures(source: Path) -> Sequence[PicturePart]:
-    """Of ``*.tar`` in a folder, or in its train/ and val/; else of the pictures in it and in
-    the folders below, hidden ones left out.
+def open_images(source: Path) -> list[ImagePart]:
+    """Find the images in a folder.
+
+    If the folder, or train/ or val/ in it, holds ``*.tar`` files, these are read as shards.
+    Otherwise the folder and those below it are searched for image files, except hidden ones.
 
     Raises:
-        DataError: there is no folder, or no picture in it; a shard is not whole.
+        DataError: There is no such folder or no image in it, or a shard is damaged.
     """
-    folders = [folder for name in ("train", "val") if (folder := source / name).is_dir()]
-    with_shards = [folder for folder in (source, *folders) if any(folder.glob("*.tar"))]
+    folders = [source, *(source / name for name in ("train", "val") if (source / name).is_dir())]
+    with_shards = [folder for folder in folders if any(folder.glob("*.tar"))]
     if with_shards:
-        paths = [path for folder in with_shards for path in shard_paths(folder)]
-        parts: list[PicturePart] = [part for path in paths for part in _of_shard(path)]
+        shards = [path for folder in with_shards for path in shard_paths(folder)]
+        parts = [part for path in shards for part in _parts_of_shard(open_shard(path))]
     else:
-        parts = list(_of_folders(source))
+        parts = list(_parts_of_folder(source))
     if not parts:
         raise DataError(
-            f"no picture in {source}" if source.is_dir() else f"no folder {source}",
-            "name a folder of shards or of pictures",
+            f"no image in {source}" if source.is_dir() else f"no folder {source}",
+            "name a folder of shards or of images",
         )
     return parts
 
 
-@dataclass(frozen=True)
-class _ShardPart:
-    """Pairs ``first`` to ``last`` of a shard."""
-
-    shard: Shard
-    first: int
-    last: int
-
-    @property
-    def state(self) -> str:
-        return f"{self.shard.path.resolve()} {self.shard.stamp} {self.first} {self.last}"
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        return PairDataset([self.shard])[self.first + number]
+def _parts_of_shard(shard: Shard) -> Iterator[ImagePart]:
+    for first in range(0, len(shard), _PAIRS_PER_PART):
+        last = min(first + _PAIRS_PER_PART, len(shard))
+        state = f"{shard.path.resolve()} {shard.stamp} {first} {last}"
+        yield ImagePart(state, last - first, partial(_read_pair, shard, first))
 
 
-def _of_shard(path: Path) -> Iterator[_ShardPart]:
-    shard = open_shard(path)
-    for first in range(0, len(shard), _PAIRS):
-        yield _ShardPart(shard, first, min(first + _PAIRS, len(shard)))
+def _read_pair(shard: Shard, first: int, number: int) -> RawPair:
+    return PairDataset([shard])[first + number]
 
 
-@dataclass(frozen=True)
-class _FilePart:
-    """Files of one folder, named from ``root``, with their stamps."""
-
-    root: Path
-    names: tuple[str, ...]
-    stamps: tuple[Stamp, ...]
-
-    @property
-    def state(self) -> str:
-        listed = "\0".join(map(str, (*self.names, *self.stamps)))
-        digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-        return f"{self.root.resolve()} {digest}"
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        path = self.root / self.names[number]
-        try:
-            image = ByteRange(str(path)).read()
-        except OSError as error:
-            raise DataError(
-                f"cannot read {path}: {error.strerror}", "put it back, or search again without it"
-            ) from error
-        words = (_text(path.with_suffix(f".{s}")) for s in (CAPTION_SUFFIX, METADATA_SUFFIX))
-        return RawPair(number, self.names[number], str(self.root), image, *words)
-
-
-def _text(path: Path) -> bytes:
-    try:
-        return ByteRange(str(path)).read(_MOST_TEXT)
-    except OSError:  # none there
-        return b""
-
-
-def _of_folders(root: Path) -> Iterator[_FilePart]:
-    """Each folder's pictures in parts by a hash of their names: a new or changed file touches
-    one part alone."""
+def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
+    """Divide the images of each folder by a hash of their names, so that an added or changed file
+    affects one part alone."""
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found = _pictures(Path(place), names)
-        parts = 1 << max(0, (len(found) // _FILES).bit_length())
+        stamps = {}
+        for name in names:
+            path = Path(place) / name
+            suffix = name.rpartition(".")[2].lower()
+            wanted = suffix in IMAGE_SUFFIXES and not name.startswith(".")
+            if wanted and path.is_file() and os.access(path, os.R_OK):
+                stamps[name] = stamp_of(path.stat())
+        # A power of two: as the folder grows, its parts are divided anew only rarely
+        parts = 1 << max(0, (len(stamps) // _FILES_PER_PART).bit_length())
         buckets: dict[int, list[str]] = {}
-        for name in sorted(found):
+        for name in sorted(stamps):
             buckets.setdefault(zlib.crc32(os.fsencode(name)) % parts, []).append(name)
         for _, members in sorted(buckets.items()):
-            paths = [(Path(place) / name).relative_to(root) for name in members]
-            stamps = tuple(found[name] for name in members)
-            yield _FilePart(root, tuple(map(str, paths)), stamps)
+            paths = tuple(str((Path(place) / name).relative_to(root)) for name in members)
+            listed = "\0".join(map(str, (*paths, *(stamps[name] for name in members))))
+            digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+            state = f"{root.resolve()} {digest}"
+            yield ImagePart(state, len(paths), partial(_read_file, root, paths))
 
 
-def _pictures(folder: Path, names: Sequence[str]) -> dict[str, Stamp]:
-    found = {}
-    for name in names:
-        suffix = name.rpartition(".")[2].lower()
-        path = folder / name
-        wanted = suffix in IMAGE_SUFFIXES and not name.startswith(".")
-        if wanted and path.is_file() and os.access(path, os.R_OK):
-            found[name] = stamp_of(path.stat())
-    return found
+def _read_file(root: Path, names: Sequence[str], number: int) -> RawPair:
+    """Read an image file, and the caption and metadata beside it."""
+    path = root / names[number]
+    try:
+        image = ByteRange(str(path)).read()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", "restore it, or search again without it"
+        ) from error
+    texts = []
+    for suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):
+        try:
+            texts.append(ByteRange(str(path.with_suffix(f".{suffix}"))).read(_MAX_TEXT_BYTES))
+        except OSError:  # usually there is none
+            texts.append(b"")
+    return RawPair(number, names[number], str(root), image, *texts)

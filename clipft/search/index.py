@@ -1,9 +1,9 @@
-"""Embeddings of pictures, made once and searched by a text or another picture.
+"""Embeddings of images, made once and then searched by a text or by another image.
 
-Each part of the data has a file of its own in the cache folder, named by a hash of the model,
-the preprocessing and the part's state: changed data is embedded anew part by part, and what a
-kill left is used. float32, mapped: half the bytes in float16 made a query slower, because it
-has to be converted first.
+Each part of the data has its own file in the cache folder, named by a hash of the model, the
+preprocessing and the state of the part. Changed data is embedded again part by part, and an
+interrupted search continues where it stopped. The files hold float32 and are memory-mapped:
+float16 would halve them but made a query slower, because it has to be converted first.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards.dataset import RawPair
 from clipft.embedding.embed import embed_texts
 from clipft.runs.load import OpenedModel
-from clipft.search.images import PicturePart
+from clipft.search.images import ImagePart
 
 _FORMAT = "1"
 _BATCH = 64
@@ -39,8 +39,28 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
+class JoinedParts:
+    """Several parts with one numbering, as the loader reads them."""
+
+    parts: Sequence[ImagePart]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number after the last image of each part."""
+        return list(accumulate(part.count for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.parts else 0
+
+    def __getitem__(self, number: int, /) -> RawPair:
+        which = bisect_right(self.ends, number)
+        pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
+        return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
+
+
+@dataclass(frozen=True)
 class Hit:
-    """One found picture; ``number`` counts over all parts."""
+    """An image that was found. ``number`` counts over all parts."""
 
     number: int
     score: float
@@ -48,70 +68,74 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class PictureIndex:
-    """Unit rows [pictures, D] by part; a picture that cannot be used is a row of NaN."""
+class ImageIndex:
+    """The embeddings of all images.
 
-    parts: Sequence[PicturePart]
+    ``vectors`` has an array [images, D] per part, with rows of unit length; an image that cannot
+    be decoded has a row of NaN. ``embedded`` counts the images that were not in the cache.
+    """
+
+    parts: Sequence[ImagePart]
     vectors: Sequence[Vectors]
     embedded: int
-    """Pictures that were not in the cache."""
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(part.count for part in self.parts)
 
     def scores(self, query: Tensor) -> Vectors:
-        """The cosine [pictures] of each with a unit vector [D]; NaN where it cannot be used."""
+        """Return the cosine [images] of each image with a unit vector [D]; NaN if undecodable."""
         vector = query.numpy()
         return np.concatenate([np.asarray(rows) @ vector for rows in self.vectors])
 
     def best(self, scores: Vectors, count: int) -> list[Hit]:
-        """The ``count`` greatest of ``scores``, the first of equal ones first.
+        """Return the ``count`` images with the highest scores; equal scores rank by number.
 
         Raises:
-            DataError: a picture was changed or removed meanwhile.
+            DataError: An image was changed or removed in the meantime.
         """
         usable = np.flatnonzero(~np.isnan(scores))
         if count < len(usable):
+            # Sorting only those that can win: a partition of millions takes milliseconds
             least = np.partition(scores[usable], -count)[-count]
             usable = usable[scores[usable] >= least]
         ranked = usable[np.argsort(-scores[usable], kind="stable")][:count]
-        all_pairs = _Joined(self.parts)
-        return [Hit(int(n), float(scores[n]), all_pairs[int(n)]) for n in ranked]
+        pairs = JoinedParts(self.parts)
+        return [Hit(int(n), float(scores[n]), pairs[int(n)]) for n in ranked]
 
 
 def open_index(
     opened: OpenedModel,
-    parts: Sequence[PicturePart],
+    parts: Sequence[ImagePart],
     options: LoaderOptions,
     report: Callable[[int, int], None],
-) -> PictureIndex:
-    """All parts' embeddings, those missing made now; ``report`` is told (done, to do).
+) -> ImageIndex:
+    """Load the embeddings of all parts, and make those that are missing.
+
+    ``report`` is called with (done, total) while images are embedded.
 
     Raises:
-        DataError: a picture was changed or removed meanwhile.
-        StorageError: the cache folder has no room.
+        DataError: An image was changed or removed in the meantime.
+        StorageError: The cache folder cannot be written to.
     """
-    model_key = _model_key(opened)
-    files = [_file_of(model_key, part) for part in parts]
-    found = [_load(file, len(part)) for file, part in zip(files, parts, strict=True)]
+    folder, files = cache_folder() / "pictures" / _model_key(opened), list[Path]()
+    for part in parts:
+        state = part.state.encode("utf-8", "surrogateescape")
+        files.append(folder / f"{hashlib.sha256(state).hexdigest()[:32]}.npy")
+    found = [_load(file, part.count) for file, part in zip(files, parts, strict=True)]
     missing = [at for at, vectors in enumerate(found) if vectors is None]
-    to_do = _Joined([parts[at] for at in missing])
-    made = _embedded(opened, to_do, options, report)
-    for at, vectors in zip(missing, made, strict=True):
+    to_embed = JoinedParts([parts[at] for at in missing])
+    embedded = _embed_parts(opened, to_embed, options, report)
+    for at, vectors in zip(missing, embedded, strict=True):
         with replacing(files[at], shared=True) as temporary, temporary.open("wb") as file:
             np.save(file, vectors)
-        found[at] = _load(files[at], len(parts[at]))
-    whole = [vectors for vectors in found if vectors is not None]
-    assert len(whole) == len(parts), "a part that was just saved cannot be read"
-    return PictureIndex(parts, whole, len(to_do))
-
-
-def _file_of(model_key: str, part: PicturePart) -> Path:
-    name = hashlib.sha256(part.state.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return cache_folder() / "pictures" / model_key / f"{name}.npy"
+        found[at] = _load(files[at], parts[at].count)  # mapped, so that memory does not fill up
+    complete = [vectors for vectors in found if vectors is not None]
+    assert len(complete) == len(parts), "a part that was just saved cannot be read"
+    return ImageIndex(parts, complete, len(to_embed))
 
 
 def _load(file: Path, rows: int) -> Vectors | None:
+    """Map a file of embeddings; None if it is missing or damaged."""
     try:
         vectors = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -121,9 +145,10 @@ def _load(file: Path, rows: int) -> Vectors | None:
 
 
 def _model_key(opened: OpenedModel) -> str:
-    """All that decides a picture's embedding but the picture."""
+    """Hash all that determines the embedding of an image, except for the image."""
     loaded, inputs = opened.loaded, opened.loaded.base.inputs
     digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
+    # Not the model's name: its fingerprint says more, and a copy of a model shares the cache
     adapted = {name: getattr(opened.settings, name) for name in AdaptSettings.model_fields}
     adapted.pop("model")
     seen = (
@@ -141,50 +166,34 @@ def _model_key(opened: OpenedModel) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """Several parts, numbered through."""
-
-    parts: Sequence[PicturePart]
-
-    @cached_property
-    def ends(self) -> list[int]:
-        return list(accumulate(map(len, self.parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.parts else 0
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        which = bisect_right(self.ends, number)
-        pair = self.parts[which][number - (self.ends[which - 1] if which else 0)]
-        return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
-
-
 @torch.inference_mode()
-def _embedded(
+def _embed_parts(
     opened: OpenedModel,
-    pairs: _Joined,
+    pairs: JoinedParts,
     options: LoaderOptions,
     report: Callable[[int, int], None],
 ) -> Iterator[Vectors]:
-    """The embeddings of one part after the other."""
+    """Yield the embeddings [images, D] of one part after the other; batches run across parts."""
     inputs, precision = opened.loaded.base.inputs, opened.loaded.precision
     model = opened.loaded.model.eval()
     preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
     batches = evaluation_batches(pairs, preprocessing, _BATCH, options)
+    # Rows that are embedded but not yielded yet, and the numbers of their images
     waiting, numbers, done = list[Tensor](), list[int](), 0
-    ends = pairs.ends
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in zip([0, *pairs.ends], pairs.ends, strict=False):
         while done < end:
             batch = next(batches)
-            if len(batch):
+            if len(batch):  # 0 if no image of the batch can be decoded
                 with precision.autocast():
                     pixels = batch.pixel_values.to(precision.device, non_blocking=True)
                     waiting.append(model.encode_images(pixels).float().cpu())
                 numbers += batch.numbers
             done = min(done + _BATCH, len(pairs))
             report(done, len(pairs))
-        rows = torch.cat(waiting) if waiting else torch.empty(0, _width(opened))
+        if waiting:
+            rows = torch.cat(waiting)
+        else:  # no image can be decoded: a text says how wide embeddings are
+            rows = torch.empty(0, len(embed_texts(opened.loaded, ["a"])[0]))
         own = bisect_right(numbers, end - 1)
         vectors = np.full((end - start, rows.shape[1]), np.nan, np.float32)
         vectors[np.array(numbers[:own], np.int64) - start] = rows[:own].numpy()
@@ -192,26 +201,19 @@ def _embedded(
         yield vectors
 
 
-def _width(opened: OpenedModel) -> int:
-    """Of an embedding, where no picture has given one."""
-    return len(embed_texts(opened.loaded, ["a"])[0])
-
-
 @torch.inference_mode()
-def embed_picture(opened: OpenedModel, data: bytes, name: str) -> Tensor:
-    """Of the bytes of a picture: float32 [D] of unit length, on the CPU.
+def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
+    """Embed the bytes of one image: float32 [D] of unit length, on the CPU.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: The image cannot be decoded.
     """
-    loaded = opened.loaded
+    loaded, inputs = opened.loaded, opened.loaded.base.inputs
     try:
         image = decode_image(data)
     except BadImage as error:
-        raise DataError(f"{name}: {error}", "choose another picture") from error
-    inputs = loaded.base.inputs
+        raise DataError(f"{name}: {error}", "choose another image") from error
     pixels = make_transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
     with loaded.precision.autocast():
-        return (
-            loaded.model.eval().encode_images(pixels.to(loaded.precision.device))[0].float().cpu()
-        )
+        vectors = loaded.model.eval().encode_images(pixels.to(loaded.precision.device))
+        return vectors[0].float().cpu()

@@ -181,7 +181,7 @@ def test_sentence_transformers_computes_the_same(exported, checkpoints, pictures
 
 
 def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pictures):
-    from clipft.search.index import embed_picture
+    from clipft.search.index import embed_image
 
     model = opened(exported / "transformers")
     from sentence_transformers import SentenceTransformer
@@ -190,7 +190,7 @@ def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pi
     for picture, vector in zip(
         pictures, other.encode([Image.open(p) for p in pictures]), strict=True
     ):
-        own = embed_picture(model, picture.read_bytes(), picture.name)
+        own = embed_image(model, picture.read_bytes(), picture.name)
         assert float(own @ torch.from_numpy(vector)) > 0.999
 
 

@@ -14,7 +14,7 @@ from clipft.data.images import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs
 from clipft.embedding.embed import embed_texts
-from clipft.search.images import open_pictures
+from clipft.search.images import open_images
 from clipft.search.index import open_index
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def photos(catalogue, tmp_path) -> Path:
-    """12 loose pictures, the first of them not decodable."""
+    """12 loose images; the first cannot be decoded."""
     folder, pairs = tmp_path / "photos", open_pairs(catalogue / "val", limit=12)
     folder.mkdir()
     for pair in (pairs[number] for number in range(12)):
@@ -49,7 +49,7 @@ def photos(catalogue, tmp_path) -> Path:
     return folder
 
 
-def test_the_best_are_those_of_the_models_own_embeddings(search, tuned, catalogue):
+def test_the_best_are_those_by_the_embeddings_of_the_model(search, tuned, catalogue):
     found = search(tuned, catalogue / "val", "green lamp", "--top", 7, "--precision", "fp32")
     pairs = open_pairs(catalogue / "val")
     batch = next(evaluation_batches(pairs, preprocessing("none"), 40, LoaderOptions()))
@@ -66,9 +66,9 @@ def test_the_best_are_those_of_the_models_own_embeddings(search, tuned, catalogu
     assert found["found"][0]["source"] == "00000.tar"
 
 
-def test_a_picture_finds_itself(search, catalogue, tmp_path):
-    picture = decode_image(open_pairs(catalogue / "val")[5].image)
-    picture.save(tmp_path / "asked.png")
+def test_an_image_finds_itself(search, catalogue, tmp_path):
+    image = decode_image(open_pairs(catalogue / "val")[5].image)
+    image.save(tmp_path / "asked.png")
     page = tmp_path / "found.html"
     found = search("tiny", catalogue, "--image", tmp_path / "asked.png", "--top", 1, "--html", page)
     text = page.read_text()
@@ -95,11 +95,11 @@ def test_the_second_search_embeds_nothing_and_a_change_only_its_part(
     assert other_model["embedded_now"] == 136
 
 
-def test_a_stopped_search_goes_on_where_it_was(tuned, catalogue):
-    parts, model = open_pictures(catalogue), opened(tuned)
+def test_a_stopped_search_continues_where_it_was(tuned, catalogue):
+    parts, model = open_images(catalogue), opened(tuned)
 
     def kill(done: int, total: int) -> None:
-        if done > 64:  # the first shard's part is done and saved
+        if done > 64:  # the part of the first shard is saved by then
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,7 @@ def test_a_stopped_search_goes_on_where_it_was(tuned, catalogue):
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"0" * 5000])
-def test_a_damaged_cache_is_made_anew(damage, search, catalogue):
+def test_a_damaged_cache_is_replaced(damage, search, catalogue):
     one = search("tiny", catalogue / "val", "a table")
     (file,) = cache_folder().rglob("pictures/*/*.npy")
     file.write_bytes(damage)
@@ -122,7 +122,7 @@ def test_a_damaged_cache_is_made_anew(damage, search, catalogue):
     assert again["found"] == one["found"]
 
 
-def test_loose_pictures_and_those_that_cannot_be_used(search, photos, capsys):
+def test_loose_images_with_one_that_cannot_be_decoded(search, photos, capsys):
     found = search("tiny", photos, "a table", "--top", 50)
     assert (found["pictures"], found["unusable"], len(found["found"])) == (12, 1, 11)
     assert all(hit["caption"] for hit in found["found"])
@@ -138,7 +138,7 @@ def test_an_exported_folder_finds_what_the_run_finds(search, tuned, catalogue, t
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
-def test_the_sheet_shows_the_found_pictures_and_escapes_their_words(search, photos, tmp_path):
+def test_the_page_shows_the_images_and_escapes_their_captions(search, photos, tmp_path):
     for text in photos.glob("*.txt"):
         text.write_text("<script>alert(1)</script> & chair")
     page = tmp_path / "found.html"
@@ -153,7 +153,7 @@ def test_the_sheet_shows_the_found_pictures_and_escapes_their_words(search, phot
         assert hit["key"] in text
 
 
-def test_wrong_usage_is_told(photos, tmp_path, capsys):
+def test_wrong_usage_is_an_error(photos, tmp_path, capsys):
     assert run(["search", "tiny", str(photos)]) == 2
     assert run(["search", "tiny", str(photos), "words", "--image", str(photos / "01001.jpg")]) == 2
     assert "and not both" in capsys.readouterr().err

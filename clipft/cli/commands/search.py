@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from clipft.data.shards.dataset import RawPair
     from clipft.runs.load import OpenedModel
-    from clipft.search.index import Hit, PictureIndex
+    from clipft.search.index import Hit, ImageIndex
 
 _PANEL = "Search"
 _MOST_BYTES = 256 << 20
@@ -103,15 +103,15 @@ def search(
     from clipft.cli.s3_checkpoints import local_model
     from clipft.data.loader import LoaderOptions
     from clipft.runs.load import open_model
-    from clipft.search.images import open_pictures
+    from clipft.search.images import open_images
     from clipft.search.index import open_index
 
     asked = _read(image) if image else None
-    parts = open_pictures(local_data(data, loaded.values, out))
+    parts = open_images(local_data(data, loaded.values, out))
     opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
     options = LoaderOptions.from_settings(opened.settings, opened.loaded.precision.device)
-    with out.progress(f"Searching {counted(sum(map(len, parts)), 'picture')}") as report:
+    with out.progress(f"Searching {counted(sum(part.count for part in parts), 'picture')}") as report:
         index = open_index(opened, parts, options, report)
         scores = index.scores(vector)
     hits = index.best(scores, top)
@@ -142,10 +142,10 @@ def _embedded(
 ) -> "Tensor":
     from clipft.data.captions.template import clean_text
     from clipft.embedding.embed import embed_texts
-    from clipft.search.index import embed_picture
+    from clipft.search.index import embed_image
 
     if asked is not None:
-        return embed_picture(opened, asked, str(image))
+        return embed_image(opened, asked, str(image))
     return embed_texts(opened.loaded, [clean_text(query or "")])[0]
 
 
@@ -159,7 +159,7 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
         return ""
 
 
-def _counts(index: "PictureIndex", scores: Any) -> dict[str, int]:
+def _counts(index: "ImageIndex", scores: Any) -> dict[str, int]:
     unusable = int((scores != scores).sum())
     return {"pictures": len(index), "unusable": unusable, "embedded_now": index.embedded}
 
