@@ -111,7 +111,9 @@ def search(
     opened = open_model(local_model(place, loaded.values, out), loaded, _ANEW)
     vector = _embedded(opened, query, image, asked)
     options = LoaderOptions.from_settings(opened.settings, opened.loaded.precision.device)
-    with out.progress(f"Searching {counted(sum(part.count for part in parts), 'picture')}") as report:
+    with out.progress(
+        f"Searching {counted(sum(part.count for part in parts), 'picture')}"
+    ) as report:
         index = open_index(opened, parts, options, report)
         scores = index.scores(vector)
     hits = index.best(scores, top)
