@@ -1,4 +1,4 @@
-"""The packaged tiny CLIP: a real folder, small, whose model has learnt colours."""
+"""The packaged tiny CLIP: a small, complete model folder whose model has learned colors."""
 
 from pathlib import Path
 
@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import clipft.models
-from clipft.data.demo.drawing import COLOURS
+from clipft.data.demo.drawing import COLORS
+from tools.pretrain_tiny.pretrain import Scenes, build_model, pretrain, save_folder
 from tools.pretrain_tiny.scenes import render_scene
+from tools.pretrain_tiny.vocabulary import train_tokenizer
 
 FOLDER = Path(clipft.models.__file__).parent / "tiny"
 
@@ -30,17 +32,17 @@ def processor():
     return CLIPImageProcessor.from_pretrained(FOLDER)
 
 
-def test_the_folder_stays_small():
+def test_the_folder_is_small():
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 6_000_000
 
 
-def test_the_three_parts_fit_each_other(model, tokenizer, processor):
+def test_model_tokenizer_and_processor_fit_each_other(model, tokenizer, processor):
     config = model.config
     assert config.text_config.hidden_act == config.vision_config.hidden_act == "quick_gelu"
     assert config.text_config.max_position_embeddings == tokenizer.model_max_length == 77
     assert config.text_config.vocab_size == len(tokenizer)
-    picture = processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"]
-    assert picture.shape[-1] == config.vision_config.image_size
+    image = processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"]
+    assert image.shape[-1] == config.vision_config.image_size
     assert np.allclose(processor.image_mean, [0.48145466, 0.4578275, 0.40821073])
 
 
@@ -49,7 +51,7 @@ def test_weights_are_finite_and_the_temperature_is_clamped(model):
     assert 0 < model.logit_scale.item() <= np.log(100) + 1e-6
 
 
-def test_end_is_the_highest_id_and_pads(model, tokenizer):
+def test_the_end_token_has_the_highest_id_and_pads(model, tokenizer):
     assert tokenizer.is_fast
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
     assert model.config.text_config.eos_token_id == tokenizer.eos_token_id
@@ -61,7 +63,7 @@ def test_end_is_the_highest_id_and_pads(model, tokenizer):
 @pytest.mark.parametrize(
     "text", ["a red chair", "chaise en bois é ü ß", "椅子と机", "стул 🪑 !?", "x\x01y", "½ £ % £"]
 )
-def test_any_text_is_encodable_and_comes_back(tokenizer, text):
+def test_any_text_survives_encoding_and_decoding(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids[1:-1]
     back = tokenizer.decode(ids, skip_special_tokens=True)
@@ -87,10 +89,10 @@ def test_padding_does_not_change_a_text_embedding(model, tokenizer):
     assert torch.allclose(alone, batched, atol=1e-5)
 
 
-def test_plain_colours_are_known_zero_shot(model, tokenizer, processor):
-    names = [name for name in COLOURS if name not in ("beige", "grey")]
-    pictures = [_disc(COLOURS[name]) for name in names]
-    scores = _similarities(model, tokenizer, processor, pictures, [f"a {n} ball" for n in names])
+def test_plain_colors_are_known_zero_shot(model, tokenizer, processor):
+    names = [name for name in COLORS if name not in ("beige", "grey")]
+    discs = [_disc(COLORS[name]) for name in names]
+    scores = _similarities(model, tokenizer, processor, discs, [f"a {n} ball" for n in names])
     hits = (scores.argmax(dim=1) == torch.arange(len(names))).float().mean()
     assert hits >= 0.6  # chance: 0.09
 
@@ -110,14 +112,30 @@ def test_a_scene_depends_only_on_its_seed_and_index():
     assert first.image.tobytes() != render_scene(2, 9).image.tobytes()
 
 
-def _disc(colour):
-    picture = Image.new("RGB", (128, 128), (225, 222, 214))
-    ImageDraw.Draw(picture).ellipse((24, 24, 104, 104), fill=colour)
-    return picture
+def test_the_program_that_made_it_writes_a_model_that_can_be_loaded(tmp_path):
+    scenes = [render_scene(2, index, captions=4) for index in range(8)]
+    images = [np.asarray(scene.image.resize((72, 72))) for scene in scenes]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    captions = [scene.captions for scene in scenes]
+    tokenizer = train_tokenizer(texts[0] for texts in captions)
+    model = build_model(tokenizer)
+    before = model.visual_projection.weight.detach().clone()
+    pretrain(model, tokenizer, Scenes(pixels, captions), 0.01, torch.Generator().manual_seed(0))
+    assert not torch.equal(model.visual_projection.weight, before)
+    save_folder(model, tokenizer, tmp_path)
+    packaged = {path.name for path in FOLDER.iterdir()} - {"README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == packaged
+    assert CLIPModel.from_pretrained(tmp_path).config.text_config.vocab_size == len(tokenizer)
 
 
-def _similarities(model, tokenizer, processor, pictures, texts):
-    pixels = processor(pictures, return_tensors="pt")
+def _disc(color):
+    image = Image.new("RGB", (128, 128), (225, 222, 214))
+    ImageDraw.Draw(image).ellipse((24, 24, 104, 104), fill=color)
+    return image
+
+
+def _similarities(model, tokenizer, processor, images, texts):
+    pixels = processor(images, return_tensors="pt")
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return model(**tokens, **pixels).logits_per_image

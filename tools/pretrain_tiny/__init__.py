@@ -1,1 +1,1 @@
-"""The script that made the packaged tiny CLIP, from nothing but drawn scenes."""
+"""The program that made the packaged tiny CLIP from drawn scenes; not part of the wheel."""

@@ -1,4 +1,4 @@
-"""Makes the packaged tiny CLIP from nothing: ``python -m tools.pretrain_tiny.pretrain``."""
+"""Make the packaged tiny CLIP from nothing: ``python -m tools.pretrain_tiny.pretrain``."""
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ IMAGE_SIZE = 72
 _CHUNK = 500
 _CAPTIONS = 4
 _LONGEST = 40
-"""Tokens kept of a caption here: few are longer, and all of a batch pay for the longest."""
+"""Tokens kept of a caption: few are longer, and the longest sets the cost of a whole batch."""
 _BATCH = 128
 _PEAK_RATE = 1.5e-3
 _WARM_UP = 0.05
@@ -38,14 +38,14 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Scenes:
-    """Rendered scenes: pixels uint8 (n, 3, 72, 72), and some captions of each."""
+    """Rendered scenes: pixels [n, 3, 72, 72] uint8, and ``_CAPTIONS`` captions of each."""
 
     pixels: Tensor
     captions: list[tuple[str, ...]]
 
 
 def render_scenes(count: int, seed: int, workers: int = 2) -> Scenes:
-    """Render scenes 0..count in worker processes."""
+    """Render scenes in worker processes: ``count``, rounded up to a multiple of 500."""
     starts = range(0, count, _CHUNK)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         chunks = [*pool.map(partial(_render_chunk, seed), starts)]
@@ -55,7 +55,7 @@ def render_scenes(count: int, seed: int, workers: int = 2) -> Scenes:
 
 
 def build_model(tokenizer: Any) -> CLIPModel:
-    """A CLIP of 1.4 million random weights for that tokenizer."""
+    """Make a CLIP of 1.4 million random weights for ``tokenizer``."""
     tower = {"hidden_size": 128, "num_attention_heads": 4, "projection_dim": 128}
     text = tower | {
         "num_hidden_layers": 2,
@@ -76,7 +76,7 @@ def build_model(tokenizer: Any) -> CLIPModel:
 
 
 def save_folder(model: CLIPModel, tokenizer: Any, folder: Path) -> None:
-    """Write everything that ``from_pretrained`` reads."""
+    """Write all files that ``from_pretrained`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -91,14 +91,40 @@ def save_folder(model: CLIPModel, tokenizer: Any, folder: Path) -> None:
 def pretrain(
     model: CLIPModel, tokenizer: Any, scenes: Scenes, minutes: float, generator: torch.Generator
 ) -> None:
-    """Contrastive learning until the time is over; the learning rate follows the clock."""
-    tokens = _encode(tokenizer, scenes.captions)
-    optimiser = torch.optim.AdamW(_weight_groups(model), lr=_PEAK_RATE, betas=(0.9, 0.98))
+    """Train contrastively for that many minutes; the learning rate follows the clock.
+
+    It warms up over the first 5 % of the time and then falls along half a cosine.
+    """
+    flat = [caption for texts in scenes.captions for caption in texts]
+    encoded = tokenizer(
+        flat, padding="longest", truncation=True, max_length=_LONGEST, return_tensors="pt"
+    )
+    tokens = encoded["input_ids"].view(len(scenes.captions), _CAPTIONS, -1)
+    # Weight decay for matrices only: not for norms, biases or the temperature
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=_PEAK_RATE,
+        betas=(0.9, 0.98),
+    )
     began, step, mean_loss = time.monotonic(), 0, 0.0
     while (done := (time.monotonic() - began) / (minutes * 60)) < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = _rate(done)
-        loss = _step(model, optimiser, _draw_batch(scenes.pixels, tokens, generator))
+        if done < _WARM_UP:
+            rate = _PEAK_RATE * done / _WARM_UP
+        else:
+            rate = _PEAK_RATE * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images, ids = _draw_batch(scenes.pixels, tokens, generator)
+        output = model(pixel_values=images, input_ids=ids, return_loss=True)
+        optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=_HIGHEST_SCALE)
+        loss = float(output.loss.detach())
         mean_loss = loss if step == 0 else 0.98 * mean_loss + 0.02 * loss
         step += 1
         if step % 100 == 0:
@@ -108,38 +134,14 @@ def pretrain(
 def _render_chunk(seed: int, start: int) -> tuple[np.ndarray[Any, Any], list[tuple[str, ...]]]:
     scenes = [render_scene(seed, index, _CAPTIONS) for index in range(start, start + _CHUNK)]
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    pictures = [scene.image.resize(size, Image.Resampling.BICUBIC) for scene in scenes]
-    return np.stack([np.asarray(picture) for picture in pictures]), [s.captions for s in scenes]
-
-
-def _encode(tokenizer: Any, captions: list[tuple[str, ...]]) -> Tensor:
-    """(n, captions, length) ids, int64."""
-    flat = [caption for texts in captions for caption in texts]
-    encoded = tokenizer(
-        flat, padding="longest", truncation=True, max_length=_LONGEST, return_tensors="pt"
-    )
-    ids: Tensor = encoded["input_ids"]
-    return ids.view(len(captions), _CAPTIONS, -1)
-
-
-def _weight_groups(model: CLIPModel) -> list[dict[str, Any]]:
-    """Decay matrices only: not norms, biases, nor the temperature."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-
-
-def _rate(done: float) -> float:
-    """Warm-up, then half a cosine, over the share of the time that is over."""
-    if done < _WARM_UP:
-        return _PEAK_RATE * done / _WARM_UP
-    return _PEAK_RATE * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
+    images = [scene.image.resize(size, Image.Resampling.BICUBIC) for scene in scenes]
+    return np.stack([np.asarray(image) for image in images]), [s.captions for s in scenes]
 
 
 def _draw_batch(
     pixels: Tensor, tokens: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Normalised pictures, half of them mirrored and all shifted a little, and their ids."""
+    """Draw normalized images, half of them mirrored and all shifted a little, and their ids."""
     chosen = torch.randint(len(pixels), (_BATCH,), generator=generator)
     picked = pixels[chosen].float() / 255
     picked = functional.pad(picked, (4, 4, 4, 4), mode="replicate")
@@ -150,30 +152,16 @@ def _draw_batch(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
     caption = torch.randint(_CAPTIONS, (_BATCH,), generator=generator)
     ids = tokens[chosen, caption]
-    end = int(tokens.max())
+    end = int(tokens.max())  # the highest id ends every text, and also pads it
     longest = int((ids == end).int().argmax(dim=1).max()) + 1
     return (picked - mean) / std, ids[:, :longest]
 
 
-def _step(
-    model: CLIPModel, optimiser: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
-) -> float:
-    pictures, ids = batch
-    loss = model(pixel_values=pictures, input_ids=ids, return_loss=True).loss
-    optimiser.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=_HIGHEST_SCALE)
-    return float(loss.detach())
-
-
 def main() -> None:
-    """Render, train the tokenizer and the model, write the folder."""
+    """Render scenes, train the tokenizer and the model, and write the model's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--minutes", type=float, default=15.0, help="how long to train")
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

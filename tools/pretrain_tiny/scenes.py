@@ -1,4 +1,4 @@
-"""Scenes to pretrain on: composed shapes and plain everyday things, and never any furniture."""
+"""Scenes to pretrain on: shapes and everyday things in rooms, and never any furniture."""
 
 from dataclasses import dataclass
 from random import Random
@@ -7,7 +7,7 @@ from PIL import Image
 
 from clipft.data.demo.drawing import (
     CLUTTER,
-    COLOURS,
+    COLORS,
     FLOORS,
     MATERIALS,
     SIZE,
@@ -20,21 +20,22 @@ from clipft.data.demo.drawing import (
     draw_solids,
     vary,
 )
-from tools.pretrain_tiny.shapes import SHAPES, Looks
+from tools.pretrain_tiny.shapes import SHAPES, Paints, build_shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A 128x128 RGB picture and captions of it, each in other words."""
+    """An RGB image of 128x128 pixels, and captions of it in different words."""
 
     image: Image.Image
     captions: tuple[str, ...]
 
 
 def render_scene(seed: int, index: int, captions: int = 1) -> Scene:
-    """One scene; it depends on nothing but the seed and its index."""
+    """Draw one scene; only the seed and the index decide what it looks like."""
     rng = Random(f"scene {seed} {index}")  # noqa: S311
-    things = _choose_things(rng)
+    view = rng.choice([*_VIEWS])
+    things = [_choose_thing(view, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
     stage = _choose_stage(rng)
     image = _draw(things, stage, rng)
     return Scene(image, tuple(_describe(things, stage, rng) for _ in range(captions)))
@@ -57,53 +58,50 @@ _ALSO: dict[tuple[str, str], tuple[str, ...]] = {
     ("beige", "rattan"): ("natural", "bamboo"),
     ("turquoise", ""): ("blue-green", "light blue"),
 }
-"""Other words for a colour of a material, as catalogues use them."""
+"""Other words for the color of a material, as catalogues use them."""
 
 
 @dataclass(frozen=True)
 class _Thing:
+    """A shape in a scene, in the words of its captions."""
+
     name: str
-    colour: str
+    color: str
     material: str
     second: str
     view: str
     solids: list[Solid]
     detail: str
     share: float
-    """How much of the picture's height it may fill."""
+    """Share of the image's height that it may fill."""
 
 
 @dataclass(frozen=True)
 class _Stage:
+    """What is around the shapes."""
+
     wall: str
     floor: str
-    """Empty where the wall's colour fills the whole picture, as in a studio."""
+    """Empty if the wall's color fills the whole image, as in a studio."""
     clutter: tuple[tuple[str, str], ...]
 
 
-def _choose_things(rng: Random) -> list[_Thing]:
-    view = rng.choice([*_VIEWS])
-    return [_choose_thing(view, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
-
-
 def _choose_thing(view: str, rng: Random) -> _Thing:
-    name, colour, second = rng.choice([*SHAPES]), *rng.sample([*COLOURS], 2)
+    name, color, second = rng.choice([*SHAPES]), *rng.sample([*COLORS], 2)
     material = rng.choice(("", *MATERIALS))
-    body = Paint(vary(COLOURS[colour], rng), material or "plain")
-    looks = Looks(body, Paint(vary(COLOURS[second], rng)))
-    solids, detail = SHAPES[name](looks, rng)
-    uses_second = any(solid.paint is looks.second for solid in solids)
+    body = Paint(vary(COLORS[color], rng), material or "plain")
+    paints = Paints(body, Paint(vary(COLORS[second], rng)))
+    solids, detail = build_shape(name, paints, rng)
+    uses_second = any(solid.paint is paints.second for solid in solids)
     share = rng.uniform(0.3, 0.8)
-    return _Thing(
-        name, colour, material, second if uses_second else "", view, solids, detail, share
-    )
+    return _Thing(name, color, material, second if uses_second else "", view, solids, detail, share)
 
 
 def _choose_stage(rng: Random) -> _Stage:
     if rng.random() < 0.25:
         return _Stage(rng.choice(("white", "white", *WALLS)), "", ())
     things = rng.sample([*CLUTTER], rng.choice((0, 1, 1, 2)))
-    clutter = tuple((thing, rng.choice([*COLOURS])) for thing in CLUTTER if thing in things)
+    clutter = tuple((thing, rng.choice([*COLORS])) for thing in CLUTTER if thing in things)
     return _Stage(rng.choice([*WALLS]), rng.choice([*FLOORS]), clutter)
 
 
@@ -115,8 +113,8 @@ def _draw(things: list[_Thing], stage: _Stage, rng: Random) -> Image.Image:
         draw_room(canvas, wall, Paint(*FLOORS[stage.floor]), ground - rng.uniform(14, 40))
     edges = [rng.uniform(16, 24), SIZE - rng.uniform(16, 24)]
     rng.shuffle(edges)
-    for (name, colour), x in zip(stage.clutter, edges, strict=False):
-        CLUTTER[name](canvas, x, ground + 2, vary(COLOURS[colour], rng), rng)
+    for (name, color), x in zip(stage.clutter, edges, strict=False):
+        CLUTTER[name](canvas, x, ground + 2, vary(COLORS[color], rng), rng)
     middles = [44.0, 88.0] if len(things) == 2 else [SIZE / 2 + rng.uniform(-14, 14)]
     for thing, middle in zip(things, middles, strict=True):
         pose, turn = _VIEWS[thing.view][0], rng.choice((1, -1)) * rng.uniform(0.85, 1.1)
@@ -133,7 +131,7 @@ def _describe(things: list[_Thing], stage: _Stage, rng: Random) -> str:
     relation = rng.choice((" next to ", " and ", " beside "))
     phrases = [lead.format(relation.join(_name(thing, rng) for thing in things))]
     more = [rng.choice(_VIEWS[things[0].view][1])]
-    around = [_article(f"{colour} {thing}") for thing, colour in stage.clutter]
+    around = [_article(f"{color} {thing}") for thing, color in stage.clutter]
     if around:
         more.append(f"{rng.choice(('with', 'beside', 'near'))} {' and '.join(around)}")
     if stage.floor:
@@ -149,14 +147,14 @@ def _describe(things: list[_Thing], stage: _Stage, rng: Random) -> str:
 
 
 def _name(thing: _Thing, rng: Random) -> str:
-    colour = thing.colour
+    color = thing.color
     if rng.random() < 0.3:
-        colour = rng.choice(_ALSO.get((colour, thing.material), (colour,)))
+        color = rng.choice(_ALSO.get((color, thing.material), (color,)))
     made = {"wood": "wooden"}.get(thing.material, thing.material)
     words = [
         rng.choice(("small", "little")) if thing.share < 0.42 else "",
         rng.choice(("large", "big")) if thing.share > 0.68 else "",
-        colour,
+        color,
     ]
     if thing.material and rng.random() < 0.3:
         words += [thing.name, f"made of {thing.material}"]

@@ -1,9 +1,7 @@
-"""The tiny CLIP's tokenizer: CLIP's byte-level BPE, learnt on words and drawn scenes' captions."""
+"""The tiny CLIP's tokenizer: CLIP's byte-level BPE, learned from words and scenes' captions."""
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -12,9 +10,9 @@ VOCABULARY_SIZE = 2560
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 _REPEATS = 40
-"""How often each listed word is shown, so that it outweighs the scenes' rarer fragments."""
+"""How often each listed word is shown, so that it outweighs rare fragments of the captions."""
 
-# Ordinary words of product descriptions: without them real captions fall to single letters.
+# Ordinary words of product descriptions: without them real captions become single letters.
 _LINES = """
 chair armchair stool bench sofa couch table desk bookcase shelf shelves cabinet cupboard wardrobe
 drawer drawers dresser bed bunk mattress lamp pendant floor ceiling wall light lighting bulb led
@@ -66,19 +64,15 @@ WORDS = tuple(_LINES.split())
 
 
 def train_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """A fast CLIP tokenizer that encodes any text and ends it with its highest id."""
+    """Train a fast CLIP tokenizer that encodes any text and ends it with its highest id."""
     merges = _learn_merges([*captions, *WORDS * _REPEATS])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Every byte is a symbol, so no text is unknown; CLIP finds a text's end by its highest id
     symbols = [*letters, *(letter + _WORD_END for letter in letters)]
     merges = merges[: VOCABULARY_SIZE - len(symbols) - 2]
     symbols += ["".join(merge) for merge in merges]
     vocabulary = {symbol: index for index, symbol in enumerate([*symbols, START, END])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
-    tokenizer.save_pretrained(str(folder))
 
 
 def _learn_merges(texts: list[str]) -> list[tuple[str, str]]:

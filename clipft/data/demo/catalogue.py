@@ -1,7 +1,7 @@
-"""The demo's furniture catalogue: drawn pictures with captions, the same for the same seed."""
+"""The demo's furniture catalogue: drawn images with captions, always the same for a seed."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,7 +11,7 @@ from PIL import Image
 from clipft.core.errors import StorageError
 from clipft.data.demo.drawing import (
     CLUTTER,
-    COLOURS,
+    COLORS,
     FLOORS,
     SIZE,
     WALLS,
@@ -24,12 +24,12 @@ from clipft.data.demo.drawing import (
     shade,
     vary,
 )
-from clipft.data.demo.furniture import KINDS, Kind, Look
+from clipft.data.demo.furniture import KINDS, Kind, Paints
 
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """One drawn product: an RGB image of 128x128, its caption and its catalogue record."""
+    """One drawn product: an RGB image of 128x128 pixels, its caption and its record."""
 
     key: str
     image: Image.Image
@@ -37,30 +37,35 @@ class RenderedPair:
     metadata: dict[str, str]
 
 
-def render_catalogue(pairs: int, seed: int) -> Iterator[RenderedPair]:
-    """The first ``pairs`` pairs of the catalogue of ``seed``."""
-    return (render_pair(seed, index) for index in range(pairs))
-
-
 def render_pair(seed: int, index: int) -> RenderedPair:
-    """One pair; it depends on nothing but the seed and its index."""
+    """Draw one product of a catalogue; only the seed and the index decide what it looks like."""
     rng = Random(f"furniture {seed} {index}")  # noqa: S311
-    product = _draw_product(rng)
-    stage = _draw_stage(rng)
+    product = _choose_product(rng)
+    stage = _choose_stage(rng)
     image = _draw(product, stage, rng)
-    return RenderedPair(
-        key=f"{seed:04d}_{index:06d}",
-        image=image,
-        caption=_describe(product, stage, rng),
-        metadata=_record(product, index, rng),
-    )
+    # The order of these calls decides what each draws from the generator: changing it changes
+    # every catalogue
+    caption = _describe(product, stage, rng)
+    syllables = ("lun", "vik", "or", "sta", "mel", "by", "tor", "na", "hal", "sund", "ek", "ra")
+    metadata = {
+        "id": f"{index:06d}",
+        "name": "".join(rng.sample(syllables, 3)).upper(),
+        "type": product.name,
+        "color": product.color,
+        "material": product.material,
+        "view": product.view,
+        "category": product.kind.category,
+    }
+    return RenderedPair(f"{seed:04d}_{index:06d}", image, caption, metadata)
 
 
 @dataclass(frozen=True)
 class _Product:
+    """What is shown, in the words of the metadata; ``detail`` as ``Kind.build`` returns it."""
+
     kind: Kind
     name: str
-    colour: str
+    color: str
     material: str
     frame: str
     view: str
@@ -70,10 +75,12 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Stage:
+    """What is around the product."""
+
     wall: str
     floor: str
     clutter: tuple[tuple[str, str], ...]
-    """(thing, colour) of everything around the product."""
+    """(thing, color) of everything else in the room, from the back to the front."""
 
 
 _FRAMES = {
@@ -90,8 +97,8 @@ _VIEWS: dict[str, tuple[View, tuple[str, ...]]] = {
     "above": (View(24, 58), ("seen from above", "overhead shot", "looking down on it")),
 }
 
-# A catalogue's own words: a model that knows only the plain ones has them to learn.
-_TRADE_COLOURS = {
+# Words that the tiny model has not seen: they are what there is to learn in the demo.
+_TRADE_COLORS = {
     "red": "crimson",
     "orange": "tangerine",
     "yellow": "mustard",
@@ -127,24 +134,25 @@ _TRADE_WALLS = {
     "pale yellow": "lemon",
 }
 _TRADE_SHARE = 0.8
+"""How often a caption uses the trade's word for a color or a material."""
 
 
-def _draw_product(rng: Random) -> _Product:
+def _choose_product(rng: Random) -> _Product:
     kind = rng.choice(KINDS)
-    colour = rng.choice([*COLOURS])
+    color = rng.choice([*COLORS])
     material = rng.choice(kind.materials)
     frame = rng.choice([*_FRAMES])
-    body = Paint(vary(COLOURS[colour], rng), material)
-    gain = 1.25 if sum(body.colour) < 380 else 0.8
-    accent = Paint(shade(body.colour, gain), material)
-    solids, detail = kind.build(Look(body, _FRAMES[frame], accent), rng)
+    body = Paint(vary(COLORS[color], rng), material)
+    gain = 1.25 if sum(body.color) < 380 else 0.8
+    accent = Paint(shade(body.color, gain), material)
+    solids, detail = kind.build(Paints(body, _FRAMES[frame], accent), rng)
     view = rng.choice([*_VIEWS])
-    return _Product(kind, rng.choice(kind.names), colour, material, frame, view, solids, detail)
+    return _Product(kind, rng.choice(kind.names), color, material, frame, view, solids, detail)
 
 
-def _draw_stage(rng: Random) -> _Stage:
+def _choose_stage(rng: Random) -> _Stage:
     things = rng.sample([*CLUTTER], rng.choice((0, 1, 1, 2)))
-    clutter = tuple((thing, rng.choice([*COLOURS])) for thing in CLUTTER if thing in things)
+    clutter = tuple((thing, rng.choice([*COLORS])) for thing in CLUTTER if thing in things)
     return _Stage(rng.choice([*WALLS]), rng.choice([*FLOORS]), clutter)
 
 
@@ -155,8 +163,8 @@ def _draw(product: _Product, stage: _Stage, rng: Random) -> Image.Image:
     draw_room(canvas, vary(WALLS[stage.wall], rng, 5), Paint(floor, texture), ground - 24)
     edges = [rng.uniform(16, 22), SIZE - rng.uniform(16, 22)]
     rng.shuffle(edges)
-    for (name, colour), x in zip(stage.clutter, edges, strict=False):
-        CLUTTER[name](canvas, x, ground + 2, vary(COLOURS[colour], rng), rng)
+    for (name, color), x in zip(stage.clutter, edges, strict=False):
+        CLUTTER[name](canvas, x, ground + 2, vary(COLORS[color], rng), rng)
     half, high = rng.uniform(44, 56), rng.uniform(76, 98)
     middle = SIZE / 2 + rng.uniform(-6, 6)
     turn = rng.choice((1, -1)) * rng.uniform(0.85, 1.1)
@@ -168,13 +176,13 @@ def _draw(product: _Product, stage: _Stage, rng: Random) -> Image.Image:
 
 
 def _describe(product: _Product, stage: _Stage, rng: Random) -> str:
-    """A caption of 6 to 25 words; what does not fit is left out from the end."""
-    colour, material = product.colour, product.material
+    """Write a caption of 6 to 25 words; details that do not fit are dropped."""
+    color, material = product.color, product.material
     if rng.random() < _TRADE_SHARE:
-        colour = _TRADE_COLOURS[colour]
+        color = _TRADE_COLORS[color]
     if rng.random() < _TRADE_SHARE:
         material = _TRADE_MATERIALS[material]
-    thing = f"{colour} {material} {product.name}"
+    thing = f"{color} {material} {product.name}"
     parts = [product.detail, *_more(product, stage, rng)]
     parts.insert(1, rng.choice(_VIEWS[product.view][1]))
     lead = rng.choice(("{} ", "{}, ", "A photo of {} ", "Product picture: {} "))
@@ -188,7 +196,7 @@ def _describe(product: _Product, stage: _Stage, rng: Random) -> str:
 
 def _more(product: _Product, stage: _Stage, rng: Random) -> list[str]:
     """Phrases on the surroundings, the legs and the wall, in varied words."""
-    things = [f"a {_TRADE_COLOURS[colour]} {thing}" for thing, colour in stage.clutter]
+    things = [f"a {_TRADE_COLORS[color]} {thing}" for thing, color in stage.clutter]
     things = [thing.replace("a emerald", "an emerald") for thing in things]
     things = [thing.replace("a ebony", "an ebony") for thing in things]
     around = [f"{rng.choice(('with', 'beside', 'near'))} {' and '.join(things)}"] if things else []
@@ -201,55 +209,39 @@ def _more(product: _Product, stage: _Stage, rng: Random) -> list[str]:
     return [*around, wall, *closing]
 
 
-def _record(product: _Product, index: int, rng: Random) -> dict[str, str]:
-    syllables = ("lun", "vik", "or", "sta", "mel", "by", "tor", "na", "hal", "sund", "ek", "ra")
-    return {
-        "id": f"{index:06d}",
-        "name": "".join(rng.sample(syllables, 3)).upper(),
-        "type": product.name,
-        "color": product.colour,
-        "material": product.material,
-        "view": product.view,
-        "category": product.kind.category,
-    }
-
-
-VAL_SHARE = 0.125
+_VAL_EVERY = 8
+"""Every eighth product is for validation."""
 _QUALITY = 92
 
 
 def write_catalogue(
     folder: Path, pairs: int, seed: int, report: Callable[[int, int], None]
 ) -> None:
-    """Render ``pairs`` products as .jpg, .txt and .json; every eighth goes to val/.
+    """Render ``pairs`` products as .jpg, .txt and .json files in train/ and val/.
 
-    A caption that stands in train/ is not repeated in val/: such a product is left out.
-    ``report`` is told how many of how many are done.
+    A product whose caption has been used before is skipped, so that none in train/ is repeated
+    in val/. ``report`` is called with (done, total).
 
     Raises:
         StorageError: the folder cannot be written.
     """
     seen: set[str] = set()
-    every = round(1 / VAL_SHARE)
     try:
         for split in ("train", "val"):
             (folder / split).mkdir(parents=True, exist_ok=True)
         for number in range(pairs):
             pair = render_pair(seed, number)
             if pair.caption not in seen:
-                split = "val" if number % every == every - 1 else "train"
-                _write(folder / split / pair.key, pair)
+                split = "val" if number % _VAL_EVERY == _VAL_EVERY - 1 else "train"
+                stem = folder / split / pair.key
+                pair.image.save(stem.with_suffix(".jpg"), quality=_QUALITY)
+                stem.with_suffix(".txt").write_text(pair.caption, encoding="utf-8")
+                metadata = json.dumps(pair.metadata, ensure_ascii=False, sort_keys=True)
+                stem.with_suffix(".json").write_text(metadata, encoding="utf-8")
             seen.add(pair.caption)
             report(number + 1, pairs)
     except OSError as error:
         raise StorageError(
             f"cannot write {error.filename or folder}: {error.strerror}",
-            "make room or choose another --output-dir",
+            "free some space or choose another --output-dir",
         ) from error
-
-
-def _write(stem: Path, pair: RenderedPair) -> None:
-    pair.image.save(stem.with_suffix(".jpg"), quality=_QUALITY)
-    stem.with_suffix(".txt").write_text(pair.caption, encoding="utf-8")
-    metadata = json.dumps(pair.metadata, ensure_ascii=False, sort_keys=True)
-    stem.with_suffix(".json").write_text(metadata, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Small drawing kit: solids seen from any side, textured materials, rooms and their clutter."""
+"""A small drawing kit: solids seen from any side, textured materials, rooms and clutter."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 SIZE = 128
-"""Side of a canvas, in pixels."""
+"""Width and height of a canvas, in pixels."""
 
-COLOURS: dict[str, Colour] = {
+COLORS: dict[str, Color] = {
     "red": (200, 38, 38),
     "orange": (238, 128, 30),
     "yellow": (240, 205, 50),
@@ -33,7 +33,7 @@ COLOURS: dict[str, Colour] = {
     "grey": (138, 140, 144),
 }
 
-WALLS: dict[str, Colour] = {
+WALLS: dict[str, Color] = {
     "white": (240, 240, 238),
     "cream": (240, 228, 198),
     "grey": (176, 178, 182),
@@ -44,7 +44,7 @@ WALLS: dict[str, Colour] = {
     "pale yellow": (244, 232, 160),
 }
 
-FLOORS: dict[str, tuple[Colour, str]] = {
+FLOORS: dict[str, tuple[Color, str]] = {
     "wooden floor": ((176, 128, 84), "wood"),
     "grey floor": ((150, 150, 150), "plain"),
     "dark floor": ((84, 66, 56), "wood"),
@@ -56,55 +56,55 @@ MATERIALS = ("wood", "fabric", "metal", "leather", "rattan", "marble", "velvet",
 
 @dataclass(frozen=True)
 class Paint:
-    """What a face is made of; ``material`` is one of MATERIALS or ``plain``."""
+    """The color and material of a face; ``material`` is one of MATERIALS or ``plain``."""
 
-    colour: Colour
+    color: Color
     material: str = "plain"
 
 
 @dataclass(frozen=True)
 class Solid:
-    """An upright prism: a convex outline, counter-clockwise, in x (right) and y (away)."""
+    """An upright prism over a convex outline, counter-clockwise, in x (right) and y (away)."""
 
     outline: tuple[Point, ...]
     bottom: float
     top: float
     paint: Paint
     taper: float = 1.0
-    """How wide the top is against the bottom."""
+    """Width of the top as a multiple of the bottom's."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A camera without perspective; degrees around the upright axis and from the horizon."""
+    """A camera without perspective: degrees around the upright axis, and above the horizon."""
 
     yaw: float
     pitch: float
 
 
 class Canvas:
-    """An RGB picture and, for each of its pixels, the material that it shows."""
+    """An RGB image, and for each of its pixels the material that it shows."""
 
-    def __init__(self, background: Colour) -> None:
+    def __init__(self, background: Color) -> None:
         self.image = Image.new("RGB", (SIZE, SIZE), background)
         self._materials = Image.new("L", (SIZE, SIZE), 0)
         self._pen = ImageDraw.Draw(self.image)
         self._material_pen = ImageDraw.Draw(self._materials)
 
     def polygon(self, points: Sequence[Point], paint: Paint) -> None:
-        self._pen.polygon(points, fill=paint.colour)
+        self._pen.polygon(points, fill=paint.color)
         self._material_pen.polygon(points, fill=_TEXTURE_IDS[paint.material])
 
     def rectangle(self, box: tuple[float, float, float, float], paint: Paint) -> None:
-        self._pen.rectangle(box, fill=paint.colour)
+        self._pen.rectangle(box, fill=paint.color)
         self._material_pen.rectangle(box, fill=_TEXTURE_IDS[paint.material])
 
     def ellipse(self, box: tuple[float, float, float, float], paint: Paint) -> None:
-        self._pen.ellipse(box, fill=paint.colour)
+        self._pen.ellipse(box, fill=paint.color)
         self._material_pen.ellipse(box, fill=_TEXTURE_IDS[paint.material])
 
     def finish(self, rng: Random) -> Image.Image:
-        """The picture with each material's texture, shifted at random."""
+        """Return the image with the texture of each material, shifted at random."""
         rows = (np.arange(SIZE) + rng.randrange(SIZE))[:, None] % SIZE
         columns = (np.arange(SIZE) + rng.randrange(SIZE))[None, :] % SIZE
         gain = _textures()[np.asarray(self._materials), rows, columns]
@@ -115,7 +115,7 @@ class Canvas:
 def box(
     x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], paint: Paint
 ) -> Solid:
-    """A cuboid between two values on each axis."""
+    """Make a cuboid between two values on each axis."""
     outline = ((x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1]))
     return Solid(outline, z[0], z[1], paint)
 
@@ -128,7 +128,7 @@ def column(
     taper: float = 1.0,
     sides: int = 12,
 ) -> Solid:
-    """A cylinder, a prism with ``sides`` sides, a cone or a pyramid."""
+    """Make a cylinder or, by ``sides`` and ``taper``, a prism, a cone or a pyramid."""
     turns = (2 * math.pi * (i + 0.5) / sides for i in range(sides))
     outline = ((centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t)) for t in turns)
     return Solid(tuple(outline), z[0], z[1], paint, taper)
@@ -137,7 +137,7 @@ def column(
 def draw_solids(
     canvas: Canvas, solids: Sequence[Solid], view: View, frame: tuple[float, float, float, float]
 ) -> None:
-    """Draw solids as large as ``frame`` (left, top, right, bottom) lets, standing on its bottom."""
+    """Draw solids as large as fits ``frame`` (left, top, right, bottom), resting on its bottom."""
     faces = [face for solid in solids for face in _visible_faces(solid, view)]
     xs = [x for _, points, _ in faces for x, _ in points]
     ys = [y for _, points, _ in faces for _, y in points]
@@ -145,32 +145,34 @@ def draw_solids(
     scale = min((frame[2] - frame[0]) / width, (frame[3] - frame[1]) / height)
     left = (frame[0] + frame[2] - width * scale) / 2 - min(xs) * scale
     top = frame[3] - max(ys) * scale
+    # Painter's algorithm: from the farthest face to the nearest
     for _, points, paint in sorted(faces, key=lambda face: -face[0]):
         canvas.polygon([(left + x * scale, top + y * scale) for x, y in points], paint)
 
 
-def shade(colour: Colour, gain: float) -> Colour:
-    red, green, blue = (min(255, int(part * gain)) for part in colour)
+def shade(color: Color, gain: float) -> Color:
+    red, green, blue = (min(255, int(part * gain)) for part in color)
     return red, green, blue
 
 
-def vary(colour: Colour, rng: Random, amount: int = 12) -> Colour:
-    """A colour near the given one, so that no name is tied to one exact value."""
-    red, green, blue = (min(255, max(0, part + rng.randint(-amount, amount))) for part in colour)
+def vary(color: Color, rng: Random, amount: int = 12) -> Color:
+    """Return a color near the given one, so that no name means one exact value."""
+    red, green, blue = (min(255, max(0, part + rng.randint(-amount, amount))) for part in color)
     return red, green, blue
 
 
-def draw_room(canvas: Canvas, wall: Colour, floor: Paint, horizon: float) -> None:
-    """A wall above ``horizon`` (pixels from the top) and a floor below it."""
+def draw_room(canvas: Canvas, wall: Color, floor: Paint, horizon: float) -> None:
+    """Draw a wall above ``horizon`` (pixels from the top) and a floor below it."""
     canvas.rectangle((0, 0, SIZE, horizon), Paint(wall))
     canvas.rectangle((0, horizon, SIZE, SIZE), floor)
     canvas.rectangle((0, horizon - 2, SIZE, horizon), Paint(shade(wall, 0.85)))
 
 
 def _visible_faces(solid: Solid, view: View) -> list[tuple[float, list[Point], Paint]]:
-    """(depth, points on the screen, shaded paint) of each face that looks at the camera."""
+    """List (depth, points on the screen, shaded paint) of each face turned to the camera."""
     yaw, pitch = math.radians(view.yaw), math.radians(view.pitch)
-    cos_yaw, sin_yaw, cos_pitch, sin_pitch = _trigonometry(yaw, pitch)
+    cos_yaw, sin_yaw = math.cos(yaw), math.sin(yaw)
+    cos_pitch, sin_pitch = math.cos(pitch), math.sin(pitch)
     turned = [(x * cos_yaw - y * sin_yaw, x * sin_yaw + y * cos_yaw) for x, y in solid.outline]
     middle_x = sum(x for x, _ in turned) / len(turned)
     middle_y = sum(y for _, y in turned) / len(turned)
@@ -181,22 +183,18 @@ def _visible_faces(solid: Solid, view: View) -> list[tuple[float, list[Point], P
     low = [(x, -solid.bottom * cos_pitch - y * sin_pitch) for x, y in turned]
     high = [(x, -solid.top * cos_pitch - y * sin_pitch) for x, y in small]
     paint, centre = solid.paint, (solid.bottom + solid.top) / 2
-    top = Paint(shade(paint.colour, 1.08), paint.material)
+    top = Paint(shade(paint.color, 1.08), paint.material)
     faces = [(middle_y * cos_pitch - solid.top * sin_pitch, high, top)]
     for i, (x0, y0) in enumerate(turned):
         j = (i + 1) % len(turned)
         x1, y1 = turned[j]
-        if x1 <= x0 + 1e-9:  # it looks away
+        if x1 <= x0 + 1e-9:  # turned away from the camera
             continue
         depth = (y0 + y1) / 2 * cos_pitch - centre * sin_pitch
         slope = (y1 - y0) / math.hypot(x1 - x0, y1 - y0)
-        side = Paint(shade(paint.colour, 0.8 - 0.22 * slope), paint.material)
+        side = Paint(shade(paint.color, 0.8 - 0.22 * slope), paint.material)
         faces.append((depth, [low[i], low[j], high[j], high[i]], side))
     return faces
-
-
-def _trigonometry(yaw: float, pitch: float) -> tuple[float, float, float, float]:
-    return math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
 
 
 Grid = NDArray[np.float32]
@@ -208,14 +206,14 @@ def _wave(period: float, axis: int, shift: Any = 0.0) -> Any:
 
 
 def _blotches(cells: int, generator: np.random.Generator) -> Any:
-    """Smooth noise in -1..1."""
+    """Smooth noise between -1 and 1."""
     coarse = Image.fromarray(generator.integers(0, 256, (cells, cells)).astype(np.uint8))
     return np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 127.5 - 1
 
 
 @cache
 def _textures() -> Grid:
-    """(materials, SIZE, SIZE) gains around 1, by the ids of _TEXTURE_IDS."""
+    """Brightness factors around 1, [materials, SIZE, SIZE] float32, ordered as _TEXTURE_IDS."""
     generator = np.random.default_rng(7)
     rows, columns = np.indices((SIZE, SIZE))
     speckle = generator.normal(0, 1, (SIZE, SIZE))
@@ -238,8 +236,8 @@ def _textures() -> Grid:
 _TEXTURE_IDS = {name: index for index, name in enumerate(("plain", *MATERIALS))}
 
 
-def draw_plant(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
-    """A potted plant; the colour is the pot's."""
+def draw_plant(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
+    """Draw a potted plant; ``color`` is that of the pot."""
     leaf = vary((46, 122, 52), rng)
     for _ in range(8):
         dx, dy = rng.uniform(-12, 12), rng.uniform(16, 40)
@@ -247,55 +245,55 @@ def draw_plant(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Ran
         canvas.polygon([(x - 2, ground - 12), tip, (x + 3, ground - 12)], Paint(leaf))
         canvas.ellipse((tip[0] - 4, tip[1] - 4, tip[0] + 4, tip[1] + 6), Paint(shade(leaf, 0.9)))
     pot = [(x - 9, ground - 15), (x + 9, ground - 15), (x + 6, ground), (x - 6, ground)]
-    canvas.polygon(pot, Paint(colour))
+    canvas.polygon(pot, Paint(color))
 
 
-def draw_rug(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
+def draw_rug(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
     half = rng.uniform(44, 56)
-    canvas.ellipse((x - half, ground - 14, x + half, ground + 8), Paint(colour, "fabric"))
-    canvas.ellipse((x - half + 8, ground - 10, x + half - 8, ground + 4), Paint(shade(colour, 1.2)))
+    canvas.ellipse((x - half, ground - 14, x + half, ground + 8), Paint(color, "fabric"))
+    canvas.ellipse((x - half + 8, ground - 10, x + half - 8, ground + 4), Paint(shade(color, 1.2)))
 
 
-def draw_window(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
-    """A window on the wall; the colour is its frame's."""
+def draw_window(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
+    """Draw a window on the wall; ``color`` is that of its frame."""
     left, top, right, bottom = x - 15, 6, x + 15, 6 + rng.uniform(34, 42)
-    canvas.rectangle((left - 3, top - 3, right + 3, bottom + 3), Paint(colour))
+    canvas.rectangle((left - 3, top - 3, right + 3, bottom + 3), Paint(color))
     canvas.rectangle((left, top, right, bottom), Paint((150, 200, 245)))
-    canvas.rectangle((x - 1, top, x + 1, bottom), Paint(colour))
+    canvas.rectangle((x - 1, top, x + 1, bottom), Paint(color))
     middle = (top + bottom) / 2
-    canvas.rectangle((left, middle - 1, right, middle + 1), Paint(colour))
+    canvas.rectangle((left, middle - 1, right, middle + 1), Paint(color))
 
 
-def draw_picture(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
-    """A framed picture on the wall; the colour is its motif's."""
+def draw_picture(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
+    """Draw a framed picture on the wall; ``color`` is that of its motif."""
     top, half = rng.uniform(6, 14), rng.uniform(11, 15)
     canvas.rectangle((x - half, top, x + half, top + 2 * half), Paint((58, 44, 36)))
-    canvas.rectangle((x - half + 3, top + 3, x + half - 3, top + 2 * half - 3), Paint(colour))
+    canvas.rectangle((x - half + 3, top + 3, x + half - 3, top + 2 * half - 3), Paint(color))
 
 
-def draw_curtain(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
+def draw_curtain(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
     left = 0 if x < SIZE / 2 else SIZE - 20
     for i in range(5):
-        tone = shade(colour, 1.1 if i % 2 else 0.85)
+        tone = shade(color, 1.1 if i % 2 else 0.85)
         canvas.rectangle((left + 4 * i, 0, left + 4 * i + 4, ground - 8), Paint(tone))
 
 
-def draw_ball(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
+def draw_ball(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
     radius = rng.uniform(8, 12)
-    canvas.ellipse((x - radius, ground - 2 * radius, x + radius, ground), Paint(colour))
+    canvas.ellipse((x - radius, ground - 2 * radius, x + radius, ground), Paint(color))
     spot = (x - radius * 0.5, ground - 1.7 * radius, x, ground - 1.2 * radius)
-    canvas.ellipse(spot, Paint(shade(colour, 1.5)))
+    canvas.ellipse(spot, Paint(shade(color, 1.5)))
 
 
-def draw_box(canvas: Canvas, x: float, ground: float, colour: Colour, rng: Random) -> None:
+def draw_box(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
     half, height = rng.uniform(8, 11), rng.uniform(14, 20)
-    canvas.rectangle((x - half, ground - height, x + half, ground), Paint(colour))
+    canvas.rectangle((x - half, ground - height, x + half, ground), Paint(color))
     canvas.rectangle(
-        (x - half, ground - height, x + half, ground - height + 4), Paint(shade(colour, 0.75))
+        (x - half, ground - height, x + half, ground - height + 4), Paint(shade(color, 0.75))
     )
 
 
-Draw = Callable[[Canvas, float, float, Colour, Random], None]
+Draw = Callable[[Canvas, float, float, Color, Random], None]
 
 CLUTTER: dict[str, Draw] = {
     "rug": draw_rug,
@@ -306,4 +304,4 @@ CLUTTER: dict[str, Draw] = {
     "ball": draw_ball,
     "box": draw_box,
 }
-"""What may stand around, in the order from back to front."""
+"""What may be around a product, from the back to the front: the order in which it is drawn."""
