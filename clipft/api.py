@@ -19,7 +19,7 @@ from clipft.report.report import write_run_report
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import find_checkpoint, open_model, saved_settings
-from clipft.runs.loggers import MetricsLogger, RunRecorder, WandbLogger
+from clipft.runs.loggers import FileLogger, WandbLogger
 from clipft.runs.records import CallbackList, Callbacks, TrainingCallback, ignore
 from clipft.training.run import train as run_training
 from clipft.training.state import TrainResult
@@ -98,8 +98,7 @@ def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
     """Return the callbacks that write the figures of a run down."""
     device, paths = choose_precision(settings).device, RunPaths(settings.run_dir)
     loggers: list[TrainingCallback] = [
-        MetricsLogger(paths.metrics),
-        RunRecorder(paths.record, environment(device), partial(peak_memory_so_far, device)),
+        FileLogger(paths, environment(device), partial(peak_memory_so_far, device))
     ]
     if settings.wandb != "disabled":
         config = settings.model_dump(mode="json")

@@ -60,19 +60,14 @@ class DamagedCheckpoint(ModelError):
     """The file does not hold the bytes that were written; the one before it may be whole."""
 
 
-def save_checkpoint(
-    path: Path, content: dict[str, Any], before_replacing: Callable[[], None] = lambda: None
-) -> None:
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` so that ``path`` is always either the old file or the new one.
-
-    ``before_replacing`` is called once the new file has been read back and is known to be whole.
 
     Raises:
         StorageError: The disk is full or refuses to write. The old file is unchanged.
     """
     with replacing(path) as temporary:
         write_file(temporary, {**content, "format_version": FORMAT_VERSION})
-        before_replacing()
 
 
 def checkpoint_size(content: dict[str, Any]) -> int:
@@ -182,27 +177,26 @@ def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
     Raises:
         StorageError: The disk is full or refuses to write. Both files are unchanged.
     """
-    save_checkpoint(checkpoint, content, lambda: _keep_as_previous(checkpoint))
-
-
-def _keep_as_previous(checkpoint: Path) -> None:
     previous = previous_of(checkpoint)
-    # A second name for the same file: ``checkpoint`` itself stays until it is replaced
     link = previous.with_name(f".{previous.name}.part")
-    with suppress(FileNotFoundError):
-        link.unlink()
-    try:
-        os.link(checkpoint, link)
-    except FileNotFoundError:  # this is the first checkpoint of the run
-        return
-    except OSError:  # without links, only the previous checkpoint exists for a moment
-        link = checkpoint
-    try:
-        link.replace(previous)
-    except OSError:
-        if link != checkpoint:
-            link.unlink()
-        raise
+    with replacing(checkpoint) as temporary:
+        write_file(temporary, {**content, "format_version": FORMAT_VERSION})
+        # The new file was read back and is whole: only now may the last one become the previous
+        with suppress(FileNotFoundError):
+            link.unlink()  # a kill may have left it
+        try:
+            # A second name for the same file: ``checkpoint`` itself stays until it is replaced
+            os.link(checkpoint, link)
+        except FileNotFoundError:  # this is the first checkpoint of the run
+            return
+        except OSError:  # without links, only the previous checkpoint exists for a moment
+            link = checkpoint
+        try:
+            link.replace(previous)
+        except OSError:
+            if link != checkpoint:
+                link.unlink()
+            raise
 
 
 @dataclass(frozen=True)

@@ -24,60 +24,51 @@ _CLOSING_SECONDS = 30.0
 """How long a finished run waits for W&B to send the rest of its figures."""
 
 
-class MetricsLogger(TrainingCallback):
-    """Appends a line to ``metrics.jsonl`` for each step and each epoch."""
+class FileLogger(TrainingCallback):
+    """Keeps ``metrics.jsonl`` and ``run.json`` in the run folder.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def started(self, plan: Plan, done_steps: int) -> None:
-        self._path.touch()  # a folder with this file counts as a run, also before its first line
-
-    def stepped(self, result: StepResult) -> None:
-        append_lines(self._path, [result.metrics()], ascii_only=True)
-
-    def epoch_ended(self, result: EpochResult) -> None:
-        append_lines(self._path, [result.metrics()], ascii_only=True)
-
-
-class RunRecorder(TrainingCallback):
-    """Keeps ``run.json``: the plan, the versions of libraries, and the time and memory it took.
-
-    ``seconds`` counts from the first batch of each process, so that a resumed run adds to its
-    earlier parts; the time between the last epoch and a kill is lost. ``peak_memory_bytes`` is the
-    highest of all parts.
+    ``metrics.jsonl`` gets a line for each step and each epoch. ``run.json`` has the plan, the
+    versions of libraries, and what the run took. Its ``seconds`` count from the first batch of each
+    process, so that a resumed run adds to its earlier parts; the time between the last epoch and a
+    kill is lost. Its ``peak_memory_bytes`` is the highest of all parts.
     """
 
     def __init__(
-        self, path: Path, environment: dict[str, str], peak_memory: Callable[[], int]
+        self, paths: RunPaths, environment: dict[str, str], peak_memory: Callable[[], int]
     ) -> None:
-        self._path, self._environment, self._peak_memory = path, environment, peak_memory
-        self._plan: dict[str, Any] | None = None
+        self._paths, self._environment, self._peak_memory = paths, environment, peak_memory
+        self._plan: Plan | None = None
         self._earlier: dict[str, Any] = {}
         self._began = 0.0
 
     def started(self, plan: Plan, done_steps: int) -> None:
+        self._paths.metrics.touch()  # with this file, the folder counts as a run
         self._began = time.monotonic()
-        self._plan = asdict(plan)
-        self._earlier = (read_json(self._path) or {}) if done_steps else {}
-        self._write()
+        self._plan = plan
+        self._earlier = (read_json(self._paths.record) or {}) if done_steps else {}
+        self._write_record()
+
+    def stepped(self, result: StepResult) -> None:
+        append_lines(self._paths.metrics, [result.metrics()], ascii_only=True)
 
     def epoch_ended(self, result: EpochResult) -> None:
-        self._write()
+        append_lines(self._paths.metrics, [result.metrics()], ascii_only=True)
+        self._write_record()
 
     def closed(self) -> None:
         if self._plan:  # None if the run failed before it started
-            self._write()
+            self._write_record()
 
-    def _write(self) -> None:
+    def _write_record(self) -> None:
+        assert self._plan
         earlier_peak = self._earlier.get("peak_memory_bytes", 0)
         record = {
-            "plan": self._plan,
+            "plan": asdict(self._plan),
             "environment": self._environment,
             "seconds": self._earlier.get("seconds", 0.0) + time.monotonic() - self._began,
             "peak_memory_bytes": max(earlier_peak, self._peak_memory()),
         }
-        write_json(self._path, record, indent=2)
+        write_json(self._paths.record, record, indent=2)
 
 
 class WandbLogger(TrainingCallback):
@@ -119,7 +110,16 @@ class WandbLogger(TrainingCallback):
 
     def closed(self) -> None:
         """Send the figures of the report as the summary, and wait for W&B, but not forever."""
-        self._queue.put((None, self._summary()))
+        # From the files: another process may have measured the pretrained model
+        metrics, evaluation = json_lines(self._paths.metrics), read_json(self._paths.evaluation)
+        summary = {
+            f"{kind}/{row['key']}{'' if end == 'value' else f'/{end}'}": number
+            for table in figure_tables(metrics, evaluation)
+            for row in table["rows"]
+            for kind in ("before", "after", "change")
+            for end, number in (row[kind] or {}).items()
+        }
+        self._queue.put((None, summary))
         self._queue.put(None)
         if not self._thread.is_alive():
             return
@@ -131,21 +131,6 @@ class WandbLogger(TrainingCallback):
                 with suppress(psutil.Error):
                     if child.name().startswith("wandb"):
                         child.kill()
-
-    def _summary(self) -> dict[str, Any]:
-        """Return ``before/``, ``after/`` and ``change/`` of each figure, and its interval.
-
-        They are read from the files: the process that measured the pretrained model may have been
-        another one.
-        """
-        metrics, evaluation = json_lines(self._paths.metrics), read_json(self._paths.evaluation)
-        return {
-            f"{kind}/{row['key']}{'' if end == 'value' else f'/{end}'}": number
-            for table in figure_tables(metrics, evaluation)
-            for row in table["rows"]
-            for kind in ("before", "after", "change")
-            for end, number in (row[kind] or {}).items()
-        }
 
     def _serve(self) -> None:
         """Send what is in the queue until None arrives; runs in the thread."""

@@ -205,7 +205,7 @@ class RunRecords:
     """What a run left in its folder.
 
     ``settings`` has the section, name, value and default of each setting, and whether it was
-    changed. ``run`` is what ``loggers.RunRecorder`` writes. ``result`` and ``evaluation`` are None
+    changed. ``run`` is what ``loggers.FileLogger`` writes. ``result`` and ``evaluation`` are None
     until the run has ended, ``interpolation`` and ``kept`` until ``clipft evaluate`` was asked for
     them. ``skipped`` has the first pairs that could not be used, ``skipped_counts`` the number of
     all of them by split.

@@ -75,12 +75,9 @@ class ImageIndex:
     be decoded has a row of NaN. ``embedded`` counts the images that were not in the cache.
     """
 
-    parts: Sequence[ImagePart]
+    images: JoinedParts
     vectors: Sequence[Vectors]
     embedded: int
-
-    def __len__(self) -> int:
-        return sum(part.count for part in self.parts)
 
     def scores(self, query: Tensor) -> Vectors:
         """Return the cosine [images] of each image with a unit vector [D]; NaN if undecodable."""
@@ -99,8 +96,7 @@ class ImageIndex:
             least = np.partition(scores[usable], -count)[-count]
             usable = usable[scores[usable] >= least]
         ranked = usable[np.argsort(-scores[usable], kind="stable")][:count]
-        pairs = JoinedParts(self.parts)
-        return [Hit(int(n), float(scores[n]), pairs[int(n)]) for n in ranked]
+        return [Hit(int(n), float(scores[n]), self.images[int(n)]) for n in ranked]
 
 
 def open_index(
@@ -131,7 +127,7 @@ def open_index(
         found[at] = _load(files[at], parts[at].count)  # mapped, so that memory does not fill up
     complete = [vectors for vectors in found if vectors is not None]
     assert len(complete) == len(parts), "a part that was just saved cannot be read"
-    return ImageIndex(parts, complete, len(to_embed))
+    return ImageIndex(JoinedParts(parts), complete, len(to_embed))
 
 
 def _load(file: Path, rows: int) -> Vectors | None:

@@ -105,7 +105,7 @@ def test_a_stopped_search_continues_where_it_was(tuned, catalogue):
     with pytest.raises(KeyboardInterrupt):
         open_index(model, parts, LoaderOptions(), kill)
     index = open_index(model, parts, LoaderOptions(), lambda done, total: None)
-    assert (index.embedded, len(index)) == (76, 136)
+    assert (index.embedded, len(index.images)) == (76, 136)
     shutil.rmtree(cache_folder() / "pictures")
     whole = open_index(model, parts, LoaderOptions(), lambda done, total: None)
     for one, other in zip(index.vectors, whole.vectors, strict=True):

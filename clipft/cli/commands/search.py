@@ -163,7 +163,7 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
 
 def _counts(index: "ImageIndex", scores: Any) -> dict[str, int]:
     unusable = int((scores != scores).sum())
-    return {"pictures": len(index), "unusable": unusable, "embedded_now": index.embedded}
+    return {"pictures": len(index.images), "unusable": unusable, "embedded_now": index.embedded}
 
 
 def _result(
