@@ -85,7 +85,7 @@ def test_type_checkers_see_the_names(tmp_path):
     assert 'has incompatible type "int"' in done.stdout
 
 
-def test_a_run_leaves_what_that_of_the_command_line_does(trained, catalogue, tmp_path):
+def test_a_run_leaves_the_same_files_as_one_of_the_command_line(trained, catalogue, tmp_path):
     from clipft.cli.app import run
 
     flags = [w for n, v in SMALL.items() for w in (f"--{n.replace('_', '-')}", str(v))]
@@ -121,7 +121,7 @@ def test_evaluate_gives_the_figures_of_the_run(trained):
 
 
 def test_a_loaded_model_ranks_as_the_run_measured(trained):
-    """Two pairs of 40 may change places: the processor's resizing is not quite ours."""
+    """Two of 40 pairs may differ, because the processor resizes slightly differently."""
     tuned = clipft.load_model(trained.folder)
     pairs = [render_pair(7, number) for number in range(1000, 1040)]
     inputs = tuned.processor(
@@ -144,7 +144,7 @@ def as_stored(image: Image.Image) -> Image.Image:
     return Image.open(buffer)
 
 
-def test_an_exported_folder_and_the_untouched_model_load_too(trained, tmp_path):
+def test_an_exported_folder_and_a_pretrained_model_load_too(trained, tmp_path):
     from clipft.cli.app import run
 
     assert run(["export", str(trained.folder), str(tmp_path / "out")]) == 0
@@ -155,7 +155,7 @@ def test_an_exported_folder_and_the_untouched_model_load_too(trained, tmp_path):
     assert clipft.load_model("tiny").settings.scenario == "zero_shot"
 
 
-def test_the_example_of_the_documents_runs(catalogue, tmp_path, monkeypatch):
+def test_the_example_in_the_docs_runs(catalogue, tmp_path, monkeypatch):
     page = (Path(clipft.__file__).parent.parent / "docs" / "python.md").read_text("utf-8")
     example = page.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)

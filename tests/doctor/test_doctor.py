@@ -15,6 +15,7 @@ from clipft.config.settings import Settings
 from clipft.core.errors import ModelError
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.examination import CHECKS, examine, run_check
+from clipft.models.pretrained import model_source
 
 TINY = Settings(model="tiny", device="cpu")
 
@@ -145,10 +146,8 @@ def test_a_broken_model_folder_is_found(tmp_path):
 
 
 def test_a_truncated_model_is_found(tmp_path):
-    from clipft.models import pretrained as base
-
     folder = tmp_path / "model"
-    shutil.copytree(base._TINY_FOLDER, folder)
+    shutil.copytree(model_source("tiny"), folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert run_check("model", but(model=str(folder))).status == "error"

@@ -1,4 +1,4 @@
-"""Training on captions by template and on shards in sequence, as a user does it."""
+"""Training on captions from a template, and on shards that are read in sequence."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_stream_killed_and_resumed_with_other_workers_is_the_same_run(
     assert_same_run(streamed, tmp_path)
 
 
-def test_a_stream_is_another_order_than_the_index(streamed, catalogue, tmp_path, capsys):
+def test_a_stream_has_another_order_than_the_index(streamed, catalogue, tmp_path, capsys):
     indexed = tmp_path / "indexed"
     assert train(catalogue, indexed, "--caption", STREAM[-1]) == 0
     losses = [[m["loss"] for m in metrics(out / "dual_lora")[1:4]] for out in (streamed, indexed)]
@@ -52,7 +52,7 @@ def test_a_misspelt_field_is_found_before_anything_starts(catalogue, tmp_path, c
 
 
 def write(path: Path, numbers: range, caption: bytes | None) -> None:
-    """As the catalogue's shards, with another caption or none."""
+    """Write a shard like those of the catalogue, with another caption or none."""
     import tarfile
 
     from clipft.data.demo.catalogue import render_pair
@@ -77,7 +77,7 @@ def test_pairs_with_metadata_alone_train_by_template_only(tmp_path, capsys):
     assert train(tmp_path, tmp_path / "out", "--caption", "{color} {category}") == 0
 
 
-def test_long_captions_and_pairs_on_both_sides_are_said_before_the_run(tmp_path, capsys):
+def test_long_captions_and_shared_pairs_are_reported_before_the_run(tmp_path, capsys):
     write(tmp_path / "train" / "0.tar", range(40), b"long " * 90)
     write(tmp_path / "val" / "0.tar", range(30, 50), b"long " * 90)
     assert train(tmp_path, tmp_path / "out", "--epochs", "1") == 0
@@ -90,14 +90,14 @@ def test_long_captions_and_pairs_on_both_sides_are_said_before_the_run(tmp_path,
     )
 
 
-def test_nothing_is_said_of_a_clean_split(tmp_path, capsys):
+def test_a_clean_split_is_not_mentioned(tmp_path, capsys):
     write_shard(tmp_path / "train" / "0.tar", range(40))
     write_shard(tmp_path / "val" / "0.tar", range(100, 110))
     assert train(tmp_path, tmp_path / "out", "--epochs", "1") == 0
     assert "share" not in capsys.readouterr().err
 
 
-def test_evaluation_takes_the_captions_of_the_run(streamed, catalogue, capsys):
+def test_evaluation_uses_the_captions_of_the_run(streamed, catalogue, capsys):
     place = str(streamed / "dual_lora")
     figures = []
     for more in ((), ("--caption", "{caption}")):

@@ -1,4 +1,4 @@
-"""``best.pt`` damaged or gone: what the checkpoint has is written anew, the rest is said."""
+"""``best.pt`` is damaged or gone: it is rewritten from the checkpoint if possible, or reported."""
 
 import json
 import shutil
@@ -21,8 +21,8 @@ def environ(whole: Path) -> dict[str, str | None]:
 
 
 @HARM
-def test_of_the_checkpoints_own_epoch_they_are_written_anew(programs, whole, tmp_path, harm):
-    """A run that was cut off while finishing, its last epoch the best one."""
+def test_weights_of_the_checkpoints_epoch_are_rewritten(programs, whole, tmp_path, harm):
+    """The run was killed while finishing, and its last epoch was the best one."""
     out = tmp_path / "runs"
     shutil.copytree(whole / "runs", out)
     (out / "dual_lora" / "result.json").unlink()
@@ -35,7 +35,7 @@ def test_of_the_checkpoints_own_epoch_they_are_written_anew(programs, whole, tmp
 
 @pytest.fixture(scope="module")
 def first_best(programs, catalogue, whole, tmp_path_factory) -> Path:
-    """Finished but for its result; only the first of three epochs counts as better."""
+    """A run that lacks only its result, and whose first of three epochs was the best."""
     out = tmp_path_factory.mktemp("first-best")
     run = programs.run(*command(catalogue, out, "--min-delta", "100"), env=environ(whole))
     assert run.wait() == 0, run.err
@@ -45,7 +45,7 @@ def first_best(programs, catalogue, whole, tmp_path_factory) -> Path:
     return out
 
 
-def test_of_an_earlier_epoch_they_are_lost_and_that_is_said(programs, whole, first_best, tmp_path):
+def test_weights_of_an_earlier_epoch_are_lost_and_reported(programs, whole, first_best, tmp_path):
     out = tmp_path / "runs"
     shutil.copytree(first_best, out)
     best, checkpoint = out / "dual_lora" / "best.pt", out / "dual_lora_checkpoint.pt"
@@ -60,7 +60,7 @@ def test_of_an_earlier_epoch_they_are_lost_and_that_is_said(programs, whole, fir
         assert "put a copy of best.pt back" in hint and "remove it" in hint
         assert checkpoint.read_bytes() == before
 
-    best.unlink()  # as the hint has it
+    best.unlink()  # as the hint says
     run = programs.run("resume", str(checkpoint), env=environ(whole))
     assert run.wait() == 0, run.err
     assert f"warning: {best} is gone: the weights of epoch {lost}" in run.err
@@ -73,7 +73,7 @@ def test_of_an_earlier_epoch_they_are_lost_and_that_is_said(programs, whole, fir
 
 
 @pytest.mark.slow
-def test_in_mid_epoch_it_is_known_before_any_training(programs, catalogue, whole, tmp_path):
+def test_in_mid_epoch_damage_is_found_before_training(programs, catalogue, whole, tmp_path):
     for attempt in range(5):
         out = tmp_path / str(attempt)
         run = programs.start(*command(catalogue, out), env=environ(whole))

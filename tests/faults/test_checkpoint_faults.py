@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, foreign, or of another run, as ``clipft resume`` meets them."""
+"""``clipft resume`` with checkpoints that are damaged, foreign, or from another run."""
 
 import shutil
 from pathlib import Path
@@ -36,11 +36,11 @@ def copy(whole, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("harm", [flip, cut, empty, Path.unlink], ids=lambda harm: harm.__name__)
-def test_a_damaged_newest_gives_way_to_the_one_before(copy, whole, capsys, monkeypatch, harm):
-    """By ``clipft resume``; the run ends where it would have ended."""
+def test_the_previous_checkpoint_replaces_a_damaged_one(copy, whole, capsys, monkeypatch, harm):
+    """The resumed run ends with the same weights as an undisturbed one."""
     monkeypatch.setenv("CLIPFT_CACHE", str(whole / "cache"))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the undisturbed run
+    torch.set_num_threads(1)  # as in the undisturbed run
     harm(copy / NAME)
     try:
         assert run(["resume", str(copy / "dual_lora")]) == 0
@@ -55,7 +55,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(copy, whole, capsys, monke
 
 
 @pytest.mark.parametrize("harm", [flip, cut, empty], ids=lambda harm: harm.__name__)
-def test_where_none_is_whole_nothing_starts_from_scratch(copy, catalogue, capsys, harm):
+def test_if_both_are_damaged_nothing_starts_from_scratch(copy, catalogue, capsys, harm):
     harm(copy / NAME)
     harm(previous_of(copy / NAME))
     before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
@@ -66,7 +66,7 @@ def test_where_none_is_whole_nothing_starts_from_scratch(copy, catalogue, capsys
     assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
 
 
-def test_a_checkpoint_of_a_newer_clipft_is_not_passed_over(copy, capsys):
+def test_a_checkpoint_of_a_newer_clipft_is_refused(copy, capsys):
     content = load_checkpoint(copy / NAME)
     torch.save({**content, "format_version": 99}, copy / NAME)
     assert run(["resume", str(copy / "dual_lora")]) == 5
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_a_newer_clipft_is_not_passed_over(copy, capsys):
     assert "newer clipft" in error and str(previous_of(copy / NAME)) in hint
 
 
-def test_weights_alone_in_a_checkpoints_place(copy, capsys):
+def test_weights_alone_in_place_of_a_checkpoint_are_refused(copy, capsys):
     shutil.copy(copy / "dual_lora" / "best.pt", copy / NAME)
     assert run(["resume", str(copy / "dual_lora")]) == 5
     assert "holds weights but no run to resume" in one_error(capsys)[0]
@@ -89,9 +89,7 @@ def test_weights_alone_in_a_checkpoints_place(copy, capsys):
         (("--effective-batch-size", "16"), "effective_batch_size 32 -> 16"),
     ],
 )
-def test_what_decides_the_weights_is_refused_with_both_values(
-    copy, catalogue, capsys, changed, said
-):
+def test_a_setting_that_decides_the_weights_cannot_change(copy, catalogue, capsys, changed, said):
     before = (copy / NAME).read_bytes()
     assert run(command(catalogue, copy, *changed)) == 2
     assert said in one_error(capsys)[0]

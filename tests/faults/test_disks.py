@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or gone (3, 4): the old state whole, and said with the path."""
+"""Disks that are full, read-only or gone: the old state stays whole, and the error has the path."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ CHECKPOINT = "dual_lora_checkpoint.pt"
 
 @contextmanager
 def disk(folder: Path, kib: int):
-    """A file system of so many KiB."""
+    """Mount a file system of ``kib`` KiB."""
     folder.mkdir()
     made = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "clipft-test", str(folder)]
     if subprocess.run(made, capture_output=True).returncode:
@@ -49,8 +49,8 @@ def test_a_disk_that_fills_up_keeps_the_last_state_and_resumes_with_room(
     tmp_path,
     kib,
 ):
-    """Sizes at which it is full in the first checkpoint, a later one, best.pt, a line of the
-    metrics, the adapter, the evaluation."""
+    """The sizes make it fail in the first checkpoint, in a later one, in best.pt, in a line of the
+    metrics, in the adapter, and in the evaluation."""
     with disk(tmp_path / "disk", kib) as out:
         full = programs.run(*command(catalogue, out), env=cache(whole))
         assert full.wait() == 4, full.err
@@ -68,7 +68,7 @@ def test_a_disk_that_fills_up_keeps_the_last_state_and_resumes_with_room(
         assert_same_run(whole / "runs", out)
 
 
-def test_another_program_takes_the_room(programs, catalogue, whole, tmp_path):
+def test_another_program_fills_the_disk(programs, catalogue, whole, tmp_path):
     with disk(tmp_path / "disk", 20_000) as out:
         run = programs.start(*command(catalogue, out, "--epochs", "300"), env=cache(whole))
         wait_until(lambda: steps(out) >= 2, run)
@@ -91,8 +91,8 @@ def test_a_read_only_folder_is_found_before_any_work(programs, catalogue, tmp_pa
         assert "pretrained: val loss" not in run.err  # nothing was measured yet
 
 
-def test_a_folder_that_goes_away_while_training(programs, catalogue, whole, tmp_path):
-    """Another program moves it: the run ends at its next save, and with 4."""
+def test_a_folder_that_is_moved_while_training(programs, catalogue, whole, tmp_path):
+    """Another program moves the folder: the run ends with exit code 4 at its next write."""
     out = tmp_path / "runs"
     run = programs.start(*command(catalogue, out, "--epochs", "300"), env=cache(whole))
     wait_until(lambda: steps(out) >= 2, run)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its memory running out, and a kill under bf16 with 8-bit AdamW."""
+"""What only a GPU can show: running out of its memory, and a kill in bf16 with 8-bit AdamW."""
 
 import json
 import os
@@ -30,7 +30,7 @@ sys.stdin.read()
 
 @contextmanager
 def memory_left(mib: int) -> Iterator[None]:
-    """Another program holds all of the GPU's memory but so much."""
+    """Let another process hold all memory of the GPU except for ``mib`` MiB."""
     command = [sys.executable, "-c", HOLDER, str(mib << 20)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,7 +54,7 @@ def clipft(*args: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "clipft", *args], capture_output=True, text=True)
 
 
-def test_memory_that_runs_out_in_training_costs_nothing_but_time(vit_b32, catalogue, tmp_path):
+def test_running_out_of_memory_changes_no_losses(vit_b32, catalogue, tmp_path):
     def train(out: Path, *more: str) -> list[float]:
         done = clipft(
             *("train", "--model", str(vit_b32), "--data-dir", str(catalogue)),

@@ -1,4 +1,4 @@
-"""Libraries and drivers that do not fit together: one line, from ``train`` and from ``doctor``."""
+"""Libraries and drivers that do not fit together: ``train`` and ``doctor`` say so in one line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def clipft(*args: str, **environ: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_torchvision_for_another_torch(catalogue, tmp_path):
-    """What a torchvision for CUDA says beside a torch for the CPU."""
+    """A torchvision for CUDA raises this error beside a torch for the CPU."""
     stub = tmp_path / "torchvision"
     stub.mkdir()
     (stub / "__init__.py").write_text(
@@ -35,7 +35,7 @@ def test_a_torchvision_for_another_torch(catalogue, tmp_path):
 
 @pytest.fixture
 def old_driver(tmp_path) -> dict[str, str]:
-    """A card whose driver PyTorch cannot use: the tool names it, CUDA does not start."""
+    """A GPU with a driver that PyTorch cannot use: nvidia-smi works, CUDA does not start."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 418.39'\n")

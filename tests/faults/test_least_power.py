@@ -1,4 +1,4 @@
-"""Secrets are nowhere, nothing is asked of the network, nothing runs that came with data."""
+"""Secrets are not leaked, the network is not used without need, and data is never executed."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def planted(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_secrets_are_in_no_file_and_no_word_of_a_run(planted, catalogue, tmp_path, capfd):
+def test_a_run_writes_secrets_to_no_file_and_no_output(planted, catalogue, tmp_path, capfd):
     where = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "out")]
     assert run(["train", *TINY, *where, "--wandb", "offline", "--debug", "--json"]) == 0
     folder = str(tmp_path / "out" / "dual_lora")
@@ -52,7 +52,7 @@ def test_secrets_are_in_no_file_and_no_word_of_a_run(planted, catalogue, tmp_pat
 
 
 def test_secrets_are_in_no_traceback(planted, tmp_path, capfd):
-    """Of storage that fails, with --debug."""
+    """The traceback is that of an unreachable bucket, with --debug."""
     place = ["--s3-bucket", "b", "--endpoint-url", "http://127.0.0.1:9", "--s3-patience", "0"]
     assert run(["sync", *place, "--data-dir", str(tmp_path / "data"), "--debug"]) == 4
     said = capfd.readouterr()
@@ -99,7 +99,7 @@ sys.exit(code)
 """
 
 
-def test_a_run_on_local_data_asks_nothing_of_the_network(catalogue, tmp_path):
+def test_a_run_on_local_data_does_not_use_the_network(catalogue, tmp_path):
     args = ["train", *TINY, "--data-dir", str(catalogue), "--output-dir", str(tmp_path)]
     environ = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environ |= {"OMP_NUM_THREADS": "1", "CLIPFT_CACHE": str(tmp_path / "cache")}
@@ -114,8 +114,7 @@ def test_a_run_on_local_data_asks_nothing_of_the_network(catalogue, tmp_path):
 
 
 def test_the_source_runs_no_foreign_code():
-    """Names whose every use would have to be looked at: there is none. What ruff's S rules
-    (bandit's) do not forbid."""
+    """Calls that ruff's S rules (from bandit) do not forbid, but that could run foreign code."""
     forbidden = (
         "trust_remote_code=True",
         "weights_only=False",

@@ -1,7 +1,7 @@
-"""The system calls of a save: their order, and what is left when each of them is the last.
+"""The system calls of a save: their order, and what is left if each of them is the last one.
 
-A kill does not simulate a power cut: for that the order counts in which files are flushed and
-renamed, which strace sees.
+Killing the process does not simulate a power cut. There, the order matters in which files are
+flushed and renamed, which strace shows.
 """
 
 import os
@@ -80,7 +80,7 @@ def saver():
 
 
 def third_save(strace: str, saver, path: Path, fault: str) -> int:
-    """Steps 1 and 2 are saved, step 3 with a fault in one system call; the exit code."""
+    """Save steps 1 and 2, then step 3 with a fault in one system call, and return the exit code."""
     path.parent.mkdir(parents=True)
     saver.stdin.write(f"{path}\n")
     saver.stdin.flush()
@@ -102,7 +102,7 @@ def third_save(strace: str, saver, path: Path, fault: str) -> int:
     ("call", "steps_left"),
     [
         ("write", {2}),
-        ("fsync", {2, 3}),  # the last one is of the folder
+        ("fsync", {2, 3}),  # the last one flushes the folder
         ("rename", {2}),
         ("link", {2}),
         ("unlink", {2}),
@@ -134,7 +134,7 @@ def test_a_kill_at_each_call_of_a_save_leaves_a_whole_checkpoint(
         ("link", "EPERM", 0),  # a file system without links
     ],
 )
-def test_an_error_of_each_call_leaves_a_whole_checkpoint(
+def test_an_error_in_each_call_leaves_a_whole_checkpoint(
     strace, saver, tmp_path, call, error, told
 ):
     for number in (1, 2, 3):
@@ -151,7 +151,7 @@ TRACED = re.compile(r"(write|fsync|rename|link)\((.*)\) += (-?\d+)")
 
 
 def calls(trace: Path, out: Path) -> list[tuple[str, list[str]]]:
-    """(call, names below ``out`` in it), in their order; "" is the folder itself."""
+    """Return (call, paths below ``out``) in order; "" is the folder itself."""
     found = []
     for line in trace.read_text(errors="replace").splitlines():
         if (match := TRACED.search(line)) and match[3] != "-1":
@@ -161,8 +161,8 @@ def calls(trace: Path, out: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_all_is_flushed_before_a_checkpoint_has_its_name(strace, catalogue, whole, tmp_path):
-    """Its own bytes and the lines of its steps; and its folder after it."""
+def test_all_is_flushed_before_a_checkpoint_gets_its_name(strace, catalogue, whole, tmp_path):
+    """Both its own bytes and the lines of its steps; the folder is flushed after it."""
     out, trace = tmp_path / "out", tmp_path / "trace"
     run = [sys.executable, "-m", "clipft", *command(catalogue, out, "--epochs", "1")]
     seen = ["--seccomp-bpf", "-f", "-y", "-qq", "-s", "8", "-o", str(trace)]

@@ -1,4 +1,4 @@
-"""What is around the program: network, home, clock, terminal, names, rights (35-38)."""
+"""The environment of the program: network, home, clock, terminal, folder names, permissions."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", 
 
 
 def installed(*args: str, **more) -> "subprocess.CompletedProcess[bytes]":
-    """As a user starts it."""
+    """Run ``clipft`` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "clipft", *args], cwd=ROOT, stderr=subprocess.PIPE, **more
     )
@@ -28,7 +28,7 @@ def installed(*args: str, **more) -> "subprocess.CompletedProcess[bytes]":
 
 @pytest.mark.slow
 def test_no_network_and_no_cached_model(programs, catalogue, tmp_path):
-    """The hub's name leads nowhere here; the cache is empty."""
+    """The hub cannot be reached, and the cache is empty."""
     env = {"HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://[::1]:9"}
     began = time.monotonic()
     run = programs.run(
@@ -66,8 +66,8 @@ def test_mistakes_in_the_environment_are_named(monkeypatch, capsys, name, value,
     assert name in error and said in error + hint
 
 
-def test_names_with_spaces_and_letters_of_all_kinds(programs, catalogue, tmp_path):
-    """In C's locale too, from a working folder of such a name, relative paths and all."""
+def test_folder_names_with_spaces_and_other_scripts(programs, catalogue, tmp_path):
+    """In the C locale, with relative paths, from a working folder of such a name."""
     place = tmp_path / "Möbel & 椅子 'neu' \u2028x"
     shutil.copytree(catalogue, place / "dätä")
     env = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": None, "PYTHONIOENCODING": None}
@@ -80,7 +80,7 @@ def test_names_with_spaces_and_letters_of_all_kinds(programs, catalogue, tmp_pat
     assert again.wait() == 0 and "finished" in again.err
 
 
-def test_a_umask_of_077_and_a_home_that_cannot_be_written(programs, catalogue, tmp_path):
+def test_a_umask_of_077_and_a_read_only_home(programs, catalogue, tmp_path):
     home = tmp_path / "home"
     home.write_text("no folder: nothing can be made in it")
     env: dict[str, str | None] = {"HOME": str(home), "XDG_CACHE_HOME": None, "CLIPFT_CACHE": None}
@@ -92,7 +92,7 @@ def test_a_umask_of_077_and_a_home_that_cannot_be_written(programs, catalogue, t
 
 
 def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, whole):
-    """An hour at once, in the middle of the run; libfaketime is what sets clocks in tests."""
+    """The clock jumps back an hour in the middle of the run, set by libfaketime."""
     library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
     if library is None:
         pytest.skip("needs libfaketime")
@@ -111,8 +111,8 @@ def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_the_future_is_resumed(programs, catalogue, whole, tmp_path):
-    """What a clock that was set back leaves: files that are younger than now."""
+def test_a_checkpoint_from_the_future_is_resumed(programs, catalogue, whole, tmp_path):
+    """A clock that was set back leaves files with times in the future."""
     out, env = tmp_path / "out", {"CLIPFT_CACHE": str(whole / "cache")}
     run = programs.start(*command(catalogue, out), env=env)
     wait_until(lambda: steps(out) >= 4, run)
@@ -125,8 +125,8 @@ def test_a_checkpoint_of_the_future_is_resumed(programs, catalogue, whole, tmp_p
     assert_same_run(whole / "runs", out)
 
 
-def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, whole, tmp_path):
-    """``clipft train | head -1``: the run goes to its end, and says nothing of it."""
+def test_a_run_survives_a_closed_stdout(programs, catalogue, whole, tmp_path):
+    """``clipft train | head -1``: the run goes to its end without an error."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -143,7 +143,7 @@ def test_a_reader_that_goes_away_in_mid_run_costs_nothing(programs, catalogue, w
 
 
 @pytest.mark.slow
-def test_stderr_that_goes_away_costs_nothing(catalogue, whole, tmp_path):
+def test_a_run_survives_a_closed_stderr(catalogue, whole, tmp_path):
     """``clipft train 2>&1 | head -1``"""
     reading, writing = os.pipe()
     os.close(reading)
@@ -157,7 +157,7 @@ def test_stderr_that_goes_away_costs_nothing(catalogue, whole, tmp_path):
     assert_same_run(whole / "runs", tmp_path)
 
 
-def test_no_terminal_no_colour_40_columns(programs, catalogue, tmp_path):
+def test_without_a_terminal_lines_fit_40_columns(programs, catalogue, tmp_path):
     where = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path)]
     env: dict[str, str | None] = {"NO_COLOR": "1", "COLUMNS": "40", "TERM": "dumb"}
     run = programs.run("train", *TINY, *where, env=env)
@@ -166,7 +166,7 @@ def test_no_terminal_no_colour_40_columns(programs, catalogue, tmp_path):
     assert max(map(len, run.out.splitlines())) <= 40
 
 
-def test_a_second_run_names_the_first(programs, catalogue, whole, tmp_path):
+def test_a_second_run_in_a_folder_names_the_first(programs, catalogue, whole, tmp_path):
     env = {"CLIPFT_CACHE": str(whole / "cache")}
     first = programs.start(*command(catalogue, tmp_path, "--epochs", "300"), env=env)
     wait_until(lambda: steps(tmp_path) >= 1, first)
@@ -176,4 +176,4 @@ def test_a_second_run_names_the_first(programs, catalogue, whole, tmp_path):
     first.signal(signal.SIGKILL)
     first.wait()
     third = programs.run(*command(catalogue, tmp_path, "--epochs", "300", "--lr", "1"), env=env)
-    assert third.wait() == 2 and "lr 0.0001 -> 1" in third.error()[0]  # the lock is no more
+    assert third.wait() == 2 and "lr 0.0001 -> 1" in third.error()[0]  # the lock is gone

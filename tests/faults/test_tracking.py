@@ -1,4 +1,4 @@
-"""W&B without a network, with a wrong key, killed: training never waits for it (34)."""
+"""W&B without a network, with a wrong key, or killed: training never waits for it."""
 
 import http.server
 import json
@@ -24,7 +24,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """Takes connections and never says a word."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -57,21 +57,21 @@ def start(programs, catalogue, out, mode: str, **env: str) -> Program:
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_holds_nothing_up(
+def test_a_server_that_does_not_answer_does_not_delay_training(
     programs, catalogue, tmp_path, silent_server
 ):
     run = start(programs, catalogue, tmp_path, "online", WANDB_BASE_URL=silent_server)
     wait_until(lambda: (tmp_path / "dual_lora" / "settings.toml").exists(), run)
     began = time.monotonic()
     wait_until(lambda: steps(tmp_path) >= 1, run)
-    assert time.monotonic() - began < 15  # it imports wandb beside, which takes seconds of its own
+    assert time.monotonic() - began < 15  # importing wandb at the same time takes seconds
     assert run.wait(90) == 0, run.err
     assert "warning: W&B" in run.err and KEY not in run.err
     assert steps(tmp_path) == 12
 
 
 @pytest.mark.slow
-def test_a_wrong_key_is_said_once_and_the_run_goes_on(
+def test_a_wrong_key_is_reported_once_and_training_continues(
     programs, catalogue, tmp_path, refusing_server
 ):
     run = start(programs, catalogue, tmp_path, "online", WANDB_BASE_URL=refusing_server)
@@ -81,7 +81,7 @@ def test_a_wrong_key_is_said_once_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_its_service_is_killed(programs, catalogue, tmp_path):
+def test_a_run_survives_a_killed_wandb_service(programs, catalogue, tmp_path):
     run = start(programs, catalogue, tmp_path, "offline")
 
     def service() -> list[psutil.Process]:
@@ -97,7 +97,7 @@ def test_its_service_is_killed(programs, catalogue, tmp_path):
 
 @pytest.mark.slow
 def test_offline_files_can_be_synced_later(programs, catalogue, tmp_path):
-    """As `wandb sync` would read them: each step of metrics.jsonl, under one id."""
+    """`wandb sync` finds each step of metrics.jsonl, under one id."""
     run = start(programs, catalogue, tmp_path, "offline")
     assert run.wait(90) == 0, run.err
     (record,) = (tmp_path / "dual_lora").rglob("run-*.wandb")
@@ -116,7 +116,7 @@ def value(history, name: str) -> float | None:
 
 
 def records(path: Path) -> Iterator:
-    """A `.wandb` file: a log of LevelDB, blocks of 32 KiB, whose records are protobufs."""
+    """Read a `.wandb` file: a LevelDB log in blocks of 32 KiB, whose records are protobufs."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, whole = path.read_bytes(), 7, b""
@@ -128,7 +128,7 @@ def records(path: Path) -> Iterator:
         _, length, kind = struct.unpack_from("<IHB", data, place)
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             record = Record()
             record.ParseFromString(whole)
             whole = b""

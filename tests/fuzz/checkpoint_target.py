@@ -1,4 +1,4 @@
-"""The target that needs torch, apart: the others start without it."""
+"""The target that needs torch, in a module of its own: the others start without it."""
 
 import hashlib
 from contextlib import suppress
@@ -11,7 +11,7 @@ from tests.loaded_settings import loaded_settings
 
 
 def checkpoint(data: bytes) -> None:
-    """The first byte odd: with a right checksum, so that what lies behind it is met."""
+    """If the first byte is odd, add a correct checksum, so that the code behind it is reached."""
     body = data[1:]
     if data[:1] and data[0] % 2 and len(body) > 22:
         whole = body[:-2] + b"\0\0"

@@ -1,10 +1,11 @@
-"""Fuzz one reader of foreign bytes, guided by coverage:
+"""Fuzz one reader of foreign bytes, guided by coverage.
 
     python tests/fuzz/run.py TARGET [--minutes 10] [--json FILE]
 
 TARGET: tar, index, template, checkpoint, keys (see targets.py). Needs atheris (the extra
-``fuzz``). Starts from tests/fuzz/seeds/TARGET; what it finds lies in tests/fuzz/found/TARGET
-and goes, made small, among the seeds with the fix: tests/fuzz/test_seeds.py runs them all.
+``fuzz``). It starts from tests/fuzz/seeds/TARGET and writes what it finds to
+tests/fuzz/found/TARGET. Minimize a find and add it to the seeds together with the fix:
+tests/fuzz/test_seeds.py runs them all.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", choices=NAMES)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--json", type=Path, help="file that gets a line of figures more")
+    parser.add_argument("--json", type=Path, help="file to append a line of figures to")
     given = parser.parse_args()
     result = fuzz(given.target, max(1, round(given.minutes * 60)))
     print(json.dumps(result))

@@ -1,5 +1,8 @@
-"""What is fuzzed: each takes any bytes and must answer with a result that holds, or with the
-error that its documentation names. Anything else is a find."""
+"""The functions that are fuzzed.
+
+Each takes any bytes. It must return a valid result or raise the error that it documents; anything
+else is a bug.
+"""
 
 import os
 import posixpath
@@ -26,7 +29,7 @@ def in_a_file(data: bytes, name: str) -> Path:
 
 
 def tar(data: bytes) -> None:
-    """A shard's members: within the file, and as tarfile sees them wherever it is not asked."""
+    """The members of a shard lie within the file, and are the same that tarfile finds."""
     path = in_a_file(data, "a.tar")
     with suppress(DataError):
         shard = index_shard(path)
@@ -44,7 +47,7 @@ def tar(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """A shard's index: refused, or pointing into the shard alone. The shard is 100,000 bytes."""
+    """An index is refused, or points only into its shard, which has 100,000 bytes."""
     shard_path = _FOLDER / "b.tar"
     if not shard_path.exists():
         shard_path.touch()
@@ -62,7 +65,7 @@ def index(data: bytes) -> None:
 
 
 def template(data: bytes) -> None:
-    """NUL between the template, the .txt and the .json."""
+    """NUL bytes separate the template, the .txt and the .json."""
     source, caption, metadata = (*data.split(b"\0", 2), b"", b"")[:3]
     try:
         parsed = CaptionTemplate.parse(source.decode("utf-8", "replace"))
@@ -74,7 +77,7 @@ def template(data: bytes) -> None:
 
 
 def keys(data: bytes) -> None:
-    """Lines are keys of one bucket: each has a place of its own inside the folder, or none."""
+    """Lines are keys of one bucket: each gets its own place inside the folder, or is refused."""
     places, taken = Places("data/"), set[str]()
     for key in data.decode("utf-8", "surrogateescape").split("\n"):
         try:

@@ -1,4 +1,4 @@
-"""Every seed and every find of the fuzzers, once."""
+"""Run every seed, and everything that the fuzzers ever found, once."""
 
 from pathlib import Path
 

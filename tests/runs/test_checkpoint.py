@@ -68,7 +68,7 @@ def truncate(path):
         (lambda path: torch.save({**CONTENT, "format_version": 99}, path), "newer clipft"),
     ],
 )
-def test_what_is_not_whole_is_refused(saved, harm, message):
+def test_a_damaged_or_foreign_file_is_refused(saved, harm, message):
     harm(saved)
     with pytest.raises(ModelError, match=message):
         load_checkpoint(saved)
@@ -94,7 +94,7 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
 
 @contextmanager
 def files_of_at_most(size):
-    """As a disk that is full by then: writing more fails, and nothing kills the process."""
+    """Simulate a full disk: writing more fails with an error, and no signal kills the process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -104,8 +104,8 @@ def files_of_at_most(size):
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 9000, -81, -80, -1])
-def test_a_failed_save_leaves_both_old_files_and_says_what_was_wanted(saved, size):
-    """Wherever it fails: in torch's writing (sizes), in the checksum's (-80 to -1)."""
+def test_a_failed_save_leaves_both_files_and_says_what_it_needed(saved, size):
+    """It may fail while torch writes (positive sizes) or in the checksum (-80 to -1)."""
     save_newest(saved, {**CONTENT, "epoch": 2})
     before = {p.name: p.read_bytes() for p in saved.parent.iterdir()}
     whole = len(before[saved.name])
@@ -134,20 +134,20 @@ def test_every_bit_is_checked(saved):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 79, 80, 81, 100, 5000])
-def test_every_cut_is_noticed(saved, cut):
+def test_every_truncation_is_found(saved, cut):
     saved.write_bytes(saved.read_bytes()[:-cut])
     with pytest.raises(DamagedCheckpoint):
         load_checkpoint(saved)
 
 
 def test_any_program_can_check_it(saved):
-    """As docs/checkpoint.md says."""
+    """The bytes are those that docs/checkpoint.md describes."""
     data = saved.read_bytes()
     assert data[-80:-64] == b"N\0clipft sha256 "
     assert data[-64:].decode() == hashlib.sha256(data[:-80] + b"\0\0").hexdigest()
 
 
-def test_format_1_is_read_as_this_one(tmp_path):
+def test_format_1_can_still_be_read(tmp_path):
     path = tmp_path / "dual_lora_checkpoint.pt"
     torch.save({**CONTENT, "format_version": 1}, path)
     assert load_checkpoint(path)["epoch"] == 1
@@ -163,7 +163,7 @@ def test_records_that_unpack_to_more_than_the_file_are_refused(saved):
         load_checkpoint(saved)
 
 
-def test_the_one_before_is_gone_on_from(saved):
+def test_the_previous_checkpoint_is_used_if_the_newest_is_damaged(saved):
     assert not previous_of(saved).exists()
     for epoch in (2, 3):
         save_newest(saved, {**CONTENT, "epoch": epoch})
@@ -181,7 +181,7 @@ def test_the_one_before_is_gone_on_from(saved):
     assert load_checkpoint(previous_of(saved))["epoch"] == 2
 
 
-def test_where_both_are_damaged_that_is_an_error(saved):
+def test_it_is_an_error_if_both_are_damaged(saved):
     save_newest(saved, CONTENT)
     for path in (saved, previous_of(saved)):
         truncate(path)
@@ -189,7 +189,7 @@ def test_where_both_are_damaged_that_is_an_error(saved):
         load_newest(saved)
 
 
-def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
+def test_without_hard_links_the_previous_checkpoint_is_kept_too(saved, monkeypatch):
     def refused(*args):
         raise OSError(1, "Operation not permitted")
 
@@ -203,7 +203,7 @@ def test_without_links_the_one_before_is_kept_all_the_same(saved, monkeypatch):
     assert load_checkpoint(saved)["epoch"] == 1
 
 
-def test_weights_alone_are_no_run_to_go_on_with(saved):
+def test_weights_alone_cannot_be_resumed(saved):
     content = load_checkpoint(saved) | {"step": 3, "before": {}}
     with pytest.raises(ModelError, match="no run to resume: it has no step_in_epoch, loss"):
         check_resumable(saved, content)

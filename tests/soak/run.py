@@ -1,11 +1,11 @@
-"""A long run that is killed again and again, beside one that is left alone:
+"""Compare a long run that is killed again and again with one that is left alone.
 
     python tests/soak/run.py [--steps 2000] [--kill-every 100] [--folder DIR]
 
-The tiny model on rendered pairs, some of them broken. Both runs must end with the same weights
-and metrics, no line missing or twice. Memory, descriptors, threads and shared memory of all
-their processes are sampled twice a second: docs/soak.json and docs/soak.svg. Ends with 1 where
-anything differs or grows.
+Both train the tiny model on rendered pairs, some of them broken. They must end with the same
+weights and metrics, without a missing or repeated line. The memory, descriptors, threads and shared
+memory of all their processes are sampled twice a second (docs/soak.json, docs/soak.svg). The exit
+code is 1 if anything differs or grows.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from tests.e2e.test_train import assert_same_run, metrics
 ROOT = Path(__file__).parents[2]
 PAIRS, BATCH = 320, 16
 BAD = range(7, PAIRS, 40)
-"""2.5 % of the pairs: below the --max-bad that is set."""
+"""2.5 % of the pairs, which is below --max-bad."""
 GROWTH = 1.05
-"""The last quarter's median of a figure may be so many times that of the second quarter."""
+"""How much higher the median of the last quarter may be than that of the second."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """``seconds`` since the beginning, ``step`` done; sums over all processes of the run."""
+    """Sums over all processes of the run, ``seconds`` after its start, when ``step`` was done."""
 
     seconds: float
     step: int
@@ -74,7 +74,7 @@ def done_steps(out: Path) -> int:
 
 
 def soak(folder: Path, steps: int, kill_every: int, draw: random.Random) -> Soaked:
-    """``kill_every`` 0: never."""
+    """Train to the end, killing the run about every ``kill_every`` steps (0: never)."""
     soaked, began = Soaked(), time.monotonic()
     epochs = steps // (PAIRS // BATCH)
     args = ["train", "--model", "tiny", "--epochs", str(epochs), "--device", "cpu"]
@@ -113,7 +113,7 @@ def no_gap_no_repeat(out: Path, steps: int) -> None:
 
 
 def growth(samples: list[Sample], name: str) -> float:
-    """Median of the last quarter over that of the second: the first warms up."""
+    """Return the median of the last quarter over that of the second; the first warms up."""
     values = [float(getattr(seen, name)) for seen in samples]
     quarter = len(values) // 4
     early = statistics.median(values[quarter : 2 * quarter])
@@ -124,7 +124,7 @@ FIGURES = ("memory_mib", "descriptors", "threads", "shared_mib")
 
 
 def plot(calm: list[Sample], killed: list[Sample]) -> str:
-    """Each figure over the steps, of both runs."""
+    """Draw each figure of both runs over the steps."""
     width, height, gap = 720, 90, 46
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {gap + 4 * (height + gap)}"'
@@ -154,7 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--kill-every", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="of soak.json and soak.svg [default: docs]")
+    parser.add_argument(
+        "--folder", type=Path, help="where soak.json and soak.svg go [default: docs]"
+    )
     given = parser.parse_args()
     seed = random.randrange(2**32)
     with tempfile.TemporaryDirectory() as name:

@@ -118,7 +118,7 @@ def test_a_writer_between_reading_and_writing_is_noticed(place, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["altered", "gone"])
-def test_a_damaged_newest_gives_way_to_the_one_before(place, tmp_path, damage):
+def test_the_previous_checkpoint_replaces_a_damaged_one(place, tmp_path, damage):
     store, said = store_of(place), []
     save(store, 1, b"one")
     save(store, 2, b"two")
