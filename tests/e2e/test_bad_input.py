@@ -7,8 +7,7 @@ import pytest
 
 from clipft.cli.app import run
 from tests.conftest import write_shard
-
-TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train"]
+from tests.tiny_run import TINY
 
 
 def one_error(capsys) -> tuple[str, str]:

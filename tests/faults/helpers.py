@@ -11,9 +11,9 @@ from PIL import Image
 from clipft.cli.app import run
 from clipft.data.demo.catalogue import render_pair
 from tests.conftest import add, jpeg
+from tests.tiny_run import TINY
 
 Member = tuple[str, bytes]
-TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", "fp32"]
 
 
 def write_tar(path: Path, members: Iterable[Member | tarfile.TarInfo], form: int = 2) -> None:

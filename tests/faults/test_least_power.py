@@ -10,8 +10,8 @@ import pytest
 from clipft.cli.app import run
 from tests.faults.helpers import one_error
 from tests.faults.outside import ROOT
+from tests.tiny_run import TINY
 
-TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", "fp32"]
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIAPLANTEDSECRET001",
     "AWS_SECRET_ACCESS_KEY": "planted/secret+of/aws0002",

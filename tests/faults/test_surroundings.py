@@ -15,8 +15,7 @@ from clipft.cli.app import run
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error
 from tests.faults.outside import ROOT, command, steps, wait_until
-
-TINY = ["--model", "tiny", "--num-workers", "0", "--mini-train", "--precision", "fp32"]
+from tests.tiny_run import TINY
 
 
 def installed(*args: str, **more) -> "subprocess.CompletedProcess[bytes]":

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.helpers import lines
 from tests.faults.outside import Program, steps, wait_until
 
-TINY = [
+ONE_EPOCH = [
     *("--model", "tiny", "--epochs", "1", "--effective-batch-size", "8", "--device", "cpu"),
     *("--micro-batch-size", "8", "--num-workers", "0", "--precision", "fp32"),
 ]
@@ -53,7 +53,7 @@ def refusing_server() -> Iterator[str]:
 def start(programs, catalogue, out, mode: str, **env: str) -> Program:
     where = ["--data-dir", str(catalogue), "--output-dir", str(out), "--wandb", mode]
     quiet = {"WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", "HOME": str(out)}
-    return programs.start("train", *TINY, *where, env={**quiet, **env})
+    return programs.start("train", *ONE_EPOCH, *where, env={**quiet, **env})
 
 
 @pytest.mark.slow
