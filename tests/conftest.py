@@ -12,11 +12,11 @@ from clipft.data.demo.catalogue import RenderedPair, render_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread for each test and each program that it starts, and as many tests at once as there are
-# cores: threads of many processes that wait for each other by spinning take minutes for seconds.
+# cores: with more threads than cores, spinning ones turn seconds into minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell starts what it puts in the background deaf to Ctrl-C, and a program takes that over
-# from whoever starts it: the programs that the tests interrupt must hear it.
+# A shell makes its background jobs ignore Ctrl-C, and child processes inherit that: the programs
+# that the tests interrupt must receive it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -34,13 +34,13 @@ def jpeg(pair: RenderedPair) -> bytes:
 
 
 def write_shard(path: Path, numbers: Iterable[int], bad: Iterable[int] = ()) -> None:
-    """A shard of rendered products; those numbered in ``bad`` have a broken picture."""
+    """Write a shard of rendered products; those numbered in ``bad`` have a broken image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             pair = render_pair(7, number)
-            picture = jpeg(pair)
-            add(tar, f"{number:05d}.jpg", picture[:200] if number in set(bad) else picture)
+            image = jpeg(pair)
+            add(tar, f"{number:05d}.jpg", image[:200] if number in set(bad) else image)
             add(tar, f"{number:05d}.txt", pair.caption.encode())
             add(tar, f"{number:05d}.json", json.dumps(pair.metadata).encode())
 

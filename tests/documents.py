@@ -1,7 +1,7 @@
-"""The documents' code blocks, and how their commands are run.
+"""Read the code blocks of the documents, and run their commands.
 
-A block after ``<!-- run -->`` is run by the tests, one after ``<!-- run slow -->`` by the slow
-ones; the blocks of a page one after another, in one folder.
+The tests run a block after ``<!-- run -->``, the slow tests one after ``<!-- run slow -->``. The
+blocks of a page run one after another in the same folder.
 """
 
 import os
@@ -32,7 +32,7 @@ SMALL = {
     "CLIPFT_RESAMPLES": "20",
     "CLIPFT_PRECISION": "fp32",
 }
-"""The environment in which what the documents say takes seconds."""
+"""Environment in which the commands of the documents take seconds."""
 
 _SMALLER = {"clipft demo": "clipft demo --pairs 160"}
 
@@ -45,7 +45,7 @@ class Block:
     slow: bool
 
     def lines(self) -> list[str]:
-        """Continued lines joined; without those that are empty or a comment."""
+        """Its lines, continued ones joined, without empty lines and comments."""
         joined = [line.strip() for line in self.text.replace("\\\n", " ").splitlines()]
         return [line for line in joined if line and not line.startswith("#")]
 
@@ -57,7 +57,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each clipft command in the shell blocks of a page, without redirections."""
+    """Yield the words of each clipft command in a page's shell blocks, without redirections."""
     for block in blocks(page):
         if block.kind not in SHELLS:
             continue
@@ -71,7 +71,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def run_page(page: Path, slow: bool = False) -> int:
-    """Runs the marked commands here and now; how many they were."""
+    """Run the marked commands of a page in the current folder; return how many there were."""
     count = 0
     for block in blocks(page):
         for line in block.lines() if block.runs and block.slow == slow else ():

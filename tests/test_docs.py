@@ -1,4 +1,4 @@
-"""The documents say what the code and the figures say, and what they tell to type works."""
+"""The documents agree with the code and the measured figures, and their commands work."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tests.write_reference import PAGES as REFERENCE_PAGES
 from tests.write_reference import REFERENCE
 
 BY_THE_SERVER = {"s3.md"}
-"""Guides whose commands tests/storage runs."""
+"""Guides whose commands are run by tests/storage, which has a server."""
 
 GUIDES = [DOCS / "tutorial.md", *sorted((DOCS / "guides").glob("*.md"))]
 RUN = [page for page in GUIDES if page.name not in BY_THE_SERVER]
@@ -33,8 +33,8 @@ def has_blocks(page: Path, slow: bool) -> bool:
 
 
 @pytest.fixture
-def at_hand(tmp_path, monkeypatch) -> Path:
-    """What a reader of the guides has at hand, all small."""
+def readers_folder(tmp_path, monkeypatch) -> Path:
+    """A folder with what a reader of the guides has: images, a table, a general data set."""
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -44,14 +44,14 @@ def at_hand(tmp_path, monkeypatch) -> Path:
         rows = csv.writer(file)
         rows.writerow(["image", "caption", "product_id"])
         for text in sorted((tmp_path / "photos").glob("*.txt")):
-            picture = text.with_suffix(".jpg").relative_to(tmp_path)
-            rows.writerow([picture, text.read_text(), json.loads(read(text))["id"]])
+            image = text.with_suffix(".jpg").relative_to(tmp_path)
+            rows.writerow([image, text.read_text(), json.loads(read(text))["id"]])
     write_shard(tmp_path / "general" / "val" / "00000.tar", range(2000, 2030))
     return tmp_path
 
 
 def _linked(text: str) -> list[str]:
-    """Paths that a page of Markdown links to or shows, without those of the web."""
+    """Return the local paths that a Markdown page links to or shows."""
     found = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
     return [target for target in found if "://" not in target]
 
@@ -61,28 +61,28 @@ def read(text: Path) -> str:
 
 
 def with_catalogue(folder: Path, page: Path) -> None:
-    """The packed catalogue, where the page does not have its reader pack it."""
+    """Provide the packed catalogue, unless the page has its reader pack it."""
     if "clipft pack ./photos" not in page.read_text(encoding="utf-8"):
         write_shard(folder / "catalogue" / "train" / "00000.tar", range(60))
         write_shard(folder / "catalogue" / "val" / "00000.tar", range(1000, 1030))
 
 
 @pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, False)], ids=lambda p: p.stem)
-def test_what_a_guide_tells_to_type_works(page, at_hand):
-    with_catalogue(at_hand, page)
+def test_the_commands_of_a_guide_work(page, readers_folder):
+    with_catalogue(readers_folder, page)
     assert run_page(page)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in RUN if has_blocks(p, True)], ids=lambda p: p.stem)
-def test_what_takes_longer_works_too(page, at_hand):
-    with_catalogue(at_hand, page)
+def test_the_slow_commands_of_a_guide_work(page, readers_folder):
+    with_catalogue(readers_folder, page)
     assert run_page(page, slow=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_commands_in_the_documents_have_the_options_that_they_name(page):
-    """Also those that need a GPU, a bucket or another machine."""
+def test_options_named_in_the_documents_exist(page):
+    """This includes commands that need a GPU, a bucket or another machine."""
     group = typer.main.get_command(app_with(COMMANDS))
     for words in commands(page):
         if not words or words[0] in {"--help", "COMMAND", "--install-completion"}:
@@ -95,7 +95,7 @@ def test_commands_in_the_documents_have_the_options_that_they_name(page):
 
 
 def test_the_pages_build_without_a_warning(tmp_path):
-    """Links and anchors lead somewhere, and each page stands in the menu."""
+    """All links and anchors exist, and each page is in the menu."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     built = subprocess.run(
         [*command, "--site-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
@@ -106,37 +106,37 @@ def test_the_pages_build_without_a_warning(tmp_path):
         assert loaded not in page, "a page must not need the network"
 
 
-def test_the_documents_name_no_page_that_is_not_there():
-    """What stands outside of docs/ links into it too."""
+def test_the_pages_outside_docs_link_to_existing_files():
+    """mkdocs checks the links of the pages in docs/ only."""
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in _linked(page.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_benchmarks_tables_are_those_of_the_figures():
+def test_the_benchmark_tables_match_the_figures():
     page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     assert written(page) == page, "run tests/benchmarks/write_docs.py"
 
 
-def test_all_figures_stand_in_the_page():
+def test_all_figures_are_in_the_page():
     page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     for file in Path(DOCS / "benchmarks").glob("*.json"):
         assert f"<!-- {file.stem} -->" in page
 
 
-def test_the_definitions_in_the_documents_are_those_that_are_printed():
+def test_the_documented_definitions_match_the_printed_ones():
     page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     assert defined(page) == page, "run tests/benchmarks/write_docs.py"
     assert "`map`" in page and "`top1`" in page
 
 
 @pytest.mark.parametrize("name", REFERENCE_PAGES)
-def test_the_reference_is_what_the_program_says(name):
+def test_the_reference_matches_the_program(name):
     page = (REFERENCE / name).read_text(encoding="utf-8")
     assert page == REFERENCE_PAGES[name](), "run python -m tests.write_reference"
 
 
-def test_every_command_and_setting_stands_in_the_reference():
+def test_every_command_and_setting_is_in_the_reference():
     told, settings = (REFERENCE_PAGES[name]() for name in ("commands.md", "settings.md"))
     for name in COMMANDS:
         assert f"## clipft {name}\n" in told
@@ -145,18 +145,18 @@ def test_every_command_and_setting_stands_in_the_reference():
     assert "| `--val-share X` |" in told and "| `SRC` |" in told
 
 
-def test_the_readme_has_the_figures_of_the_benchmarks_and_can_be_read():
+def test_the_readme_has_the_benchmark_figures_and_stays_short():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert summarised(page) == page, "run tests/benchmarks/write_docs.py"
     assert len(page.splitlines()) <= 250
 
 
 def _shares(page: Path) -> dict[str, str]:
-    """How many parameters learn, by scenario, as a page's table has it."""
+    """Read from a page's table how many parameters each scenario trains."""
     rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d,]+) \|", page.read_text("utf-8"), re.M)
     return dict(rows)
 
 
-def test_the_parameters_of_the_scenarios_are_the_same_wherever_they_stand():
+def test_readme_and_scenarios_page_agree_on_the_parameters():
     told = _shares(ROOT / "README.md")
     assert told == _shares(DOCS / "scenarios.md") and told.keys() == SCENARIOS.keys()

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter on a copy of the package."""
+"""Every block of docs/extending.md works on a copy of the package."""
 
 import os
 import re
@@ -15,17 +15,17 @@ FILE = re.compile(r"^<!-- file (\S+) -->\n```python\n(.*?)^```$", re.M | re.S)
 
 
 def apply(folder: Path, file: str, change: str) -> None:
-    """Lines with a blank or - before them must be there once; those with a blank or + stay."""
+    """Apply a diff: the lines marked by a space or - must be in the file exactly once."""
     lines = change.splitlines(keepends=True)
     old = "".join(line[1:] for line in lines if line[0] in " -")
     new = "".join(line[1:] for line in lines if line[0] in " +")
     path = folder / file
     text = path.read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{file}: not once there:\n{old}"
+    assert text.count(old) == 1, f"{file}: not exactly once in the file:\n{old}"
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_the_worked_examples_work(tmp_path):
+def test_the_examples_work(tmp_path):
     shutil.copytree(ROOT / "clipft", tmp_path / "clipft", ignore=shutil.ignore_patterns("*.pyc"))
     (tmp_path / "tests").mkdir()
     for helper in ("__init__.py", "conftest.py"):

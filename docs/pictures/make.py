@@ -1,7 +1,9 @@
-"""Makes the pictures of the documents from real runs: the demo, a run at two widths, the help and
-an error in a terminal; the demo's report in a browser. Needs tmux and chromium.
+"""Make the images of the documents from real runs.
 
-    python docs/pictures/make.py [FOLDER]      # the demo is left there; a temporary one otherwise
+They show the demo, a run at two widths, the help and an error in a terminal, and the demo's report
+in a browser. This needs tmux and chromium.
+
+    python docs/pictures/make.py [FOLDER]      # keeps the demo in FOLDER; default: a temporary one
 """
 
 import os
@@ -20,7 +22,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 HEIGHT = 70
 SERVER, SESSION = f"clipft-{os.getpid()}", "pictures"
-"""A tmux of our own: nobody else's session is taken for ours."""
+"""A tmux server of its own, so that nobody else's session is touched."""
 DARK, LIGHT = MONOKAI, DEFAULT_TERMINAL_THEME
 TRAIN = (
     "clipft train --model tiny --data-dir clipft-demo/data --output-dir {folder} --epochs 3 "
@@ -40,8 +42,11 @@ def screen() -> str:
 
 
 def watched(command: str, width: int, folder: Path, middle: str = "") -> tuple[str, str]:
-    """What a terminal of ``width`` columns shows of ``command`` at its end, and when ``middle``
-    was last to be seen; escape codes and all."""
+    """Run ``command`` in a terminal of ``width`` columns.
+
+    Return what the terminal shows at the end, and what it showed when ``middle`` was last visible,
+    both with their escape codes.
+    """
     shell = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; {command}"
     size = ("-x", str(width), "-y", str(HEIGHT))
     tmux("new-session", "-d", "-s", SESSION, *size, "-c", str(folder), f"{shell}; echo DONE; cat")
@@ -56,20 +61,21 @@ def watched(command: str, width: int, folder: Path, middle: str = "") -> tuple[s
 
 
 def draw(captured: str, name: str, width: int, title: str, theme: TerminalTheme = DARK) -> None:
-    """The terminal's content as an SVG that loads nothing."""
+    """Write a terminal's content as an SVG file that loads nothing from the network."""
     with Path("/dev/null").open("w") as nowhere:
         console = Console(record=True, width=width, file=nowhere, force_terminal=True)
         for line in captured.splitlines():
             console.print(Text.from_ansi(line), no_wrap=True, crop=False, highlight=False)
-        picture = console.export_svg(title=title, theme=theme, unique_id=name)
-    picture = _FONTS.sub("", picture).replace("Fira Code, monospace", "monospace")
-    lines = [line.rstrip() for line in picture.splitlines()]
+        svg = console.export_svg(title=title, theme=theme, unique_id=name)
+    svg = _FONTS.sub("", svg).replace("Fira Code, monospace", "monospace")
+    lines = [line.rstrip() for line in svg.splitlines()]
     (HERE / f"{name}.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw_terminal(folder: Path) -> None:
     whole, _ = watched("clipft demo", 100, folder)
-    draw(whole.rpartition("\n")[0], "demo", 100, "clipft demo")  # not the time, the machine's
+    # Without the last line: the time depends on the machine
+    draw(whole.rpartition("\n")[0], "demo", 100, "clipft demo")
     for width in (80, 140):
         command = TRAIN.format(folder=f"runs-{width}")
         _, middle = watched(command, width, folder, middle="epoch 3/3 step")
@@ -81,7 +87,8 @@ def draw_terminal(folder: Path) -> None:
     draw(watched(wrong, 80, folder)[0], "error", 80, wrong)
 
 
-def photograph(page: Path) -> None:
+def draw_report(page: Path) -> None:
+    """Write a screenshot of a report."""
     shot = HERE / "report.png"
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
@@ -101,4 +108,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     draw_terminal(folder)
-    photograph(folder / "clipft-demo" / "runs" / "dual_lora" / "report.html")
+    draw_report(folder / "clipft-demo" / "runs" / "dual_lora" / "report.html")

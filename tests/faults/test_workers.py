@@ -1,4 +1,4 @@
-"""A process that decodes pictures dies or hangs: said with its pair, the state saved (6)."""
+"""A worker that decodes images dies or hangs: the pair is named and the state saved."""
 
 import re
 import signal
@@ -21,8 +21,8 @@ ARGS = [
 
 
 @pytest.fixture(scope="module")
-def slow_pictures(tmp_path_factory) -> Path:
-    """Of which each takes a while, so that a worker is at one whenever it is met."""
+def slow_images(tmp_path_factory) -> Path:
+    """Images that take a while to decode, so that a worker is always busy with one."""
     folder = tmp_path_factory.mktemp("slow")
     large = encoded(Image.linear_gradient("L").resize((2500, 2500)).convert("RGB"), "PNG")
     members = [(name, large if name.endswith("jpg") else data) for name, data in good(range(24))]
@@ -32,15 +32,15 @@ def slow_pictures(tmp_path_factory) -> Path:
 
 
 def worker(run: Program) -> psutil.Process:
-    """The one that decodes; multiprocessing's own helpers are not it."""
+    """Return the process that decodes, not one of multiprocessing's own helpers."""
     children = psutil.Process(run.pid).children()
     (found,) = [child for child in children if "resource_tracker" not in "".join(child.cmdline())]
     return found
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
-def test_the_pair_is_named_and_the_state_saved(programs, slow_pictures, tmp_path, harm):
-    where = ["--data-dir", str(slow_pictures), "--output-dir", str(tmp_path)]
+def test_the_pair_is_named_and_the_state_saved(programs, slow_images, tmp_path, harm):
+    where = ["--data-dir", str(slow_images), "--output-dir", str(tmp_path)]
     run = programs.start("train", *ARGS, "--worker-timeout", "5", *where)
     wait_until(lambda: steps(tmp_path) >= 1, run)
     worker(run).send_signal(harm)

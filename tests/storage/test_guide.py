@@ -1,4 +1,4 @@
-"""The guide to S3 does what it says, against a server."""
+"""The commands of the S3 guide work against a server."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.documents import SMALL, run_page
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_guide_tells_to_type_works(client, server, tmp_path, monkeypatch):
+def test_the_commands_of_the_guide_work(client, server, tmp_path, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CLIPFT_ENDPOINT_URL", server)

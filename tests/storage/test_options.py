@@ -1,4 +1,4 @@
-"""The way up, globs, --delete, --dry-run, raw files, s3:// in the place of a folder."""
+"""Uploads, globs, --delete, --dry-run, raw files, and s3:// instead of a folder."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def stored(bucket) -> dict[str, bytes]:
     return {e["Key"]: get(Bucket=name, Key=e["Key"])["Body"].read() for e in found}
 
 
-def test_up_sends_what_is_new_or_changed(filled, capsys):
+def test_up_sends_new_and_changed_files(filled, capsys):
     folder = filled.settings.data_dir
     sync(filled, capsys)
     (folder / "train" / "00000.tar").write_bytes(b"A" * 3000)
@@ -54,7 +54,7 @@ def test_up_sends_what_is_new_or_changed(filled, capsys):
     assert sync(filled, capsys, "--up")["transferred"] == 0
 
 
-def test_up_in_parts_is_known_again(filled, capsys):
+def test_a_multipart_upload_is_recognized_later(filled, capsys):
     large = os.urandom(17 << 20)
     path = filled.settings.data_dir / "train" / "large.tar"
     path.parent.mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_up_in_parts_is_known_again(filled, capsys):
     assert sync(filled, capsys, "--up")["transferred"] == 0
 
 
-def test_up_deletes_under_the_prefixes_alone_and_never_all_of_a_side(filled, capsys):
+def test_up_deletes_only_under_the_prefixes_and_never_a_whole_side(filled, capsys):
     folder = filled.settings.data_dir / "train"
     folder.mkdir(parents=True)
     (folder / "00000.tar").write_bytes(PAIRS["data/train/00000.tar"])
@@ -83,13 +83,13 @@ def test_up_with_nothing_to_send(filled, capsys):
     assert stored(filled) == PAIRS
 
 
-def test_globs_say_what_is_meant(filled, capsys):
+def test_include_and_exclude_globs(filled, capsys):
     assert sync(filled, capsys, "--exclude", "deep/*", "--exclude", "*.txt")["objects"] == 2
     assert set(files(filled.settings.data_dir)) == {"train/00000.tar", "val/00000.tar"}
     assert sync(filled, capsys, "--include", "deep/*", "--include", "0*")["transferred"] == 1
 
 
-def test_delete_only_when_asked_and_only_inside(filled, capsys):
+def test_delete_removes_files_only_when_asked_and_only_inside_the_folders(filled, capsys):
     folder = filled.settings.data_dir
     sync(filled, capsys)
     (folder / "own.txt").write_text("beside the two folders")
@@ -118,7 +118,7 @@ def test_dry_run_changes_nothing(filled, capsys):
     assert sync(filled, capsys, "--dry-run")["planned"] == []
 
 
-def test_raw_files_are_packed_once_and_anew_when_they_change(real_bucket, capsys):
+def test_raw_files_are_packed_once_and_again_when_they_change(real_bucket, capsys):
     put_raw(real_bucket)
     folder = real_bucket.settings.data_dir
     sync(real_bucket, capsys)
@@ -132,7 +132,7 @@ def test_raw_files_are_packed_once_and_anew_when_they_change(real_bucket, capsys
     assert b"another caption" in (folder / "train" / "00000.tar").read_bytes()
 
 
-def test_no_pack_leaves_raw_files_as_they_are(real_bucket, capsys):
+def test_no_pack_keeps_raw_files(real_bucket, capsys):
     put_raw(real_bucket)
     sync(real_bucket, capsys, "--no-pack")
     assert len(list((real_bucket.settings.data_dir / "train").glob("*.jpg"))) == 80
@@ -149,7 +149,7 @@ def test_an_s3_url(text, bucket, prefix):
         parse_s3_url("s3://")
 
 
-def test_an_s3_url_in_the_place_of_a_folder():
+def test_an_s3_url_as_data_dir():
     loaded = load_settings({"data_dir": "s3://b/some/data"}, environ={})
     values = loaded.values
     assert (values.s3_bucket, values.s3_prefix) == ("b", "some/data/train")
@@ -158,8 +158,8 @@ def test_an_s3_url_in_the_place_of_a_folder():
         load_settings({"data_dir": "s3://b/x", "s3_bucket": "c"}, environ={})
 
 
-def test_keys_come_back_as_they_are(filled):
-    """The listing is read past botocore's parser; names in it may be anything."""
+def test_any_key_survives_listing(filled):
+    """The listing bypasses botocore's parser; names in it may contain anything."""
     keys = [f"k/{name}" for name in ("a b", "a+b", "100%", "%41", "é<&>", "日本", "q?x=1#y", "'\"")]
     filled.put(dict.fromkeys(keys, b"x"))
     objects, refused = open_bucket(filled.settings).list("k/")
@@ -170,7 +170,7 @@ def test_keys_come_back_as_they_are(filled):
 
 
 @given(st.binary(min_size=1, max_size=400), st.integers(1, 100))
-def test_an_etag_of_parts_tells_the_bytes(tmp_path_factory, body, part):
+def test_a_multipart_etag_detects_changed_bytes(tmp_path_factory, body, part):
     path = tmp_path_factory.mktemp("e") / "file"
     path.write_bytes(body)
     with open(path, "rb") as file:

@@ -6,7 +6,7 @@ from clipft.cli.app import run
 from tests.storage.test_training import command, put_raw
 
 
-def test_what_is_not_here_yet_is_counted_and_not_fetched(bucket, tmp_path, capsys):
+def test_missing_pairs_are_counted_but_not_fetched(bucket, tmp_path, capsys):
     put_raw(bucket)
     args = command(bucket, tmp_path, "--plan", "--json")
     assert run(args) == 0
@@ -16,7 +16,7 @@ def test_what_is_not_here_yet_is_counted_and_not_fetched(bucket, tmp_path, capsy
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
-def test_what_was_fetched_is_measured(bucket, tmp_path, capsys):
+def test_fetched_pairs_are_measured(bucket, tmp_path, capsys):
     put_raw(bucket)
     where = command(bucket, tmp_path)[1:7]
     assert run(["sync", *where[:6], "--data-dir", str(tmp_path / "data")]) == 0

@@ -1,4 +1,4 @@
-"""The whole of it as a user does it: pairs and checkpoints in a bucket, a machine that is lost."""
+"""Whole runs with pairs and checkpoints in a bucket, and with a machine that is lost."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def manifest(bucket) -> dict:
 
 
 def killed_in_mid_run(bucket, home: Path) -> None:
-    """A run whose process is killed and whose folder is deleted when a few saves are in S3."""
+    """Start a run; once a few saves are in S3, kill its process and delete its folder."""
     victim = subprocess.Popen(
         [sys.executable, "-m", "clipft", *command(bucket, home)],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -75,10 +75,10 @@ def killed_in_mid_run(bucket, home: Path) -> None:
     shutil.rmtree(home)
 
 
-def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys):
+def test_a_run_resumes_on_a_new_machine(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
-    # Of its own prefix: two runs of one name would take each other's place
+    # A prefix of its own: two runs of the same name would replace each other's checkpoints
     assert run(command(real_bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
     assert "Packed 80 training and 16 validation pairs" in capsys.readouterr().err
     killed_in_mid_run(real_bucket, lost)
@@ -93,7 +93,7 @@ def test_a_lost_machine_costs_nothing(real_bucket, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, monkeypatch):
+def test_resume_from_the_bucket_alone(real_bucket, tmp_path, capsys, monkeypatch):
     put_raw(real_bucket)
     whole, lost = tmp_path / "whole", tmp_path / "lost"
     assert run(command(real_bucket, whole, "--s3-checkpoint-prefix", "whole")) == 0
@@ -104,7 +104,7 @@ def test_resume_from_the_bucket_alone_goes_on(real_bucket, tmp_path, capsys, mon
     assert run(["resume", place, *where]) == 0
     assert_same_run(whole / "runs", tmp_path / "checkpoints")
 
-    # Once more, when nothing is left to do; and judged from the bucket
+    # Once more when nothing is left to do, and evaluated from the bucket
     whole_place = f"s3://{real_bucket.settings.s3_bucket}/whole"
     again = ["--output-dir", "again", "--data-dir", str(whole / "data")]
     assert run(["resume", whole_place, *where, *again]) == 0
@@ -123,7 +123,7 @@ def test_no_checkpoint_in_s3_starts_at_epoch_0(real_bucket, tmp_path, capsys):
     assert "no checkpoint found in S3" in said and "starting at epoch 0" in said
 
 
-def test_a_bucket_that_cannot_be_seen_does_not_start_anew(real_bucket, tmp_path, capsys):
+def test_an_unreadable_bucket_does_not_start_from_scratch(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     hidden = Times(10**6, fails(403, "AccessDenied"), contains="checkpoint.json")
     with faulty_proxy(real_bucket.settings.endpoint_url, hidden) as url:
@@ -133,7 +133,7 @@ def test_a_bucket_that_cannot_be_seen_does_not_start_anew(real_bucket, tmp_path,
     assert not (tmp_path / "runs" / "dual_lora_checkpoint.pt").exists()
 
 
-def test_uploads_that_fail_all_along_do_not_stop_training(real_bucket, tmp_path, capsys):
+def test_failing_uploads_do_not_stop_training(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     refused = Times(10**6, fails(503, "SlowDown"), "PUT")
     with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
@@ -146,14 +146,14 @@ def test_uploads_that_fail_all_along_do_not_stop_training(real_bucket, tmp_path,
     assert torch.load(runs / "dual_lora_checkpoint.pt", weights_only=True)["finished"]
     assert (runs / "dual_lora" / "result.json").exists()
 
-    # The server is well again: the finished run's checkpoint is sent
+    # The server works again: the finished run's checkpoint is uploaded
     again = command(real_bucket, tmp_path, "--resume-from-checkpoint", "--epochs", "1")
     assert run(again) == 0
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
 def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
-    """The run is done and said; the file stays, and goes to the bucket with `clipft resume`."""
+    """The figures are shown; the file stays, and `clipft resume` uploads it."""
     put_raw(real_bucket)
     assert (
         run(["sync", *command(real_bucket, tmp_path)[1:7], "--data-dir", str(tmp_path / "data")])
@@ -184,7 +184,7 @@ def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
-def test_training_from_shards_that_stay_in_the_bucket(real_bucket, tmp_path, capsys):
+def test_training_streams_shards_from_the_bucket(real_bucket, tmp_path, capsys):
     """--stream: the same weights as from a copy, and no copy."""
     for which in range(3):
         write_shard(tmp_path / f"{which:05d}.tar", range(which * 30, which * 30 + 30))
@@ -210,7 +210,7 @@ def test_training_from_shards_that_stay_in_the_bucket(real_bucket, tmp_path, cap
 
 @pytest.mark.slow
 def test_real_photos(real_bucket, tmp_path):
-    """The same with raw photos of furniture, where they are at hand."""
+    """The same with raw photos of furniture, if there are any on this machine."""
     photos = Path(__file__).parents[3] / "shared" / "data" / "furniture"
     if not photos.is_dir():
         pytest.skip(f"no photos in {photos}")
