@@ -9,7 +9,6 @@ from clipft.core.common import cache_folder
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
-from clipft.embedding import feature_cache
 from clipft.training.loop import TrainState, fit
 from clipft.training.setup import RunSetup, prepare
 from tests.conftest import write_shard
@@ -76,25 +75,24 @@ def test_bad_pictures_are_left_out_and_named_as_they_would_be(tmp_path):
         assert [s["reason"] for s in ours.skipped] == [s["reason"] for s in expected.skipped]
 
 
-def test_features_are_made_once_and_anew_when_the_shards_change(tmp_path, monkeypatch):
-    made = []
-    plain = feature_cache._write
+def written_features() -> set[tuple[str, int]]:
+    """The feature files in the cache, each with the time at which it was written."""
+    files = (cache_folder() / "features").glob("*/values")
+    return {(str(path), path.stat().st_mtime_ns) for path in files}
 
-    def counted(*given):
-        made.append(given)
-        plain(*given)
 
-    monkeypatch.setattr(feature_cache, "_write", counted)
+def test_features_are_made_once_and_again_when_the_shards_change(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", range(40))
     write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
     given = {"scenario": "linear_probe", "augmentation": "none"}
     setup_of(tmp_path, **given)
+    made = written_features()
     assert len(made) == 4  # images and texts, of train and of val
     setup_of(tmp_path, **given)
-    assert len(made) == 4
+    assert written_features() == made
     write_shard(tmp_path / "train" / "0.tar", range(50, 90))
     setup_of(tmp_path, **given)
-    assert len(made) == 6
+    assert len(written_features() - made) == 2  # those of train
 
 
 def test_a_broken_cache_is_made_anew(catalogue):
