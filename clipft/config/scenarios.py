@@ -11,6 +11,9 @@ Tower = Literal["vision", "text"]
 
 VISUAL, TEXTUAL = "visual_projection", "text_projection"
 
+CHECKPOINT_SUFFIX = "_checkpoint.pt"
+"""Follows the scenario in the file name of a run's checkpoint."""
+
 
 @dataclass(frozen=True)
 class Scenario:

@@ -10,11 +10,8 @@ from typing import Literal
 from pydantic import field_validator
 
 from clipft.config.fields import Section, fate_of, setting
-from clipft.config.scenarios import SCENARIOS, Scenario
+from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
 from clipft.core.errors import unknown_choice
-
-CHECKPOINT_SUFFIX = "_checkpoint.pt"
-"""Follows the scenario in the file name of a run's checkpoint."""
 
 MINI_TRAIN = {
     "epochs": 1,

@@ -37,24 +37,18 @@ def model(settings: Settings) -> Finding:
     if name == TINY or looks_local(name):
         base = load_pretrained(name)
         return Finding("ok", f"{name} loads, {base.parameters_count:,} parameters")
-    if not (cached := _cached(name)):
-        return _on_hub(name)
-    base = load_pretrained(cached)
-    return Finding("ok", f"{name} loads from the cache, {base.parameters_count:,} parameters")
-
-
-def _cached(name: str) -> str | None:
-    """Return the folder of a hub model that was downloaded before, weights included."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, local_files_only=True)
+        cached = Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
-        return None
-    # Reading a configuration alone also makes a folder in the cache
-    weights = [p for ending in ("safetensors", "bin") for p in Path(folder).glob(f"*.{ending}")]
-    return folder if weights else None
+        return _on_hub(name)
+    # Reading a configuration alone makes a folder in the cache, too
+    if not [*cached.glob("*.safetensors"), *cached.glob("*.bin")]:
+        return _on_hub(name)
+    base = load_pretrained(str(cached))
+    return Finding("ok", f"{name} loads from the cache, {base.parameters_count:,} parameters")
 
 
 def _on_hub(name: str) -> Finding:

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.config.settings import CHECKPOINT_SUFFIX, Settings
+from clipft.config.scenarios import CHECKPOINT_SUFFIX
+from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
 from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel, load_model
