@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
 
 Given = Settings | LoadedSettings | Mapping[str, Any]
-"""Complete settings, or some by name; ``load_settings`` then supplies the others."""
+"""Complete settings, or some of them by name; ``load_settings`` then adds the others."""
 
 SILENT = Callbacks()
 

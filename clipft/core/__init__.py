@@ -1,1 +1,1 @@
-"""What every floor may use: errors, safe file writing, memory, small helpers."""
+"""Helpers that every layer may use: errors, safe file writing, memory, common types."""

@@ -13,12 +13,13 @@ import psutil
 import torch
 
 USABLE_SHARE = 0.8
-"""Of the free memory of the machine: other programs use it too, and a run needs more later."""
+"""The share of the machine's free memory that may be used: other programs need some, and a run needs
+more later."""
 _LIMIT_SHARE = 0.97
-"""Of what is left below a limit that applies to this job alone."""
+"""The share of what is left below a limit that applies to this job alone."""
 GRAPH_SHARE = 0.6
-"""Of the usable memory that is free when a step first keeps graphs: backward passes, fragments
-and what else a run needs later get the rest."""
+"""The share of free memory that the graphs of a step may fill. The rest is for backward passes, for
+fragmentation, and for what else a run needs later."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")

@@ -1,4 +1,4 @@
-"""Figures before and after training as rows, shared by every table, page and tracker.
+"""Figures before and after training as rows, shared by every table, page and logger.
 
 A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval. A change is also
 ``clear`` if its interval does not include 0.

@@ -25,9 +25,9 @@ from clipft.data.shards.index import (
 from clipft.data.shards.tar import ByteRange
 
 _PAIRS_PER_PART = 4096
-"""For shards: the most that has to be embedded again after a kill."""
+"""This bounds how many pairs have to be embedded again after a kill."""
 _FILES_PER_PART = 256
-"""For files, roughly: what has to be embedded again after one of them changed."""
+"""Roughly how many files have to be embedded again after one of them changed."""
 _MAX_TEXT_BYTES = 1 << 20
 
 
@@ -94,7 +94,7 @@ def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
             wanted = suffix in IMAGE_SUFFIXES and not name.startswith(".")
             if wanted and path.is_file() and os.access(path, os.R_OK):
                 stamps[name] = stamp_of(path.stat())
-        # A power of two: as the folder grows, its parts are divided anew only rarely
+        # A power of two: as the folder grows, its parts are divided again only rarely
         parts = 1 << max(0, (len(stamps) // _FILES_PER_PART).bit_length())
         buckets: dict[int, list[str]] = {}
         for name in sorted(stamps):
