@@ -13,8 +13,8 @@ import psutil
 import torch
 
 USABLE_SHARE = 0.8
-"""The share of the machine's free memory that may be used: other programs need some, and a run needs
-more later."""
+"""The share of the machine's free memory that may be used: other programs need some, and a run
+needs more later."""
 _LIMIT_SHARE = 0.97
 """The share of what is left below a limit that applies to this job alone."""
 GRAPH_SHARE = 0.6
