@@ -154,13 +154,13 @@ def eight_bit(settings: Settings) -> Finding:
     import torch
 
     from clipft.models.device import choose_precision
-    from clipft.training.step.optimizer import make_optimizer
+    from clipft.training.step.optimizer import make_adamw
 
     where = choose_precision(settings).device
     weight = torch.nn.Parameter(torch.zeros(64, 64, device=where))
     weight.grad = torch.ones_like(weight)
     try:
-        make_optimizer("adamw8bit", [{"params": [weight], "lr": 1e-3}], where).step()
+        make_adamw("adamw8bit", [{"params": [weight], "lr": 1e-3}], where).step()
     except (UsageError, RuntimeError, OSError) as error:
         return Finding(
             "error" if settings.optimizer == "adamw8bit" else "warning",

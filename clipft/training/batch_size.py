@@ -1,16 +1,17 @@
-"""The micro-batch: how many pairs go through the model at once.
+"""The search for the micro-batch: how many pairs go through the model at once.
 
-Real forward and backward passes of the scenario at hand. Memory grows as a line with the
-size, so after a few small sizes its edge is known well enough to go there directly. A GPU
-says when its memory is full, so a size is simply tried; on a CPU the system might kill the
-process instead, so nothing is tried that the line does not leave room for.
+Memory grows linearly with the size, so after a few small sizes its limit is known well enough to
+go there directly. A GPU reports that its memory is full, so a size is simply tried; on a CPU the
+system might kill the process instead, so no size is tried for which the line leaves no room.
 
-The largest size is not always the fastest: the choice goes by the time per pair of a whole
-step, counting the second forward pass of those pairs whose graphs there is no room to keep.
+The largest size is not always the fastest. The choice goes by the time per pair of a whole step,
+including the second forward pass of those pairs whose graphs do not fit in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from clipft.core.common import cache_folder
 from clipft.core.errors import StorageError
@@ -18,24 +19,25 @@ from clipft.core.files import read_json, write_json
 from clipft.core.memory import GRAPH_SHARE
 
 MAX_PROBES = 10
-_GROWTH_THAT_PAYS = 1.05
-_AS_FAST = 1.02
-"""Of two sizes so close in speed the smaller is taken: it leaves memory."""
-_EASY = 0.9
-"""Of the usable memory at most for the size that is taken: a run holds more than a step."""
-_FAR, _NEAR = 1.15, 1.02
-"""Margins on the slope of memory: more than twice the largest size tried, and up to there."""
 SMALLEST = 4
+# On a CPU, growing ends when a size twice as large is less than 5 % faster
+_GROWTH_THAT_PAYS = 1.05
+# Of two sizes so close in speed the smaller is chosen, because it leaves memory
+_AS_FAST = 1.02
+# Share of the usable memory that the chosen size may take: a run holds more than a step
+_EASY = 0.9
+# Margins on the slope of memory: beyond twice the largest size tried, and up to there
+_FAR, _NEAR = 1.15, 1.02
 _CLOSE_ENOUGH = 0.04
+# A guess this close to what is known to fit tells nothing new
 _ON_THE_LINE = 1.01
-"""A guess so near to what fits tells nothing."""
+# Seconds that a size may take on a CPU when it is tried only to know the largest
 _PATIENCE = 90.0
-"""Seconds that sizes may take on a CPU which are tried only to know the largest."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One size that was tried. Seconds are of one pass over ``size`` pairs; memory in bytes."""
+    """One size that was tried. Seconds are for one pass over ``size`` pairs, memory in bytes."""
 
     size: int
     fits: bool
@@ -44,17 +46,22 @@ class Probe:
     peak_bytes: int = 0
 
     def pairs_per_s(self, effective: int, kept: float = 0.0) -> float:
-        """Training speed at an effective batch: all but the ``kept`` share of its pairs go
-        forward a second time where it takes several micro-batches."""
+        """Training speed at an effective batch.
+
+        With several micro-batches all pairs but the ``kept`` share run forward a second time.
+        """
         again = self.forward_seconds * (1 - kept) if self.size < effective else 0.0
         return self.size / (self.step_seconds + again)
 
 
 @dataclass(frozen=True)
-class Found:
-    """``largest`` fits (``extrapolated``: by calculation, not by running); ``chosen`` is
-    the fastest, with ``left_bytes`` of ``usable_bytes`` to spare. ``kept``: the share of the
-    effective batch whose graphs fit into memory."""
+class SearchResult:
+    """What a search found.
+
+    ``largest`` fits in memory (if ``extrapolated``, by calculation); ``chosen`` is the fastest and
+    leaves ``left_bytes`` of ``usable_bytes`` free. ``kept`` is the share of the effective batch
+    whose graphs fit in memory.
+    """
 
     chosen: int
     largest: int
@@ -65,32 +72,30 @@ class Found:
     kept: float = 0.0
 
     def speed(self, effective: int) -> float:
-        """Pairs/s of ``chosen``; 0: no size fitted."""
-        return max(
-            (p.pairs_per_s(effective, self.kept) for p in self.probes if p.size == self.chosen),
-            default=0.0,
-        )
+        """Pairs per second of ``chosen``; 0 if no size fitted."""
+        chosen = [p for p in self.probes if p.size == self.chosen]
+        return max((p.pairs_per_s(effective, self.kept) for p in chosen), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class TrySize(Protocol):
-    """Runs one size for real. ``fits`` False: the memory refused it."""
-
-    def __call__(self, size: int) -> Probe: ...
+TrySize = Callable[[int], Probe]
+"""Run one size for real; the probe does not fit if memory refused it."""
 
 
-def search(try_size: TrySize, effective: int, usable_bytes: int, refuses: bool) -> Found:
-    """Find the micro-batch for an effective batch, in at most ``MAX_PROBES``.
+def search(
+    try_size: TrySize, effective: int, usable_bytes: int, device_refuses: bool
+) -> SearchResult:
+    """Find the micro-batch for an effective batch, with at most ``MAX_PROBES`` sizes tried.
 
-    ``refuses``: the device says when its memory is full, so a size may simply be tried.
-    Otherwise nothing is tried whose extrapolated memory passes ``usable_bytes``.
+    ``device_refuses``: the device reports when its memory is full, so any size may be tried.
+    Otherwise only sizes whose extrapolated memory is within ``usable_bytes``.
     """
-    sought = _Search(try_size, effective, usable_bytes, refuses)
-    sought.grow()
-    sought.approach_the_edge()
-    return sought.found()
+    sizes = _Search(try_size, effective, usable_bytes, device_refuses)
+    sizes.grow()
+    sizes.approach_the_limit()
+    return sizes.result()
 
 
 @dataclass
@@ -98,141 +103,127 @@ class _Search:
     try_size: TrySize
     effective: int
     usable_bytes: int
-    refuses: bool
+    device_refuses: bool
     probes: list[Probe] = field(default_factory=list)
 
     @property
     def fitting(self) -> list[Probe]:
         return sorted((p for p in self.probes if p.fits), key=lambda p: p.size)
 
-    @property
-    def low(self) -> int:
-        return self.fitting[-1].size if self.fitting else 0
-
-    @property
-    def high(self) -> int:
-        """The smallest size that is too large, as far as is known."""
-        refused = [p.size for p in self.probes if not p.fits]
-        return min([*refused, self.effective + 1])
+    def bounds(self) -> tuple[int, int]:
+        """The largest size known to fit (0: none), and the smallest known to be too large."""
+        low = max((p.size for p in self.probes if p.fits), default=0)
+        return low, min([p.size for p in self.probes if not p.fits] + [self.effective + 1])
 
     def grow(self) -> None:
-        """Larger and larger, until memory or speed has an end."""
+        """Try larger and larger sizes, until memory runs out or speed levels off."""
         size = min(SMALLEST, self.effective)
-        while len(self.probes) < MAX_PROBES and self._allowed(size):
-            self.probes.append(self.try_size(size))
-            if not self.probes[-1].fits or size >= self.effective or self._levelled_off():
+        while len(self.probes) < MAX_PROBES:
+            if not self.device_refuses and self.bytes_at(size) > self.usable_bytes:
                 return
-            leap = self.refuses and 0 < self._bytes_at(size * 4) < self.usable_bytes
+            self.probes.append(self.try_size(size))
+            if not self.probes[-1].fits or size >= self.effective:
+                return
+            if not self.device_refuses and len(self.probes) >= 3:
+                now, before = (p.pairs_per_s(self.effective) for p in self.probes[:-3:-1])
+                if now < before * _GROWTH_THAT_PAYS:
+                    return
+            leap = self.device_refuses and 0 < self.bytes_at(size * 4) < self.usable_bytes
             size = min(size * (4 if leap else 2), self.effective)
 
-    def approach_the_edge(self) -> None:
-        """Narrow between the largest size that fits and the smallest that does not."""
+    def approach_the_limit(self) -> None:
+        """Narrow the gap between the largest size that fits and the smallest that does not."""
         while len(self.probes) < MAX_PROBES:
-            low, high = self.low, self.high
+            low, high = self.bounds()
             if high - low <= max(1, int(low * _CLOSE_ENOUGH)):
                 return
-            guess = self._edge() if len(self.fitting) > 1 else (low + high) // 2
-            if guess <= low * _ON_THE_LINE:  # beyond the line only where that does no harm
-                guess = low + max(1, int(low * _CLOSE_ENOUGH)) if self.refuses else low
-            if not low < guess < high or not self._affordable(guess):
+            guess = self.limit() if len(self.fitting) > 1 else (low + high) // 2
+            if guess <= low * _ON_THE_LINE:  # go beyond the line only where that is harmless
+                guess = low + max(1, int(low * _CLOSE_ENOUGH)) if self.device_refuses else low
+            if not low < guess < high:
                 return
+            if not self.device_refuses and self.fitting:
+                largest = self.fitting[-1]
+                per_pair = (largest.step_seconds + largest.forward_seconds) / largest.size
+                if guess * per_pair > _PATIENCE:
+                    return
             self.probes.append(self.try_size(guess))
 
-    def found(self) -> Found:
+    def result(self) -> SearchResult:
+        """Choose by speed among the sizes that leave some memory free."""
         if not self.fitting:
-            return Found(1, 1, True, self.usable_bytes, tuple(self.probes))
-        largest, edge = self.low, self._edge(far=_NEAR)
-        extrapolated = not self.refuses and edge > largest * (1 + _CLOSE_ENOUGH)
-        kept = self._kept()
-        chosen = self._fastest(kept)
-        left = max(0, self.usable_bytes - chosen.peak_bytes)
-        return Found(
+            return SearchResult(1, 1, True, self.usable_bytes, tuple(self.probes))
+        (largest, _), limit = self.bounds(), self.limit(far=_NEAR)
+        extrapolated = not self.device_refuses and limit > largest * (1 + _CLOSE_ENOUGH)
+        kept = 0.0
+        if len(self.fitting) > 1:
+            # The share of graphs that ActivationBudget will keep, as far as the slope tells
+            first = self.fitting[0]
+            fixed = first.peak_bytes - self.slope() * first.size
+            graphs = max(1.0, self.slope() * self.effective)
+            kept = min(1.0, max(0.0, (self.usable_bytes - fixed) * GRAPH_SHARE / graphs))
+        easy = [p for p in self.fitting if p.peak_bytes <= self.usable_bytes * _EASY]
+        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in easy or self.fitting[:1]]
+        best = max(speed for speed, _ in speeds)
+        chosen = next(probe for speed, probe in speeds if speed * _AS_FAST >= best)
+        return SearchResult(
             chosen.size,
-            edge if extrapolated else largest,
+            limit if extrapolated else largest,
             extrapolated,
             self.usable_bytes,
             tuple(self.probes),
-            left,
+            max(0, self.usable_bytes - chosen.peak_bytes),
             kept,
         )
 
-    def _fastest(self, kept: float) -> Probe:
-        easy = [p for p in self.fitting if p.peak_bytes <= self.usable_bytes * _EASY]
-        among = easy or self.fitting[:1]
-        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in among]
-        best = max(speed for speed, _ in speeds)
-        return next(probe for speed, probe in speeds if speed * _AS_FAST >= best)
-
-    def _kept(self) -> float:
-        """As ``training.graphs`` will have it, as far as the slope of memory tells."""
-        if len(self.fitting) < 2:
-            return 0.0
-        first = self.fitting[0]
-        fixed = first.peak_bytes - self._slope() * first.size
-        graphs = max(1.0, self._slope() * self.effective)
-        return min(1.0, max(0.0, (self.usable_bytes - fixed) * GRAPH_SHARE / graphs))
-
-    def _slope(self) -> float:
-        """Bytes per pair: between the largest that fits and the next one well below it."""
+    def slope(self) -> float:
+        """Bytes per pair, between the largest size that fits and the next one well below it."""
         largest = self.fitting[-1]
         other = next((p for p in reversed(self.fitting) if p.size <= largest.size * 0.8), None)
         if other is None:
             return 0.0
         return max(0.0, (largest.peak_bytes - other.peak_bytes) / (largest.size - other.size))
 
-    def _bytes_at(self, size: int, far: float = _FAR) -> int:
-        """Peak memory at ``size`` by the line, its slope with a margin; 0: not known yet."""
+    def bytes_at(self, size: int, far: float = _FAR) -> int:
+        """Extrapolated peak memory at ``size``, with a margin; 0 while nothing is known."""
         if len(self.fitting) < 2:
             return 0
         largest = self.fitting[-1]
         margin = _NEAR if size <= largest.size * 2 else far
-        return int(largest.peak_bytes + self._slope() * (size - largest.size) * margin)
+        return int(largest.peak_bytes + self.slope() * (size - largest.size) * margin)
 
-    def _allowed(self, size: int) -> bool:
-        return self.refuses or self._bytes_at(size) <= self.usable_bytes
-
-    def _edge(self, far: float = _FAR) -> int:
-        """The largest size that fits by the line, below what was refused."""
-        low, high = self.low, self.high - 1
+    def limit(self, far: float = _FAR) -> int:
+        """The largest size whose extrapolated memory fits, below what was refused."""
+        low, high = self.bounds()
+        high -= 1
         while low < high:
             middle = (low + high + 1) // 2
-            if self._bytes_at(middle, far) <= self.usable_bytes:
+            if self.bytes_at(middle, far) <= self.usable_bytes:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _levelled_off(self) -> bool:
-        if self.refuses or len(self.probes) < 3:
-            return False
-        now, before = (p.pairs_per_s(self.effective) for p in self.probes[:-3:-1])
-        return now < before * _GROWTH_THAT_PAYS
 
-    def _affordable(self, size: int) -> bool:
-        largest = self.fitting[-1] if self.fitting else None
-        if self.refuses or largest is None:
-            return True
-        per_pair = (largest.step_seconds + largest.forward_seconds) / largest.size
-        return size * per_pair <= _PATIENCE
+def result_cache() -> Path:
+    """The file that keeps results, by model, scenario and machine. Losing it costs a search."""
+    return cache_folder() / "batch_sizes.json"
 
 
-class FoundCache:
-    """What was found before, by model, scenario and machine. Losing it costs a search."""
+def cached_result(key: str) -> SearchResult | None:
+    """What an earlier search found under this key, if the file is there and readable."""
+    try:
+        stored = (read_json(result_cache()) or {})[key]
+        probes = tuple(Probe(**probe) for probe in stored.pop("probes"))
+        return SearchResult(**stored, probes=probes)
+    except (KeyError, TypeError, AttributeError):
+        return None
 
-    def __init__(self) -> None:
-        self.path = cache_folder() / "batch_sizes.json"
 
-    def get(self, key: str) -> Found | None:
-        try:
-            stored = (read_json(self.path) or {})[key]
-            probes = tuple(Probe(**probe) for probe in stored.pop("probes"))
-            return Found(**stored, probes=probes)
-        except (KeyError, TypeError, AttributeError):
-            return None
-
-    def put(self, key: str, found: Found) -> None:
-        try:
-            known = read_json(self.path) or {}
-            write_json(self.path, {**known, key: found.to_dict()}, shared=True)
-        except StorageError:
-            return
+def keep_result(key: str, found: SearchResult) -> None:
+    """Keep a result for later runs, if the cache folder can be written."""
+    path = result_cache()
+    try:
+        write_json(path, {**(read_json(path) or {}), key: found.to_dict()}, shared=True)
+    except StorageError:
+        return

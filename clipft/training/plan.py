@@ -1,4 +1,4 @@
-"""What a run will do, decided before it starts: its micro-batch, its steps, what to say first."""
+"""What a run will do, decided before it starts: its micro-batch, its steps, its remarks."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,15 +10,15 @@ from clipft.core.memory import memory_in_use, usable_memory
 from clipft.data.order import EpochPlan
 from clipft.embedding.load import LoadedModel
 from clipft.runs.records import Plan
-from clipft.training.batch_size import Found, FoundCache, Probe
-from clipft.training.probe import find, probe_of
+from clipft.training.batch_size import Probe, SearchResult, cached_result, keep_result
+from clipft.training.probe import ModelProbe, measure
 from clipft.training.step.gradcache import ACCUMULATIONS
 from clipft.training.step.optimizer import choose_optimizer, warmup_steps
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200
+# Share of a CPU's free memory for a micro-batch: a run holds more than a step
 _EASY = 0.8
-"""Of the free memory of a CPU, for a micro-batch: a run holds more than a step."""
 
 
 def lay_plan(
@@ -30,14 +30,15 @@ def lay_plan(
     notes: Sequence[str],
     sharded: bool = False,
 ) -> Plan:
-    """The plan of a run whose epochs go by ``steps``."""
+    """The plan of a run whose epochs are divided into ``steps``."""
     parameters = loaded.model.parameters_count()
+    device, trainable = loaded.precision.device, parameters.trainable
     epochs = settings.epochs if settings.declared_scenario.trains else 0
     return Plan(
         scenario=settings.scenario,
         model=settings.model,
         parameters=str(parameters),
-        trainable_parameters=parameters.trainable,
+        trainable_parameters=trainable,
         train_pairs=steps.pairs,
         val_pairs=val_pairs,
         epochs=epochs,
@@ -45,14 +46,53 @@ def lay_plan(
         warmup_steps=warmup_steps(settings.warmup_steps, epochs * steps.steps),
         effective_batch_size=steps.effective,
         micro_batch_size=steps.micro,
-        device=str(loaded.precision.device),
+        device=str(device),
         precision=loaded.precision.name,
-        optimizer=choose_optimizer(
-            settings, loaded.precision.device, parameters.trainable, sharded
-        ),
+        optimizer=choose_optimizer(settings, device, trainable, sharded),
         notes=tuple(notes),
         processes=processes,
     )
+
+
+def micro_batch(
+    settings: Settings,
+    loaded: LoadedModel,
+    effective: int,
+    note: Note,
+    processes: int,
+    sharding: bool = False,
+) -> int:
+    """The micro-batch that is set, as far as it fits in memory, or the fastest one found.
+
+    ``processes`` share the machine. With ``sharding`` the model is still whole at this point, so
+    measuring it would tell nothing about the memory it will take.
+    """
+    device = loaded.precision.device
+    if settings.micro_batch_size:
+        asked = min(settings.micro_batch_size, effective)
+        if device.type != "cpu":
+            return asked  # a GPU refuses what does not fit, and step/oom.py deals with it
+        # On a CPU the system kills the process instead, so ask for no more than there is
+        free = (usable_memory(device, processes) - memory_in_use(device)) * _EASY
+        each = ModelProbe.of(loaded, settings).bytes_per_pair()
+        if asked * each <= free:
+            return asked
+        kind = ACCUMULATIONS[settings.accumulation]
+        fitting = max(kind.smallest_micro_batch, int(free / each))
+        note(
+            f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB are free: using {fitting}; {kind.if_smaller}."
+        )
+        return fitting
+    if sharding:
+        note(
+            f"note: with --shard-weights no micro-batch size is searched for: using "
+            f"{min(FALLBACK_MICRO_BATCH, effective)}. Set another one with --micro-batch-size."
+        )
+        return min(FALLBACK_MICRO_BATCH, effective)
+    if device.type == "mps":  # its memory cannot be measured
+        return min(FALLBACK_MICRO_BATCH, effective)
+    return find_micro_batch(settings, loaded, effective, lambda probe: None, processes, note).chosen
 
 
 def find_micro_batch(
@@ -62,115 +102,71 @@ def find_micro_batch(
     report: Callable[[Probe], None],
     processes: int = 1,
     note: Note = lambda said: None,
-) -> Found:
-    """Search the micro-batch for an effective batch, or take what was found before;
-    ``processes`` share the machine. ``note`` is told that a search begins."""
+) -> SearchResult:
+    """Search for the micro-batch of an effective batch, or return what was found before.
+
+    ``processes`` share the machine. ``note`` is told when a search begins, ``report`` of each size
+    that was tried.
+    """
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    key = "|".join(
-        map(
-            str,
-            (
-                loaded.fingerprint,
-                settings.scenario,
-                settings.lora_r,
-                settings.lora_targets,
-                settings.lora_dora,
-                settings.gradient_checkpointing,
-                loaded.precision.name,
-                name,
-                torch.get_num_threads(),
-                effective,
-                processes,
-                torch.__version__,
-            ),
-        )
+    decisive = (
+        loaded.fingerprint,
+        settings.scenario,
+        settings.lora_r,
+        settings.lora_targets,
+        settings.lora_dora,
+        settings.gradient_checkpointing,
+        loaded.precision.name,
+        name,
+        torch.get_num_threads(),
+        effective,
+        processes,
+        torch.__version__,
     )
-    cache = FoundCache()
-    found = cache.get(key)
+    key = "|".join(map(str, decisive))
+    found = cached_result(key)
     if found is None:
         note(
-            "Finding the micro-batch size (done once for each model, scenario, effective batch and "
+            "Finding the micro-batch size (once for each model, scenario, effective batch and "
             "machine) ..."
         )
-        found = find(probe_of(loaded, settings), effective, report, processes)
-        cache.put(key, found)
+        found = measure(ModelProbe.of(loaded, settings), effective, report, processes)
+        keep_result(key, found)
     return found
 
 
 def even_micro_batch(effective: int, micro: int, processes: int) -> int:
-    """The largest micro-batch up to ``micro`` of which each process has equally many."""
+    """The largest size up to ``micro`` that gives every process equally many micro-batches."""
     if processes == 1:
         return micro
     share = -(-effective // processes)
     return -(-share // -(-share // micro))
 
 
-def micro_batch(
-    settings: Settings,
-    loaded: LoadedModel,
-    effective: int,
-    note: Note,
-    processes: int,
-    to_shard: bool = False,
-) -> int:
-    """The one that was set, as far as memory goes, or the fastest that is found; ``processes``
-    share the machine. ``to_shard``: the model is still whole, and no measure of what it takes."""
-    if settings.micro_batch_size:
-        asked = min(settings.micro_batch_size, effective)
-        return _within_memory(asked, settings, loaded, note, processes)
-    if to_shard:
-        note("note: with --shard-weights --micro-batch-size is not found, but to be set.")
-        return min(FALLBACK_MICRO_BATCH, effective)
-    if loaded.precision.device.type == "mps":  # its memory cannot be measured
-        return min(FALLBACK_MICRO_BATCH, effective)
-    found = find_micro_batch(settings, loaded, effective, lambda probe: None, processes, note)
-    return found.chosen
-
-
-def _within_memory(
-    asked: int, settings: Settings, loaded: LoadedModel, note: Note, processes: int
-) -> int:
-    """A CPU's memory is not refused, its process is killed: so no more than it holds."""
-    device = loaded.precision.device
-    if device.type != "cpu":
-        return asked
-    free = (usable_memory(device, processes) - memory_in_use(device)) * _EASY
-    each = probe_of(loaded, settings).bytes_per_pair()
-    if asked * each <= free:
-        return asked
-    cutting = ACCUMULATIONS[settings.accumulation].cutting
-    fitting = max(cutting.least, int(free / each))
-    note(
-        f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB of "
-        f"the {free / 2**30:.1f} that are free: taking {fitting}; "
-        f"{cutting.consequence}."
-    )
-    return fitting
-
-
 def step_remarks(settings: Settings, plan: EpochPlan) -> list[str]:
-    """What a user should know of the steps before the run."""
+    """What a user should know about the steps before the run starts."""
     remarks = []
     if settings.effective_batch_size > plan.pairs:
         remarks.append(
-            f"effective batch {settings.effective_batch_size} is more than the {plan.pairs} "
-            f"training pairs: each step takes them all"
+            f"the effective batch of {settings.effective_batch_size} is larger than the "
+            f"{plan.pairs} training pairs: each step uses all of them"
         )
     steps = plan.steps * settings.epochs
     if steps < _FEW_STEPS and not settings.mini_train:
         remarks.append(
             f"only {counted(steps, 'optimizer step')} in the whole run, too few to learn much: "
-            f"{smaller_batch(plan, settings.epochs)}more --epochs give more"
+            f"use {smaller_batch(plan, settings.epochs)}more --epochs"
         )
     first, last = plan.bounds[-1]
     if last - first != plan.effective:
-        remarks.append(f"the last step of each epoch takes {counted(last - first, 'pair')}")
+        remarks.append(f"the last step of each epoch has {counted(last - first, 'pair')}")
     return remarks
 
 
 def smaller_batch(plan: EpochPlan, epochs: int) -> str:
-    """The power of two that makes about ``_ENOUGH_STEPS`` steps, where it is smaller."""
+    """The option for an effective batch, a power of two, that makes about ``_ENOUGH_STEPS``
+    steps; empty if it would not be smaller."""
     wanted = max(8, plan.pairs * epochs // _ENOUGH_STEPS)
     power = 1 << (wanted.bit_length() - 1)
     return f"--effective-batch-size {power} or " if power < plan.effective else ""

@@ -14,51 +14,59 @@ from clipft.data.positives import NO_GROUPS
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers
-from clipft.models.device import Precision
 from clipft.models.pretrained import ModelInputs
 from clipft.models.trainable import TrainableModel
-from clipft.training.batch_size import SMALLEST, Found, Probe, search
+from clipft.training.batch_size import SMALLEST, Probe, SearchResult, search
 from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, counting_saved
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import memory_ran_out
 
+# Seconds for which a small size is repeated: a single pass is too short to time
 _TIMED = 0.3
-"""Seconds that a small size is repeated for: one pass is a poor clock."""
-_PASSING = 2.0
-"""The peak of a step as a factor on its graph: 1.6 was measured on ViT-B/32, 1.8 on the tiny
-model."""
+# Peak memory of a step, as a multiple of its graph: 1.6 measured on ViT-B/32, 1.8 on `tiny`
+_PEAK_OVER_GRAPH = 2.0
 _ALL_GRAPHS = 1 << 60
+# AdamW keeps two moments of each trainable weight, each of the weight's size
 _STATES = 2
-"""Moments that AdamW keeps of each trainable weight, of its own size."""
 
 
 @dataclass(frozen=True)
 class ModelProbe:
-    """Tries sizes on a real model with made-up pairs, captions at their longest. A step is that
-    of training, its graph kept."""
+    """Runs training steps of a real model on made-up pairs, with captions of full length.
+
+    All activation graphs are kept, as in a run that has room for them.
+    """
 
     model: TrainableModel
     towers: Towers
     loss: ContrastiveLoss
     inputs: ModelInputs
+    device: torch.device
 
-    @property
-    def precision(self) -> Precision:
-        return self.towers.images.precision
+    @classmethod
+    def of(cls, loaded: LoadedModel, settings: Settings) -> "ModelProbe":
+        """For a model as it is: its scenario, adapters and gradient checkpointing."""
+        inputs = loaded.base.inputs
+        towers = make_towers(loaded, settings.seed, int(inputs.tokenizer.eos_token_id))
+        loss = make_loss(settings, loaded.model)
+        return cls(loaded.model, towers, loss, inputs, loaded.precision.device)
 
     def __call__(self, size: int) -> Probe:
+        """Try one size: a training step, and a forward pass alone."""
         self.model.train()
         probe = self._attempt(size)
-        # Here: an error's frames hold the memory of the attempt
+        # Not in _attempt: its frame, and those of its error, hold the memory
         self.model.zero_grad(set_to_none=True)
-        give_back(self.precision.device)
+        give_back(self.device)
         return probe
 
     def _attempt(self, size: int) -> Probe:
         try:
-            batch = self._batch(size).to(self.precision.device)
-            with peak_memory(self.precision.device) as peak:
-                self.warm_up(batch)
+            batch = self._batch(size)
+            with peak_memory(self.device) as peak:
+                # Not timed: libraries set themselves up, on a GPU for each size anew
+                if self.device.type == "cuda" or size <= SMALLEST:
+                    self._step(batch)
                 step_seconds = self._timed(lambda: self._step(batch))
             with torch.no_grad():
                 forward_seconds = self._timed(lambda: self._embed(batch))
@@ -68,30 +76,22 @@ class ModelProbe:
             return Probe(size, fits=False)
         return Probe(size, True, step_seconds, forward_seconds, peak.bytes)
 
-    def warm_up(self, batch: Batch) -> None:
-        """Not timed: libraries set themselves up, on a GPU for each size anew."""
-        if self.precision.device.type == "cuda" or len(batch) <= SMALLEST:
-            self._step(batch)
-
     def bytes_per_pair(self) -> float:
-        """What a pair more takes, about: the graph of one is counted, nothing large is run."""
+        """Roughly what one more pair takes in a step, from the graph of two; nothing large runs."""
         self.model.train()
-        batch = self._batch(2).to(self.precision.device)
+        batch = self._batch(2)
         with counting_saved() as saved:
             self._embed(batch)
-        return sum(saved.values()) / len(batch) * _PASSING
+        return sum(saved.values()) / len(batch) * _PEAK_OVER_GRAPH
 
     def _batch(self, size: int) -> Batch:
-        image_size, length, end = (
-            self.inputs.image_size,
-            self.inputs.context_length,
-            _end(self.inputs),
-        )
-        pixels = torch.zeros(size, 3, image_size, image_size, dtype=torch.uint8)
+        side, length = self.inputs.image_size, self.inputs.context_length
+        pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+        # All captions different, so that each is encoded, and none with padding
         ids = torch.arange(size)[:, None] // torch.tensor([1, 100])
         ids = torch.cat([torch.ones(size, length - 2, dtype=torch.int64), ids % 100 + 2], 1)
-        ids = torch.where(ids == end, 1, ids)  # all different, and none filled
-        return Batch(pixels, ids, tuple(range(size)))
+        ids = torch.where(ids == int(self.inputs.tokenizer.eos_token_id), 1, ids)
+        return Batch(pixels, ids, tuple(range(size))).to(self.device)
 
     def _embed(self, batch: Batch) -> None:
         for tower in (self.towers.images, self.towers.texts):
@@ -111,40 +111,30 @@ class ModelProbe:
         accumulate(0, [batch])
 
     def _timed(self, work: Callable[[], Any]) -> float:
-        """Seconds of one pass, the best of as many as there is time for."""
+        """Seconds of one pass, the shortest of as many as there is time for."""
         best, began = float("inf"), time.perf_counter()
         while best == float("inf") or time.perf_counter() - began < _TIMED:
             started = time.perf_counter()
             work()
-            if self.precision.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - started)
         return best
 
 
-def _end(inputs: ModelInputs) -> int:
-    return int(inputs.tokenizer.eos_token_id)
-
-
-def find(
+def measure(
     probe: ModelProbe, effective: int, report: Callable[[Probe], None], processes: int = 1
-) -> Found:
-    """Measure on the probe's device, telling of each size tried. On a CPU ``processes`` share
-    the memory."""
-    device = probe.precision.device
+) -> SearchResult:
+    """Search on the probe's device, and report each size tried.
+
+    On a CPU ``processes`` share the memory.
+    """
     weights = sum(p.nbytes for _, p in probe.model.trainable())
-    usable = usable_memory(device, sharers=processes) - _STATES * weights
+    usable = usable_memory(probe.device, sharers=processes) - _STATES * weights
 
     def reported(size: int) -> Probe:
         tried = probe(size)
         report(tried)
         return tried
 
-    return search(reported, effective, usable, refuses=device.type == "cuda")
-
-
-def probe_of(loaded: LoadedModel, settings: Settings) -> ModelProbe:
-    """For ``loaded`` as it is: scenario, adapters, checkpointing."""
-    inputs = loaded.base.inputs
-    towers = make_towers(loaded, settings.seed, _end(inputs))
-    return ModelProbe(loaded.model, towers, make_loss(settings, loaded.model), inputs)
+    return search(reported, effective, usable, device_refuses=probe.device.type == "cuda")

@@ -1,5 +1,6 @@
-"""What a run consists of, made once before it starts."""
+"""What a run consists of, made once before its first step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,17 @@ from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import free_for_graphs
-from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
-from clipft.data.order import EpochPlan, Share
+from clipft.data.loader import LoaderOptions, Pairs, Preprocessing, StepBatch, training_batches
+from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
+from clipft.distributed.rank_zero import (
+    on_all_ranks,
+    on_rank_zero,
+    rank_zero_first,
+    steps_in_lockstep,
+)
 from clipft.embedding.embed import Embeddings
 from clipft.embedding.encoding import (
     Encoding,
@@ -24,25 +30,23 @@ from clipft.embedding.encoding import (
     validation_preprocessing,
 )
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.models.pretrained import load_inputs
 from clipft.runs.records import Plan
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
-from clipft.training.step.fsdp import Unshrinking, check_sharding, hold_weights, to_shard
+from clipft.training.step.fsdp import check_sharding, hold_weights, will_shard
 from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, ActivationBudget
 from clipft.training.step.losses import ContrastiveLoss, make_loss
-from clipft.training.step.oom import ShrinkingAccumulation
-from clipft.training.step.optimizer import Optimiser, make_optimizer, one_cycle, parameter_groups
+from clipft.training.step.oom import EndsRun, Recovery, SmallerPieces
+from clipft.training.step.optimizer import Optimizer, make_adamw, one_cycle, parameter_groups
 from clipft.training.step.weights import Weights
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
 
-_STATES = 4
-"""Of the trainable weights' bytes, that a first step adds: gradient, two moments, one to spare."""
-
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything of a run but its state."""
+    """Everything that a run is made of, except its state."""
 
     settings: Settings
     loaded: LoadedModel
@@ -65,36 +69,66 @@ class RunSetup:
         share = Share(processes.rank, processes.world_size)
         return LoaderOptions.from_settings(self.settings, device, share, processes.local_world_size)
 
-    def make_optimiser(self) -> Optimiser:
+    def step_batches(self, start: Position) -> Iterator[StepBatch]:
+        """This process's part of each step from ``start`` to the end of the last epoch.
+
+        ``pairs`` and ``skipped`` of a batch are those of all processes.
+        """
+        batches = training_batches(
+            self.train,
+            self.encoding.preprocessing,
+            self.epoch_plan,
+            start,
+            self.plan.epochs,
+            self.loader_options,
+        )
+        return steps_in_lockstep(self.processes, batches)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of this run, before its first step."""
         settings, precision = self.settings, self.loaded.precision
         groups = parameter_groups(self.loaded.model, settings)
         for group in groups:
             group["params"] = [self.weights.own(parameter) for parameter in group["params"]]
-        optimizer = make_optimizer(self.plan.optimizer, groups, precision.device)
-        total, warmup = self.plan.total_steps, self.plan.warmup_steps
-        scheduler = one_cycle(optimizer, total, warmup)
+        adamw = make_adamw(self.plan.optimizer, groups, precision.device)
+        scheduler = one_cycle(adamw, self.plan.total_steps, self.plan.warmup_steps)
         scaler = self.weights.make_scaler(precision)
-        return Optimiser(optimizer, scheduler, scaler, settings.grad_clip, self.weights)
+        return Optimizer(adamw, scheduler, scaler, settings.grad_clip, self.weights)
 
-    def make_accumulation(self, optimiser: Optimiser, note: Note) -> Accumulation:
-        model, settings = self.loaded.model, self.settings
-        graphs = ActivationBudget(self._graph_bytes, self.weights.agreed)
-        accumulate = ACCUMULATIONS[settings.accumulation](
-            model=model,
+    def make_accumulation(self, optimizer: Optimizer, note: Note) -> Accumulation:
+        """What computes the gradient of each step, and deals with running out of memory."""
+
+        def graph_bytes() -> int:
+            if self.settings.graph_memory is not None:
+                return int(self.settings.graph_memory * 2**30)
+            trainable = sum(self.weights.own(p).nbytes for _, p in self.loaded.model.trainable())
+            # The first step adds a gradient and AdamW's two moments; one more to spare
+            free = free_for_graphs(self.loaded.precision.device, to_come=4 * trainable)
+            return free // self.processes.local_world_size
+
+        graphs = ActivationBudget(graph_bytes, self.weights.all_agree)
+        kind = ACCUMULATIONS[self.settings.accumulation]
+        recovery: Recovery = EndsRun()
+        if not self.weights.sharded:
+            recovery = SmallerPieces(
+                release_graphs=graphs.release,
+                model=self.loaded.model,
+                processes=self.processes,
+                smallest=kind.smallest_micro_batch,
+                consequence=kind.if_smaller,
+                micro=self.plan.micro_batch_size,
+                note=note,
+            )
+        return kind(
+            model=self.loaded.model,
             towers=self.encoding.towers,
             loss=self.loss,
             positives=self.positives,
             processes=self.processes,
-            scaler=optimiser.scaler,
+            scaler=optimizer.scaler,
             graphs=graphs,
             weights=self.weights,
-        )
-        if self.weights.sharded:
-            return Unshrinking(accumulate)
-        micro = self.plan.micro_batch_size
-        cutting = accumulate.cutting
-        return ShrinkingAccumulation(
-            accumulate, graphs, model, self.processes, cutting, micro, note
+            recovery=recovery,
         )
 
     @torch.no_grad()
@@ -104,14 +138,6 @@ class RunSetup:
         images, texts = embedded.images.to(device), embedded.texts.to(device)
         return float(self.loss(images, texts, embedded.groups))
 
-    def _graph_bytes(self) -> int:
-        """What graphs may hold, asked once in the first step."""
-        if self.settings.graph_memory is not None:
-            return int(self.settings.graph_memory * 2**30)
-        trainable = sum(self.weights.own(p).nbytes for _, p in self.loaded.model.trainable())
-        free = free_for_graphs(self.loaded.precision.device, to_come=_STATES * trainable)
-        return free // self.processes.local_world_size
-
 
 def prepare(
     settings: Settings,
@@ -120,103 +146,104 @@ def prepare(
     progress: Progress = silent,
     source: "ShardSource | None" = None,
 ) -> RunSetup:
-    """Open the data, load the model, choose the micro-batch, lay the plan: all processes the
-    same.
+    """Open the data, load the model, choose the micro-batch and make the plan.
+
+    Every process ends with the same setup. Work that leaves something in the cache folder is done
+    by one process of each machine first, so that the others find it there.
 
     Raises:
-        DataError, ModelError, UsageError: what is missing, before anything has started.
+        DataError: pairs are missing or cannot be used.
+        ModelError: the base model cannot be loaded, or does not fit the scenario.
+        UsageError: settings do not fit each other or the data.
     """
     check_sharding(settings)
-    opened = _open(settings, note, processes, source)
-    loaded, train, val = opened.loaded, opened.train, opened.val
-    epoch_plan = _epoch_plan(settings, opened, note, processes)
-    weights = hold_weights(settings, loaded, processes, note)
+    data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
+    train, val = data.train, data.val
+
+    loaded = on_all_ranks(processes, lambda: load_model(settings))
+    _check_same_everywhere(processes, loaded, train)
+    micro = effective = min(settings.effective_batch_size, len(train))
     notes = list[str]()
     if settings.declared_scenario.trains:
-        notes += step_remarks(settings, epoch_plan)
-        notes += on_rank_zero(processes, opened.remarks)
-    tell = (note, progress)
-    encoding = rank_zero_first(
-        processes, lambda: open_encoding(loaded, train, opened.preprocessing, settings, *tell)
-    )
-    val_encoding = rank_zero_first(
-        processes, lambda: open_encoding(loaded, val, opened.val_preprocessing, settings, *tell)
-    )
-    pad_token_id = opened.preprocessing.captions.pad_token_id
+        most, beside = -(-effective // processes.world_size), processes.local_world_size
+        sharding = will_shard(settings, processes)
+        found = on_rank_zero(  # measured on one process: others would take its memory
+            processes, lambda: micro_batch(settings, loaded, most, note, beside, sharding)
+        )
+        micro = even_micro_batch(effective, found, processes.world_size)
+    epoch_plan = EpochPlan(len(train), effective, micro, settings.seed)
+    if settings.declared_scenario.trains:
+        notes = [*step_remarks(settings, epoch_plan), *data.remarks]
+    weights = hold_weights(settings, loaded, processes, note)
+
+    def features() -> tuple[Encoding, Encoding]:
+        def opened(pairs: Pairs, preprocessing: Preprocessing) -> Encoding:
+            found = open_encoding(loaded, pairs, preprocessing, settings, note, progress)
+            return replace(found, towers=weights.wrap_towers(found.towers))
+
+        return opened(train, data.preprocessing), opened(val, data.val_preprocessing)
+
+    encoding, val_encoding = rank_zero_first(processes, features)
+
+    pad_token_id = data.preprocessing.captions.pad_token_id
+    val_pairs, count = len(val), processes.world_size
     return RunSetup(
         settings=settings,
         loaded=loaded,
         train=train,
         val=val,
-        encoding=replace(encoding, towers=weights.towers(encoding.towers)),
-        val_encoding=replace(val_encoding, towers=weights.towers(val_encoding.towers)),
-        val_preprocessing=opened.val_preprocessing,
+        encoding=encoding,
+        val_encoding=val_encoding,
+        val_preprocessing=data.val_preprocessing,
         positives=make_positives(settings, train, pad_token_id, note),
         val_positives=make_positives(settings, val, pad_token_id, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
-        plan=lay_plan(
-            settings, loaded, epoch_plan, len(val), processes.world_size, notes, weights.sharded
-        ),
+        plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, weights.sharded),
         processes=processes,
         weights=weights,
     )
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """The pairs and the model of a run, on each process the same."""
+class _Data:
+    """The pairs of a run and their captions; ``remarks`` are only made by rank zero."""
 
     train: Pairs
     val: PairDataset
-    loaded: LoadedModel
     preprocessing: Preprocessing
     val_preprocessing: Preprocessing
-
-    def remarks(self) -> list[str]:
-        captions = (self.preprocessing.captions, self.val_preprocessing.captions)
-        context = self.loaded.base.inputs.context_length
-        return data_remarks(self.train, self.val, captions, context)
+    remarks: list[str]
 
 
-def _open(
+def _open_data(
     settings: Settings, note: Note, processes: Processes, source: "ShardSource | None"
-) -> _Opened:
-    train = rank_zero_first(processes, lambda: _open_training(settings, source))
-    val = rank_zero_first(
-        processes, lambda: open_pairs(settings.data_dir / "val", settings.max_val_pairs)
-    )
-    loaded = on_all_ranks(processes, lambda: load_model(settings))
-    _check_same_everywhere(processes, loaded, train)
-    inputs = loaded.base.inputs
-    preprocessing = rank_zero_first(
-        processes, lambda: training_preprocessing(inputs, train, settings, note)
-    )
-    val_preprocessing = rank_zero_first(
-        processes, lambda: validation_preprocessing(inputs, val, settings)
-    )
-    return _Opened(train, val, loaded, preprocessing, val_preprocessing)
+) -> _Data:
+    folder = settings.data_dir / "train"
+    if settings.stream:
+        from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
 
-
-def _epoch_plan(settings: Settings, opened: _Opened, note: Note, processes: Processes) -> EpochPlan:
-    pairs = len(opened.train)
-    micro = effective = min(settings.effective_batch_size, pairs)
-    if settings.declared_scenario.trains:
-        most, beside = -(-effective // processes.world_size), processes.local_world_size
-        found = on_rank_zero(
-            processes,
-            lambda: micro_batch(
-                settings, opened.loaded, most, note, beside, to_shard(settings, processes)
-            ),
+        train: Pairs = open_stream(
+            source or folder, settings.shuffle_buffer, settings.max_train_pairs
         )
-        micro = even_micro_batch(effective, found, processes.world_size)
-    return EpochPlan(pairs, effective, micro, settings.seed)
+    else:
+        train = open_pairs(folder, settings.max_train_pairs)
+    val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
+    inputs = load_inputs(settings.model)
+    preprocessing = training_preprocessing(inputs, train, settings, note)
+    val_preprocessing = validation_preprocessing(inputs, val, settings)
+    remarks = list[str]()
+    if settings.declared_scenario.trains and processes.rank == 0:
+        captions = (preprocessing.captions, val_preprocessing.captions)
+        remarks = data_remarks(train, val, captions, inputs.context_length)
+    return _Data(train, val, preprocessing, val_preprocessing, remarks)
 
 
 def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pairs) -> None:
-    """
+    """Compare the model and the pairs of all processes, which may be on several machines.
+
     Raises:
-        UsageError: a process, on another machine perhaps, has another model or other pairs.
+        UsageError: they differ.
     """
     ours = {"model": loaded.fingerprint, "set of training pairs": train.identity()}
     for rank, theirs in enumerate(processes.gather_objects(ours)):
@@ -226,12 +253,3 @@ def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pai
                 f"process {rank} has another {differing[0]} than process {processes.rank}",
                 "give all machines the same model folder and the same shards",
             )
-
-
-def _open_training(settings: Settings, source: "ShardSource | None") -> Pairs:
-    folder = settings.data_dir / "train"
-    if settings.stream:
-        from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
-
-        return open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs)
-    return open_pairs(folder, settings.max_train_pairs)

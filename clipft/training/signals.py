@@ -1,5 +1,7 @@
-"""SIGTERM and SIGINT ask a run to stop after its step, or between two batches of a measurement;
-a second SIGINT stops at once."""
+"""SIGTERM and SIGINT ask a run to stop after its step, or between two batches of a validation.
+
+A second SIGINT stops it at once.
+"""
 
 import os
 import signal
@@ -12,16 +14,23 @@ from types import FrameType
 
 from clipft.core.errors import Interrupted
 
+_HEARD = b"\nStopping; saving the state first ... (press Ctrl-C again to stop at once)\n"
+_AT_ONCE = (
+    b"\nStopped at once. `clipft resume` continues from the last checkpoint, if there is one.\n"
+)
+
 
 @dataclass
 class StopRequest:
-    """Set by the first signal; ``name`` says which it was."""
+    """Set by the first signal; ``name`` is the signal's."""
 
     name: str | None = None
 
     def check(self, when: str, checkpoint: Path | None) -> None:
-        """To be called where the run may stop. ``checkpoint`` is where its state is, once the
-        error has left the run; None: there is none yet.
+        """Stop here if a signal asked for it.
+
+        ``when`` completes the message. ``checkpoint`` is where the state will be once the error
+        has left the run, or None if there is no state to save.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -33,20 +42,17 @@ class StopRequest:
             raise Interrupted(f"{said}; nothing was trained yet", "start it again as before")
         raise Interrupted(
             f"{said}; the state is saved in {checkpoint}",
-            f"go on with `clipft resume {checkpoint}`",
+            f"continue with `clipft resume {checkpoint}`",
         )
-
-
-_HEARD = b"\nStopping, with the state saved ... (Ctrl-C again: at once)\n"
-_AT_ONCE = (
-    b"\nStopped at once: `clipft resume` goes on from the last checkpoint, if there is one.\n"
-)
 
 
 @contextmanager
 def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
-    """Catch the signals within the block (main thread only; elsewhere nothing is caught).
-    ``speaks``: answer a Ctrl-C, since a step may take long."""
+    """Catch the signals within the block.
+
+    Only the main thread can do so; elsewhere nothing is caught. ``speaks``: acknowledge a Ctrl-C
+    on the terminal, since a step may take long.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -55,7 +61,8 @@ def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
     def handle(number: int, frame: FrameType | None) -> None:
         again = request.name is not None and number == signal.SIGINT
         if speaks and number == signal.SIGINT:
-            with suppress(OSError):  # not print, within which the signal may have come
+            # Not print, which the signal may have interrupted
+            with suppress(OSError):
                 os.write(2, _AT_ONCE if again else _HEARD)
         if again:
             raise KeyboardInterrupt

@@ -1,22 +1,92 @@
-"""What a run knows between two steps; with its settings and data, what a checkpoint keeps."""
+"""What a run knows between two steps. With its settings this is what a checkpoint keeps."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipft.runs.folder import RunPaths
+from clipft.config.settings import DataSettings
+from clipft.core.common import counted
+from clipft.core.errors import DataError
+from clipft.data.loader import StepBatch
+from clipft.data.order import Position
+from clipft.distributed.collectives import Processes
+from clipft.distributed.rank_zero import on_rank_zero
+from clipft.models.trainable import TrainableModel
+from clipft.runs.folder import RunPaths, append_lines
 from clipft.runs.records import EpochResult
-from clipft.training.loop import BadPairs, TrainState
-from clipft.training.setup import RunSetup
+from clipft.training.step.optimizer import Optimizer
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and position: all that changes from step to step.
+
+    ``step`` counts the optimizer steps done; ``loss`` is that of the last one.
+    """
+
+    model: TrainableModel
+    optimizer: Optimizer
+    steps_per_epoch: int
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    loss: float = float("nan")
+    epoch_loss_sum: float = 0.0
+
+    @property
+    def epoch_ended(self) -> bool:
+        """True between the last step of an epoch and the first of the next."""
+        return self.step > 0 and self.position.step == 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss of an epoch that has ended."""
+        return self.epoch_loss_sum / self.steps_per_epoch
+
+    def advance(self, batch: StepBatch, loss: float) -> None:
+        """Count the step that was just done."""
+        self.step += 1
+        self.loss = loss
+        self.epoch_loss_sum = loss + (self.epoch_loss_sum if batch.step else 0.0)
+        last = batch.step + 1 == self.steps_per_epoch
+        self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs; whole on rank zero, which with sharded weights takes
+        all processes."""
+        return {**self.weights_dict(), **self.optimizer.state_dict()}
+
+    def weights_dict(self) -> dict[str, Any]:
+        """``state_dict`` without what only resuming needs."""
+        return {
+            "epoch": self.position.epoch,
+            "step_in_epoch": self.position.step,
+            "step": self.step,
+            "loss": self.loss,
+            "epoch_loss_sum": self.epoch_loss_sum,
+            "model_state_dict": self.optimizer.weights.model_state(self.model),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ModelError: it belongs to another model or another optimizer.
+        """
+        self.optimizer.weights.load_model_state(self.model, state["model_state_dict"])
+        self.optimizer.load_state_dict(state)
+        self.position = Position(state["epoch"], state["step_in_epoch"])
+        self.step, self.loss = state["step"], state["loss"]
+        self.epoch_loss_sum = state["epoch_loss_sum"]
 
 
 @dataclass
 class EarlyStopping:
-    """Stops after ``patience`` epochs that do not improve by ``min_delta``.
+    """Stops after ``patience`` epochs that did not improve by more than ``min_delta``.
 
-    ``watches`` is the validation ``loss``, the mean ``recall``, or ``never``: then it only
-    remembers the epoch of the lowest loss. Not-a-number counts as the worst value.
+    ``watches`` is ``loss`` (of validation), ``recall`` (its mean), or ``never``: then only the
+    epoch with the lowest loss is remembered. Not-a-number counts as the worst value.
     """
 
     watches: str
@@ -26,7 +96,7 @@ class EarlyStopping:
     waited: int = 0
 
     def update(self, result: EpochResult) -> bool:
-        """Take one epoch in; True if it improved on the best so far."""
+        """Take an epoch into account; True if it is better than the best one so far."""
         value = -result.recall() if self.watches == "recall" else result.val_loss
         improved = value < self.best - self.min_delta  # False for not-a-number
         if improved:
@@ -36,7 +106,7 @@ class EarlyStopping:
         return improved
 
     @property
-    def due(self) -> bool:
+    def should_stop(self) -> bool:
         return self.watches != "never" and self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,64 +116,91 @@ class EarlyStopping:
         self.best, self.waited = state["best"], state["waited"]
 
 
+class SkippedPairs:
+    """The pairs of a run that could not be used, listed in ``path``.
+
+    ``count`` is how many of the ``pairs`` to train on they are.
+    """
+
+    def __init__(
+        self, path: Path, pairs: int, settings: DataSettings, processes: Processes
+    ) -> None:
+        self.path, self.count = path, 0
+        self._pairs, self._settings, self._processes = pairs, settings, processes
+
+    def list(self, split: str, step: int, skipped: Iterable[dict[str, str]]) -> None:
+        """Write them down as skipped after ``step`` optimizer steps."""
+        lines = [{"split": split, "step": step, **entry} for entry in skipped]
+        on_rank_zero(self._processes, lambda: append_lines(self.path, lines))
+
+    def add(self, epoch: int, step: int, skipped: Sequence[dict[str, str]]) -> None:
+        """Count and list the skipped pairs of a training step.
+
+        Only those of the first epoch: later epochs meet the same pairs again.
+
+        Raises:
+            DataError: by now there are more than ``max_bad`` allows.
+        """
+        if not skipped or epoch > 1:
+            return
+        self.count += len(skipped)
+        self.list("train", step, skipped)
+        last = skipped[-1]
+        if self._settings.too_many_bad(self.count, self._pairs):
+            raise DataError(
+                f"{counted(self.count, 'pair')} could not be used, more than --max-bad "
+                f"{self._settings.max_bad:g} of {self._pairs}: the last was {last['key']} in "
+                f"{last['shard']} ({last['reason']})",
+                f"see {self.path}; repair the data, or raise --max-bad",
+            )
+
+
 @dataclass
 class RunState:
-    """``training`` is None where nothing trains; ``validated``: the last epoch that ended is;
-    ``finished``: nothing is left to train."""
+    """A run between two steps.
+
+    ``training`` is None in a scenario that trains nothing. ``validated`` is False while the
+    validation of the last epoch is still missing. ``best`` is None until an epoch has improved.
+    """
 
     training: TrainState | None
     stopping: EarlyStopping
-    bad: BadPairs
+    skipped: SkippedPairs
     before: EpochResult | None = None
     best: EpochResult | None = None
     validated: bool = True
     finished: bool = False
 
-    @classmethod
-    def of(cls, setup: RunSetup, skipped: Path) -> "RunState":
-        """Before the first step. ``skipped``: where bad pairs are listed."""
-        settings = setup.settings
-        training = None
-        if setup.plan.epochs:
-            training = TrainState(
-                setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps
-            )
-        return cls(
-            training,
-            EarlyStopping(settings.stop_on, settings.patience, settings.min_delta),
-            BadPairs(skipped, len(setup.train), settings, setup.processes),
-        )
-
     @property
     def step(self) -> int:
         return self.training.step if self.training else 0
 
-    def progress(self) -> dict[str, Any]:
-        """For a checkpoint, beside the weights; JSON's types alone."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides ``training``; plain values only."""
         assert self.before
         return {
             "early_stopping": self.stopping.state_dict(),
             "before": asdict(self.before),
             "best": asdict(self.best) if self.best else None,
-            "skipped_pairs": self.bad.count,
+            "skipped_pairs": self.skipped.count,
             "validated": self.validated,
             "finished": self.finished,
         }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Weights and progress; but what is finished may be taken further."""
+        """Load a whole checkpoint. ``finished`` is left out: a finished run may be extended."""
         if self.training:
             self.training.load_state_dict(checkpoint)
         self.stopping.load_state_dict(checkpoint["early_stopping"])
         self.before = EpochResult(**checkpoint["before"])
         self.best = EpochResult(**checkpoint["best"]) if checkpoint["best"] else None
-        self.bad.count = checkpoint["skipped_pairs"]
+        self.skipped.count = checkpoint["skipped_pairs"]
         self.validated = checkpoint.get("validated", True)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Figures of the untouched model and of the best epoch (None: none improved)."""
+    """Figures of the pretrained model and of the best epoch, None if no epoch improved."""
 
     before: EpochResult
     best: EpochResult | None
@@ -114,6 +211,7 @@ class TrainResult:
     checkpoint: Path
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as ``result.json`` and ``clipft train --json`` show it."""
         return {
             "before": self.before.retrieval,
             "after": self.best.retrieval if self.best else None,
@@ -129,21 +227,21 @@ class TrainResult:
 
     @classmethod
     def of(cls, state: RunState, paths: RunPaths) -> "TrainResult":
-        """That of a run which has trained to its end."""
+        """The result of a run that has trained to its end."""
         assert state.before
         return cls(
             before=state.before,
             best=state.best,
             steps=state.step,
-            stopped_early=state.stopping.due,
-            skipped_pairs=state.bad.count,
+            stopped_early=state.stopping.should_stop,
+            skipped_pairs=state.skipped.count,
             folder=paths.folder,
             checkpoint=paths.checkpoint,
         )
 
     @classmethod
     def of_finished(cls, checkpoint: dict[str, Any], paths: RunPaths) -> "TrainResult":
-        """That of a run whose checkpoint says that it has ended."""
+        """The result of a run whose checkpoint says that it has finished."""
         best = checkpoint["best"]
         return cls(
             before=EpochResult(**checkpoint["before"]),

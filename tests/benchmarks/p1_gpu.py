@@ -39,7 +39,8 @@ from clipft.data.loader import training_batches
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from clipft.runs.records import StepResult
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
+from clipft.training.state import TrainState
 
 SIZES, QUICK = (
     (Size(32_768, 1_024, 1_024), Size(65_536, 32_768, 1_024)),
@@ -90,8 +91,8 @@ def ours(place: Place, size: Size, compiled: bool = False, **given: Any) -> Ours
     if compiled:
         model.image_features = torch.compile(model.image_features)
         model.text_features = torch.compile(model.text_features, dynamic=True)
-    state = TrainState(model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser, print)
+    state = TrainState(model, setup.make_optimizer(), setup.epoch_plan.steps)
+    accumulate = setup.make_accumulation(state.optimizer, print)
     steps = list[StepResult]()
 
     def work() -> int:

@@ -38,8 +38,9 @@ from clipft.data.order import Position
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from clipft.distributed.collectives import ALONE
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
+from clipft.training.state import TrainState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.models.checkpoints import clip_tokenizer
@@ -95,8 +96,8 @@ def setup_of(place: Place, size: Size, **given: Any) -> RunSetup:
 
 def ours(place: Place, size: Size, **given: Any) -> Work:
     setup = setup_of(place, size, **given)
-    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser, print)
+    state = TrainState(setup.loaded.model, setup.make_optimizer(), setup.epoch_plan.steps)
+    accumulate = setup.make_accumulation(state.optimizer, print)
     how, plan = setup.encoding.preprocessing, setup.epoch_plan
 
     def work() -> int:

@@ -30,7 +30,8 @@ from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
+from clipft.training.state import TrainState
 
 Weights = dict[str, torch.Tensor]
 
@@ -68,7 +69,7 @@ def ours(place: Place, size: Size, scenario: str, cached: bool, kept: dict[bool,
                 epochs=EPOCHS,
             )
             model = setup.loaded.model
-            state = TrainState(model, setup.make_optimiser(), setup.epoch_plan.steps)
+            state = TrainState(model, setup.make_optimizer(), setup.epoch_plan.steps)
             batches = training_batches(
                 setup.train,
                 setup.encoding.preprocessing,
@@ -77,7 +78,7 @@ def ours(place: Place, size: Size, scenario: str, cached: bool, kept: dict[bool,
                 EPOCHS,
                 setup.loader_options,
             )
-            steps = fit(state, batches, setup.make_accumulation(state.optimiser, print))
+            steps = fit(state, batches, setup.make_accumulation(state.optimizer, print))
             pairs = sum(result.pairs for result in steps)
             kept[cached] = model.trainable_state()
         return pairs

@@ -73,8 +73,9 @@ def in_child(data: str, effective: int, pairs: int) -> None:
     from clipft.data.loader import training_batches
     from clipft.data.order import Position
     from clipft.distributed.collectives import ALONE
-    from clipft.training.loop import TrainState, fit
+    from clipft.training.loop import fit
     from clipft.training.setup import prepare
+    from clipft.training.state import TrainState
 
     flags = {
         "model": "tiny",
@@ -91,8 +92,8 @@ def in_child(data: str, effective: int, pairs: int) -> None:
     }
     settings = load_settings(flags, environ={}).values
     setup = prepare(settings, lambda note: None, ALONE)
-    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser, lambda note: None)
+    state = TrainState(setup.loaded.model, setup.make_optimizer(), setup.epoch_plan.steps)
+    accumulate = setup.make_accumulation(state.optimizer, lambda note: None)
     how, plan = setup.encoding.preprocessing, setup.epoch_plan
     before = psutil.Process().memory_info().rss
     spent = 0.0

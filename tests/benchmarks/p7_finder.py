@@ -122,12 +122,12 @@ def in_child(mode: str, folder: str, limit: float) -> None:
 
     from clipft.config.sources import load_settings
     from clipft.embedding.load import load_model
-    from clipft.training.probe import find, probe_of
+    from clipft.training.probe import ModelProbe, measure
 
     flags = {"model": folder, "scenario": "dual_lora", "device": "cpu", "precision": "fp32"}
     settings = load_settings(flags, environ={}).values
     loaded = load_model(settings)
-    probe = probe_of(loaded, settings)
+    probe = ModelProbe.of(loaded, settings)
     probe(2)  # a warm-up: libraries allocate on first use
     me = psutil.Process()
     before = me.memory_info().rss
@@ -136,7 +136,7 @@ def in_child(mode: str, folder: str, limit: float) -> None:
     if mode == "exhaust":
         print(json.dumps({"largest": exhaustive(probe)}))
         return
-    found = find(probe, EFFECTIVE, lambda tried: None)
+    found = measure(probe, EFFECTIVE, lambda tried: None)
     after = me.memory_info().rss
     print(json.dumps({**found.to_dict(), "before": before, "after": after}))
 

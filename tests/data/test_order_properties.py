@@ -17,7 +17,7 @@ from PIL import Image
 from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
 from clipft.data.order import SOLE_PROCESS, EpochPlan, Share
 from clipft.data.shards.dataset import open_pairs
-from clipft.training.loop import TrainState
+from clipft.training.state import TrainState
 from tests import inputs
 from tests.faults.helpers import encoded, write_tar
 

@@ -11,8 +11,9 @@ from clipft.cli.app import run
 from clipft.config.sources import load_settings
 from clipft.data.loader import training_batches
 from clipft.distributed.collectives import ALONE
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
+from clipft.training.state import TrainState
 from tests.models.checkpoints import write_siglip
 
 SMALL = [
@@ -77,7 +78,7 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(given, catalogue, 
     def started() -> tuple[RunSetup, TrainState]:
         setup = prepare(settings, lambda note: None, ALONE)
         steps = setup.epoch_plan.steps
-        return setup, TrainState(setup.loaded.model, setup.make_optimiser(), steps)
+        return setup, TrainState(setup.loaded.model, setup.make_optimizer(), steps)
 
     def advance(setup: RunSetup, state: TrainState, steps: int) -> None:
         preprocessing, plan = setup.encoding.preprocessing, setup.epoch_plan
@@ -85,7 +86,7 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(given, catalogue, 
             setup.train, preprocessing, plan, state.position, 2, setup.loader_options
         )
         for _ in islice(
-            fit(state, batches, setup.make_accumulation(state.optimiser, print)), steps
+            fit(state, batches, setup.make_accumulation(state.optimizer, print)), steps
         ):
             pass
 

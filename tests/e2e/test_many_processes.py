@@ -168,7 +168,7 @@ def test_sigterm_to_one_of_two_stops_both_after_a_step_and_one_alone_resumes(alo
     workers(process)[1].send_signal(signal.SIGTERM)
     _, stderr = done(process, 75)
     assert stderr.count("error: stopped by SIGTERM after step") == 1
-    assert stderr.count("hint: go on with `clipft resume") == 1
+    assert stderr.count("hint: continue with `clipft resume") == 1
     saved = torch.load(tmp_path / "dual_lora_checkpoint.pt", weights_only=True)
     assert saved["step"] == figures(tmp_path)[-1]["step."]
     assert run(["resume", "--output-dir", str(tmp_path), "--processes", "1"]) == 0

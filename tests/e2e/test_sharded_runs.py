@@ -99,7 +99,7 @@ def test_a_plan_foresees_the_checkpoint_of_whole_weights(alone, data, tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("--scenario", "dual_lora"), "--shard-weights is for scenario full"),
+        (("--scenario", "dual_lora"), "--shard-weights needs scenario full"),
         (("--scenario", "full", "--optimizer", "adamw8bit"), "adamw8bit"),
     ],
     ids=["adapters", "adamw8bit"],
@@ -111,4 +111,4 @@ def test_what_cannot_be_sharded_is_refused(given, says, data, tmp_path, capsys):
 
 def test_one_process_says_that_there_is_nothing_to_share(data, tmp_path, capsys):
     assert run(arguments(data, tmp_path, *MORE, "--shard-weights", "--epochs", "1")) == 0
-    assert "--shard-weights does nothing in a run of one process" in capsys.readouterr().err
+    assert "--shard-weights has no effect in a run of one process" in capsys.readouterr().err

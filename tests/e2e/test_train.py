@@ -150,7 +150,7 @@ def test_sigterm_saves_and_exits_75_and_says_how_to_go_on(whole, catalogue, tmp_
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75
     assert "error: stopped by SIGTERM" in stderr
-    assert "hint: go on with `clipft resume" in stderr
+    assert "hint: continue with `clipft resume" in stderr
     assert "Traceback" not in stderr
     assert run(["resume", "--output-dir", str(tmp_path), "--num-workers", "0"]) == 0
     assert_same_run(whole, tmp_path)

@@ -9,8 +9,9 @@ from clipft.core.common import cache_folder
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
+from clipft.training.state import TrainState
 from tests.conftest import write_shard
 
 
@@ -31,10 +32,10 @@ def setup_of(data, **given) -> RunSetup:
 
 
 def trained(setup: RunSetup):
-    state = TrainState(setup.loaded.model, setup.make_optimiser(), setup.epoch_plan.steps)
+    state = TrainState(setup.loaded.model, setup.make_optimizer(), setup.epoch_plan.steps)
     how, plan = setup.encoding.preprocessing, setup.epoch_plan
     batches = training_batches(setup.train, how, plan, Position(), 2, setup.loader_options)
-    return list(fit(state, batches, setup.make_accumulation(state.optimiser, print)))
+    return list(fit(state, batches, setup.make_accumulation(state.optimizer, print)))
 
 
 CASES = [

@@ -1,4 +1,4 @@
-"""``best.pt`` is damaged or gone: it is rewritten from the checkpoint if possible, or reported."""
+"""``best.pt`` damaged or gone: what the checkpoint has is restored, the rest is reported."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_weights_of_the_checkpoints_epoch_are_rewritten(programs, whole, tmp_pat
     harm(out / "dual_lora" / "best.pt")
     run = programs.run("resume", str(out / "dual_lora"), env=environ(whole))
     assert run.wait() == 0, run.err
-    assert "best.pt is written anew, from the checkpoint." in run.err
+    assert "best.pt was restored from the checkpoint." in run.err
     assert_same_run(whole / "runs", out)
 
 

@@ -48,7 +48,7 @@ def test_the_previous_checkpoint_replaces_a_damaged_one(copy, whole, capsys, mon
         torch.set_num_threads(threads)
     said = capsys.readouterr().err
     assert f"warning: {'no checkpoint ' if harm is Path.unlink else ''}{copy / NAME}" in said
-    assert "going on from the one before it, of step" in said
+    assert "resuming from the one before it, of step" in said
     aside = copy / "dual_lora_checkpoint.damaged.pt"
     assert aside.exists() == (harm is not Path.unlink)
     assert_same_run(whole / "runs", copy)

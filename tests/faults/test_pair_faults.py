@@ -293,7 +293,7 @@ def test_a_micro_batch_of_1_and_a_last_pair_that_joins_the_step_before(tmp_path,
     catalogue(tmp_path, good(range(5)), val=2)
     assert train(tmp_path, "--micro-batch-size", "1", "--effective-batch-size", "4") == 0
     assert trained_pairs(tmp_path) == 5
-    assert "the last step of each epoch takes 5 pairs" in capsys.readouterr().err
+    assert "the last step of each epoch has 5 pairs" in capsys.readouterr().err
 
 
 def test_an_effective_batch_of_1_is_refused(capsys):

@@ -77,7 +77,7 @@ def cut_off(programs, data: Path, out: Path) -> None:
     wait_until(lambda: steps(out) == 2, run)
     error, hint = stop(run)
     assert error.startswith("stopped by SIGTERM after step 2; the state is saved in ")
-    assert hint == f"go on with `clipft resume {out / CHECKPOINT}`"
+    assert hint == f"continue with `clipft resume {out / CHECKPOINT}`"
     assert epochs(out) == [0]
     saved = load_checkpoint(out / CHECKPOINT)
     assert (saved["step"], saved["epoch"], saved["validated"]) == (2, 1, False)

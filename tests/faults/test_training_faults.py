@@ -94,7 +94,7 @@ def test_effective_batch_above_the_data_and_no_multiple_of_the_micro_batch(
 ):
     more = ["--effective-batch-size", "1000", "--micro-batch-size", "7"]
     assert train(catalogue, tmp_path, *more) == 0
-    assert "each step takes them all" in capsys.readouterr().err
+    assert "each step uses all of them" in capsys.readouterr().err
     assert [record["pairs"] for record in steps(tmp_path)] == [96]
 
 

@@ -1,4 +1,4 @@
-"""Putting something around each step's accumulation of a real run."""
+"""Put something around the accumulation of each step of a real run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,22 @@ from typing import Any
 from clipft.training.setup import RunSetup
 
 Around = Callable[[Any, int, list[Any]], Any]
-"""(the real accumulation, step from 0, its micro-batches) -> the loss."""
+"""(the real accumulation, the step from 0, its micro-batches as split) -> the loss."""
 
 
 def around_each_step(monkeypatch, around: Around) -> None:
     make = RunSetup.make_accumulation
 
-    def made(self, optimiser, note):
-        shrink = make(self, optimiser, note)
-        real = shrink.accumulate
+    def made(self, optimizer, note):
+        real = make(self, optimizer, note)
 
         class Around:
-            floor = real.floor
+            recovery = real.recovery
+            lower_bound = real.lower_bound
 
             def __call__(self, step, micro_batches):
-                return around(real, step, micro_batches)
+                return around(real, step, real.recovery.split(micro_batches))
 
-        shrink.accumulate = Around()
-        return shrink
+        return Around()
 
     monkeypatch.setattr(RunSetup, "make_accumulation", made)

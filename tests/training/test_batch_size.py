@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from clipft.cli.app import run
 from clipft.config.sources import load_settings
 from clipft.embedding.load import load_model
-from clipft.training.batch_size import MAX_PROBES, Found, FoundCache, Probe, search
-from clipft.training.probe import probe_of
+from clipft.training.batch_size import (
+    MAX_PROBES,
+    Probe,
+    SearchResult,
+    cached_result,
+    keep_result,
+    result_cache,
+    search,
+)
+from clipft.training.probe import ModelProbe
 
 
 class Machine:
@@ -35,7 +43,7 @@ class Machine:
 @given(largest=st.integers(1, 5000), effective=st.integers(2, 4096))
 def test_a_gpu_is_searched_to_within_5_percent_in_ten_probes(largest, effective):
     machine = Machine(memory=100 + largest * 10, each=10, overhead=1.0)
-    found = search(machine, effective, machine.memory, refuses=True)
+    found = search(machine, effective, machine.memory, device_refuses=True)
     true = min(largest, effective)
     assert found.largest <= true
     if largest >= 8:
@@ -46,7 +54,7 @@ def test_a_gpu_is_searched_to_within_5_percent_in_ten_probes(largest, effective)
 @given(largest=st.integers(20, 5000), effective=st.integers(2, 4096))
 def test_a_cpu_never_tries_what_its_memory_may_not_hold(largest, effective):
     machine = Machine(memory=100 + largest * 10, each=10, overhead=3.0)
-    found = search(machine, effective, machine.memory, refuses=False)
+    found = search(machine, effective, machine.memory, device_refuses=False)
     assert all(100 + size * 10 <= machine.memory for size in machine.tried)
     assert found.chosen <= max(found.largest, 1)
     assert 100 + found.largest * 10 <= machine.memory
@@ -54,7 +62,7 @@ def test_a_cpu_never_tries_what_its_memory_may_not_hold(largest, effective):
 
 def test_where_all_graphs_can_be_kept_a_small_micro_batch_costs_no_second_pass():
     machine = Machine(memory=10**6, each=10, overhead=0.01)
-    found = search(machine, 128, machine.memory, refuses=False)
+    found = search(machine, 128, machine.memory, device_refuses=False)
     assert found.kept == 1.0
     assert found.chosen < 128  # as fast, and leaves memory
     assert found.left_bytes == machine.memory - (100 + 10 * found.chosen)
@@ -62,14 +70,14 @@ def test_where_all_graphs_can_be_kept_a_small_micro_batch_costs_no_second_pass()
 
 def test_where_none_can_be_kept_the_whole_batch_at_once_saves_a_forward_pass():
     machine = Machine(memory=100 + 160 * 10, each=10, overhead=1.0)
-    found = search(machine, 128, machine.memory, refuses=True)
+    found = search(machine, 128, machine.memory, device_refuses=True)
     assert found.kept < 1.0
     assert found.chosen == 128
 
 
 def test_the_size_taken_leaves_memory_for_what_else_a_run_holds():
     machine = Machine(memory=100 + 200 * 10, each=10, overhead=1.0)
-    found = search(machine, 4096, machine.memory, refuses=True)
+    found = search(machine, 4096, machine.memory, device_refuses=True)
     assert found.largest >= 190
     assert found.left_bytes >= machine.memory * 0.1
 
@@ -77,14 +85,14 @@ def test_the_size_taken_leaves_memory_for_what_else_a_run_holds():
 @given(largest=st.integers(20, 3000), effective=st.integers(8, 4096))
 def test_a_cpu_is_searched_to_within_5_percent_too(largest, effective):
     machine = Machine(memory=100 + largest * 10, each=10, overhead=0.0, per_pair=1e-3)
-    found = search(machine, effective, machine.memory, refuses=False)
+    found = search(machine, effective, machine.memory, device_refuses=False)
     assert found.largest >= min(largest, effective) * 0.95 - 1
     assert len(machine.tried) <= MAX_PROBES
 
 
 def test_a_cpu_is_not_kept_busy_for_minutes_only_to_know_the_largest():
     slow = Machine(memory=100 + 2000 * 10, each=10, per_pair=1.0)
-    found = search(slow, 4096, slow.memory, refuses=False)
+    found = search(slow, 4096, slow.memory, device_refuses=False)
     assert max(slow.tried) <= 100
     assert found.extrapolated and 1900 <= found.largest <= 2000
 
@@ -96,35 +104,35 @@ def test_a_size_that_is_slower_is_not_chosen_for_being_larger():
             slow = 10.0 if size > 16 else 1.0
             return Probe(size, True, probe.step_seconds * slow, probe.forward_seconds, 1)
 
-    assert search(Thrashing(10**6, 10, overhead=1.0), 1024, 10**6, refuses=True).chosen <= 16
+    assert search(Thrashing(10**6, 10, overhead=1.0), 1024, 10**6, device_refuses=True).chosen <= 16
 
 
 def test_nothing_fits():
-    assert search(Machine(memory=50, each=10), 64, 50, refuses=True).chosen == 1
+    assert search(Machine(memory=50, each=10), 64, 50, device_refuses=True).chosen == 1
 
 
 def test_the_cache_keeps_and_survives_rubbish(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPFT_CACHE", str(tmp_path))
-    found = Found(8, 16, False, 100, (Probe(8, True, 1.0, 0.5, 90),))
-    FoundCache().put("a", found)
-    FoundCache().put("b", found)
-    assert FoundCache().get("a") == found
-    assert FoundCache().get("c") is None
-    FoundCache().path.write_text("rubbish")
-    assert FoundCache().get("a") is None
+    found = SearchResult(8, 16, False, 100, (Probe(8, True, 1.0, 0.5, 90),))
+    keep_result("a", found)
+    keep_result("b", found)
+    assert cached_result("a") == found
+    assert cached_result("c") is None
+    result_cache().write_text("rubbish")
+    assert cached_result("a") is None
 
 
 @pytest.mark.parametrize("effective", [2, 3, 5])
 def test_small_effective_batches(effective):
     machine = Machine(memory=10**6, each=10, overhead=1.0)
-    assert search(machine, effective, 10**6, refuses=False).chosen <= effective
+    assert search(machine, effective, 10**6, device_refuses=False).chosen <= effective
 
 
 @pytest.mark.parametrize("scenario", ["dual_lora", "linear_probe", "full"])
 def test_real_passes_of_a_scenario_leave_nothing_behind(scenario):
     settings = load_settings({"model": "tiny", "scenario": scenario, "device": "cpu"}, environ={})
     loaded = load_model(settings.values)
-    tried = probe_of(loaded, settings.values)(4)
+    tried = ModelProbe.of(loaded, settings.values)(4)
     assert tried.fits and tried.peak_bytes > 0
     assert tried.step_seconds > tried.forward_seconds > 0
     assert all(parameter.grad is None for _, parameter in loaded.model.trainable())
@@ -132,7 +140,7 @@ def test_real_passes_of_a_scenario_leave_nothing_behind(scenario):
 
 def test_a_size_that_memory_refuses_does_not_fit():
     settings = load_settings({"model": "tiny", "device": "cpu"}, environ={}).values
-    probe = probe_of(load_model(settings), settings)
+    probe = ModelProbe.of(load_model(settings), settings)
     assert not probe(1 << 40).fits
 
 

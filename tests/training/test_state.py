@@ -13,7 +13,7 @@ def run(watch: str, losses: list[float]) -> tuple[list[bool], int]:
     stopping, improved = EarlyStopping(watch, 2, 0.001), []
     for loss in losses:
         improved.append(stopping.update(epoch(loss)))
-        if stopping.due:
+        if stopping.should_stop:
             break
     return improved, len(improved)
 
@@ -36,7 +36,7 @@ def test_recall_is_better_when_higher():
     assert stopping.update(epoch(9.0, 0.2))
     assert stopping.update(epoch(99.0, 0.3))
     assert not stopping.update(epoch(0.0, 0.3))
-    assert stopping.due
+    assert stopping.should_stop
 
 
 def test_never_remembers_but_does_not_stop():

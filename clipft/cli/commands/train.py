@@ -13,7 +13,7 @@ from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipft.training.batch_size import Found, Probe
+    from clipft.training.batch_size import Probe, SearchResult
 
 
 Plan = Annotated[
@@ -120,7 +120,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     settings = loaded.values
     effective = settings.effective_batch_size
 
-    def search(wanted: Settings) -> "Found":
+    def search(wanted: Settings) -> "SearchResult":
         how = ", gradient checkpointing" if wanted.gradient_checkpointing else ""
 
         def report(probe: "Probe") -> None:
@@ -151,7 +151,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     end(out, {}, following if settings.data_dir.exists() else ())
 
 
-def _table(found: "Found", effective: int, title: str) -> Table:
+def _table(found: "SearchResult", effective: int, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("micro-batch", "fits", "pairs/s", "peak GiB"):
         table.add_column(heading, justify="right")

@@ -1,108 +1,161 @@
-"""When memory runs out in a step: the same step in smaller chunks.
+"""What happens when a step runs out of memory: the same step again, in smaller pieces.
 
-First no graphs are kept from then on, then micro-batches are cut in two, and again. The exact
-loss is over all pairs however they are cut, so nothing else changes; what it means for the
-local one is said. All processes shrink together, or their steps would not fit each other.
+At first no activation graphs are kept from then on, then micro-batches are halved, again and
+again. The exact loss covers all pairs however they are split, so nothing else changes; the local
+loss does change, and the warning says so. All processes shrink together, because the steps of one
+would not fit those of the others.
+
+With sharded weights this is impossible: other processes wait for this one within a forward pass,
+so the run ends and can be resumed with other settings.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from clipft.core.errors import MemoryShortage
 from clipft.core.memory import give_back
 from clipft.data.loader import Batch
-from clipft.distributed.collectives import Processes, StepAbandonedError
+from clipft.distributed.collectives import Processes, StepAbandonedError, lost_process_error
 from clipft.models.trainable import TrainableModel
-from clipft.training.step.gradcache import Accumulation, ActivationBudget, Cutting
 
-_CPU_REFUSALS = ("can't allocate memory", "not enough memory", "could not create a primitive")
-"""Of torch's CPU allocator and of oneDNN, whose errors are plain RuntimeErrors."""
+# torch's CPU allocator and oneDNN raise plain RuntimeErrors
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "could not create a primitive")
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Did the device or the system refuse memory?"""
+    """True if the device or the system refused memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in _CPU_REFUSALS)
+    return isinstance(error, RuntimeError) and any(m in str(error) for m in _CPU_MESSAGES)
+
+
+class Recovery:
+    """How a step deals with running out of memory. This base class does nothing about it."""
+
+    def attempts(self, step: int) -> Iterator[AbstractContextManager[None]]:
+        """Yield a context to run the step in, until one of them ends well.
+
+        ``for attempt in recovery.attempts(step): with attempt: ...`` repeats the step as often
+        as the recovery finds something to make smaller.
+        """
+        yield nullcontext()
+
+    def split(self, micro_batches: list[Batch]) -> list[Batch]:
+        """The micro-batches in the size that memory has room for."""
+        return micro_batches
 
 
 @dataclass
-class ShrinkingAccumulation:
-    """``accumulate``, and what to do when it runs out of memory. ``micro`` is the micro-batch
-    that the steps come in; ``note`` tells the user."""
+class SmallerPieces(Recovery):
+    """Free the graphs, then halve the micro-batches, down to ``smallest`` pairs.
 
-    accumulate: Accumulation
-    graphs: ActivationBudget
+    ``micro`` is the size in which micro-batches come from the loader. ``consequence`` completes
+    the warning: what smaller micro-batches mean for the loss.
+    """
+
+    release_graphs: Callable[[], None]
     model: TrainableModel
     processes: Processes
-    cutting: Cutting
+    smallest: int
+    consequence: str
     micro: int
     note: Callable[[str], None]
     _released: bool = field(default=False, init=False)
+    _ran_out: bool = field(default=False, init=False)
 
-    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+    def attempts(self, step: int) -> Iterator[AbstractContextManager[None]]:
         """
         Raises:
-            MemoryShortage: there is not even room for the fewest pairs that can be learned from.
+            MemoryShortage: the smallest micro-batches do not fit either.
         """
-        while (loss := self._attempt(step, self._cut(micro_batches))) is None:
-            # Here, not where it was caught: the error's frames hold the memory
-            self.model.zero_grad(set_to_none=True)
-            give_back(self.model.logit_scale.device)
-            self._shrink(step)
-        return loss
+        self._ran_out = True
+        while self._ran_out:
+            self._ran_out = False
+            yield self._attempt()
+            if self._ran_out:
+                # Not where the error was caught: its frames still held the memory there
+                self.model.zero_grad(set_to_none=True)
+                give_back(self.model.logit_scale.device)
+                self._shrink(step)
 
-    def floor(self, micro_batches: list[Batch]) -> float:
-        return self.accumulate.floor(self._cut(micro_batches))
-
-    def _attempt(self, step: int, micro_batches: list[Batch]) -> Tensor | None:
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
         try:
-            return self.accumulate(step, micro_batches)
-        except StepAbandonedError:
-            return None
+            yield
+        except StepAbandonedError:  # another process ran out
+            self._ran_out = True
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error):
                 raise
             self.processes.abandon_step()
-            return None
+            self._ran_out = True
 
     def _shrink(self, step: int) -> None:
         where = f"memory ran out in step {step + 1}"
         if not self._released:
             self._released = True
-            self.graphs.release()
-            self.note(f"warning: {where}: graphs are not kept from now on, which is slower.")
+            self.release_graphs()
+            self.note(f"warning: {where}: activation graphs are no longer kept, which is slower.")
             return
-        if self.micro <= self.cutting.least:
+        if self.micro <= self.smallest:
             raise MemoryShortage(
-                f"{where}, with micro-batches of {self.micro}, the fewest that can be learned from",
+                f"{where} with micro-batches of {self.micro}, the smallest possible size",
                 "use a machine with more memory, a smaller --effective-batch-size, "
                 "--gradient-checkpointing, or a smaller model",
             )
         self.micro = -(-self.micro // 2)
         self.note(
-            f"warning: {where}: micro-batches are of {self.micro} pairs from now on; "
-            f"{self.cutting.consequence}."
+            f"warning: {where}: using micro-batches of {self.micro} pairs from now on; "
+            f"{self.consequence}."
         )
 
-    def _cut(self, micro_batches: list[Batch]) -> list[Batch]:
-        return [chunk for batch in micro_batches for chunk in pieces_of(batch, self.micro)]
+    def split(self, micro_batches: list[Batch]) -> list[Batch]:
+        pieces = list[Batch]()
+        for batch in micro_batches:
+            if len(batch) <= self.micro:
+                pieces.append(batch)
+                continue
+            for start in range(0, len(batch), self.micro):
+                rows = slice(start, start + self.micro)
+                pixels, ids = batch.pixel_values[rows], batch.input_ids[rows]
+                numbers = batch.numbers[rows]
+                pieces.append(
+                    replace(batch, pixel_values=pixels, input_ids=ids, numbers=numbers, skipped=())
+                )
+        return pieces
 
 
-def pieces_of(batch: Batch, most: int) -> Sequence[Batch]:
-    """``batch`` in chunks of at most ``most`` pairs."""
-    if len(batch) <= most:
-        return [batch]
-    return [
-        replace(
-            batch,
-            pixel_values=batch.pixel_values[i : i + most],
-            input_ids=batch.input_ids[i : i + most],
-            numbers=batch.numbers[i : i + most],
-            skipped=(),
-        )
-        for i in range(0, len(batch), most)
-    ]
+class EndsRun(Recovery):
+    """For sharded weights: a step is tried once, and running out of memory ends the run."""
+
+    def attempts(self, step: int) -> Iterator[AbstractContextManager[None]]:
+        yield sharded_pass()
+
+
+@contextmanager
+def sharded_pass() -> Iterator[None]:
+    """Translate the errors of a block in which all processes fetch weights from each other.
+
+    Raises:
+        MemoryShortage: this process alone ran out of memory.
+        ProcessError: another process ended.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if memory_ran_out(error):
+            shortage = MemoryShortage(
+                "memory ran out, and with --shard-weights a step cannot be repeated in smaller "
+                "pieces",
+                "run `clipft resume` to continue from the last checkpoint, with a smaller "
+                "--micro-batch-size, --gradient-checkpointing, --graph-memory 0, or more processes",
+            )
+            shortage.alone = True
+            raise shortage from error
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise lost_process_error(error) from error
+        raise

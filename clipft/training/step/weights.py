@@ -1,11 +1,11 @@
-"""How the weights that learn lie in the processes of a run, and what follows from that.
+"""How the trainable weights of a run are held: whole on every process, or in parts.
 
-``WholeWeights``: each process has all of them; ``sharding.ShardedWeights``: each has a part. Which
-it is, is chosen once, and a step does not ask.
+``setup.prepare`` chooses once; the code of a step then calls these methods without asking which
+of the two it is.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,99 +18,75 @@ from clipft.models.trainable import TrainableModel
 T = TypeVar("T")
 
 
-class Weights(Protocol):
-    """Of one model. Where they are sharded, all processes call the same things in the same
-    order.
+class Weights:
+    """The usual case: every process holds all weights.
 
-    Raises (where they are sharded):
-        ProcessError: another process ended.
+    ``fsdp.ShardedWeights`` overrides all of this for weights in parts. All processes must then
+    call the same methods in the same order, and each call may raise ``ProcessError`` when another
+    process has ended.
     """
-
-    @property
-    def sharded(self) -> bool: ...
-
-    def own(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What this process holds of a parameter, and its optimizer changes."""
-
-    def agreed(self, flag: bool) -> bool:
-        """Whether it is so for all that must do the same."""
-
-    def towers(self, towers: Towers) -> Towers:
-        """The same towers, passed through as often as all must."""
-
-    def sum_gradients(
-        self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]
-    ) -> None:
-        """After all backward passes of a step: the sum over the processes, in what each owns.
-        Gradients of ``complete`` are whole on each process already."""
-
-    def clip(self, owned: Sequence[nn.Parameter], most: float) -> float:
-        """Scale gradients down to a norm of ``most`` over all weights; the norm before."""
-
-    def make_scaler(self, precision: Precision) -> "torch.amp.GradScaler": ...
-
-    def model_state(self, model: TrainableModel) -> dict[str, Tensor]:
-        """``trainable_state``: whole on the first process."""
-
-    def load_model_state(self, model: TrainableModel, state: dict[str, Tensor]) -> None:
-        """
-        Raises:
-            ModelError: it is another model's.
-        """
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Its ``state_dict``: whole on the first process."""
-
-    def own_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The part of a whole state that is this process's."""
-
-    def now(self, make: Callable[[], T]) -> Callable[[], T]:
-        """``make``, for the first process to call; it is called here where it takes all."""
-
-
-class WholeWeights:
-    """Each process has all of them."""
 
     sharded = False
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The part of ``parameter`` that this process holds and its optimizer changes."""
         return parameter
 
-    def agreed(self, flag: bool) -> bool:
+    def all_agree(self, flag: bool) -> bool:
+        """True if ``flag`` holds on every process that must make the same choice."""
         return flag
 
-    def towers(self, towers: Towers) -> Towers:
+    def wrap_towers(self, towers: Towers) -> Towers:
+        """The same towers, made to run equally often on all processes where that is needed."""
         return towers
 
     def sum_gradients(
         self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]
     ) -> None:
+        """Add up the gradients of all processes, after all backward passes of a step.
+
+        The result is left in the parameters that ``own`` returns. Gradients of ``complete`` are
+        already the sum on every process.
+        """
         processes.sum_gradients([p for _, p in model.trainable()], complete)
 
-    def clip(self, owned: Sequence[nn.Parameter], most: float) -> float:
-        return float(nn.utils.clip_grad_norm_(owned, most))
+    def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Scale the gradients down to a total norm of ``max_norm``; return the norm before."""
+        return float(nn.utils.clip_grad_norm_(owned, max_norm))
 
     def make_scaler(self, precision: Precision) -> "torch.amp.GradScaler":
+        """The loss scaler of a precision; disabled unless it is fp16."""
         return precision.make_scaler()
 
     def model_state(self, model: TrainableModel) -> dict[str, Tensor]:
+        """Trainable weights by name, whole and on the CPU of rank zero."""
         return model.trainable_state()
 
     def load_model_state(self, model: TrainableModel, state: dict[str, Tensor]) -> None:
+        """Load what ``model_state`` returned.
+
+        Raises:
+            ModelError: the state belongs to another model or scenario.
+        """
         model.load_trainable_state(state)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's ``state_dict``, whole on rank zero."""
         return optimizer.state_dict()
 
     def own_optimizer_state(
         self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> dict[str, Any]:
+        """This process's part of a whole ``state_dict``."""
         return state
 
-    def now(self, make: Callable[[], T]) -> Callable[[], T]:
+    def gather_if_sharded(self, make: Callable[[], T]) -> Callable[[], T]:
+        """Prepare a state that only rank zero will use.
+
+        Gathering sharded weights takes all processes, so ``make`` is called here on each of them.
+        Whole weights need nobody else: ``make`` is returned, for rank zero to call.
+        """
         return make
 
 
-WHOLE = WholeWeights()
+WHOLE_WEIGHTS = Weights()

@@ -12,8 +12,9 @@ from clipft.data.loader import StepBatch, training_batches
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import steps_in_lockstep
 from clipft.embedding.embed import embed_pairs
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
+from clipft.training.state import TrainState
 
 SMALL = {
     **{"model": "tiny", "scenario": "full", "device": "cpu", "precision": "fp32", "epochs": 2},
@@ -33,11 +34,11 @@ class Run:
         settings = load_settings({**SMALL, **given}, environ={}).values
         setup = prepare(settings, lambda note: None, processes)
         steps = setup.epoch_plan.steps
-        return cls(setup, TrainState(setup.loaded.model, setup.make_optimiser(), steps))
+        return cls(setup, TrainState(setup.loaded.model, setup.make_optimizer(), steps))
 
     def train(self) -> list[float]:
         """Losses and gradient norms of the steps that are left."""
-        accumulate = self.setup.make_accumulation(self.state.optimiser, lambda note: None)
+        accumulate = self.setup.make_accumulation(self.state.optimizer, lambda note: None)
         done = list(fit(self.state, self._batches(), accumulate))
         return [figure for step in done for figure in (step.loss, step.grad_norm)]
 
@@ -61,7 +62,7 @@ class Run:
     def held_bytes(self) -> int:
         """Of weights, as the model has them while no tower works, and of AdamW's two states."""
         weights = sum(self._own(p).nbytes for _, p in self.state.model.trainable())
-        states = self.state.optimiser.optimizer.state.values()
+        states = self.state.optimizer.adamw.state.values()
         return weights + sum(s[name].nbytes for s in states for name in ("exp_avg", "exp_avg_sq"))
 
     def _own(self, parameter: Any) -> torch.Tensor:

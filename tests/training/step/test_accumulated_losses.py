@@ -59,16 +59,16 @@ def test_exact_is_one_graph_over_the_whole_batch(source, name, mode, micro, pair
     assert scales == ({"logit_scale"} if name == "clip" else {"logit_scale", "logit_bias"})
     assert step(0, cut(pairs, micro)).item() == pytest.approx(whole.item(), rel=1e-5)
     assert_same(gradients(loaded), expected)
-    assert step.floor(cut(pairs, micro)) == step.loss.floor(groups)
-    assert (step.loss.floor(groups) > 0) == (name == "clip" and mode == "soft")
+    assert step.lower_bound(cut(pairs, micro)) == step.loss.lower_bound(groups)
+    assert (step.loss.lower_bound(groups) > 0) == (name == "clip" and mode == "soft")
 
 
 def test_the_floor_of_local_losses_is_their_mean(pairs):
     loaded = load("dual_lora")
     step = made(LocalAccumulation, loaded, "group")
     batches = cut(pairs, 7)
-    floors = [step.loss.floor(step.positives.ids(batch)) * len(batch) for batch in batches]
-    assert step.floor(batches) == pytest.approx(sum(floors) / PAIRS)
+    floors = [step.loss.lower_bound(step.positives.ids(batch)) * len(batch) for batch in batches]
+    assert step.lower_bound(batches) == pytest.approx(sum(floors) / PAIRS)
 
 
 def test_a_floor_is_told_where_there_is_one():

@@ -143,7 +143,7 @@ def test_as_many_graphs_are_kept_as_there_is_room_for(pairs):
     step = accumulation(loaded, room=ALL_ROOM, towers=counted)
     step(0, batches)
     assert encoded == [True] * 4
-    graph_bytes = step.graphs._bytes_per_cell["images"] * 3
+    graph_bytes = step.graphs.bytes_per_cell["images"] * 3
     encoded.clear()
     accumulation(loaded, room=int(graph_bytes * 2.5), towers=counted)(0, batches)
     assert encoded == [True, True, False, False, True, True]
@@ -162,7 +162,7 @@ def test_what_a_graph_holds_is_counted(pairs):
     dimension = loaded.base.model.config.projection_dim
     # The features, what the projection makes of them, and its norm before and after the clamp
     expected = 4 * (width + dimension + 2)
-    assert step.graphs._bytes_per_cell["images"] == expected
+    assert step.graphs.bytes_per_cell["images"] == expected
 
 
 def test_a_caption_that_comes_twice_is_encoded_once_and_short_ones_are_not_filled(pairs):

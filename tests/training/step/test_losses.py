@@ -104,7 +104,7 @@ def test_groups_of_one_change_nothing(name, mode):
     loss = case.loss(name, mode, block=30)
     plain = loss(case.images, case.texts)
     torch.testing.assert_close(loss(case.images, case.texts, torch.arange(9) - 4), plain)
-    assert loss.floor(torch.arange(9)) == loss.floor(None) == 0.0
+    assert loss.lower_bound(torch.arange(9)) == loss.lower_bound(None) == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,7 +114,7 @@ def test_the_floor_is_reached_by_a_perfect_model_and_by_no_other(mode):
     perfect = functional.one_hot(groups).double()
     case = Case(perfect, perfect, torch.tensor(math.log(100)).double(), torch.tensor(0.0), groups)
     loss = case.loss("clip", mode)
-    floor = loss.floor(groups)
+    floor = loss.lower_bound(groups)
     if mode == "soft":
         assert floor == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6)
     else:
@@ -131,7 +131,7 @@ def test_all_captions_equal():
     assert masked.item() == pytest.approx(0.0, abs=1e-12)
     assert all(not gradient.abs().max() > 1e-12 for gradient in case.gradients(masked))
     soft = case.loss("clip", "soft")
-    assert soft(case.images, case.texts, equal).item() >= soft.floor(equal) == math.log(8)
+    assert soft(case.images, case.texts, equal).item() >= soft.lower_bound(equal) == math.log(8)
 
 
 @pytest.mark.parametrize("name", NAMES)

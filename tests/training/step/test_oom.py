@@ -1,4 +1,4 @@
-"""Memory that runs out in a step costs time, not the loss."""
+"""A step that runs out of memory takes longer, but its loss stays the same."""
 
 import json
 
@@ -9,21 +9,21 @@ from clipft.cli.app import run
 from clipft.core.errors import MemoryShortage
 from clipft.data.loader import Batch
 from clipft.distributed.collectives import ALONE
-from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
-from clipft.training.step.oom import ShrinkingAccumulation, memory_ran_out
+from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
+from clipft.training.step.oom import SmallerPieces, memory_ran_out
 from tests.training.process_helpers import results
 from tests.training.step.test_gradcache import gradients, load
 from tests.training.steps import around_each_step
 
 
 class Device:
-    """Accumulates over micro-batches of up to ``room`` pairs, and torch's error beyond."""
+    """Accumulates over micro-batches of up to ``room`` pairs, and raises torch's error beyond."""
 
     def __init__(self, model, room: int, kind=torch.OutOfMemoryError) -> None:
         self.model, self.room, self.kind = model, room, kind
         self.tried: list[list[int]] = []
 
-    def __call__(self, step: int, micro_batches: list[Batch]) -> torch.Tensor:
+    def __call__(self, micro_batches: list[Batch]) -> torch.Tensor:
         self.tried.append([len(batch) for batch in micro_batches])
         total = torch.zeros(())
         for batch in micro_batches:
@@ -49,51 +49,67 @@ def model(loaded):
     return loaded.model
 
 
-def shrinking(model, device, micro, said, kind=ExactAccumulation) -> ShrinkingAccumulation:
-    return ShrinkingAccumulation(
-        device, ActivationBudget(lambda: 1 << 40), model, ALONE, kind.cutting, micro, said.append
-    )
+def smaller_pieces(
+    model, micro, said, kind=ExactAccumulation, processes=ALONE, released=None
+) -> SmallerPieces:
+    def release() -> None:
+        if released is not None:
+            released.append(True)
+
+    smallest, consequence = kind.smallest_micro_batch, kind.if_smaller
+    return SmallerPieces(release, model, processes, smallest, consequence, micro, said.append)
+
+
+def take(step: int, recovery: SmallerPieces, accumulate, micro_batches: list[Batch]):
+    """A step as the training loop takes it."""
+    for attempt in recovery.attempts(step):
+        with attempt:
+            loss = accumulate(recovery.split(micro_batches))
+    return loss
 
 
 def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model):
-    Device(model, 100)(0, [batch(12), batch(5)])
+    Device(model, 100)([batch(12), batch(5)])
     expected = gradients(loaded)
     said: list[str] = []
+    released: list[bool] = []
     device = Device(model, room=3)
-    step = shrinking(model, device, 12, said)
-    step(4, [batch(12), batch(5)])
+    recovery = smaller_pieces(model, 12, said, released=released)
+    take(4, recovery, device, [batch(12), batch(5)])
     ours = gradients(loaded)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert device.tried == [[12, 5], [12, 5], [6, 6, 5], [3, 3, 3, 3, 3, 2]]
-    assert ["graphs are not kept" in said[0], "of 6 pairs" in said[1], "of 3 pairs" in said[2]]
+    assert released == [True]
+    assert "graphs are no longer kept" in said[0]
+    assert "micro-batches of 6 pairs" in said[1] and "micro-batches of 3 pairs" in said[2]
     assert all("memory ran out in step 5" in line for line in said) and len(said) == 3
-    step(5, [batch(12)])  # it stays so, without a word
+    take(5, recovery, device, [batch(12)])  # stays that way, without another warning
     assert device.tried[-1] == [3, 3, 3, 3] and len(said) == 3
 
 
-def test_a_local_loss_needs_two_pairs_and_changes_which_is_said(model):
+def test_a_local_loss_needs_two_pairs_and_the_warning_says_that_it_changes(model):
     said: list[str] = []
-    step = shrinking(model, Device(model, room=2), 8, said, LocalAccumulation)
-    step(0, [batch(8)])
-    assert "another loss" in said[-1] and "stay as they were" not in said[-1]
-    narrower = shrinking(model, Device(model, room=1), 8, said, LocalAccumulation)
-    with pytest.raises(MemoryShortage, match="micro-batches of 2, the fewest"):
-        narrower(0, [batch(8)])
+    recovery = smaller_pieces(model, 8, said, LocalAccumulation)
+    take(0, recovery, Device(model, room=2), [batch(8)])
+    assert "changes the loss" in said[-1] and "stay as they were" not in said[-1]
+    narrower = smaller_pieces(model, 8, said, LocalAccumulation)
+    with pytest.raises(MemoryShortage, match="micro-batches of 2, the smallest"):
+        take(0, narrower, Device(model, room=1), [batch(8)])
 
 
 def test_not_even_one_pair(model):
-    with pytest.raises(MemoryShortage, match="micro-batches of 1, the fewest") as raised:
-        shrinking(model, Device(model, room=0), 4, [])(0, [batch(4)])
+    with pytest.raises(MemoryShortage, match="micro-batches of 1, the smallest") as raised:
+        take(0, smaller_pieces(model, 4, []), Device(model, room=0), [batch(4)])
     assert raised.value.exit_code == 9
 
 
 def test_other_errors_go_through(model):
     device = Device(model, room=0, kind=lambda text: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        shrinking(model, device, 4, [])(0, [batch(4)])
+        take(0, smaller_pieces(model, 4, []), device, [batch(4)])
 
 
-def test_what_the_cpu_allocator_says_is_known():
+def test_the_errors_of_the_cpu_allocator_are_recognized():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert memory_ran_out(raised.value)
@@ -102,23 +118,16 @@ def test_what_the_cpu_allocator_says_is_known():
 
 def test_all_processes_shrink_when_one_runs_out():
     body = """
-    from clipft.distributed.collectives import StepAbandonedError
-    from clipft.training.step.gradcache import ActivationBudget
-    from clipft.training.step.gradcache import ExactAccumulation
-    from clipft.training.step.oom import ShrinkingAccumulation
     from tests.training.step.test_gradcache import load
-    from tests.training.step.test_oom import Device, batch
+    from tests.training.step.test_oom import Device, batch, smaller_pieces, take
     model = load("dual_lora").model
     own = Device(model, 3 if rank == 1 else 100)
-    def accumulate(step, micro_batches):
-        own(step, micro_batches)
+    def accumulate(micro_batches):
+        own(micro_batches)
         return processes.gather_rows(torch.ones(1)).sum()
     said = []
-    step = ShrinkingAccumulation(
-        accumulate, ActivationBudget(lambda: 0), model, processes, ExactAccumulation.cutting, 8,
-        said.append,
-    )
-    total = float(step(0, [batch(8), batch(8)]))
+    recovery = smaller_pieces(model, 8, said, processes=processes)
+    total = float(take(0, recovery, accumulate, [batch(8), batch(8)]))
     result = [total, own.tried[-1], len(said)]
 """
     first, second = results(body)
@@ -126,7 +135,7 @@ def test_all_processes_shrink_when_one_runs_out():
 
 
 def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monkeypatch, capsys):
-    """The real accumulation, on a device that has room for 8 pairs at once."""
+    """The real accumulation, on a device with room for 8 pairs at once."""
     args = ["train", "--model", "tiny", "--epochs", "1", "--effective-batch-size", "32"]
     args += ["--micro-batch-size", "32", "--num-workers", "0", "--precision", "fp32"]
     args += ["--stop-on", "never", "--data-dir", str(catalogue), "--output-dir"]
@@ -139,7 +148,7 @@ def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monk
 
     around_each_step(monkeypatch, narrow)
     assert run([*args, str(tmp_path / "narrow")]) == 0
-    assert "micro-batches are of 8 pairs from now on" in capsys.readouterr().err
+    assert "using micro-batches of 8 pairs from now on" in capsys.readouterr().err
     losses = [
         [
             json.loads(line)["loss"]

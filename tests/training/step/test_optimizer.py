@@ -13,22 +13,22 @@ from clipft.models.pretrained import load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 from clipft.training.step.optimizer import (
     MAX_SKIPPED_STEPS,
-    Optimiser,
+    Optimizer,
     one_cycle,
     parameter_groups,
     warmup_steps,
 )
 
 
-def make(total: int, warmup: int, lr: float = 1.0, clip: float = 0.0) -> Optimiser:
+def make(total: int, warmup: int, lr: float = 1.0, clip: float = 0.0) -> Optimizer:
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = torch.optim.AdamW([weight], lr=lr)
-    scheduler = one_cycle(optimizer, total, warmup)
-    return Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), clip)
+    adamw = torch.optim.AdamW([weight], lr=lr)
+    scheduler = one_cycle(adamw, total, warmup)
+    return Optimizer(adamw, scheduler, torch.amp.GradScaler("cpu", enabled=False), clip)
 
 
-def set_gradient(optimiser: Optimiser, value: float) -> None:
-    for parameter in optimiser.optimizer.param_groups[0]["params"]:
+def set_gradient(optimizer: Optimizer, value: float) -> None:
+    for parameter in optimizer.adamw.param_groups[0]["params"]:
         parameter.grad = torch.full_like(parameter, value)
 
 
@@ -36,16 +36,16 @@ def set_gradient(optimiser: Optimiser, value: float) -> None:
 @given(total=st.integers(1, 60), asked=st.integers(0, 100))
 def test_any_number_of_steps_has_a_learning_rate(total, asked):
     warmup = warmup_steps(asked, total)
-    optimiser, rates = make(total, warmup), []
+    optimizer, rates = make(total, warmup), []
     for _ in range(total):
-        set_gradient(optimiser, 0.1)
-        rates.append(optimiser.update().lr)
+        set_gradient(optimizer, 0.1)
+        rates.append(optimizer.update().lr)
     assert warmup <= max(0, total // 10)
     assert all(0 < rate <= 1.0 + 1e-9 for rate in rates)
     if warmup:
         assert rates.index(max(rates)) == warmup - 1
         assert max(rates) == pytest.approx(1.0)
-    assert rates[-1] > 1e-5  # the last step still trainable
+    assert rates[-1] > 1e-5  # the last step still trains
 
 
 def tiny(scenario: str, **given: object) -> tuple[TrainableModel, list[dict[str, Any]]]:
@@ -71,14 +71,14 @@ def test_norms_biases_and_scale_do_not_decay(scenario, given):
         assert (rates(model, groups)[name][1] == 0.0) == steady, name
 
 
-def test_by_default_all_learn_alike():
+def test_by_default_all_weights_have_one_rate():
     for scenario in ("full", "dual_lora"):
         _, groups = tiny(scenario)
         assert all(group["lr"] == 0.01 for group in groups)
         assert len(groups) == (2 if scenario == "full" else 1)
 
 
-def test_projections_and_scale_have_rates_of_their_own():
+def test_projections_and_scale_can_have_their_own_rates():
     given = {"lr_projections": "0.002", "lr_scale": "0.003", "logit_scale": "trained"}
     model, groups = tiny("dual_lora", **given)
     for name, (rate, _) in rates(model, groups).items():
@@ -105,41 +105,41 @@ def test_layer_decay_falls_from_the_top_of_each_tower():
 
 def test_each_group_has_its_own_cycle():
     one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [other], "lr": 0.1}])
-    scheduler = one_cycle(optimizer, 20, 2)
-    optimiser = Optimiser(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), 0.0)
+    adamw = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [other], "lr": 0.1}])
+    scheduler = one_cycle(adamw, 20, 2)
+    optimizer = Optimizer(adamw, scheduler, torch.amp.GradScaler("cpu", enabled=False), 0.0)
     for _ in range(20):
         one.grad, other.grad = torch.ones(2), torch.ones(2)
-        first, second = (group["lr"] for group in optimizer.param_groups)
+        first, second = (group["lr"] for group in adamw.param_groups)
         assert second == pytest.approx(first / 10)
-        assert optimiser.update().lr == first
+        assert optimizer.update().lr == first
 
 
-def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_are_too_many():
-    optimiser = make(100, 0)
-    weight = optimiser.optimizer.param_groups[0]["params"][0]
+def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_end_the_run():
+    optimizer = make(100, 0)
+    weight = optimizer.adamw.param_groups[0]["params"][0]
     for _ in range(MAX_SKIPPED_STEPS - 1):
-        set_gradient(optimiser, math.nan)
-        assert not optimiser.update().applied
+        set_gradient(optimizer, math.nan)
+        assert not optimizer.update().applied
     assert torch.equal(weight, torch.ones(2, 2))
-    set_gradient(optimiser, 1.0)
-    assert optimiser.update().applied  # counting starts over
+    set_gradient(optimizer, 1.0)
+    assert optimizer.update().applied  # counting starts over
     for _ in range(MAX_SKIPPED_STEPS - 1):
-        set_gradient(optimiser, math.inf)
-        optimiser.update()
-    set_gradient(optimiser, math.inf)
+        set_gradient(optimizer, math.inf)
+        optimizer.update()
+    set_gradient(optimizer, math.inf)
     with pytest.raises(DivergedError, match="not finite"):
-        optimiser.update()
+        optimizer.update()
 
 
-def test_clipping_reports_the_norm_before_it_and_0_switches_it_off():
+def test_clipping_reports_the_norm_before_and_0_switches_it_off():
     for clip in (1.0, 0.0):
-        optimiser = make(10, 0, clip=clip)
-        set_gradient(optimiser, 5.0)
-        assert optimiser.update().grad_norm == pytest.approx(10.0)
+        optimizer = make(10, 0, clip=clip)
+        set_gradient(optimizer, 5.0)
+        assert optimizer.update().grad_norm == pytest.approx(10.0)
 
 
-def test_state_goes_on_where_it_was():
+def test_a_restored_optimizer_continues_where_it_was():
     one, other = make(20, 2), make(20, 2)
     for _ in range(5):
         set_gradient(one, 0.3)
@@ -148,14 +148,14 @@ def test_state_goes_on_where_it_was():
     set_gradient(one, 0.3)
     set_gradient(other, 0.3)
     assert one.update() == other.update()
-    assert other.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"]
+    assert other.adamw.param_groups[0]["lr"] == one.adamw.param_groups[0]["lr"]
 
 
 def test_the_state_of_other_groups_is_refused():
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.5} for weight in weights])
+    adamw = torch.optim.AdamW([{"params": [weight], "lr": 0.5} for weight in weights])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    two = Optimiser(optimizer, one_cycle(optimizer, 20, 2), scaler, 0.0)
+    two = Optimizer(adamw, one_cycle(adamw, 20, 2), scaler, 0.0)
     with pytest.raises(ModelError, match="does not fit"):
         two.load_state_dict(make(20, 2).state_dict())
     state = make(20, 2, lr=1.0).state_dict()

@@ -14,8 +14,9 @@ from clipft.data.captions.tokenizer import stacked
 from clipft.data.loader import Batch, StepBatch, training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
-from clipft.training.loop import TrainState, fit
+from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
+from clipft.training.state import TrainState
 
 EFFECTIVE, STEPS = 28, 50
 TRAINED = [name for name, scenario in SCENARIOS.items() if scenario.trains]
@@ -53,8 +54,8 @@ def steps_of(setup: RunSetup) -> list[StepBatch]:
 def ours(data: Path, micro: int, **given: object) -> Trained:
     setup = setup_of(data, micro, **given)
     model = setup.loaded.model
-    state = TrainState(model, setup.make_optimiser(), setup.epoch_plan.steps)
-    accumulate = setup.make_accumulation(state.optimiser, print)
+    state = TrainState(model, setup.make_optimizer(), setup.epoch_plan.steps)
+    accumulate = setup.make_accumulation(state.optimizer, print)
     losses = [result.loss for result in fit(state, steps_of(setup), accumulate)]
     return Trained(losses, model.trainable_state())
 

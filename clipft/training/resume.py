@@ -1,0 +1,103 @@
+"""Resume checks and cleanup: which checkpoint a run may continue from, and what of the files in
+its folder stays."""
+
+import shutil
+from typing import Any
+
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.core.common import Note
+from clipft.core.errors import UsageError
+from clipft.core.files import disk_error
+from clipft.runs.checkpoint import (
+    NewestCheckpoint,
+    check_base_model,
+    check_resumable,
+    checkpoint_exists,
+    load_newest,
+    previous_of,
+    restore_previous,
+)
+from clipft.runs.folder import RunPaths, cut_lines
+from clipft.training.setup import RunSetup
+
+
+def checkpoint_to_resume(
+    settings: Settings, paths: RunPaths, note: Note
+) -> NewestCheckpoint | None:
+    """The checkpoint to resume from, or None to start from scratch. No file is changed.
+
+    Raises:
+        ModelError: there is a checkpoint, but none that can be resumed from.
+        UsageError: a setting that decides the weights was changed.
+    """
+    if not settings.resume_from_checkpoint:
+        return None
+    if not checkpoint_exists(paths.checkpoint):
+        note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
+        return None
+    whole = load_newest(paths.checkpoint)
+    check_resumable(whole.path, whole.content)
+    saved, now = whole.content["settings"], settings.model_dump(mode="json")
+    changed = [name for name in fixed_on_resume() if name in saved and saved[name] != now[name]]
+    if changed:
+        listed = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in changed)
+        raise UsageError(
+            f"these settings decide the weights and cannot change on resume: {listed}",
+            "set them back, or start a new run with another --output-dir",
+        )
+    return whole
+
+
+def replace_damaged(whole: NewestCheckpoint, paths: RunPaths, note: Note) -> None:
+    """Put the checkpoint before the newest one in its place, if the newest is damaged."""
+    if not whole.damage:
+        return
+    aside = restore_previous(paths.checkpoint)
+    kept = f"; the damaged one is now {aside}" if aside else ""
+    step = whole.content.get("step", 0)
+    note(f"warning: {whole.damage.message}; resuming from the one before it, of step {step}{kept}.")
+
+
+def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
+    """Compare the checkpoint with the model and the pairs at hand.
+
+    Raises:
+        UsageError: it was trained from another base model or on other pairs.
+    """
+    check_base_model(checkpoint, setup.loaded.identity, UsageError)
+    if checkpoint["data"] != setup.train.identity():
+        raise UsageError(
+            f"the training shards in {setup.settings.data_dir} are not those of the checkpoint",
+            "name the folder with the same shards with --data-dir, or start a new run",
+        )
+
+
+def drop_later_lines(paths: RunPaths, checkpoint: dict[str, Any]) -> None:
+    """Remove the lines about what came after the checkpoint; the resumed run writes them again."""
+    epochs = checkpoint["epoch"] - (not checkpoint.get("validated", True))
+    for path in (paths.metrics, paths.skipped):
+        cut_lines(path, checkpoint["step"], epochs)
+
+
+def set_aside(paths: RunPaths, note: Note) -> None:
+    """Clear the folder of what an earlier run left, for one that starts from scratch.
+
+    If the earlier run left weights, all of its files are kept in a folder of their own.
+
+    Raises:
+        StorageError: the files cannot be moved.
+    """
+    checkpoints = (paths.checkpoint, previous_of(paths.checkpoint))
+    there = [path for path in (*checkpoints, *paths.contents()) if path.exists()]
+    if not {*checkpoints, paths.best}.intersection(there):
+        for path in there:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        return
+    kept = paths.unused_earlier()
+    try:
+        kept.mkdir()
+        for path in there:
+            path.replace(kept / path.name)
+    except OSError as error:
+        raise disk_error(kept, error) from error
+    note(f"The earlier run in {paths.folder} is kept as {kept}.")
