@@ -16,7 +16,7 @@ pixels, truncated, EPS, ...
 ``shards/index.py`` records its reasons in ``Shard.skipped``. The other two raise ``BadCaption`` and
 ``BadImage``, which ``loader.py`` turns into a ``Skipped`` in the batch. A run appends them all to
 ``skipped.jsonl`` and stops if they are more than ``--max-bad`` (``SkippedPairs`` in
-``training/loop.py``).
+``training/state.py``).
 """
 
 from dataclasses import dataclass

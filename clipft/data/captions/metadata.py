@@ -1,38 +1,27 @@
-"""Which fields the metadata of some pairs has, and whether a caption template names others."""
+"""The fields of the pairs' metadata, and what an evaluation needs to know of each pair."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from clipft.core.errors import UsageError, did_you_mean
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
 _SAMPLED = 256
-"""Pairs whose metadata is looked at."""
-
-
-def check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
-    """
-    Raises:
-        UsageError: a field of the template stands in none of the pairs that are looked at.
-    """
-    if not template.fields:
-        return
-    known = known_fields(pairs)
-    for field in template.fields:
-        if field not in known:
-            raise UsageError(
-                f"--caption {template.source!r}: no pair has a field {field!r}",
-                fields_hint(field, known),
-            )
+"""The number of pairs whose metadata is looked at."""
 
 
 def known_fields(pairs: PairDataset) -> set[str]:
-    """Names, those of objects within with dots."""
+    """Return the fields that a sample of the metadata has; ``a.b`` is a field in an object."""
     found = set[str]()
     for number in range(0, len(pairs), max(1, len(pairs) // _SAMPLED)):
-        found |= _names(pairs.metadata(number))
+        objects = [("", pairs.metadata(number))]
+        while objects:
+            prefix, metadata = objects.pop()
+            for name, value in metadata.items():
+                if isinstance(value, dict):
+                    objects.append((f"{prefix}{name}.", value))
+                else:
+                    found.add(prefix + name)
     return found
 
 
@@ -42,16 +31,29 @@ def fields_hint(wrong: str, known: set[str]) -> str:
     return f"{did_you_mean(wrong, known)} {fields}".lstrip()
 
 
-def _names(metadata: dict[str, Any], prefix: str = "") -> set[str]:
-    found = set[str]()
-    for name, value in metadata.items():
-        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-    return found
+def unknown_field(option: str, field: str, known: set[str]) -> UsageError:
+    """Make the error for an option that names a field which no pair has."""
+    return UsageError(f"{option}: no pair has a field {field!r}", fields_hint(field, known))
+
+
+def check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
+    """Check the fields that a template names against a sample of the metadata.
+
+    Raises:
+        UsageError: None of these pairs has one of the fields.
+    """
+    known = known_fields(pairs) if template.fields else set[str]()
+    for field in template.fields:
+        if field not in known:
+            raise unknown_field(f"--caption {template.source!r}", field, known)
 
 
 @dataclass(frozen=True)
 class Description:
-    """Of one pair: the text that it is measured with, and two fields of its metadata."""
+    """The caption that a pair is evaluated with, and two fields of its metadata.
+
+    The caption is "" for a pair that has none and is therefore skipped.
+    """
 
     caption: str
     label: str | None
@@ -61,36 +63,24 @@ class Description:
 def describe(
     pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
 ) -> list[Description]:
-    """Of every pair, in order.
+    """Describe every pair, in order.
 
     Raises:
-        UsageError: no pair has the field of the groups.
+        UsageError: No pair has ``group_field``.
     """
-    found = list(_descriptions(pairs, template, label_field, group_field))
-    if group_field and not any(description.group for description in found):
-        known = known_fields(pairs)
-        raise UsageError(
-            f"--group-field {group_field}: no pair has it", fields_hint(group_field, known)
-        )
-    return found
-
-
-def _descriptions(
-    pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
-) -> Iterator[Description]:
+    found = []
     for number in range(len(pairs)):
         caption, metadata = pairs.caption_and_metadata(number)
-        fields = parse_metadata(metadata)
+        fields, names = parse_metadata(metadata), list[str | None]()
         try:
             text = template.captions(caption, metadata)[0]
-        except BadCaption:  # such a pair is not measured
+        except BadCaption:
             text = ""
-        group = _text(fields.get(group_field)) if group_field else None
-        yield Description(text, _text(fields.get(label_field)), group)
-
-
-def _text(value: Any) -> str | None:
-    """A field as a name; None where it holds none."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    return clean_text(str(value)) or None
+        for field in (label_field, group_field):
+            value = fields.get(field) if field else None
+            named = isinstance(value, str | int | float) and not isinstance(value, bool)
+            names.append((clean_text(str(value)) or None) if named else None)
+        found.append(Description(text, *names))
+    if group_field and not any(description.group for description in found):
+        raise unknown_field("--group-field", group_field, known_fields(pairs))
+    return found

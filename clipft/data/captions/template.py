@@ -1,241 +1,216 @@
-"""Which text a pair is trained with: a template over its ``.txt`` and ``.json``.
+"""Caption templates: which text a pair is trained with, made from its ``.txt`` and ``.json``.
 
 ``{type}, {color}. {name}``   fields of the metadata; ``{size.width}`` reaches into objects
 ``{caption}``                 the ``.txt``
-``{type}[ in {color}]``       a part in square brackets goes when a field in it is empty
-``{title} || {caption}``      several captions: training draws one per epoch
+``{type}[ in {color}]``       the part in square brackets is dropped if a field in it is empty
+``{title} || {caption}``      several captions: training draws one in each epoch
 ``{{ }} [[ ]]``               these characters themselves
 
-An empty field takes the punctuation around it along. A field that is a list is several
-captions where it stands alone, else its values with commas.
+An empty field takes the punctuation around it along. A field that holds a list gives several
+captions if it is the whole template, and otherwise its values separated by commas.
 """
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipft.core.errors import UsageError
 from clipft.data.shards.dataset import parse_metadata
 
+CAPTION_FIELD = "caption"
+"""Means the ``.txt`` of a pair, or the metadata's field of this name if there is no ``.txt``."""
+
+_EMPTY = "\0"  # marks the place of an empty field until its punctuation is removed
+_DASHES = "/|·&+\u2013\u2014-"
+_SEPARATOR = rf"[\s,;:.!?{_DASHES}]"
+_EMPTY_BRACKETS = re.compile(
+    rf"\((?:{_SEPARATOR}|{_EMPTY})*{_EMPTY}(?:{_SEPARATOR}|{_EMPTY})*\)|\"\s*{_EMPTY}\s*\""
+)
+_GAP = re.compile(rf"({_SEPARATOR}*){_EMPTY}(?:{_SEPARATOR}*{_EMPTY})*({_SEPARATOR}*)")
+_BY_STRENGTH = (".!?", ";:", ",", _DASHES)
+_TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}\[\]]")
+
 
 class BadCaption(Exception):
-    """The caption holds no text; the message says why."""
+    """A pair has no text to be trained with; the message says why the pair is skipped."""
 
 
 def clean_caption(data: bytes) -> str:
-    """The text of one caption.
+    """Decode one caption; bytes that are not UTF-8 become replacement characters.
 
     Raises:
-        BadCaption: nothing is left.
+        BadCaption: No text is left.
     """
-    text = decode_text(data)
+    text = clean_text(data.decode("utf-8", errors="replace"))
     if not text:
         raise BadCaption("empty caption")
     return text
 
 
-def decode_text(data: bytes) -> str:
-    """Tidied text; bytes that are not UTF-8 become replacement characters."""
-    return clean_text(data.decode("utf-8", errors="replace"))
-
-
 def clean_text(text: str) -> str:
-    """Without byte-order mark, NULs and runs of white space.
+    """Remove a byte-order mark and NULs, and turn each run of white space into one space.
 
-    ``<|`` is broken up, so no caption can hold a special token: an ``<|endoftext|>`` inside
-    would end the text for the model.
+    ``<|`` is broken up, so that no caption can contain a special token: an ``<|endoftext|>`` would
+    end the text for the model.
     """
     bare = text.removeprefix("\ufeff").replace("\x00", " ").replace("<|", "< |")
     return " ".join(bare.split())
 
 
-CAPTION_FIELD = "caption"
-"""The ``.txt`` of the pair, unless the metadata has a field of that name alone."""
-
-_EMPTY = "\0"
-_SHOWN = (str, int, float)
-_DASHES = "/|·&+\u2013\u2014-"
-_SEPARATOR = rf"[\s,;:.!?{_DASHES}]"
-_EMPTIED_BRACKETS = re.compile(
-    rf"\((?:{_SEPARATOR}|{_EMPTY})*{_EMPTY}(?:{_SEPARATOR}|{_EMPTY})*\)|\"\s*{_EMPTY}\s*\""
-)
-_GAP = re.compile(rf"({_SEPARATOR}*){_EMPTY}(?:{_SEPARATOR}*{_EMPTY})*({_SEPARATOR}*)")
-_STRENGTH = (".!?", ";:", ",", _DASHES)
-
-_TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}\[\]]")
-
-
-@dataclass(frozen=True)
-class _Literal:
-    text: str
-
-
-@dataclass(frozen=True)
-class _Field:
+class _Field(NamedTuple):
     path: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        return ".".join(self.path)
+    def value(self, metadata: dict[str, Any]) -> Any:
+        value: Any = metadata
+        for name in self.path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+class _Optional(NamedTuple):
+    """A part in square brackets."""
+
+    parts: tuple["str | _Field", ...]
 
 
 @dataclass(frozen=True)
-class _Optional:
-    parts: tuple["_Literal | _Field", ...]
+class _Alternative:
+    """One of the captions of a template: its parts in order, and all fields in them."""
 
-
-_Part = _Literal | _Field | _Optional
-
-
-@dataclass(frozen=True)
-class CaptionTemplate:
-    """A parsed template: its alternatives, each a sequence of parts."""
-
-    source: str
-    alternatives: tuple[tuple[_Part, ...], ...]
+    parts: tuple[str | _Field | _Optional, ...]
+    fields: tuple[_Field, ...]
 
     @classmethod
-    def parse(cls, source: str) -> "CaptionTemplate":
-        """
-        Raises:
-            UsageError: brackets that do not match, or no text at all.
-        """
-        parts = [_parsed(text, source) for text in re.split(r"\s*\|\|\s*", source.strip())]
-        if not all(parts):
-            raise _wrong(source, "an empty caption")
-        return cls(source, tuple(parts))
-
-    @property
-    def fields(self) -> list[str]:
-        """Names of the metadata's fields that it takes."""
-        flat = [field for parts in self.alternatives for field in _fields(parts)]
-        return list(dict.fromkeys(f.name for f in flat if f.name != CAPTION_FIELD))
-
-    def captions(self, caption: bytes, metadata: bytes) -> list[str]:
-        """The texts of a pair, in the order of the alternatives, none twice.
+    def parse(cls, text: str) -> "_Alternative":
+        """Parse one caption of a template.
 
         Raises:
-            BadCaption: none has any text.
+            ValueError: Brackets do not match, or the caption is empty; the message says which.
         """
-        own = decode_text(caption)
-        values = parse_metadata(metadata) if self.fields or not own else {}
-        values[CAPTION_FIELD] = own or values.get(CAPTION_FIELD)
-        texts = [text for parts in self.alternatives for text in _rendered(parts, values)]
-        if not texts:
-            raise BadCaption("empty caption")
-        return list(dict.fromkeys(texts))
+        outer: list[str | _Field | _Optional] = []
+        inner: list[str | _Field] | None = None  # the parts of an open square bracket
+        fields: list[_Field] = []
+        at = 0
+        for match in _TOKEN.finditer(text):
+            into = outer if inner is None else inner
+            into += [text[at : match.start()]] if match.start() > at else []
+            at, found = match.end(), match.group()
+            if found in {"{{", "}}", "[[", "]]"}:
+                into.append(found[0])
+            elif match.group(1) is not None:
+                path = tuple(part.strip() for part in match.group(1).split("."))
+                if not all(path):
+                    raise ValueError(f"{found} does not name a field")
+                fields.append(_Field(path))
+                into.append(fields[-1])
+            elif found == "[" and inner is None:
+                inner = []
+            elif found == "]" and inner:
+                outer.append(_Optional(tuple(inner)))
+                inner = None
+            else:
+                raise ValueError(f"a {found} without its partner")
+        if inner is not None:
+            raise ValueError("a [ without its partner")
+        outer += [text[at:]] if text[at:] else []
+        if not outer:
+            raise ValueError("an empty caption")
+        return cls(tuple(outer), tuple(fields))
+
+    def texts(self, metadata: dict[str, Any]) -> list[str]:
+        """Fill in the fields: one text or several, or none if all fields are empty."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], _Field):
+            value = self.parts[0].value(metadata)
+            texts = map(_as_text, value if isinstance(value, list) else [value])
+            return [text for text in texts if text]
+        filled = {field: _as_text(field.value(metadata)) or _EMPTY for field in self.fields}
+        if filled and set(filled.values()) == {_EMPTY}:
+            return []
+        pieces = list[str]()
+        for part in self.parts:
+            if isinstance(part, _Optional):
+                inner = [p if isinstance(p, str) else filled[p] for p in part.parts]
+                pieces += [] if _EMPTY in inner else inner
+            else:
+                pieces.append(part if isinstance(part, str) else filled[part])
+        text = clean_text(_close_gaps("".join(pieces)))
+        return [text] if text else []
 
 
-def _parsed(text: str, source: str) -> tuple[_Part, ...]:
-    outer: list[_Part] = []
-    inner: list[_Literal | _Field] | None = None
-    at = 0
-    for match in _TOKEN.finditer(text):
-        into = outer if inner is None else inner
-        into += [_Literal(text[at : match.start()])] if match.start() > at else []
-        at, found = match.end(), match.group()
-        if found in {"{{", "}}", "[[", "]]"}:
-            into.append(_Literal(found[0]))
-        elif match.group(1) is not None:
-            into.append(_field(match.group(1), source))
-        elif found == "[" and inner is None:
-            inner = []
-        elif found == "]" and inner:
-            outer.append(_Optional(tuple(inner)))
-            inner = None
-        else:
-            raise _wrong(source, f"a {found} that has no partner")
-    if inner is not None:
-        raise _wrong(source, "a [ that has no partner")
-    if text[at:]:
-        outer.append(_Literal(text[at:]))
-    return tuple(outer)
-
-
-def _field(name: str, source: str) -> _Field:
-    path = tuple(part.strip() for part in name.split("."))
-    if not all(path):
-        raise _wrong(source, f"no name in {{{name}}}")
-    return _Field(path)
-
-
-def _wrong(source: str, what: str) -> UsageError:
-    return UsageError(
-        f"--caption {source!r}: {what}",
-        'write fields of the metadata in braces: --caption "{type}, {color}. {name}"',
-    )
-
-
-def _fields(parts: tuple[_Part, ...]) -> list[_Field]:
-    found: list[_Field] = []
-    for part in parts:
-        if isinstance(part, _Optional):
-            found += _fields(part.parts)
-        elif isinstance(part, _Field):
-            found.append(part)
-    return found
-
-
-def _rendered(parts: tuple[_Part, ...], values: dict[str, Any]) -> list[str]:
-    """The texts of one alternative; none where it has fields and all are empty."""
-    if len(parts) == 1 and isinstance(parts[0], _Field):
-        value = _reached(parts[0], values)
-        texts = value if isinstance(value, list) else [value]
-        return [text for text in map(_text, texts) if text]
-    fields = _fields(parts)
-    if fields and not any(_text(_reached(field, values)) for field in fields):
-        return []
-    text = clean_text(_without_gaps("".join(_piece(part, values) for part in parts)))
-    return [text] if text else []
-
-
-def _piece(part: _Part, values: dict[str, Any]) -> str:
-    if isinstance(part, _Literal):
-        return part.text
-    if isinstance(part, _Field):
-        return _text(_reached(part, values)) or _EMPTY
-    pieces = [_piece(inner, values) for inner in part.parts]
-    return "" if _EMPTY in pieces else "".join(pieces)
-
-
-def _reached(field: _Field, values: dict[str, Any]) -> Any:
-    value: Any = values
-    for name in field.path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _text(value: Any) -> str:
-    """A value as it stands in a caption; objects, switches and nothing are empty."""
+def _as_text(value: Any) -> str:
+    """A value of the metadata as it appears in a caption; "" for objects, booleans and null."""
     if isinstance(value, list):
-        return ", ".join(text for text in map(_text, value) if text)
-    if isinstance(value, bool) or not isinstance(value, _SHOWN):
+        return ", ".join(text for text in map(_as_text, value) if text)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
     return clean_text(f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _without_gaps(text: str) -> str:
-    """Take out the marks of empty fields, with the punctuation that only they needed."""
+def _close_gaps(text: str) -> str:
+    """Remove the marks of empty fields and the punctuation that only they needed."""
     before = None
     while before != text:
-        before, text = text, _EMPTIED_BRACKETS.sub(_EMPTY, text)
-    return _GAP.sub(_closed, text)
+        before, text = text, _EMPTY_BRACKETS.sub(_EMPTY, text)
+    return _GAP.sub(_closed_gap, text)
 
 
-def _closed(gap: "re.Match[str]") -> str:
+def _closed_gap(gap: "re.Match[str]") -> str:
+    """What remains of an empty field and the separators on both sides of it."""
     left, right = gap.groups()
-    opens = gap.start() == 0 or gap.string[gap.start() - 1] == "("
-    closes = gap.end() == len(gap.string) or gap.string[gap.end()] == ")"
-    if opens:
+    if gap.start() == 0 or gap.string[gap.start() - 1] == "(":
         return ""
-    if closes:
+    if gap.end() == len(gap.string) or gap.string[gap.end()] == ")":
         return next((mark for mark in right + left if mark in ".!?"), "")
-    return min(right, left, key=_rank)
+
+    def weakness(separator: str) -> int:
+        ranks = [rank for rank, marks in enumerate(_BY_STRENGTH) if set(marks) & set(separator)]
+        return min(ranks, default=len(_BY_STRENGTH) + (not separator))
+
+    return min(right, left, key=weakness)
 
 
-def _rank(separator: str) -> int:
-    ranks = [rank for rank, marks in enumerate(_STRENGTH) if set(marks) & set(separator)]
-    return min(ranks, default=len(_STRENGTH) + (not separator))
+@dataclass(frozen=True)
+class CaptionTemplate:
+    """A parsed template."""
+
+    source: str
+    alternatives: tuple[_Alternative, ...]
+
+    @classmethod
+    def parse(cls, source: str) -> "CaptionTemplate":
+        """Parse the value of ``--caption``.
+
+        Raises:
+            UsageError: Brackets do not match, or one of the captions is empty.
+        """
+        try:
+            parsed = [_Alternative.parse(text) for text in re.split(r"\s*\|\|\s*", source.strip())]
+        except ValueError as error:
+            raise UsageError(
+                f"--caption {source!r}: {error}",
+                'write fields of the metadata in braces: --caption "{type}, {color}. {name}"',
+            ) from error
+        return cls(source, tuple(parsed))
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of the metadata's fields in the template, without ``{caption}``."""
+        flat = (".".join(f.path) for part in self.alternatives for f in part.fields)
+        return list(dict.fromkeys(name for name in flat if name != CAPTION_FIELD))
+
+    def captions(self, caption: bytes, metadata: bytes) -> list[str]:
+        """Return the different texts of a pair in the order of the template.
+
+        Raises:
+            BadCaption: There is none.
+        """
+        own = clean_text(caption.decode("utf-8", errors="replace"))
+        values = parse_metadata(metadata) if self.fields or not own else {}
+        values[CAPTION_FIELD] = own or values.get(CAPTION_FIELD)
+        texts = [text for part in self.alternatives for text in part.texts(values)]
+        if not texts:
+            raise BadCaption("empty caption")
+        return list(dict.fromkeys(texts))
 
 
 DEFAULT_TEMPLATE = CaptionTemplate.parse(f"{{{CAPTION_FIELD}}}")
