@@ -1,1 +1,1 @@
-"""Runs scenarios, settings and seeds as a grid of training runs and compares what they left."""
+"""Trains a grid of scenarios, settings and seeds, and compares the runs."""

@@ -1,11 +1,11 @@
-"""The runs of an ablation: scenarios x settings x seeds, each with settings of its own."""
+"""The runs of an ablation: every combination of scenarios, settings and seeds."""
 
 import hashlib
 import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ from clipft.runs.folder import RunPaths
 OWN = frozenset(
     {"scenario", "seed", "output_dir", "resume_from_checkpoint", "enable_s3_checkpoints"}
 )
-"""Settings that an ablation sets itself. Checkpoints are not uploaded: in the bucket those of
-all seeds would have one name."""
+"""Settings that an ablation decides itself. It uploads no checkpoints, because those of all seeds
+would have the same name in the bucket."""
 
 _WITHOUT_TRAINING = frozenset({"model", "caption", "data_dir", "max_val_pairs", "precision"})
-"""Settings that may change the figures of a model that is not trained."""
+"""Settings that can change the figures of a model that is not trained."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied. ``varied`` maps a setting to its values."""
+    """What is varied. ``varied`` maps the name of a setting to its values."""
 
     scenarios: Sequence[str]
     seeds: Sequence[int]
@@ -37,7 +37,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """``variant`` names what the seeds have in common; ``varied`` is its part of the grid."""
+    """A run of an ablation. Runs with the same ``variant`` differ in their seed alone.
+
+    ``varied`` are the values of the grid that this run uses, by setting.
+    """
 
     variant: str
     seed: int
@@ -51,105 +54,96 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
+        """The run folder within ``home``."""
         return self.settings.values.run_dir
 
     @property
     def config(self) -> Path:
+        """The file with the run's settings."""
         return self.home / "run.toml"
 
     @property
     def log(self) -> Path:
+        """The file with what the run wrote to stderr."""
         return self.home / "log.txt"
 
     @property
     def finished(self) -> bool:
+        """Whether the run has left its result."""
         return RunPaths(self.folder).result.is_file()
 
 
 def plan_runs(grid: Grid, base: Mapping[str, Any], folder: Path) -> list[PlannedRun]:
-    """Every run, seed by seed, so that an ablation cut short has all variants of some seeds.
+    """List every run, seed by seed, so that an ablation cut short has all variants of some seeds.
 
     A setting that a scenario does not use makes no run of its own: ``zero_shot`` has no
-    learning rate, ``linear_probe`` no LoRA rank. What is not trained needs one seed.
+    learning rate and ``linear_probe`` no LoRA rank. What is not trained needs only one seed.
+
+    Args:
+        grid: what is varied.
+        base: settings of all runs that the user set; where nothing is set, the scenario's own
+            defaults hold.
+        folder: the ablation's folder.
 
     Raises:
-        UsageError: an unknown scenario, a setting that cannot be varied, a wrong value.
+        UsageError: a scenario is unknown, a setting cannot be varied, or a value is wrong.
     """
-    _check(grid)
-    runs: dict[tuple[str, int], PlannedRun] = {}
-    for seed in grid.seeds:
-        for name, values in _cells(grid):
-            scenario = SCENARIOS[name]
-            if not scenario.trains and seed != grid.seeds[0]:
-                continue
-            used = {key: value for key, value in values.items() if _matters(key, scenario)}
-            run = _planned(scenario, used, seed, base, folder)
-            runs.setdefault((run.variant, seed), run)
-    return list(runs.values())
-
-
-def _cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
-    names = list(grid.varied)
-    for scenario, *values in itertools.product(grid.scenarios, *grid.varied.values()):
-        yield scenario, dict(zip(names, values, strict=True))
-
-
-def _matters(name: str, scenario: Scenario) -> bool:
-    if not scenario.trains:
-        return name in _WITHOUT_TRAINING
-    return bool(scenario.lora) or not name.startswith("lora_")
-
-
-def _planned(
-    scenario: Scenario, used: dict[str, Any], seed: int, base: Mapping[str, Any], folder: Path
-) -> PlannedRun:
-    # ``base`` holds what the user set, so a scenario's own defaults hold where nothing is
-    flags = {**base, **used, "scenario": scenario.name, "seed": seed}
-    flags["enable_s3_checkpoints"] = False
-    values = load_settings(flags, environ={}).values.model_dump(mode="json")
-    varied = {key: values[key] for key in used}
-    variant = " ".join([scenario.name, *(f"{k}={_shown(v)}" for k, v in varied.items())])
-    home = folder / _file_name(variant, varied) / f"seed-{seed}"
-    settings = load_settings({**flags, "output_dir": home.resolve()}, environ={})
-    return PlannedRun(variant, seed, varied, settings)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _file_name(variant: str, varied: Mapping[str, Any]) -> str:
-    """The variant as a folder's name; a digest tells apart what had to be replaced or cut."""
-    name = re.sub(r"[^\w.=+-]+", "-", variant)[:80]
-    if name == variant.replace(" ", "-"):
-        return name
-    return f"{name}-{hashlib.sha256(json.dumps(varied).encode()).hexdigest()[:6]}"
-
-
-def _check(grid: Grid) -> None:
     if not grid.scenarios or not grid.seeds or not all(grid.varied.values()):
         raise UsageError(
             "an ablation needs a scenario, a seed and a value for each setting that is varied",
             "name them, as in --scenarios zero_shot,dual_lora --seeds 1,2,3 --set lr=1e-4,1e-3",
         )
-    for scenario in grid.scenarios:
-        if scenario not in SCENARIOS:
+    for name in grid.scenarios:
+        if name not in SCENARIOS:
             raise UsageError(
-                f"--scenarios {scenario!r}: {unknown_choice(scenario, SCENARIOS)}",
-                "`clipft train --help` says what each of them trains",
+                f"--scenarios {name!r}: {unknown_choice(name, SCENARIOS)}",
+                "run `clipft train --help` to see what each of them trains",
             )
-    for name in grid.varied:
-        if name in OWN:
+    for setting in grid.varied:
+        if setting in OWN:
             raise UsageError(
-                f"{name} cannot be varied with --set",
-                "scenarios and seeds have options of their own",
+                f"{setting} cannot be varied with --set",
+                "use --scenarios and --seeds for scenarios and seeds",
             )
+    runs: dict[tuple[str, int], PlannedRun] = {}
+    for seed in grid.seeds:
+        for name, *values in itertools.product(grid.scenarios, *grid.varied.values()):
+            scenario = SCENARIOS[name]
+            if not scenario.trains and seed != grid.seeds[0]:
+                continue
+            used = {}
+            for setting, value in zip(grid.varied, values, strict=True):
+                lora = bool(scenario.lora) or not setting.startswith("lora_")
+                if lora if scenario.trains else setting in _WITHOUT_TRAINING:
+                    used[setting] = value
+            run = _planned(scenario, used, seed, base, folder)
+            runs.setdefault((run.variant, seed), run)
+    return list(runs.values())
+
+
+def _planned(
+    scenario: Scenario, used: dict[str, Any], seed: int, base: Mapping[str, Any], folder: Path
+) -> PlannedRun:
+    flags = {**base, **used, "scenario": scenario.name, "seed": seed}
+    flags["enable_s3_checkpoints"] = False
+    values = load_settings(flags, environ={}).values.model_dump(mode="json")
+    varied = {key: values[key] for key in used}
+    shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in varied.items())
+    variant = " ".join([scenario.name, *shown])
+    # The folder is named after the variant; a digest tells apart names that had to be changed
+    name = re.sub(r"[^\w.=+-]+", "-", variant)[:80]
+    if name != variant.replace(" ", "-"):
+        name += f"-{hashlib.sha256(json.dumps(varied).encode()).hexdigest()[:6]}"
+    home = folder / name / f"seed-{seed}"
+    settings = load_settings({**flags, "output_dir": home.resolve()}, environ={})
+    return PlannedRun(variant, seed, varied, settings)
 
 
 def check_same_ablation(runs: Sequence[PlannedRun]) -> None:
-    """
+    """Refuse to continue an ablation with other settings.
+
     Raises:
-        UsageError: the folder holds runs of other settings.
+        UsageError: the folder holds runs with other settings.
     """
     fixed = fixed_on_resume()
     for run in runs:
@@ -166,7 +160,7 @@ def check_same_ablation(runs: Sequence[PlannedRun]) -> None:
 
 
 def settings_in_common(runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """The settings that all runs have at the same value."""
+    """Return the settings that have the same value in all runs."""
     dumped = [run.settings.values.model_dump(mode="json") for run in runs]
     return {
         name: dumped[0][name]

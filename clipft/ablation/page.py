@@ -1,10 +1,11 @@
-"""An ablation for people: its table on the terminal's width, and its page."""
+"""An ablation for people: its tables for the terminal, and its page."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from clipft.ablation.runner import read_state
+from clipft.ablation.summary import ablation_content
 from clipft.core.common import duration
 from clipft.metrics.figures import (
     DIRECTIONS,
@@ -13,69 +14,113 @@ from clipft.metrics.figures import (
     figure_name,
     shown_bytes,
 )
-from clipft.report.charts import Chart, Series, chart_figures, chart_scripts
-from clipft.report.html import PageTable, document, paragraph, section, table
-from clipft.report.report import write_page_and_json
-from clipft.report.run_page import environment_section, settings_tables
+from clipft.report.charts import Chart, Series
+from clipft.report.html import PageTable, render, write_page_and_json
+from clipft.report.run_page import environment_table, settings_tables
+
+Json = Mapping[str, Any]
 
 EXPLANATION = (
-    f"{RECALL_DEFINITION}; figures in %, of each run's best epoch: mean ± standard deviation "
-    "over the seeds. Gain: over the untouched model as the same run measured it, in points. "
-    "Told apart: the 95 % interval of the paired differences over the seeds (Student's t) lies "
-    "above zero. Grouped R@10: of all photos that have a caption (and the other way round), the "
-    "share among the first 10. The spread is that of seeds alone: other validation pairs would "
-    "change the figures too. Time: from the first batch on, mean of the runs. Memory: the highest."
+    f"{RECALL_DEFINITION}. Figures are in %, measured at each run's best epoch, and given as mean "
+    "± standard deviation over the seeds. The gain is over the pretrained model as the same run "
+    "measured it, in points. Two variants are statistically indistinguishable unless the 95 % "
+    "interval of their paired differences over the seeds (Student's t) lies above zero. Grouped "
+    "R@10 is the share of all images with a caption (or all captions of an image) that are among "
+    "the first 10. The spread covers the seeds alone; other validation pairs would change the "
+    "figures too. Time is counted from the first batch, as the mean of the runs, and memory is the "
+    "highest peak of any run."
 )
-
 
 FIGURES = ("runs", "mean recall", "gain", "text→image R@10", "image→text R@10")
 COSTS = ("parameters", "time", "memory")
-"""Columns that a terminal has room for, in two tables."""
+"""Columns of the two tables that fit a terminal."""
 
 
-def ablation_table(content: Mapping[str, Any]) -> PageTable:
-    """The best variant first; figures that no variant has are left out."""
-    variants = _ranked(content)
-    cells = [_cells(variant) for variant in variants]
+def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
+    """Write the report of an ablation as ``page`` and as JSON beside it; return its content.
+
+    Raises:
+        UsageError: ``folder`` holds no ablation.
+        StorageError: the page cannot be written.
+    """
+    content = ablation_content(str(folder), read_state(folder))
+    write_page_and_json(page, ablation_page(content), content)
+    return content
+
+
+def ablation_page(content: Json) -> str:
+    """Render the page, which links to the runs' own reports.
+
+    Args:
+        content: the content of report.json, from ``ablation_content``.
+    """
+    ranked = _ranked(content)
+    cells = [_cells(variant) for variant in ranked]
     columns = [name for name in cells[0] if any(row[name] != NOTHING for row in cells)]
-    rows = [
-        [variant["name"], *(row[name] for name in columns)]
-        for variant, row in zip(variants, cells, strict=True)
+    failures = [
+        [
+            f"{run['variant']}, seed {run['seed']}",
+            str(run["exit_code"]),
+            run["error"] or "",
+            run["hint"] or "",
+        ]
+        for run in content["runs"]
+        if run["state"] == "failed"
     ]
-    return PageTable("The best first", columns, rows, best=frozenset({0}))
+    return render(
+        "ablation.html",
+        content=content,
+        variants=PageTable(
+            "The best variant first", columns, ablation_rows(content, columns), best=frozenset({0})
+        ),
+        explanation=EXPLANATION,
+        charts=_charts([variant for variant in ranked if variant["finished"]]),
+        failures=PageTable(
+            "They are retried when the ablation is run again",
+            ["exit code", "error", "hint"],
+            failures,
+            texts=frozenset({1, 2}),
+        ),
+        duration=duration,
+        settings=settings_tables(content["settings"]),
+        environment=environment_table(content["environment"]),
+    )
 
 
-def ablation_rows(content: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """A label and a cell for each of ``columns``; the best variant first."""
+def ablation_rows(content: Json, columns: Sequence[str]) -> list[list[str]]:
+    """Return a label and a cell for each of ``columns``, the best variant first."""
     return [[v["name"], *map(_cells(v).__getitem__, columns)] for v in _ranked(content)]
 
 
-def _ranked(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _ranked(content: Json) -> list[Json]:
     return sorted(content["variants"], key=lambda v: -(v["mean_recall"]["mean"] or 0.0))
 
 
-def _cells(variant: Mapping[str, Any]) -> dict[str, str]:
-    """By column."""
+def _cells(variant: Json) -> dict[str, str]:
+    """The cells of a variant by the name of their column."""
+
+    def amount(found: Json | None, sign: str = "") -> str:
+        if not found or found["mean"] is None:
+            return NOTHING
+        spread = f" ± {100 * found['sd']:.1f}" if found["sd"] is not None else ""
+        return f"{100 * found['mean']:{sign}.1f}{spread}"
+
     runs = f"{variant['finished']}/{variant['runs']}"
     if variant["failed"]:
         runs += f", {variant['failed']} failed"
-    recalls = {
-        f"{label.replace(' ', '')} {figure_name(name)}": _amount(
-            variant["figures"][direction][name]
-        )
-        for direction, label in DIRECTIONS.items()
-        for name in ("r@1", "r@10")
-    }
-    grouped = {
-        f"grouped {label.replace(' ', '')} R@10": _amount((variant["grouped"] or {}).get(direction))
-        for direction, label in DIRECTIONS.items()
-    }
+    paired, grouped = {}, {}
+    for direction, label in DIRECTIONS.items():
+        short = label.replace(" ", "")
+        for name in ("r@1", "r@10"):
+            figures = variant["figures"][direction]
+            paired[f"{short} {figure_name(name)}"] = amount(figures[name])
+        grouped[f"grouped {short} R@10"] = amount((variant["grouped"] or {}).get(direction))
     parameters, seconds = variant["trainable_parameters"], variant["seconds"]["mean"]
     return {
         "runs": runs,
-        "mean recall": _amount(variant["mean_recall"]),
-        "gain": _amount(variant["gain"], "+") if variant["trains"] else NOTHING,
-        **recalls,
+        "mean recall": amount(variant["mean_recall"]),
+        "gain": amount(variant["gain"], "+") if variant["trains"] else NOTHING,
+        **paired,
         **grouped,
         "parameters": NOTHING if parameters is None else f"{parameters:,}",
         "time": NOTHING if seconds is None else duration(seconds),
@@ -83,138 +128,39 @@ def _cells(variant: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _amount(found: Mapping[str, Any] | None, sign: str = "") -> str:
-    if not found or found["mean"] is None:
-        return NOTHING
-    spread = f" ± {100 * found['sd']:.1f}" if found["sd"] is not None else ""
-    return f"{100 * found['mean']:{sign}.1f}{spread}"
-
-
-def ablation_page(content: Mapping[str, Any]) -> str:
-    """The page; the runs' own reports are linked where they lie."""
-    charts = _charts(content)
-    parts = [
-        "" if content["finished"] else paragraph("Not all runs have finished.", "warning"),
-        paragraph(content["verdict"], "verdict"),
-        section(
-            "Variants",
-            table(ablation_table(content)),
-            paragraph(EXPLANATION, "remark"),
-        ),
-        section("Compared", chart_figures(charts)),
-        section("Failed runs", _failures(content)),
-        section("Runs", _runs(content)),
-        section("Settings in common", *settings_tables(content["settings"])),
-        environment_section(content["environment"]),
-    ]
-    return document(content["title"], parts, chart_scripts() if charts else "")
-
-
-def _charts(content: Mapping[str, Any]) -> list[Chart]:
-    variants = [variant for variant in _ranked(content) if variant["finished"]]
+def _charts(variants: Sequence[Json]) -> list[Chart]:
+    """Mean recall by variant, by epoch and by the number of trainable parameters."""
     if not variants:
         return []
-    means = [variant["mean_recall"] for variant in variants]
-    reach = [
-        (m["mean"] - m["sd"], m["mean"] + m["sd"]) if m["sd"] is not None else None for m in means
-    ]
-    bars = Series("mean recall", values=[m["mean"] for m in means], intervals=reach)
     names = [variant["name"] for variant in variants]
-    trained = [variant for variant in variants if len(variant["curve"]) > 1]
-    courses = [
+    means = [variant["mean_recall"] for variant in variants]
+    intervals = [
+        None if m["sd"] is None else (m["mean"] - m["sd"], m["mean"] + m["sd"]) for m in means
+    ]
+    bars = Series("mean recall", values=[m["mean"] for m in means], intervals=intervals)
+    note = "The lines are one standard deviation over the seeds to either side."
+    title, y = "Mean recall", "mean recall"
+    charts = [Chart(title, "bars", [bars], y=y, labels=names, percent=True, note=note)]
+
+    # Colors 1 to 7 of the page in turn; beyond those the dashes differ
+    curves = [
         Series(variant["name"], variant["curve"], colour=1 + at % 7, dash=at // 7)
-        for at, variant in enumerate(trained)
+        for at, variant in enumerate(v for v in variants if len(v["curve"]) > 1)
     ]
-    cost = [
-        Series(
-            variant["name"],
-            [(variant["trainable_parameters"], variant["mean_recall"]["mean"])],
-            intervals=[found],
-            colour=1 + at % 7,
-        )
-        for at, (variant, found) in enumerate(zip(variants, reach, strict=True))
-        if variant["trainable_parameters"]
-    ]
-    charts = [
-        Chart(
-            "Mean recall",
-            "bars",
-            [bars],
-            y="mean recall",
-            labels=names,
-            percent=True,
-            note="Lines: one standard deviation over the seeds to either side.",
-        )
-    ]
-    if courses:
+    if curves:
+        note = "The mean over the seeds that reached the epoch. Epoch 0 is the pretrained model."
+        title = "Mean recall by epoch"
         charts.append(
-            Chart(
-                "Mean recall by epoch",
-                "lines",
-                courses,
-                "epoch",
-                "mean recall",
-                percent=True,
-                zero=False,
-                note="Mean over the seeds that came so far; epoch 0 is untouched.",
-            )
+            Chart(title, "lines", curves, "epoch", y, percent=True, zero=False, note=note)
         )
-    if len({series.points[0][0] for series in cost}) > 1:
-        charts.append(
-            Chart(
-                "What parameters buy",
-                "points",
-                cost,
-                "parameters that learn",
-                "mean recall",
-                percent=True,
-                log=True,
-                zero=False,
-            )
-        )
+
+    costs = []
+    for at, (variant, around) in enumerate(zip(variants, intervals, strict=True)):
+        parameters = variant["trainable_parameters"]
+        if parameters:
+            point = (parameters, variant["mean_recall"]["mean"])
+            costs.append(Series(variant["name"], [point], intervals=[around], colour=1 + at % 7))
+    if len({series.points[0][0] for series in costs}) > 1:
+        title, x = "Mean recall against trainable parameters", "trainable parameters"
+        charts.append(Chart(title, "points", costs, x, y, percent=True, log=True, zero=False))
     return charts
-
-
-def _failures(content: Mapping[str, Any]) -> str:
-    failed = [run for run in content["runs"] if run["state"] == "failed"]
-    rows = [
-        [_name(run), str(run["exit_code"]), run["error"] or "", run["hint"] or ""] for run in failed
-    ]
-    columns = ["exit code", "error", "hint"]
-    found = PageTable(
-        "Tried again when the ablation is run again", columns, rows, texts=frozenset({1, 2})
-    )
-    return table(found) if rows else ""
-
-
-def _runs(content: Mapping[str, Any]) -> str:
-    """Each run with a link to its own report."""
-    items = []
-    for run in content["runs"]:
-        if run["state"] != "finished":
-            items.append(f"<li>{escape(_name(run))}: {escape(run['state'])}</li>\n")
-            continue
-        link = escape(f"{run['folder']}/report.html")
-        best = f"best epoch {run['best_epoch']}" if run["best_epoch"] else "untouched"
-        took = f", {duration(run['seconds'])}" if run["seconds"] is not None else ""
-        items.append(f'<li><a href="{link}">{escape(_name(run))}</a>: {best}{took}</li>\n')
-    return f"<ul>\n{''.join(items)}</ul>\n"
-
-
-def _name(run: Mapping[str, Any]) -> str:
-    return f"{run['variant']}, seed {run['seed']}"
-
-
-def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
-    """Write ``page`` and its content as JSON beside it; returns the content.
-
-    Raises:
-        UsageError: no ablation is there.
-        StorageError: the page cannot be written.
-    """
-    from clipft.ablation.runner import read_state
-    from clipft.ablation.summary import ablation_content
-
-    content = ablation_content(str(folder), read_state(folder))
-    write_page_and_json(page, ablation_page(content), content)
-    return content

@@ -1,4 +1,4 @@
-"""Running an ablation's runs, each in a process of its own, so that none ends the others."""
+"""Runs the runs of an ablation, each in a process of its own so that a failure ends no other."""
 
 import json
 import os
@@ -21,13 +21,16 @@ from clipft.core.files import read_json, write_json, write_text
 from clipft.runs.folder import read_run
 from clipft.training.signals import stop_on_signals
 
-_POLL = 0.05
+STATE = "ablation.json"
+_ANSWER = "answer.json"
+"""What a run wrote to stdout: its result or its error as JSON."""
+_POLL_SECONDS = 0.05
 _LOG_LINES = 5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. ``error`` and ``hint`` are its own words; both empty: it is finished."""
+    """How a run ended. ``error`` and ``hint`` are its own words, and empty if it finished."""
 
     run: PlannedRun
     exit_code: int
@@ -37,6 +40,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Callbacks:
+    """Called when a run starts, and when it ends other than by a stop of the ablation."""
+
     started: Callable[[PlannedRun], None]
     ended: Callable[[Outcome], None]
 
@@ -49,101 +54,56 @@ class _Process:
 
 
 def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbacks) -> str | None:
-    """Run those that are not finished, ``jobs`` at a time; the name of the signal that stopped
-    it, if one did: the runs under way have then saved their state and ended.
+    """Run those that have not finished, ``jobs`` at a time.
 
-    ``lock`` is the descriptor of the ablation's lock: the processes hold it too, so that no
-    second ablation starts beside them where this one is killed.
+    A signal asks the runs under way to save their state, and waits for them.
+
+    Args:
+        runs: the ablation's runs.
+        jobs: processes at a time.
+        lock: descriptor of the ablation's lock. The processes inherit it, so that no second
+            ablation starts beside them if this process is killed.
+        callbacks: called from this process.
+
+    Returns:
+        The name of the signal that stopped the ablation, or None.
     """
     waiting = deque(run for run in runs if not run.finished)
     alive: list[_Process] = []
-    places = _places(jobs)
+    environments = _environments(jobs)
     with stop_on_signals() as stop:
-        told = False
+        asked = False
         try:
             while alive or (waiting and not stop.name):
                 while waiting and len(alive) < jobs and not stop.name:
                     slot = min(set(range(jobs)) - {process.slot for process in alive})
                     run = waiting.popleft()
                     callbacks.started(run)
-                    alive.append(_Process(run, _start(run, places[slot], lock), slot))
-                time.sleep(_POLL)
-                if stop.name and not told:
-                    told = True
-                    _ask_to_stop(alive)
+                    alive.append(_Process(run, _start(run, environments[slot], lock), slot))
+                time.sleep(_POLL_SECONDS)
+                if stop.name and not asked:
+                    asked = True
+                    for process in alive:
+                        with suppress(ProcessLookupError):
+                            process.popen.send_signal(signal.SIGTERM)
                 for process in [p for p in alive if p.popen.poll() is not None]:
                     alive.remove(process)
-                    if not (stop.name and _stopped(process)):
-                        callbacks.ended(_outcome(process))
-        finally:  # a second Ctrl-C, or a bug
+                    # It may have ended as asked: with its state saved, or before it had any
+                    as_asked = (Interrupted.exit_code, -signal.SIGTERM)
+                    if not (stop.name and process.popen.returncode in as_asked):
+                        callbacks.ended(_outcome(process.run, process.popen.returncode))
+        finally:  # nothing is left alive after a second Ctrl-C or a bug
             for process in alive:
                 process.popen.kill()
     return stop.name
 
 
-def _ask_to_stop(processes: Sequence[_Process]) -> None:
-    """The runs then save their state and end."""
-    for process in processes:
-        with suppress(ProcessLookupError):
-            process.popen.send_signal(signal.SIGTERM)
+def _environments(jobs: int) -> list[dict[str, str]]:
+    """Environment variables for each of ``jobs`` processes that run at the same time.
 
-
-def _stopped(process: _Process) -> bool:
-    """It ended because it was asked to: with its state saved, or before there was any."""
-    return process.popen.returncode in (Interrupted.exit_code, -signal.SIGTERM)
-
-
-def _start(run: PlannedRun, place: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
-    write_text(run.config, run.settings.to_toml())
-    train = ["train", "--config", str(run.config), "--resume-from-checkpoint", "--json"]
-    # Settings of the environment are in the file by now, where the run's own are stronger
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in ENV_OTHERS}
-    kept.pop("CLIPFT_CONFIG", None)
-    with run.log.open("ab") as log, _answer(run).open("wb") as answer:
-        return subprocess.Popen(
-            [sys.executable, "-m", "clipft", *train],
-            stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=log,
-            env={**kept, **place},
-            pass_fds=[lock],
-            start_new_session=True,  # Ctrl-C is for this process, which passes it on once
-        )
-
-
-def _answer(run: PlannedRun) -> Path:
-    return run.home / "answer.json"
-
-
-def _outcome(process: _Process) -> Outcome:
-    run, code = process.run, process.popen.returncode
-    if code == 0:
-        return Outcome(run, 0)
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "often it is out of memory: set --micro-batch-size, or fewer --jobs"
-        return Outcome(run, 128 - code, f"killed by {name}", hint)
-    said = _said(_answer(run))
-    error = said.get("message") or _last_lines(run.log)
-    return Outcome(run, code, error, said.get("hint") or f"see {run.log}")
-
-
-def _said(path: Path) -> dict[str, Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return dict(json.loads(lines[-1])["error"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return " ".join(lines[-_LOG_LINES:]) or "it said nothing"
-
-
-def _places(jobs: int) -> list[dict[str, str]]:
-    """Variables of the environment for each of ``jobs`` beside each other: GPUs in turn, and
-    without a GPU a share of the processors each, where the user has not said otherwise."""
+    GPUs are assigned in turn. Without a GPU each process gets a share of the processors, unless
+    the user has decided otherwise.
+    """
     if jobs == 1:
         return [{}]
     import torch
@@ -158,59 +118,101 @@ def _places(jobs: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}] * jobs
 
 
-STATE = "ablation.json"
+def _start(run: PlannedRun, environment: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
+    write_text(run.config, run.settings.to_toml())
+    train = ["train", "--config", str(run.config), "--resume-from-checkpoint", "--json"]
+    # The file already holds the settings of the environment, which would override the run's own
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in ENV_OTHERS}
+    kept.pop("CLIPFT_CONFIG", None)
+    with run.log.open("ab") as log, (run.home / _ANSWER).open("wb") as answer:
+        return subprocess.Popen(
+            [sys.executable, "-m", "clipft", *train],
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=log,
+            env={**kept, **environment},
+            pass_fds=[lock],
+            # Ctrl-C must reach this process alone, which passes it on once
+            start_new_session=True,
+        )
+
+
+def _outcome(run: PlannedRun, code: int) -> Outcome:
+    if code == 0:
+        return Outcome(run, 0)
+    if code < 0:
+        hint = "it may be out of memory: set --micro-batch-size, or fewer --jobs"
+        return Outcome(run, 128 - code, f"killed by {signal.Signals(-code).name}", hint)
+    try:
+        lines = (run.home / _ANSWER).read_text(encoding="utf-8").splitlines()
+        answer = dict(json.loads(lines[-1])["error"])
+    except (OSError, ValueError, LookupError, TypeError):
+        answer = {}  # it crashed before it could answer
+    error = answer.get("message")
+    if not error:
+        log = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        error = " ".join(log[-_LOG_LINES:]) or "it wrote no message"
+    return Outcome(run, code, error, answer.get("hint") or f"see {run.log}")
 
 
 def write_state(folder: Path, runs: Sequence[PlannedRun], ended: Mapping[Path, Outcome]) -> None:
-    """``ended`` is by the run's folder; a run that is neither in it nor finished waits."""
+    """Write ``ablation.json``.
+
+    Args:
+        folder: the ablation's folder.
+        runs: all runs.
+        ended: run folder -> how it ended. A run that is neither in it nor finished is waiting.
+    """
+    entries = []
+    for run in runs:
+        outcome = ended.get(run.folder)
+        failed = outcome if outcome and outcome.exit_code else None
+        entries.append(
+            {
+                "variant": run.variant,
+                "scenario": run.settings.values.scenario,
+                "varied": run.varied,
+                "seed": run.seed,
+                "folder": str(run.folder.relative_to(folder.resolve())),
+                "state": "finished" if run.finished else "failed" if failed else "waiting",
+                "exit_code": failed.exit_code if failed else None,
+                "error": failed.error if failed else None,
+                "hint": failed.hint if failed else None,
+            }
+        )
     content = {
         "format_version": 1,
         "settings": beside_defaults(settings_in_common(runs)),
-        "runs": [_entry(folder, run, ended.get(run.folder)) for run in runs],
+        "runs": entries,
     }
     write_json(folder / STATE, content, indent=1)
 
 
-def _entry(folder: Path, run: PlannedRun, outcome: Outcome | None) -> dict[str, Any]:
-    failed = outcome is not None and outcome.exit_code != 0
-    return {
-        "variant": run.variant,
-        "scenario": run.settings.values.scenario,
-        "varied": run.varied,
-        "seed": run.seed,
-        "folder": str(run.folder.relative_to(folder.resolve())),
-        "state": "finished" if run.finished else "failed" if failed else "waiting",
-        "exit_code": outcome.exit_code if outcome and failed else None,
-        "error": outcome.error if outcome and failed else None,
-        "hint": outcome.hint if outcome and failed else None,
-    }
-
-
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of ``ablation.json``, each run with what it left: ``before`` and ``after``
-    (retrieval; None: no epoch was better), ``epochs``, ``plan``, time and memory.
+    """Read ``ablation.json``, and add to each finished run what it left in its folder.
+
+    That is ``before`` and ``after`` (retrieval; None if no epoch was better), ``epochs``,
+    ``evaluation``, ``plan``, ``environment``, time and memory.
 
     Raises:
-        UsageError: no ablation is there, or its files are not clipft's.
+        UsageError: ``folder`` holds no ablation.
     """
     state = read_json(folder / STATE)
     if state is None or "runs" not in state:
         raise UsageError(f"no ablation in {folder}", "name the folder of one")
     for run in state["runs"]:
-        run |= _left(folder / run["folder"]) if run["state"] == "finished" else {}
+        if run["state"] != "finished":
+            continue
+        records = read_run(folder / run["folder"])
+        assert records.result
+        for name in ("before", "after", "best_epoch", "steps", "stopped_early", "skipped_pairs"):
+            run[name] = records.result[name]
+        run |= {
+            "epochs": records.epochs,
+            "evaluation": records.evaluation,
+            "plan": records.run.get("plan"),
+            "environment": records.run.get("environment", {}),
+            "seconds": records.run.get("seconds"),
+            "peak_memory_bytes": records.run.get("peak_memory_bytes"),
+        }
     return state
-
-
-def _left(folder: Path) -> dict[str, Any]:
-    records = read_run(folder)
-    assert records.result
-    kept = ("before", "after", "best_epoch", "steps", "stopped_early", "skipped_pairs")
-    return {
-        **{name: records.result[name] for name in kept},
-        "epochs": records.epochs,
-        "evaluation": records.evaluation,
-        "plan": records.run.get("plan"),
-        "environment": records.run.get("environment", {}),
-        "seconds": records.run.get("seconds"),
-        "peak_memory_bytes": records.run.get("peak_memory_bytes"),
-    }

@@ -1,1 +1,1 @@
-"""Renders the HTML pages that a run, an inspection or an ablation leaves."""
+"""Renders the HTML pages that a run, an inspection, an ablation or a search leaves."""

@@ -1,28 +1,31 @@
-"""Charts for a page, drawn by Chart.js, whose script the page carries.
+"""The charts of the pages, as data that ``assets/charts.js`` draws with Chart.js.
 
-Chart.js and not Plotly: 210 KB instead of 4.8 MB in every page of an ablation of dozens of runs.
+Chart.js is 210 KB. Plotly would be 4.8 MB in every page, and an ablation leaves dozens of them.
 """
 
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Any, Literal
 
-from clipft.report.html import asset
+from clipft.metrics.figures import DIRECTIONS, RECALL_NAME
 
+Json = Mapping[str, Any]
 Interval = tuple[float, float] | None
 
-_BAR, _AXIS, _LINE = 18, 64, 17
-_LABEL = 16
-"""Characters in a line of a label, where the page is narrow."""
+_CATEGORIES = 20
+"""Bars of a chart; the JSON has all categories."""
+_BAR_HEIGHT, _AXIS_HEIGHT, _LINE_HEIGHT, _LEGEND_HEIGHT = 18, 64, 17, 40  # pixels
+_LABEL_LENGTH = 16
+"""Characters on a line of a bar's label on a phone, where charts.js breaks it."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """``points`` (x, y) or (x, y, label) of lines; ``values`` of bars, one for each of the
-    chart's labels. ``colour`` is the number of the page's colours, from 0."""
+    """One line, path, set of points or set of bars.
+
+    ``points`` are (x, y) or (x, y, label); ``values`` are those of bars, one for each of the
+    chart's labels. ``colour`` counts the page's colors from 0.
+    """
 
     name: str
     points: Sequence[Sequence[Any]] = ()
@@ -31,18 +34,14 @@ class Series:
     colour: int | None = None
     dash: int = 0
 
-    def ends(self) -> str:
-        """First and last value in words."""
-        if not self.points:
-            return f"{len(self.values)} values"
-        first, last = self.points[0][1], self.points[-1][1]
-        return f"{self.name or 'value'} from {_short(first)} to {_short(last)}"
-
 
 @dataclass(frozen=True)
 class Chart:
-    """A path is a line that may turn back. ``percent``: shares of 1 are shown as percent.
-    ``zero``: the axis of values starts at 0."""
+    """A chart of a page. A path is a line that may turn back.
+
+    ``percent`` and ``percent_x`` show shares of 1 as percentages; ``log`` scales the x axis;
+    ``zero`` starts the axis of values at 0; ``note`` is shown below.
+    """
 
     title: str
     kind: Literal["lines", "path", "points", "bars"]
@@ -56,45 +55,145 @@ class Chart:
     zero: bool = True
     note: str = ""
 
+    def data(self) -> dict[str, Any]:
+        """Return the JSON values that charts.js reads."""
+        return {key: value for key, value in asdict(self).items() if key not in {"title", "note"}}
 
-def chart_figures(charts: Sequence[Chart], start: int = 0) -> str:
-    """The charts beside each other; ``start`` numbers the first, unlike any other of the page."""
-    if not charts:
-        return ""
-    figures = "".join(_figure(chart, f"chart-{at}") for at, chart in enumerate(charts, start))
-    return f'<div class="charts">\n{figures}</div>\n'
+    def description(self) -> str:
+        """Describe the chart for readers who cannot see it: first and last value of each line."""
+
+        def short(value: float | None) -> str:
+            return "nothing" if value is None else f"{value:.4g}"
+
+        parts = []
+        for series in self.series:
+            if series.points:
+                first, last = short(series.points[0][1]), short(series.points[-1][1])
+                parts.append(f"{series.name or 'value'} from {first} to {last}")
+            else:
+                parts.append(f"{len(series.values)} values")
+        return f"{self.title}: {'; '.join(parts)}"
+
+    def height(self) -> int | None:
+        """Return the height in pixels that bars need; None for the height of the style sheet."""
+        if self.kind != "bars":
+            return None
+        lines = sum(max(1, -(-len(label) // _LABEL_LENGTH)) for label in self.labels)
+        bars = len(self.labels) * (10 + _BAR_HEIGHT * len(self.series))
+        legend = _LEGEND_HEIGHT if len(self.series) > 1 else 0
+        return _AXIS_HEIGHT + legend + max(bars, lines * _LINE_HEIGHT)
 
 
-def chart_scripts() -> str:
-    """What a page with charts ends with."""
-    library = re.sub(r"\n//# sourceMappingURL=.*", "", asset("chart.umd.min.js"))
-    return "".join(f"<script>\n{text}</script>\n" for text in (library, asset("charts.js")))
+def run_charts(steps: Json, epochs: Json) -> list[Chart]:
+    """Chart recall, loss, learning rate, throughput and waiting for data.
 
+    ``steps`` and ``epochs`` are the curves in report.json. Returns no charts for a run without
+    steps.
+    """
+    if not steps["step"]:
+        return []
+    charts = []
+    if len(epochs["epoch"]) > 1:
 
-def data_script(content: Any, attributes: str) -> str:
-    """JSON within a page; ``<`` is spelled so that no text in it can end the element."""
-    text = json.dumps(content, ensure_ascii=True).replace("<", "\\u003c")
-    return f'<script type="application/json" {attributes}>{text}</script>\n'
+        def recall(name: str, key: str, colour: int, dash: int = 0) -> Series:
+            return Series(name, _points(epochs, "epoch", key), colour=colour, dash=dash)
 
-
-def _figure(chart: Chart, name: str) -> str:
-    words = f"{chart.title}: " + "; ".join(series.ends() for series in chart.series)
-    content = {key: value for key, value in asdict(chart).items() if key not in {"title", "note"}}
-    height = f' style="height: {_height(chart)}px"' if chart.kind == "bars" else ""
-    note = f'<p class="remark">{escape(chart.note)}</p>\n' if chart.note else ""
-    data = data_script(content, f'class="chart-data" data-canvas="{name}"')
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(chart.title)}</b></figcaption>\n'
-        f'<div class="canvas"{height}><canvas id="{name}" role="img" aria-label="{escape(words)}">'
-        f"</canvas></div>\n{note}{data}</figure>\n"
+        lines = [recall(RECALL_NAME, "mean_recall", 0, 1)]
+        for number, (direction, label) in enumerate(DIRECTIONS.items(), 1):
+            lines.append(recall(f"{label} R@1", f"{direction}_r@1", number, 2))
+            lines.append(recall(f"{label} R@10", f"{direction}_r@10", number))
+        note = "Epoch 0 is the pretrained model."
+        charts.append(Chart("Recall", "lines", lines, "epoch", "recall", percent=True, note=note))
+    losses = [
+        Series("training", _points(steps, "step", "loss"), colour=1),
+        Series("validation", _points(epochs, "step", "val_loss"), colour=2),
+    ]
+    note = (
+        "The validation loss compares all validation pairs at once and the training loss one "
+        "batch, so compare their trends and not their values."
     )
+    charts.append(Chart("Loss", "lines", losses, "step", "loss", zero=False, note=note))
+    averaged = steps["averaged"]
+    note = f"Each point is the mean of {averaged} steps." if averaged > 1 else ""
+    for title, key, y in (
+        ("Learning rate", "lr", "learning rate"),
+        ("Throughput", "pairs_per_s", "pairs per second"),
+        ("Waiting for data", "data_wait", "share of a step's time"),
+    ):
+        line = Series("", _points(steps, "step", key))
+        percent = key == "data_wait"
+        charts.append(Chart(title, "lines", [line], "step", y, percent=percent, note=note))
+    return charts
 
 
-def _height(chart: Chart) -> int:
-    lines = sum(max(1, -(-len(label) // _LABEL)) for label in chart.labels)
-    bars = len(chart.labels) * (10 + _BAR * len(chart.series))
-    return _AXIS + 40 * (len(chart.series) > 1) + max(bars, lines * _LINE)
+def _points(curves: Json, x: str, y: str) -> list[tuple[float, float | None]]:
+    return list(zip(curves[x], curves[y], strict=True))
 
 
-def _short(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:.4g}"
+def category_charts(categories: Sequence[Json]) -> list[Chart]:
+    """Chart R@10 of the largest categories; returns no chart if the pairs have no labels."""
+    largest = categories[:_CATEGORIES]
+    if not largest:
+        return []
+    bars = []
+    for kind, name, colour in (("before", "pretrained", 0), ("after", "fine-tuned", 1)):
+        figures = [category[kind] for category in largest]
+        if any(figures):
+            values = [figure["value"] if figure else None for figure in figures]
+            bars.append(Series(name, values=values, intervals=_intervals(figures), colour=colour))
+    note = "The lines are 95 % intervals. The number of pairs is in brackets."
+    if len(categories) > len(largest):
+        note += f" {len(categories) - len(largest)} smaller categories are in the JSON."
+    labels = [f"{category['name']} ({category['pairs']:,})" for category in largest]
+    title = "Text → image R@10 by category"
+    return [Chart(title, "bars", bars, y="R@10", labels=labels, percent=True, note=note)]
+
+
+def interpolation_charts(found: Json | None) -> list[Chart]:
+    """Chart the change in mean recall between the pretrained and the fine-tuned weights.
+
+    ``found`` is interpolation.json: ``points`` with ``alpha``, ``gain`` and ``keep``. If general
+    pairs were measured too, a second chart shows the gain against the change on those.
+    """
+    if not found or not found["points"]:
+        return []
+    points = found["points"]
+    kept = [point for point in points if point["keep"]]
+    gains = [(point["alpha"], point["gain"]) for point in points]
+    general = [(point["alpha"], point["keep"]["change"]) for point in kept]
+    lines = []
+    for name, changes, colour in (
+        ("on these pairs", gains, 1),
+        ("on the general pairs", general, 2),
+    ):
+        if changes:
+            values = [(alpha, change["value"]) for alpha, change in changes]
+            intervals = _intervals([change for _, change in changes])
+            lines.append(Series(name, values, intervals=intervals, colour=colour))
+    title, x = "Change in mean recall by interpolation", "share of the fine-tuned weights"
+    note = (
+        "0 is the pretrained model and 1 the fine-tuned one. The largest gain without a clear "
+        f"loss is at {found['best']:g}."
+    )
+    y = "change in mean recall"
+    charts = [Chart(title, "lines", lines, x, y, percent=True, note=note)]
+    if kept:
+        path = [
+            [point["keep"]["change"]["value"], point["gain"]["value"], f"at {point['alpha']:g}"]
+            for point in kept
+        ]
+        note = (
+            "Each point is one share of the fine-tuned weights. Points further up and to the "
+            "right are better."
+        )
+        title, x, y = "Gain against kept ability", "change on the general pairs", "gain"
+        path_of = [Series("", path)]
+        charts.append(Chart(title, "path", path_of, x, y, percent=True, percent_x=True, note=note))
+    return charts
+
+
+def _intervals(figures: Sequence[Json | None]) -> list[Interval]:
+    return [
+        (figure["low"], figure["high"]) if figure and figure.get("low") is not None else None
+        for figure in figures
+    ]

@@ -1,51 +1,50 @@
-"""Making a run's report: what ``train``, ``ablate`` and ``report`` share."""
+"""The content of a run's report, and the files that ``train`` and ``report`` write from it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from clipft.config.settings import Settings
-from collections.abc import Mapping, Sequence
-
-from clipft.core.files import write_json
-from clipft.metrics.figures import before_and_after, figure_tables, mean_recall
-from clipft.report.curves import epoch_curves, step_curves
+from clipft.metrics.figures import DIRECTIONS, before_and_after, figure_tables, mean_recall
 from clipft.runs.records import RunRecords
 
+if TYPE_CHECKING:
+    from clipft.config.settings import Settings
 
-def write_page_and_json(page: Path, html: str, content: dict[str, Any]) -> None:
-    """Write a page, and its content as JSON beside it."""
-    from clipft.report.html import write_page
+Json = Mapping[str, Any]
 
-    write_page(page, html)
-    write_json(page.with_suffix(".json"), content, indent=1, ascii_only=False)
+_POINTS = 500
+"""Points of a curve over steps."""
 
 
 def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> dict[str, Any]:
-    """Write ``page`` and its content as JSON beside it; returns the content.
+    """Write the report of a run as ``page`` and as JSON beside it; return its content.
 
-    ``data_dir``: where the pairs are now, if not where they were.
+    Args:
+        folder: the run folder.
+        page: the HTML file to write.
+        data_dir: where the pairs are now, if they have been moved.
 
     Raises:
-        UsageError: no run is there.
+        UsageError: ``folder`` holds no run.
         StorageError: the page cannot be written.
     """
+    from clipft.report.html import write_page_and_json
     from clipft.report.run_page import run_page
     from clipft.runs.folder import read_run, run_settings
 
     records, settings = read_run(folder), run_settings(folder)
     if data_dir:
         settings = settings.model_copy(update={"data_dir": data_dir})
-    cases, pictures, note = _gallery(folder, settings)
+    cases, images, note = _gallery(folder, settings)
     content = run_content(records, cases, note)
-    write_page_and_json(page, run_page(content, pictures), content)
+    write_page_and_json(page, run_page(content, images), content)
     return content
 
 
 def _gallery(
     folder: Path, settings: "Settings"
 ) -> tuple[list[dict[str, Any]], dict[int, bytes], str]:
-    """Cases, thumbnails by pair, and why there are none."""
+    """The cases of the gallery, thumbnails by pair, and the reason if there are none."""
     from clipft.core.errors import DataError
     from clipft.data.captions.template import CaptionTemplate
     from clipft.embedding.embed import validation_pairs
@@ -63,7 +62,7 @@ def _gallery(
     before, after = Rankings.read(paths.rankings_before), Rankings.read(paths.rankings_best)
     if before is None:
         return [], {}, "No gallery: the run kept no rankings."
-    pictures: dict[int, bytes] = {}
+    images: dict[int, bytes] = {}
     places: dict[int, str] = {}
     try:
         pairs = validation_pairs(settings)
@@ -72,29 +71,34 @@ def _gallery(
             return [], {}, f"No gallery: {moved}."
         read = PairReader(pairs, CaptionTemplate.parse(settings.caption))
 
-        def keep_picture(number: int) -> str:
+        def keep_image(number: int) -> str:
             if number not in places:
                 places[number], image = read.picture(number, at_least=SIDE)
                 if image:
-                    pictures[number] = thumbnail(image)
+                    images[number] = thumbnail(image)
             return places[number]
 
-        return gallery_content(choose_cases(before, after), read, keep_picture), pictures, ""
+        return gallery_content(choose_cases(before, after), read, keep_image), images, ""
     except DataError as error:
         return [], {}, f"No gallery: {error.message}."
 
 
-def run_content(
-    records: RunRecords, gallery: Sequence[Mapping[str, Any]], gallery_note: str
-) -> dict[str, Any]:
-    """JSON values alone. ``gallery_note`` says why there is no gallery, or is empty."""
+def run_content(records: RunRecords, gallery: Sequence[Json], gallery_note: str) -> dict[str, Any]:
+    """Return the content of report.json.
+
+    Args:
+        records: what the run left in its folder.
+        gallery: cases of ``gallery_content``.
+        gallery_note: why there is no gallery, or "".
+    """
+    kept = records.kept
     return {
         "kind": "run",
         "format_version": 1,
         "title": f"{records.setting('scenario')} on {records.setting('model')}",
         "folder": records.folder,
         "finished": records.result is not None,
-        "verdict": _verdict(records, *_recall(records)),
+        "verdict": _verdict(records),
         "plan": records.run.get("plan"),
         "seconds": records.run.get("seconds"),
         "peak_memory_bytes": records.run.get("peak_memory_bytes"),
@@ -104,7 +108,10 @@ def run_content(
         "epochs": epoch_curves(records.epochs),
         "categories": _categories(records.evaluation),
         "interpolation": records.interpolation,
-        "kept": _kept(records.kept),
+        # Of the general pairs only the paired figures are shown
+        "kept": {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
+        if kept
+        else None,
         "gallery": list(gallery),
         "gallery_note": gallery_note,
         "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
@@ -112,67 +119,98 @@ def run_content(
     }
 
 
-def _categories(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """R@10 from text to image of each category, the largest first."""
+def _categories(evaluation: Json | None) -> list[dict[str, Any]]:
+    """Text-to-image R@10 of each category, the largest first."""
     if not evaluation:
         return []
 
-    def figure(part: str, name: str) -> Any:
-        of = (evaluation[part] or {}).get("by_category", {}).get(name)
-        return of["paired"]["text_to_image"]["figures"]["r@10"] if of else None
+    def r10(model: str, category: str) -> Any:
+        found = (evaluation[model] or {}).get("by_category", {}).get(category)
+        return found["paired"]["text_to_image"]["figures"]["r@10"] if found else None
 
-    before = evaluation["before"]["by_category"]
     return [
         {
             "name": name,
             "pairs": category["pairs"],
-            "before": figure("before", name),
-            "after": figure("after", name),
+            "before": r10("before", name),
+            "after": r10("after", name),
         }
-        for name, category in before.items()
+        for name, category in evaluation["before"]["by_category"].items()
     ]
 
 
-def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The paired figures on the general pairs."""
-    if not kept:
-        return None
-    return {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
-
-
-def _recall(records: RunRecords) -> tuple[float | None, float | None]:
-    """Mean recall before and after, as the tables below have it."""
+def _verdict(records: RunRecords) -> str:
+    """Say in a sentence what the run gained, in the figures of the tables below it."""
+    before: float | None
+    after: float | None
+    around = ""
     if records.evaluation:
-        before, after = records.evaluation["before"], records.evaluation["after"]
-        return before["recall"], after["recall"] if after else None
-    parts = before_and_after(records.epochs)
-    untouched, tuned = (mean_recall(part) if part else None for part in parts)
-    return untouched, tuned
-
-
-def _verdict(records: RunRecords, before: float | None, after: float | None) -> str:
+        judged = records.evaluation["after"]
+        before, after = records.evaluation["before"]["recall"], judged["recall"] if judged else None
+        change = (records.evaluation.get("difference") or {}).get("recall") or {}
+        if change.get("low") is not None:
+            around = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+            around += "" if change["clear"] else ": it may be chance"
+    else:
+        parts = before_and_after(records.epochs)
+        before, after = (mean_recall(part) if part else None for part in parts)
     if before is None:
-        return "The untouched model has not been measured yet."
-    untouched = f"{100 * before:.1f} %"
+        return "The pretrained model has not been measured yet."
     last = records.epochs[-1]["epoch"]
     if after is None:
         why = "no epoch was better" if last else "nothing was trained"
-        return f"Mean recall of the untouched model {untouched}; {why}."
+        return f"Mean recall of the pretrained model is {100 * before:.1f} %; {why}."
     gain = 100 * (after - before)
     best = next((e["epoch"] for e in reversed(records.epochs) if e["improved"]), last)
     end = f"epoch {best} of {last}" + ("" if records.result else " so far")
-    advice = "" if gain > 0 else " No gain over the untouched model."
-    around = _around(records.evaluation)
+    advice = "" if gain > 0 else " There is no gain over the pretrained model."
     return (
-        f"Mean recall {untouched} before, {100 * after:.1f} % after "
-        f"({gain:+.1f} points{around}) at {end}.{advice}"
+        f"Mean recall was {100 * before:.1f} % before training and {100 * after:.1f} % after "
+        f"({gain:+.1f} points{around}), at {end}.{advice}"
     )
 
 
-def _around(evaluation: Mapping[str, Any] | None) -> str:
-    """The interval of the gain in words."""
-    change = ((evaluation or {}).get("difference") or {}).get("recall") or {}
-    if change.get("low") is None:
-        return ""
-    words = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
-    return words if change["clear"] else f"{words}: it may be chance"
+def step_curves(steps: Sequence[Json]) -> dict[str, Any]:
+    """Return curves over the steps as lists of equal length, at most 500 points long.
+
+    For a longer run, each point averages ``averaged`` consecutive steps.
+
+    Args:
+        steps: the lines of metrics.jsonl with kind ``step``.
+    """
+
+    def mean(part: Sequence[Json], name: str) -> float | None:
+        values = [record[name] for record in part if record.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    def ratio(part: Sequence[Json], over: str, under: str) -> float:
+        return float(sum(r[over] for r in part) / max(1e-9, sum(r[under] for r in part)))
+
+    size = max(1, -(-len(steps) // _POINTS))
+    parts = [steps[at : at + size] for at in range(0, len(steps), size)]
+    return {
+        "averaged": size,
+        "step": [part[-1]["step"] for part in parts],
+        "loss": [mean(part, "loss") for part in parts],
+        "lr": [mean(part, "lr") for part in parts],
+        "pairs_per_s": [ratio(part, "pairs", "seconds") for part in parts],
+        "data_wait": [ratio(part, "data_seconds", "seconds") for part in parts],
+    }
+
+
+def epoch_curves(epochs: Sequence[Json]) -> dict[str, Any]:
+    """Return curves over the epochs as lists of equal length; epoch 0 is the pretrained model.
+
+    Args:
+        epochs: the lines of metrics.jsonl with kind ``epoch``.
+    """
+    curves: dict[str, Any] = {
+        name: [epoch[name] for epoch in epochs]
+        for name in ("epoch", "step", "train_loss", "val_loss")
+    }
+    curves["mean_recall"] = [mean_recall(epoch["retrieval"]) for epoch in epochs]
+    for direction in DIRECTIONS:
+        for name in ("r@1", "r@10"):
+            values = [epoch["retrieval"][direction][name] for epoch in epochs]
+            curves[f"{direction}_{name}"] = values
+    return curves

@@ -1,19 +1,17 @@
-"""What a search found as one HTML file: the pictures, best first."""
+"""The contact sheet of a search: one HTML file with the images found, best first."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-from clipft.report.html import document, paragraph
+from clipft.report.html import render
 
 SHEET_SIDE = 240
-"""Pixels of a picture's longer side on the sheet."""
+"""Longer side in pixels of an image on the sheet."""
 
 
 @dataclass(frozen=True)
-class SheetPicture:
-    """``jpeg`` is small already; ``source`` is the shard or folder it lies in."""
+class SheetImage:
+    """An image that was found. ``jpeg`` is a thumbnail; ``source`` is its shard or folder."""
 
     key: str
     source: str
@@ -23,29 +21,9 @@ class SheetPicture:
 
 
 def contact_sheet(
-    query: str, remarks: Sequence[str], pictures: Sequence[SheetPicture], asked: bytes | None
+    query: str, remarks: Sequence[str], images: Sequence[SheetImage], query_image: bytes | None
 ) -> str:
-    """The whole page; ``asked`` is the picture that was searched with, as a small JPEG."""
-    parts = [paragraph(remark, "remark") for remark in remarks]
-    if asked is not None:
-        parts.append(
-            f'<img class="asked" src="{_inline(asked)}" alt="The picture searched with">\n'
-        )
-    figures = "".join(_figure(rank, picture) for rank, picture in enumerate(pictures, 1))
-    parts.append(f'<ol class="sheet">\n{figures}</ol>\n')
-    return document(query, parts)
-
-
-def _figure(rank: int, picture: SheetPicture) -> str:
-    caption = f"<p>{escape(picture.caption)}</p>" if picture.caption else ""
-    alt = escape(picture.caption or picture.key)
-    return (
-        f'<li><figure><img src="{_inline(picture.jpeg)}" alt="{alt}" loading="lazy">'
-        f'<figcaption><span class="score"><b>{rank}.</b> {picture.score:.3f}</span>{caption}'
-        f'<small title="{escape(picture.source)}">{escape(picture.key)}</small>'
-        "</figcaption></figure></li>\n"
+    """Render the page. ``query_image`` is a small JPEG of the image that was searched with."""
+    return render(
+        "search.html", heading=query, remarks=remarks, images=images, query_image=query_image
     )
-
-
-def _inline(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

@@ -17,7 +17,7 @@ from clipft.data import duplicates
 from clipft.data.duplicates import close_hashes, near_duplicates
 from clipft.data.inspection import leak, read_facts, split_facts
 from clipft.data.shards.dataset import open_pairs
-from clipft.report.html import Picture, write_page
+from clipft.report.html import PageImage, write_page
 from clipft.report.inspection_page import findings_page
 from tests.conftest import add
 
@@ -197,7 +197,7 @@ def test_a_page_has_sixty_pictures_at_most_and_some_of_each_kind():
 
     def picture(place):
         fetched.append(place)
-        return Picture(place, "words", b"jpeg")
+        return PageImage(place, "words", b"jpeg")
 
     group = {"size": 40, "shares": ["photo"], "pairs": [f"again {i}" for i in range(12)]}
     split = {"broken": [], "bad_captions": [], "no_pairs": {}, "categories": {}}

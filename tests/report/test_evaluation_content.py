@@ -9,7 +9,7 @@ from clipft.evaluation.evaluator import Comparison
 from clipft.metrics.figures import figure_tables
 from clipft.metrics.relevance import Identities
 from clipft.metrics.retrieval import EvaluationOptions, evaluate
-from clipft.report.curves import category_charts, interpolation_charts
+from clipft.report.charts import category_charts, interpolation_charts
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_categories_are_bars_with_intervals(judged):
     )
     (chart,) = category_charts(content["categories"])
     assert chart.labels == ["<i>chair (40)", "lamp (20)"]
-    assert [series.name for series in chart.series] == ["untouched", "tuned"]
+    assert [series.name for series in chart.series] == ["pretrained", "fine-tuned"]
     found = judged["after"]["by_category"]["lamp"]["paired"]["text_to_image"]["figures"]["r@10"]
     assert chart.series[1].values[1] == found["value"]
     assert chart.series[1].intervals[1] == (found["low"], found["high"])

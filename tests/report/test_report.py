@@ -162,7 +162,7 @@ def test_everything_has_a_name(page):
     canvases = re.findall(r"<canvas[^>]*>", page)
     assert canvases and all('role="img" aria-label="' in tag for tag in canvases)
     images = [attributes for tag, attributes in Elements(page).found if tag == "img"]
-    assert images and all(str(image["alt"]).startswith("Photo ") for image in images)
+    assert images and all(str(image["alt"]).startswith("Image ") for image in images)
     assert page.count("<caption") == page.count("<table")
 
 
@@ -201,7 +201,7 @@ def test_no_run_is_said(tmp_path, capsys):
 
 
 def test_many_steps_stay_few_points():
-    from clipft.report.curves import step_curves
+    from clipft.report.report import step_curves
 
     step = {"loss": 2.0, "lr": 0.1, "pairs": 8, "seconds": 0.5, "data_seconds": 0.1}
     steps = [{**step, "step": n, "loss": None if n == 7 else 2.0} for n in range(1, 100_001)]

@@ -239,15 +239,15 @@ def _page(
     facts: "list[PairFacts]",
 ) -> str:
     from clipft.data.images import decode_image
-    from clipft.report.html import SIDE, PageTable, Picture, thumbnail
+    from clipft.report.html import SIDE, PageImage, PageTable, thumbnail
     from clipft.report.inspection_page import findings_page
 
     by_place = {fact.place: fact for fact in facts}
 
-    def picture(place: str) -> Picture:
+    def read_image(place: str) -> PageImage:
         fact = by_place[place]
         image = decode_image(sources[fact.split][fact.number].image, at_least=SIDE)
-        return Picture(place, fact.caption, thumbnail(image))
+        return PageImage(place, fact.caption, thumbnail(image))
 
     tables = [PageTable("Figures", list(figures), _rows(figures), heading=True)]
     tables += [
@@ -255,4 +255,4 @@ def _page(
         for title, found in leaks.items()
     ]
     splits = {name: split.to_dict() for name, split in figures.items()}
-    return findings_page(heading, tables, splits, leaks, picture)
+    return findings_page(heading, tables, splits, leaks, read_image)

@@ -203,15 +203,15 @@ def _write_sheet(
 ) -> None:
     from clipft.data.images import decode_image
     from clipft.report.html import thumbnail, write_page
-    from clipft.search.page import SHEET_SIDE, SheetPicture, contact_sheet
+    from clipft.search.page import SHEET_SIDE, SheetImage, contact_sheet
 
     def small(data: bytes) -> bytes:
         return thumbnail(decode_image(data, at_least=SHEET_SIDE), SHEET_SIDE)
 
-    pictures = [
-        SheetPicture(hit.pair.key, hit.pair.shard, hit.score, caption, small(hit.pair.image))
+    images = [
+        SheetImage(hit.pair.key, hit.pair.shard, hit.score, caption, small(hit.pair.image))
         for hit, caption in zip(hits, captions, strict=True)
     ]
     of_all = counted(counts["pictures"], "picture")
     remark = f"The best {len(hits)} of {of_all}, by cosine with the query."
-    write_page(path, contact_sheet(title, [remark], pictures, small(asked) if asked else None))
+    write_page(path, contact_sheet(title, [remark], images, small(asked) if asked else None))
