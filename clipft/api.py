@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.config.settings import Settings
-from clipft.config.sources import JUDGED_ANEW, LoadedSettings, load_settings
+from clipft.config.settings import EVALUATION_OVERRIDES, Settings
+from clipft.config.sources import LoadedSettings, load_settings
 from clipft.core.common import Note
 from clipft.core.errors import ClipftError, UsageError
 from clipft.core.memory import peak_memory_so_far
@@ -131,7 +131,7 @@ def evaluate(
     Args:
         place: A checkpoint or run folder. None means the run that ``settings`` describe.
         settings: Replaces settings the checkpoint was trained with: the data, the evaluation, the
-            hardware (``JUDGED_ANEW``) and the ``model``. All others are ignored.
+            hardware (``EVALUATION_OVERRIDES``) and the ``model``. All others are ignored.
         request: What to measure besides, such as interpolated weights.
         note: Receives sentences for the user.
 
@@ -143,7 +143,7 @@ def evaluate(
     now = _loaded(settings or {})
     path = find_checkpoint(Path(place) if place else None, now.values)
     content = load_checkpoint(path)
-    chosen = saved_settings(content, now, (*JUDGED_ANEW, "model"))
+    chosen = saved_settings(content, now, (*EVALUATION_OVERRIDES, "model"))
     note(f"{chosen.scenario} on {chosen.model}, weights of {path}.")
     wanted = request or Request.of(None, None, None, None)
     return EvaluatedModel(path, chosen, evaluate_checkpoint(content, chosen, wanted, note))

@@ -1,6 +1,6 @@
-"""The reference of commands and of settings, made of what the program says itself.
+"""Write the reference of commands and settings from what the program says about itself.
 
-Run ``python -m tests.write_reference`` after a change of an option, a help or a setting.
+Run ``python -m tests.write_reference`` after a change of an option, a help text or a setting.
 """
 
 import inspect
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clipft.cli.app import COMMANDS, command_of
-from clipft.config.fields import fate_of, fields_of
+from clipft.config.fields import choices_of, default_text, fields_of, is_fixed, kind_of, range_of
 from clipft.config.settings import SECTIONS
-from clipft.config.text import choices_of, default_text, kind_of, range_of
+from clipft.config.sources import option_of
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
-_SEE = "[settings](settings.md)"
 
 
 def commands_page() -> str:
-    """Every command: what it says of itself, its arguments, its own options, its settings."""
+    """Describe every command: its help, its arguments, its own options, and its settings."""
     lines = [
         "# Commands",
         "",
-        "Every command takes `--config FILE` (TOML with settings), `--json` (one JSON",
-        "object on stdout) and `--debug` (the traceback of an error); see",
-        f"[exit codes](../exit-codes.md). Options that are settings are explained in {_SEE}.",
+        "Every command accepts `--config FILE` (a TOML file with settings), `--json` (print one",
+        "JSON object to stdout) and `--debug` (show the traceback of an error). See also the",
+        "[exit codes](../exit-codes.md). Options that are settings are described on the page",
+        "[Settings](settings.md).",
     ]
     for name in COMMANDS:
         lines += ["", *_command(command_of(name))]
@@ -32,9 +32,8 @@ def commands_page() -> str:
 
 
 def _command(command: Any) -> Iterator[str]:
-    name = command.__name__.replace("_", "-")
     text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("Examples:")
-    yield f"## clipft {name}"
+    yield f"## clipft {command.__name__.replace('_', '-')}"
     yield ""
     yield text.strip()
     yield ""
@@ -42,7 +41,7 @@ def _command(command: Any) -> Iterator[str]:
     yield from (line.strip() for line in examples.strip().splitlines())
     yield "```"
     parameters = inspect.signature(command.function).parameters
-    rows = [_described(p) for p in parameters.values() if not _is_shared(p)]
+    rows = [_row(p) for p in parameters.values() if _is_own(p)]
     if rows:
         yield ""
         yield "| argument or option | meaning | default |"
@@ -55,68 +54,70 @@ def _command(command: Any) -> Iterator[str]:
 
 
 def _settings(parameters: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    """Whole sections by their titles, of others the settings by name."""
+    """The titles of sections that a command has completely, otherwise the names of settings."""
     for section in SECTIONS:
         names = [name for name, _ in fields_of(section)]
         there = [n for n in names if n in parameters and _panel(parameters[n]) == section.title]
         if there == names:
             yield f"all of [{section.title}](settings.md#{section.title.lower()})"
         else:
-            yield from (f"`--{name.replace('_', '-')}`" for name in there)
+            yield from (f"`{option_of(name)}`" for name in there)
 
 
-def _is_shared(parameter: inspect.Parameter) -> bool:
-    """Of settings, of every command, or not for users."""
-    shown = _shown(parameter)
+def _is_own(parameter: inspect.Parameter) -> bool:
+    """True for visible options that are neither settings nor common to all commands."""
+    declared = _declared(parameter)
     titles = {section.title for section in SECTIONS} | {"Common"}
-    return shown is None or getattr(shown, "hidden", False) or _panel(parameter) in titles
+    visible = declared is not None and not getattr(declared, "hidden", False)
+    return visible and _panel(parameter) not in titles
 
 
-def _shown(parameter: inspect.Parameter) -> Any:
-    """What typer is told of it."""
+def _declared(parameter: inspect.Parameter) -> Any:
+    """The ``typer.Option`` or ``typer.Argument`` of a parameter, if it has one."""
     return next(iter(get_args(parameter.annotation)[1:]), None)
 
 
 def _panel(parameter: inspect.Parameter) -> str | None:
-    return getattr(_shown(parameter), "rich_help_panel", None)
+    return getattr(_declared(parameter), "rich_help_panel", None)
 
 
-def _described(parameter: inspect.Parameter) -> str:
-    shown = _shown(parameter)
-    # In an annotation typer keeps the first name in the place of a default
-    declared = (shown.default, *(shown.param_decls or ()))
-    names = [d for d in declared if isinstance(d, str) and d.startswith("--")]
-    words = " ".join(filter(None, [*names, shown.metavar or ("" if names else parameter.name)]))
-    default, about = parameter.default, str(shown.help)
-    about, _, said = about.partition("[default: ")
-    if said:
-        value = said.rstrip("]")
-    elif default is inspect.Parameter.empty:
-        value = "required"
-    else:
-        value = default_text(default) if default != "" else "none"
-    return f"| `{_cell(words)}` | {_cell(about.strip())} | {_cell(value)} |"
+def _row(parameter: inspect.Parameter) -> str:
+    declared = _declared(parameter)
+    # In an annotation typer keeps the first name in place of a default
+    names = [
+        name
+        for name in (declared.default, *(declared.param_decls or ()))
+        if isinstance(name, str) and name.startswith("--")
+    ]
+    words = [*names, declared.metavar or ("" if names else parameter.name)]
+    about, notes = str(declared.help), ""
+    if about.endswith("]"):
+        about, _, notes = about.rpartition(" [")
+    required = parameter.default is inspect.Parameter.empty
+    default = "required" if required else notes.removeprefix("default: ").rstrip("]")
+    return f"| `{_cell(' '.join(filter(None, words)))}` | {_cell(about)} | {_cell(default)} |"
 
 
 def settings_page() -> str:
-    """Every setting: kind, range, default, whether a resumed run may change it."""
+    """Describe every setting: its value, range and default, and if a resumed run may change it."""
     lines = [
         "# Settings",
         "",
         "A setting is `lr` in a TOML file, `--lr` on the command line and `CLIPFT_LR` in the",
-        "environment. How they rank, and more of some: [settings](../settings.md). A settings file",
-        "to begin with: `clipft settings --template`; its JSON schema: `clipft settings --schema`.",
+        "environment. The page [settings](../settings.md) explains which source takes precedence,",
+        "and some settings in detail. `clipft settings --template` prints a settings file to start",
+        "with; `clipft settings --schema` prints its JSON schema.",
         "",
-        "*Fixed* settings decide the weights: a resumed run keeps them as they were.",
+        "A resumed run keeps *fixed* settings as they were, because they decide the weights.",
     ]
     for section in SECTIONS:
         lines += ["", f"## {section.title}", "", "| name | meaning | value | default | |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         for name, field in fields_of(section):
-            value = ", ".join(f"`{c}`" for c in choices_of(name)) or kind_of(name)
+            value = ", ".join(f"`{c}`" for c in choices_of(field)) or kind_of(field)
             numbers = range_of(field)
             value += f", {numbers}" if numbers else ""
-            fixed = "fixed" if fate_of(field) == "fixed" else ""
+            fixed = "fixed" if is_fixed(field) else ""
             default = f"`{default_text(field.default)}`"
             cells = (f"`{name}`", str(field.description), value, default, fixed)
             lines.append(f"| {' | '.join(map(_cell, cells))} |")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clipft.ablation.grid import PlannedRun, settings_in_common
+from clipft.config.settings import beside_defaults
 from clipft.config.sources import ENV_OTHERS, ENV_PREFIX
-from clipft.config.text import beside_defaults
 from clipft.core.errors import Interrupted, UsageError
 from clipft.core.files import read_json, write_json, write_text
 from clipft.runs.folder import read_run

@@ -1,24 +1,33 @@
-"""Settings <-> options: each setting becomes one option, its help and default with it.
+"""Command-line options, made from the fields of settings and of a command's own options.
 
-``@settings_command(Section, ...)`` gives a command the options of the named sections, the
-common ones (``--config``, ``--json``, ``--debug``), and hands it the loaded settings.
+``@command(Section, "name", ..., options=CommandOptions)`` turns a function into a command with the
+options of the named settings, those of its own model, and the common ones (``--config``,
+``--json``, ``--debug``). The function receives ``loaded``, ``options`` and ``out`` as it asks.
 """
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
 from clipft.cli.console import Output
-from clipft.config.fields import Section, fields_of
+from clipft.config.fields import (
+    Section,
+    choices_of,
+    default_text,
+    fields_of,
+    former_name,
+    placeholder_of,
+    range_of,
+    value_type,
+)
 from clipft.config.settings import SECTIONS
-from clipft.config.sources import LoadedSettings, load_settings
-from clipft.config.text import choices_of, default_text, kind_of, range_of
+from clipft.config.sources import LoadedSettings, load_settings, option_of, validated
 
 Config = Annotated[
     Path | None,
@@ -26,143 +35,157 @@ Config = Annotated[
         "--config",
         envvar="CLIPFT_CONFIG",
         metavar="FILE",
-        help="TOML file with settings, as `clipft settings` prints it",
+        help="TOML file with settings, as printed by `clipft settings`.",
         rich_help_panel="Common",
     ),
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object on stdout", rich_help_panel="Common"),
+    typer.Option("--json", help="Print one JSON object to stdout.", rich_help_panel="Common"),
 ]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", help="Show the traceback of an error", rich_help_panel="Common"),
+    typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Common"),
 ]
 
 _COMMON = {"config": (Config, None), "as_json": (AsJson, False), "debug": (Debug, False)}
 
 
 class Command:
-    """A command as its module declares it; its options are made when they are asked for."""
+    """A command as its module declares it. Its options are made only when they are asked for,
+    because the list of commands needs none of them."""
 
     def __init__(
         self,
-        command: Callable[..., None],
+        function: Callable[..., None],
         wanted: Collection[type[Section] | str],
+        options: type[Section] | None,
         profile: Mapping[str, Any] | None,
     ) -> None:
-        self._command, self._wanted, self._profile = command, wanted, profile
-        self.__name__ = command.__name__
-        self.__doc__ = _unwrapped(command.__doc__ or "")
+        self._function, self._wanted = function, wanted
+        self._options, self._profile = options, profile or {}
+        self.__name__ = function.__name__
+        self.__doc__ = _unwrapped(function.__doc__ or "")
 
     @functools.cached_property
     def function(self) -> Callable[..., None]:
-        """With a parameter for each option, as typer reads them."""
-        generated = {
+        """The command with one parameter for each option, as typer reads them."""
+        settings = {
             name: (field, section)
             for section in SECTIONS
             for name, field in fields_of(section)
             if section in self._wanted or name in self._wanted
         }
-        return _wrapped(self._command, generated, self._profile)
+        model = self._options
+        own = {name: (field, model) for name, field in fields_of(model)} if model else {}
+        signature = inspect.signature(self._function).parameters
+
+        @functools.wraps(self._function)
+        def run(**given: Any) -> None:
+            chosen = _taken(given, settings)
+            selected = _taken(given, own)
+            config, as_json = given.pop("config"), given.pop("as_json")
+            given.pop("debug")
+            if "loaded" in signature:  # otherwise no setting matters, not even a wrong one
+                given["loaded"] = load_settings(chosen, config, profile=self._profile)
+            if model:
+                given["options"] = validated(model, selected, dict.fromkeys(own, "flag"))
+            self._function(**given, out=Output(as_json))
+
+        handed = {"loaded", "options", "out"}
+        parameters = [p for name, p in signature.items() if name not in handed]
+        for name, (field, section) in (own | settings).items():
+            default = self._profile.get(name, field.default)
+            parameters += _parameters_of(name, field, section, default)
+        parameters += [_parameter(n, annotation, d) for n, (annotation, d) in _COMMON.items()]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        )
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = self.__doc__
+        return run
 
 
-def plain_command(command: Callable[..., None]) -> Command:
-    """A command with the common options but no settings; it is handed ``out``."""
-    return Command(command, (), None)
-
-
-def settings_command(
-    *wanted: type[Section] | str, profile: Mapping[str, Any] | None = None
+def command(
+    *wanted: type[Section] | str,
+    options: type[Section] | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., None]], Command]:
-    """A command with the options of whole sections or of single settings by name; it is
-    handed ``loaded`` and ``out``. ``profile`` holds defaults of its own."""
-    return lambda command: Command(command, wanted, profile or {})
+    """Declare a command.
 
-
-def _wrapped(
-    command: Callable[..., None],
-    generated: dict[str, tuple[FieldInfo, type[Section]]],
-    profile: Mapping[str, Any] | None,
-) -> Callable[..., None]:
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        flags = {n: _given(given, n) for n in generated}
-        config, as_json = given.pop("config"), given.pop("as_json")
-        given.pop("debug")
-        if profile is not None:
-            chosen = {name: value for name, value in flags.items() if value is not None}
-            given["loaded"] = load_settings(chosen, config, profile=profile)
-        command(**given, out=Output(as_json))
-
-    own = inspect.signature(command).parameters.values()
-    parameters = [p for p in own if p.name not in {"loaded", "out"}]
-    parameters += [p for n, (f, s) in generated.items() for p in _options(n, f, s, profile)]
-    parameters += [_parameter(n, annotation, d) for n, (annotation, d) in _COMMON.items()]
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    )
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__doc__ = _unwrapped(command.__doc__ or "")
-    return run
-
-
-def _unwrapped(text: str) -> str:
-    """Paragraphs on one line each, for the help to wrap at the terminal's width; indented
-    lines (examples) as they are."""
-    lines: list[str] = []
-    for line in inspect.cleandoc(text).split("\n"):
-        joins = lines and lines[-1] and line and not line.startswith(" ")
-        if joins and not lines[-1].startswith(" "):
-            lines[-1] += f" {line}"
-        else:
-            lines.append(line)
-    return "\n".join(lines)
+    Args:
+        wanted: settings that are options of the command: whole sections, or single names.
+        options: the command's own options.
+        profile: defaults of settings that hold for this command alone.
+    """
+    return lambda function: Command(function, wanted, options, profile)
 
 
 def flags_given(loaded: LoadedSettings, *names: str) -> list[str]:
-    """The words that give another command the file and the flags of this one: of ``names``, or
-    all."""
+    """The words that give another command the settings file and the flags of this one.
+
+    ``names`` restricts the flags to these settings.
+    """
     files = {o.removeprefix("file ") for o in loaded.origins.values() if o.startswith("file ")}
     words = [word for file in files for word in ("--config", file)]
     for name, value in loaded.values.model_dump(mode="json").items():
         if loaded.origins[name] != "flag" or (names and name not in names):
             continue
-        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(option_of(name) if value else option_of(f"no_{name}"))
         else:
-            words += [f"--{flag}", str(value)]
+            words += [option_of(name), str(value)]
     return words
 
 
-def _given(given: dict[str, Any], name: str) -> Any:
-    """What the flags say of one setting, taken out of ``given``; None: nothing."""
-    value, refused = given.pop(name), given.pop(f"no_{name}", False)
-    return False if refused else value
+def _taken(given: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the flags of ``fields`` out of ``given``; only those that the user has typed."""
+    typed = {}
+    for name, (field, _) in fields.items():
+        former = former_name(field)
+        former_value = given.pop(former, None) if former else None
+        value, refused = given.pop(name), given.pop(f"no_{name}", False)
+        value = False if refused else value if value is not None else former_value
+        if value is not None and value != []:  # click gives [] for a repeatable option not used
+            typed[name] = value
+    return typed
 
 
-def _options(
-    name: str, field: FieldInfo, section: type[Section], profile: Mapping[str, Any] | None
+def _parameters_of(
+    name: str, field: FieldInfo, section: type[Section], default: Any
 ) -> Iterator[inspect.Parameter]:
-    """The option of one setting; a switch has a hidden ``--no-`` twin.
+    """The option of one field, and its hidden twins: ``--no-...`` of a setting that is a switch,
+    and the former name of a field that was renamed.
 
-    Text is passed on unread: the settings model judges it.
+    Values are passed on as text: the model they belong to validates them.
     """
-    switch = field.annotation is bool
-    default = (profile or {}).get(name, field.default)
-    shown = typer.Option(
-        f"--{name.replace('_', '-')}",
-        metavar=None if switch else kind_of(name).upper(),
-        help=_help(name, field, default),
+    kind = value_type(field)
+    switch, is_setting = kind is bool, section in SECTIONS
+    read: Any = bool if switch else str
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
+        read = tuple[(str,) * len(get_args(kind))]  # type: ignore[misc]
+    elif get_origin(kind) in {tuple, dict}:
+        read = list[str]
+    # An empty default is described in the text, and a command's own flag is off anyway
+    told = default_text(default) != "none" and (is_setting or not switch)
+    notes = [f"default: {default_text(default)}"] if told else []
+    notes += [range_of(field)] if range_of(field) else []
+    option = typer.Option(
+        option_of(name),
+        metavar=None if switch else placeholder_of(field),
+        help=f"{field.description} [{'; '.join(notes)}]" if notes else field.description,
         rich_help_panel=section.title,
         show_default=False,
-        autocompletion=completing(name),
+        autocompletion=_completion(field),
     )
-    yield _parameter(name, Annotated[bool | None if switch else str | None, shown], None)
-    if switch:
-        twin = typer.Option(f"--no-{name.replace('_', '-')}", hidden=True)
-        yield _parameter(f"no_{name}", Annotated[bool, twin], False)
+    yield _parameter(name, Annotated[read | None, option], None)
+    former = former_name(field)
+    if former:
+        hidden = typer.Option(option_of(former), hidden=True)
+        yield _parameter(former, Annotated[read | None, hidden], None)
+    if switch and is_setting:  # another source may have turned it on
+        hidden = typer.Option(option_of(f"no_{name}"), hidden=True)
+        yield _parameter(f"no_{name}", Annotated[bool, hidden], False)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -170,27 +193,12 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _help(name: str, field: FieldInfo, default: Any) -> str:
-    choices, numbers = choices_of(name), range_of(field)
-    text = str(field.description)
-    if choices:  # a scenario's description names them all
-        text = text if name == "scenario" else f"{'|'.join(choices)}: {text}"
-    else:
-        text = text[0].upper() + text[1:]
-    within = f"; {numbers}" if numbers else ""
-    return f"{text} [default: {default_text(default)}{within}]"
-
-
-def completing(name: str) -> Callable[[str], list[str]] | None:
-    """What the shell offers for a setting: its choices, or what lies in a folder."""
-    if choices_of(name):
-        return one_of(choices_of(name))
-    return _paths if kind_of(name) == "PATH" else None
-
-
-def one_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """Offers those that begin as what was typed."""
-    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+def _completion(field: FieldInfo) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a value: the choices, or the paths of a folder."""
+    choices = choices_of(field)
+    if choices:
+        return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+    return _paths if value_type(field) is Path else None
 
 
 def _paths(incomplete: str) -> list[str]:
@@ -201,3 +209,16 @@ def _paths(incomplete: str) -> list[str]:
         return []
     paths = [os.path.join(folder, name) for name in names]
     return [f"{path}/" if os.path.isdir(path) else path for path in paths]
+
+
+def _unwrapped(text: str) -> str:
+    """Join each paragraph into one line, so that the help can wrap it at the terminal's width;
+    indented lines (examples) stay as they are."""
+    lines: list[str] = []
+    for line in inspect.cleandoc(text).split("\n"):
+        joins = lines and lines[-1] and line and not line.startswith(" ")
+        if joins and not lines[-1].startswith(" "):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ LOCATION_SETTINGS = (
     "s3_anonymous",
     "s3_addressing",
     "s3_requests",
-    "s3_patience",
+    "s3_retry_timeout",
 )
 """The settings that a command needs besides ``data_dir`` to read ``s3://bucket/prefix``."""
 

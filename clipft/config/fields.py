@@ -1,51 +1,148 @@
-"""What a setting is made of: a default, a sentence, its fate on resume, its unit, its range."""
+"""The parts of a setting: default, description, range, and what may change on resume.
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+Settings and the options of single commands are declared with the same ``setting`` helper, so one
+place describes them for the help, for settings files and for the documentation.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-Fate = Literal["fixed", "free"]
+_KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", bool: "on|off"}
 
 
 class Section(BaseModel):
-    """A group of settings under one title."""
+    """A group of settings, or the options of one command, shown under one title."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
-        hide_input_in_errors=True,  # it may be a secret
-        defer_build=True,  # help needs no validators, and they take a third of its time
+        hide_input_in_errors=True,  # the input may be a secret
+        defer_build=True,  # help needs no validators, and building them takes a third of its time
     )
     title: ClassVar[str]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, values: Any) -> Any:
+        return current_names(cls, values) if isinstance(values, Mapping) else values
+
 
 def setting(
-    default: Any, text: str, fate: Fate = "free", unit: str | None = None, **constraints: Any
+    default: Any,
+    text: str,
+    on_resume: Literal["fixed", "free"] = "free",
+    *,
+    unit: str | None = None,
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    formerly: str | None = None,
+    **constraints: Any,
 ) -> Any:
-    """A setting. ``fixed`` ones decide the weights: a resumed run keeps them as they were.
-    ``unit``: what a number counts."""
-    extra: dict[str, Any] = {"fate": fate} | ({"unit": unit} if unit else {})
-    return Field(default, description=text, json_schema_extra=extra, **constraints)
+    """Declare a setting with its default and its description.
+
+    Args:
+        on_resume: ``fixed`` settings decide the weights, so a resumed run keeps them.
+        unit: what a number counts; also its placeholder in the help.
+        metavar: the placeholder in the help where neither unit nor type says enough.
+        choices: the accepted values of a setting that is not declared as a ``Literal``.
+        formerly: an earlier name, still accepted wherever the setting can be given.
+        constraints: ``ge``, ``gt``, ``le`` and ``lt``, as pydantic takes them.
+    """
+    extra = {"fate": on_resume, "unit": unit, "metavar": metavar, "formerly": formerly}
+    known: dict[str, Any] = {name: value for name, value in extra.items() if value is not None}
+    if choices:
+        known["enum"] = list(choices)  # the keyword of JSON schema, for editors
+    return Field(default, description=text, json_schema_extra=known, **constraints)
+
+
+def _refuse_folder(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError("is a folder, but must be a file")
+    return path
+
+
+File = Annotated[Path, AfterValidator(_refuse_folder)]
+"""A path that may be missing, but must not be a folder."""
 
 
 def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    """The settings that ``section`` itself declares, in order."""
+    """The settings of a section by name, in the order of their declaration."""
     yield from section.model_fields.items()
 
 
-def fate_of(field: FieldInfo) -> str:
-    return str(_extra(field)["fate"])
+def is_fixed(field: FieldInfo) -> bool:
+    """True if a resumed run must keep the setting as it was."""
+    return bool(_extra(field)["fate"] == "fixed")
 
 
-def unit_of(field: FieldInfo) -> str | None:
-    """What its numbers count; None: nothing that has a name."""
-    unit = _extra(field).get("unit")
-    return None if unit is None else str(unit)
+def former_name(field: FieldInfo) -> str | None:
+    """The earlier name under which the setting is still accepted, if it was renamed."""
+    return _extra(field).get("formerly")
+
+
+def current_names(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace former names by current ones; a value under the current name wins."""
+    former = {former_name(field): name for name, field in fields_of(section)}
+    renamed = {former[name]: value for name, value in values.items() if name in former}
+    return renamed | {name: value for name, value in values.items() if name not in former}
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The accepted values of a setting that has a closed list of them, otherwise none."""
+    if get_origin(field.annotation) is Literal:
+        return tuple(map(str, get_args(field.annotation)))
+    return tuple(_extra(field).get("enum", ()))
+
+
+def range_of(field: FieldInfo) -> str:
+    """The accepted range in words, such as ``at least 1`` or ``0 to 1``; empty if there is none."""
+    bounds = {
+        kind: getattr(constraint, kind)
+        for constraint in field.metadata
+        for kind in ("ge", "gt", "le", "lt")
+        if getattr(constraint, kind, None) is not None
+    }
+    low = f"{bounds['ge']:g}" if "ge" in bounds else f"above {bounds['gt']:g}" if bounds else ""
+    high = f"{bounds['le']:g}" if "le" in bounds else ""
+    high = f"below {bounds['lt']:g}" if "lt" in bounds else high
+    if low and high:
+        return f"{low} to {high}"
+    return f"at least {low}" if "ge" in bounds else low
+
+
+def kind_of(field: FieldInfo) -> str:
+    """What a value is, in a word: its unit, or a name for its type."""
+    kind = _KINDS.get(value_type(field), "CHOICE" if choices_of(field) else "TEXT")
+    return str(_extra(field).get("unit", kind))
+
+
+def placeholder_of(field: FieldInfo) -> str:
+    """What stands for a value in the help of a command."""
+    return str(_extra(field).get("metavar", kind_of(field).upper()))
+
+
+def value_type(field: FieldInfo) -> Any:
+    """The type of a setting's value, without ``None`` and without ``Annotated``."""
+    alternatives = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    optional = type(None) in get_args(field.annotation)
+    kind = alternatives[0] if optional else field.annotation
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def default_text(value: Any) -> str:
+    """A default as the help and the documentation show it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None or value in ("", (), {}) else str(value)
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
-    assert isinstance(field.json_schema_extra, dict), "made by ``setting``"
+    assert isinstance(field.json_schema_extra, dict), "declare it with `setting`"
     return field.json_schema_extra

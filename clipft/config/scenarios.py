@@ -1,7 +1,7 @@
-"""The scenarios: which part of CLIP learns. Adding one is adding a line to ``SCENARIOS``.
+"""The scenarios: which parts of CLIP are trained. To add one, add an entry to ``SCENARIOS``.
 
-Pure declarations without torch, because settings, help and documentation read them too;
-``modelling.adapt`` turns one into a trainable model.
+These are plain declarations without torch, because settings, help and documentation read them
+too; ``clipft.models.trainable.adapt`` turns one into a trainable model.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,11 @@ CHECKPOINT_SUFFIX = "_checkpoint.pt"
 
 @dataclass(frozen=True)
 class Scenario:
-    """``lora`` towers get adapters, ``projections`` are trained whole, ``full`` trains all."""
+    """Which weights a run trains.
+
+    ``lora`` names the towers that get adapters, ``projections`` those that are trained whole;
+    ``full`` trains every weight. ``lr`` replaces the general default of the learning rate.
+    """
 
     name: str
     summary: str
@@ -25,7 +29,6 @@ class Scenario:
     projections: tuple[str, ...] = ()
     full: bool = False
     lr: float | None = None
-    """Learning rate that differs from the general default of the settings."""
 
     @property
     def trains(self) -> bool:
@@ -35,7 +38,7 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
-        Scenario("zero_shot", "the untouched model; nothing trains"),
+        Scenario("zero_shot", "the pretrained model, without training"),
         Scenario("linear_probe", "both projections", projections=(VISUAL, TEXTUAL), lr=1e-3),
         Scenario(
             "dual_lora",

@@ -1,15 +1,17 @@
-"""The one settings model. Every default of clipft stands in this file and nowhere else.
+"""The settings model, with the default of every setting.
 
-Settings are frozen. Sections are base classes, so a service asks for the section it needs
-(``OptimSettings``) and is handed the whole. ``settings_sources`` says where values come from.
+Settings are frozen. Each section is a base class of ``Settings``, so a service can ask for the
+section it needs (``OptimSettings``) and accept the whole. ``clipft.config.sources`` decides where
+the values come from.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
-from clipft.config.fields import Section, fate_of, setting
+from clipft.config.fields import Section, is_fixed, setting
 from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
 from clipft.core.errors import unknown_choice
 
@@ -21,7 +23,7 @@ MINI_TRAIN = {
     "max_val_pairs": 64,
     "num_workers": 0,
 }
-"""Defaults under ``--mini-train``: the whole way of a run in seconds."""
+"""Defaults under ``--mini-train``: every stage of a run, in seconds."""
 
 DEMO = {
     "model": "tiny",
@@ -33,45 +35,52 @@ DEMO = {
     "precision": "fp32",
     "num_workers": 2,
 }
-"""Defaults of ``clipft demo``: as much learning as two cores do in a minute."""
-
-ZERO_SHOT_TEMPLATES = "furniture"
-ZERO_SHOT_LINEAR_PAIRS = 2000
-"""Of ``clipft zero-shot``: its prompts, and the training pairs of its linear classifier."""
-
+"""Defaults of ``clipft demo``: as much as two CPU cores can learn in about a minute."""
 
 FALLBACK_MICRO_BATCH = 64
-"""Where none is set and none can be found."""
+"""Micro-batch size if none is set and none can be measured."""
 
-_OWN_RATES = "".join(f" ({s.name}: {s.lr:g})" for s in SCENARIOS.values() if s.lr is not None)
+_SCENARIO_RATES = ", ".join(f"{s.lr:g} for {s.name}" for s in SCENARIOS.values() if s.lr)
 
 
 class StorageSettings(Section):
     title = "Storage"
     data_dir: Path = setting(
         Path("/tmp/furniture_data"),  # noqa: S108 (only read from, and the user's to set)
-        "folder with the shards: train/*.tar and val/*.tar; or s3://bucket/prefix",
+        "Folder of the shards (train/*.tar and val/*.tar), or s3://bucket/prefix.",
     )
-    s3_bucket: str | None = setting(None, "bucket that holds the pairs; none: data_dir as it is")
-    s3_prefix: str = setting("data/train", "prefix of the training pairs in the bucket")
-    s3_val_prefix: str = setting("data/val", "prefix of the validation pairs in the bucket")
-    endpoint_url: str | None = setting(None, "URL of an S3-compatible server other than AWS")
-    s3_region: str | None = setting(None, "region of the bucket; none: as boto3 finds it")
-    s3_profile: str | None = setting(None, "profile of the AWS configuration")
-    s3_anonymous: bool = setting(False, "ask without credentials: public buckets")
+    s3_bucket: str | None = setting(None, "S3 bucket to sync from. Default: use data_dir as it is.")
+    s3_prefix: str = setting("data/train", "Prefix of the training pairs in the bucket.")
+    s3_val_prefix: str = setting("data/val", "Prefix of the validation pairs in the bucket.")
+    endpoint_url: str | None = setting(None, "URL of an S3-compatible server. Default: Amazon S3.")
+    s3_region: str | None = setting(
+        None, "Region of the bucket. Default: the one boto3 is configured with."
+    )
+    s3_profile: str | None = setting(
+        None, "Profile of the AWS configuration. Default: the one boto3 is configured with."
+    )
+    s3_anonymous: bool = setting(False, "Send requests without credentials, for public buckets.")
     s3_addressing: Literal["auto", "path", "virtual"] = setting(
-        "auto", "bucket in the path or in the host name; auto: path with --endpoint-url"
+        "auto",
+        "Where a URL names the bucket. path: in the path; virtual: in the host name; auto: in the "
+        "path with --endpoint-url, otherwise as boto3 chooses.",
     )
-    s3_requests: int = setting(16, "requests in flight", unit="requests", ge=1, le=256)
-    s3_patience: float = setting(
-        600, "seconds for which a failing server or network is asked again", unit="seconds", ge=0
+    s3_requests: int = setting(
+        16, "Maximum number of concurrent requests.", unit="requests", ge=1, le=256
     )
-    pack: bool = setting(True, "after a sync, pack raw files into shards (once)")
-    enable_s3_checkpoints: bool = setting(False, "upload each saved checkpoint to the bucket")
-    s3_checkpoint_prefix: str = setting("checkpoints", "prefix of the checkpoints in the bucket")
+    s3_retry_timeout: float = setting(
+        600,
+        "How long to retry when the server or the network fails, in seconds.",
+        unit="seconds",
+        formerly="s3_patience",
+        ge=0,
+    )
+    pack: bool = setting(True, "Pack raw files into shards after a sync (once).")
+    enable_s3_checkpoints: bool = setting(False, "Upload each saved checkpoint to the bucket.")
+    s3_checkpoint_prefix: str = setting("checkpoints", "Prefix of the checkpoints in the bucket.")
     keep_s3_checkpoints: int = setting(
         3,
-        "checkpoints of a run that stay in the bucket, besides the best",
+        "How many checkpoints of a run to keep in the bucket, in addition to the best one.",
         unit="checkpoints",
         ge=1,
     )
@@ -81,8 +90,8 @@ class StorageSettings(Section):
     def _without_secrets(cls, value: str | None) -> str | None:
         if value and "@" in value.partition("://")[2].partition("/")[0]:
             raise ValueError(
-                "must not hold a user or password, which would be written down with the settings: "
-                "give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or with --s3-profile"
+                "must not contain a user name or a password, because settings are saved with the "
+                "run; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use --s3-profile"
             )
         return value
 
@@ -91,52 +100,66 @@ class DataSettings(Section):
     title = "Data"
     caption: str = setting(
         "{caption}",
-        "a pair's text: {caption} is its .txt, other names are fields of its .json, as in "
-        "'{type}, {color}. {name}'; || between several, of which each epoch draws one",
+        "Template of a pair's text. {caption} is the content of its .txt file; other names are "
+        "fields of its .json file, as in '{type}, {color}. {name}'. Separate alternatives with "
+        "||: each epoch draws one of them.",
         "fixed",
     )
     group_field: str | None = setting(
         None,
-        "metadata field whose equal values belong together, as of one product: in evaluation, "
-        "and in training with --positives group",
+        "Metadata field that identifies pairs of the same thing, such as a product id. Used in "
+        "evaluation, and in training with --positives group.",
         "fixed",
     )
     augmentation: Literal["none", "simple", "advanced"] = setting(
         "simple",
-        "the model's own preprocessing; flip and padded random crop; "
-        "TrivialAugmentWide and random erasing 0.2",
+        "Augmentation of training images. none: only the model's own preprocessing; simple: flip "
+        "and padded random crop; advanced: TrivialAugmentWide and random erasing (0.2).",
         "fixed",
     )
     stream: bool = setting(
-        False, "read the training shards in sequence: for slow disks and network folders", "fixed"
+        False, "Read the training shards sequentially, for slow disks and network folders.", "fixed"
     )
     shuffle_buffer: int = setting(
-        4096, "pairs that are shuffled among each other, with --stream", "fixed", unit="pairs", ge=1
+        4096, "Number of pairs to shuffle at a time with --stream.", "fixed", unit="pairs", ge=1
     )
     feature_cache: bool = setting(
-        True, "keep what a tower that does not train makes of unchanging inputs in the cache folder"
+        True,
+        "Cache the outputs of frozen towers whose inputs do not change between epochs, on disk.",
     )
     num_workers: int = setting(
-        4, "processes that decode images; 0: none besides the main", unit="processes", ge=0
+        4,
+        "Number of processes that decode images. 0: decode in the main process.",
+        unit="processes",
+        ge=0,
     )
     worker_timeout: float = setting(
         300,
-        "seconds without a batch after which a decoding process is taken for hung; 0: never",
+        "How long to wait for a batch before a decoding process is considered hung, in seconds. "
+        "0: wait forever.",
         unit="seconds",
         ge=0,
     )
     max_train_pairs: int = setting(
-        0, "train on the first so many pairs; 0: all", "fixed", unit="pairs", ge=0
+        0, "Train only on the first pairs, up to this number. 0: all.", "fixed", unit="pairs", ge=0
     )
     max_val_pairs: int = setting(
-        0, "validate on the first so many pairs; 0: all", "fixed", unit="pairs", ge=0
+        0,
+        "Validate only on the first pairs, up to this number. 0: all.",
+        "fixed",
+        unit="pairs",
+        ge=0,
     )
     max_bad: float = setting(
-        0.01, "share of unreadable pairs above which a run stops", unit="share", ge=0, le=1
+        0.01,
+        "Largest share of unreadable pairs that a run tolerates before it stops.",
+        unit="share",
+        ge=0,
+        le=1,
     )
 
     def too_many_bad(self, bad: int, pairs: int) -> bool:
-        """More than ``max_bad`` of the pairs, and more than one: one never stops a small run."""
+        """True above the share ``max_bad``. A single bad pair never stops a run, however small."""
         return bad > max(1.0, self.max_bad * pairs)
 
 
@@ -144,24 +167,38 @@ class ModelSettings(Section):
     title = "Model"
     model: str = setting(
         "openai/clip-vit-base-patch32",
-        "CLIP checkpoint: hub id, local folder, or 'tiny' (carried by the package)",
+        "Pretrained CLIP model: a Hugging Face Hub id, a local folder, or 'tiny' (included in "
+        "the package).",
         "fixed",
     )
     scenario: str = setting(
         "dual_lora",
-        "; ".join(f"{s.name}: {s.summary}" for s in SCENARIOS.values()),
+        f"What to train. {'; '.join(f'{s.name}: {s.summary}' for s in SCENARIOS.values())}.",
+        "fixed",
+        choices=tuple(SCENARIOS),
+    )
+    lora_r: int = setting(16, "Rank of the LoRA adapters.", "fixed", ge=1)
+    lora_alpha: float = setting(
+        32, "LoRA alpha: adapter outputs are scaled by alpha / r.", "fixed", gt=0
+    )
+    lora_dropout: float = setting(0.05, "Dropout before the adapters.", "fixed", ge=0, lt=1)
+    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = setting(
+        "qv",
+        "Layers that get adapters. qv: query and value of attention; qkvo: all four projections "
+        "of attention; mlp: the MLP; all: attention and MLP.",
         "fixed",
     )
-    lora_r: int = setting(16, "rank of the LoRA adapters", "fixed", ge=1)
-    lora_alpha: float = setting(32, "LoRA scale: alpha / r", "fixed", gt=0)
-    lora_dropout: float = setting(0.05, "dropout before the adapters", "fixed", ge=0, lt=1)
-    lora_targets: Literal["qv", "qkvo", "mlp", "all"] = setting(
-        "qv", "adapted maps: of attention two or all four, of the MLP, or both", "fixed"
+    lora_rslora: bool = setting(
+        False, "Use the scale alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).", "fixed"
     )
-    lora_rslora: bool = setting(False, "LoRA scale alpha / sqrt(r) (Kalajdzievski 2023)", "fixed")
-    lora_dora: bool = setting(False, "magnitudes apart from directions (Liu et al. 2024)", "fixed")
+    lora_dora: bool = setting(
+        False, "Train magnitudes separately from directions (DoRA, Liu et al. 2024).", "fixed"
+    )
     lora_init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = setting(
-        "default", "first values of the adapters; olora and pissa change the base weights", "fixed"
+        "default",
+        "Initial values of the adapters: default, gaussian, orthogonal, olora or pissa. olora and "
+        "pissa also change the base weights.",
+        "fixed",
     )
 
     @field_validator("scenario")
@@ -176,151 +213,179 @@ class LossSettings(Section):
     title = "Loss"
     loss: Literal["auto", "clip", "siglip"] = setting(
         "auto",
-        "softmax over the batch; sigmoid of each image with each text; "
-        "auto is the one that the checkpoint was made with",
+        "Contrastive loss. clip: softmax over the batch; siglip: sigmoid for each image and text; "
+        "auto: the loss the model was pretrained with.",
         "fixed",
     )
     positives: Literal["pair", "caption", "group"] = setting(
         "pair",
-        "what is no negative of a row: nothing but itself; rows with the same caption; rows "
-        "with the same group_field",
+        "Which rows are not negatives of a pair. pair: only itself; caption: rows with the same "
+        "caption; group: rows with the same value of group_field.",
         "fixed",
     )
     positives_mode: Literal["soft", "mask"] = setting(
         "soft",
-        "such rows are positives, with equal shares; or are left out of the comparison",
+        "How such rows count. soft: as positives with equal shares; mask: not at all.",
         "fixed",
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(
         "auto",
-        "the temperature (and the bias of siglip); auto trains them in scenario "
-        "full, and where siglip meets a checkpoint without a bias",
+        "The temperature, and the bias of siglip: frozen or trained. auto: trained in scenario "
+        "full, and when a model without a bias is trained with siglip; otherwise frozen.",
         "fixed",
     )
 
 
 class AdaptSettings(ModelSettings, LossSettings):
-    """What decides a trainable model."""
+    """The settings that determine a trainable model."""
 
 
 class OptimSettings(Section):
-    title = "Optimisation"
-    epochs: int = setting(10, "passes over the training pairs", "fixed", unit="epochs", ge=1)
+    title = "Optimization"
+    epochs: int = setting(10, "Passes over the training pairs.", "fixed", unit="epochs", ge=1)
     effective_batch_size: int = setting(
         1024,
-        "pairs per optimizer step; the loss is taken over all of them",
+        "Pairs per optimizer step. The loss compares all of them with each other.",
         "fixed",
         unit="pairs",
         ge=2,
     )
     micro_batch_size: int = setting(
         0,
-        f"pairs per forward pass; 0: find it ({FALLBACK_MICRO_BATCH} where nothing can be found)",
+        "Pairs per forward pass. 0: find the fastest size that fits "
+        f"({FALLBACK_MICRO_BATCH} if it cannot be measured).",
         unit="pairs",
         ge=0,
     )
     graph_memory: float | None = setting(
         None,
-        "GiB for graphs of micro-batches kept for the backward pass rather than computed twice; "
-        "none: what is free",
+        "Memory for activations that are kept for the backward pass instead of being computed "
+        "twice, in GiB. Default: the memory that is free.",
         unit="GiB",
         ge=0,
     )
     gradient_checkpointing: bool = setting(
-        False, "run encoder layers again in the backward pass instead of keeping their values"
+        False, "Recompute encoder layers in the backward pass, which saves memory and costs time."
     )
     accumulation: Literal["exact", "local"] = setting(
         "exact",
-        "loss over the whole effective batch in the memory of a micro-batch; "
-        "or over each micro-batch alone, as most scripts do",
+        "How micro-batches form the loss. exact: one loss over the whole effective batch, in the "
+        "memory of a micro-batch; local: one loss for each micro-batch, as in most scripts.",
         "fixed",
     )
-    lr: float = setting(1e-4, f"highest learning rate{_OWN_RATES}", "fixed", ge=0)
+    lr: float = setting(1e-4, f"Peak learning rate ({_SCENARIO_RATES}).", "fixed", ge=0)
     lr_projections: float | None = setting(
-        None, "that of projections which a scenario trains; none: as lr", "fixed", ge=0
+        None, "Learning rate of the projections. Default: same as --lr.", "fixed", ge=0
     )
     lr_scale: float | None = setting(
-        None, "that of the temperature, where it trains; none: as lr", "fixed", ge=0
+        None, "Learning rate of the temperature. Default: same as --lr.", "fixed", ge=0
     )
     layer_decay: float = setting(
         1.0,
-        "each encoder layer's learning rate is that of the one above times this, for scenario "
-        "full; 1: all the same",
+        "Factor by which the learning rate falls from each encoder layer to the one below, for "
+        "scenario full. 1: the same rate in all layers.",
         "fixed",
         gt=0,
         le=1,
     )
-    wd: float = setting(0.1, "weight decay; none on norms, biases and logit scale", "fixed", ge=0)
-    warmup_steps: int = setting(
-        100, "optimizer steps of warm-up, at most a tenth of all steps", "fixed", unit="steps", ge=0
+    wd: float = setting(
+        0.1, "Weight decay. Norms, biases and the logit scale have none.", "fixed", ge=0
     )
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", "fixed", ge=0)
+    warmup_steps: int = setting(
+        100,
+        "Optimizer steps of warm-up, limited to a tenth of all steps.",
+        "fixed",
+        unit="steps",
+        ge=0,
+    )
+    grad_clip: float = setting(1.0, "Maximum gradient norm. 0: no clipping.", "fixed", ge=0)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
-        "auto", "auto is AdamW8bit on a GPU where it saves memory, else fused AdamW", "fixed"
+        "auto",
+        "adamw: fused AdamW; adamw8bit: AdamW with 8-bit states; auto: adamw8bit on a GPU if it "
+        "saves memory, otherwise adamw.",
+        "fixed",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "auto is bf16 where the hardware has it, fp16 on older GPUs, else fp32", "fixed"
+        "auto",
+        "Numeric precision: fp32, bf16 or fp16. auto: bf16 if the hardware supports it, fp16 on "
+        "older GPUs, otherwise fp32.",
+        "fixed",
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "Where to compute: cpu, cuda or mps. auto: a GPU if there is one."
+    )
     stop_on: Literal["loss", "recall", "never"] = setting(
-        "loss", "validation figure of early stopping and of the best epoch", "fixed"
+        "loss",
+        "Validation metric for early stopping and for choosing the best epoch: loss or recall. "
+        "never: do not stop early.",
+        "fixed",
     )
     patience: int = setting(
-        2, "epochs without improvement before stopping", "fixed", unit="epochs", ge=1
+        2, "Epochs without improvement before training stops.", "fixed", unit="epochs", ge=1
     )
-    min_delta: float = setting(0.001, "least change that counts as improvement", "fixed", ge=0)
+    min_delta: float = setting(
+        0.001, "Smallest change that counts as an improvement.", "fixed", ge=0
+    )
 
 
 class RunSettings(Section):
     title = "Run"
-    output_dir: Path = setting(Path("./checkpoints"), "folder of the runs, one per scenario")
-    mini_train: bool = setting(
-        False, "smoke test: a few steps on a few pairs; other settings still win", "fixed"
+    output_dir: Path = setting(
+        Path("./checkpoints"), "Folder for the runs, with a subfolder for each scenario."
     )
-    seed: int = setting(42, "decides order, augmentation, initialisation, dropout", "fixed", ge=0)
+    mini_train: bool = setting(
+        False,
+        "Smoke test: train a few steps on a few pairs. Other settings take precedence.",
+        "fixed",
+    )
+    seed: int = setting(
+        42, "Seed of data order, augmentation, initialization and dropout.", "fixed", ge=0
+    )
     processes: int = setting(
         1,
-        "processes that train together on this machine: one per GPU, or shares of its cores",
+        "Number of processes that train together on this machine: one for each GPU, or several "
+        "that share the CPU cores.",
         unit="processes",
         ge=1,
     )
     shard_weights: bool = setting(
         False,
-        "for scenario full on several processes: each holds a part of weights, gradients and "
-        "optimizer states (FSDP), and fetches a layer's others while it works",
+        "Shard weights, gradients and optimizer states over the processes (FSDP), for scenario "
+        "full.",
     )
     process_timeout: float = setting(
         10,
-        "minutes after which a process that is not heard of is taken for lost",
+        "How long a process may be silent before it is considered lost, in minutes.",
         unit="minutes",
         gt=0,
     )
     checkpoint_every: int = setting(
         100,
-        "optimizer steps between checkpoints, besides each epoch's end; 0: none",
+        "Optimizer steps between checkpoints, in addition to one after each epoch. 0: only after "
+        "each epoch.",
         unit="steps",
         ge=0,
     )
     resume_from_checkpoint: bool = setting(
-        False, "go on from the checkpoint in output_dir if there is one"
+        False, "Resume from the checkpoint in output_dir if there is one."
     )
 
 
 class EvaluationSettings(Section):
     title = "Evaluation"
     label_field: str = setting(
-        "category", "metadata field with a pair's label: figures per label, and classification"
+        "category", "Metadata field with a pair's label, for metrics by label and classification."
     )
     resamples: int = setting(
         1000,
-        "bootstrap resamples behind the 95 % intervals; 0: no intervals",
+        "Bootstrap resamples for the 95 % intervals. 0: no intervals.",
         unit="resamples",
         ge=0,
         le=100_000,
     )
     evaluation_memory: int = setting(
         256,
-        "MiB that the comparing of all with all may take, besides the embeddings",
+        "Memory for comparing all images with all texts, in addition to the embeddings, in MiB.",
         unit="MiB",
         ge=1,
     )
@@ -333,9 +398,11 @@ class EvaluationSettings(Section):
 class TrackingSettings(Section):
     title = "Tracking"
     wandb: Literal["disabled", "offline", "online"] = setting(
-        "disabled", "Weights & Biases; metrics.jsonl is always written"
+        "disabled",
+        "Logging to Weights & Biases: disabled, offline or online. metrics.jsonl is always "
+        "written.",
     )
-    wandb_project: str = setting("clip-furniture-finetune", "project of the runs in W&B")
+    wandb_project: str = setting("clip-furniture-finetune", "Weights & Biases project.")
 
 
 SECTIONS: tuple[type[Section], ...] = (
@@ -359,7 +426,7 @@ class Settings(
     DataSettings,
     StorageSettings,
 ):
-    """Everything that can be set."""
+    """All settings of a run."""
 
     @property
     def declared_scenario(self) -> Scenario:
@@ -374,6 +441,35 @@ class Settings(
         return self.output_dir / f"{self.scenario}{CHECKPOINT_SUFFIX}"
 
 
+EVALUATION_OVERRIDES = (
+    "data_dir",
+    "caption",
+    "num_workers",
+    "max_val_pairs",
+    "max_bad",
+    "micro_batch_size",
+    "precision",
+    "device",
+    "group_field",
+    *EvaluationSettings.model_fields,
+)
+"""Settings that an evaluation may set; the others come from the checkpoint."""
+
+
 def fixed_on_resume() -> list[str]:
-    """Names of the settings that decide the weights and so must not change on resume."""
-    return [name for name, field in Settings.model_fields.items() if fate_of(field) == "fixed"]
+    """The names of the settings that decide the weights and so must not change on resume."""
+    return [name for name, field in Settings.model_fields.items() if is_fixed(field)]
+
+
+def beside_defaults(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe settings, dumped in JSON mode, by name, value, default, and whether they differ."""
+    standard = Settings().model_dump(mode="json")
+    return [
+        {
+            "name": name,
+            "value": value,
+            "default": standard[name],
+            "changed": value != standard[name],
+        }
+        for name, value in values.items()
+    ]

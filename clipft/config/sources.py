@@ -1,7 +1,7 @@
-"""Where settings come from, strongest first: a flag, the environment (``CLIPFT_LR``), a TOML
-file (``--config``), a profile (``--mini-train``, the scenario), the default.
+"""Where settings come from. The strongest source wins: a flag, the environment (``CLIPFT_LR``),
+a TOML file (``--config``), a profile (``--mini-train``, the scenario), the default.
 
-``load_settings`` merges them, validates once, and remembers where each value came from.
+``load_settings`` merges the sources, validates once, and records where each value came from.
 """
 
 import os
@@ -9,51 +9,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from clipft.config.fields import fields_of
+from clipft.config.fields import Section, choices_of, current_names
 from clipft.config.scenarios import SCENARIOS
-from clipft.config.settings import MINI_TRAIN, SECTIONS, EvaluationSettings, Settings
+from clipft.config.settings import MINI_TRAIN, Settings
+from clipft.config.settings_file import read_toml, settings_as_toml
 from clipft.core.common import cache_folder
 from clipft.core.errors import UsageError, did_you_mean, unknown_choice
 
-SCHEME = "s3://"
-
-
-@dataclass(frozen=True)
-class S3Url:
-    """``prefix`` without slashes at its ends; "" is the whole bucket."""
-
-    bucket: str
-    prefix: str
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{self.bucket}/{self.prefix}"
-
-    def below(self, name: str) -> str:
-        """The prefix of what lies in it under ``name``."""
-        return f"{self.prefix}/{name}".lstrip("/")
-
-
-def parse_s3_url(text: object) -> S3Url | None:
-    """None: it is no such URL. A path object has lost one of the slashes.
-
-    Raises:
-        UsageError: it names no bucket.
-    """
-    found = re.fullmatch(r"s3:/+([^/]*)(.*)", str(text), re.DOTALL | re.IGNORECASE)
-    if not found:
-        return None
-    if not found[1]:
-        raise UsageError(f"{text} names no bucket", "write it like s3://bucket/prefix")
-    return S3Url(found[1], found[2].strip("/"))
-
-
 ENV_PREFIX = "CLIPFT_"
 ENV_OTHERS = frozenset({"CLIPFT_CONFIG", "CLIPFT_CACHE"})
-"""Names of the environment that are clipft's without being settings."""
+"""Environment variables of clipft that are not settings."""
 
 _PLAINER = {
     "Input should be": "must be",
@@ -62,41 +31,50 @@ _PLAINER = {
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
-"""Words of pydantic, and ours."""
+"""Phrases of pydantic's messages, and plainer ones."""
 
-JUDGED_ANEW = (
-    "data_dir",
-    "caption",
-    "num_workers",
-    "max_val_pairs",
-    "max_bad",
-    "micro_batch_size",
-    "precision",
-    "device",
-    "group_field",
-    *EvaluationSettings.model_fields,
-)
-"""Settings of an evaluation that are not those of the checkpoint where they are given."""
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+@dataclass(frozen=True)
+class S3Url:
+    """A place in a bucket. ``prefix`` has no slashes at its ends; "" is the whole bucket."""
+
+    bucket: str
+    prefix: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
+    def below(self, name: str) -> str:
+        """The prefix of ``name`` inside this place."""
+        return f"{self.prefix}/{name}".lstrip("/")
+
+
+def parse_s3_url(text: object) -> S3Url | None:
+    """Parse ``s3://bucket/prefix``; None if it is something else.
+
+    Raises:
+        UsageError: the URL names no bucket.
+    """
+    # A Path object turns the two slashes after the scheme into one
+    found = re.fullmatch(r"s3:/+([^/]*)(.*)", str(text), re.DOTALL | re.IGNORECASE)
+    if not found:
+        return None
+    if not found[1]:
+        raise UsageError(f"{text} names no bucket", "write it as s3://bucket/prefix")
+    return S3Url(found[1], found[2].strip("/"))
 
 
 @dataclass(frozen=True)
 class LoadedSettings:
-    """Validated settings and, for each, where its value came from."""
+    """Validated settings and, for each name, where its value came from."""
 
     values: Settings
     origins: dict[str, str]
 
     def to_toml(self) -> str:
-        """The settings as TOML that ``--config`` reads back, each line with its origin."""
-        lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
-        dumped = self.values.model_dump(mode="json")
-        for section in SECTIONS:
-            lines += ["", f"# {section.title}"]
-            for name, _ in fields_of(section):
-                value, origin = dumped[name], self.origins[name]
-                text = f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
-                lines.append(f"{text}  # {origin}" if value is not None else text)
-        return "\n".join(lines) + "\n"
+        return settings_as_toml(self.values, self.origins)
 
 
 def load_settings(
@@ -105,15 +83,21 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     profile: Mapping[str, Any] | None = None,
 ) -> LoadedSettings:
-    """Merge the sources, validate once. ``profile`` are the defaults of one command.
+    """Merge the sources and validate the result.
+
+    Args:
+        flags: values from the command line or from Python.
+        config: a TOML file.
+        environ: the environment; None for that of this process.
+        profile: defaults of one command.
 
     Raises:
-        UsageError: with every mistake at once, each naming its source.
+        UsageError: every mistake at once, each with its source.
     """
     sources = [
-        (dict(flags or {}), "flag"),
+        (current_names(Settings, flags or {}), "flag"),
         (_from_environment(os.environ if environ is None else environ), "environment"),
-        (_from_file(config) if config else {}, f"file {config}"),
+        (known_settings(read_toml(config), config) if config else {}, f"file {config}"),
         (dict(profile or {}), "command"),
     ]
     values: dict[str, Any] = {}
@@ -123,18 +107,45 @@ def load_settings(
             if name not in values:
                 values[name], origins[name] = value, origin
     _expand_data_url(values, origins)
-    try:
-        return LoadedSettings(Settings(**values), origins)
-    except ValidationError as error:
-        raise _mistakes(error, origins) from error
+    return LoadedSettings(validated(Settings, values, origins), origins)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    given = {
+        name.removeprefix(ENV_PREFIX).lower(): value or None  # set but empty: no value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and name not in ENV_OTHERS
+    }
+    values = current_names(Settings, given)
+    unknown = [name for name in values if name not in Settings.model_fields]
+    if unknown:
+        raise _unknown_name(_spelled(unknown[0], "environment"), unknown[0], "environment")
+    return values
+
+
+def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
+    """The defaults that another setting brings: a smoke test's and a scenario's."""
+
+    def chosen(name: str) -> Any:
+        given = (source[name] for source, _ in sources if name in source)
+        return next(given, Settings.model_fields[name].default)
+
+    profiles: list[tuple[dict[str, Any], str]] = []
+    # Values are not validated yet, so a flag or a variable is still text
+    if str(chosen("mini_train")).lower() in {"true", "1", "yes", "on"}:
+        profiles.append((dict(MINI_TRAIN), "mini_train"))
+    scenario = SCENARIOS.get(chosen("scenario"))
+    if scenario and scenario.lr is not None:
+        profiles.append(({"lr": scenario.lr}, f"scenario {scenario.name}"))
+    return profiles
 
 
 def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """``--data-dir s3://bucket/prefix``: the bucket, its two prefixes, and a folder of the
-    cache to bring them to.
+    """Replace ``--data-dir s3://bucket/prefix`` by the bucket, its two prefixes, and a folder of
+    the cache to download to.
 
     Raises:
-        UsageError: another bucket is set beside it.
+        UsageError: another bucket is set as well.
     """
     url = parse_s3_url(values.get("data_dir", ""))
     if url is None:
@@ -142,7 +153,7 @@ def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
     if values.get("s3_bucket") not in {None, url.bucket}:
         raise UsageError(
             f"--data-dir {url} is not in bucket {values['s3_bucket']}",
-            "leave out --s3-bucket, or name a folder with --data-dir",
+            "omit --s3-bucket, or name a folder with --data-dir",
         )
     origin = origins["data_dir"]
     for name, value in settings_of_data(url).items():
@@ -151,7 +162,7 @@ def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def settings_of_data(url: S3Url) -> dict[str, Any]:
-    """What a location in the place of a folder of pairs sets."""
+    """The settings that an S3 URL in place of a data folder implies."""
     return {
         "data_dir": cached_bucket(url.bucket) / url.prefix,
         "s3_bucket": url.bucket,
@@ -161,121 +172,89 @@ def settings_of_data(url: S3Url) -> dict[str, Any]:
 
 
 def cached_bucket(bucket: str) -> Path:
-    """The folder that what commands name in a bucket is brought to."""
+    """The folder of the cache for what commands download from a bucket."""
     return cache_folder() / "s3" / bucket
 
 
-def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
-    """Defaults that follow from another setting: a smoke test's, a scenario's."""
+def known_settings(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
+    """Values by the current names of settings.
 
-    def chosen(name: str) -> Any:
-        given = (source[name] for source, _ in sources if name in source)
-        return next(given, Settings.model_fields[name].default)
-
-    profiles: list[tuple[dict[str, Any], str]] = []
-    if str(chosen("mini_train")).lower() in {"true", "1", "yes", "on"}:
-        profiles.append((dict(MINI_TRAIN), "mini_train"))
-    scenario = SCENARIOS.get(chosen("scenario"))
-    if scenario and scenario.lr is not None:
-        profiles.append(({"lr": scenario.lr}, f"scenario {scenario.name}"))
-    return profiles
+    Raises:
+        UsageError: some names are not settings; ``source`` is where they were given.
+    """
+    current = current_names(Settings, values)
+    refuse_unknown(current, Settings, source)
+    return current
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENV_OTHERS:
-            continue
-        key = name.removeprefix(ENV_PREFIX).lower()
-        if key not in Settings.model_fields:
-            raise _unknown_name(name, key, lambda near: ENV_PREFIX + near.upper())
-        values[key] = None if value == "" else value
-    return values
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    values = read_toml(path)
-    refuse_unknown(values, path)
-    return values
-
-
-def read_toml(path: Path) -> dict[str, Any]:
+def refuse_unknown(names: Iterable[str], section: type[Section], source: Path | str) -> None:
     """
     Raises:
-        UsageError: it cannot be read, or is not TOML.
+        UsageError: some names are not fields of ``section``.
     """
-    import tomllib
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read settings file {path}: {error}", "check the path and the file"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(
-            f"{path} is not TOML: {error}", "compare with the output of `clipft settings`"
-        ) from error
-
-
-def refuse_unknown(names: Iterable[str], source: Path | str) -> None:
-    """
-    Raises:
-        UsageError: some are not the names of settings.
-    """
-    unknown = [name for name in names if name not in Settings.model_fields]
+    unknown = [name for name in names if name not in section.model_fields]
     if unknown:
-        raise _unknown_name(f"{', '.join(unknown)} in {source}", unknown[0], str)
+        raise _unknown_name(f"{', '.join(unknown)} in {source}", unknown[0], str(source), section)
 
 
-def _unknown_name(shown: str, key: str, spell: Any) -> UsageError:
-    meant = did_you_mean(key, Settings.model_fields, spell)
-    return UsageError(f"unknown setting {shown}", meant or "`clipft settings` lists every name")
+def _unknown_name(
+    shown: str, name: str, origin: str, section: type[Section] = Settings
+) -> UsageError:
+    def spell(near: str) -> str:
+        return _spelled(near, origin) if origin == "environment" else near
+
+    hint = "`clipft settings` lists every name"
+    if section is not Settings:
+        hint = f"the names are {', '.join(section.model_fields)}"
+    meant = did_you_mean(name, section.model_fields, spell)
+    return UsageError(f"unknown setting {shown}", meant or hint)
 
 
-def _mistakes(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
-    lines = []
-    for mistake in error.errors():
-        name = str(mistake["loc"][0])
-        lines.append(
-            f"{_spelled(name, origins[name])} {_shown(mistake['input'])}: {_reason(mistake)}"
-        )
-    return UsageError("; ".join(lines), "`clipft settings` shows every value and its source")
+def validated(
+    section: type[AnySection], values: Mapping[str, Any], origins: Mapping[str, str]
+) -> AnySection:
+    """Build a section from values of any source; ``origins`` tells where each was given.
+
+    Raises:
+        UsageError: every wrong value, each spelled as its user wrote it.
+    """
+    try:
+        return section(**values)
+    except ValidationError as error:
+        lines = []
+        for mistake in error.errors():
+            name = str(mistake["loc"][0])
+            # Without the user name and the password of a URL
+            shown = re.sub(r"(?<=//)[^/]*@", "...@", repr(mistake["input"]))
+            reason = _reason(mistake, choices_of(section.model_fields[name]))
+            lines.append(f"{_spelled(name, origins[name])} {shown}: {reason}")
+        hint = "`clipft settings` shows every value and its source"
+        if section is not Settings:
+            hint = "the --help of the command describes its options"
+        raise UsageError("; ".join(lines), hint) from error
 
 
-def _reason(mistake: Any) -> str:
+def _reason(mistake: Any, choices: Iterable[str]) -> str:
     if mistake["type"] == "literal_error":
-        annotation = Settings.model_fields[str(mistake["loc"][0])].annotation
-        return unknown_choice(str(mistake["input"]), get_args(annotation))
+        return unknown_choice(str(mistake["input"]), choices)
     message = str(mistake["msg"]).removeprefix("Value error, ")
     for theirs, ours in _PLAINER.items():
         message = message.replace(theirs, ours)
     return message.partition(", unable to parse")[0]
 
 
-def _shown(value: Any) -> str:
-    """A value as it was given, without the user and the password of a URL."""
-    return re.sub(r"(?<=//)[^/]*@", "...@", repr(value))
-
-
 def _spelled(name: str, origin: str) -> str:
-    """A setting as its user wrote it."""
+    """The name of a setting as its user wrote it."""
     if origin == "flag":
-        return f"--{name.replace('_', '-')}"
+        return option_of(name)
     if origin == "environment":
         return f"{ENV_PREFIX}{name.upper()}"
     return f"{name} in {origin.removeprefix('file ')}"
 
 
-def toml_value(value: Any) -> str:
-    """As TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return (
-            '"'
-            + "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped)
-            + '"'
-        )
-    return repr(value)
+def option_of(name: str) -> str:
+    """The command-line option of a field: ``data_dir`` becomes ``--data-dir``.
+
+    A trailing underscore, which keeps a field apart from a method of its class, is dropped.
+    """
+    return f"--{name.rstrip('_').replace('_', '-')}"

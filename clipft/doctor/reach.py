@@ -87,7 +87,7 @@ def bucket(settings: Settings) -> Finding:
     from clipft.storage.s3.client import open_bucket
 
     # Without retries: an answer is wanted at once
-    opened = open_bucket(settings.model_copy(update={"s3_patience": 0.0}))
+    opened = open_bucket(settings.model_copy(update={"s3_retry_timeout": 0.0}))
     prefix = settings.s3_prefix.strip("/") + "/"
     listed = f"{opened.url(prefix)} can be listed"
     if not opened.holds(prefix):

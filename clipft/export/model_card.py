@@ -307,8 +307,7 @@ def _with_history(facts: "CardFacts", opened: "OpenedModel") -> "CardFacts":
 def _telling_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those that decide the weights and say something: the usual ones, and what was changed."""
     from clipft.config.scenarios import SCENARIOS
-    from clipft.config.settings import fixed_on_resume
-    from clipft.config.text import beside_defaults
+    from clipft.config.settings import beside_defaults, fixed_on_resume
 
     told = [n for n in fixed_on_resume() if n in saved and n not in {"model", "scenario"}]
     if not SCENARIOS[saved["scenario"]].lora:

@@ -31,8 +31,7 @@ from pydantic import ValidationError
 
 from clipft.config.fields import fields_of
 from clipft.config.scenarios import CHECKPOINT_SUFFIX
-from clipft.config.settings import SECTIONS, Settings
-from clipft.config.text import beside_defaults
+from clipft.config.settings import SECTIONS, Settings, beside_defaults
 from clipft.core.errors import StorageError, UsageError, first_line
 from clipft.core.files import disk_error, json_lines, read_json, write_text
 from clipft.runs.records import RunRecords

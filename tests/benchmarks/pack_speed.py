@@ -23,7 +23,8 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 
 SIDE, SHARD = 256, 250
-QUALITY = PackOptions.quality
+OPTIONS = PackOptions()
+QUALITY = OPTIONS.quality
 
 
 def write_files(folder: Path, photos: Path | None, count: int) -> None:
@@ -48,7 +49,7 @@ def _textured(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def ours(files: Path, out: Path, size: int, processes: int, near: int = PackOptions.near) -> Work:
+def ours(files: Path, out: Path, size: int, processes: int, near: int = OPTIONS.near) -> Work:
     options = PackOptions(shard_pairs=SHARD, size=size, processes=processes, near=near)
 
     def work() -> int:
@@ -104,7 +105,7 @@ def main() -> None:
                 label = f"{name}, {processes} process{'es' * (processes > 1)}"
                 rows.append(compare(label, mine, peer, 0, pairs))
         with_near, without = ours(files, out, 0, 1), ours(files, loop, 0, 1, near=-1)
-        label = f"as they are, 1 process, --near {PackOptions.near} / -1"
+        label = f"as they are, 1 process, --near {OPTIONS.near} / -1"
         rows.append(compare(label, with_near, without, 0, pairs))
         publish("pack", rows, ("pillow", "webdataset", "numpy"), chosen.json)
 

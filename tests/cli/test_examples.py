@@ -24,7 +24,7 @@ FAST = {
     "CLIPFT_NUM_WORKERS": "0",
     "CLIPFT_RESAMPLES": "20",
     "CLIPFT_DATA_DIR": "catalogue",
-    "CLIPFT_S3_PATIENCE": "2",
+    "CLIPFT_S3_RETRY_TIMEOUT": "2",
 }
 
 

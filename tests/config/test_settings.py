@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipft.config.fields import range_of
 from clipft.config.settings import Settings, fixed_on_resume
+from clipft.config.settings_file import template
 from clipft.config.sources import load_settings
-from clipft.config.text import range_of, template
 from clipft.core.errors import UsageError
 
 
@@ -88,7 +89,7 @@ def test_printed_settings_read_back_as_they_were(tmp_path_factory, lr, seed, pro
         ({}, "lora_rr = 1", {}, "unknown setting lora_rr", "did you mean lora_r?"),
         ({}, "", {"CLIPFT_EPOCS": "1"}, "CLIPFT_EPOCS", "did you mean CLIPFT_EPOCHS?"),
         ({}, "", {"CLIPFT_SEED": "x"}, "CLIPFT_SEED 'x': must be", ""),
-        ({}, "not toml", {}, "is not TOML", ""),
+        ({}, "not toml", {}, "is not valid TOML", ""),
     ],
 )
 def test_mistakes_are_named_where_they_were_made(tmp_path, flags, toml, environ, message, hint):
@@ -138,7 +139,7 @@ def test_the_schema_takes_what_clipft_prints_and_refuses_what_it_refuses():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("epochs", "from 1"),
+        ("epochs", "at least 1"),
         ("s3_requests", "1 to 256"),
         ("lora_alpha", "above 0"),
         ("lora_dropout", "0 to below 1"),

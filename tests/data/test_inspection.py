@@ -84,7 +84,7 @@ def test_against_another_catalogue_and_tables_for_people(catalogue, tmp_path, ca
     args = ["inspect", str(catalogue / "train"), "--against", str(tmp_path / "other")]
     assert run([*args, "--model", "tiny"]) == 0
     shown = capsys.readouterr().out
-    assert "with a near-identical photo" in shown
+    assert "near-duplicate images" in shown
     assert run([*args, "--model", "tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["against"]["same_photo"] == 1
 
@@ -94,7 +94,7 @@ def test_widths_fit_a_terminal_of_80_columns(catalogue, capsys, monkeypatch):
     assert run(["inspect", str(catalogue), "--model", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("best text -> image R@1/5/10, %" in line for line in lines)
+    assert any("highest text -> image R@1/5/10, %" in line for line in lines)
 
 
 def test_faults_of_picture_and_caption_are_told_apart(tmp_path, capsys):

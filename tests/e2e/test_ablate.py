@@ -75,7 +75,7 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
 def test_ctrl_c_saves_the_run_under_way_and_says_how_to_go_on(ablation):
     code, _, stderr = ablation["first"]
     assert code == 75, stderr
-    assert "hint: run the same command again to go on" in stderr
+    assert "hint: run the same command again to continue" in stderr
     assert "Traceback" not in stderr
     assert ablation["halfway"] == {
         "zero_shot": "finished",
@@ -86,7 +86,7 @@ def test_ctrl_c_saves_the_run_under_way_and_says_how_to_go_on(ablation):
 
 def test_run_again_it_keeps_what_was_finished_and_resumes_the_rest(ablation):
     _, _, stderr = ablation["second"]
-    assert "Finished already, and kept: 1 of 3 runs." in stderr
+    assert "Already finished: 1 of 3 runs." in stderr
     assert "zero_shot seed 1 ..." not in stderr
     log = (ablation["out"] / FULL / "log.txt").read_text()
     assert "Resuming after step" in log
@@ -148,9 +148,9 @@ def test_other_settings_are_refused_in_the_same_folder(ablation, tmp_path, capsy
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--set", "lr"], "names no values"),
+        (["--set", "lr"], "has no values"),
         (["--set", "learn=1"], "unknown setting learn"),
-        (["--seeds", "one"], "must be whole numbers"),
+        (["--seeds", "one"], "must be a whole number"),
         (["none.toml"], "cannot read settings file"),
     ],
 )

@@ -208,7 +208,7 @@ def test_resume_takes_the_run_folder_too(whole, capsys):
 
 def test_resume_refuses_weights_alone(whole, capsys):
     assert run(["resume", str(whole / "dual_lora" / "best.pt")]) == 2
-    assert "best.pt is not the checkpoint of a run" in capsys.readouterr().err
+    assert "best.pt cannot be resumed" in capsys.readouterr().err
 
 
 def test_resume_flag_without_a_checkpoint_warns_and_starts(catalogue, tmp_path, capsys):

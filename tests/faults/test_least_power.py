@@ -53,7 +53,7 @@ def test_a_run_writes_secrets_to_no_file_and_no_output(planted, catalogue, tmp_p
 
 def test_secrets_are_in_no_traceback(planted, tmp_path, capfd):
     """The traceback is that of an unreachable bucket, with --debug."""
-    place = ["--s3-bucket", "b", "--endpoint-url", "http://127.0.0.1:9", "--s3-patience", "0"]
+    place = ["--s3-bucket", "b", "--endpoint-url", "http://127.0.0.1:9", "--s3-retry-timeout", "0"]
     assert run(["sync", *place, "--data-dir", str(tmp_path / "data"), "--debug"]) == 4
     said = capfd.readouterr()
     assert "Traceback" in said.err

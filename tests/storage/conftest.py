@@ -85,7 +85,7 @@ def make_bucket(client: Any, url: str, tmp_path: Path) -> Bucket:
     name = f"bucket-{next(_NUMBERS)}"
     client.create_bucket(Bucket=name)
     settings = StorageSettings(
-        data_dir=tmp_path / "data", s3_bucket=name, endpoint_url=url, s3_patience=0.5
+        data_dir=tmp_path / "data", s3_bucket=name, endpoint_url=url, s3_retry_timeout=0.5
     )
     return Bucket(client, settings)
 

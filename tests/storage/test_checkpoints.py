@@ -183,7 +183,7 @@ class Saving:
 
     def __init__(self, bucket, url, folder, patience=0.3):
         self.folder, self.said = folder, []
-        self.store = store_of(bucket, endpoint_url=url, s3_patience=patience)
+        self.store = store_of(bucket, endpoint_url=url, s3_retry_timeout=patience)
         self.uploader = Uploader(self.store, RUN, 3, self.said.append)
 
     def saved(self, step):

@@ -38,7 +38,13 @@ def filled(real_bucket):
 def flags(bucket, url: str, patience: float) -> list[str]:
     return [
         *("sync", "--s3-bucket", bucket.settings.s3_bucket, "--endpoint-url", url),
-        *("--data-dir", str(bucket.settings.data_dir), "--s3-patience", str(patience), "--json"),
+        *(
+            "--data-dir",
+            str(bucket.settings.data_dir),
+            "--s3-retry-timeout",
+            str(patience),
+            "--json",
+        ),
     ]
 
 

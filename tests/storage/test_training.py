@@ -42,7 +42,7 @@ def put_raw(bucket) -> None:
 
 def command(bucket, home: Path, *more: str) -> list[str]:
     return [
-        *("train", "--s3-bucket", bucket.settings.s3_bucket, "--s3-patience", "20"),
+        *("train", "--s3-bucket", bucket.settings.s3_bucket, "--s3-retry-timeout", "20"),
         *("--endpoint-url", bucket.settings.endpoint_url, *SMALL),
         *("--data-dir", str(home / "data"), "--output-dir", str(home / "runs"), *more),
     ]
@@ -137,7 +137,7 @@ def test_failing_uploads_do_not_stop_training(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     refused = Times(10**6, fails(503, "SlowDown"), "PUT")
     with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
-        more = ("--endpoint-url", url, "--s3-patience", "0.3", "--epochs", "1")
+        more = ("--endpoint-url", url, "--s3-retry-timeout", "0.3", "--epochs", "1")
         assert run(command(real_bucket, tmp_path, *more)) == 4
     said = capsys.readouterr().err
     assert said.count("warning: a checkpoint was not uploaded") == 1

@@ -4,92 +4,99 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import field_validator
 
 from clipft.cli.console import Output, end, print_error
-from clipft.cli.options import settings_command
+from clipft.cli.options import command
+from clipft.config.fields import Section, setting
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
-from clipft.config.sources import LoadedSettings, read_toml, refuse_unknown
+from clipft.config.settings_file import read_toml
+from clipft.config.sources import LoadedSettings, known_settings, refuse_unknown, validated
 from clipft.core.common import counted
 from clipft.core.errors import Interrupted, RunsFailed, UsageError
 
 if TYPE_CHECKING:
-    from clipft.ablation.grid import Grid, PlannedRun
+    from clipft.ablation.grid import PlannedRun
     from clipft.ablation.runner import Outcome
 
-_NO_OPTIONS = {"scenario", "seed", "resume_from_checkpoint", "enable_s3_checkpoints"}
-"""Settings that an ablation decides itself."""
-
+_SET_BY_ABLATION = {"scenario", "seed", "resume_from_checkpoint", "enable_s3_checkpoints"}
 _TABLE = "ablate"
-_PANEL = "Ablation"
-_SEEDS = "1,2,3"
 
-File = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="FILE",
-        help="TOML with settings, and a table [ablate] with scenarios, seeds, jobs and set",
-        show_default=False,
-    ),
-]
-Scenarios = Annotated[
-    str | None,
-    typer.Option(
-        "--scenarios",
-        metavar="A,B",
-        help="Scenarios, with commas between [default: all]",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-Seeds = Annotated[
-    str | None,
-    typer.Option(
-        "--seeds",
-        metavar="N,N",
-        help=f"Seeds, with commas between [default: {_SEEDS}]",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
+
+def _listed(value: Any) -> list[Any]:
+    """Distinct values in order; text is split at commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return list(dict.fromkeys(value if isinstance(value, list) else [value]))
+
+
+class AblateOptions(Section):
+    """The options of an ablation, from flags or from the table ``[ablate]`` of a TOML file."""
+
+    title = "Ablation"
+    scenarios: list[str] | None = setting(
+        None, "Scenarios to run, separated by commas. Default: all.", metavar="A,B"
+    )
+    seeds: list[int] = setting([1, 2, 3], "Seeds to run, separated by commas.", metavar="N,N")
+    set: dict[str, list[Any]] = setting(
+        {},
+        "A setting to vary and its values, such as lr=1e-4,1e-3. May be repeated.",
         metavar="NAME=A,B",
-        help="A setting and the values it is given in turn; may be repeated",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option(
-        "--jobs",
-        min=1,
-        metavar="N",
-        help="Runs beside each other; several GPUs are taken in turn [default: 1]",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
+    )
+    jobs: int = setting(1, "Number of runs at the same time. Several GPUs are used in turn.", ge=1)
+
+    @field_validator("scenarios", "seeds", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _listed(value)
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _parse_set(cls, value: Any) -> Any:
+        """Accept a table of a TOML file, or flags like ``lr=1e-4,1e-3``."""
+        if isinstance(value, list):
+            pairs = [text.partition("=") for text in value]
+            for name, equals, _ in pairs:
+                if not equals:
+                    raise UsageError(
+                        f"--set {name!r} has no values", "write it as --set lr=1e-4,1e-3"
+                    )
+            value = {
+                name.strip().removeprefix("--").replace("-", "_"): values
+                for name, _, values in pairs
+            }
+        if not isinstance(value, dict):
+            raise UsageError(
+                "set must be a table of settings", "write it as set = { lr = [1e-4, 1e-3] }"
+            )
+        return {n: _listed(values) for n, values in known_settings(value, "--set").items()}
 
 
-@settings_command(*(name for name in Settings.model_fields if name not in _NO_OPTIONS))
+@command(
+    *(name for name in Settings.model_fields if name not in _SET_BY_ABLATION),
+    options=AblateOptions,
+)
 def ablate(
     loaded: LoadedSettings,
+    options: AblateOptions,
     out: Output,
-    file: File = None,
-    scenarios: Scenarios = None,
-    seeds: Seeds = None,
-    set_: Set = None,
-    jobs: Jobs = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="TOML file with settings, and a table [ablate] with scenarios, seeds, jobs and "
+            "set.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Run scenarios x settings x seeds, and show which to take.
+    """Compare scenarios, settings and seeds, and name the best.
 
-    Every run is one of `clipft train`, in a process and a folder of its own under --output-dir.
-    Run the same command again to go on after a stop, or to try failed runs again; with more
-    scenarios, seeds or values only what is new is run. Exit code 8: some runs failed.
+    Runs every combination of scenario, settings and seed, each as `clipft train` in its own
+    process and its own folder in --output-dir. Run the same command again to continue after a
+    stop or to retry failed runs. If you add scenarios, seeds or values, only new combinations
+    run. The exit code is 8 if some runs failed.
 
     Examples:
 
@@ -97,20 +104,35 @@ def ablate(
         clipft ablate --scenarios dual_lora --set lr=1e-4,1e-3 --set lora_r=8,16
         clipft ablate ablation.toml --jobs 2
     """
-    from clipft.ablation.grid import check_same_ablation, plan_runs
+    from clipft.ablation.grid import Grid, check_same_ablation, plan_runs
 
     given = read_toml(file) if file else {}
-    own = _own_table(given.pop(_TABLE, {}), file)
-    refuse_unknown(given, file or "")
-    base = given | {n: getattr(loaded.values, n) for n, o in loaded.origins.items() if _set(o)}
+    table = given.pop(_TABLE, {})
+    if not isinstance(table, dict):
+        raise UsageError(
+            f"{_TABLE} in {file} is not a table", 'for example: [ablate] / scenarios = ["full"]'
+        )
+    refuse_unknown(table, AblateOptions, f"[{_TABLE}] of {file}")
+    typed = {name: getattr(options, name) for name in options.model_fields_set}
+    origins = dict.fromkeys(AblateOptions.model_fields, f"[{_TABLE}] of {file}")
+    options = validated(AblateOptions, table | typed, origins | dict.fromkeys(typed, "flag"))
+
+    base = known_settings(given, file or "")
+    # Only what the user has set, so that each scenario can bring defaults of its own
+    for name, origin in loaded.origins.items():
+        if origin in {"flag", "environment"} or origin.startswith("file "):
+            base[name] = getattr(loaded.values, name)
     folder = Path(base.get("output_dir", loaded.values.output_dir))
-    flags = {"scenarios": scenarios, "seeds": seeds, "set": _varied(set_) if set_ else None}
-    own |= {name: value for name, value in flags.items() if value is not None}
-    runs = plan_runs(_grid(own), base, folder)
+    scenarios = list(SCENARIOS) if options.scenarios is None else options.scenarios
+    runs = plan_runs(Grid(scenarios, options.seeds, options.set), base, folder)
     check_same_ablation(runs)
-    _sync_once(runs, out)
-    ended = _run(runs, folder, jobs or _jobs(own), out)
-    failed = [outcome for outcome in ended if outcome.exit_code]
+    settings = runs[0].settings.values
+    if settings.s3_bucket:  # once, so that every run finds the pairs
+        from clipft.cli.s3_data import bring_data
+
+        bring_data(settings, out)
+    outcomes = _run(runs, folder, options.jobs, out)
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
     if failed:
         first = failed[0]
         error = RunsFailed(
@@ -118,109 +140,12 @@ def ablate(
             f"{first.run.seed} with exit code {first.exit_code}: {first.error}",
             first.hint,
         )
-        print_error(error, as_json=False)  # stdout has the table already
+        print_error(error, as_json=False)  # stdout has the JSON object already
         raise typer.Exit(error.exit_code)
 
 
-def _ending(outcome: "Outcome") -> str:
-    if outcome.exit_code:
-        return f"failed with exit code {outcome.exit_code}: {outcome.error}"
-    from clipft.metrics.figures import mean_recall
-    from clipft.runs.folder import read_run
-
-    result = read_run(outcome.run.folder).result or {}
-    return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
-
-
-def _best(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
-    """To look closer at the best run of the variant with the most recall over its seeds."""
-    from clipft.metrics.figures import mean_recall
-
-    means = {v["name"]: v["mean_recall"] for v in content["variants"] if v["mean_recall"]}
-    found = [run for run in content["runs"] if run["after"] and run["variant"] in means]
-    if not found:
-        return ()
-
-    def rank(run: dict[str, Any]) -> tuple[float, float]:
-        return means[run["variant"]]["mean"], mean_recall(run["after"])
-
-    return ("evaluate", folder / max(found, key=rank)["folder"])
-
-
-def _set(origin: str) -> bool:
-    """By the user, not by a default or a profile."""
-    return origin in {"flag", "environment"} or origin.startswith("file ")
-
-
-def _own_table(table: Any, file: Path | None) -> dict[str, Any]:
-    known = {"scenarios", "seeds", "set", "jobs"}
-    if not isinstance(table, dict) or not table.keys() <= known:
-        raise UsageError(
-            f"[{_TABLE}] in {file} holds other names than {', '.join(sorted(known))}",
-            'for example: [ablate] / scenarios = ["dual_lora"] / seeds = [1, 2] / '
-            "set = { lr = [1e-4, 1e-3] }",
-        )
-    return dict(table)
-
-
-def _grid(own: dict[str, Any]) -> "Grid":
-    from clipft.ablation.grid import Grid
-
-    varied = own.get("set", {})
-    if not isinstance(varied, dict):
-        raise UsageError("set is not a table of settings", "write set = { lr = [1e-4, 1e-3] }")
-    refuse_unknown(varied, "--set")
-    return Grid(
-        [str(name) for name in _list(own.get("scenarios", list(SCENARIOS)))],
-        [_seed(seed) for seed in _list(own.get("seeds", _SEEDS))],
-        {name: _list(values) for name, values in varied.items()},
-    )
-
-
-def _list(value: Any) -> list[Any]:
-    """Distinct values, in order; text has commas between."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    return list(dict.fromkeys(value if isinstance(value, list) else [value]))
-
-
-def _seed(value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"--seeds {value!r}: must be whole numbers", "as in --seeds 1,2,3"
-        ) from None
-
-
-def _jobs(own: dict[str, Any]) -> int:
-    jobs = own.get("jobs", 1)
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UsageError(f"jobs {jobs!r}: must be a whole number from 1", "as in jobs = 2")
-    return jobs
-
-
-def _varied(given: list[str]) -> dict[str, list[Any]]:
-    found = {}
-    for text in given:
-        name, equals, values = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text!r} names no values", "write it as --set lr=1e-4,1e-3")
-        found[name.strip().removeprefix("--").replace("-", "_")] = _list(values)
-    return found
-
-
-def _sync_once(runs: "list[PlannedRun]", out: Output) -> None:
-    """Pairs in a bucket are fetched before the runs start, which then find them there."""
-    settings = runs[0].settings.values
-    if settings.s3_bucket:
-        from clipft.cli.s3_data import bring_data
-
-        bring_data(settings, out)
-
-
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
-    """Run what is left, with the report written at the end, however that comes."""
+    """Run what is not finished yet, and write the report even if not all runs end well."""
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
     from clipft.ablation.runner import Callbacks, run_all, write_state
     from clipft.cli.tables import rows_table
@@ -240,9 +165,9 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         write_state(folder, runs, ended)
         out.note(f"{label(outcome.run)}: {_ending(outcome)}")
 
-    kept = sum(run.finished for run in runs)
-    if kept:
-        out.note(f"Finished already, and kept: {kept} of {counted(len(runs), 'run')}.")
+    done = sum(run.finished for run in runs)
+    if done:
+        out.note(f"Already finished: {done} of {counted(len(runs), 'run')}.")
     with run_lock(folder) as lock:
         write_state(folder, runs, ended)
         signal = run_all(runs, jobs, lock, Callbacks(started, finished))
@@ -250,13 +175,38 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         content = write_ablation_report(folder, folder / "report.html")
     if signal:
         raise Interrupted(
-            f"stopped by {signal}; the runs under way have saved their state in {folder}",
-            "run the same command again to go on",
+            f"stopped by {signal}; the unfinished runs have saved their state in {folder}",
+            "run the same command again to continue",
         )
     tables = [
         rows_table(title, columns, ablation_rows(content, columns))
-        for title, columns in (("Ablation, figures in %", FIGURES), ("What it cost", COSTS))
+        for title, columns in (("Ablation, figures in %", FIGURES), ("Costs", COSTS))
     ]
     out.result(content, *tables, content["verdict"])
-    end(out, {"runs": folder, "report": folder / "report.html"}, _best(content, folder))
+    end(out, {"runs": folder, "report": folder / "report.html"}, _best_run(content, folder))
     return list(ended.values())
+
+
+def _ending(outcome: "Outcome") -> str:
+    if outcome.exit_code:
+        return f"failed with exit code {outcome.exit_code}: {outcome.error}"
+    from clipft.metrics.figures import mean_recall
+    from clipft.runs.folder import read_run
+
+    result = read_run(outcome.run.folder).result or {}
+    return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
+
+
+def _best_run(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
+    """The command to evaluate the best run of the variant with the highest mean recall."""
+    from clipft.metrics.figures import mean_recall
+
+    means = {v["name"]: v["mean_recall"] for v in content["variants"] if v["mean_recall"]}
+    found = [run for run in content["runs"] if run["after"] and run["variant"] in means]
+    if not found:
+        return ()
+
+    def rank(run: dict[str, Any]) -> tuple[float, float]:
+        return means[run["variant"]]["mean"], mean_recall(run["after"])
+
+    return ("evaluate", folder / max(found, key=rank)["folder"])

@@ -1,14 +1,13 @@
 """``clipft doctor``."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from clipft.cli.console import Output, end, print_error
-from clipft.cli.options import flags_given, settings_command
+from clipft.cli.options import command, flags_given
 from clipft.config.settings import (
     ModelSettings,
     OptimSettings,
@@ -20,21 +19,19 @@ from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted
 from clipft.core.errors import NotReady
 
-if TYPE_CHECKING:
-    from clipft.doctor import Finding
-
-_LOOKED_AT = (StorageSettings, ModelSettings, OptimSettings, RunSettings, TrackingSettings)
-_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+_COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-@settings_command(*_LOOKED_AT, "num_workers")
+@command(
+    StorageSettings, ModelSettings, OptimSettings, RunSettings, TrackingSettings, "num_workers"
+)
 def doctor(loaded: LoadedSettings, out: Output) -> None:
-    """Say whether this machine is ready, and what to do if not.
+    """Check whether this machine is ready for a run.
 
-    Looks at the libraries, the GPU, memory, disks and limits, at the pairs and the model; at
-    the bucket and W&B where the settings name them. Nothing is left behind; with
-    --enable-s3-checkpoints an empty object is put into the bucket and deleted again. Exit code
-    10: a run would fail.
+    Checks the libraries, the GPU, memory, disks and limits, the data and the model, and also the
+    bucket and Weights & Biases if the settings name them. Nothing is left behind: with
+    --enable-s3-checkpoints, an empty object is written to the bucket and deleted again. The exit
+    code is 10 if a run would fail.
 
     Examples:
 
@@ -45,33 +42,28 @@ def doctor(loaded: LoadedSettings, out: Output) -> None:
     """
     from clipft.doctor.examination import examine
 
-    with out.progress("Looking at this machine") as report:
+    with out.progress("Checking this machine") as report:
         findings = examine(loaded.values, report)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, finding in findings.items():
+        text = Text(finding.found)
+        if finding.hint:
+            text.append(f"\n-> {finding.hint}")
+        table.add_row(Text(finding.status, _COLORS[finding.status]), name, text)
     errors = [name for name, finding in findings.items() if finding.status == "error"]
     checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
-    out.result({"ready": not errors, "checks": checks}, _table(findings))
+    out.result({"ready": not errors, "checks": checks}, table)
     if errors:
         first = findings[errors[0]]
         error = NotReady(
             f"{counted(len(errors), 'check')} failed, first {errors[0]}: {first.found}", first.hint
         )
-        print_error(error, as_json=False)  # stdout has the table already
+        print_error(error, as_json=False)  # stdout has the JSON object already
         raise typer.Exit(error.exit_code)
     warnings = sum(finding.status == "warning" for finding in findings.values())
-    remark = f", with {counted(warnings, 'warning')}" if warnings else ""
-    out.note(f"Ready{remark}.")
+    out.note(f"Ready, with {counted(warnings, 'warning')}." if warnings else "Ready.")
     has_pairs = findings["pairs"].status == "ok"
-    end(out, {}, () if not has_pairs else ("train", *flags_given(loaded), "--plan"))
-
-
-def _table(findings: "dict[str, Finding]") -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for column in ("status", "name"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("found", overflow="fold")
-    for name, finding in findings.items():
-        said = Text(finding.found)
-        if finding.hint:
-            said.append(f"\n-> {finding.hint}")
-        table.add_row(Text(finding.status, _COLOURS[finding.status]), name, said)
-    return table
+    end(out, {}, ("train", *flags_given(loaded), "--plan") if has_pairs else ())

@@ -1,4 +1,4 @@
-"""``clipft evaluate``."""
+"""``clipft evaluate`` and ``clipft zero-shot``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,81 +7,66 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipft.cli.console import Output, end
-from clipft.cli.options import settings_command
-from clipft.cli.s3_data import LOCATION_SETTINGS
-from clipft.config.settings import Settings
-from clipft.config.sources import JUDGED_ANEW, LoadedSettings
+from clipft.cli.options import command, flags_given
+from clipft.cli.s3_data import LOCATION_SETTINGS, bring_named_data
+from clipft.config.fields import Section, setting
+from clipft.config.settings import EVALUATION_OVERRIDES, Settings
+from clipft.config.sources import LoadedSettings
 
 if TYPE_CHECKING:
     from clipft.evaluation.compare import Evaluated
 
 
-from clipft.cli.options import flags_given
-from clipft.cli.s3_data import bring_named_data
-from clipft.config.settings import ZERO_SHOT_LINEAR_PAIRS, ZERO_SHOT_TEMPLATES
-
-EVALUATION_SETTINGS = (*JUDGED_ANEW, *LOCATION_SETTINGS)
-_PANEL = "Kept ability"
-
-Place = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint, or run folder (its best epoch), or s3://bucket/prefix "
-        "[default: the scenario's run in --output-dir]",
-        show_default=False,
-    ),
-]
-Keep = Annotated[
-    Path | None,
-    typer.Option(
-        "--keep",
+class EvaluateOptions(Section):
+    title = "Retention and interpolation"
+    keep: Path | None = setting(
+        None,
+        "A second, general data set, to measure what fine-tuning has cost there.",
         metavar="DATA",
-        help="A second, general data set: what did tuning cost there?",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-Interpolate = Annotated[
-    str | None,
-    typer.Option(
-        "--interpolate",
+    )
+    interpolate: str | None = setting(
+        None,
+        "Evaluate at points between the pretrained (0) and the fine-tuned (1) weights, given as "
+        "START:STOP:STEP or as values separated by commas.",
         metavar="0:1:0.1",
-        help="Measure at points between the untouched (0) and the tuned (1) weights: "
-        "START:STOP:STEP, or values with commas",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-SaveInterpolated = Annotated[
-    tuple[float, Path] | None,
-    typer.Option(
-        "--save-interpolated",
+    )
+    save_interpolated: tuple[float, Path] | None = setting(
+        None,
+        "Write the weights at one point as a checkpoint, for evaluate and export.",
         metavar="ALPHA FILE",
-        help="Write the weights at one point as a checkpoint, for evaluate and export",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
+    )
 
 
-@settings_command(*EVALUATION_SETTINGS, "model", "scenario", "output_dir")
+@command(
+    *EVALUATION_OVERRIDES,
+    *LOCATION_SETTINGS,
+    "model",
+    "scenario",
+    "output_dir",
+    options=EvaluateOptions,
+)
 def evaluate(
     loaded: LoadedSettings,
+    options: EvaluateOptions,
     out: Output,
-    checkpoint: Place = None,
-    keep: Keep = None,
-    interpolate: Interpolate = None,
-    save_interpolated: SaveInterpolated = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoint, run folder (its best epoch), or s3://bucket/prefix. Default: the "
+            "scenario's run in --output-dir.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Measure a tuned model beside the untouched one.
+    """Compare a fine-tuned model with its pretrained model.
 
-    Retrieval of pairs and of groups, in both directions, and by category, with 95 % intervals
-    of both models and of their difference.
+    Measures retrieval in both directions, of pairs, of groups and by category, with 95 %
+    intervals for both models and for their difference.
 
-    With --keep the same on a general set. With --interpolate at points between the untouched
-    and the tuned weights; with a run folder as CHECKPOINT both are also written into it, as
-    kept.json and interpolation.json.
+    --keep measures the same on a general data set. --interpolate measures points between the
+    pretrained and the fine-tuned weights. If CHECKPOINT is a run folder, these results are also
+    saved in it, as kept.json and interpolation.json.
 
     Examples:
 
@@ -93,22 +78,21 @@ def evaluate(
     """
     from clipft.api import evaluate as evaluate_place
     from clipft.cli.s3_checkpoints import fetched_checkpoint
-    from clipft.cli.s3_data import bring_named_data
     from clipft.evaluation.compare import Request
 
     bring_named_data(loaded, out)
     place = fetched_checkpoint(checkpoint, loaded.values, out)
-    alpha, file = save_interpolated or (None, None)
-    request = Request.of(keep, interpolate, alpha, file)
-    judged = evaluate_place(place, loaded, request, out.note)
+    alpha, file = options.save_interpolated or (None, None)
+    request = Request.of(options.keep, options.interpolate, alpha, file)
+    evaluated = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
-        judged.found.write(checkpoint, judged.settings)
-    out.result(judged.to_dict(), *_shown(judged.found, judged.settings))
+        evaluated.found.write(checkpoint, evaluated.settings)
+    out.result(evaluated.to_dict(), *_comparison(evaluated.found))
     weights = {f"weights at {alpha:g}": file} if file else {}
-    end(out, weights, ("export", file or checkpoint or judged.checkpoint, "./my-clip"))
+    end(out, weights, ("export", file or checkpoint or evaluated.checkpoint, "./my-clip"))
 
 
-def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
+def _comparison(found: "Evaluated") -> Iterator[Any]:
     from clipft.cli.tables import (
         UNCLEAR,
         category_table,
@@ -124,85 +108,68 @@ def _shown(found: "Evaluated", settings: Settings) -> Iterator[Any]:
     if by_category:
         yield by_category
     if found.keep:
-        yield from comparison_tables("Kept ability", found.keep.to_dict())
+        yield from comparison_tables("General data set", found.keep.to_dict())
     if found.points:
-        points = [point.to_dict() for point in found.points]
-        yield sweep_table(points, found.best_alpha)
-        loss = " without a clear loss on the kept set" if found.keep else ""
-        yield f"Most recall{loss}: alpha {found.best_alpha:g}"
+        yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
+        loss = " without a clear loss on the general data set" if found.keep else ""
+        yield f"Highest recall{loss}: alpha {found.best_alpha:g}"
     yield definitions(compared)
     if found.comparison.after:
         yield UNCLEAR
     yield headline(compared)
 
 
-_PANEL_zero_shot = "Classification"
-_SETTINGS = (*EVALUATION_SETTINGS, "model", "max_train_pairs", "seed")
-
-Tuned = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Classify with this checkpoint or run folder [default: the untouched --model]",
-        show_default=False,
-    ),
-]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        "--labels",
+class ZeroShotOptions(Section):
+    title = "Classification"
+    labels: str | None = setting(
+        None,
+        "Labels, separated by commas or one per line in a file. Default: the labels in the "
+        "metadata.",
         metavar="A,B|FILE",
-        help="Labels, with commas between or one a line in a file [default: those in the metadata]",
-        show_default=False,
-        rich_help_panel=_PANEL_zero_shot,
-    ),
-]
-Templates = Annotated[
-    str,
-    typer.Option(
-        "--templates",
+    )
+    templates: str = setting(
+        "furniture",
+        "Prompts with {} in place of the label: general, furniture, or a file with one per line.",
         metavar="general|furniture|FILE",
-        help="Prompts, each with {} for the label; a file has one a line",
-        rich_help_panel=_PANEL_zero_shot,
-    ),
-]
-LinearPairs = Annotated[
-    int,
-    typer.Option(
-        "--linear-pairs",
-        metavar="N",
-        min=0,
-        help="Labelled training pairs at most for a linear classifier on the frozen features, "
-        "the point of reference; 0: none",
-        rich_help_panel=_PANEL_zero_shot,
-    ),
-]
-SaveClassifier = Annotated[
-    Path | None,
-    typer.Option(
-        "--save-classifier",
-        metavar="FILE",
-        help="Write the labels' vectors as safetensors",
-        show_default=False,
-        rich_help_panel=_PANEL_zero_shot,
-    ),
-]
+    )
+    linear_pairs: int = setting(
+        2000,
+        "Maximum number of labeled training pairs for a linear classifier on the frozen features, "
+        "as a baseline. 0: no linear classifier.",
+        ge=0,
+    )
+    save_classifier: Path | None = setting(
+        None, "Write the label embeddings to this safetensors file.", metavar="FILE"
+    )
 
 
-@settings_command(*_SETTINGS)
+_ZERO_SHOT_SETTINGS = (
+    *EVALUATION_OVERRIDES,
+    *LOCATION_SETTINGS,
+    "model",
+    "max_train_pairs",
+    "seed",
+)
+
+
+@command(*_ZERO_SHOT_SETTINGS, options=ZeroShotOptions)
 def zero_shot(
     loaded: LoadedSettings,
+    options: ZeroShotOptions,
     out: Output,
-    checkpoint: Tuned = None,
-    labels: Labels = None,
-    templates: Templates = ZERO_SHOT_TEMPLATES,
-    linear_pairs: LinearPairs = ZERO_SHOT_LINEAR_PAIRS,
-    save_classifier: SaveClassifier = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoint or run folder to evaluate. Default: the pretrained --model.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Measure a model as it is: retrieval and classification.
+    """Evaluate a single model: retrieval and classification.
 
-    The untouched model, or a checkpoint. It classifies by prompts over the labels; beside it
-    stands a linear classifier that learns from labelled training pairs.
+    The model is the pretrained one, or a checkpoint. It classifies images by prompts with the
+    labels; a linear classifier trained on labeled training pairs is shown for comparison.
 
     Examples:
 
@@ -213,42 +180,48 @@ def zero_shot(
     from clipft.cli.s3_checkpoints import fetched_checkpoint
     from clipft.core.files import check_writable
     from clipft.evaluation.evaluator import Comparison, EvaluationSet
-    from clipft.evaluation.zero_shot import LabelSource, classifier_of, label_validation
-    from clipft.evaluation.zero_shot import save_classifier as save
+    from clipft.evaluation.zero_shot import (
+        LabelSource,
+        classifier_of,
+        label_validation,
+        save_classifier,
+    )
     from clipft.runs.load import open_model
 
     bring_named_data(loaded, out)
-    if save_classifier:
-        check_writable(save_classifier)
-    checkpoint = fetched_checkpoint(checkpoint, loaded.values, out)
-    place = str(checkpoint) if checkpoint else None
-    opened = open_model(place, loaded, _SETTINGS)
-    settings, model, path = opened.settings, opened.loaded, opened.checkpoint
+    if options.save_classifier:
+        check_writable(options.save_classifier)
+    place = fetched_checkpoint(checkpoint, loaded.values, out)
+    opened = open_model(str(place) if place else None, loaded, _ZERO_SHOT_SETTINGS)
+    settings, model = opened.settings, opened.loaded
     pairs = EvaluationSet.open(model.base.inputs, settings)
-    judged = pairs.judge(model)
-    source = LabelSource(labels, templates, linear_pairs)
-    labelling = label_validation(model, pairs, judged.embedded, source)
-    found = labelling.to_dict(settings) if labelling else None
-    compared = Comparison(judged.evaluation, None).to_dict()
-    figures = judged.embedded.retrieval(settings.evaluation_bytes).to_dict()
+    evaluated = pairs.judge(model)
+    source = LabelSource(options.labels, options.templates, options.linear_pairs)
+    labelling = label_validation(model, pairs, evaluated.embedded, source)
+    compared = Comparison(evaluated.evaluation, None).to_dict()
+    classification = labelling.to_dict(settings) if labelling else None
     result = {
-        **figures,
+        **evaluated.embedded.retrieval(settings.evaluation_bytes).to_dict(),
         "model": settings.model,
-        "checkpoint": path,
+        "checkpoint": opened.checkpoint,
         "evaluation": compared,
-        "classification": found,
+        "classification": classification,
     }
-    out.result(result, *_shown_zero_shot(compared, found, settings))
+    out.result(result, *_single_model(compared, classification, settings))
     if not labelling:
         field = settings.label_field
-        out.note(f"No pair has one of the labels as its {field!r}: no classification.")
-    elif save_classifier:
-        save(save_classifier, classifier_of(model, labelling, path))
-    end(out, {"classifier": save_classifier if labelling else None}, _following(loaded, place))
+        out.note(f"No classification: no pair has one of the labels in its field {field!r}.")
+    elif options.save_classifier:
+        save_classifier(options.save_classifier, classifier_of(model, labelling, opened.checkpoint))
+    # After the pretrained model comes the run that should improve on it
+    data = ("--data-dir", loaded.values.data_dir)
+    following = ("train", *data, *flags_given(loaded, "model"), "--plan")
+    made = {"classifier": options.save_classifier if labelling else None}
+    end(out, made, () if place else following)
 
 
-def _shown_zero_shot(
-    compared: dict[str, Any], classified: dict[str, Any] | None, settings: Settings
+def _single_model(
+    compared: dict[str, Any], classification: dict[str, Any] | None, settings: Settings
 ) -> Iterator[Any]:
     from clipft.cli.tables import (
         classification_table,
@@ -257,17 +230,10 @@ def _shown_zero_shot(
         definitions,
     )
 
-    name = settings.scenario if settings.declared_scenario.trains else "untouched"
+    name = settings.scenario if settings.declared_scenario.trains else "pretrained"
     yield from comparison_tables("Validation", compared, name)
-    if classified:
-        yield classification_table(f"Classification by {settings.label_field}", classified)
-        if classified["confused"]:
-            yield confused_table(classified["confused"])
+    if classification:
+        yield classification_table(f"Classification by {settings.label_field}", classification)
+        if classification["confused"]:
+            yield confused_table(classification["confused"])
     yield definitions(compared)
-
-
-def _following(loaded: LoadedSettings, place: str | None) -> tuple[object, ...]:
-    """After the untouched model comes the run that should be better; after a tuned one nothing."""
-    if place:
-        return ()
-    return ("train", "--data-dir", loaded.values.data_dir, *flags_given(loaded, "model"), "--plan")

@@ -1,65 +1,64 @@
 """``clipft report``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from clipft.cli.console import Output, end
-from clipft.cli.options import settings_command
+from clipft.cli.options import command
+from clipft.config.fields import File, Section, setting
 from clipft.config.sources import LoadedSettings
 from clipft.core.files import check_writable
 
-Place = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="RUN",
-        help="Folder of a run or of an ablation [default: the scenario's run in --output-dir]",
-        show_default=False,
-    ),
-]
-Html = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        dir_okay=False,
+
+class ReportOptions(Section):
+    title = "Report"
+    html: File | None = setting(
+        None,
+        "File to write the page to, with a JSON file of the same content beside it. Default: "
+        "report.html in the folder.",
         metavar="FILE",
-        help="The page; the same as JSON is written beside it [default: report.html in the folder]",
-        show_default=False,
-        rich_help_panel="Report",
-    ),
-]
+    )
 
 
-@settings_command("scenario", "output_dir", "data_dir")
-def report(loaded: LoadedSettings, out: Output, place: Place = None, html: Html = None) -> None:
-    """Make one page of a run or an ablation.
+@command("scenario", "output_dir", "data_dir", options=ReportOptions)
+def report(
+    loaded: LoadedSettings,
+    options: ReportOptions,
+    out: Output,
+    place: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run or of an ablation. Default: the scenario's run in --output-dir.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run or an ablation.
 
-    Figures, curves, gallery and settings. The page needs no network. Each run and ablation
-    writes its own at its end; this makes it anew, also of a run that is still under way.
+    The page shows metrics, curves, a gallery and the settings, and needs no network. Every run
+    and every ablation writes its own page at the end. Use this command to write it again, or to
+    look at a run that is still in progress.
 
     Examples:
 
         clipft report ./checkpoints/dual_lora
         clipft report ./checkpoints/dual_lora --html dual_lora.html
     """
-
-    folder = place or loaded.values.run_dir
-    page = html or folder / "report.html"
-    check_writable(page)
-    moved = loaded.values.data_dir if loaded.origins["data_dir"] != "default" else None
-    content = write_report(folder, page, moved)
-    out.result({**content, "page": str(page)})
-    out.note(content["verdict"])
-    end(out, {"report": page, "the same as JSON": page.with_suffix(".json")})
-
-
-def write_report(folder: Path, page: Path, data_dir: Path | None) -> dict[str, Any]:
-    """Write the page of a run or of an ablation, whichever ``folder`` holds."""
     from clipft.ablation.page import write_ablation_report
     from clipft.ablation.runner import STATE
     from clipft.report.report import write_run_report
 
+    folder = place or loaded.values.run_dir
+    page = options.html or folder / "report.html"
+    check_writable(page)
+    moved = loaded.values.data_dir if loaded.origins["data_dir"] != "default" else None
     if (folder / STATE).is_file():
-        return write_ablation_report(folder, page)
-    return write_run_report(folder, page, data_dir)
+        content = write_ablation_report(folder, page)
+    else:
+        content = write_run_report(folder, page, moved)
+    out.result({**content, "page": str(page)})
+    out.note(content["verdict"])
+    end(out, {"report": page, "the same as JSON": page.with_suffix(".json")})

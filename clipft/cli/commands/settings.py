@@ -1,40 +1,27 @@
-"""``clipft settings``: what would be used, and where each value comes from."""
+"""``clipft settings``: the settings that would be used, and where each value comes from."""
 
 import json
-from typing import Annotated
-
-import typer
 
 from clipft.cli.console import Output
-from clipft.cli.options import settings_command
+from clipft.cli.options import command
+from clipft.config.fields import Section, setting
 from clipft.config.settings import SECTIONS, Settings
+from clipft.config.settings_file import template
 from clipft.config.sources import LoadedSettings
-from clipft.config.text import template as commented
 from clipft.core.errors import UsageError
 
-_PANEL = "Instead"
-Template = Annotated[
-    bool,
-    typer.Option(
-        "--template",
-        help="A settings file that explains each setting and sets none",
-        rich_help_panel=_PANEL,
-    ),
-]
-Schema = Annotated[
-    bool,
-    typer.Option(
-        "--schema",
-        help="The JSON schema of a settings file, for editors",
-        rich_help_panel=_PANEL,
-    ),
-]
+
+class SettingsOptions(Section):
+    title = "Output"
+    template: bool = setting(
+        False, "Print a settings file that explains every setting and sets none."
+    )
+    # pydantic's models have a method `schema`
+    schema_: bool = setting(False, "Print the JSON schema of a settings file, for editors.")
 
 
-@settings_command(*SECTIONS)
-def settings(
-    loaded: LoadedSettings, out: Output, template: Template = False, schema: Schema = False
-) -> None:
+@command(*SECTIONS, options=SettingsOptions)
+def settings(loaded: LoadedSettings, options: SettingsOptions, out: Output) -> None:
     """Print the settings as TOML, each with its source.
 
     Examples:
@@ -45,14 +32,13 @@ def settings(
         clipft settings --template > clipft.toml
         clipft settings --schema > clipft.schema.json
     """
-    if template and schema:
-        raise UsageError("--template and --schema are two things", "ask for one of them")
-    if schema:
-        described = Settings.model_json_schema()
-        out.raw(described, json.dumps(described, indent=2) + "\n")
-        return
-    if template:
-        out.raw({"template": commented()}, commented())
-        return
-    values = loaded.values.model_dump(mode="json")
-    out.raw({"settings": values, "origins": loaded.origins}, loaded.to_toml())
+    if options.template and options.schema_:
+        raise UsageError("--template and --schema exclude each other", "choose one of them")
+    if options.schema_:
+        schema = Settings.model_json_schema()
+        out.raw(schema, json.dumps(schema, indent=2) + "\n")
+    elif options.template:
+        out.raw({"template": template()}, template())
+    else:
+        values = loaded.values.model_dump(mode="json")
+        out.raw({"settings": values, "origins": loaded.origins}, loaded.to_toml())

@@ -1,78 +1,54 @@
 """``clipft sync``."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from clipft.cli.console import Output, end
-from clipft.cli.options import settings_command
+from clipft.cli.options import command
 from clipft.cli.s3_data import bring_data
+from clipft.config.fields import Section, setting
 from clipft.config.settings import StorageSettings
-from clipft.config.sources import LoadedSettings
+from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipft.storage.sync.sync import SyncOptions, SyncResult
+    from clipft.storage.sync.sync import SyncResult
 
-_SHOWN = 20
-_PANEL = "Sync"
+_LISTED = 20
+"""Rows shown of a list that may be long."""
 
-Up = Annotated[
-    bool, typer.Option("--up", help="Send --data-dir to the bucket", rich_help_panel=_PANEL)
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
+
+class SyncCommandOptions(Section):
+    title = "Sync"
+    up: bool = setting(False, "Upload --data-dir to the bucket instead of downloading.")
+    include: tuple[str, ...] = setting(
+        (),
+        "Only paths below train/ and val/ that match; * also matches /. May be repeated.",
         metavar="GLOB",
-        help="Only paths below train/ and val/ that match; * stands for / too; repeatable",
-        rich_help_panel=_PANEL,
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="GLOB",
-        help="Leave out paths that match; repeatable",
-        rich_help_panel=_PANEL,
-    ),
-]
-Delete = Annotated[
-    bool,
-    typer.Option(
-        "--delete",
-        help="Delete what the source lacks, in the two folders, or with --up under the prefixes",
-        rich_help_panel=_PANEL,
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Show what would be done, and change nothing", rich_help_panel=_PANEL
-    ),
-]
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Skip paths that match. May be repeated.", metavar="GLOB"
+    )
+    delete: bool = setting(
+        False,
+        "Delete what the source does not have: in train/ and val/, or with --up under the two "
+        "prefixes.",
+    )
+    dry_run: bool = setting(False, "Show what would be done, and change nothing.")
 
 
-@settings_command(StorageSettings)
-def sync(
-    loaded: LoadedSettings,
-    out: Output,
-    up: Up = False,
-    include: Include = None,
-    exclude: Exclude = None,
-    delete: Delete = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Bring the pairs from a bucket to --data-dir, or send them.
+@command(StorageSettings, options=SyncCommandOptions)
+def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> None:
+    """Download the pairs from a bucket, or upload them.
 
-    What is there already is not fetched again. Each object is checked (size, ETag, md5) and
-    appears whole or not at all, so a sync that was cut off goes on where it was. Raw files are
-    packed into shards; --no-pack leaves them.
+    The local folder is --data-dir. Files that are already present are not transferred again.
+    Every object is verified (size, ETag, MD5) and appears only when it is complete, so an
+    interrupted sync can be repeated and continues where it stopped. Raw files are packed into
+    shards unless --no-pack is given.
 
     Examples:
 
@@ -81,54 +57,51 @@ def sync(
         clipft sync --s3-bucket catalogue --exclude '*.json' --dry-run
         clipft sync --up --s3-bucket catalogue --data-dir ./catalogue
     """
+    from clipft.cli.progress import transfer_progress
     from clipft.storage.s3.keys import Filter
     from clipft.storage.sync.sync import SyncOptions
-
-    settings = loaded.values
-    chosen = Filter(tuple(include or ()), tuple(exclude or ()))
-    options = SyncOptions(chosen, delete, dry_run)
-    result = _send(settings, options, out) if up else bring_data(settings, out, options)
-    out.result(result.to_dict(), *_tables(result, "sent" if up else "fetched"))
-    if not dry_run and not up:
-        end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
-
-
-def _send(settings: StorageSettings, options: "SyncOptions", out: Output) -> "SyncResult":
-    from clipft.config.sources import parse_s3_url
     from clipft.storage.sync.upload import send
 
-    if parse_s3_url(settings.data_dir):
-        raise UsageError("--up sends a folder", "name the folder with --data-dir")
-    from clipft.cli.progress import transfer_progress
-
-    with transfer_progress(out) as report:
-        return send(settings, report, options, out.note)
+    settings = loaded.values
+    wanted = SyncOptions(Filter(options.include, options.exclude), options.delete, options.dry_run)
+    if not options.up:
+        result = bring_data(settings, out, wanted)
+    elif parse_s3_url(settings.data_dir):
+        raise UsageError("--up uploads a local folder", "name the folder with --data-dir")
+    else:
+        with transfer_progress(out) as report:
+            result = send(settings, report, wanted, out.note)
+    out.result(result.to_dict(), *_tables(result, "sent" if options.up else "fetched"))
+    if not options.dry_run and not options.up:
+        end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
 
 
 def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
     if result.planned:
         planned = Table("would", title="Dry run", title_justify="left", show_header=False)
-        for line in result.planned[:_SHOWN]:
+        for line in result.planned[:_LISTED]:
+            # Keys may hold any character: escaped, they cannot write to the terminal
             planned.add_row(escape(ascii(line)[1:-1]))
-        if len(result.planned) > _SHOWN:
-            planned.add_row(f"... {len(result.planned):,} in all; --json lists them")
+        if len(result.planned) > _LISTED:
+            planned.add_row(f"... {len(result.planned):,} in total; --json lists all of them")
         yield planned
+    counts = {
+        "objects": result.objects,
+        verb: result.transferred,
+        "skipped": result.skipped,
+        "deleted": result.deleted,
+        "refused": len(result.refused),
+    }
     table = Table(title="Sync", title_justify="left")
-    for heading in ("objects", verb, "skipped", "deleted", "refused", "size", "seconds"):
+    for heading in (*counts, "size", "seconds"):
         table.add_column(heading, justify="right")
-    counts = (result.objects, result.transferred, result.skipped, result.deleted)
-    refused = len(result.refused)
-    size, seconds = decimal(result.bytes), f"{result.seconds:.1f}"
-    table.add_row(*(f"{count:,}" for count in (*counts, refused)), size, seconds)
+    texts = (f"{count:,}" for count in counts.values())
+    table.add_row(*texts, decimal(result.bytes), f"{result.seconds:.1f}")
     yield table
     if result.refused:
-        yield _refused(result)
-
-
-def _refused(result: "SyncResult") -> Table:
-    refused = Table("key", "refused because it", title="Refused", title_justify="left")
-    for refusal in result.refused[:_SHOWN]:
-        refused.add_row(escape(ascii(refusal.key)), escape(refusal.reason))
-    if len(result.refused) > _SHOWN:
-        refused.add_row("...", f"{len(result.refused):,} in all; --json lists them")
-    return refused
+        refused = Table("key", "refused because it", title="Refused", title_justify="left")
+        for refusal in result.refused[:_LISTED]:
+            refused.add_row(escape(ascii(refusal.key)), escape(refusal.reason))
+        if len(result.refused) > _LISTED:
+            refused.add_row("...", f"{len(result.refused):,} in total; --json lists all of them")
+        yield refused

@@ -1,4 +1,4 @@
-"""``clipft train``."""
+"""``clipft train``, ``clipft resume`` and ``clipft find-batch-size``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from clipft.cli.console import Output, end
-from clipft.cli.options import flags_given, settings_command
+from clipft.cli.options import command, flags_given
+from clipft.config.fields import Section, setting
 from clipft.config.settings import SECTIONS, ModelSettings, Settings, fixed_on_resume
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
@@ -15,25 +16,25 @@ from clipft.core.errors import UsageError
 if TYPE_CHECKING:
     from clipft.training.batch_size import Probe, SearchResult
 
-
-Plan = Annotated[
-    bool,
-    typer.Option(
-        "--plan",
-        help="Say what would happen and what it would take, from some steps that are run and "
-        "forgotten; start nothing",
-        rich_help_panel="Plan",
-    ),
-]
+_GIB = 2**30
 
 
-@settings_command(*SECTIONS)
-def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = False) -> None:
+class TrainOptions(Section):
+    title = "Plan"
+    plan: bool = setting(
+        False,
+        "Show what the run would do, and how much time, memory and disk it would need. Measures a "
+        "few steps, and keeps nothing.",
+    )
+
+
+@command(*SECTIONS, options=TrainOptions)
+def train(ctx: typer.Context, loaded: LoadedSettings, options: TrainOptions, out: Output) -> None:
     """Fine-tune CLIP under one scenario and show the gain.
 
-    The gain is that over the untouched model, on the validation pairs. With --s3-bucket the
-    pairs are synced first. With --resume-from-checkpoint the run goes on from its checkpoint;
-    if there is none it says so and starts at epoch 0.
+    The gain is measured against the pretrained model, on the validation pairs. With
+    --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run continues from
+    its checkpoint; without a checkpoint it starts at epoch 0 and says so.
 
     Examples:
 
@@ -45,30 +46,32 @@ def train(ctx: typer.Context, loaded: LoadedSettings, out: Output, plan: Plan = 
     """
     from clipft.cli.running import plan_training, run_training
 
-    (plan_training if plan else run_training)(loaded, out, ctx.obj)
+    (plan_training if options.plan else run_training)(loaded, out, ctx.obj)
 
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint of the run, its folder, or s3://bucket/prefix "
-        "[default: the newest in --output-dir]",
-        show_default=False,
-    ),
-]
 
-
-@settings_command(*_FREE)
+@command(*_FREE)
 def resume(
-    ctx: typer.Context, loaded: LoadedSettings, out: Output, checkpoint: Checkpoint = None
+    ctx: typer.Context,
+    loaded: LoadedSettings,
+    out: Output,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoint of the run, its folder, or s3://bucket/prefix. Default: the newest "
+            "checkpoint in --output-dir.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Go on with a run that was stopped.
+    """Continue a run that was stopped.
 
-    It ends where it would have ended without the stop. The settings come from the checkpoint.
-    Only those listed here may be changed: the others decide the weights.
+    The run ends exactly as it would have ended without the stop. Its settings come from the
+    checkpoint. Only the settings listed here can be changed, because all others decide the
+    weights.
 
     Examples:
 
@@ -92,22 +95,20 @@ def resume(
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
     if path != settings.checkpoint_path:
         raise UsageError(
-            f"{path} is not the checkpoint of a run in its place: a run goes on in its own folder",
-            f"name the run's {settings.scenario}_checkpoint.pt (best.pt holds weights alone)",
+            f"{path} cannot be resumed: a run can only continue in its own folder, from its own "
+            "checkpoint",
+            f"name the run's {settings.scenario}_checkpoint.pt (best.pt contains only weights)",
         )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
     run_training(LoadedSettings(settings, origins), out, ctx.obj)
 
 
-_GIB = 2**30
-
-
-@settings_command(ModelSettings, "effective_batch_size", "precision", "device", "seed")
+@command(ModelSettings, "effective_batch_size", "precision", "device", "seed")
 def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
-    """Find the micro-batch that fits and is fastest here.
+    """Find the fastest micro-batch size that fits in memory.
 
-    Tries real training passes. `train` does the same when --micro-batch-size is 0, and
-    takes what was found here for the same --effective-batch-size.
+    Measures real training passes. `train` does the same if --micro-batch-size is 0, and reuses
+    the result of this command for the same --effective-batch-size.
 
     Examples:
 
@@ -130,23 +131,26 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         return find_micro_batch(wanted, load_model(wanted), effective, report)
 
     found = search(settings)
-    tight = found.largest < effective and found.kept < 1
-    lean = settings.model_copy(update={"gradient_checkpointing": True})
-    other = search(lean) if tight and not settings.gradient_checkpointing else None
     results = {"micro_batch_size": found.chosen, **found.to_dict()}
-    if other:
-        results["with_gradient_checkpointing"] = other.to_dict()
     tables = [_table(found, effective, f"{settings.scenario} on {settings.model}")]
-    tables += [_table(other, effective, "with --gradient-checkpointing")] if other else []
+    other = None
+    # If memory is short, gradient checkpointing may be faster, because larger micro-batches fit
+    if found.largest < effective and found.kept < 1 and not settings.gradient_checkpointing:
+        other = search(settings.model_copy(update={"gradient_checkpointing": True}))
+        results["with_gradient_checkpointing"] = other.to_dict()
+        tables.append(_table(other, effective, "with --gradient-checkpointing"))
     out.result(results, *tables)
-    how = "by extrapolation" if found.extrapolated else "tried"
-    out.note(f"Largest that fits {found.usable_bytes / _GIB:.1f} GiB: {found.largest} ({how}).")
+    how = "extrapolated" if found.extrapolated else "measured"
     out.note(
-        f"Chosen for speed: {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB; "
-        f"a run of the same model, scenario and effective batch takes it by itself."
+        f"The largest micro-batch that fits {found.usable_bytes / _GIB:.1f} GiB is "
+        f"{found.largest} ({how})."
+    )
+    out.note(
+        f"The fastest is {found.chosen}, which leaves {found.left_bytes / _GIB:.1f} GiB free. Runs "
+        "with the same model, scenario and effective batch use it automatically."
     )
     if other and other.speed(effective) > found.speed(effective):
-        out.note(f"Faster with --gradient-checkpointing, micro-batches of {other.chosen}.")
+        out.note(f"--gradient-checkpointing is faster, with a micro-batch of {other.chosen}.")
     following = ("train", *flags_given(loaded), "--plan")
     end(out, {}, following if settings.data_dir.exists() else ())
 

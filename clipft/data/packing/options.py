@@ -1,65 +1,108 @@
-"""How to pack: apart from the packing, because the command's help shows these defaults."""
+"""The options of packing. They have a module without heavy imports, because help shows them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import field_validator
+
+from clipft.config.fields import Section, setting
 from clipft.core.errors import UsageError
 
 NEAR_BITS = 4
-"""Usual ``near`` of ``duplicates.near_duplicates``."""
+"""Default distance of perceptual hashes up to which images are near-duplicates, in bits."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The share of one of ``of`` machines that pack one catalogue: every ``of``-th shard."""
+    """The share of one machine when several pack one catalogue: every ``of``-th shard."""
 
     number: int = 1
     of: int = 1
 
     @staticmethod
     def parse(text: str) -> "Part":
-        """``2/4``; "" is the whole.
+        """Parse ``2/4``; empty text is the whole.
 
         Raises:
-            UsageError: something else.
+            UsageError: the text is something else.
         """
         if not text:
             return Part()
         number, _, of = text.partition("/")
         if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
             return Part(int(number), int(of))
-        raise UsageError(f"--part {text} is not I/N", "name it like 1/4, 2/4, 3/4 and 4/4")
+        raise UsageError(f"--part {text} is not I/N", "name the parts 1/4, 2/4, 3/4 and 4/4")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
     @property
     def suffix(self) -> str:
-        """What sets this part's own files apart from those of the others."""
+        """A suffix for this part's own files; empty for the whole."""
         return f"-{self.number}-of-{self.of}" if self.of > 1 else ""
 
     def has(self, shard: int) -> bool:
         return shard % self.of == self.number - 1
 
 
-@dataclass(frozen=True)
-class PackOptions:
-    """``val_share`` counts only where the source has no train/ and val/ folders; ``near`` -1
-    leaves near-identical photos alone; ``check`` decodes every picture, not only its header;
-    ``size`` 0 keeps pictures as they are; ``group_field`` of the metadata names what may not
-    stand on both sides; the columns are those of a table, guessed where they are empty.
+class PackOptions(Section):
+    title = "Packing"
+    val_share: float = setting(
+        0.1,
+        "Share of pairs for validation, if SRC has no train/ and val/ folders.",
+        metavar="X",
+        ge=0,
+        le=0.9,
+    )
+    near: int = setting(
+        NEAR_BITS,
+        "Keep near-duplicate images in one split. Images are near-duplicates if their 64-bit "
+        "perceptual hashes differ in at most this many bits. -1: do not compare images.",
+        unit="bits",
+        ge=-1,
+        le=8,
+    )
+    group_field: str = setting(
+        "",
+        "Metadata field, such as a product id. Pairs with the same value stay in one split.",
+        metavar="NAME",
+    )
+    size: int = setting(
+        0,
+        "Store images as JPEG with this length of the shorter side. 0: keep images as they are.",
+        unit="px",
+        ge=0,
+    )
+    quality: int = setting(92, "JPEG quality with --size.", ge=1, le=100)
+    shard_pairs: int = setting(1000, "Pairs in a shard.", ge=1)
+    shard_mb: int = setting(
+        0,
+        "Approximate size of a shard in MiB, whatever the number of pairs. 0: use --shard-pairs.",
+        ge=0,
+    )
+    image_column: str = setting(
+        "",
+        "Column of the table with image paths or URLs. Default: guessed from the names.",
+        metavar="NAME",
+    )
+    caption_column: str = setting(
+        "",
+        "Column of the table with captions. Default: guessed from the names.",
+        metavar="NAME",
+    )
+    check: bool = setting(
+        False, "Decode every image, not only its header. --near decodes them in any case."
+    )
+    overwrite: bool = setting(False, "Replace an earlier pack.")
+    seed: int = setting(42, "Seed of the split and of the order.")
+    part: Part = setting(
+        Part(),
+        "Write only the I-th of N parts of the shards, to share the work among N machines.",
+        metavar="I/N",
+    )
+    processes: int = setting(0, "Processes that share the work. 0: one for each processor.", ge=0)
 
-    A shard ends after ``shard_pairs`` or, where that is not 0, after some ``shard_mb`` MiB.
-    """
-
-    shard_pairs: int = 1000
-    shard_mb: int = 0
-    val_share: float = 0.1
-    seed: int = 42
-    near: int = NEAR_BITS
-    check: bool = False
-    overwrite: bool = False
-    size: int = 0
-    quality: int = 92
-    group_field: str = ""
-    image_column: str = ""
-    caption_column: str = ""
-    part: Part = Part()
-    processes: int = 0
-    """0: one per processor."""
+    @field_validator("part", mode="before")
+    @classmethod
+    def _parse_part(cls, value: Any) -> Any:
+        return Part.parse(value) if isinstance(value, str) else value

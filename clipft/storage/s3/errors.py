@@ -52,7 +52,7 @@ _KINDS = {
     "changed": ("{url} was changed while it was read", "repeat the command to get the new one"),
     "busy": (
         "{url}: the server is overloaded or failing ({detail}), also when asked again for a while",
-        "repeat the command later: what has arrived is kept; --s3-patience sets for how long",
+        "repeat the command later: what has arrived is kept; --s3-retry-timeout sets for how long",
     ),
     "dns": ("the server's name is unknown: {detail}", "check --endpoint-url and the network"),
     "tls": ("no trusted TLS connection: {detail}", "check --endpoint-url and AWS_CA_BUNDLE"),
@@ -254,7 +254,7 @@ class Patience:
         """What ``request`` returns, asked again while its failure may pass.
 
         Raises:
-            StorageError: it failed for good, or for ``s3_patience`` seconds.
+            StorageError: it failed for good, or for ``s3_retry_timeout`` seconds.
             OSError: the disk's, as it is.
             Stopped: ``stopping`` was set.
         """
@@ -287,7 +287,7 @@ class Patience:
             return False
         if kind == "busy":
             self._reached = True
-        patience = self._settings.s3_patience
+        patience = self._settings.s3_retry_timeout
         return seconds < (patience if self._reached else min(patience, UNKNOWN_SERVER))
 
     def _explained(self, error: Exception, url: str) -> Exception:
@@ -299,4 +299,4 @@ class Patience:
         if seconds > _SAID_AFTER and not self._said:
             self._said = True
             why = explained(error, self._settings, url).message
-            self._say(f"{why}. Still trying, for up to {self._settings.s3_patience:.0f} s")
+            self._say(f"{why}. Still trying, for up to {self._settings.s3_retry_timeout:.0f} s")

@@ -1,0 +1,71 @@
+"""Settings files: how a TOML file is read, printed and offered as a commented template."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipft.config.fields import choices_of, fields_of, range_of
+from clipft.config.settings import SECTIONS, Settings
+from clipft.core.errors import UsageError
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: the file cannot be read, or is not valid TOML.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read settings file {path}: {error}", "check the path and the file"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"{path} is not valid TOML: {error}", "compare it with the output of `clipft settings`"
+        ) from error
+
+
+def settings_as_toml(settings: Settings, origins: Mapping[str, str]) -> str:
+    """Print settings as TOML that ``--config`` reads back, each line with its origin."""
+    lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
+    dumped = settings.model_dump(mode="json")
+    for section in SECTIONS:
+        lines += ["", f"# {section.title}"]
+        for name, _ in fields_of(section):
+            if dumped[name] is None:  # TOML has no null
+                lines.append(f"# {name} is not set")
+            else:
+                lines.append(f"{name} = {toml_value(dumped[name])}  # {origins[name]}")
+    return "\n".join(lines) + "\n"
+
+
+def template() -> str:
+    """A commented settings file that sets nothing; a line without its # would set the default."""
+    lines = ["# Settings of clipft, for --config. Remove the # from a line to set its value."]
+    for section in SECTIONS:
+        lines += ["", "", f"# {section.title}"]
+        for name, field in fields_of(section):
+            notes = "; ".join(filter(None, ["|".join(choices_of(field)), range_of(field)]))
+            about = f"{field.description} ({notes})" if notes else str(field.description)
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(about, 96))]
+            default = str(field.default) if isinstance(field.default, Path) else field.default
+            value = " # not set" if default is None else toml_value(default)
+            lines.append(f"#{name} = {value}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """Write a string, a number or a boolean as TOML does."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        # TOML forbids control characters in strings, except as escapes
+        plain = "".join(f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c for c in escaped)
+        return f'"{plain}"'
+    return repr(value)
