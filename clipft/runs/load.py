@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from clipft.config.fields import current_names
 from clipft.config.scenarios import CHECKPOINT_SUFFIX
 from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
@@ -31,7 +32,8 @@ def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collectio
     """
     current = now.values.model_dump()
     changed = {name: current[name] for name in anew if now.origins[name] != "default"}
-    known = {k: v for k, v in content["settings"].items() if k in Settings.model_fields}
+    saved = current_names(Settings, content["settings"])
+    known = {name: value for name, value in saved.items() if name in Settings.model_fields}
     try:
         return Settings(**{**known, **changed})
     except ValidationError as error:

@@ -1,3 +1,4 @@
+import json
 import tomllib
 from pathlib import Path
 
@@ -6,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipft.config.fields import range_of
+from clipft.cli.app import run
+from clipft.config.fields import choices_of, range_of
 from clipft.config.settings import Settings, fixed_on_resume
 from clipft.config.settings_file import template
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
+from clipft.runs.load import saved_settings
 
 
 def load(flags=None, config=None, environ=None):
@@ -149,3 +152,31 @@ def test_the_schema_takes_what_clipft_prints_and_refuses_what_it_refuses():
 )
 def test_ranges_are_those_of_the_model(name, words):
     assert range_of(Settings.model_fields[name]) == words
+
+
+def test_a_renamed_setting_is_still_accepted_under_its_former_name(tmp_path, capsys):
+    """As a flag, a variable, a TOML key, a Python keyword, and in a saved checkpoint."""
+    file = tmp_path / "old.toml"
+    file.write_text("s3_patience = 7\n")
+    assert load({"s3_patience": "7"}).values.s3_retry_timeout == 7
+    assert load(config=file).values.s3_retry_timeout == 7
+    from_environment = load(environ={"CLIPFT_S3_PATIENCE": "7"})
+    assert from_environment.values.s3_retry_timeout == 7
+    assert from_environment.origins["s3_retry_timeout"] == "environment"
+    assert Settings(s3_patience=7).s3_retry_timeout == 7
+    assert saved_settings({"settings": {"s3_patience": 7}}, load(), ()).s3_retry_timeout == 7
+    assert run(["settings", "--s3-patience", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["s3_retry_timeout"] == 7
+    assert run(["train", "--help"]) == 0
+    assert "s3-patience" not in capsys.readouterr().out
+
+
+def test_the_current_name_of_a_renamed_setting_wins():
+    loaded = load({"s3_patience": "1", "s3_retry_timeout": "2"})
+    assert loaded.values.s3_retry_timeout == 2
+
+
+def test_every_choice_is_explained_in_the_description():
+    for name, field in Settings.model_fields.items():
+        for choice in choices_of(field):
+            assert choice in str(field.description), f"{name} does not explain {choice}"
