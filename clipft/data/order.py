@@ -1,6 +1,6 @@
 """The order of the pairs: a function of (seed, epoch) and the number of pairs alone.
 
-Workers, processes and micro-batches take their share of this order, they never shape it.
+Workers, processes and micro-batches take their share of this order; they never shape it.
 """
 
 from collections import deque
@@ -15,13 +15,13 @@ Place = TypeVar("Place")
 
 
 def derived_seed(*parts: int) -> int:
-    """A 63-bit seed that is a function of ``parts`` alone, well mixed."""
+    """Mix ``parts`` to a 63-bit seed that depends on nothing else."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: this many epochs and then this many optimizer steps are done."""
+    """How far a run has come: so many epochs are done, and then so many optimizer steps."""
 
     epoch: int = 0
     step: int = 0
@@ -29,14 +29,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Share:
-    """What one of ``count`` processes takes of things in a row: neighbours, so that the shares
-    one after another are the row."""
+    """The share of the process ``rank`` among ``world_size``: neighbors in a row, such that the
+    shares of all processes one after another are the whole row."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     def of(self, things: int) -> range:
-        return range(things * self.rank // self.count, things * (self.rank + 1) // self.count)
+        first, last = (things * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return range(first, last)
 
 
 SOLE_PROCESS = Share()
@@ -53,10 +54,10 @@ class EpochPlan:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last-plus-one place of each step in the epoch's order.
+        """First and last-plus-one place of each step in the order of the epoch.
 
-        The last step takes what is left. A single left-over pair joins the step before:
-        alone it has no negatives, and its loss is 0 whatever the model.
+        The last step takes what is left. A single pair that is left over joins the step before:
+        alone it would have no negatives, and its loss would be 0 whatever the model.
         """
         starts = list(range(0, self.pairs, self.effective))
         if len(starts) > 1 and self.pairs - starts[-1] == 1:
@@ -72,7 +73,7 @@ class EpochPlan:
         return -(-(last - first) // self.micro)
 
     def order(self, epoch: int, first: int = 0) -> Iterator[int]:
-        """The permutation of one epoch, from its ``first``-th pair on."""
+        """Iterate over the permutation of one epoch, from its ``first``-th pair on."""
         permuted = np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
         return map(int, permuted[first:])
 
@@ -83,10 +84,10 @@ class EpochPlan:
         order: Callable[[int, int], Iterator[Place]],
         share: Share = SOLE_PROCESS,
     ) -> Iterator[list[tuple[int, Place]]]:
-        """The micro-batches from ``start`` to the end, as lists of (epoch, place): of each
-        step those in ``share``.
+        """Yield the micro-batches in ``share`` of each step from ``start`` to the end of the run.
 
-        ``order`` (epoch, first) gives the places of an epoch from the ``first``-th on.
+        A micro-batch is a list of (epoch, place). ``order`` maps (epoch, first) to the places of
+        the epoch from the ``first``-th on.
         """
         for epoch in range(start.epoch, epochs):
             bounds = self.bounds[start.step if epoch == start.epoch else 0 :]
@@ -99,4 +100,4 @@ class EpochPlan:
                     if micro in mine:
                         yield [(epoch, place) for place in taken]
                     else:
-                        deque(taken, maxlen=0)  # another process's
+                        deque(taken, maxlen=0)  # skips the places of another process

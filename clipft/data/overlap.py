@@ -1,6 +1,6 @@
-"""What stands on both sides of a split, cheaply enough to look at before every run.
+"""Exact copies among the images and captions of one or two sets of pairs.
 
-Exact copies only; ``inspection`` finds those that merely look alike.
+This is cheap enough to be done before every run; ``inspection`` also finds near-duplicates.
 """
 
 import hashlib
@@ -13,51 +13,46 @@ from clipft.data.captions.table import CaptionTable
 from clipft.data.shards.dataset import PairDataset
 
 _MOST_READ = 200_000
-"""Pictures that are looked into at most; beyond, copies are left to ``clipft inspect``."""
+"""If more images than this might be copies, they are left to ``clipft inspect``."""
 
 
 def shared_images(val: PairDataset, train: PairDataset) -> int:
-    """Pictures of ``val`` that ``train`` has as well, byte for byte.
+    """Count the images of ``val`` that ``train`` has as well, byte for byte.
 
-    The index knows the pictures' sizes: only those of equal size are read.
+    The index knows the sizes in bytes, so only images whose size occurs on both sides are read.
     """
-    ours, theirs = image_sizes(val), image_sizes(train)
-    ours_alike = np.flatnonzero(np.isin(ours, theirs))
-    theirs_alike = np.flatnonzero(np.isin(theirs, ours))
-    if len(ours_alike) + len(theirs_alike) > _MOST_READ:
+    val_sizes, train_sizes = _image_sizes(val), _image_sizes(train)
+    in_val = np.flatnonzero(np.isin(val_sizes, train_sizes))
+    in_train = np.flatnonzero(np.isin(train_sizes, val_sizes))
+    if len(in_val) + len(in_train) > _MOST_READ:
         return 0
-    known = set(image_hashes(train, theirs_alike))
-    return sum(digest in known for digest in image_hashes(val, ours_alike))
+    known = set(_image_hashes(train, in_train))
+    return sum(digest in known for digest in _image_hashes(val, in_val))
 
 
 def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
-    """Pairs of ``val`` one of whose captions is one of ``train``'s."""
+    """Count the pairs of ``val`` of which a caption is also one in ``train``."""
     known = {caption for captions in train.by_pair() for caption in captions}
     return sum(any(caption in known for caption in captions) for captions in val.by_pair())
 
 
-def image_sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Bytes of each picture, by the index."""
-    whole = np.concatenate([shard.places[:, 0, 1] for shard in pairs.shards])
-    return whole[: len(pairs)]
-
-
-def image_hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:
-    """SHA-256 of the pictures of some pairs."""
-    for number in numbers:
-        yield hashlib.sha256(pairs[int(number)].image).digest()
-
-
 def same_images(pairs: PairDataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """int64 [N]: equal numbers for pictures that are equal byte for byte.
-
-    The index knows the pictures' sizes: only those of equal size are read.
-    """
-    sizes = image_sizes(pairs)
-    _, which, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    """Number the images, int64 [pairs]: equal for images that are equal byte for byte."""
+    _, which, counts = np.unique(_image_sizes(pairs), return_inverse=True, return_counts=True)
     numbers = np.arange(len(pairs))
+    # An image whose size no other has needs no reading
     doubtful: Sequence[int] = np.flatnonzero(counts[which] > 1).tolist()
     first: dict[bytes, int] = {}
-    for number, digest in zip(doubtful, image_hashes(pairs, doubtful), strict=True):
+    for number, digest in zip(doubtful, _image_hashes(pairs, doubtful), strict=True):
         numbers[number] = first.setdefault(digest, number)
     return numbers
+
+
+def _image_sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    sizes = np.concatenate([shard.places[:, 0, 1] for shard in pairs.shards])
+    return sizes[: len(pairs)]
+
+
+def _image_hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:
+    for number in numbers:
+        yield hashlib.sha256(pairs[int(number)].image).digest()

@@ -1,11 +1,12 @@
-"""Which rows of a batch are no negatives of each other: a group id for each row.
+"""Groups of rows that are positives of each other, as an id for each row of a batch.
 
-Ids follow from the pairs alone, so they are equal in any batch, process and machine.
+An id follows from its pair alone, so it is equal in any batch, process and machine.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
-from clipft.data.captions.metadata import fields_hint, known_fields
+from clipft.data.captions.metadata import fields_hint, known_fields, unknown_field
 from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
 
 _MANY = 20_000
-"""Pairs whose metadata takes a time that a user notices."""
+"""Reading the metadata of more pairs takes so long that the user is told."""
 
 _POSITIVE = (1 << 63) - 1
 
@@ -39,7 +40,7 @@ NO_GROUPS = Positives()
 
 @dataclass(frozen=True)
 class CaptionPositives(Positives):
-    """Rows with the same caption. ``pad_token_id`` ends and pads the texts."""
+    """Groups rows with the same caption; ``pad_token_id`` ends and pads the texts."""
 
     pad_token_id: int
 
@@ -50,7 +51,7 @@ class CaptionPositives(Positives):
 
 @dataclass(frozen=True)
 class GroupPositives(Positives):
-    """Rows with the same value of a metadata field; ``table`` int64 [pairs] by pair number."""
+    """Groups rows by a table of ids, int64 [pairs], indexed by the number of the pair."""
 
     table: Tensor
 
@@ -61,10 +62,10 @@ class GroupPositives(Positives):
 def make_positives(
     settings: Settings, pairs: Pairs, pad_token_id: int, note: Callable[[str], None]
 ) -> Positives:
-    """What ``settings.positives`` names, for these pairs.
+    """Make the positives that ``settings.positives`` names.
 
     Raises:
-        UsageError: groups of a stream, or by a field that no pair has.
+        UsageError: Groups are asked for with a stream, or by a field that no pair has.
     """
     if settings.positives == "pair":
         return NO_GROUPS
@@ -72,35 +73,27 @@ def make_positives(
         return CaptionPositives(pad_token_id)
     if not isinstance(pairs, PairDataset):
         raise UsageError(
-            "--positives group does not go with --stream: groups are looked up by pair",
-            "leave --stream out, or use --positives caption",
+            "--positives group cannot be used with --stream: groups are looked up by pair",
+            "remove --stream, or use --positives caption",
         )
-    field = _checked(settings.group_field, pairs)
-    if len(pairs) > _MANY:
-        note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
-    return GroupPositives(_table(field, pairs))
-
-
-def _checked(field: str | None, pairs: PairDataset) -> str:
-    known = known_fields(pairs)
+    field, known = settings.group_field, known_fields(pairs)
     if not field:
         raise UsageError("--positives group needs --group-field", fields_hint("", known))
     if field not in known:
-        raise UsageError(
-            f"--positives group: no pair has a field {field!r}", fields_hint(field, known)
-        )
-    return field
+        raise unknown_field("--positives group", field, known)
+    if len(pairs) > _MANY:
+        note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
+    ids = [_group_id(pairs.metadata(number), field, number) for number in range(len(pairs))]
+    return GroupPositives(torch.tensor(ids, dtype=torch.int64))
 
 
-def _table(name: str, pairs: PairDataset) -> Tensor:
-    ids = [_id(pairs.metadata(number), name.split("."), number) for number in range(len(pairs))]
-    return torch.tensor(ids, dtype=torch.int64)
+def _group_id(metadata: Any, field: str, number: int) -> int:
+    """Hash the value of a field to a number from 0 on.
 
-
-def _id(metadata: object, path: list[str], number: int) -> int:
-    """Of the value; a pair without one has an id of its own, which no hash is."""
+    A pair without a value is a group of its own: its id is below 0, which no hash is.
+    """
     value = metadata
-    for name in path:
+    for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     text = "" if value is None else str(value).strip()
     if not text:

@@ -115,7 +115,7 @@ def test_workers_that_there_are_prepare_a_whole_step(monkeypatch):
     for asked, there in ((1, 1), (2, 2), (16, 2)):
         options = LoaderOptions(asked)
         assert options.processes == there
-        assert there * loader._ahead(plan, 224, options) >= 16
+        assert there * loader.prefetch_factor(plan, 224, options) >= 16
 
 
 LEFT_OVER = """
