@@ -1,13 +1,14 @@
-"""Which photos are near-identical: the same shot re-encoded, shrunk or slightly changed.
+"""Perceptual hashes, and the near-duplicates that they find: the same shot re-encoded, made smaller
+or changed slightly.
 
-Candidates are photos whose 64-bit difference hashes (dHash: where a 9 x 8 grey thumbnail grows
-brighter to the right) differ in at most ``near`` bits. Catalogue photos are much white with the
-product in the middle, so many strangers agree in that: candidates count only if their 24 x 24
-colour thumbnails agree too.
+Candidates are images whose 64-bit difference hashes (dHash: where a 9 x 8 gray thumbnail becomes
+brighter to the right) differ in at most ``near`` bits. Images of a catalogue are mostly white with
+the product in the middle, so the hashes of many different products agree. Candidates therefore
+count only if their 24 x 24 color thumbnails agree too.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 _BLOCK = 1024
-_FLAT = 2  # of 255: less is noise, and must not decide a bit
+# Of 255: a smaller difference between neighboring pixels is noise and must not decide a bit
+_LEAST_STEP = 2
 _THUMBNAIL = 24
-_SAME_LOOK, _NOISE = 0.10, 1.0
-"""Two thumbnails show the same if the root mean square of their difference is at most
-``_SAME_LOOK`` of the larger one's contrast (its standard deviation), plus ``_NOISE`` of 255.
-Of 1,596 re-encoded and shrunk product photos this misses 3; other products start at 0.08."""
+# Two thumbnails agree if the root mean square of their difference is at most _SAME of the larger
+# one's contrast (its standard deviation), plus _NOISE of 255. Of 1,596 re-encoded and shrunk
+# product photos this misses 3; different products start at 0.08.
+_SAME, _NOISE = 0.10, 1.0
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -29,44 +31,44 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class PerceptualHash:
-    """What a photo looks like: its dHash (64 bits), and its thumbnail (RGB bytes)."""
+    """What an image looks like: its dHash (64 bits) and its thumbnail (24 x 24 RGB bytes)."""
 
     hash: int
     thumbnail: bytes
 
 
 def perceptual_hash(image: Image.Image) -> PerceptualHash:
-    """The look of an RGB picture of at least 24 pixels a side; smaller ones are blurry."""
+    """Hash an RGB image. Below 24 pixels a side, the thumbnail is a blurry enlargement."""
     small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
-    grey = np.asarray(small, np.int16)
-    bits = (grey[:, 1:] > grey[:, :-1] + _FLAT).flatten()
+    gray = np.asarray(small, np.int16)
+    bits = (gray[:, 1:] > gray[:, :-1] + _LEAST_STEP).flatten()
     thumbnail = image.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX).tobytes()
     return PerceptualHash(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail)
 
 
-def near_duplicates(looks: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
-    """All (i, j), i < j, that are near-identical."""
-    if not looks:
+def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
+    """Return all (i, j), i < j, whose images look the same up to ``near`` bits of the dHash."""
+    if not hashes:
         return []
-    close = close_hashes(np.array([look.hash for look in looks], np.uint64), near)
-    thumbnails = np.frombuffer(b"".join(look.thumbnail for look in looks), np.uint8)
-    thumbnails = thumbnails.reshape(len(looks), -1)
+    close = close_hashes(np.array([h.hash for h in hashes], np.uint64), near)
+    thumbnails = np.frombuffer(b"".join(h.thumbnail for h in hashes), np.uint8)
+    thumbnails = thumbnails.reshape(len(hashes), -1)
     contrast = np.array([row.std() for row in thumbnails])
     found = []
     for start in range(0, len(close), _BLOCK):
         one, other = close[start : start + _BLOCK].T
         difference = thumbnails[one].astype(np.float32) - thumbnails[other]
         distance = np.square(difference).mean(axis=1) ** 0.5
-        allowed = _SAME_LOOK * np.maximum(contrast[one], contrast[other]) + _NOISE
+        allowed = _SAME * np.maximum(contrast[one], contrast[other]) + _NOISE
         found += close[start : start + _BLOCK][distance <= allowed].tolist()
     return [(one, other) for one, other in found]
 
 
 def close_hashes(hashes: Hashes, near: int) -> Rows:
-    """All (i, j), i < j, in order, whose hashes differ in at most ``near`` bits; exact.
+    """Find all pairs of hashes that differ in at most ``near`` bits: int64 [found, 2], i < j.
 
-    Of near + 1 bands of the hash, at least one must be equal (pigeonhole), so only rows that
-    share a band are compared. A pair is one number until the end: i * rows + j.
+    Exact: of near + 1 bands of two such hashes, at least one must be equal (pigeonhole principle),
+    so only rows that share a band are compared.
     """
     found = [np.empty(0, np.int64)]
     edges = [round(band * 64 / (near + 1)) for band in range(near + 2)]
@@ -75,67 +77,61 @@ def close_hashes(hashes: Hashes, near: int) -> Rows:
         order = np.argsort(band, kind="stable")
         cuts = np.flatnonzero(np.diff(band[order])) + 1
         for rows in np.split(order, cuts):
-            if len(rows) > 1:
-                found += _near_among(hashes, rows, near)
+            for start in range(0, len(rows) if len(rows) > 1 else 0, _BLOCK):
+                # The sort is stable, so rows with an equal band are in ascending order
+                block, later = rows[start : start + _BLOCK], rows[start:]
+                bits = np.bitwise_count(hashes[block][:, None] ^ hashes[later][None])
+                one, other = np.nonzero(bits <= near)
+                ascending = one < other
+                # A pair is one number until the end, i * rows + j, to make it unique quickly
+                found.append(block[one[ascending]] * len(hashes) + later[other[ascending]])
     codes = np.unique(np.concatenate(found))
     return np.stack(np.divmod(codes, max(1, len(hashes))), axis=1)
 
 
-def _near_among(hashes: Hashes, rows: Rows, near: int) -> Iterable[Rows]:
-    for start in range(0, len(rows), _BLOCK):
-        block, later = rows[start : start + _BLOCK], rows[start:]  # a stable order: rows rise
-        one, other = np.nonzero(
-            np.bitwise_count(hashes[block][:, None] ^ hashes[later][None]) <= near
-        )
-        rising = one < other
-        yield block[one[rising]] * len(hashes) + later[other[rising]]
-
-
 class Groups:
-    """Union-find over rows."""
+    """Rows that belong together, directly or through others (union-find)."""
 
     def __init__(self, rows: int) -> None:
         self._parent = list(range(rows))
 
     def find(self, row: int) -> int:
+        """Return the leader of the row's group: its lowest row."""
         while self._parent[row] != row:
             self._parent[row] = self._parent[self._parent[row]]
             row = self._parent[row]
         return row
 
     def join(self, one: int, other: int) -> None:
-        # The lower row leads, so the outcome does not depend on the order of joins
+        # The lower row leads, so the outcome does not depend on the order of the calls
         low, high = sorted((self.find(one), self.find(other)))
         self._parent[high] = low
 
     def join_equal(self, values: Sequence[Hashable]) -> None:
-        """Rows with equal values belong together."""
+        """Join all rows whose values are equal."""
         first: dict[Hashable, int] = {}
         for row, value in enumerate(values):
             self.join(first.setdefault(value, row), row)
 
 
 def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int) -> set[int]:
-    """Rows for validation: about ``share`` of all, in whole groups.
+    """Choose rows for validation: about ``share`` of all, in whole groups.
 
-    Each of ``same`` names, per row, something that may not stand on both sides; the first is
-    the photo. Groups are taken in the order of a hash of seed and leading row's photo, which
-    a few new rows hardly disturb; one that would overshoot by more than it fills is passed
-    over.
+    Each of ``same`` holds, for every row, a value that must not occur on both sides; the first of
+    them identifies the image. Groups are taken in the order of a hash of the seed and the leading
+    row's image, which a few new rows hardly change. A group that would overshoot the share by more
+    than it fills is passed over.
     """
-    photos = same[0]
-    groups = Groups(len(photos))
+    images = same[0]
+    groups = Groups(len(images))
     for values in same:
         groups.join_equal(values)
     members: dict[int, list[int]] = {}
-    for row in range(len(photos)):
+    for row in range(len(images)):
         members.setdefault(groups.find(row), []).append(row)
-    wanted, chosen = round(share * len(photos)), set[int]()
-    for leader in sorted(members, key=lambda row: _draw(seed, photos[row])):
+    wanted, chosen = round(share * len(images)), set[int]()
+    ranks = {row: hashlib.sha256(f"{seed} {images[row]}".encode()).hexdigest() for row in members}
+    for leader in sorted(members, key=ranks.__getitem__):
         if len(chosen) + len(members[leader]) / 2 <= wanted:
             chosen.update(members[leader])
     return chosen
-
-
-def _draw(seed: int, photo: Hashable) -> str:
-    return hashlib.sha256(f"{seed} {photo}".encode()).hexdigest()

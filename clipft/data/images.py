@@ -1,13 +1,12 @@
-"""Bytes of an image file -> an upright RGB picture, and how large it should become.
+"""Decodes the bytes of an image file to an upright RGB image.
 
-What cannot be decoded rightly is refused with its reason.
+An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why.
 """
 
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,52 +14,60 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from clipft.core.errors import first_line
 
 MAX_PIXELS = 80_000_000
-"""Larger pictures are taken for decompression bombs."""
+"""Larger images are refused: they may be decompression bombs."""
 MAX_ASPECT = 100
-"""Longer pictures are refused: once the shorter side is the model's, 20,000 x 1 fills 5 GB."""
+"""Longer images are refused: once its shorter side is resized for the model, 20,000 x 1 pixels
+would take 5 GB."""
 
 WHITE = (255, 255, 255)
-_DEEP = {"I", "F"}
 _DRAFT_MARGIN = 2
 
 
 class BadImage(Exception):
-    """The bytes are no picture that can be used; the message says why."""
+    """An image cannot be used; the message says why its pair is skipped."""
 
 
 def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
-    """Decode to upright RGB; transparency on white, 16 bit to 8, first frame of many.
+    """Decode to upright RGB: transparency becomes white, 16 bits become 8, and of several frames
+    the first is taken.
 
-    ``at_least`` lets JPEG be decoded at a reduced scale whose shorter side stays above
-    twice that many pixels: faster, and close to, but not bitwise, the full decode.
+    ``at_least`` allows JPEG to be decoded at a reduced scale whose shorter side stays above twice
+    that many pixels: this is faster, and close to the full decode but not equal to it.
 
     Raises:
-        BadImage: not an image, truncated, more than ``MAX_PIXELS`` or ``MAX_ASPECT``.
+        BadImage: It is not an image, is truncated or otherwise broken, has more than
+            ``MAX_PIXELS`` or is longer than ``MAX_ASPECT``.
     """
     return decode_opened(open_image(data), at_least)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The picture with its header read: format and size are known, the pixels not yet.
+    """Read the header of an image: its format and size are then known, its pixels are not.
 
     Raises:
-        BadImage: not an image, or one that would do harm: too large, too thin, code.
+        BadImage: It is not an image, or decoding it would do harm.
     """
     if not data:
         raise BadImage("an empty file")
-    with _refusing():
+    with _as_bad_image():
         image = Image.open(io.BytesIO(data))
-        _refuse_harmful(image)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(f"{width}x{height} pixels are too many")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
+        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+            raise BadImage("EPS is not decoded")
         return image
 
 
 def decode_opened(image: Image.Image, at_least: int = 0) -> Image.Image:
-    """As ``decode_image``, of a picture whose header was read.
+    """Decode an image whose header was read, as ``decode_image`` does.
 
     Raises:
-        BadImage: truncated, or otherwise broken.
+        BadImage: It is truncated or otherwise broken.
     """
-    with _refusing():
+    with _as_bad_image():
         if at_least:
             image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
         image.load()
@@ -68,18 +75,18 @@ def decode_opened(image: Image.Image, at_least: int = 0) -> Image.Image:
 
 
 def verify_opened(image: Image.Image) -> None:
-    """Check what can be without decoding; the picture cannot be used after that.
+    """Check an image without decoding it, after which it can no longer be used.
 
     Raises:
-        BadImage: it is broken, as far as its format has checksums.
+        BadImage: It is broken, as far as its format has checksums.
     """
-    with _refusing():
+    with _as_bad_image():
         image.verify()
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Whatever Pillow's plug-ins raise becomes ``BadImage``; what they warn of is not told."""
+def _as_bad_image() -> Iterator[None]:
+    """Turn whatever Pillow raises into ``BadImage``, and ignore its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,27 +94,25 @@ def _refusing() -> Iterator[None]:
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise BadImage("not a picture") from error
-    except Exception as error:  # Pillow's plug-ins raise whatever they like
+        raise BadImage("not an image") from error
+    except Exception as error:  # Pillow's plug-ins raise errors of any type
         raise BadImage(first_line(error) or type(error).__name__) from error
-
-
-def _refuse_harmful(image: Image.Image) -> None:
-    """Look at what the header says, before anything is decoded."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}x{height} pixels are too many")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
-    if image.format == "EPS":  # a program: Pillow has Ghostscript run it
-        raise BadImage("EPS is not decoded")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode in _DEEP or image.mode.startswith("I;"):
-        return _from_deep(np.asarray(image))
+    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+        # 16-bit and float grays: Pillow's own ``convert`` would clip them to white
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise BadImage("not-a-number among the pixels")
+        top = float(values.max(initial=0))
+        scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 255.0 / 65535.0
+        if values.dtype.kind == "f" and 1.0 < top <= 255.0:
+            scale = 1.0
+        gray = np.clip(np.rint(values.astype(np.float64) * scale), 0, 255).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (*WHITE, 255))
@@ -115,25 +120,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_deep(values: "np.ndarray[Any, Any]") -> Image.Image:
-    """16-bit and float greys to 8 bit; Pillow's own ``convert`` clips them to white."""
-    if not np.isfinite(values).all():
-        raise BadImage("not-a-number among the pixels")
-    top = float(values.max(initial=0))
-    scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 255.0 / 65535.0
-    if values.dtype.kind == "f" and 1.0 < top <= 255.0:
-        scale = 1.0
-    grey = np.clip(np.rint(values.astype(np.float64) * scale), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
-
-
 def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) with the shorter one ``side``, rounded as ``CLIPImageProcessor`` does."""
+    """Return (width, height) with the shorter one ``side``, rounded as ``CLIPImageProcessor``
+    does."""
     width, height = size
     long = max(side, int(side * max(size) / min(size)))
     return (side, long) if width <= height else (long, side)
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
-    """Shorter side to ``side`` pixels, aspect kept; bicubic, antialiased."""
+    """Resize the shorter side to ``side`` pixels and keep the aspect; bicubic and antialiased."""
     return image.resize(resized_size(image.size, side), Image.Resampling.BICUBIC)

@@ -26,42 +26,42 @@ LABEL_FIELDS = ("category", "type", "label", "class")
 
 @dataclass(frozen=True)
 class PairFacts:
-    """One pair. ``photo`` is the SHA-256 of its bytes, ``size`` (width, height) upright,
-    ``stored`` the bytes of picture and caption, ``labels`` those of ``LABEL_FIELDS``;
-    ``broken`` and ``bad_caption`` say why it cannot be used, or ""."""
+    """What is known of one pair.
+
+    ``place`` is the key with its shard and split, ``stored`` the bytes of image and caption,
+    ``words`` the caption without case, in which captions are compared. ``image_hash`` is the
+    SHA-256 of the image's bytes, ``size`` its upright (width, height), and ``labels`` are the
+    values of ``LABEL_FIELDS``. ``broken`` and ``bad_caption`` say why the pair would be skipped.
+    """
 
     key: str
     split: str = ""
     number: int = 0
+    place: str = ""
     stored: int = 0
     labels: tuple[str, ...] = ()
     caption: str = ""
+    words: str = ""
     bad_caption: str = ""
-    photo: str = ""
+    image_hash: str = ""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
     perceptual_hash: PerceptualHash | None = None
     broken: str = ""
 
     @property
-    def words(self) -> str:
-        """The caption as it is compared: without case."""
-        return self.caption.casefold()
-
-    @property
     def usable(self) -> bool:
         return not self.broken and not self.bad_caption
-
-    @property
-    def place(self) -> str:
-        return f"{self.split}/{self.key}" if self.split else self.key
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Figures of one split. ``ceiling`` is the best R@K that paired retrieval can give with
-    these duplicates, ties by lower index: of k pairs with one caption (or photo), at most K
-    can have their own partner among the first K."""
+    """Figures of one split.
+
+    ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
+    broken by the lower index: of n pairs with one caption (or image), at most K can have their own
+    partner among the first K.
+    """
 
     pairs: int
     usable: int
@@ -90,8 +90,10 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Leak:
-    """Pairs of the one side that also stand on the other, by what they share. ``matches``
-    are the first of them, each beside one that it shares most with."""
+    """Pairs of one side that are also on the other, by what they share.
+
+    ``matches`` are the first of them, each with the pair that it shares most with.
+    """
 
     same_photo: int
     near_photo: int
@@ -110,12 +112,14 @@ def read_facts(
     split: str = "",
     template: CaptionTemplate = DEFAULT_TEMPLATE,
 ) -> list[PairFacts]:
-    """Decode every pair in ``workers`` threads (Pillow decodes outside of the interpreter's
-    lock); 0: as many as there are processors."""
+    """Decode every pair in ``workers`` threads, or 0 for one per processor.
+
+    ``report`` is called with (done, all) after each pair.
+    """
     facts = []
+    # Threads are enough: Pillow decodes outside of the interpreter's lock
     with ThreadPoolExecutor(workers or processors()) as threads:
-        facts_of = partial(_fact, pairs, split, template)
-        found = threads.map(facts_of, range(len(pairs)))
+        found = threads.map(partial(_fact, pairs, split, template), range(len(pairs)))
         for done, fact in enumerate(found):
             facts.append(fact)
             report(done + 1, len(pairs))
@@ -124,17 +128,19 @@ def read_facts(
 
 def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int) -> PairFacts:
     raw = pairs[number]
-    metadata = parse_metadata(raw.metadata)
+    metadata, key = parse_metadata(raw.metadata), f"{raw.shard}:{raw.key}"
     values = [metadata.get(field) for field in LABEL_FIELDS]
     fact = PairFacts(
-        f"{raw.shard}:{raw.key}",
+        key,
         split,
         number,
+        f"{split}/{key}" if split else key,
         len(raw.image) + len(raw.caption),
         tuple(value.strip() if isinstance(value, str) else "" for value in values),
     )
     try:
-        fact = replace(fact, caption=template.captions(raw.caption, raw.metadata)[0])
+        caption = template.captions(raw.caption, raw.metadata)[0]
+        fact = replace(fact, caption=caption, words=caption.casefold())
     except BadCaption as error:
         fact = replace(fact, bad_caption=str(error))
     try:
@@ -143,17 +149,20 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
         return replace(fact, broken=str(error))
     with Image.open(io.BytesIO(raw.image)) as header:
         kind = (header.format or "?").lower()
-    photo = hashlib.sha256(raw.image).hexdigest()
     return replace(
-        fact, photo=photo, kind=kind, size=image.size, perceptual_hash=perceptual_hash(image)
+        fact,
+        image_hash=hashlib.sha256(raw.image).hexdigest(),
+        kind=kind,
+        size=image.size,
+        perceptual_hash=perceptual_hash(image),
     )
 
 
-def _alike(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
-    """Near-identical photos, by SHA-256: each is compared once, however often it stands."""
-    once = list({fact.photo: fact for fact in facts}.values())
-    looks = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
-    return [(once[i].photo, once[j].photo) for i, j in near_duplicates(looks, near)]
+def _near_images(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
+    """Near-duplicates by their SHA-256; an image that occurs many times is compared once."""
+    once = list({fact.image_hash: fact for fact in facts}.values())
+    hashes = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
+    return [(once[i].image_hash, once[j].image_hash) for i, j in near_duplicates(hashes, near)]
 
 
 def split_facts(
@@ -164,13 +173,25 @@ def split_facts(
     image_size: int,
     near: int,
 ) -> SplitFacts:
-    """Figures of one split; ``tokens`` are the lengths of the usable captions, uncut."""
+    """Count what one split holds; ``tokens`` are the lengths of the usable captions before
+    truncation, and ``context`` and ``image_size`` what the model takes."""
     usable = [fact for fact in facts if fact.usable]
-    photos, words = [f.photo for f in usable], [f.words for f in usable]
-    alike = _alike(usable, near)
-    near_ones = {photo for pair in alike for photo in pair}
+    images, words = [f.image_hash for f in usable], [f.words for f in usable]
+    alike = _near_images(usable, near)
+    near_ones = {image for pair in alike for image in pair}
     groups = _groups(usable, alike)
     small = sorted((f for f in usable if min(f.size) < image_size), key=lambda f: min(f.size))
+    categories: dict[str, Any] = {}
+    for column, field in enumerate(LABEL_FIELDS):
+        counts = Counter(fact.labels[column] for fact in usable if fact.labels[column])
+        if counts:  # the first field that any pair has
+            labelled = sum(counts.values())
+            categories = {
+                "field": field,
+                "labelled": labelled,
+                "counts": dict(counts.most_common()),
+            }
+            break
     return SplitFacts(
         pairs=len(facts),
         usable=len(usable),
@@ -184,23 +205,24 @@ def split_facts(
         smallest=[fact.place for fact in small[:_LISTED]],
         caption_tokens=_spread(tokens),
         captions_cut=sum(length > context for length in tokens),
-        same_photo=_extra(photos),
-        near_photo=sum(photo in near_ones for photo in photos),
-        same_caption=_extra(words),
+        same_photo=_repeated(images),
+        near_photo=sum(image in near_ones for image in images),
+        same_caption=_repeated(words),
         groups=len(groups),
         largest_group=len(groups[0]) if groups else min(1, len(usable)),
-        duplicates=_listed([_described(group, near_ones) for group in groups]),
-        categories=_categories(usable),
-        ceiling={"text_to_image": _ceiling(words), "image_to_text": _ceiling(photos)},
+        duplicates=_listed(groups, near_ones),
+        categories=categories,
+        ceiling={"text_to_image": _upper_bounds(words), "image_to_text": _upper_bounds(images)},
     )
 
 
 def _groups(
     facts: Sequence[PairFacts], alike: Iterable[tuple[str, str]]
 ) -> list[Sequence[PairFacts]]:
-    """Pairs linked, directly or through others, by photo, look or caption; largest first."""
-    groups, row_of = Groups(len(facts)), {fact.photo: row for row, fact in enumerate(facts)}
-    groups.join_equal([fact.photo for fact in facts])
+    """Pairs linked, directly or through others, by image, near-duplicate or caption; largest
+    first."""
+    groups, row_of = Groups(len(facts)), {fact.image_hash: row for row, fact in enumerate(facts)}
+    groups.join_equal([fact.image_hash for fact in facts])
     groups.join_equal([fact.words for fact in facts])
     for one, other in alike:
         groups.join(row_of[one], row_of[other])
@@ -210,35 +232,37 @@ def _groups(
     return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
-def _described(group: Sequence[PairFacts], near_ones: set[str]) -> dict[str, Any]:
-    shares = {
-        "photo": _extra([fact.photo for fact in group]) > 0,
-        "near photo": any(fact.photo in near_ones for fact in group),
-        "caption": _extra([fact.words for fact in group]) > 0,
-    }
-    named = [name for name, shared in shares.items() if shared]
-    return {"size": len(group), "shares": named, "pairs": [f.place for f in group[:_LISTED]]}
-
-
-def _listed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The largest by photo, then by caption alone: those would crowd out the rarer kind."""
-    words = [group for group in groups if group["shares"] == ["caption"]]
-    return [g for g in groups if g["shares"] != ["caption"]][:_LISTED] + words[:_LISTED]
+def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[dict[str, Any]]:
+    """Describe the largest groups: those that share images first, then those that share only the
+    caption, which would otherwise crowd out the rarer kind."""
+    by_image, by_caption = list[dict[str, Any]](), list[dict[str, Any]]()
+    for group in groups:
+        shares = {
+            "photo": _repeated([fact.image_hash for fact in group]) > 0,
+            "near photo": any(fact.image_hash in near_ones for fact in group),
+            "caption": _repeated([fact.words for fact in group]) > 0,
+        }
+        named = [name for name, shared in shares.items() if shared]
+        into = by_caption if named == ["caption"] else by_image
+        places = [fact.place for fact in group[:_LISTED]]
+        into.append({"size": len(group), "shares": named, "pairs": places})
+    return by_image[:_LISTED] + by_caption[:_LISTED]
 
 
 def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: int) -> Leak:
-    """Pairs of ``one`` whose photo or caption also stands in ``other``."""
+    """Find the pairs of ``one`` whose image or caption is also in ``other``."""
     ours, theirs = ([f for f in side if f.usable] for side in (one, other))
-    photos = {fact.photo: fact.place for fact in reversed(theirs)}
+    # Reversed, so that of several pairs with one image the first is named
+    images = {fact.image_hash: fact.place for fact in reversed(theirs)}
     words = {fact.words: fact.place for fact in reversed(theirs)}
-    links = [link for a, b in _alike([*ours, *theirs], near) for link in ((a, b), (b, a))]
-    looks = {ours_photo: photos[photo] for ours_photo, photo in links if photo in photos}
+    links = [link for a, b in _near_images([*ours, *theirs], near) for link in ((a, b), (b, a))]
+    near_ones = {our_image: images[image] for our_image, image in links if image in images}
     counts: Counter[str] = Counter()
     examples, matches = [], []
     for fact in ours:
-        partners = {"photo": photos.get(fact.photo), "caption": words.get(fact.words)}
+        partners = {"photo": images.get(fact.image_hash), "caption": words.get(fact.words)}
         if not partners["photo"]:
-            partners["near photo"] = looks.get(fact.photo)
+            partners["near photo"] = near_ones.get(fact.image_hash)
         found = {name: place for name, place in partners.items() if place}
         counts.update(found.keys())
         if found:
@@ -255,24 +279,12 @@ def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: int) -> Lea
     )
 
 
-def _categories(facts: Sequence[PairFacts]) -> dict[str, Any]:
-    """Counts of the first field of ``LABEL_FIELDS`` that any pair has; empty: none has."""
-    for field, values in zip(
-        LABEL_FIELDS, zip(*(f.labels for f in facts), strict=True), strict=False
-    ):
-        counts = Counter(value for value in values if value)
-        if counts:
-            labelled = sum(counts.values())
-            return {"field": field, "labelled": labelled, "counts": dict(counts.most_common())}
-    return {}
-
-
-def _extra(values: Sequence[str]) -> int:
-    """How many are there beyond the first of each value."""
+def _repeated(values: Sequence[str]) -> int:
+    """Count the values beyond the first of each kind."""
     return len(values) - len(set(values))
 
 
-def _ceiling(values: Sequence[str]) -> dict[str, float]:
+def _upper_bounds(values: Sequence[str]) -> dict[str, float]:
     counts = Counter(values).values()
     total = max(1, len(values))
     return {f"r@{k}": sum(min(k, count) for count in counts) / total for k in (1, 5, 10)}

@@ -23,11 +23,11 @@ from side_by_side import Work, arguments, compare, publish
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
-from clipft.data.augmentation import _resized, make_transform
+from clipft.data.augmentation import make_transform, resized
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.images import decode_image
+from clipft.data.images import decode_image, resized_size
 from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.packing.options import PackOptions
@@ -130,7 +130,7 @@ def shares(folder: Path, tokenizer: Any) -> None:
     parts: dict[str, Callable[[], Any]] = {
         "read": lambda: [dataset[number] for number in range(len(raw))],
         "decode": lambda: [decode_image(pair.image, SIDE) for pair in raw],
-        "resize": lambda: [_resized(image, SIDE) for image in images],
+        "resize": lambda: [resized(image, resized_size(image.size, SIDE)) for image in images],
         "resize and augment": lambda: [transform(image, 1) for image in images],
         "tokenise": lambda: tokenizer([pair.caption.decode() for pair in raw]),
     }

@@ -158,7 +158,7 @@ def test_wrong_usage_is_an_error(photos, tmp_path, capsys):
     assert run(["search", "tiny", str(photos), "words", "--image", str(photos / "01001.jpg")]) == 2
     assert "and not both" in capsys.readouterr().err
     assert run(["search", "tiny", str(photos), "--image", str(photos / "01000.jpg")]) == 3
-    assert "01000.jpg: not a picture" in capsys.readouterr().err
+    assert "01000.jpg: not an image" in capsys.readouterr().err
     assert run(["search", "tiny", str(photos), "--image", str(photos / "none.jpg")]) == 3
     assert run(["search", "tiny", str(tmp_path / "none"), "chair"]) == 3
     assert run(["search", str(tmp_path), str(photos), "chair"]) == 5

@@ -136,8 +136,8 @@ def broken() -> dict[str, tuple[bytes, str]]:
         ),
         "cut-early.jpg": (whole["JPEG"][:30], ""),
         "zero.jpg": (b"", "an empty file"),
-        "zeros.jpg": (bytes(5000), "not a picture"),
-        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not a picture"),
+        "zeros.jpg": (bytes(5000), "not an image"),
+        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
         "bomb.png": (
             png(30_000, 30_000, 1, 0, bytes(30_000 * 3751)),
             "Image size (900000000 pixels) exceeds limit",  # Pillow's own

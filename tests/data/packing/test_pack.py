@@ -93,7 +93,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
         "no caption": 1,
         "no image": 1,
         "empty caption": 1,
-        "not a picture": 1,
+        "not an image": 1,
         "a link out of the folder": 1,
     }
     lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()

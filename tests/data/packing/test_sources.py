@@ -113,7 +113,7 @@ def test_parquet_keeps_all_other_columns_as_plain_values(tmp_path):
     }
     write_table(tmp_path / "t.parquet", [row, {**row, "image": {"bytes": b"?", "path": None}}])
     result = packed(tmp_path / "t.parquet", tmp_path / "out", val_share=0)
-    assert result.skipped == {"not a picture": 1}
+    assert result.skipped == {"not an image": 1}
     assert metadata_of(tmp_path / "out" / "train") == {
         "a chair": {
             "alt": "a seat",
@@ -185,7 +185,7 @@ def test_shards_as_img2dataset_leaves_them(tmp_path):
     (folder / "00000_stats.json").write_text("{}")
     result = packed(folder, tmp_path / "out", val_share=0.25)
     assert (result.train_pairs, result.val_pairs) == (9, 3)
-    assert result.skipped == {"no image": 1, "not a picture": 1}
+    assert result.skipped == {"no image": 1, "not an image": 1}
     told = (tmp_path / "out" / "skipped.jsonl").read_text()
     assert "00000.tar:000000099" in told
 
