@@ -77,7 +77,7 @@ def search(
     """
     if (query is None or not query.strip()) == (options.image is None):
         raise UsageError(
-            "a search needs either words or --image",
+            "a search needs either words or --image, and not both",
             'for example: clipft search tiny ./photos "a red lamp"',
         )
     if options.html:
