@@ -1,1 +1,1 @@
-"""Sends pairs through the two towers and keeps what frozen towers computed."""
+"""Sends pairs through the two towers, and caches what frozen towers computed."""

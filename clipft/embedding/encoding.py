@@ -1,43 +1,37 @@
-"""How the pairs of a run become embeddings: what the loader prepares, and what the towers do.
-
-A tower that does not train runs once over inputs that do not change (``feature_cache``).
-"""
+"""Decides how the pairs of a run become embeddings: what the loader prepares, what towers do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clipft.config.settings import Settings
-from clipft.core.common import Progress, counted, silent
+from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import DataError, StorageError
 from clipft.data.captions.metadata import check_fields, known_fields
-from clipft.data.captions.table import (
-    CaptionFigures,
-    CaptionSource,
-    CaptionTable,
-    LiveCaptions,
-    caption_table,
-)
+from clipft.data.captions.table import CaptionSource, CaptionTable, LiveCaptions, caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
 from clipft.data.overlap import shared_captions, shared_images
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.feature_cache import FeatureCache
+from clipft.embedding.feature_cache import caption_features, image_features
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers, with_image_features, with_text_features
 from clipft.models.pretrained import ModelInputs
 
+_NOTICEABLE = 20_000
+"""Pairs whose captions take so long to tokenize that the user is told."""
+
 
 @dataclass(frozen=True)
 class Encoding:
-    """Belongs to one model and one set of pairs."""
+    """How one model encodes one set of pairs."""
 
     preprocessing: Preprocessing
     towers: Towers
 
 
 def live_encoding(loaded: LoadedModel, preprocessing: Preprocessing, seed: int) -> Encoding:
-    """Both towers run, each time."""
+    """Return an encoding in which both towers run every time."""
     return Encoding(preprocessing, make_towers(loaded, seed, preprocessing.captions.pad_token_id))
 
 
@@ -46,55 +40,44 @@ def open_encoding(
     pairs: Pairs,
     preprocessing: Preprocessing,
     settings: Settings,
-    note: Callable[[str], None],
+    note: Note,
     progress: Progress = silent,
 ) -> Encoding:
-    """Features in the place of each tower that would always give the same.
+    """Return an encoding in which cached features replace each tower whose output never changes.
 
-    A cache that cannot be written is said and done without.
+    If the cache cannot be written, the user is told and both towers run.
     """
     live = live_encoding(loaded, preprocessing, settings.seed)
     if not settings.feature_cache:
         return live
+    model, captions, encoding = loaded.model, preprocessing.captions, live
     options = LoaderOptions.from_settings(settings, loaded.precision.device)
-    cache = FeatureCache(loaded, options, progress)
     try:
-        return _with_images(_with_texts(live, cache), pairs, cache)
+        if not model.text_tower_trainable and isinstance(captions, CaptionTable):
+            features = caption_features(loaded, captions, progress)
+            towers = with_text_features(live.towers, model, features, captions.pad_token_id)
+            encoding = replace(encoding, towers=towers)
+        unchanging = preprocessing.augmentation == "none" and isinstance(pairs, PairDataset)
+        if unchanging and not model.vision_tower_trainable:
+            features = image_features(loaded, pairs, options, progress)
+            encoding = Encoding(
+                replace(preprocessing, pictures=False, bad=features.bad),
+                with_image_features(encoding.towers, model, features),
+            )
     except StorageError as error:
-        note(f"warning: features are not kept, each epoch computes them anew: {error.message}")
+        note(f"warning: features are not cached, each epoch computes them again: {error.message}")
         return live
-
-
-def _with_texts(live: Encoding, cache: FeatureCache) -> Encoding:
-    captions, model = live.preprocessing.captions, cache.loaded.model
-    if model.text_tower_trainable or not isinstance(captions, CaptionTable):
-        return live
-    features = cache.of_captions(captions, captions.pad_token_id)
-    return replace(
-        live, towers=with_text_features(live.towers, model, features, captions.pad_token_id)
-    )
-
-
-def _with_images(live: Encoding, pairs: Pairs, cache: FeatureCache) -> Encoding:
-    model, unchanging = cache.loaded.model, live.preprocessing.augmentation == "none"
-    if model.vision_tower_trainable or not unchanging or not isinstance(pairs, PairDataset):
-        return live
-    features = cache.of_images(pairs)
-    preprocessing = replace(live.preprocessing, read_images=False, bad=features.bad)
-    return Encoding(preprocessing, with_image_features(live.towers, model, features))
-
-
-_MANY = 20_000
-"""Captions whose tokenising a user notices."""
+    return encoding
 
 
 def training_preprocessing(
-    model: ModelInputs, pairs: Pairs, settings: Settings, note: Callable[[str], None]
+    model: ModelInputs, pairs: Pairs, settings: Settings, note: Note
 ) -> Preprocessing:
-    """Augmented pictures; a pair with several captions has another one in each epoch.
+    """Return preprocessing with augmented images. A pair with several captions uses another one
+    in each epoch.
 
     Raises:
-        UsageError: the caption template is wrong, or names a field that no pair has.
+        UsageError: the caption template is invalid, or names a field that no pair has.
         DataError: too many pairs have no text.
     """
     captions = _captions(model, pairs, settings, settings.seed, note)
@@ -106,38 +89,29 @@ def training_preprocessing(
 def validation_preprocessing(
     model: ModelInputs, pairs: PairDataset, settings: Settings
 ) -> Preprocessing:
-    """The model's own preprocessing and the first caption of each pair."""
+    """Return the model's own preprocessing, with the first caption of each pair.
+
+    Raises:
+        UsageError, DataError: as for ``training_preprocessing``.
+    """
     captions = _captions(model, pairs, settings, None, lambda note: None)
     return Preprocessing(captions, model.image_size, "none", settings.seed, model.squashed)
 
 
 def _captions(
-    model: ModelInputs,
-    pairs: Pairs,
-    settings: Settings,
-    seed: int | None,
-    note: Callable[[str], None],
+    model: ModelInputs, pairs: Pairs, settings: Settings, seed: int | None, note: Note
 ) -> CaptionSource:
     template = CaptionTemplate.parse(settings.caption)
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
-    if not isinstance(pairs, PairDataset):
+    if not isinstance(pairs, PairDataset):  # a stream: nothing can be known of it beforehand
         return LiveCaptions(template, encoder, seed)
     check_fields(template, pairs)
 
-    def building() -> None:
-        if len(pairs) > _MANY:
-            note(f"Tokenising the captions of {counted(len(pairs), 'pair')} (done once) ...")
+    def on_build() -> None:
+        if len(pairs) > _NOTICEABLE:
+            note(f"Tokenizing the captions of {counted(len(pairs), 'pair')} (done once) ...")
 
-    table = caption_table(pairs, template, encoder, seed, building)
-    _check_texts(table, pairs, settings)
-    return table
-
-
-def _check_texts(table: CaptionTable, pairs: PairDataset, settings: Settings) -> None:
-    """
-    Raises:
-        DataError: more pairs without text than ``max_bad`` allows, and more than one.
-    """
+    table = caption_table(pairs, template, encoder, seed, on_build)
     without = table.figures.none
     if settings.too_many_bad(without, len(pairs)):
         fields = ", ".join(sorted(known_fields(pairs)))
@@ -145,45 +119,43 @@ def _check_texts(table: CaptionTable, pairs: PairDataset, settings: Settings) ->
             f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
             f"under --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
             (f"their metadata has {fields}: name them in --caption, " if fields else "")
-            + "mend the captions, or raise --max-bad",
+            + "fix the captions, or raise --max-bad",
         )
+    return table
 
 
 def data_remarks(
     train: Pairs, val: PairDataset, captions: tuple[CaptionSource, CaptionSource], context: int
 ) -> list[str]:
-    """What a user should know of the pairs before a run; ``captions`` of train and val."""
+    """List what a user should know about the pairs before a run.
+
+    ``captions`` are those of ``train`` and of ``val``; ``context`` is the model's in tokens.
+    """
     remarks = []
     for name, skipped in (("train", train.skipped), ("val", val.skipped)):
         if skipped:
+            members = counted(len(skipped), "member")
+            remarks.append(f"skipped {members} of the {name} shards that are not pairs")
+    train_captions, val_captions = captions
+    if isinstance(train_captions, CaptionTable):
+        figures = train_captions.figures
+        if figures.captions + figures.none > len(train):
+            total = counted(figures.captions, "caption")
+            remarks.append(f"{total} for {counted(len(train), 'pair')}: each epoch draws one")
+        if figures.cut:
             remarks.append(
-                f"left out {counted(len(skipped), 'member')} of the {name} shards: no pairs"
+                f"truncated {counted(figures.cut, 'caption')} at a word boundary: the model takes "
+                f"{context} tokens, the longest caption has {figures.most_tokens:,}"
             )
-    ours, theirs = captions
-    if isinstance(ours, CaptionTable):
-        remarks += _caption_remarks(ours.figures, len(train), context)
     shared = {}
     if isinstance(train, PairDataset):
-        shared["photo"] = shared_images(val, train)
-    if isinstance(ours, CaptionTable) and isinstance(theirs, CaptionTable):
-        shared["caption"] = shared_captions(theirs, ours)
+        shared["image"] = shared_images(val, train)
+    if isinstance(train_captions, CaptionTable) and isinstance(val_captions, CaptionTable):
+        shared["caption"] = shared_captions(val_captions, train_captions)
     listed = " and ".join(f"the {what} of {count:,}" for what, count in shared.items() if count)
     if listed:
         remarks.append(
-            f"training also has {listed} of {counted(len(val), 'validation pair')}, which flatters "
-            f"the figures: see `clipft inspect`"
-        )
-    return remarks
-
-
-def _caption_remarks(figures: CaptionFigures, pairs: int, context: int) -> list[str]:
-    remarks = []
-    if figures.captions + figures.none > pairs:
-        captions = counted(figures.captions, "caption")
-        remarks.append(f"{captions} for {counted(pairs, 'pair')}: each epoch draws one")
-    if figures.cut:
-        remarks.append(
-            f"cut {counted(figures.cut, 'caption')} at a word: the model takes {context} tokens, "
-            f"the longest has {figures.most_tokens:,}"
+            f"training also has {listed} of {counted(len(val), 'validation pair')}, which makes "
+            f"the figures too good: see `clipft inspect`"
         )
     return remarks

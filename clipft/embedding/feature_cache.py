@@ -1,14 +1,17 @@
-"""What a tower that does not train makes of inputs that do not change, computed once.
+"""Computes once what a frozen tower makes of inputs that do not change.
 
-Kept in the cache folder under a hash of all that decides it: the base model's weights, the
-pairs, the preprocessing, the numbers computed in. Files: ``values``, float32 [rows, W] as they
-were computed, mapped and not read at once; ``keys``, uint64 [rows], ascending, and ``places``,
-the row of each; ``about.json``, the width and the pictures that cannot be used.
+Features are kept in the cache folder, under a hash of everything that decides them: the weights
+of the pretrained model, the pairs, the preprocessing and the precision. Files:
+
+    values       float32 [rows, W] in the order in which they were computed; memory-mapped
+    keys.npy     uint64 [rows], ascending
+    places.npy   int64 [rows], the row in ``values`` of each key
+    about.json   W, and the pairs whose images cannot be used
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,12 @@ from clipft.embedding.load import LoadedModel
 
 _FORMAT = "1"
 _BATCH = 64
-"""Rows per forward pass: always the same, so that features made again are the same bits."""
+"""Rows per forward pass. It never changes, so that features computed again are the same bits."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of features by key. ``bad``: numbers of pairs that have none, and why."""
+    """Cached rows by key. ``bad`` maps the numbers of pairs without features to the reason."""
 
     keys: Keys
     places: "np.ndarray[Any, np.dtype[np.int64]]"
@@ -40,138 +43,115 @@ class Features:
     bad: dict[int, str]
 
     def rows(self, keys: Keys) -> Tensor:
-        """float32 [len(keys), W]."""
+        """Look up float32 [len(keys), W]."""
         places = self.places[np.searchsorted(self.keys, keys)]
         return torch.from_numpy(np.take(self.values, places, axis=0))
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """Makes and finds the features of one model."""
+def image_features(
+    loaded: LoadedModel, pairs: PairDataset, options: LoaderOptions, progress: Progress
+) -> Features:
+    """Return the vision tower's features of all images, unaugmented, by the pair's number.
 
-    loaded: LoadedModel
-    options: LoaderOptions
-    progress: Progress
-
-    def of_images(self, pairs: PairDataset) -> Features:
-        """[pairs, W] by the pair's number, pictures without augmentation.
-
-        Raises:
-            DataError: a shard was changed or removed.
-            StorageError: the cache folder has no room for them.
-        """
-        inputs = self.loaded.base.inputs
-        how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
-        wordless = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
-        bad: dict[int, str] = {}
-
-        def rows() -> Iterator[tuple[Keys, Tensor]]:
-            done = 0
-            for batch in evaluation_batches(pairs, wordless, _BATCH, self.options):
-                numbers = set(range(done, min(done + _BATCH, len(pairs))))
-                reasons = iter(batch.skipped)  # in the order of the pairs, as the rest is
-                bad.update((n, next(reasons).reason) for n in sorted(numbers - {*batch.numbers}))
-                done += _BATCH
-                if len(batch):
-                    pixels = batch.pixel_values.to(self.loaded.precision.device)
-                    yield np.array(batch.numbers, np.uint64), self._images(pixels)
-
-        title = f"Image features of {counted(len(pairs), 'pair')}"
-        return self._kept("images", (pairs.state(), how), rows(), _Made(title, len(pairs), bad))
-
-    def of_captions(self, table: CaptionTable, pad_token_id: int) -> Features:
-        """[captions, W] by ``caption_keys``, each different caption once.
-
-        Raises:
-            StorageError: the cache folder has no room for them.
-        """
-        different = {ids for captions in table.by_pair() for ids in captions}
-        width = table.ids_of_all.dtype
-        captions = sorted((np.frombuffer(ids, width).tolist() for ids in different), key=len)
-        model, inputs = self.loaded.model, self.loaded.base.inputs
-        filled = inputs.context_length if model.architecture.pads_texts else 0
-        digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
-
-        def rows() -> Iterator[tuple[Keys, Tensor]]:
-            for start in range(0, len(captions), _BATCH):
-                ids = stacked(
-                    [padded(captions[start : start + _BATCH], pad_token_id)], pad_token_id, filled
-                )
-                yield (
-                    caption_keys(ids, pad_token_id),
-                    self._texts(ids.to(self.loaded.precision.device)),
-                )
-
-        title = f"Text features of {counted(len(captions), 'caption')}"
-        made = _Made(title, len(captions), {})
-        features = self._kept("texts", (digest, str(pad_token_id), str(width)), rows(), made)
-        assert len(features.keys) == len(captions), "two captions with one key"
-        return features
-
-    @torch.no_grad()
-    def _images(self, pixels: Tensor) -> Tensor:
-        with self.loaded.precision.autocast():
-            return self.loaded.model.image_features(pixels)
-
-    @torch.no_grad()
-    def _texts(self, ids: Tensor) -> Tensor:
-        with self.loaded.precision.autocast():
-            return self.loaded.model.text_features(ids)
-
-    def _kept(
-        self,
-        tower: str,
-        of: tuple[str, ...],
-        rows: Iterable[tuple[Keys, Tensor]],
-        made: "_Made",
-    ) -> Features:
-        precision = self.loaded.precision
-        parts = (_FORMAT, self.loaded.fingerprint, precision.name, precision.device.type, *of)
-        name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-        folder = cache_folder() / "features" / f"{tower}-{name}"
-        try:
-            return _load(folder)
-        except (OSError, ValueError, KeyError):
-            self.loaded.model.eval()  # whoever trains or measures sets the mode it needs
-        # Another run may make the same: whole folders take each other's place
-        with replacing_folder(folder, shared=True) as temporary, self.progress(made.title) as tell:
-            _write(temporary, rows, made, lambda done: tell(done, made.rows))
-        return _load(folder)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What is being made: its heading, how many rows, and the bad ones once known."""
-
-    title: str
-    rows: int
-    bad: dict[int, str]
-
-
-def _write(
-    folder: Path, rows: Iterable[tuple[Keys, Tensor]], made: _Made, tell: Callable[[int], None]
-) -> None:
-    keys, width, done = [np.empty(0, np.uint64)], 0, 0
-    folder.mkdir(parents=True)
-    with (folder / "values").open("wb") as file:
-        for some_keys, some in rows:
-            keys.append(some_keys)
-            done, width = done + len(some), some.shape[1]
-            file.write(some.float().cpu().numpy().tobytes())
-            tell(done)
-    unsorted = np.concatenate(keys)
-    order = np.argsort(unsorted)
-    np.save(folder / "keys.npy", unsorted[order])
-    np.save(folder / "places.npy", order)
-    about = {"width": width, "bad": made.bad}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-
-
-def _load(folder: Path) -> Features:
-    """
     Raises:
-        OSError, ValueError, KeyError: no features, or broken ones.
+        DataError: a shard was changed or removed.
+        StorageError: the cache folder is full or cannot be written to.
     """
+    inputs, device = loaded.base.inputs, loaded.precision.device
+    preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
+    bad: dict[int, str] = {}
+
+    def compute() -> Iterator[tuple[Keys, Tensor]]:
+        done = 0
+        for batch in evaluation_batches(pairs, preprocessing, _BATCH, options):
+            numbers = set(range(done, min(done + _BATCH, len(pairs))))
+            reasons = iter(batch.skipped)  # in the order of the pairs, like everything else
+            bad.update((n, next(reasons).reason) for n in sorted(numbers - {*batch.numbers}))
+            done += _BATCH
+            if len(batch):
+                with torch.no_grad(), loaded.precision.autocast():
+                    features = loaded.model.image_features(batch.pixel_values.to(device))
+                yield np.array(batch.numbers, np.uint64), features
+
+    how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
+    folder = _cache_folder(loaded, "images", pairs.state(), how)
+    title = f"Image features of {counted(len(pairs), 'pair')}"
+    return _cached(folder, loaded, compute(), bad, len(pairs), title, progress)
+
+
+def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Progress) -> Features:
+    """Return the text tower's features of each different caption, by ``caption_keys``.
+
+    Raises:
+        StorageError: the cache folder is full or cannot be written to.
+    """
+    device, pad_token_id = loaded.precision.device, captions.pad_token_id
+    dtype = captions.ids_of_all.dtype
+    different = {ids for of_pair in captions.by_pair() for ids in of_pair}
+    # By length, so that batches need little padding
+    ordered = sorted((np.frombuffer(ids, dtype).tolist() for ids in different), key=len)
+    width = loaded.base.inputs.context_length if loaded.model.architecture.pads_texts else 0
+
+    def compute() -> Iterator[tuple[Keys, Tensor]]:
+        for start in range(0, len(ordered), _BATCH):
+            batch = padded(ordered[start : start + _BATCH], pad_token_id)
+            ids = stacked([batch], pad_token_id, width)
+            with torch.no_grad(), loaded.precision.autocast():
+                features = loaded.model.text_features(ids.to(device))
+            yield caption_keys(ids, pad_token_id), features
+
+    digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
+    folder = _cache_folder(loaded, "texts", digest, str(pad_token_id), str(dtype))
+    title = f"Text features of {counted(len(ordered), 'caption')}"
+    features = _cached(folder, loaded, compute(), {}, len(ordered), title, progress)
+    assert len(features.keys) == len(ordered), "two captions have the same key"
+    return features
+
+
+def _cache_folder(loaded: LoadedModel, tower: str, *inputs: str) -> Path:
+    precision = loaded.precision
+    parts = (_FORMAT, loaded.fingerprint, precision.name, precision.device.type, *inputs)
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    return cache_folder() / "features" / f"{tower}-{name}"
+
+
+def _cached(
+    folder: Path,
+    loaded: LoadedModel,
+    rows: Iterator[tuple[Keys, Tensor]],
+    bad: dict[int, str],
+    total: int,
+    title: str,
+    progress: Progress,
+) -> Features:
+    """Read the features in ``folder``, or compute them there first.
+
+    ``rows`` fills ``bad`` while it is iterated. There are ``total`` rows at most.
+    """
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError):  # missing or broken
+        loaded.model.eval()  # whoever trains or measures sets the mode that it needs
+    keys, width, done = [np.empty(0, np.uint64)], 0, 0
+    # Another run may be computing the same features: complete folders replace each other
+    with replacing_folder(folder, shared=True) as temporary, progress(title) as report:
+        temporary.mkdir(parents=True)
+        with (temporary / "values").open("wb") as file:
+            for batch_keys, batch in rows:
+                keys.append(batch_keys)
+                done, width = done + len(batch), batch.shape[1]
+                file.write(batch.float().cpu().numpy().tobytes())
+                report(done, total)
+        unsorted = np.concatenate(keys)
+        order = np.argsort(unsorted)
+        np.save(temporary / "keys.npy", unsorted[order])
+        np.save(temporary / "places.npy", order)
+        about = json.dumps({"width": width, "bad": bad})
+        (temporary / "about.json").write_text(about, encoding="utf-8")
+    return _read(folder)
+
+
+def _read(folder: Path) -> Features:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     keys, places = (np.load(folder / f"{name}.npy") for name in ("keys", "places"))
     values = np.empty((0, 1), np.float32)
