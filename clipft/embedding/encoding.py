@@ -1,6 +1,5 @@
 """Decides how the pairs of a run become embeddings: what the loader prepares, what towers do."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clipft.config.settings import Settings
@@ -57,11 +56,11 @@ def open_encoding(
             features = caption_features(loaded, captions, progress)
             towers = with_text_features(live.towers, model, features, captions.pad_token_id)
             encoding = replace(encoding, towers=towers)
-        unchanging = preprocessing.augmentation == "none" and isinstance(pairs, PairDataset)
-        if unchanging and not model.vision_tower_trainable:
+        unchanging = preprocessing.augmentation == "none" and not model.vision_tower_trainable
+        if unchanging and isinstance(pairs, PairDataset):
             features = image_features(loaded, pairs, options, progress)
             encoding = Encoding(
-                replace(preprocessing, pictures=False, bad=features.bad),
+                replace(preprocessing, read_images=False, bad=features.bad),
                 with_image_features(encoding.towers, model, features),
             )
     except StorageError as error:

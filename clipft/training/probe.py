@@ -95,7 +95,7 @@ class ModelProbe:
 
     def _embed(self, batch: Batch) -> None:
         for tower in (self.towers.images, self.towers.texts):
-            for chunk in tower.cut([batch]).chunks:
+            for chunk in tower.make_chunks([batch]).chunks:
                 tower.encode(0, chunk)
 
     def _step(self, batch: Batch) -> None:

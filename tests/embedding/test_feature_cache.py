@@ -1,14 +1,15 @@
-"""Looking features up changes nothing but the time."""
+"""Cached features change nothing but the time that a run takes."""
 
 import numpy as np
 import pytest
 import torch
 
 from clipft.config.sources import load_settings
-from clipft.core.common import cache_folder
+from clipft.core.common import cache_folder, silent
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
+from clipft.embedding.feature_cache import image_features
 from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.state import TrainState
@@ -48,7 +49,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("scenario", "augmentation", "kept"), CASES)
-def test_the_same_is_learned_with_and_without(scenario, augmentation, kept, catalogue):
+def test_training_gives_the_same_with_and_without_cached_features(
+    scenario, augmentation, kept, catalogue
+):
     given = {"scenario": scenario, "augmentation": augmentation}
     live = setup_of(catalogue, feature_cache=False, **given)
     assert not (cache_folder() / "features").exists()
@@ -82,7 +85,7 @@ def written_features() -> set[tuple[str, int]]:
     return {(str(path), path.stat().st_mtime_ns) for path in files}
 
 
-def test_features_are_made_once_and_again_when_the_shards_change(tmp_path):
+def test_features_are_computed_once_and_again_when_the_shards_change(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", range(40))
     write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
     given = {"scenario": "linear_probe", "augmentation": "none"}
@@ -96,20 +99,20 @@ def test_features_are_made_once_and_again_when_the_shards_change(tmp_path):
     assert len(written_features() - made) == 2  # those of train
 
 
-def test_a_broken_cache_is_made_anew(catalogue):
+def image_rows(setup: RunSetup) -> torch.Tensor:
+    features = image_features(setup.loaded, setup.train, setup.loader_options, silent)
+    return features.rows(np.arange(96, dtype=np.uint64))
+
+
+def test_a_broken_cache_is_computed_again(catalogue):
     given = {"scenario": "linear_probe", "augmentation": "none"}
-    expected = setup_of(catalogue, **given).encoding.towers.images.cut.features.rows(
-        np.arange(96, dtype=np.uint64)
-    )
+    expected = image_rows(setup_of(catalogue, **given))
     for path in (cache_folder() / "features").glob("images-*/values"):
         path.write_bytes(path.read_bytes()[:100])
-    again = setup_of(catalogue, **given).encoding.towers.images.cut.features.rows(
-        np.arange(96, dtype=np.uint64)
-    )
-    assert torch.equal(again, expected)
+    assert torch.equal(image_rows(setup_of(catalogue, **given)), expected)
 
 
-def test_a_cache_without_room_is_done_without(catalogue, monkeypatch, tmp_path):
+def test_without_room_for_the_cache_both_towers_run(catalogue, monkeypatch, tmp_path):
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     monkeypatch.setenv("CLIPFT_CACHE", str(blocked))
@@ -119,4 +122,4 @@ def test_a_cache_without_room_is_done_without(catalogue, monkeypatch, tmp_path):
     ).values.model_copy(update={"micro_batch_size": 16, "num_workers": 0})
     setup = prepare(settings, notes.append, ALONE)
     assert setup.encoding.preprocessing.read_images
-    assert any("features are not kept" in note for note in notes)
+    assert any("features are not cached" in note for note in notes)

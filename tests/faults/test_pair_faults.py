@@ -249,7 +249,7 @@ def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsy
     assert trained_pairs(tmp_path) == 12
     said = capsys.readouterr().err
     assert f"note: skipped {len(starts) - 2} bad pairs" in said
-    assert "note: left out 2 members of the train shards: no pairs" in said
+    assert "note: skipped 2 members of the train shards that are not pairs" in said
 
 
 def test_too_many_broken_validation_pairs_end_with_3_before_training(tmp_path, capsys):

@@ -116,7 +116,7 @@ class ShardedWeights(Weights):
 
         def together(tower: Tower, blank: Tensor) -> Tower:
             def cut(micro_batches: Sequence[Batch]) -> Chunks:
-                own = tower.cut(micro_batches)
+                own = tower.make_chunks(micro_batches)
                 most = max(self._processes.gather_objects(len(own.chunks)))
                 blanks = [
                     Chunk(number, blank, np.zeros(1, np.uint64), blank[0].numel())
@@ -124,7 +124,9 @@ class ShardedWeights(Weights):
                 ]
                 return Chunks([*own.chunks, *blanks], own.order)
 
-            return replace(tower, cut=cut, encode_inputs=partial(_encode, tower.encode_inputs))
+            return replace(
+                tower, make_chunks=cut, encode_inputs=partial(_encode, tower.encode_inputs)
+            )
 
         images = together(towers.images, self._blank_image)
         return Towers(images, together(towers.texts, self._blank_text), even_out)

@@ -64,7 +64,7 @@ class Accumulation(ABC):
         """The smallest loss that any model could have on these pairs."""
 
     def _embed(self, tower: Tower, step: int, batches: Sequence[Batch]) -> "_TowerPass":
-        cut = tower.cut(batches)
+        cut = tower.make_chunks(batches)
         embedded = [self.graphs.embed(tower, step, chunk) for chunk in cut.chunks]
         rows = torch.cat([rows for rows, _ in embedded]) if embedded else torch.empty(0)
         leaf = rows.to(self.towers.images.precision.device).requires_grad_(tower.trainable)

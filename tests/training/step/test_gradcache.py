@@ -167,7 +167,7 @@ def test_what_a_graph_holds_is_counted(pairs):
 
 def test_a_caption_that_comes_twice_is_encoded_once_and_short_ones_are_not_filled(pairs):
     loaded = load("dual_lora")
-    chunks = make_towers(loaded, 1, pad_token_id(loaded)).texts.cut(cut(pairs, 4)).chunks
+    chunks = make_towers(loaded, 1, pad_token_id(loaded)).texts.make_chunks(cut(pairs, 4)).chunks
     widths = [chunk.inputs.shape[1] for chunk in chunks]
     assert sum(len(chunk.keys) for chunk in chunks) == PAIRS - 1
     assert widths == sorted(widths) and widths[0] < widths[-1] == pairs.input_ids.shape[1]
