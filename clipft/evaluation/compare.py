@@ -108,12 +108,12 @@ def evaluate_checkpoint(
     between = bool(request.alphas) or request.save_to is not None
     way = interpolation_of(content, settings) if between else None
     untouched, trained = load_model(settings, pretrained=True), settings.declared_scenario.trains
-    ours, keep = here.judge(tuned), None
-    before = here.judge(untouched).evaluation if trained else ours.evaluation
+    ours, keep = here.evaluate(tuned), None
+    before = here.evaluate(untouched).evaluation if trained else ours.evaluation
     compared = Comparison(before, ours.evaluation if trained else None)
     if there:
-        old = there.judge(untouched).evaluation
-        keep = Comparison(old, there.judge(tuned).evaluation if trained else None)
+        old = there.evaluate(untouched).evaluation
+        keep = Comparison(old, there.evaluate(tuned).evaluation if trained else None)
     points = _points(tuned, way, request, here, there, note) if way else []
     if way and request.save_to and request.save_at is not None:
         save_interpolated(request.save_to, content, way, request.save_at)

@@ -23,7 +23,7 @@ from clipft.models.pretrained import ModelInputs
 
 
 @dataclass(frozen=True)
-class Judged:
+class ModelEvaluation:
     """A model's embeddings of a set, and what they are worth."""
 
     embedded: Embeddings
@@ -66,7 +66,9 @@ class EvaluationSet:
         pairs = validation_pairs(settings)
         return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings)
 
-    def judge(self, loaded: LoadedModel, check: Callable[[], None] = lambda: None) -> Judged:
+    def evaluate(
+        self, loaded: LoadedModel, check: Callable[[], None] = lambda: None
+    ) -> ModelEvaluation:
         """Embed all pairs with a model and measure. ``check`` is called between batches, and may
         end it by what it raises."""
         settings, progress = self.settings, checked(silent, check)
@@ -86,7 +88,7 @@ class EvaluationSet:
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),
         )
-        return Judged(embedded, evaluation)
+        return ModelEvaluation(embedded, evaluation)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,6 @@ def compare(
     after: LoadedModel | None,
     check: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Judge both; ``check`` as in ``judge``."""
-    untouched = pairs.judge(before, check).evaluation
-    return Comparison(untouched, pairs.judge(after, check).evaluation if after else None)
+    """Evaluate both models; ``check`` as in ``EvaluationSet.evaluate``."""
+    untouched = pairs.evaluate(before, check).evaluation
+    return Comparison(untouched, pairs.evaluate(after, check).evaluation if after else None)

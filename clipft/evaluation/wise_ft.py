@@ -110,12 +110,12 @@ def sweep(
     """One pass over the pairs for each alpha; the model is left at the tuned weights."""
     sets = [here] if there is None else [here, there]
     loaded.model.load_trainable_state(way.at(0))
-    untouched = [pairs.judge(loaded).evaluation for pairs in sets]
+    untouched = [pairs.evaluate(loaded).evaluation for pairs in sets]
     for alpha in alphas:
         found = untouched
         if alpha:
             loaded.model.load_trainable_state(way.at(alpha))
-            found = [pairs.judge(loaded).evaluation for pairs in sets]
+            found = [pairs.evaluate(loaded).evaluation for pairs in sets]
         changes = [recall_difference(a, b) for a, b in zip(found, untouched, strict=True)]
         yield Point(
             alpha,

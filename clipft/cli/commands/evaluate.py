@@ -195,7 +195,7 @@ def zero_shot(
     opened = open_model(str(place) if place else None, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
     pairs = EvaluationSet.open(model.base.inputs, settings)
-    evaluated = pairs.judge(model)
+    evaluated = pairs.evaluate(model)
     source = LabelSource(options.labels, options.templates, options.linear_pairs)
     labelling = label_validation(model, pairs, evaluated.embedded, source)
     compared = Comparison(evaluated.evaluation, None).to_dict()
