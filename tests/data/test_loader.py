@@ -70,7 +70,9 @@ def test_resumed_is_the_tail(dataset, preprocessing, start):
     assert_equal(flat(steps(dataset, preprocessing, start=start)), flat(tail))
 
 
-def test_bad_pairs_are_left_out_and_named_and_the_others_seen_once_an_epoch(dataset, preprocessing):
+def test_bad_pairs_are_skipped_and_named_and_the_others_are_seen_once_an_epoch(
+    dataset, preprocessing
+):
     whole = steps(dataset, preprocessing)
     for epoch in range(EPOCHS):
         mine = [step for step in whole if step.epoch == epoch]

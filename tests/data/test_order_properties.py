@@ -150,9 +150,9 @@ def each_epoch_sees_every_good_pair_once(run: Run) -> None:
     for epoch in range(run.epochs):
         mine = [step for step in steps if step.epoch == epoch]
         seen = [n for step in mine for batch in step.micro_batches for n in batch.numbers]
-        left_out = [int(skipped.key) for step in mine for skipped in step.skipped]
+        skipped_keys = [int(skipped.key) for step in mine for skipped in step.skipped]
         assert sorted(seen) == sorted(set(range(run.pairs)) - run.bad)
-        assert sorted(left_out) == sorted(run.bad)
+        assert sorted(skipped_keys) == sorted(run.bad)
 
 
 def kills_change_nothing(run: Run, kills: Kills) -> None:

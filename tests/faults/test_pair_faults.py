@@ -1,8 +1,8 @@
-"""Faults of single pictures and captions, and odd numbers of pairs (17, 18, 20, 21).
+"""Faults of single images and captions, and odd numbers of pairs (17, 18, 20, 21).
 
-Tested elsewhere: each kind of picture on its own, 16-bit and float greys, the bomb's header
-(``data/test_images``); each kind of caption on its own (``data/test_captions``); too many
-broken pictures and one broken picture in a run (``e2e/test_bad_input``); micro-batches of bad
+Tested elsewhere: each kind of image on its own, 16-bit and float greys, the bomb's header
+(``data/test_images``); each kind of caption on its own (``data/captions/test_captions``); too many
+broken images and one broken image in a run (``e2e/test_bad_input``); micro-batches of bad
 pairs only (``data/test_loader``).
 """
 
@@ -272,15 +272,15 @@ def test_with_a_tenth_of_the_pairs_bad_the_others_are_seen_once_an_epoch(
     bad = set(range(4, 100, 10))
     write_shard(tmp_path / "only.tar", range(100), bad)  # fewer shards than workers
     dataset, plan = open_pairs(tmp_path), EpochPlan(100, 32, 5, seed=1)
-    seen, left_out = {0: [], 1: []}, {0: [], 1: []}
+    seen, skipped_numbers = {0: [], 1: []}, {0: [], 1: []}
     for step in training_batches(
         dataset, preprocessing("none", SIDE), plan, Position(), 2, LoaderOptions(workers)
     ):
         seen[step.epoch] += [n for batch in step.micro_batches for n in batch.numbers]
-        left_out[step.epoch] += [int(skipped.key) for skipped in step.skipped]
+        skipped_numbers[step.epoch] += [int(skipped.key) for skipped in step.skipped]
     for epoch in (0, 1):
         assert sorted(seen[epoch]) == sorted(set(range(100)) - bad)
-        assert sorted(left_out[epoch]) == sorted(bad)
+        assert sorted(skipped_numbers[epoch]) == sorted(bad)
 
 
 def test_one_pair_to_train_on_and_one_to_validate_on(tmp_path, capsys):
