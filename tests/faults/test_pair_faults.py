@@ -286,7 +286,8 @@ def test_with_a_tenth_of_the_pairs_bad_the_others_are_seen_once_an_epoch(
 def test_one_pair_to_train_on_and_one_to_validate_on(tmp_path, capsys):
     catalogue(tmp_path, good([1]), val=1)
     assert train(tmp_path, "--num-workers", "2") == 0
-    assert "effective batch 32 is more than the 1 training pairs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the effective batch of 32 is larger than the 1 training pairs" in said
 
 
 def test_a_micro_batch_of_1_and_a_last_pair_that_joins_the_step_before(tmp_path, capsys):
