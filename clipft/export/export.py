@@ -1,10 +1,9 @@
-"""``export``: a tuned model -> one folder per format, each whole or not there at all."""
+"""``clipft export``: one folder per format, each written whole or not at all."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from clipft.core.files import check_writable, replacing_folder
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.embedding.embed import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
-from clipft.embedding.load import LoadedModel
+from clipft.export.model_card import card_facts, model_card
 from clipft.export.onnx import (
     OnnxCheck,
     OnnxInputs,
@@ -25,12 +24,13 @@ from clipft.export.onnx import (
     made_up_inputs,
     write_onnx,
 )
-from clipft.models import huggingface as folders
+from clipft.models import huggingface
+from clipft.models.pretrained import PretrainedModel
 from clipft.runs.load import OpenedModel
 
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
 MARK = "clipft.json"
-"""Tells an exported folder from anything else that may stand at its place."""
+"""Distinguishes an exported folder, which may be replaced, from any other."""
 
 _CHECK_BATCH = 16
 _CHECK_BATCHES = 16
@@ -38,113 +38,96 @@ _CHECK_BATCHES = 16
 
 @dataclass(frozen=True)
 class Written:
-    """What one export left: the folder of each format, and how the ONNX towers were checked."""
+    """The folder of each format, and how the ONNX towers compare with torch."""
 
     folders: dict[str, Path]
     onnx: OnnxCheck | None = None
 
 
-Card = Callable[[str, OnnxCheck | None], str]
-"""(format) -> the text of its README.md; ``""`` stands for a folder of several formats."""
+def export_model(
+    opened: OpenedModel,
+    out: Path,
+    formats: Sequence[str],
+    note: Callable[[str], None],
+    checked_on: Settings | None = None,
+) -> Written:
+    """Write a model in some formats, each with a model card.
+
+    One format is written into ``out`` itself, several into a folder each within it.
+
+    Args:
+        opened: the model; merging its adapters changes it.
+        out: the folder to write or replace.
+        formats: some of ``FORMATS``.
+        note: called with what is being done.
+        checked_on: settings whose validation pairs ONNX is checked with; None for made-up inputs.
+
+    Raises:
+        StorageError: the disk is full or refuses; an earlier ``out`` is unchanged.
+        ModelError: ONNX and torch give different embeddings.
+    """
+    base, model = opened.loaded.base, opened.loaded.model
+    facts = card_facts(opened)  # before merging, which removes the adapters that it counts
+    several = len(formats) > 1
+    check: OnnxCheck | None = None
+    merged: Any = None
+    with replacing_folder(out) as temporary:
+        temporary.mkdir(parents=True)
+        # The adapter first, because merging consumes it
+        for name in sorted(formats, key=lambda name: name != "peft"):
+            note(f"Writing {name} ...")
+            folder = temporary / name if several else temporary
+            if name == "peft":
+                huggingface.write_adapter(model, base.name, folder)
+            else:
+                merged = huggingface.merged(model) if merged is None else merged
+            if name == "transformers":
+                huggingface.write_transformers(merged, base, folder)
+            elif name == "sentence-transformers":
+                huggingface.write_sentence_transformers(merged, base, folder)
+            elif name == "onnx":
+                write_onnx(merged, base, folder)
+                check = check_onnx(folder, merged, base, _onnx_inputs(base, checked_on))
+            card = model_card(facts, name, check if name == "onnx" else None)
+            _describe(folder, card, opened, name)
+        if several:
+            _describe(temporary, model_card(facts, ""), opened, list(formats))
+    return Written({name: out / name if several else out for name in formats}, check)
 
 
-@dataclass
-class Export:
-    """The formats of one opened model, written under ``out``: into it where there is one
-    format, else into a folder of each format's name. ``checked_on`` are the settings whose
-    validation pairs ONNX is checked with; None: made-up inputs."""
-
-    opened: OpenedModel
-    out: Path
-    formats: tuple[str, ...]
-    card: Card
-    note: Callable[[str], None]
-    checked_on: Settings | None = None
-    onnx: OnnxCheck | None = field(default=None, init=False)
-
-    def write(self) -> Written:
-        """
-        Raises:
-            StorageError: the disk refuses; what stood at ``out`` before is untouched.
-            ModelError: ONNX and torch do not give the same.
-        """
-        several = len(self.formats) > 1
-        # The adapter first: merging uses it up
-        ordered = sorted(self.formats, key=lambda name: name != "peft")
-        with replacing_folder(self.out) as temporary:
-            temporary.mkdir(parents=True)
-            for name in ordered:
-                self.note(f"Writing {name} ...")
-                folder = temporary / name if several else temporary
-                _WRITERS[name](self, folder)
-                self._describe(folder, name)
-            if several:
-                self._describe(temporary, "")
-        written = {name: self.out / name if several else self.out for name in self.formats}
-        return Written(written, self.onnx)
-
-    def _describe(self, folder: Path, name: str) -> None:
-        card = folder / "README.md"
-        card.write_text(self.card(name, self.onnx), encoding="utf-8")
-        for weights in folder.glob("*.safetensors"):  # made readable for their owner alone
-            weights.chmod(card.stat().st_mode)
-        mark = {
-            "clipft": __version__,
-            "format": name or list(self.formats),
-            "base_model": folders.public_name(self.loaded.base.name),
-            "base_fingerprint": self.loaded.fingerprint,
-            "scenario": self.opened.settings.scenario,
-        }
-        (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-
-    @property
-    def loaded(self) -> LoadedModel:
-        return self.opened.loaded
-
-    @cached_property
-    def merged(self) -> Any:
-        return folders.merged(self.loaded.model)
-
-    def write_transformers(self, folder: Path) -> None:
-        folders.write_transformers(self.merged, self.loaded.base, folder)
-
-    def write_peft(self, folder: Path) -> None:
-        folders.write_adapter(self.loaded.model, self.loaded.base.name, folder)
-
-    def write_sentence_transformers(self, folder: Path) -> None:
-        folders.write_sentence_transformers(self.merged, self.loaded.base, folder)
-
-    def write_onnx(self, folder: Path) -> None:
-        base = self.loaded.base
-        write_onnx(self.merged, base, folder)
-        self.onnx = check_onnx(folder, self.merged, base, self._onnx_inputs())
-
-    def _onnx_inputs(self) -> Iterator[OnnxInputs]:
-        inputs, settings = self.loaded.base.inputs, self.checked_on
-        if settings is None:
-            yield from made_up_inputs(inputs)
-            return
-        pairs = validation_pairs(settings)
-        preprocessing = validation_preprocessing(inputs, pairs, settings)
-        options = LoaderOptions(workers=0)
-        batches = evaluation_batches(pairs, preprocessing, _CHECK_BATCH, options)
-        for batch in islice(batches, _CHECK_BATCHES):
-            if len(batch):
-                yield OnnxInputs(batch.pixel_values, batch.input_ids)
+def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str]) -> None:
+    """Add the model card and the mark of an export."""
+    readme = folder / "README.md"
+    readme.write_text(card, encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # safetensors makes them private to their owner
+        weights.chmod(readme.stat().st_mode)
+    mark = {
+        "clipft": __version__,
+        "format": kind,
+        "base_model": huggingface.public_name(opened.loaded.base.name),
+        "base_fingerprint": opened.loaded.fingerprint,
+        "scenario": opened.settings.scenario,
+    }
+    (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
 
 
-_WRITERS: dict[str, Callable[[Export, Path], None]] = {
-    "transformers": Export.write_transformers,
-    "peft": Export.write_peft,
-    "onnx": Export.write_onnx,
-    "sentence-transformers": Export.write_sentence_transformers,
-}
+def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[OnnxInputs]:
+    if settings is None:
+        yield from made_up_inputs(base.inputs)
+        return
+    pairs = validation_pairs(settings)
+    preprocessing = validation_preprocessing(base.inputs, pairs, settings)
+    batches = evaluation_batches(pairs, preprocessing, _CHECK_BATCH, LoaderOptions(workers=0))
+    for batch in islice(batches, _CHECK_BATCHES):
+        if len(batch):
+            yield OnnxInputs(batch.pixel_values, batch.input_ids)
 
 
 def chosen_formats(asked: str, has_adapter: bool, scenario: str) -> tuple[str, ...]:
-    """
+    """Return the formats to write for ``--format asked``, which may be ``all``.
+
     Raises:
-        UsageError: an adapter is asked for of a scenario that has none, or a package is missing.
+        UsageError: the scenario has no adapter to export, or a package for ONNX is missing.
     """
     if asked == "peft" and not has_adapter:
         raise UsageError(
@@ -158,77 +141,69 @@ def chosen_formats(asked: str, has_adapter: bool, scenario: str) -> tuple[str, .
 
 
 def check_target(out: Path) -> None:
-    """Before long work: may ``out`` be written, and is nothing of others' lost by it?
+    """Check, before long work, that ``out`` can be written and holds nothing of the user's.
 
     Raises:
-        UsageError: it is no export of clipft's and not empty.
-        StorageError: it cannot be written there.
+        UsageError: it is not a folder, or it is neither empty nor an earlier export.
+        StorageError: it cannot be written.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out} is not a folder", "name a folder that is yet to be made")
+        raise UsageError(f"{out} is not a folder", "name a folder that does not exist yet")
     if out.is_dir() and not (out / MARK).is_file() and any(out.iterdir()):
         raise UsageError(
-            f"{out} is not empty and no earlier export: it has no {MARK}",
-            "name a folder that is yet to be made",
+            f"{out} is not empty, and it is not an earlier export because it has no {MARK}",
+            "name a folder that does not exist yet",
         )
     check_writable(out.with_name(f".{out.name}.part"))
 
 
 def make_repository(repo: str) -> str:
-    """Make a private model repository, or find the one there is; returns its full name.
+    """Create a private model repository unless it exists; return its full name.
 
     Raises:
-        UsageError: the name is none.
-        ModelError: no network, no token, or no right to it.
+        UsageError: the name is not valid.
+        ModelError: there is no network, no token, or no permission.
     """
     from huggingface_hub import HfApi
 
-    with _telling_of(repo):
+    with _hub_errors(repo):
         return str(HfApi().create_repo(repo, private=True, exist_ok=True).repo_id)
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload all files of ``folder`` in one commit; returns the page of the repository.
+    """Upload all files of ``folder`` in one commit; return the repository's page.
 
     Raises:
-        ModelError: as ``make_repository``.
+        ModelError: there is no network, no token, or no permission.
     """
     from huggingface_hub import HfApi
 
-    with _telling_of(repo):
+    with _hub_errors(repo):
         api = HfApi()
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of clipft")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from clipft")
         return f"{api.endpoint}/{repo}"
 
 
 @contextmanager
-def _telling_of(repo: str) -> Iterator[None]:
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turn the hub's errors into ours."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
     try:
         yield
     except HFValidationError as error:
-        raise UsageError(f"--push {repo}: no name for a repository", "as in me/my-clip") from error
+        raise UsageError(
+            f"--push {repo}: not a valid repository name", "write it as in me/my-clip"
+        ) from error
     except LocalTokenNotFoundError as error:
-        raise _no_right(repo, "no token") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
+        raise ModelError(f"cannot push to {repo}: no token", login) from error
+    except Exception as error:  # the transport raises its own kinds
+        response = error.response if isinstance(error, HfHubHTTPError) else None
+        status = response.status_code if response is not None else 0
         if status in {401, 403}:
-            raise _no_right(repo, f"the hub answers {status}") from error
-        raise _failed(repo, error) from error
-    except Exception as error:  # the transport's own kinds
-        raise _failed(repo, error) from error
-
-
-def _no_right(repo: str, why: str) -> ModelError:
-    return ModelError(
-        f"cannot push to {repo}: {why}",
-        "log in with `hf auth login`, or set HF_TOKEN to a token that may write there",
-    )
-
-
-def _failed(repo: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"cannot push to {repo}: {type(error).__name__}: {first_line(error)}",
-        "check the network and HF_ENDPOINT, HF_HUB_OFFLINE; without --push all stays local",
-    )
+            raise ModelError(f"cannot push to {repo}: the hub answers {status}", login) from error
+        raise ModelError(
+            f"cannot push to {repo}: {type(error).__name__}: {first_line(error)}",
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; leave out --push to export locally",
+        ) from error

@@ -1,10 +1,10 @@
-"""Both towers as ONNX, each checked against torch before it is handed out.
+"""Writes both towers as ONNX and checks each against torch.
 
-``image_encoder.onnx``: pixel_values float32 [batch, 3, S, S], normalised as the image processor
+``image_encoder.onnx``: pixel_values float32 [batch, 3, S, S], normalized as the image processor
 does -> image_embeds float32 [batch, D]. ``text_encoder.onnx``: input_ids int64 [batch, length]
--> text_embeds float32 [batch, D]. Both of unit length. There is no attention mask: what follows
-the first end token changes nothing (CLIP's text tower looks backwards only; SigLIP's is given
-its own filling).
+-> text_embeds float32 [batch, D]. Both have unit length. There is no attention mask, because what
+follows the first end token changes nothing: CLIP's text tower attends backwards only, and SigLIP's
+was trained with its padding.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ from clipft.models.huggingface import write_processors
 from clipft.models.pretrained import ModelInputs, PretrainedModel
 
 OPSET = 18
-"""What torch's exporter writes natively: no conversion, and read by runtimes since 2023."""
+"""Torch's exporter writes it without a conversion, and runtimes have read it since 2023."""
 
 TOLERANCE = 1e-4
 IMAGE_FILE, TEXT_FILE = "image_encoder.onnx", "text_encoder.onnx"
@@ -34,7 +34,7 @@ IMAGE_FILE, TEXT_FILE = "image_encoder.onnx", "text_encoder.onnx"
 _OTHER_VERSIONS = "use other versions of torch, onnxscript or onnxruntime, or --format transformers"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _PROTOBUF_LIMIT = 1_900_000_000
-"""Bytes of weights that still fit in the one file, whose limit is 2 GiB."""
+"""Bytes of weights that fit in the file itself; protobuf limits it to 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OnnxInputs:
 
 @dataclass(frozen=True)
 class OnnxCheck:
-    """The greatest differences between onnxruntime and torch over all components."""
+    """The largest difference of a component between onnxruntime and torch over some pairs."""
 
     pairs: int
     image_difference: float
@@ -58,6 +58,8 @@ class OnnxCheck:
 
 
 class _Tower(nn.Module):
+    """One tower with its projection; returns unit embeddings, float32 [batch, D]."""
+
     def __init__(self, clip: Any, architecture: Architecture) -> None:
         super().__init__()
         self.clip, self.architecture = clip, architecture
@@ -76,9 +78,10 @@ class _TextTower(_Tower):
 
 
 def check_onnx_installed() -> None:
-    """
+    """Check for the packages that writing and checking ONNX need.
+
     Raises:
-        UsageError: a package that export or check need is missing.
+        UsageError: one of them is missing.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -89,17 +92,22 @@ def check_onnx_installed() -> None:
 
 
 def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:
-    """Both towers of ``clip``, the merged fp32 model, with tokenizer and image processor.
+    """Write both towers with tokenizer and image processor.
+
+    Args:
+        clip: the merged model in fp32.
+        base: the model it was fine-tuned from.
+        folder: made if it does not exist.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk is full or refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs, architecture = base.inputs, base.architecture
     side, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
     batch = torch.export.Dim("batch")
     length = torch.export.Dim("length", max=inputs.context_length)
-    # Two rows and eight ids: a dimension of one would be taken for fixed
+    # Two rows and eight ids, because the exporter takes a dimension of 1 for a constant
     pixels, ids = torch.zeros(2, 3, side, side), torch.full((2, 8), end)
     images, texts = _ImageTower(clip, architecture), _TextTower(clip, architecture)
     _trace(images, pixels, {0: batch}, "image_embeds", folder / IMAGE_FILE)
@@ -136,24 +144,27 @@ def _trace(
 def check_onnx(
     folder: Path, clip: Any, base: PretrainedModel, batches: Iterable[OnnxInputs]
 ) -> OnnxCheck:
-    """Run onnxruntime and torch on the same inputs.
+    """Compare onnxruntime with torch on the same inputs.
 
     Raises:
-        ModelError: onnxruntime cannot, or they differ by more than ``TOLERANCE``.
+        ModelError: onnxruntime cannot run a file, or a component differs by more than
+            ``TOLERANCE``.
     """
-    images = _Runtime(folder / IMAGE_FILE, _ImageTower(clip, base.architecture))
-    texts = _Runtime(folder / TEXT_FILE, _TextTower(clip, base.architecture))
+    image_path, text_path = folder / IMAGE_FILE, folder / TEXT_FILE
+    images, texts = _open_session(image_path), _open_session(text_path)
+    image_tower = _ImageTower(clip, base.architecture)
+    text_tower = _TextTower(clip, base.architecture)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (base.inputs.mean, base.inputs.std))
     check = OnnxCheck(0, 0.0, 0.0)
     for batch in batches:
         pixels = (batch.pixel_values.float() / 255 - mean) / std
         check = OnnxCheck(
             check.pairs + len(pixels),
-            max(check.image_difference, images.difference(pixels)),
-            max(check.text_difference, texts.difference(batch.input_ids)),
+            max(check.image_difference, _difference(images, image_path, image_tower, pixels)),
+            max(check.text_difference, _difference(texts, text_path, text_tower, batch.input_ids)),
         )
     worst = max(check.image_difference, check.text_difference)
-    if not worst <= TOLERANCE:
+    if not worst <= TOLERANCE:  # also true of NaN
         raise ModelError(
             f"onnxruntime differs from torch by {worst:.1e}, more than {TOLERANCE:g}: nothing was "
             "exported",
@@ -162,43 +173,37 @@ def check_onnx(
     return check
 
 
-class _Runtime:
-    """onnxruntime and torch side by side.
+def _open_session(path: Path) -> Any:
+    import onnxruntime
 
-    Raises:
-        ModelError: onnxruntime does not take the file, or what it is given.
-    """
+    with _runtime_errors(path):
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def __init__(self, path: Path, tower: nn.Module) -> None:
-        import onnxruntime
 
-        self._path, self._tower = path, tower
-        with self._telling():
-            self._session = onnxruntime.InferenceSession(
-                str(path), providers=["CPUExecutionProvider"]
-            )
+def _difference(session: Any, path: Path, tower: nn.Module, inputs: Tensor) -> float:
+    """The largest difference of a component between a session and ``tower``; NaN if one is NaN."""
+    with _runtime_errors(path):
+        name = session.get_inputs()[0].name
+        theirs = session.run(None, {name: inputs.numpy()})[0]
+    return float((torch.from_numpy(theirs) - tower(inputs)).abs().max())
 
-    def difference(self, inputs: Tensor) -> float:
-        """The greatest of a component; NaN where there is one."""
-        name = self._session.get_inputs()[0].name
-        with self._telling():
-            theirs = self._session.run(None, {name: inputs.numpy()})[0]
-        return float((torch.from_numpy(theirs) - self._tower(inputs)).abs().max())
 
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # onnxruntime's own kinds
-            raise ModelError(
-                f"onnxruntime cannot run {self._path.name}: {first_line(error)}", _OTHER_VERSIONS
-            ) from error
+@contextmanager
+def _runtime_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises its own kinds
+        raise ModelError(
+            f"onnxruntime cannot run {path.name}: {first_line(error)}", _OTHER_VERSIONS
+        ) from error
 
 
 def made_up_inputs(inputs: ModelInputs) -> list[OnnxInputs]:
-    """Noise and random words, in batches and lengths of several sizes, the greatest included."""
+    """Make noise and random words, in batches of several sizes and texts of several lengths."""
     generator = torch.Generator().manual_seed(0)
-    words, end = _words(inputs.tokenizer), int(inputs.tokenizer.eos_token_id)
+    special = set(inputs.tokenizer.all_special_ids)
+    words = torch.tensor([i for i in range(len(inputs.tokenizer)) if i not in special])
+    end = int(inputs.tokenizer.eos_token_id)
     batches = []
     for rows, length in ((1, 3), (3, 16), (2, inputs.context_length)):
         shape = (rows, 3, inputs.image_size, inputs.image_size)
@@ -209,8 +214,3 @@ def made_up_inputs(inputs: ModelInputs) -> list[OnnxInputs]:
         ids[0, length // 2 + 1 :] = end  # a padded row
         batches.append(OnnxInputs(pixels, ids))
     return batches
-
-
-def _words(tokenizer: Any) -> Tensor:
-    special = set(tokenizer.all_special_ids)
-    return torch.tensor([i for i in range(len(tokenizer)) if i not in special])

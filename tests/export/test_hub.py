@@ -123,7 +123,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_folder_arrives_whole_and_private(hub, folder):
+def test_the_whole_folder_is_uploaded_to_a_private_repository(hub, folder):
     assert push(hub.url, folder) == f"{hub.url}/me/my-clip"
     made = hub.created[0]
     assert made.get("private") is True or made.get("visibility") == "private"
@@ -137,7 +137,7 @@ def test_the_folder_arrives_whole_and_private(hub, folder):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_no_right_is_told(status, hub, folder):
+def test_missing_permission_is_reported(status, hub, folder):
     hub.refuses = status
     told = push(hub.url, folder)
     assert told.startswith(f"5 cannot push to me/my-clip: the hub answers {status}")
@@ -146,10 +146,12 @@ def test_no_right_is_told(status, hub, folder):
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_no_network_is_told(offline, folder):
+def test_a_missing_network_is_reported(offline, folder):
     told = push("http://127.0.0.1:9", folder, HF_HUB_OFFLINE=offline)
     assert told.startswith("5 cannot push to me/my-clip: ")
 
 
-def test_a_name_that_is_none_is_told(folder):
-    assert push("http://127.0.0.1:9", folder, "a//b").startswith("2 --push a//b: no name")
+def test_an_invalid_name_is_reported(folder):
+    assert push("http://127.0.0.1:9", folder, "a//b").startswith(
+        "2 --push a//b: not a valid repository name"
+    )

@@ -66,8 +66,13 @@ def export(
         clipft export ./checkpoints/dual_lora ./all --format all --push me/my-clip
     """
     from clipft.cli.s3_checkpoints import local_model
-    from clipft.export.export import Export, check_target, chosen_formats, make_repository, push
-    from clipft.export.model_card import _Cards
+    from clipft.export.export import (
+        check_target,
+        chosen_formats,
+        export_model,
+        make_repository,
+        push,
+    )
     from clipft.models.huggingface import has_adapter
     from clipft.runs.load import open_model
 
@@ -87,10 +92,7 @@ def export(
     repository = make_repository(options.push) if options.push else None
     data_given = loaded.origins["data_dir"] != "default"
     checked_on = opened.settings.model_copy(update={"data_dir": loaded.values.data_dir})
-    job = Export(
-        opened, target, formats, _Cards(opened), out.note, checked_on if data_given else None
-    )
-    written = job.write()
+    written = export_model(opened, target, formats, out.note, checked_on if data_given else None)
     page = push(target, repository) if repository else None
     out.result(_result(opened, written, page), _table(written, page))
 
