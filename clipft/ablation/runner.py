@@ -39,21 +39,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Callbacks:
-    """Called when a run starts, and when it ends other than by a stop of the ablation."""
-
-    started: Callable[[PlannedRun], None]
-    ended: Callable[[Outcome], None]
-
-
-@dataclass(frozen=True)
 class _Process:
     run: PlannedRun
     popen: "subprocess.Popen[bytes]"
     slot: int
 
 
-def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbacks) -> str | None:
+def run_all(
+    runs: Sequence[PlannedRun],
+    jobs: int,
+    lock: int,
+    on_start: Callable[[PlannedRun], None],
+    on_end: Callable[[Outcome], None],
+) -> str | None:
     """Run those that have not finished, ``jobs`` at a time.
 
     A signal asks the runs under way to save their state, and waits for them.
@@ -63,7 +61,9 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbac
         jobs: processes at a time.
         lock: descriptor of the ablation's lock. The processes inherit it, so that no second
             ablation starts beside them if this process is killed.
-        callbacks: called from this process.
+        on_start: called in this process when a run starts.
+        on_end: called in this process when a run ends, unless the ablation was stopped and the
+            run ended because of that.
 
     Returns:
         The name of the signal that stopped the ablation, or None.
@@ -78,7 +78,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbac
                 while waiting and len(alive) < jobs and not stop.name:
                     slot = min(set(range(jobs)) - {process.slot for process in alive})
                     run = waiting.popleft()
-                    callbacks.started(run)
+                    on_start(run)
                     alive.append(_Process(run, _start(run, environments[slot], lock), slot))
                 time.sleep(_POLL_SECONDS)
                 if stop.name and not asked:
@@ -91,7 +91,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, lock: int, callbacks: Callbac
                     # It may have ended as asked: with its state saved, or before it had any
                     as_asked = (Interrupted.exit_code, -signal.SIGTERM)
                     if not (stop.name and process.popen.returncode in as_asked):
-                        callbacks.ended(_outcome(process.run, process.popen.returncode))
+                        on_end(_outcome(process.run, process.popen.returncode))
         finally:  # nothing is left alive after a second Ctrl-C or a bug
             for process in alive:
                 process.popen.kill()

@@ -147,7 +147,7 @@ def ablate(
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is not finished yet, and write the report even if not all runs end well."""
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
-    from clipft.ablation.runner import Callbacks, run_all, write_state
+    from clipft.ablation.runner import run_all, write_state
     from clipft.cli.tables import rows_table
     from clipft.runs.folder import run_lock
 
@@ -170,7 +170,7 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         out.note(f"Already finished: {done} of {counted(len(runs), 'run')}.")
     with run_lock(folder) as lock:
         write_state(folder, runs, ended)
-        signal = run_all(runs, jobs, lock, Callbacks(started, finished))
+        signal = run_all(runs, jobs, lock, started, finished)
         write_state(folder, runs, ended)
         content = write_ablation_report(folder, folder / "report.html")
     if signal:
