@@ -25,7 +25,7 @@ from clipft.core.common import counted, duration
 from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
 
 if TYPE_CHECKING:
-    from clipft.storage.sync.sync import SyncProgress
+    from clipft.storage.sync.download import TransferProgress
 
 _STEPS_EVERY, _TRANSFERS_EVERY = 10.0, 5.0
 """Seconds between progress lines where nothing can move."""
@@ -226,7 +226,7 @@ def _epoch_label(result: EpochResult, epochs: int) -> str:
 
 
 @contextmanager
-def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]:
+def transfer_progress(out: Output) -> Iterator[Callable[["TransferProgress"], None]]:
     """Show a sync with a bucket: a bar on a terminal, a line every few seconds elsewhere.
 
     Call what this yields whenever something has arrived.
@@ -243,7 +243,7 @@ def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]
         ) as bar:
             task = bar.add_task("listing", total=None)
 
-            def update(now: "SyncProgress") -> None:
+            def update(now: "TransferProgress") -> None:
                 files = f"{now.files_done:,}/{now.files:,} files"
                 bar.update(task, description=files, completed=now.bytes_done, total=now.bytes)
 
@@ -251,7 +251,7 @@ def transfer_progress(out: Output) -> Iterator[Callable[["SyncProgress"], None]]
         return
     start = last = time.monotonic()
 
-    def print_line(now: "SyncProgress") -> None:
+    def print_line(now: "TransferProgress") -> None:
         nonlocal last
         clock = time.monotonic()
         if clock - last < _TRANSFERS_EVERY:

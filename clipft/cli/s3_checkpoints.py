@@ -183,7 +183,7 @@ def _store_at(bucket: "Bucket", url: S3Url) -> "CheckpointStore | None":
     folder, _, name = url.prefix.rpartition("/")
     name = name.removesuffix(".json").removesuffix(".pt")
     if not name.endswith("_checkpoint"):
-        found = bucket.times(f"{url.prefix}/".lstrip("/"), "_checkpoint.json")
+        found = bucket.modification_times(f"{url.prefix}/".lstrip("/"), "_checkpoint.json")
         if not found:
             return None
         folder, _, name = max(found, key=lambda key: found[key]).rpartition("/")

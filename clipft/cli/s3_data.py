@@ -13,7 +13,7 @@ from clipft.core.files import read_json, write_json
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
     from clipft.distributed.collectives import Processes
-    from clipft.storage.sync.sync import Found, SyncOptions, SyncResult
+    from clipft.storage.sync.sync import BucketListing, SyncOptions, SyncResult
 
 RAW = ".clipft-raw"
 """Folder in ``data_dir`` for raw files, from which the shards beside it are packed."""
@@ -63,11 +63,11 @@ def bring_data(
     """
     from clipft.cli.progress import transfer_progress
     from clipft.data.shards.index import IMAGE_SUFFIXES
-    from clipft.storage.sync.sync import SyncOptions, bring, look
+    from clipft.storage.sync.sync import SyncOptions, download, list_bucket
 
     options = options or SyncOptions()
-    found = look(settings, options.filter, out.note)
-    names = [name.lower() for side in found.objects for name in found.names(side)]
+    found = list_bucket(settings, options.filter, out.note)
+    names = [o.path.lower() for side in found.objects.values() for o in side]
     suffixes = {name.rpartition(".")[2] for name in names}
     # Images and no shard on either side: files as a shop keeps them
     is_raw = "tar" not in suffixes and bool(suffixes & set(IMAGE_SUFFIXES))
@@ -75,7 +75,7 @@ def bring_data(
     target = settings.data_dir / RAW if packs else settings.data_dir
     out.note(f"Syncing {found.bucket.url(found.prefixes['train'])} to {target}.")
     with transfer_progress(out) as report:
-        result = bring(found, target, report, options)
+        result = download(found, target, report, options)
     for note in result.notes:
         out.note(f"note: {note}.")
     if packs and not options.dry_run:
@@ -83,7 +83,7 @@ def bring_data(
     return result
 
 
-def _pack_once(found: "Found", data_dir: Path, out: Output) -> None:
+def _pack_once(found: "BucketListing", data_dir: Path, out: Output) -> None:
     """Pack the raw files that were synced, unless exactly these objects are packed already."""
     from clipft.data.packing.options import PackOptions
     from clipft.data.packing.pack import pack
@@ -115,15 +115,15 @@ def open_stream(settings: Settings, out: Output, processes: "Processes") -> "Sha
     from clipft.cli.progress import transfer_progress
     from clipft.distributed.rank_zero import on_each_machine
     from clipft.storage.s3.remote_shards import open_remote_shards
-    from clipft.storage.sync.sync import bring_side, look
+    from clipft.storage.sync.sync import download, list_bucket
 
     source = open_remote_shards(settings, out.note)
     out.note(f"Streaming {source.place}; only the validation pairs are synced.")
 
     def sync_validation() -> None:
-        found = look(settings, say=out.note)
+        found = list_bucket(settings, note=out.note)
         with transfer_progress(out) as report:
-            bring_side(found, "val", settings.data_dir, report)
+            download(found, settings.data_dir, report, sides=("val",))
 
     on_each_machine(processes, sync_validation)
     return source

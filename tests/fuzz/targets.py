@@ -17,7 +17,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.shards.index import index_shard, load_index, stamp_of
 from clipft.data.shards.tar import plain_members, tarfile_members
-from clipft.storage.s3.keys import Places, RefusedKey, spelling
+from clipft.storage.s3.keys import LocalPaths, RefusedKey, spelling
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="clipft-fuzz-"))
 
@@ -78,7 +78,7 @@ def template(data: bytes) -> None:
 
 def keys(data: bytes) -> None:
     """Lines are keys of one bucket: each gets its own place inside the folder, or is refused."""
-    places, taken = Places("data/"), set[str]()
+    places, taken = LocalPaths("data/"), set[str]()
     for key in data.decode("utf-8", "surrogateescape").split("\n"):
         try:
             path = places.take(f"data/{key}")

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import json
 import threading
@@ -110,10 +109,19 @@ def test_two_writers_at_once_leave_the_newest(place, tmp_path):
 def test_a_writer_between_reading_and_writing_is_noticed(place, tmp_path):
     store, rival = store_of(place), store_of(place)
     save(store, 1)
-    former = store._read()
-    save(rival, 9, b"nine")
-    assert store._write(dataclasses.replace(former[0], run=Run("x", 0)), former) is False
-    assert save(store, 2) is False
+
+    class Overtaken(io.BytesIO):
+        """A file of which another writer saves a newer step before it is uploaded."""
+
+        overtaken = False
+
+        def seek(self, *place: int) -> int:
+            if not self.overtaken:
+                self.overtaken = True
+                save(rival, 9, b"nine")
+            return super().seek(*place)
+
+    assert store.upload(2, {FILE: Overtaken(WEIGHTS)}, RUN, 3) is False
     assert fetch(store, tmp_path).step == 9
 
 
@@ -138,7 +146,7 @@ def test_no_whole_one_is_an_error_and_the_local_file_stays(place, tmp_path):
     key = store.manifest().saves[0].files[FILE].key
     place.client.delete_object(Bucket=place.settings.s3_bucket, Key=key)
     (tmp_path / FILE).write_bytes(b"mine")
-    with pytest.raises(StorageError, match="no whole checkpoint"):
+    with pytest.raises(StorageError, match="no checkpoint that is still whole"):
         fetch(store, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
     assert (tmp_path / FILE).read_bytes() == b"mine"
@@ -231,7 +239,7 @@ def test_a_server_that_never_takes_it_is_said_at_the_end(real_bucket, tmp_path):
 def test_what_arrived_otherwise_is_not_vouched_for(real_bucket):
     with faulty_proxy(real_bucket.settings.endpoint_url, untouched, spoils_uploads) as url:
         store = store_of(real_bucket, endpoint_url=url)
-        with pytest.raises(StorageError, match="did not arrive whole"):
+        with pytest.raises(StorageError, match="did not arrive intact"):
             save(store, 1)
     assert store.manifest() is None
 
@@ -240,6 +248,6 @@ def test_a_corrupt_answer_is_asked_for_again(real_bucket, tmp_path):
     save(store_of(real_bucket), 1)
     spoilt = Times(1, corrupts, "GET", "-dual")
     with faulty_proxy(real_bucket.settings.endpoint_url, spoilt) as url:
-        with pytest.raises(StorageError, match="no whole"):
+        with pytest.raises(StorageError, match="still whole"):
             fetch(store_of(real_bucket, endpoint_url=url), tmp_path)
         assert fetch(store_of(real_bucket, endpoint_url=url), tmp_path).step == 1

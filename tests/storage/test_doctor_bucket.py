@@ -34,7 +34,7 @@ def test_checkpoint_uploads_without_a_bucket_are_an_error():
     [
         ({"s3_bucket": "no-such-bucket"}, "does not exist"),
         ({"endpoint_url": "http://127.0.0.1:9"}, "cannot be reached"),
-        ({"endpoint_url": "http://nowhere.invalid"}, "name is unknown"),
+        ({"endpoint_url": "http://nowhere.invalid"}, "name cannot be resolved"),
         ({"s3_profile": "nobody"}, "no profile nobody"),
     ],
 )

@@ -83,11 +83,11 @@ def test_a_listing_that_fails_is_asked_again(filled, capsys):
 LASTING = {
     "503": (fails(503, "SlowDown"), "overloaded or failing (503 SlowDown)"),
     "500": (fails(500, "InternalError"), "overloaded or failing (500 InternalError)"),
-    "reset in the body": (breaks_off, "did not arrive whole"),
-    "corrupt body": (corrupts, "did not arrive whole"),
-    "shorter object": (shortens, "was changed while it was read"),
+    "reset in the body": (breaks_off, "did not arrive intact"),
+    "corrupt body": (corrupts, "did not arrive intact"),
+    "shorter object": (shortens, "changed while it was being read"),
     "forbidden": (fails(403, "AccessDenied"), "05.tar is forbidden"),
-    "gone": (fails(404, "NoSuchKey"), "05.tar is not there"),
+    "gone": (fails(404, "NoSuchKey"), "05.tar does not exist"),
 }
 
 
@@ -134,7 +134,7 @@ def test_a_corrupt_range_of_a_large_object_is_never_accepted(real_bucket, capsys
         real_bucket.settings.endpoint_url, Times(1, corrupts, contains="large.tar")
     ) as url:
         assert run(flags(real_bucket, url, 30)) == 4
-        assert "did not arrive whole" in one_error(capsys)[0]
+        assert "did not arrive intact" in one_error(capsys)[0]
         assert "data/train/large.tar" not in files(real_bucket)
         assert run(flags(real_bucket, url, 30)) == 0
     assert files(real_bucket) == LARGE
@@ -171,7 +171,7 @@ def test_an_object_replaced_between_its_ranges_is_not_mixed(real_bucket, capsys)
 
     with faulty_proxy(real_bucket.settings.endpoint_url, replace_then_pass) as url:
         assert run([*flags(real_bucket, url, 30), "--s3-requests", "1"]) == 4
-        assert "was changed while it was read" in one_error(capsys)[0]
+        assert "changed while it was being read" in one_error(capsys)[0]
         assert run(flags(real_bucket, url, 30)) == 0
     assert files(real_bucket)["data/train/large.tar"] == other
 
@@ -179,7 +179,7 @@ def test_an_object_replaced_between_its_ranges_is_not_mixed(real_bucket, capsys)
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("http://no-such-host.invalid:80", "name is unknown"),
+        ("http://no-such-host.invalid:80", "name cannot be resolved"),
         ("http://127.0.0.1:9", "cannot be reached"),
     ],
 )

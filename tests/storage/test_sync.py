@@ -15,7 +15,7 @@ from clipft.core.errors import StorageError, UsageError
 from clipft.storage.s3 import errors as failures
 from clipft.storage.s3.keys import RefusedKey, local_path
 from clipft.storage.sync.folder import JOURNAL
-from clipft.storage.sync.sync import sync
+from clipft.storage.sync.sync import SyncResult, download, list_bucket
 from tests.storage.conftest import refusing
 
 PAIRS = {
@@ -29,6 +29,11 @@ PAIRS = {
 
 def quiet(progress) -> None:
     pass
+
+
+def sync(settings, report) -> SyncResult:
+    """As the command does."""
+    return download(list_bucket(settings), settings.data_dir, report)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -181,7 +186,7 @@ def test_settings_that_cannot_work_are_refused(bucket):
     assert "--s3-bucket" in caught.value.hint
     with pytest.raises(UsageError, match="overlap"):
         sync(bucket.but(s3_prefix="data"), quiet)
-    with pytest.raises(UsageError, match="not a URL"):
+    with pytest.raises(UsageError, match="not the URL"):
         sync(bucket.but(endpoint_url="localhost"), quiet)
 
 
@@ -222,7 +227,10 @@ def test_errors_of_the_server_are_told_apart(bucket, serving, status, code, says
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("http://127.0.0.1:1", "cannot be reached"), ("http://no.invalid:1", "name is unknown")],
+    [
+        ("http://127.0.0.1:1", "cannot be reached"),
+        ("http://no.invalid:1", "name cannot be resolved"),
+    ],
 )
 def test_a_server_out_of_reach(bucket, url, says):
     with pytest.raises(StorageError, match=says):
@@ -261,8 +269,8 @@ MD5 = hashlib.md5(BODY).hexdigest()
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (one_object(BODY[:40_000], MD5), "did not arrive whole"),
-        (one_object(b"y" + BODY[1:], MD5), "did not arrive whole"),
+        (one_object(BODY[:40_000], MD5), "did not arrive intact"),
+        (one_object(b"y" + BODY[1:], MD5), "did not arrive intact"),
         (one_object(BODY[:10], "multi-2", length=10), "changed"),
     ],
     ids=["cut", "corrupt", "other size"],
@@ -303,7 +311,7 @@ def test_the_disk(filled, monkeypatch, tmp_path):
         sync(filled.but(data_dir=tmp_path / "file"), quiet)
     full = SimpleNamespace(free=3014)
     monkeypatch.setattr(failures.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(StorageError, match="3,015 bytes wanted, 3,014 free"):
+    with pytest.raises(StorageError, match="needs 3,015 bytes and has 3,014 free"):
         sync(filled.settings, quiet)
 
 

@@ -60,7 +60,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
     from clipft.cli.progress import transfer_progress
     from clipft.storage.s3.keys import Filter
     from clipft.storage.sync.sync import SyncOptions
-    from clipft.storage.sync.upload import send
+    from clipft.storage.sync.upload import upload
 
     settings = loaded.values
     wanted = SyncOptions(Filter(options.include, options.exclude), options.delete, options.dry_run)
@@ -70,7 +70,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
         raise UsageError("--up uploads a local folder", "name the folder with --data-dir")
     else:
         with transfer_progress(out) as report:
-            result = send(settings, report, wanted, out.note)
+            result = upload(settings, report, wanted, out.note)
     out.result(result.to_dict(), *_tables(result, "sent" if options.up else "fetched"))
     if not options.dry_run and not options.up:
         end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))

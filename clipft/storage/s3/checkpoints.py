@@ -1,11 +1,11 @@
-"""Checkpoints in the bucket: whole, never overtaken by an older one, absent only when proven so.
+"""Checkpoints in a bucket: a reader finds whole saves only, and no save replaces a newer one.
 
 {prefix}/{name}.json                       the manifest: which saves there are, newest first
 {prefix}/{name}/{run}/{sha256}-{file}      their files: the checkpoint, best.pt, the metrics
 
-Files are put under names of their own and verified; the manifest is written last, on condition
-that it is still the one that was read (If-Match, If-None-Match). So whoever reads it finds
-whole saves, and of two writers the older one is refused.
+Files are uploaded under names of their own and verified. The manifest is written last, on
+condition that it is still the one that was read (If-Match, If-None-Match): of two writers at the
+same time, one is refused and reads again what the other wrote.
 """
 
 import hashlib
@@ -17,33 +17,34 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clipft.core.common import Note
 from clipft.core.errors import StorageError
 from clipft.core.files import disk_error, replacing
-from clipft.storage.s3.bucket import PIECE, Bucket, put_checked
+from clipft.storage.s3.bucket import RANGE, Bucket
 from clipft.storage.s3.checksums import BinaryFile
 from clipft.storage.s3.errors import Changed, error_code
 from clipft.storage.s3.keys import OWN_PREFIX, RefusedKey, RemoteObject, local_path
 
 VERSION = 1
 _CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict"}
-_CONFLICT_TRIES = 8
-_EARLIER_RUN = "a run that started later keeps its checkpoints there"
+_CONFLICT_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """Who saves: the same for a run and those that resume it. ``started`` in Unix seconds."""
+    """The run that saves. A resumed run keeps its ``id``. ``started`` is in Unix seconds."""
 
     id: str
     started: float
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One file of a save, as an object of the bucket."""
+class StoredFile:
+    """One file of a save, as an object of the bucket. ``size`` is in bytes."""
 
     key: str
     size: int
@@ -56,12 +57,12 @@ class Save:
     """The files of a run after ``step``, by their names in the run's folder."""
 
     step: int
-    files: dict[str, Stored]
+    files: dict[str, StoredFile]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``saves`` are the newest first; ``earlier`` is the last of the run before."""
+    """The saves of a run, newest first, and in ``earlier`` the last save of the run before it."""
 
     run: Run
     saves: tuple[Save, ...]
@@ -71,34 +72,45 @@ class Manifest:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1).encode()
 
     @staticmethod
-    def of_json(text: bytes) -> "Manifest":
+    def from_json(text: bytes) -> "Manifest":
         """
         Raises:
-            ValueError, KeyError, TypeError: it is not a manifest.
+            ValueError, KeyError, TypeError, RefusedKey: it is not a manifest, or it names a
+                file outside of the run's folder.
         """
         content = json.loads(text)
         if content["version"] > VERSION:
             raise ValueError("it was written by a newer clipft")
-        saves = tuple(_save_of(entry) for entry in content["saves"])
-        earlier = _save_of(content["earlier"]) if content["earlier"] else None
+
+        def save(entry: Any) -> Save:
+            files = {local_path(name): StoredFile(**f) for name, f in entry["files"].items()}
+            return Save(int(entry["step"]), files)
+
+        saves = tuple(save(entry) for entry in content["saves"])
+        earlier = save(content["earlier"]) if content["earlier"] else None
         return Manifest(Run(**content["run"]), saves, earlier)
 
+    def with_save(self, save: Save, run: Run, keep: int) -> "Manifest":
+        """Put ``save`` first and keep at most ``keep`` saves. A new run replaces the saves of
+        the one before, except for the last."""
+        if self.run.id != run.id:
+            return Manifest(run, (save,), self.saves[0] if self.saves else None)
+        older = [other for other in self.saves if other.step < save.step]
+        return Manifest(self.run, (save, *older[: keep - 1]), self.earlier)
+
     def keys(self) -> set[str]:
-        """Of every file that it names."""
+        """The keys of all files that the manifest names."""
         saves = [*self.saves, *([self.earlier] if self.earlier else [])]
         return {stored.key for save in saves for stored in save.files.values()}
 
 
-def _save_of(entry: Any) -> Save:
-    files = {str(name): Stored(**stored) for name, stored in entry["files"].items()}
-    for name in files:
-        local_path(name)
-    return Save(int(entry["step"]), files)
+class _Damaged(Exception):
+    """A save that cannot be fetched whole; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The saves of one name, ``dual_lora_checkpoint`` say, under a prefix of a bucket."""
+    """The saves with one name, such as ``dual_lora_checkpoint``, under a prefix of a bucket."""
 
     bucket: Bucket
     prefix: str
@@ -113,210 +125,186 @@ class CheckpointStore:
         return self.bucket.url(self.manifest_key)
 
     def manifest(self) -> Manifest | None:
-        """None: proven not to exist.
+        """The manifest, or None if S3 says that there is none.
 
         Raises:
-            StorageError: whatever else keeps it from being seen.
+            StorageError: it cannot be read for any other reason.
         """
-        found = self._read()
-        return found[0] if found else None
+        return self._read()[0]
 
-    def _read(self) -> tuple[Manifest, str] | None:
+    def _read(self) -> tuple[Manifest | None, str]:
+        """The manifest and its ETag; (None, "") if there is none."""
         found = self.bucket.read(self.manifest_key)
         if found is None:
-            return None
+            return None, ""
         try:
-            return Manifest.of_json(found[0]), found[1]
+            return Manifest.from_json(found[0]), found[1]
         except (ValueError, KeyError, TypeError, AttributeError, RefusedKey) as error:
             raise StorageError(
                 f"{self.url} is not a list of checkpoints: {error}",
-                "remove it to start anew, or use another --s3-checkpoint-prefix",
+                "delete it to start over, or use another --s3-checkpoint-prefix",
             ) from error
 
     def upload(self, step: int, files: Mapping[str, BinaryFile], run: Run, keep: int) -> bool:
-        """Add a save and let all but the newest ``keep`` go; False: the run has a newer one.
+        """Add a save and drop all but the newest ``keep`` of the run. Return False, and change
+        nothing, if the run already has a newer one.
 
         Raises:
-            StorageError: a file does not arrive as it is, or a later run has taken the place.
-            Stopped: the bucket's ``patience`` was told to stop.
+            StorageError: a file did not arrive as it was sent, or a run that started later
+                saves there.
+            Stopped: the bucket's ``retry`` was told to stop.
         """
-        found = self._read()
-        if not self._may_follow(found, step, run):
+        former, etag = self._read()
+        if not self._may_follow(former, step, run):
             return False
-        known = {
-            s.key: s for save in (found[0].saves if found else ()) for s in save.files.values()
-        }
-        stored = {name: self._put(name, file, run, known) for name, file in files.items()}
-        for _ in range(_CONFLICT_TRIES):
-            manifest = _followed(found, Save(step, stored), run, keep)
-            if self._write(manifest, found):
-                self._remove_unnamed(manifest, found)
+        known = {f.key: f for save in (former.saves if former else ()) for f in save.files.values()}
+        stored = {name: self._upload_file(name, file, run, known) for name, file in files.items()}
+        for _ in range(_CONFLICT_ATTEMPTS):
+            save = Save(step, stored)
+            manifest = former.with_save(save, run, keep) if former else Manifest(run, (save,))
+            if self._write(manifest, etag):
+                self._delete(former.keys() - manifest.keys() if former else set())
                 return True
-            found = self._read()
-            if not self._may_follow(found, step, run):
+            # Another writer was faster
+            former, etag = self._read()
+            if not self._may_follow(former, step, run):
                 return False
         raise StorageError(
-            f"{self.url} is written by others all the time", "give each run its own prefix"
+            f"{self.url} is constantly being changed by other writers",
+            "give each run its own --s3-checkpoint-prefix",
         )
 
-    def _may_follow(self, found: tuple[Manifest, str] | None, step: int, run: Run) -> bool:
-        """
+    def _may_follow(self, former: Manifest | None, step: int, run: Run) -> bool:
+        """Whether a save of ``run`` at ``step`` would be the newest.
+
         Raises:
-            StorageError: the place is a later run's.
+            StorageError: the manifest belongs to a run that started later.
         """
-        if not found or not found[0].saves:
+        if not former or not former.saves:
             return True
-        if found[0].run.id == run.id:
-            return step >= found[0].saves[0].step
-        if found[0].run.started < run.started:
+        if former.run.id == run.id:
+            return step >= former.saves[0].step
+        if former.run.started < run.started:
             return True
         raise StorageError(
-            f"{self.url}: {_EARLIER_RUN}", "give each run its own --s3-checkpoint-prefix"
+            f"{self.url}: a run that started later keeps its checkpoints there",
+            "give each run its own --s3-checkpoint-prefix",
         )
 
-    def _put(self, name: str, file: BinaryFile, run: Run, known: Mapping[str, Stored]) -> Stored:
-        """Upload a file and see that it is what lies there; what lies there already is not
-        sent again."""
+    def _upload_file(
+        self, name: str, file: BinaryFile, run: Run, known: Mapping[str, StoredFile]
+    ) -> StoredFile:
+        """Upload a file under the hash of its bytes, unless the former save already has it."""
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         key = f"{self.prefix}/{self.name}/{run.id}/{digest[:32]}-{name}".lstrip("/")
         if key in known:
             return known[key]
         size = file.seek(0, os.SEEK_END)
-        etag = put_checked(self.bucket, key, file, size, lambda: None)
-        return Stored(key, size, digest, etag)
+        return StoredFile(key, size, digest, self.bucket.put(key, file, size))
 
-    def _write(self, manifest: Manifest, found: tuple[Manifest, str] | None) -> bool:
-        """False: it is no longer what was read."""
-        if not found:
-            return self._write_if(manifest, {"IfNoneMatch": "*"})
-        # Servers differ in whether the quotes belong to an ETag
-        spellings = (found[1].strip('"'), found[1])
-        return any(self._write_if(manifest, {"IfMatch": etag}) for etag in spellings)
-
-    def _write_if(self, manifest: Manifest, condition: dict[str, str]) -> bool:
+    def _write(self, manifest: Manifest, etag: str) -> bool:
+        """Write the manifest if it still has this ETag ("": if there is still none). Return
+        False if it has changed."""
         from botocore.exceptions import ClientError
 
-        request = {"Bucket": self.bucket.name, "Key": self.manifest_key, **condition}
+        request = {"Bucket": self.bucket.name, "Key": self.manifest_key}
 
-        def put() -> bool:
+        def put(condition: dict[str, str]) -> bool:
             try:
-                self.bucket.client.put_object(**request, Body=manifest.to_json())
+                self.bucket.client.put_object(**request, **condition, Body=manifest.to_json())
             except ClientError as error:
                 if error_code(error) in _CONFLICTS:
                     return False
                 raise
             return True
 
-        return self.bucket.patience.ask(put, self.url)
+        # Servers differ in whether the quotes belong to an ETag
+        matching = [{"IfMatch": etag.strip('"')}, {"IfMatch": etag}]
+        conditions = matching if etag else [{"IfNoneMatch": "*"}]
+        return any(self.bucket.retry(partial(put, c), self.url) for c in conditions)
 
-    def _remove_unnamed(self, manifest: Manifest, found: tuple[Manifest, str] | None) -> None:
-        """What the former manifest named and this one does not. Without the right to delete
-        it stays: a rule of the bucket's may clear it."""
+    def _delete(self, keys: set[str]) -> None:
+        """Delete files that no manifest names any more. Without the right to delete they stay,
+        and a lifecycle rule of the bucket may clear them."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        for key in (found[0].keys() if found else set()) - manifest.keys():
+        for key in keys:
             with suppress(BotoCoreError, ClientError):
                 self.bucket.client.delete_object(Bucket=self.bucket.name, Key=key)
 
-    def fetch(
-        self, manifest: Manifest, place: Callable[[str], Path], say: Callable[[str], None]
-    ) -> Save:
-        """Bring the newest whole save; ``place`` gives the local path of each of its files.
+    def fetch(self, manifest: Manifest, local: Callable[[str], Path], note: Note) -> Save:
+        """Download the newest save that is whole; ``local`` gives the path for each file name.
 
-        What does not arrive whole leaves every local file as it was.
+        Local files are replaced only when all files of the save have arrived.
 
         Raises:
-            StorageError: none of them is whole, or the server or the disk refuses.
+            StorageError: no save is whole, or the server or the disk fails.
         """
         for save in manifest.saves:
             try:
-                self._fetch(save, place)
+                self._fetch(save, local)
                 return save
             except _Damaged as damage:
-                say(
+                note(
                     f"warning: the checkpoint of step {save.step} in {self.url} is damaged "
-                    f"({damage}): looking for the one before it."
+                    f"({damage}). Trying the one before it."
                 )
         raise StorageError(
-            f"no whole checkpoint is left in {self.url}",
+            f"{self.url} lists no checkpoint that is still whole",
             "use another checkpoint, or start without --resume-from-checkpoint",
         )
 
-    def _fetch(self, save: Save, place: Callable[[str], Path]) -> None:
-        wanted = {name: s for name, s in save.files.items() if not _is_there(place(name), s)}
+    def _fetch(self, save: Save, local: Callable[[str], Path]) -> None:
+        wanted = {name: f for name, f in save.files.items() if not _is_there(local(name), f)}
         if not wanted:
             return
-        home = place(next(iter(save.files))).parent
+        folder = local(next(iter(save.files))).parent
         try:
-            home.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{OWN_PREFIX}fetch-", dir=home))
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{OWN_PREFIX}fetch-", dir=folder))
             try:
                 for name, stored in wanted.items():
                     self._download(stored, temporary / name)
-                # The checkpoint last: with it in place the save is taken for whole
-                for name in sorted(wanted, key=lambda n: n == self.checkpoint_name):
-                    with replacing(place(name)) as part:
+                # The checkpoint last: once it is in place, the save is considered whole
+                for name in sorted(wanted, key=lambda name: name == f"{self.name}.pt"):
+                    with replacing(local(name)) as part:
                         os.replace(temporary / name, part)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
-            raise disk_error(home, error, sum(s.size for s in wanted.values())) from error
+            size = sum(stored.size for stored in wanted.values())
+            raise disk_error(folder, error, size) from error
 
-    @property
-    def checkpoint_name(self) -> str:
-        return f"{self.name}.pt"
-
-    def _download(self, stored: Stored, path: Path) -> None:
+    def _download(self, stored: StoredFile, path: Path) -> None:
         """
         Raises:
-            _Damaged: it is gone, or another, or has other bytes.
+            _Damaged: the object is gone, was replaced, or has other bytes.
         """
         wanted = RemoteObject(stored.key, path.name, stored.size, stored.etag)
-
-        def bring(start: int) -> None:
-            end = min(start + PIECE, stored.size)
-            self.bucket.patience.ask(
-                lambda: self.bucket.write_once(wanted, start, end, descriptor),
-                self.bucket.url(stored.key),
-            )
-
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with ThreadPoolExecutor(4) as pool:
-                list(pool.map(bring, range(0, stored.size, PIECE)))
+                starts = range(0, stored.size, RANGE)
+                ends = [min(start + RANGE, stored.size) for start in starts]
+                fetch = partial(self.bucket.get_into, wanted, descriptor=descriptor)
+                list(pool.map(fetch, starts, ends))
         except StorageError as error:
-            if isinstance(error.__cause__, (Changed, FileNotFoundError)) or _is_412(error):
+            cause = error.__cause__
+            replaced = type(cause).__name__ == "PreconditionError"  # obstore's name for 412
+            if replaced or isinstance(cause, (Changed, FileNotFoundError)):
                 raise _Damaged(error.message) from error
             raise
         finally:
             os.close(descriptor)
         if not _is_there(path, stored):
-            raise _Damaged("it does not have the sha256 it was uploaded with")
+            raise _Damaged("its SHA-256 is not the one it was uploaded with")
 
 
-class _Damaged(Exception):
-    """A save that cannot be had whole; its text is the reason."""
-
-
-def _followed(found: tuple[Manifest, str] | None, save: Save, run: Run, keep: int) -> Manifest:
-    """The manifest with ``save`` before the others of its run."""
-    if not found:
-        return Manifest(run, (save,))
-    former = found[0]
-    if former.run.id != run.id:
-        return Manifest(run, (save,), former.saves[0] if former.saves else None)
-    older = [other for other in former.saves if other.step < save.step]
-    return Manifest(former.run, (save, *older[: keep - 1]), former.earlier)
-
-
-def _is_there(path: Path, stored: Stored) -> bool:
+def _is_there(path: Path, stored: StoredFile) -> bool:
+    """Whether a local file has the bytes of a stored one."""
     with suppress(OSError):
         if path.stat().st_size == stored.size:
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256
     return False
-
-
-def _is_412(error: StorageError) -> bool:
-    return type(error.__cause__).__name__ == "PreconditionError"

@@ -1,32 +1,36 @@
-"""Opening a bucket: boto3 finds credentials, region and address, obstore is told of them."""
+"""Open a bucket: boto3 finds credentials, region and address, and obstore is given them."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from clipft.config.settings import StorageSettings
+from clipft.core.common import Note
 from clipft.core.errors import UsageError
-from clipft.storage.s3.bucket import Bucket, Pages, bucket_url, quiet
-from clipft.storage.s3.errors import Patience, storage_errors
+from clipft.storage.s3.bucket import Bucket, bucket_url
+from clipft.storage.s3.errors import storage_errors
+from clipft.storage.s3.listing import ListingReader
+from clipft.storage.s3.retry import Retry
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 30
-"""Without an answer, and without a further byte of it."""
+"""How long to wait for an answer, and for each further byte of it."""
 
-_SMALL_SECONDS, _PIECE_SECONDS = 60, 240
-"""For a whole request of up to 1 MiB, and of a piece. With 16 in flight a line of 2 Mbit/s
-still keeps them; one that drips does not, and is asked again on another connection."""
+_SMALL_SECONDS, _RANGE_SECONDS = 60, 240
+"""Limits for a whole request of up to 1 MiB, and of a range of 8 MiB. With 16 requests in flight
+a connection of 2 Mbit/s still meets them. One that only drips does not, and the request is
+repeated on another connection."""
 
-_CREDENTIALS_LIVE = timedelta(minutes=9)
-"""obstore renews them when 5 minutes are left, boto3 10 before they end: never stale."""
+_CREDENTIALS_LIFETIME = timedelta(minutes=9)
+"""obstore renews credentials 5 minutes before they end, boto3 10 minutes before: with this
+lifetime obstore asks boto3 again after 4 minutes, and never holds stale ones."""
 
 
-def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -> Bucket:
-    """The bucket of ``settings``; ``say`` is told when failures last.
+def open_bucket(settings: StorageSettings, note: Note = lambda message: None) -> Bucket:
+    """Open the bucket of ``settings``. ``note`` is called when requests keep failing.
 
     Raises:
         UsageError: no bucket is set, or the endpoint is not a URL.
@@ -39,18 +43,17 @@ def open_bucket(settings: StorageSettings, say: Callable[[str], None] = quiet) -
     import boto3
     from botocore.session import Session
 
-    patience = Patience(settings, say)
+    retry = Retry(settings, note)
     with storage_errors(settings, bucket_url(settings)):
         core = Session(profile=settings.s3_profile)
         session = boto3.Session(botocore_session=core, region_name=settings.s3_region)
         client = _client(session, settings, None)
-        region = _region(client, settings, patience)
+        region = _region(client, settings, retry)
         if region != client.meta.region_name:
             client = _client(session, settings, region)
-        stores = [
-            _store(core, client, settings, seconds) for seconds in (_SMALL_SECONDS, _PIECE_SECONDS)
-        ]
-    return Bucket(settings, client, patience, Pages(client), *stores)
+        small = _store(core, client, settings, _SMALL_SECONDS)
+        large = _store(core, client, settings, _RANGE_SECONDS)
+    return Bucket(settings, client, retry, ListingReader(client), small, large)
 
 
 def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
@@ -58,7 +61,7 @@ def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},
+        retries={"mode": "standard", "total_max_attempts": 1},  # ``Retry`` does it
         connect_timeout=CONNECT_SECONDS,
         read_timeout=SILENT_SECONDS,
         max_pool_connections=settings.s3_requests + 2,
@@ -73,7 +76,7 @@ def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
         )
     except ValueError as error:
         raise UsageError(
-            f"--endpoint-url {settings.endpoint_url!r} is not a URL of a server",
+            f"--endpoint-url {settings.endpoint_url!r} is not the URL of a server",
             "write it with its scheme, such as http://localhost:9000",
         ) from error
 
@@ -84,31 +87,47 @@ def _addressing(settings: StorageSettings) -> str:
     return "path" if settings.endpoint_url else "auto"
 
 
-def _region(client: Any, settings: StorageSettings, patience: Patience) -> str:
-    """Where the bucket is: AWS answers for each region at its own address, and obstore
-    follows no redirect."""
+def _region(client: Any, settings: StorageSettings, retry: Retry) -> str:
+    """The region of the bucket. On AWS each region has an address of its own, and obstore does
+    not follow the redirect to it, so the bucket is asked where it is."""
     from botocore.exceptions import ClientError
 
-    own = str(client.meta.region_name or "us-east-1")
+    configured = str(client.meta.region_name or "us-east-1")
     if "amazonaws.com" not in client.meta.endpoint_url or settings.s3_region:
-        return own
+        return configured
 
     def ask() -> str:
         try:
             answer = client.head_bucket(Bucket=settings.s3_bucket)
-        except ClientError as error:
+        except ClientError as error:  # a redirect or a refusal names the region too
             answer = error.response
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        return str(headers.get("x-amz-bucket-region") or own)
+        return str(headers.get("x-amz-bucket-region") or configured)
 
-    return patience.ask(ask, bucket_url(settings))
+    return retry(ask, bucket_url(settings))
 
 
 def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "S3Store":
+    """obstore's view of the bucket, with a limit of ``seconds`` for each request."""
     from botocore.exceptions import NoCredentialsError
     from obstore.store import S3Store
 
-    virtual = _is_virtual(client, settings)
+    credentials: Any = None if settings.s3_anonymous else core.get_credentials()
+    if credentials is None and not settings.s3_anonymous:
+        raise NoCredentialsError
+
+    def current_credentials() -> "S3Credential":
+        now = credentials.get_frozen_credentials()  # botocore renews them if they are due
+        return {
+            "access_key_id": now.access_key,
+            "secret_access_key": now.secret_key,
+            "token": now.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_LIFETIME,
+        }
+
+    # As boto3 chooses: a bucket with dots in its name has no certificate for its own host
+    style = _addressing(settings)
+    virtual = style == "virtual" or (style == "auto" and "." not in str(settings.s3_bucket))
     endpoint = urlsplit(client.meta.endpoint_url)
     host = f"{settings.s3_bucket}.{endpoint.netloc}" if virtual else endpoint.netloc
     options: Any = {
@@ -117,13 +136,9 @@ def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "
         "read_timeout": timedelta(seconds=SILENT_SECONDS),
         "timeout": timedelta(seconds=seconds),
     }
-    bundle = core.get_config_variable("ca_bundle")
-    if bundle:
+    if bundle := core.get_config_variable("ca_bundle"):
         with open(bundle, "rb") as file:
             options["root_certificate"] = file.read()
-    credentials = None if settings.s3_anonymous else core.get_credentials()
-    if credentials is None and not settings.s3_anonymous:
-        raise NoCredentialsError
     return S3Store(
         settings.s3_bucket,
         aws_endpoint_url_s3=f"{endpoint.scheme}://{host}{endpoint.path.rstrip('/')}",
@@ -132,27 +147,5 @@ def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "
         skip_signature=settings.s3_anonymous,
         client_options=options,
         retry_config={"max_retries": 0},
-        credential_provider=_Credentials(credentials) if credentials else None,
+        credential_provider=current_credentials if credentials else None,
     )
-
-
-def _is_virtual(client: Any, settings: StorageSettings) -> bool:
-    """As boto3 would: a bucket with dots has no certificate of its own."""
-    style = _addressing(settings)
-    return style == "virtual" or (style == "auto" and "." not in str(settings.s3_bucket))
-
-
-class _Credentials:
-    """Those of botocore, which renews them, for obstore."""
-
-    def __init__(self, credentials: Any) -> None:
-        self._credentials = credentials
-
-    def __call__(self) -> "S3Credential":
-        now = self._credentials.get_frozen_credentials()
-        return {
-            "access_key_id": now.access_key,
-            "secret_access_key": now.secret_key,
-            "token": now.token,
-            "expires_at": datetime.now(UTC) + _CREDENTIALS_LIVE,
-        }

@@ -1,73 +1,94 @@
-"""What boto3 and obstore raise, as one list of kinds and as sentences for people."""
+"""Turn what boto3 and obstore raise into one sentence and one hint for the user.
+
+The two libraries report the same failure in different ways: by S3's error code, by HTTP status,
+by the class of the exception, or only in its text. ``kind_of`` maps all of them to the kinds
+in ``_KINDS``.
+"""
 
 import os
-import random
 import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import StorageError
 
 
 class Changed(Exception):
-    """The object is no longer the one that was listed."""
+    """The object is no longer the version that was listed."""
 
 
 class Corrupt(Exception):
-    """The bytes that came are not those of the object; its text says how."""
+    """The bytes that arrived are not those of the object; the text says how that was noticed."""
 
 
-PASSING = frozenset({"busy", "unreachable", "dns", "broken"})
-"""Kinds that may be gone at the next try."""
+class Stopped(Exception):
+    """The work was abandoned, so the request is not repeated."""
+
+
+TEMPORARY = frozenset({"busy", "unreachable", "dns", "broken"})
+"""Kinds of failure that may be gone on the next attempt."""
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile: --s3-profile"
 _KINDS = {
-    "credentials": ("no usable AWS credentials for {url}", _CREDENTIALS),
+    "credentials": ("found no usable AWS credentials for {url}", _CREDENTIALS),
     "profile": ("the AWS configuration has no profile {profile}", "check --s3-profile"),
     "key": ("the access key or its secret is wrong for {url}", _CREDENTIALS),
     "expired": (
-        "the session token for {url} is expired or invalid",
-        "sign in again (such as `aws sso login`), then repeat the command",
+        "the session token for {url} has expired or is invalid",
+        "sign in again (for example with `aws sso login`), then repeat the command",
     ),
     "forbidden": (
         "access to {url} is forbidden (403)",
-        "the credentials need s3:ListBucket, s3:GetObject and, to upload, s3:PutObject",
+        "the credentials need s3:ListBucket, s3:GetObject and, for uploads, s3:PutObject",
     ),
     "bucket": ("bucket {bucket} does not exist (404)", "check --s3-bucket and --endpoint-url"),
     "missing": (
-        "{url} is not there (404)",
-        "it may have been deleted meanwhile: repeat the command, or check --endpoint-url",
+        "{url} does not exist (404)",
+        "it may have just been deleted: repeat the command, or check --endpoint-url",
     ),
     "region": (
         "bucket {bucket} is in another region",
-        "name it with --s3-region, or check --endpoint-url",
+        "set its region with --s3-region, or check --endpoint-url",
     ),
-    "clock": ("this machine's clock is too far off for {url}", "set the clock, then repeat"),
-    "changed": ("{url} was changed while it was read", "repeat the command to get the new one"),
+    "clock": (
+        "the server refuses {url} because the clock of this machine is too far off",
+        "set the clock, then repeat the command",
+    ),
+    "changed": (
+        "{url} changed while it was being read",
+        "repeat the command to read the new version",
+    ),
     "busy": (
-        "{url}: the server is overloaded or failing ({detail}), also when asked again for a while",
-        "repeat the command later: what has arrived is kept; --s3-retry-timeout sets for how long",
+        "{url}: the server is overloaded or failing ({detail})",
+        "repeat the command later: what has arrived is kept; to retry for longer, raise "
+        "--s3-retry-timeout",
     ),
-    "dns": ("the server's name is unknown: {detail}", "check --endpoint-url and the network"),
-    "tls": ("no trusted TLS connection: {detail}", "check --endpoint-url and AWS_CA_BUNDLE"),
+    "dns": (
+        "the server's name cannot be resolved: {detail}",
+        "check --endpoint-url and the network",
+    ),
+    "tls": (
+        "cannot make a trusted TLS connection: {detail}",
+        "check --endpoint-url and AWS_CA_BUNDLE",
+    ),
     "unreachable": (
         "the server cannot be reached: {detail}",
         "check --endpoint-url and the network, then repeat the command",
     ),
     "broken": (
-        "{url} did not arrive whole: {detail}",
-        "repeat the command: what has arrived whole is kept",
+        "{url} did not arrive intact: {detail}",
+        "repeat the command: files that arrived intact are kept",
     ),
-    "invalid": ("{url} cannot be asked for: {detail}", "check --s3-bucket and the prefixes"),
+    "invalid": ("cannot request {url}: {detail}", "check --s3-bucket and the prefixes"),
     "other": ("{url}: {detail}", "check the storage settings with `clipft settings`"),
 }
-_OF_CODE = {
+"""The message and the hint for each kind."""
+
+_KIND_OF_CODE = {
     "InvalidAccessKeyId": "key",
     "SignatureDoesNotMatch": "key",
     "ExpiredToken": "expired",
@@ -86,8 +107,8 @@ _OF_CODE = {
     "Throttling": "busy",
     "NotImplemented": "other",
 }
-_OF_STATUS = {301: "region", 403: "forbidden", 404: "missing", 412: "changed", 429: "busy"}
-_OF_EXCEPTION = {
+_KIND_OF_STATUS = {301: "region", 403: "forbidden", 404: "missing", 412: "changed", 429: "busy"}
+_KIND_OF_EXCEPTION = {
     "Corrupt": "broken",
     "Changed": "changed",
     "UnauthenticatedError": "credentials",
@@ -115,23 +136,79 @@ _OF_EXCEPTION = {
     "ParamValidationError": "invalid",
     "InvalidRegionError": "region",
 }
+"""By the name of the class, because importing the libraries here would slow every command."""
+
+_KIND_OF_TEXT = (
+    ("dns", ("dns error", "failed to lookup address")),
+    ("tls", ("certificate", "invalidcontenttype", "corrupt message", "handshake")),
+    ("broken", ("request or response body", "kind: body", "kind: decode")),
+    ("unreachable", ("tcp connect error", "kind: connect")),
+    ("broken", ("http error", "timedout")),
+)
+"""obstore's transport errors have no types: these are the words of reqwest, its HTTP library.
+The first match counts."""
+
+
+def kind_of(error: Any) -> str:
+    """The key in ``_KINDS`` for an exception, or "disk" for an error of the local file system."""
+    code, status = error_code(error), _http_status(error)
+    if code in _KIND_OF_CODE:
+        return _KIND_OF_CODE[code]
+    if status:
+        return "busy" if status >= 500 else _KIND_OF_STATUS.get(status, "other")
+    for ancestor in type(error).__mro__:
+        kind = _KIND_OF_EXCEPTION.get(ancestor.__name__)
+        if kind == "unreachable":
+            # botocore raises the same class for an unknown name and for a server that is down
+            cause = str(getattr(error, "kwargs", {}).get("error", "")).lower()
+            unknown = "resolve" in cause or "name or service not known" in cause
+            return "dns" if unknown else kind
+        if kind:
+            return kind
+    if isinstance(error, OSError):
+        return "disk"
+    text = str(error).lower()
+    return next((kind for kind, words in _KIND_OF_TEXT if any(w in text for w in words)), "other")
+
+
+def error_code(error: Any) -> str:
+    """S3's own name for the failure, such as ``NoSuchKey``, or "" if the answer has none."""
+    if hasattr(error, "response"):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    found = re.search(r"<Code>(\w+)</Code>", str(error))
+    return found[1] if found else ""
+
+
+def _http_status(error: Any) -> int:
+    """0 if there was no HTTP answer."""
+    if hasattr(error, "response"):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    found = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(found[1]) if found else 0
 
 
 def explained(error: Exception, settings: StorageSettings, url: str) -> StorageError:
-    """The sentence for what boto3 or obstore raised about ``url``."""
+    """The error to show the user for what boto3 or obstore raised about ``url``."""
+    # obstore appends a dump of its state, and repeats the answer of a failed request in full
+    detail = " ".join(str(error).partition("\n\nDebug source")[0].split())
+    code, status = error_code(error), _http_status(error)
+    if not hasattr(error, "response") and (code or status):
+        detail = " ".join(filter(None, (str(status or ""), code)))
+    else:
+        detail = detail.rpartition("Error performing ")[2] or type(error).__name__
     message, hint = _KINDS[kind_of(error)]
     facts = {
         "url": url,
         "bucket": settings.s3_bucket,
         "profile": settings.s3_profile or os.environ.get("AWS_PROFILE"),
-        "detail": _detail(error),
+        "detail": detail,
     }
     return StorageError(message.format(**facts), hint)
 
 
 @contextmanager
 def storage_errors(settings: StorageSettings, url: str) -> Iterator[None]:
-    """Whatever boto3 raises about ``url`` becomes a StorageError of its kind."""
+    """Turn what botocore raises about ``url`` inside the block into a ``StorageError``."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -140,163 +217,15 @@ def storage_errors(settings: StorageSettings, url: str) -> Iterator[None]:
         raise explained(error, settings, url) from error
 
 
-def kind_of(error: Any) -> str:
-    """One of ``_KINDS``."""
-    code, status = error_code(error), _status(error)
-    if code in _OF_CODE:
-        return _OF_CODE[code]
-    if status:
-        return "busy" if status >= 500 else _OF_STATUS.get(status, "other")
-    for ancestor in type(error).__mro__:
-        kind = _OF_EXCEPTION.get(ancestor.__name__)
-        if kind == "unreachable" and _is_dns(error):
-            return "dns"
-        if kind:
-            return kind
-    return "disk" if isinstance(error, OSError) else _of_text(str(error))
-
-
-def error_code(error: Any) -> str:
-    """S3's own name of what went wrong, such as ``NoSuchKey``; "" where it gave none."""
-    if hasattr(error, "response"):
-        return str(error.response.get("Error", {}).get("Code", ""))
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return found[1] if found else ""
-
-
-def _status(error: Any) -> int:
-    if hasattr(error, "response"):
-        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    found = re.search(r"non-2xx status code: (\d{3})", str(error))
-    return int(found[1]) if found else 0
-
-
-def _of_text(text: str) -> str:
-    """Of obstore's errors of transport, which have no types: reqwest's words for them."""
-    lowered = text.lower()
-    for kind, words in _WORDS:
-        if any(word in lowered for word in words):
-            return kind
-    return "other"
-
-
-_WORDS = (
-    ("dns", ("dns error", "failed to lookup address")),
-    ("tls", ("certificate", "invalidcontenttype", "corrupt message", "handshake")),
-    ("broken", ("request or response body", "kind: body", "kind: decode")),
-    ("unreachable", ("tcp connect error", "kind: connect")),
-    ("broken", ("http error", "timedout")),
-)
-
-
-def _detail(error: Exception) -> str:
-    """The part of an error's text that is worth a reader: obstore adds its whole state."""
-    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
-    code, status = error_code(error), _status(error)
-    if not hasattr(error, "response") and (code or status):
-        return " ".join(filter(None, (str(status or ""), code)))
-    return text.rpartition("Error performing ")[2] or type(error).__name__
-
-
-def _is_dns(error: Any) -> bool:
-    cause = str(getattr(error, "kwargs", {}).get("error", ""))
-    return "resolve" in cause.lower() or "name or service not known" in cause.lower()
-
-
 def check_space(folder: Path, wanted: int) -> None:
-    """Refuse ahead of the first byte what cannot fit. ``wanted`` is in bytes.
+    """Refuse a transfer that cannot fit before its first byte is fetched.
 
     Raises:
-        StorageError: naming the bytes wanted and free.
+        StorageError: ``wanted`` bytes are more than are free at ``folder``.
     """
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise StorageError(
-            f"no space left for {folder}: {wanted:,} bytes wanted, {free:,} free",
-            "make room or set another --data-dir",
+            f"no space left for {folder}: it needs {wanted:,} bytes and has {free:,} free",
+            "free some space or choose another --data-dir",
         )
-
-
-T = TypeVar("T")
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
-"""Seconds between tries, doubled each time; a random half of it is left out, so that many
-machines do not come back at once."""
-
-UNKNOWN_SERVER = 20.0
-"""Seconds at most for a server that never answered: probably a wrong name."""
-
-CORRUPT_TRIES = 4
-"""A body that is wrong this often is wrong at its source."""
-
-_SAID_AFTER = 5.0
-
-
-class Stopped(Exception):
-    """The work was given up meanwhile."""
-
-
-class Patience:
-    """Shared by the threads of one piece of work.
-
-    ``say`` is told once, when failures last; ``stopping`` ends every pause.
-    """
-
-    def __init__(self, settings: StorageSettings, say: Callable[[str], None]) -> None:
-        self._settings, self._say = settings, say
-        self.stopping = threading.Event()
-        self._reached = self._said = self._failing = False
-
-    def anew(self) -> "Patience":
-        return Patience(self._settings, self._say)
-
-    def ask(self, request: Callable[[], T], url: str) -> T:
-        """What ``request`` returns, asked again while its failure may pass.
-
-        Raises:
-            StorageError: it failed for good, or for ``s3_retry_timeout`` seconds.
-            OSError: the disk's, as it is.
-            Stopped: ``stopping`` was set.
-        """
-        first, tries = 0.0, 0
-        while not self.stopping.is_set():
-            try:
-                answer = request()
-            except Exception as error:
-                now, tries = time.monotonic(), tries + 1
-                first = first or now
-                if not self._worth_a_try(error, now - first, tries):
-                    raise self._explained(error, url) from error
-                self._tell(error, now - first, url)
-                self._failing = True
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tries - 1))
-                self.stopping.wait(pause * random.uniform(0.5, 1))  # noqa: S311
-            else:
-                self._reached, self._failing = True, False
-                return answer
-        raise Stopped
-
-    def stop_if_failing(self) -> None:
-        """End what is asked again and again at this moment; what goes well goes on."""
-        if self._failing:
-            self.stopping.set()
-
-    def _worth_a_try(self, error: Exception, seconds: float, tries: int) -> bool:
-        kind = kind_of(error)
-        if kind not in PASSING or (isinstance(error, Corrupt) and tries >= CORRUPT_TRIES):
-            return False
-        if kind == "busy":
-            self._reached = True
-        patience = self._settings.s3_retry_timeout
-        return seconds < (patience if self._reached else min(patience, UNKNOWN_SERVER))
-
-    def _explained(self, error: Exception, url: str) -> Exception:
-        if isinstance(error, (StorageError, Stopped)) or kind_of(error) == "disk":
-            return error
-        return explained(error, self._settings, url)
-
-    def _tell(self, error: Exception, seconds: float, url: str) -> None:
-        if seconds > _SAID_AFTER and not self._said:
-            self._said = True
-            why = explained(error, self._settings, url).message
-            self._say(f"{why}. Still trying, for up to {self._settings.s3_retry_timeout:.0f} s")

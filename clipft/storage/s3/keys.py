@@ -1,148 +1,142 @@
-"""Keys of a bucket as paths of a folder: only those that have a safe place in it."""
+"""Map the keys of a bucket to paths in a local folder, and refuse those that have no safe one."""
 
 import fnmatch
 import os
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import UsageError
 
 OWN_PREFIX = ".clipft-"
-"""Names that clipft keeps for itself in a target folder."""
+"""Names that begin like this belong to clipft itself."""
 
 _MAX_NAME_BYTES = 255
 
 
 class RefusedKey(Exception):
-    """A key that has no safe place in the target; its text is the reason."""
+    """A key that has no safe path in the target folder; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Refused:
+    """A refused key and the reason, which completes "it was refused because it ..."."""
+
     key: str
     reason: str
 
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """One object of the bucket and its place in a target folder, with slashes. ``size`` in
-    bytes. Text and no path object: those take longer than all the rest of a listing."""
+    """One object of the bucket: ``path`` is its place below a target folder, with slashes, and
+    ``size`` is in bytes.
+
+    Strings, because making path objects takes longer than all the rest of a listing.
+    """
 
     key: str
     path: str
     size: int
     etag: str
 
-    @property
-    def folder(self) -> str:
-        """The folder it lies in; "" is the target itself."""
-        return self.path.rpartition("/")[0]
-
 
 @dataclass(frozen=True)
 class Filter:
-    """Which paths below the two folders are meant. ``*`` in a pattern stands for ``/`` too."""
+    """Glob patterns for paths below the train and val folders. ``*`` matches slashes too."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def takes(self, path: str) -> bool:
-        """Included, where anything is, and not excluded."""
-        wanted = not self.include or _any(path, self.include)
-        return wanted and not _any(path, self.exclude)
-
-
-def _any(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def local_path(relative: str) -> str:
-    """A key without its prefix, as the path under a target folder that it is.
-
-    Raises:
-        RefusedKey: the key could leave the target or is no file name everywhere.
-    """
-    parts = relative.split("/")
-    for part in parts:
-        if reason := _fault(part):
-            raise RefusedKey(reason)
-    if os.path.isabs(relative) or os.path.splitdrive(relative)[0]:  # Windows: C:name
-        raise RefusedKey("names a drive")
-    return relative
-
-
-def _fault(part: str) -> str | None:
-    """Why a part of a key cannot be a file name, if so."""
-    if part in {"", ".", ".."}:
-        return f"has a part {part!r}"
-    if "\\" in part:
-        return "has a backslash"
-    if not part.isprintable() and any(unicodedata.category(letter) == "Cc" for letter in part):
-        return "has a control character"
-    if spelling(part).startswith(OWN_PREFIX):
-        return f"begins with {OWN_PREFIX}, which clipft keeps for itself"
-    try:
-        size = len(part.encode("utf-8"))
-    except UnicodeEncodeError:
-        return "is not valid Unicode"
-    return f"has a part of over {_MAX_NAME_BYTES} bytes" if size > _MAX_NAME_BYTES else None
-
-
-def spelling(name: str) -> str:
-    """One form for all names that some file system takes for the same."""
-    if name.isascii():
-        return name.lower()
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def parents(path: str) -> list[str]:
-    """The folders that a path lies in, the outermost first."""
-    parts = path.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    def matches(self, path: str) -> bool:
+        """Whether a path is included (all are, if ``include`` is empty) and not excluded."""
+        included = not self.include or any(fnmatch.fnmatchcase(path, p) for p in self.include)
+        return included and not any(fnmatch.fnmatchcase(path, p) for p in self.exclude)
 
 
 def folder_prefixes(settings: StorageSettings) -> tuple[str, str]:
-    """Of train and val, as folders: ``data/train`` must not bring ``data/training/``."""
+    """The prefixes of train and val. They end with a slash, so that ``data/train`` does not bring
+    ``data/training/``.
+
+    Raises:
+        UsageError: one prefix contains the other.
+    """
     given = (settings.s3_prefix, settings.s3_val_prefix)
     train, val = (f"{prefix.strip('/')}/".lstrip("/") for prefix in given)
     if train.startswith(val) or val.startswith(train):
         raise UsageError(
             f"--s3-prefix {given[0]!r} and --s3-val-prefix {given[1]!r} overlap: a model would "
             "be validated on its training pairs",
-            "give each its own folder in the bucket",
+            "give each a folder of its own in the bucket",
         )
     return train, val
 
 
-class Places:
-    """Gives each key its path below a folder, once: as every file system would."""
+def local_path(relative: str) -> str:
+    """Check that a key without its prefix is a path below a target folder, and return it.
+
+    Raises:
+        RefusedKey: the path could leave the folder, or is not a file name on every system.
+    """
+    for part in relative.split("/"):
+        if part in {"", ".", ".."}:
+            raise RefusedKey(f"has a part {part!r}")
+        if "\\" in part:
+            raise RefusedKey("has a backslash")
+        # isprintable is quick, and true for nearly every name
+        if not part.isprintable() and any(unicodedata.category(char) == "Cc" for char in part):
+            raise RefusedKey("has a control character")
+        if spelling(part).startswith(OWN_PREFIX):
+            raise RefusedKey(f"begins with {OWN_PREFIX}, which clipft keeps for itself")
+        try:
+            size = len(part.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise RefusedKey("is not valid Unicode") from None
+        if size > _MAX_NAME_BYTES:
+            raise RefusedKey(f"has a part of more than {_MAX_NAME_BYTES} bytes")
+    if os.path.isabs(relative) or os.path.splitdrive(relative)[0]:  # Windows: C:name
+        raise RefusedKey("names a drive")
+    return relative
+
+
+def spelling(name: str) -> str:
+    """One spelling for all names that some file system cannot tell apart: macOS and Windows
+    ignore case, and macOS composes accents."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def parents(path: str) -> list[str]:
+    """The folders that contain a relative path, the outermost first."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+class LocalPaths:
+    """Gives each key under a prefix a path of its own, on every file system."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._taken: dict[str, str] = {}
-        self._folders = {""}
+        self._taken: dict[str, str] = {}  # spelling -> "file" or "folder"
+        self._folders = {""}  # already checked and taken
 
     def take(self, key: str) -> str:
-        """
+        """The path of ``key``.
+
         Raises:
-            RefusedKey: the key has no safe place, or another key has it already.
+            RefusedKey: the key has no safe path, or another key already has it.
         """
         path = local_path(key.removeprefix(self._prefix))
         name, parent = spelling(path), path.rpartition("/")[0]
         if self._taken.get(name):
             raise RefusedKey(
-                f"is another key's {self._taken[name]} (upper and lower case are alike)"
+                f"collides with a {self._taken[name]} of another key (case is ignored)"
             )
         if parent not in self._folders:
-            self._take_folders(path)
+            folders = [spelling(folder) for folder in parents(path)]
+            if any(self._taken.get(folder) == "file" for folder in folders):
+                raise RefusedKey("lies in a folder whose name another key has as a file")
+            self._taken.update(dict.fromkeys(folders, "folder"))
+            self._folders.add(parent)
         self._taken[name] = "file"
         return path
-
-    def _take_folders(self, path: str) -> None:
-        folders = [spelling(parent) for parent in parents(path)]
-        if any(self._taken.get(folder) == "file" for folder in folders):
-            raise RefusedKey("lies in a folder that is another key's file")
-        self._taken.update(dict.fromkeys(folders, "folder"))
-        self._folders.add(path.rpartition("/")[0])

@@ -1,8 +1,8 @@
-"""A local folder that mirrors a prefix, and its journal: what was brought or sent, and how
-the file looked then.
+"""A local folder that mirrors a prefix, and its journal of the files that a sync put there.
 
-A record is written only when its file is on the disk: after a power cut the journal vouches
-for no file whose bytes were lost.
+The journal records the ETag of each object and how its file looked afterwards. A record is
+written only when its file has been flushed to disk: after a power cut the journal vouches for no
+file whose bytes were lost.
 """
 
 import ctypes
@@ -10,12 +10,11 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clipft.core.errors import StorageError
 from clipft.core.files import disk_error, replacing
@@ -25,34 +24,34 @@ from clipft.storage.s3.keys import OWN_PREFIX, Refused, RefusedKey, RemoteObject
 JOURNAL = f"{OWN_PREFIX}sync.jsonl"
 LOCK = f"{OWN_PREFIX}sync.lock"
 PART = f"{OWN_PREFIX}part-"
+_INDEX_SUFFIX = ".clipft-index"
+
+Record = list[Any]
+"""ETag of the object, then size and time of change (ns) of the file."""
 
 
 @dataclass
 class Folder:
-    """What belongs in ``path``, and what the journal says of what is there."""
+    """The objects that belong in ``path``, and in ``records`` what the journal says is there."""
 
     path: Path
     objects: list[RemoteObject]
     refused: list[Refused]
-    records: dict[str, list[Any]] = field(default_factory=dict)
-    _new: dict[str, list[Any]] = field(default_factory=dict)
-
-    @cached_property
-    def _root(self) -> str:
-        return f"{self.path}/"
+    records: dict[str, Record] = field(default_factory=dict)
+    _new: dict[str, Record] = field(default_factory=dict)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The folder made and locked, its journal read, and at last written whole.
+        """Create and lock the folder and load its journal; at the end, flush the journal.
 
         Raises:
-            StorageError: it cannot be written, or another sync is at it.
+            StorageError: the folder cannot be written, or another sync is writing to it.
         """
         import fcntl
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = _lock_file(self.path)
+            lock = open(self.path / LOCK, "a")  # noqa: SIM115
         except OSError as error:
             raise disk_error(self.path, error) from error
         with lock:
@@ -60,7 +59,7 @@ class Folder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise StorageError(
-                    f"another sync is writing to {self.path}", "wait until it has ended"
+                    f"another sync is writing to {self.path}", "wait until it has finished"
                 ) from error
             self.load()
             try:
@@ -68,29 +67,31 @@ class Folder:
             finally:
                 self.flush()
 
-    def remove_stale_parts(self, kept: set[str]) -> None:
-        """What broken-off syncs left, but those of ``kept``."""
-        for part in self.path.glob(f"{PART}*"):
-            if part.stem not in kept:
-                part.unlink(missing_ok=True)
-
     def load(self) -> None:
-        """Later lines win; a line that a kill cut off counts as none."""
+        """Read the journal. A later line replaces an earlier one; a line that was cut off when
+        clipft was killed is ignored."""
         with suppress(OSError, UnicodeDecodeError):
             for line in (self.path / JOURNAL).read_text(encoding="utf-8").split("\n"):
                 with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     self.records[str(entry["path"])] = list(entry["state"])
 
+    def record(self, wanted: RemoteObject) -> None:
+        """Note that the file of an object is in place; ``flush`` writes it down."""
+        self._new[wanted.path] = _record(wanted.etag, os.lstat(self.local(wanted)))
+
     def flush(self) -> None:
-        """Everything so far on the disk, then in the journal."""
+        """Flush the new files to disk, then append their records to the journal.
+
+        Raises:
+            StorageError: the disk failed.
+        """
         if not self._new:
             return
         try:
             flush_files(self.path, list(self._new))
-            lines = (_line(name, record) for name, record in self._new.items())
             with open(self.path / JOURNAL, "a", encoding="utf-8") as file:
-                file.writelines(lines)
+                file.writelines(_lines(self._new))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -99,100 +100,86 @@ class Folder:
         self._new = {}
 
     def forget(self, names: list[str]) -> None:
-        """Drop records, and the journal's superseded lines with them."""
+        """Drop records and rewrite the journal without lines that are no longer valid."""
         self.flush()
         for name in names:
             self.records.pop(name, None)
         with replacing(self.path / JOURNAL) as temporary:
-            lines = "".join(_line(name, record) for name, record in self.records.items())
-            temporary.write_text(lines, encoding="utf-8")
+            temporary.write_text("".join(_lines(self.records)), encoding="utf-8")
 
-    def record(self, wanted: RemoteObject) -> None:
-        """To be told when the file is in its place."""
-        self._new[wanted.path] = _state(wanted.etag, os.lstat(self.place(wanted)))
-
-    def place(self, wanted: RemoteObject) -> str:
-        return f"{self._root}{wanted.path}"
+    def local(self, wanted: RemoteObject) -> str:
+        return f"{self.path}/{wanted.path}"
 
     def status(self, wanted: RemoteObject) -> os.stat_result | None:
-        """Of a regular file that is reached without any link inside the folder."""
-        status = self._lstat(wanted)
-        return status if status and stat.S_ISREG(status.st_mode) else None
-
-    def _lstat(self, wanted: RemoteObject) -> os.stat_result | None:
-        """Of whatever is in an object's place, but not behind a link."""
-        folder = wanted.folder
-        if folder and any(os.path.islink(self._root + parent) for parent in parents(wanted.path)):
+        """The status of whatever is at the object's path, or None if there is nothing or the way
+        to it leads through a link."""
+        if any(os.path.islink(f"{self.path}/{parent}") for parent in parents(wanted.path)):
             return None
         try:
-            return os.lstat(self.place(wanted))
+            return os.lstat(self.local(wanted))
         except OSError:
             return None
 
     def has(self, wanted: RemoteObject) -> bool:
-        """Whether the file is as a sync left it, and the object as it was then."""
+        """Whether the file is as a sync left it, and the object is still the same version."""
         record = self.records.get(wanted.path)
-        if record is None:
-            return False
-        status = self.status(wanted)
+        status = self.status(wanted) if record is not None else None
         return (
             status is not None
+            and stat.S_ISREG(status.st_mode)
             and status.st_size == wanted.size
-            and record == _state(wanted.etag, status)
+            and record == _record(wanted.etag, status)
         )
 
+    def bytes_missing(self, wanted: RemoteObject) -> int:
+        """How much more space the object needs than the file that it replaces."""
+        status = self.status(wanted)
+        replaced = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
+        return wanted.size - replaced
+
     def needs(self, wanted: RemoteObject) -> bool:
-        """Whether the object has to be brought: not where the file in its place has its md5.
-        The way to its place is made.
+        """Whether the object has to be fetched, because the file at its path does not have its
+        md5. If there is no file, the folders on the way to it are created.
 
         Raises:
-            RefusedKey: something else is in its way.
+            RefusedKey: something else is in the way.
         """
-        status, md5 = self._lstat(wanted), plain_md5(wanted.etag)
+        status, md5 = self.status(wanted), plain_md5(wanted.etag)
         if status is None:
-            self._make_way(wanted)
+            for parent in parents(wanted.path):
+                path = f"{self.path}/{parent}"
+                if os.path.islink(path):
+                    raise RefusedKey(f"needs the folder {parent}, which is a link in the target")
+                try:
+                    os.mkdir(path)
+                except FileExistsError:
+                    if not os.path.isdir(path):
+                        raise RefusedKey(
+                            f"needs the folder {parent}, which is a file in the target"
+                        ) from None
             return True
         if stat.S_ISDIR(status.st_mode):
-            raise RefusedKey(f"{wanted.path} in the target is a folder")
+            raise RefusedKey(f"would replace {wanted.path}, which is a folder in the target")
         if not stat.S_ISREG(status.st_mode) or status.st_size != wanted.size or md5 is None:
             return True
-        with open(self.place(wanted), "rb") as file:
+        with open(self.local(wanted), "rb") as file:
             return etag_of(file, wanted.size, wanted.size) != f'"{md5}"'
 
-    def _make_way(self, wanted: RemoteObject) -> None:
-        """Make the folders of an object, following no link and taking nobody's place."""
-        for parent in parents(wanted.path):
-            path = self._root + parent
-            if os.path.islink(path):
-                raise RefusedKey(f"{parent} in the target is a link")
-            try:
-                os.mkdir(path)
-            except FileExistsError:
-                if not os.path.isdir(path):
-                    raise RefusedKey(f"{parent} in the target is a file") from None
 
-    def bytes_short(self, wanted: RemoteObject) -> int:
-        status = self.status(wanted)
-        return wanted.size - (status.st_size if status else 0)
-
-
-def _line(name: str, record: list[Any]) -> str:
-    return json.dumps({"path": name, "state": record}, ensure_ascii=False) + "\n"
-
-
-def _state(etag: str, status: os.stat_result) -> list[Any]:
+def _record(etag: str, status: os.stat_result) -> Record:
     return [etag, status.st_size, status.st_mtime_ns]
 
 
-def _lock_file(folder: Path) -> IO[str]:
-    return open(folder / LOCK, "a")
+def _lines(records: dict[str, Record]) -> Iterable[str]:
+    for name, record in records.items():
+        yield json.dumps({"path": name, "state": record}, ensure_ascii=False) + "\n"
 
 
 def flush_files(folder: Path, names: list[str]) -> None:
-    """Bytes and names of files on the disk.
+    """Make sure that the bytes and the names of files are on disk.
 
-    One ``syncfs`` where there is one (Linux): one flush for thousands of small files, not
-    thousands; it reports what could not be written. Elsewhere ``fsync`` of each.
+    Linux has ``syncfs``: one flush instead of one for each of thousands of small files, and it
+    reports what could not be written. Other systems get an ``fsync`` per file.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -210,29 +197,30 @@ def flush_files(folder: Path, names: list[str]) -> None:
         os.close(descriptor)
 
 
-_OWN_SUFFIX = ".clipft-index"
-
-
 def local_files(folder: Path) -> list[str]:
-    """Paths of files below ``folder``, with slashes, sorted; none where there is no folder.
+    """Sorted paths of the user's files below ``folder``, with slashes; [] if it does not exist.
 
-    A link to a file counts as that file, a link to a folder is not followed.
+    A link to a file counts as that file; a link to a folder is not followed.
     """
+
+    def is_own(name: str) -> bool:
+        return name.startswith(OWN_PREFIX) or name.endswith(_INDEX_SUFFIX)
+
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_own(name)]
+        folders[:] = [name for name in folders if not is_own(name)]
         below = os.path.relpath(parent, folder)
         for name in names:
-            if not _is_own(name) and os.path.isfile(os.path.join(parent, name)):
+            if not is_own(name) and os.path.isfile(os.path.join(parent, name)):
                 found.append(name if below == "." else f"{below}/{name}".replace(os.sep, "/"))
     return sorted(found)
 
 
 def remove_files(folder: Path, names: list[str]) -> None:
-    """Remove files and then the folders that this leaves empty; never ``folder`` itself.
+    """Remove files, and then folders that this leaves empty; never ``folder`` itself.
 
     Raises:
-        StorageError: the disk refuses.
+        StorageError: a file cannot be removed.
     """
     for name in names:
         path = folder / name
@@ -244,7 +232,3 @@ def remove_files(folder: Path, names: list[str]) -> None:
                 parent.rmdir()
         except OSError as error:
             raise disk_error(path, error) from error
-
-
-def _is_own(name: str) -> bool:
-    return name.startswith(OWN_PREFIX) or name.endswith(_OWN_SUFFIX)

@@ -1,34 +1,34 @@
-"""``sync``: the bucket's pairs as local files, each whole or not there at all; or the way up.
+"""``clipft sync``: bring the pairs in a bucket to a local folder.
 
-An object arrives under a temporary name, is checked and only then renamed. What is there
-already is known by a journal in each folder (size, ETag, time of change) or, without it, by
-its md5. Nothing is deleted but on demand.
+An object arrives under a temporary name, is checked and only then renamed. Files that are already
+there are recognized by the journal of their folder or, without an entry, by their md5. Nothing is
+deleted unless the user asks for it.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipft.config.settings import StorageSettings
-from clipft.core.common import counted
+from clipft.core.common import Note, counted
 from clipft.core.errors import StorageError
-from clipft.storage.s3.bucket import Bucket, bucket_url, quiet
+from clipft.storage.s3.bucket import Bucket, bucket_url
 from clipft.storage.s3.client import open_bucket
 from clipft.storage.s3.errors import check_space
 from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixes
-from clipft.storage.sync.download import Fetch, SyncProgress, part_name
-from clipft.storage.sync.folder import Folder, local_files, remove_files
+from clipft.storage.sync.download import Download, TransferProgress, part_name
+from clipft.storage.sync.folder import PART, Folder, local_files, remove_files
 
 SIDES = ("train", "val")
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """``delete``: what the source lacks goes, inside the two folders or prefixes alone;
-    ``dry_run``: nothing is changed."""
+    """``delete`` removes what the source lacks, only inside the two folders or prefixes;
+    ``dry_run`` changes nothing."""
 
     filter: Filter = field(default_factory=Filter)
     delete: bool = False
@@ -37,8 +37,8 @@ class SyncOptions:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """``transferred`` objects of ``bytes`` came, or went up; ``notes`` are sentences that
-    deserve a reader; ``planned`` names what a dry run would have transferred or deleted."""
+    """What a sync did: ``transferred`` objects with ``bytes`` bytes came or went. ``notes`` are
+    sentences for the user; ``planned`` is what a dry run would have transferred or deleted."""
 
     objects: int
     transferred: int
@@ -55,103 +55,87 @@ class SyncResult:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the bucket holds for each side, as far as the filter takes it."""
+class BucketListing:
+    """The objects of each side ("train", "val") that match the filter, and the refused keys."""
 
     bucket: Bucket
     prefixes: dict[str, str]
     objects: dict[str, list[RemoteObject]]
     refused: dict[str, list[Refused]]
 
-    def names(self, side: str) -> list[str]:
-        """Paths below the folder of ``side``."""
-        return [wanted.path for wanted in self.objects[side]]
 
-
-def look(
+def list_bucket(
     settings: StorageSettings,
     chosen: Filter = Filter(),  # noqa: B008 (frozen)
-    say: Callable[[str], None] = quiet,
-) -> Found:
-    """List both prefixes. ``say`` is told when failures last.
+    note: Note = lambda message: None,
+) -> BucketListing:
+    """List both prefixes. ``note`` is called when requests keep failing.
 
     Raises:
-        UsageError: no bucket is set, or one prefix lies within the other.
-        StorageError: the bucket cannot be read.
+        UsageError: no bucket is set, or one prefix contains the other.
+        StorageError: the bucket cannot be listed.
     """
-    bucket = open_bucket(settings, say)
+    bucket = open_bucket(settings, note)
     prefixes = dict(zip(SIDES, folder_prefixes(settings), strict=True))
     objects, refused = {}, {}
     for side, prefix in prefixes.items():
         listed, refused[side] = bucket.list(prefix)
-        objects[side] = [o for o in listed if chosen.takes(o.path)]
-    return Found(bucket, prefixes, objects, refused)
+        objects[side] = [o for o in listed if chosen.matches(o.path)]
+    return BucketListing(bucket, prefixes, objects, refused)
 
 
-def sync(
-    settings: StorageSettings,
-    report: Callable[[SyncProgress], None],
-    options: SyncOptions = SyncOptions(),
-) -> SyncResult:
-    """``look`` and ``bring``, to ``data_dir``."""
-    return bring(look(settings, options.filter), settings.data_dir, report, options)
-
-
-def bring(
-    found: Found,
+def download(
+    listing: BucketListing,
     target: Path,
-    report: Callable[[SyncProgress], None],
+    report: Callable[[TransferProgress], None],
     options: SyncOptions = SyncOptions(),
+    sides: Sequence[str] = SIDES,
 ) -> SyncResult:
-    """Bring what was found to ``target``/train and ``target``/val.
+    """Bring the listed objects to ``target``/train and ``target``/val, or to one of them.
 
-    ``report`` is called on the caller's thread, several times a second.
+    ``report`` is called in the caller's thread, several times a second.
 
     Raises:
-        StorageError: there is nothing to train on, an object does not arrive whole, or the
-            disk does not take it.
+        StorageError: there are no training pairs, an object does not arrive intact, or the disk
+            is full or fails.
     """
-    return _bring(found, SIDES, target, report, options, _check_found(found))
-
-
-def bring_side(
-    found: Found, side: str, target: Path, report: Callable[[SyncProgress], None]
-) -> SyncResult:
-    """The same for one of the two."""
-    return _bring(found, (side,), target, report, SyncOptions(), [])
-
-
-def _bring(
-    found: Found,
-    sides: tuple[str, ...],
-    target: Path,
-    report: Callable[[SyncProgress], None],
-    options: SyncOptions,
-    notes: list[str],
-) -> SyncResult:
+    notes = _check_not_empty(listing) if "train" in sides else []
     start = time.monotonic()
-    folders = [Folder(target / s, found.objects[s], list(found.refused[s])) for s in sides]
-    listed = sum(len(folder.objects) + len(folder.refused) for folder in folders)
+    folders = [Folder(target / s, listing.objects[s], list(listing.refused[s])) for s in sides]
     if options.dry_run:
-        return _planned(folders, listed, options, time.monotonic() - start)
-    with ExitStack() as held:
+        return _planned(folders, options, start)
+    with ExitStack() as opened:
         for folder in folders:
-            held.enter_context(folder.opened())
+            opened.enter_context(folder.opened())
         work = [(f, o) for f in folders for o in f.objects if not f.has(o)]
-        kept = {part_name(wanted) for _, wanted in work}
+        resumable = {part_name(wanted) for _, wanted in work}
         for folder in folders:
-            folder.remove_stale_parts(kept)
-        check_space(target, sum(folder.bytes_short(wanted) for folder, wanted in work))
-        fetch = Fetch(found.bucket, work)
+            for part in folder.path.glob(f"{PART}*"):
+                if part.stem not in resumable:
+                    part.unlink(missing_ok=True)
+        check_space(target, sum(folder.bytes_missing(wanted) for folder, wanted in work))
+        fetch = Download(listing.bucket, work)
         if work:
             fetch.run(report)
-        deleted = _delete(folders, options) if options.delete else 0
-        notes += [] if options.delete else [n for f in folders for n in _left_over(f, options)]
+        deleted = 0
+        for folder in folders:
+            surplus = _surplus(folder, options)
+            if options.delete:
+                remove_files(folder.path, surplus)
+                folder.forget(surplus)
+                deleted += len(surplus)
+            elif gone := [name for name in surplus if name in folder.records]:
+                # An earlier sync fetched these, and training would read them
+                notes.append(
+                    f"{folder.path} has {counted(len(gone), 'file')} that the bucket no longer "
+                    f"has, for example {gone[0]} (--delete removes them)"
+                )
+    listed = sum(len(folder.objects) + len(folder.refused) for folder in folders)
     refused = tuple(refusal for folder in folders for refusal in folder.refused)
     return SyncResult(
         objects=listed,
-        transferred=fetch.downloaded,
-        skipped=listed - fetch.downloaded - len(refused),
+        transferred=fetch.fetched,
+        skipped=listed - fetch.fetched - len(refused),
         deleted=deleted,
         bytes=fetch.bytes,
         refused=refused,
@@ -160,28 +144,29 @@ def _bring(
     )
 
 
-def _check_found(found: Found) -> list[str]:
-    settings = found.bucket.settings
-    if not found.objects["train"] and not found.refused["train"]:
+def _check_not_empty(listing: BucketListing) -> list[str]:
+    """Refuse to sync nothing to train on; return a note if there is nothing to validate on."""
+    settings = listing.bucket.settings
+    if not listing.objects["train"] and not listing.refused["train"]:
         raise StorageError(
-            f"bucket {settings.s3_bucket} has nothing under prefix {settings.s3_prefix!r}",
-            "check --s3-prefix; its objects become the files of the train folder",
+            f"bucket {settings.s3_bucket} has nothing under the prefix {settings.s3_prefix!r}",
+            "check --s3-prefix; the objects under it become the files of the train folder",
         )
-    if not found.objects["val"] and not found.refused["val"]:
-        return [f"nothing to validate on under {bucket_url(settings, settings.s3_val_prefix)}"]
+    if not listing.objects["val"] and not listing.refused["val"]:
+        place = bucket_url(settings, settings.s3_val_prefix)
+        return [f"there are no validation pairs under {place}"]
     return []
 
 
-def _planned(
-    folders: list[Folder], listed: int, options: SyncOptions, seconds: float
-) -> SyncResult:
-    """What ``bring`` would do; nothing is locked or made."""
+def _planned(folders: list[Folder], options: SyncOptions, start: float) -> SyncResult:
+    """What ``download`` would do. Nothing is locked or created."""
     work, gone = [], list[str]()
     for folder in folders:
         folder.load()
         work += [(folder, o) for o in folder.objects if not folder.has(o)]
         if options.delete:
             gone += [str(folder.path / name) for name in _surplus(folder, options)]
+    listed = sum(len(folder.objects) + len(folder.refused) for folder in folders)
     refused = tuple(refusal for folder in folders for refusal in folder.refused)
     return SyncResult(
         objects=listed,
@@ -191,7 +176,7 @@ def _planned(
         bytes=sum(wanted.size for _, wanted in work),
         refused=refused,
         notes=("dry run: nothing was changed",),
-        seconds=seconds,
+        seconds=time.monotonic() - start,
         planned=(
             *(f"get {folder.path / wanted.path}" for folder, wanted in work),
             *(f"delete {name}" for name in gone),
@@ -200,33 +185,10 @@ def _planned(
 
 
 def _surplus(folder: Folder, options: SyncOptions) -> list[str]:
-    """Files of the folder that the bucket does not have, as far as the filter takes them."""
+    """Files of the folder that match the filter and are not in the bucket."""
     present = {wanted.path for wanted in folder.objects}
     return [
         name
         for name in local_files(folder.path)
-        if name not in present and options.filter.takes(name)
+        if name not in present and options.filter.matches(name)
     ]
-
-
-def _delete(folders: list[Folder], options: SyncOptions) -> int:
-    deleted = 0
-    for folder in folders:
-        names = _surplus(folder, options)
-        remove_files(folder.path, names)
-        folder.forget(names)
-        deleted += len(names)
-    return deleted
-
-
-def _left_over(folder: Folder, options: SyncOptions) -> Iterator[str]:
-    """What an earlier sync brought and the bucket has no longer: training would read it."""
-    gone = [name for name in _surplus(folder, options) if name in folder.records]
-    if gone:
-        yield (
-            f"no longer in the bucket: {counted(len(gone), 'file')} of {folder.path}, "
-            f"first {gone[0]} (--delete removes them)"
-        )
-
-
-__all__ = ["Filter", "Found", "SyncOptions", "SyncProgress", "SyncResult", "bring", "look", "sync"]

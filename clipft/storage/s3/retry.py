@@ -1,0 +1,81 @@
+"""Repeat requests that fail for a reason that may pass."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from clipft.config.settings import StorageSettings
+from clipft.core.common import Note
+from clipft.core.errors import StorageError
+from clipft.storage.s3.errors import TEMPORARY, Corrupt, Stopped, explained, kind_of
+
+Answer = TypeVar("Answer")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
+"""Seconds between attempts: the pause doubles each time. A random part of up to half of it is
+dropped, so that many machines do not come back at the same moment."""
+
+UNKNOWN_SERVER_TIMEOUT = 20.0
+"""Seconds to retry a server that has never answered: its name is probably wrong."""
+
+CORRUPT_ATTEMPTS = 4
+"""A body that is corrupt this often is corrupt at its source."""
+
+_NOTE_AFTER = 5.0
+"""Seconds of failures before the user is told that clipft is retrying."""
+
+
+class Retry:
+    """Retry requests until they succeed or the retry timeout is over: ``retry(request, url)``.
+
+    One object is shared by all threads of a piece of work. Set ``stopping`` to end every pause
+    and give the work up. ``note`` is called once, when failures last.
+    """
+
+    def __init__(self, settings: StorageSettings, note: Note) -> None:
+        self._settings = settings
+        self.note = note
+        self.stopping = threading.Event()
+        self._server_answered = self._noted = self._failing = False
+
+    def __call__(self, request: Callable[[], Answer], url: str) -> Answer:
+        """Return what ``request`` returns; call it again while its failure may pass.
+
+        Raises:
+            StorageError: the failure is permanent, or it lasted for the retry timeout.
+            OSError: the local disk failed.
+            Stopped: ``stopping`` was set.
+        """
+        first_failure, failures = 0.0, 0
+        while not self.stopping.is_set():
+            try:
+                answer = request()
+            except Exception as error:
+                kind, now, failures = kind_of(error), time.monotonic(), failures + 1
+                if isinstance(error, (StorageError, Stopped)) or kind == "disk":
+                    raise
+                first_failure = first_failure or now
+                self._server_answered |= kind == "busy"
+                timeout = self._settings.s3_retry_timeout
+                limit = timeout if self._server_answered else min(timeout, UNKNOWN_SERVER_TIMEOUT)
+                hopeless = isinstance(error, Corrupt) and failures >= CORRUPT_ATTEMPTS
+                if kind not in TEMPORARY or hopeless or now - first_failure >= limit:
+                    raise explained(error, self._settings, url) from error
+                if now - first_failure > _NOTE_AFTER and not self._noted:
+                    self._noted = True
+                    why = explained(error, self._settings, url).message
+                    self.note(f"{why}. Retrying for up to {timeout:.0f} s.")
+                self._failing = True
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1))
+                self.stopping.wait(pause * random.uniform(0.5, 1))  # noqa: S311
+            else:
+                self._server_answered, self._failing = True, False
+                return answer
+        raise Stopped
+
+    def stop_if_failing(self) -> None:
+        """Give up requests that are being retried at this moment, and no others."""
+        if self._failing:
+            self.stopping.set()
