@@ -1,4 +1,4 @@
-"""Making faulty catalogues, and looking at what a command left."""
+"""Make faulty catalogues, and read what a command left."""
 
 import io
 import json
@@ -17,7 +17,8 @@ Member = tuple[str, bytes]
 
 
 def write_tar(path: Path, members: Iterable[Member | tarfile.TarInfo], form: int = 2) -> None:
-    """``form`` as ``tarfile`` numbers them; a bare ``TarInfo`` is a member without content."""
+    """Write a tar in ``form``, one of ``tarfile``; a bare ``TarInfo`` is a member without
+    content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for member in members:
@@ -28,7 +29,7 @@ def write_tar(path: Path, members: Iterable[Member | tarfile.TarInfo], form: int
 
 
 def good(numbers: Iterable[int]) -> list[Member]:
-    """Rendered products that nothing is wrong with."""
+    """Members of rendered products without any fault."""
     members = []
     for number in numbers:
         pair = render_pair(7, number)
@@ -48,7 +49,7 @@ def train(folder: Path, *more: str) -> int:
 
 
 def one_error(capsys) -> tuple[str, str]:
-    """What stands after ``error: `` and ``hint: ``, each of which is there once."""
+    """The texts after ``error: `` and ``hint: ``, each of which must occur once."""
     lines = capsys.readouterr().err.strip().splitlines()
     assert "Traceback" not in " ".join(lines)
     said = [
@@ -64,7 +65,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def skipped(folder: Path) -> dict[tuple[str, str], str]:
-    """(shard, key) -> reason as the run of ``train`` lists them, none twice."""
+    """The skipped pairs that the run of ``train`` lists: (shard, key) -> reason, none twice."""
     listed = lines(folder / "out" / "dual_lora" / "skipped.jsonl")
     reasons = {(line["shard"], line["key"]): line["reason"] for line in listed}
     assert len(reasons) == len(listed)
@@ -77,7 +78,7 @@ def trained_pairs(folder: Path) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that lies in a folder but indexes and locks."""
+    """All files in a folder except indexes and locks."""
     kept = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 

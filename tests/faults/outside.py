@@ -1,4 +1,4 @@
-"""clipft as a program of its own, driven from outside: real processes, signals and limits.
+"""clipft run as a program, driven from outside with real processes, signals and limits.
 
 ``Programs`` starts one process that has all heavy packages loaded and forks it for each call, so
 that a run costs what it costs beyond its imports; everything else is as ``python -m clipft``.
@@ -74,7 +74,7 @@ os._exit(0)
 
 @dataclass
 class Program:
-    """One that was started."""
+    """A program that was started."""
 
     pid: int
     out_path: Path
@@ -92,7 +92,7 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Until it ends, or was waited for."""
+        """True until the program ends or was waited for."""
         stat = Path(f"/proc/{self.pid}/stat")
         try:
             return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -103,7 +103,7 @@ class Program:
         os.kill(self.pid, number)
 
     def wait(self, seconds: float = 120) -> int:
-        """Its exit code; minus the signal that ended it."""
+        """Wait for the exit code; negative if a signal ended the program."""
         end = time.monotonic() + seconds
         while self._code is None and self.running:
             if time.monotonic() > end:
@@ -116,7 +116,7 @@ class Program:
         return self._code
 
     def error(self) -> tuple[str, str]:
-        """What stands after ``error: `` and ``hint: ``, each of which is there once."""
+        """The texts after ``error: `` and ``hint: ``, each of which must occur once."""
         self.wait()
         lines = self.err.strip().splitlines()
         assert "Traceback" not in self.err, self.err
@@ -147,7 +147,7 @@ class Programs:
         limits: dict[str, int] | None = None,
         umask: int | None = None,
     ) -> Program:
-        """``clipft ARGS``; of ``env`` None takes a name away."""
+        """Start ``clipft ARGS``. A value of None in ``env`` removes the variable."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         environ = {**os.environ, **(env or {})}
@@ -163,7 +163,7 @@ class Programs:
         return Program(int(self._ask(asked)), out, err, lambda pid: int(self._ask({"wait": pid})))
 
     def run(self, *args: str, **more) -> Program:
-        """The same, to its end."""
+        """Start a program and wait for its end."""
         program = self.start(*args, **more)
         program.wait()
         return program
@@ -196,6 +196,6 @@ def wait_until(true: Callable[[], bool], program: Program, seconds: float = 60) 
 
 
 def steps(out: Path, scenario: str = "dual_lora") -> int:
-    """Whole lines of steps in the metrics so far."""
+    """How many steps the metrics file has so far."""
     path = out / scenario / "metrics.jsonl"
     return path.read_text().count('"kind": "step"') if path.exists() else 0

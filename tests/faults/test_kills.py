@@ -1,4 +1,4 @@
-"""Processes that are killed: the resumed run is the run that would have been (1, 2, 13)."""
+"""After a kill, the resumed run ends exactly as the run that was never killed."""
 
 import random
 import signal
@@ -19,7 +19,7 @@ def no_rests(out: Path) -> None:
 
 
 def killed_at_random(programs, catalogue, whole: Path, out: Path, draw: random.Random) -> int:
-    """Killed until it gets to its end, at moments spread over all of a run; how many times."""
+    """Kill a run at random moments and resume it, until it ends; return the number of kills."""
     env, length = {"CLIPFT_CACHE": str(whole / "cache")}, float((whole / "seconds").read_text())
     kills = 0
     while True:
@@ -34,7 +34,7 @@ def killed_at_random(programs, catalogue, whole: Path, out: Path, draw: random.R
 
 @pytest.mark.parametrize("wanted", [2, pytest.param(50, marks=pytest.mark.slow)], ids=str)
 def test_kill_9_at_any_moment_loses_nothing(programs, catalogue, whole, tmp_path, wanted):
-    """Printed with -s: the seed, with which it happens again as far as the clock lets it."""
+    """With -s the seed is printed, which repeats the kills as far as timing allows."""
     seed = random.randrange(2**32)
     draw, kills, runs = random.Random(seed), 0, 0
     while kills < wanted:
@@ -43,11 +43,11 @@ def test_kill_9_at_any_moment_loses_nothing(programs, catalogue, whole, tmp_path
         assert_same_run(whole / "runs", out)
         no_rests(out)
         runs += 1
-    print(f"seed {seed}: {kills} kills in {runs} runs, all as the one that was not killed")
+    print(f"seed {seed}: {kills} kills in {runs} runs, all ended as the run that was not killed")
 
 
 def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
-    """Resuming once proves nothing of the second time."""
+    """A run that was resumed once must be able to resume again."""
     env = {"CLIPFT_CACHE": str(whole / "cache")}
     for done in (1, 1, 2, 2, 2):
         run = programs.start(*command(catalogue, tmp_path), env=env)
@@ -62,7 +62,7 @@ def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
 def test_five_kills_in_mid_accumulation_with_other_numbers_of_workers(
     programs, catalogue, tmp_path
 ):
-    """Between the micro-batches of a step: four workers first, then one, and again."""
+    """Kills between the micro-batches of a step, alternating four workers and one."""
     small = ("--micro-batch-size", "1", "--checkpoint-every", "1", "--epochs", "1")
     alone = programs.run(*command(catalogue, tmp_path / "alone", *small))
     assert alone.wait() == 0, alone.err
@@ -98,7 +98,7 @@ def pairs(out: Path) -> list[int]:
 
 
 def test_a_killed_run_can_be_resumed_at_once(programs, catalogue, whole, tmp_path):
-    """Though its decoding processes still live: they find out after seconds."""
+    """Its decoding processes live on for seconds, and must not hold the lock of the run."""
     env = {"CLIPFT_CACHE": str(whole / "cache")}
     run = programs.start(*command(catalogue, tmp_path, "--num-workers", "1"), env=env)
     wait_until(lambda: steps(tmp_path) >= 1, run)
@@ -129,7 +129,7 @@ PHASES = [
 def test_a_signal_in_any_phase_ends_within_25_seconds(
     programs, catalogue, whole, tmp_path, phase, number
 ):
-    """75 where a step was done, and the state saved; otherwise there is nothing to save."""
+    """The exit code is 75 if a step was done and its state saved."""
     run = programs.start(*command(catalogue, tmp_path), env={"CLIPFT_CACHE": str(whole / "cache")})
     until(phase, tmp_path, run)
     run.signal(number)

@@ -1,4 +1,4 @@
-"""Memory that is too small for what was asked: said before, never a killed process."""
+"""Too little memory for the micro-batch asked for: a warning before, never a killed process."""
 
 import os
 import resource
@@ -10,7 +10,7 @@ import pytest
 LIMITED = """
 import resource, sys
 import psutil, torch
-import clipft.training.setup, transformers, peft  # what is loaded counts too
+import clipft.training.setup, transformers, peft  # their memory counts too
 used = psutil.Process().memory_info().data
 limit = used + {more}
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -41,6 +41,6 @@ def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, 
 
 
 @pytest.mark.slow
-def test_the_micro_batch_found_by_itself_fits(catalogue, tmp_path):
+def test_the_micro_batch_that_the_search_finds_fits(catalogue, tmp_path):
     done = train_within(1 << 30, catalogue, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Signals where a run measures, computes features, or waits: heard between two batches."""
+"""Signals during validation, feature computation or evaluation take effect between batches."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ PAIRS = 12
 
 @pytest.fixture(scope="module")
 def slow_validation(tmp_path_factory) -> Path:
-    """Two steps an epoch; validation pictures that take long, two a batch."""
+    """Two steps per epoch; validation images that take long to decode, two per batch."""
     folder = tmp_path_factory.mktemp("slow-validation")
     large = encoded(Image.linear_gradient("L").resize((2000, 2000)).convert("RGB"), "PNG")
     val = [(n, large if n.endswith("jpg") else d) for n, d in good(range(100, 100 + PAIRS))]
@@ -53,7 +53,7 @@ def epochs(out: Path) -> list[int]:
 
 
 def stop(run: Program, number: int = signal.SIGTERM) -> tuple[str, str]:
-    """Its error and hint; it has 75."""
+    """Send a signal; return the error and hint of the run, which must exit with 75."""
     run.signal(number)
     assert run.wait(25) == 75, run.err
     return run.error()
@@ -72,7 +72,7 @@ def test_before_the_first_step(programs, slow_validation, undisturbed, tmp_path)
 
 
 def cut_off(programs, data: Path, out: Path) -> None:
-    """A run that was stopped in the validation of its first epoch."""
+    """Stop a run during the validation of its first epoch."""
     run = start(programs, data, out)
     wait_until(lambda: steps(out) == 2, run)
     error, hint = stop(run)
@@ -84,7 +84,7 @@ def cut_off(programs, data: Path, out: Path) -> None:
 
 
 def test_in_the_validation_after_an_epoch(programs, slow_validation, undisturbed, tmp_path):
-    """Again in the one that is made up for; then the run is what it would have been."""
+    """Stopped again while that validation is repeated, the run still ends as an undisturbed one."""
     cut_off(programs, slow_validation, tmp_path)
     again = start(programs, slow_validation, tmp_path)
     wait_until(lambda: again.err_path.exists() and "Resuming after step 2" in again.err, again)
@@ -97,10 +97,10 @@ def test_in_the_validation_after_an_epoch(programs, slow_validation, undisturbed
 
 
 @pytest.mark.slow
-def test_a_kill_after_the_validation_made_up_for_does_not_tell_it_twice(
+def test_a_kill_after_the_repeated_validation_does_not_record_it_twice(
     programs, slow_validation, undisturbed, tmp_path
 ):
-    """The line is there, the checkpoint that knows of it is not."""
+    """The metrics have the epoch's line already, the checkpoint does not know of it."""
     cut_off(programs, slow_validation, tmp_path)
     run = start(programs, slow_validation, tmp_path)
     checkpoint, before = tmp_path / CHECKPOINT, (tmp_path / CHECKPOINT).read_bytes()
@@ -133,7 +133,7 @@ def test_in_the_evaluation_at_the_end(programs, slow_validation, undisturbed, tm
 
 @pytest.mark.slow
 def test_while_features_are_computed(programs, slow_validation, tmp_path):
-    """Those of a tower that does not train, kept in the cache: whole or not at all."""
+    """The features of a frozen tower are in the cache completely or not at all."""
     cache = tmp_path / "cache"
     data = tmp_path / "data"
     for side in ("train", "val"):
@@ -145,11 +145,11 @@ def test_while_features_are_computed(programs, slow_validation, tmp_path):
     wait_until(lambda: any(cache.glob("features/.images-*")), run)
     error, _ = stop(run)
     assert error.endswith("before the first step of this start; nothing was trained yet")
-    assert not any(cache.glob("features/.*")), "half of it stays"
+    assert not any(cache.glob("features/.*")), "an unfinished folder was left"
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_hears_it_in_a_validation(
+def test_a_signal_to_one_of_two_processes_during_validation_stops_both(
     programs, slow_validation, undisturbed, tmp_path
 ):
     import psutil

@@ -1,4 +1,4 @@
-"""Losses that are not finite, and settings at their ends: said, and nothing is destroyed."""
+"""Losses that are not finite and extreme settings are reported, and destroy no good state."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def poison(monkeypatch, at: range) -> None:
-    """Gradients of these steps (from 0) are not finite: a number overflowed."""
+    """Make the gradients of these steps (from 0) infinite, as after an overflow."""
 
     def poisoned(real, step, micro_batches):
         loss = real(step, micro_batches)
@@ -42,7 +42,7 @@ def poison(monkeypatch, at: range) -> None:
     around_each_step(monkeypatch, poisoned)
 
 
-def test_a_step_whose_gradient_is_not_finite_is_left_out(catalogue, tmp_path, monkeypatch, capsys):
+def test_a_step_whose_gradient_is_not_finite_is_skipped(catalogue, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, range(1, 2))
     assert train(catalogue, tmp_path) == 0
     assert [record["grad_norm"] is None for record in steps(tmp_path)] == [False, True, False]
@@ -98,16 +98,16 @@ def test_effective_batch_above_the_data_and_no_multiple_of_the_micro_batch(
     assert [record["pairs"] for record in steps(tmp_path)] == [96]
 
 
-@pytest.mark.parametrize("same", ["caption", "picture", "both"])
+@pytest.mark.parametrize("same", ["caption", "image", "both"])
 @pytest.mark.parametrize("positives", ["pair", "caption"])
-def test_all_captions_equal_or_one_picture_repeated(tmp_path, same, positives):
+def test_all_captions_equal_or_one_image_repeated(tmp_path, same, positives):
     from clipft.data.demo.catalogue import render_pair
 
     for split, first in (("train", 0), ("val", 100)):
         members = []
         for number in range(first, first + 12):
             pair = render_pair(7, first if same != "caption" else number)
-            words = "a chair" if same != "picture" else f"chair number {number}"
+            words = "a chair" if same != "image" else f"chair number {number}"
             members += [(f"{number}.jpg", jpeg(pair)), (f"{number}.txt", words.encode())]
         (tmp_path / split).mkdir()
         write_tar(tmp_path / split / "00000.tar", members)

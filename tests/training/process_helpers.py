@@ -1,4 +1,4 @@
-"""Starting two or more real processes that meet over gloo."""
+"""Start two or more real processes that communicate over gloo."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Popen[str]"]:
-    """``body`` (one indented block, which may set ``result``) in each process."""
+    """Run ``body``, an indented block that may set ``result``, in each process."""
     port = free_port()
     return [
         subprocess.Popen(
@@ -59,7 +59,7 @@ def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Pop
 
 
 def results(body: str, count: int = 2, seconds: float = 120) -> list[Any]:
-    """What ``body`` left in ``result`` on each process; fails if any of them failed."""
+    """The ``result`` of ``body`` on each process; fails if one of them failed."""
     found = []
     for process in start_all(body, count):
         stdout, stderr = process.communicate(timeout=seconds)

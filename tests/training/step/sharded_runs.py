@@ -1,4 +1,4 @@
-"""Short runs from the set-up on, with whole or with sharded weights."""
+"""Short runs, with whole or sharded weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ SMALL = {
 
 @dataclass
 class Run:
-    """A set-up and its state. ``given``: settings over those of ``SMALL``."""
+    """A setup and its state; ``given`` are settings on top of ``SMALL``."""
 
     setup: RunSetup
     state: TrainState
@@ -60,7 +60,7 @@ class Run:
         return setup.validation_loss(embed_pairs(setup.loaded, setup.val, *how))
 
     def held_bytes(self) -> int:
-        """Of weights, as the model has them while no tower works, and of AdamW's two states."""
+        """Bytes of the weights, while no tower runs, and of AdamW's two states."""
         weights = sum(self._own(p).nbytes for _, p in self.state.model.trainable())
         states = self.state.optimizer.adamw.state.values()
         return weights + sum(s[name].nbytes for s in states for name in ("exp_avg", "exp_avg_sq"))
@@ -71,7 +71,7 @@ class Run:
 
 
 def figures(given: dict[str, Any], processes: Processes, left: Path) -> dict[str, Any]:
-    """Of a whole run; its state is saved as ``left``."""
+    """The figures of a whole run, whose state is saved as ``left``."""
     run = Run.of(given, processes)
     before = run.validation_loss()
     told = [before, *run.train(), run.validation_loss()]

@@ -1,4 +1,4 @@
-"""Every loss and kind of positives is exact, however the effective batch is cut."""
+"""Every loss and kind of positives is exact, however the effective batch is split."""
 
 import pytest
 import torch

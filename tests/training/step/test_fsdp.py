@@ -1,4 +1,4 @@
-"""Sharded weights are the same run in parts of the memory."""
+"""A run with sharded weights has the same figures and takes a part of the memory."""
 
 import json
 import time
@@ -20,7 +20,7 @@ CLOSE = {"rel": 1e-5, "abs": 1e-6}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """43 pairs, 3 of them bad: the last step of 3 is one process's alone."""
+    """43 pairs, 3 of them bad: one process alone has the 3 pairs of the last step."""
     folder = tmp_path_factory.mktemp("uneven")
     write_shard(folder / "train" / "00000.tar", range(43), bad=(4, 17, 33))
     write_shard(folder / "val" / "00000.tar", range(1000, 1021))
@@ -48,7 +48,7 @@ IN_TWO = """
 
 @pytest.fixture(scope="module")
 def ways(data, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Settings by way."""
+    """The settings of each way."""
     model = tmp_path_factory.mktemp("siglip")
     write_siglip(model)
     given = {way: {"data_dir": str(data), **more} for way, more in WAYS.items()}
@@ -58,14 +58,14 @@ def ways(data, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def in_two(ways, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
-    """Where the states lie, and the figures of two processes, by way."""
+    """The folder of the saved states, and the figures of both processes by way."""
     folder = tmp_path_factory.mktemp("two")
     body = IN_TWO.format(ways=json.dumps(ways), folder=str(folder))
     return folder, results(body, seconds=400)
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
-    """A state's values by their way through it."""
+    """The values of a nested state by their path."""
     if isinstance(state, dict):
         inner = [flat(value, f"{name}.{key}") for key, value in state.items()]
         return {key: value for found in inner for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""The gradient of a step must be that of one large batch, however it is cut."""
+"""The gradient of a step must be that of one large batch, however it is split."""
 
 from dataclasses import replace
 
@@ -154,7 +154,7 @@ def test_as_many_graphs_are_kept_as_there_is_room_for(pairs):
 
 
 def test_what_a_graph_holds_is_counted(pairs):
-    """Against what a projection and a normalising are known to save."""
+    """Compared with what a projection and a normalization are known to save."""
     loaded = load("linear_probe")
     step = accumulation(loaded, room=ALL_ROOM)
     step(0, [pairs])

@@ -1,4 +1,4 @@
-"""Against the whole matrix in plain torch; blocks and their sizes must not show."""
+"""The losses equal plain torch on the whole matrix, whatever the size of their blocks."""
 
 import math
 from dataclasses import dataclass, replace
@@ -108,8 +108,8 @@ def test_groups_of_one_change_nothing(name, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_floor_is_reached_by_a_perfect_model_and_by_no_other(mode):
-    """Embeddings with a dimension for each group; a high scale."""
+def test_the_lower_bound_is_reached_by_a_perfect_model_and_by_no_other(mode):
+    """Embeddings with one dimension per group, and a high scale, reach the bound."""
     groups = torch.tensor([0, 0, 0, 1, 2, 2])
     perfect = functional.one_hot(groups).double()
     case = Case(perfect, perfect, torch.tensor(math.log(100)).double(), torch.tensor(0.0), groups)

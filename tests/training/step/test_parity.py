@@ -1,5 +1,5 @@
-"""Q1: fifty steps as a run takes them, against a plain loop: one big batch, the loss of
-transformers' own model, torch's AdamW. Processes: tests/e2e/test_many_processes.py."""
+"""Fifty steps of a run against a plain loop with one big batch, the loss of transformers' own
+model and torch's AdamW. Processes: tests/e2e/test_many_processes.py."""
 
 import math
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def ours(data: Path, micro: int, **given: object) -> Trained:
 
 
 def plain(data: Path, **given: object) -> Trained:
-    """Nothing of ours but the model, the order and the pixels."""
+    """The plain loop: only the model, the order and the pixels come from clipft."""
     setup = setup_of(data, EFFECTIVE, feature_cache=False, lora_dropout=0, **given)
     model, settings, batches = setup.loaded.model, setup.settings, steps_of(setup)
     matrices = [p for _, p in model.trainable() if p.ndim >= 2]
@@ -109,7 +109,7 @@ def assert_same(found: Trained, expected: Trained) -> None:
 
 @pytest.fixture(scope="module")
 def references():
-    """Made once for a scenario, whatever is compared with it."""
+    """The plain runs, each made once and compared with several others."""
     return {}
 
 
