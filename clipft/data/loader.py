@@ -172,7 +172,11 @@ def training_batches(
             read: list[Batch] = [next_batch(batches, under_way) for _ in range(count)]
             skipped = [pair for batch in read for pair in batch.skipped]
             with_pairs = [batch for batch in read if len(batch)]
-            yield StepBatch(epoch, step, with_pairs, skipped, sum(map(len, read)))
+            pairs = sum(map(len, read))
+            # The trainer empties ``with_pairs`` when a step is done. A second list of the same
+            # batches would keep their images in memory while the next step is read.
+            del read
+            yield StepBatch(epoch, step, with_pairs, skipped, pairs)
 
 
 def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
