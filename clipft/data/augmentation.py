@@ -6,7 +6,6 @@ a catalogue, the color is part of the caption.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,18 +31,25 @@ def make_transform(augmentation: str, size: int, squashed: bool = False) -> Tran
     The whole image is squashed to the square if ``squashed``, as SigLIP expects it. Otherwise the
     shorter side is resized to ``size``, and the crop decides what is seen of the longer one.
     """
-    if augmentation == "advanced":
-        random = [v2.RandomCrop(size), v2.TrivialAugmentWide()]
-        erasing = v2.RandomErasing(p=0.2, value=list(_CLIP_GRAY))
-        crop: Callable[[Tensor, int, int], Tensor] = partial(
-            _advanced, v2.Compose([*random, erasing])
-        )
-    else:
-        crop = {"none": _center_crop, "simple": _shift_and_mirror}[augmentation]
+    random = v2.Compose(
+        [
+            v2.RandomCrop(size),
+            v2.TrivialAugmentWide(),
+            v2.RandomErasing(p=0.2, value=list(_CLIP_GRAY)),
+        ]
+    )
 
     def transform(image: Image.Image, seed: int) -> Tensor:
-        target = (size, size) if squashed else resized_size(image.size, size)
-        return crop(resized(image, target), size, seed)
+        pixels = resized(image, (size, size) if squashed else resized_size(image.size, size))
+        if augmentation == "simple":
+            return _shift_and_mirror(pixels, size, seed)
+        if augmentation == "none":
+            top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+            return pixels[:, top : top + size, left : left + size].contiguous()
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            augmented: Tensor = random(pixels)
+        return augmented.contiguous()
 
     return transform
 
@@ -55,11 +61,6 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
         return pixels
     width, height = size
     return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-
-
-def _center_crop(pixels: Tensor, size: int, seed: int) -> Tensor:
-    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-    return pixels[:, top : top + size, left : left + size].contiguous()
 
 
 def _shift_and_mirror(pixels: Tensor, size: int, seed: int) -> Tensor:
@@ -75,10 +76,3 @@ def _shift_and_mirror(pixels: Tensor, size: int, seed: int) -> Tensor:
         columns = columns[::-1]
     # numpy's take is nine times as fast here as indexing a tensor
     return torch.from_numpy(pixels.numpy().take(rows, axis=1).take(columns, axis=2))
-
-
-def _advanced(random: v2.Compose, pixels: Tensor, size: int, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.manual_seed(seed)
-        augmented: Tensor = random(pixels)
-    return augmented.contiguous()

@@ -8,9 +8,9 @@ count only if their 24 x 24 color thumbnails agree too.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ _LEAST_STEP = 2
 _THUMBNAIL = 24
 # Two thumbnails agree if the root mean square of their difference is at most _SAME of the larger
 # one's contrast (its standard deviation), plus _NOISE of 255. Of 1,596 re-encoded and shrunk
-# product photos this misses 3; different products start at 0.08.
+# product images this misses 3; different products start at 0.08.
 _SAME, _NOISE = 0.10, 1.0
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -89,29 +89,34 @@ def close_hashes(hashes: Hashes, near: int) -> Rows:
     return np.stack(np.divmod(codes, max(1, len(hashes))), axis=1)
 
 
-class Groups:
-    """Rows that belong together, directly or through others (union-find)."""
+def group_leaders(
+    rows: int,
+    same: Iterable[Sequence[Hashable]] = (),
+    links: Iterable[tuple[int, int]] = (),
+) -> list[int]:
+    """Group rows that belong together, directly or through others, and return each row's leader:
+    the lowest row of its group (union-find).
 
-    def __init__(self, rows: int) -> None:
-        self._parent = list(range(rows))
+    Two rows belong together if one of ``same``, which hold a value for every row, has equal values
+    for them, or if they are one of ``links``.
+    """
+    parents = list(range(rows))
 
-    def find(self, row: int) -> int:
-        """Return the leader of the row's group: its lowest row."""
-        while self._parent[row] != row:
-            self._parent[row] = self._parent[self._parent[row]]
-            row = self._parent[row]
+    def leader(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = parents[row]
         return row
 
-    def join(self, one: int, other: int) -> None:
-        # The lower row leads, so the outcome does not depend on the order of the calls
-        low, high = sorted((self.find(one), self.find(other)))
-        self._parent[high] = low
-
-    def join_equal(self, values: Sequence[Hashable]) -> None:
-        """Join all rows whose values are equal."""
+    equal: list[tuple[int, int]] = []
+    for values in same:
         first: dict[Hashable, int] = {}
-        for row, value in enumerate(values):
-            self.join(first.setdefault(value, row), row)
+        equal += [(first.setdefault(value, row), row) for row, value in enumerate(values)]
+    for one, other in chain(equal, links):
+        # The lower row leads, so the outcome does not depend on the order of the links
+        low, high = sorted((leader(one), leader(other)))
+        parents[high] = low
+    return [leader(row) for row in range(rows)]
 
 
 def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int) -> set[int]:
@@ -123,12 +128,9 @@ def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int)
     than it fills is passed over.
     """
     images = same[0]
-    groups = Groups(len(images))
-    for values in same:
-        groups.join_equal(values)
     members: dict[int, list[int]] = {}
-    for row in range(len(images)):
-        members.setdefault(groups.find(row), []).append(row)
+    for row, leader in enumerate(group_leaders(len(images), same)):
+        members.setdefault(leader, []).append(row)
     wanted, chosen = round(share * len(images)), set[int]()
     ranks = {row: hashlib.sha256(f"{seed} {images[row]}".encode()).hexdigest() for row in members}
     for leader in sorted(members, key=ranks.__getitem__):

@@ -4,9 +4,9 @@ import hashlib
 import io
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,12 @@ from PIL import Image
 
 from clipft.core.common import processors
 from clipft.data.captions.template import DEFAULT_TEMPLATE, BadCaption, CaptionTemplate
-from clipft.data.duplicates import Groups, PerceptualHash, near_duplicates, perceptual_hash
+from clipft.data.duplicates import (
+    PerceptualHash,
+    group_leaders,
+    near_duplicates,
+    perceptual_hash,
+)
 from clipft.data.images import BadImage, decode_image
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
@@ -84,9 +89,6 @@ class SplitFacts:
     categories: dict[str, Any]
     ceiling: dict[str, dict[str, float]]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Leak:
@@ -100,9 +102,6 @@ class Leak:
     same_caption: int
     examples: list[str]
     matches: list[dict[str, str]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_facts(
@@ -179,7 +178,12 @@ def split_facts(
     images, words = [f.image_hash for f in usable], [f.words for f in usable]
     alike = _near_images(usable, near)
     near_ones = {image for pair in alike for image in pair}
-    groups = _groups(usable, alike)
+    row_of = {fact.image_hash: row for row, fact in enumerate(usable)}
+    links = [(row_of[one], row_of[other]) for one, other in alike]
+    members: dict[int, list[PairFacts]] = {}
+    for row, leader in enumerate(group_leaders(len(usable), (images, words), links)):
+        members.setdefault(leader, []).append(usable[row])
+    groups = sorted((g for g in members.values() if len(g) > 1), key=len, reverse=True)
     small = sorted((f for f in usable if min(f.size) < image_size), key=lambda f: min(f.size))
     categories: dict[str, Any] = {}
     for column, field in enumerate(LABEL_FIELDS):
@@ -214,22 +218,6 @@ def split_facts(
         categories=categories,
         ceiling={"text_to_image": _upper_bounds(words), "image_to_text": _upper_bounds(images)},
     )
-
-
-def _groups(
-    facts: Sequence[PairFacts], alike: Iterable[tuple[str, str]]
-) -> list[Sequence[PairFacts]]:
-    """Pairs linked, directly or through others, by image, near-duplicate or caption; largest
-    first."""
-    groups, row_of = Groups(len(facts)), {fact.image_hash: row for row, fact in enumerate(facts)}
-    groups.join_equal([fact.image_hash for fact in facts])
-    groups.join_equal([fact.words for fact in facts])
-    for one, other in alike:
-        groups.join(row_of[one], row_of[other])
-    members: dict[int, list[PairFacts]] = {}
-    for row, fact in enumerate(facts):
-        members.setdefault(groups.find(row), []).append(fact)
-    return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
 def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[dict[str, Any]]:

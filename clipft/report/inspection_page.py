@@ -25,8 +25,8 @@ def findings_page(
     Args:
         heading: heading of the page.
         tables: shown first.
-        splits: name -> ``SplitFacts.to_dict()``.
-        leaks: title -> ``Leak.to_dict()``.
+        splits: name -> ``SplitFacts`` as a dict.
+        leaks: title -> ``Leak`` as a dict.
         read_image: reads the image of a pair by its place; called ``MOST`` times at most.
     """
     problems = list(tables)

@@ -1,5 +1,6 @@
 """``clipft inspect``."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,15 +91,15 @@ def inspect(
     read = partial(_read, out, max(1, loaded.values.num_workers), template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}
     figures = {name: _figures(splits[name], facts[name], model, options.near) for name in splits}
-    result: dict[str, Any] = {name: split.to_dict() for name, split in figures.items()}
+    result: dict[str, Any] = {name: asdict(split) for name, split in figures.items()}
     shared = {}
     if {"train", "val"} <= facts.keys():
-        result["val_in_train"] = leak(facts["val"], facts["train"], options.near).to_dict()
+        result["val_in_train"] = asdict(leak(facts["val"], facts["train"], options.near))
         shared["Validation pairs that are also in training"] = result["val_in_train"]
     everything = [fact for split in facts.values() for fact in split]
     if options.against:
         theirs = [fact for name, pairs in others.items() for fact in read(name, pairs)]
-        result["against"] = leak(everything, theirs, options.near).to_dict()
+        result["against"] = asdict(leak(everything, theirs, options.near))
         shared[f"Pairs that are also in {options.against}"] = result["against"]
         everything += theirs
     if options.html:
@@ -233,5 +234,5 @@ def _page(
         PageTable(title, ["pairs"], _shared_rows(found), heading=True)
         for title, found in shared.items()
     ]
-    splits = {name: split.to_dict() for name, split in figures.items()}
+    splits = {name: asdict(split) for name, split in figures.items()}
     return findings_page(heading, tables, splits, shared, read_image)

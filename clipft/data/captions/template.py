@@ -133,7 +133,10 @@ class _Alternative:
                 pieces += [] if _EMPTY in inner else inner
             else:
                 pieces.append(part if isinstance(part, str) else filled[part])
-        text = clean_text(_close_gaps("".join(pieces)))
+        text, before = "".join(pieces), None
+        while before != text:  # brackets may hold nothing but emptied brackets
+            before, text = text, _EMPTY_BRACKETS.sub(_EMPTY, text)
+        text = clean_text(_GAP.sub(_closed_gap, text))
         return [text] if text else []
 
 
@@ -146,14 +149,6 @@ def _as_text(value: Any) -> str:
     return clean_text(f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _close_gaps(text: str) -> str:
-    """Remove the marks of empty fields and the punctuation that only they needed."""
-    before = None
-    while before != text:
-        before, text = text, _EMPTY_BRACKETS.sub(_EMPTY, text)
-    return _GAP.sub(_closed_gap, text)
-
-
 def _closed_gap(gap: "re.Match[str]") -> str:
     """What remains of an empty field and the separators on both sides of it."""
     left, right = gap.groups()
@@ -162,11 +157,12 @@ def _closed_gap(gap: "re.Match[str]") -> str:
     if gap.end() == len(gap.string) or gap.string[gap.end()] == ")":
         return next((mark for mark in right + left if mark in ".!?"), "")
 
-    def weakness(separator: str) -> int:
-        ranks = [rank for rank, marks in enumerate(_BY_STRENGTH) if set(marks) & set(separator)]
-        return min(ranks, default=len(_BY_STRENGTH) + (not separator))
-
-    return min(right, left, key=weakness)
+    # Keep the stronger of the two separators, the right one if both are equally strong
+    for marks in _BY_STRENGTH:
+        for separator in (right, left):
+            if set(marks) & set(separator):
+                return separator
+    return right or left
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import DataError
-from clipft.data.duplicates import Groups, PerceptualHash, near_duplicates, validation_rows
+from clipft.data.duplicates import PerceptualHash, group_leaders, near_duplicates, validation_rows
 from clipft.data.packing.download import Pictures
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
@@ -137,10 +137,8 @@ def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
         kinds, links = _alike(found.hashes, options.near)
-        groups = Groups(len(kinds))
-        for one, other in links:
-            groups.join(one, other)
-        same.append([groups.find(kind) for kind in kinds])
+        leaders = group_leaders(len(kinds), links=links)
+        same.append([leaders[kind] for kind in kinds])
     chosen = validation_rows(same, options.val_share, options.seed)
     train = [pair for row, pair in enumerate(pairs) if row not in chosen]
     val = [pair for row, pair in enumerate(pairs) if row in chosen]

@@ -74,11 +74,22 @@ def plain_members(file: int) -> list[Member] | None:
                 return None
             at, header = at + 2 * BLOCK, blocks[2 * BLOCK :]
             size = _stated_size(header)
-        member = None if size is None else _plain_member(header, at + BLOCK, size)
-        if member is None or member.offset + member.size > end:
+        if size is None:
             return None
-        members.append(member)
-        at = member.offset + -(-member.size // BLOCK) * BLOCK
+        magic, prefix = header[257:265], header[345:500].partition(b"\0")[0]
+        # GNU tar keeps other things than a prefix there
+        if magic != _USTAR and not (magic == _GNU and not any(header[345:500])):
+            return None
+        name = header[:100].partition(b"\0")[0]
+        kind = {b"0": "file", b"5": "folder"}.get(header[156:157])
+        if not name or not kind or (size if kind == "folder" else name.endswith(b"/")):
+            return None
+        offset = at + BLOCK
+        if offset + size > end:
+            return None
+        text = (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+        members.append(Member(text.rstrip("/"), kind, offset, size))
+        at = offset + -(-size // BLOCK) * BLOCK
 
 
 def _stated_size(header: bytes) -> int | None:
@@ -92,19 +103,6 @@ def _stated_size(header: bytes) -> int | None:
     if int(checksum[1], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         return None
     return int(size[1], 8)
-
-
-def _plain_member(header: bytes, offset: int, size: int) -> Member | None:
-    magic, prefix = header[257:265], header[345:500].partition(b"\0")[0]
-    if magic != _USTAR and not (magic == _GNU and not any(header[345:500])):
-        return None
-    name = header[:100].partition(b"\0")[0]
-    kind = {b"0": "file", b"5": "folder"}.get(header[156:157])
-    if not name or not kind or (size if kind == "folder" else name.endswith(b"/")):
-        return None
-    full = prefix + b"/" + name if prefix else name
-    text = full.decode("utf-8", "surrogateescape")
-    return Member(text.rstrip("/"), kind, offset, size)
 
 
 def tarfile_members(path: Path) -> list[Member]:
