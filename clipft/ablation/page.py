@@ -144,7 +144,7 @@ def _charts(variants: Sequence[Json]) -> list[Chart]:
 
     # Colors 1 to 7 of the page in turn; beyond those the dashes differ
     curves = [
-        Series(variant["name"], variant["curve"], colour=1 + at % 7, dash=at // 7)
+        Series(variant["name"], variant["curve"], color=1 + at % 7, dash=at // 7)
         for at, variant in enumerate(v for v in variants if len(v["curve"]) > 1)
     ]
     if curves:
@@ -159,7 +159,7 @@ def _charts(variants: Sequence[Json]) -> list[Chart]:
         parameters = variant["trainable_parameters"]
         if parameters:
             point = (parameters, variant["mean_recall"]["mean"])
-            costs.append(Series(variant["name"], [point], intervals=[around], colour=1 + at % 7))
+            costs.append(Series(variant["name"], [point], intervals=[around], color=1 + at % 7))
     if len({series.points[0][0] for series in costs}) > 1:
         title, x = "Mean recall against trainable parameters", "trainable parameters"
         charts.append(Chart(title, "points", costs, x, y, percent=True, log=True, zero=False))

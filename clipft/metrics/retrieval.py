@@ -192,13 +192,14 @@ def evaluate(
         ("grouped", "text_to_image"): len(related.image_pairs),
         ("grouped", "image_to_text"): len(related.text_pairs),
     }
-    captions, photos = identities.captions, identities.images
     upper_bounds = {}
     for direction, best in (
-        ("text_to_image", upper_bound_ranks(captions, photos)),
-        ("image_to_text", upper_bound_ranks(photos, captions)),
+        ("text_to_image", upper_bound_ranks(identities.captions, identities.images)),
+        ("image_to_text", upper_bound_ranks(identities.images, identities.captions)),
     ):
-        upper_bounds["paired", direction] = PerQuery(paired_figures(best), captions).means()
+        upper_bounds["paired", direction] = PerQuery(
+            paired_figures(best), identities.captions
+        ).means()
     values = _resampled(list(samples.values()), options)
     parts: Parts = {}
     for (key, sample), own in zip(samples.items(), values, strict=True):

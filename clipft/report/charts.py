@@ -24,14 +24,14 @@ class Series:
     """One line, path, set of points or set of bars.
 
     ``points`` are (x, y) or (x, y, label); ``values`` are those of bars, one for each of the
-    chart's labels. ``colour`` counts the page's colors from 0.
+    chart's labels. ``color`` counts the page's colors from 0.
     """
 
     name: str
     points: Sequence[Sequence[Any]] = ()
     values: Sequence[float | None] = ()
     intervals: Sequence[Interval] = ()
-    colour: int | None = None
+    color: int | None = None
     dash: int = 0
 
 
@@ -95,8 +95,8 @@ def run_charts(steps: Json, epochs: Json) -> list[Chart]:
     charts = []
     if len(epochs["epoch"]) > 1:
 
-        def recall(name: str, key: str, colour: int, dash: int = 0) -> Series:
-            return Series(name, _points(epochs, "epoch", key), colour=colour, dash=dash)
+        def recall(name: str, key: str, color: int, dash: int = 0) -> Series:
+            return Series(name, _points(epochs, "epoch", key), color=color, dash=dash)
 
         lines = [recall(RECALL_NAME, "mean_recall", 0, 1)]
         for number, (direction, label) in enumerate(DIRECTIONS.items(), 1):
@@ -105,8 +105,8 @@ def run_charts(steps: Json, epochs: Json) -> list[Chart]:
         note = "Epoch 0 is the pretrained model."
         charts.append(Chart("Recall", "lines", lines, "epoch", "recall", percent=True, note=note))
     losses = [
-        Series("training", _points(steps, "step", "loss"), colour=1),
-        Series("validation", _points(epochs, "step", "val_loss"), colour=2),
+        Series("training", _points(steps, "step", "loss"), color=1),
+        Series("validation", _points(epochs, "step", "val_loss"), color=2),
     ]
     note = (
         "The validation loss compares all validation pairs at once and the training loss one "
@@ -136,11 +136,11 @@ def category_charts(categories: Sequence[Json]) -> list[Chart]:
     if not largest:
         return []
     bars = []
-    for kind, name, colour in (("before", "pretrained", 0), ("after", "fine-tuned", 1)):
+    for kind, name, color in (("before", "pretrained", 0), ("after", "fine-tuned", 1)):
         figures = [category[kind] for category in largest]
         if any(figures):
             values = [figure["value"] if figure else None for figure in figures]
-            bars.append(Series(name, values=values, intervals=_intervals(figures), colour=colour))
+            bars.append(Series(name, values=values, intervals=_intervals(figures), color=color))
     note = "The lines are 95 % intervals. The number of pairs is in brackets."
     if len(categories) > len(largest):
         note += f" {len(categories) - len(largest)} smaller categories are in the JSON."
@@ -162,14 +162,14 @@ def interpolation_charts(found: Json | None) -> list[Chart]:
     gains = [(point["alpha"], point["gain"]) for point in points]
     general = [(point["alpha"], point["keep"]["change"]) for point in kept]
     lines = []
-    for name, changes, colour in (
+    for name, changes, color in (
         ("on these pairs", gains, 1),
         ("on the general pairs", general, 2),
     ):
         if changes:
             values = [(alpha, change["value"]) for alpha, change in changes]
             intervals = _intervals([change for _, change in changes])
-            lines.append(Series(name, values, intervals=intervals, colour=colour))
+            lines.append(Series(name, values, intervals=intervals, color=color))
     title, x = "Change in mean recall by interpolation", "share of the fine-tuned weights"
     note = (
         "0 is the pretrained model and 1 the fine-tuned one. The largest gain without a clear "

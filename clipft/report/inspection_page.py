@@ -9,6 +9,12 @@ MOST = 60
 """Thumbnails in a page."""
 _IN_GROUP = 6
 _ROWS = 50
+# The JSON of `inspect` has said "photo" since its first version
+_SHARED = {
+    "photo": "same image",
+    "near photo": "near-duplicate image",
+    "caption": "same caption",
+}
 
 Splits = Mapping[str, Mapping[str, Any]]
 
@@ -62,10 +68,12 @@ def _galleries(
     """
     wanted: dict[str, list[tuple[str, list[str]]]] = {}
     for title, found in leaks.items():
-        wanted[title] = [(_shared(m["shares"]), [m["pair"], m["other"]]) for m in found["matches"]]
+        wanted[title] = [
+            (_shared(m["shares"].split(", ")), [m["pair"], m["other"]]) for m in found["matches"]
+        ]
     for name, split in splits.items():
         wanted[f"Duplicates in {name}"] = [
-            (f"{group['size']:,} pairs, {_shared(', '.join(group['shares']))}", group["pairs"])
+            (f"{group['size']:,} pairs, {_shared(group['shares'])}", group["pairs"])
             for group in split["duplicates"]
         ]
         if split["smallest"]:
@@ -87,6 +95,6 @@ def _galleries(
     return galleries
 
 
-def _shared(names: str) -> str:
-    shared = f"same {names}".replace("photo", "image")
-    return shared.replace("same near image", "near-identical image")
+def _shared(names: Sequence[str]) -> str:
+    """Describe what pairs have in common."""
+    return ", ".join(_SHARED[name] for name in names)

@@ -145,8 +145,8 @@ def _verdict(records: RunRecords) -> str:
     after: float | None
     around = ""
     if records.evaluation:
-        judged = records.evaluation["after"]
-        before, after = records.evaluation["before"]["recall"], judged["recall"] if judged else None
+        pretrained, best = records.evaluation["before"], records.evaluation["after"]
+        before, after = pretrained["recall"], best["recall"] if best else None
         change = (records.evaluation.get("difference") or {}).get("recall") or {}
         if change.get("low") is not None:
             around = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
@@ -161,8 +161,8 @@ def _verdict(records: RunRecords) -> str:
         why = "no epoch was better" if last else "nothing was trained"
         return f"Mean recall of the pretrained model is {100 * before:.1f} %; {why}."
     gain = 100 * (after - before)
-    best = next((e["epoch"] for e in reversed(records.epochs) if e["improved"]), last)
-    end = f"epoch {best} of {last}" + ("" if records.result else " so far")
+    best_epoch = [epoch["epoch"] for epoch in records.epochs if epoch["improved"]][-1:] or [last]
+    end = f"epoch {best_epoch[0]} of {last}" + ("" if records.result else " so far")
     advice = "" if gain > 0 else " There is no gain over the pretrained model."
     return (
         f"Mean recall was {100 * before:.1f} % before training and {100 * after:.1f} % after "

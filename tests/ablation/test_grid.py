@@ -1,4 +1,4 @@
-"""Which runs an ablation has."""
+"""The runs that an ablation plans."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def planned(scenarios, seeds, varied, base=None):
     return plan_runs(Grid(scenarios, seeds, varied), base or {}, OUT)
 
 
-def test_every_combination_once_seed_by_seed():
+def test_every_combination_is_planned_once_seed_by_seed():
     runs = planned(["dual_lora", "full"], [1, 2], {"lr": [1e-4, 1e-3]})
     assert [(run.variant, run.seed) for run in runs] == [
         (f"{scenario} lr={lr}", seed)
@@ -27,7 +27,7 @@ def test_every_combination_once_seed_by_seed():
     assert all(run.settings.values.seed == run.seed for run in runs)
 
 
-def test_what_a_scenario_does_not_use_makes_no_run():
+def test_settings_that_a_scenario_does_not_use_make_no_runs():
     varied = {"lr": ["1e-4", "1e-3"], "lora_r": [8, 16]}
     runs = planned(list(SCENARIOS), [1, 2, 3], varied)
     counts = dict.fromkeys(SCENARIOS, 0)
@@ -43,14 +43,14 @@ def test_what_a_scenario_does_not_use_makes_no_run():
     }
 
 
-def test_a_scenarios_own_default_holds_until_the_user_says_otherwise():
+def test_a_scenarios_own_default_applies_unless_the_user_overrides_it():
     alone = planned(["linear_probe", "full"], [1], {})
     assert [run.settings.values.lr for run in alone] == [1e-3, 1e-4]
-    said = planned(["linear_probe", "full"], [1], {}, {"lr": 5e-4})
-    assert [run.settings.values.lr for run in said] == [5e-4, 5e-4]
+    overridden = planned(["linear_probe", "full"], [1], {}, {"lr": 5e-4})
+    assert [run.settings.values.lr for run in overridden] == [5e-4, 5e-4]
 
 
-def test_values_that_are_no_file_names_have_folders_of_their_own():
+def test_values_that_are_not_valid_file_names_get_distinct_folders():
     runs = planned(["full"], [1], {"caption": ["{a}/{b}", "{a}:{b}"]})
     first, second = (run.home for run in runs)
     assert first != second
@@ -67,12 +67,12 @@ def test_values_that_are_no_file_names_have_folders_of_their_own():
         ([], {}, "needs a scenario"),
     ],
 )
-def test_mistakes_are_said_before_anything_runs(scenarios, varied, said):
+def test_mistakes_are_reported_before_anything_runs(scenarios, varied, said):
     with pytest.raises(UsageError, match=said):
         planned(scenarios, [1], varied)
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
+def test_a_folder_with_other_settings_is_refused(tmp_path):
     grid = Grid(["full"], [1], {})
     (run,) = plan_runs(grid, {"epochs": 2}, tmp_path)
     run.home.mkdir(parents=True)

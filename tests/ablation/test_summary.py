@@ -1,4 +1,4 @@
-"""What an ablation's table says of its runs' figures."""
+"""The table and the verdict of an ablation, from the figures of its runs."""
 
 import math
 
@@ -51,7 +51,7 @@ def content_of(*runs: dict) -> dict:
     return ablation_content("./x", {"runs": runs, "settings": []})
 
 
-def test_mean_spread_and_interval_are_the_textbooks():
+def test_mean_spread_and_interval_agree_with_textbook_formulas():
     found = spread({1: 1.0, 2: 2.0, 3: 6.0})
     assert found["mean"] == 3.0 and found["sd"] == pytest.approx(math.sqrt(7))
     low, high = interval({1: 1.0, 2: 2.0, 3: 6.0})
@@ -61,7 +61,7 @@ def test_mean_spread_and_interval_are_the_textbooks():
 
 
 @pytest.mark.parametrize("count", range(2, 40))
-def test_the_quantiles_are_those_of_students_t(count):
+def test_the_intervals_agree_with_scipys_student_t(count):
     stats = pytest.importorskip("scipy.stats")
     values = {n: float(n % 2) for n in range(count)}
     low, high = interval(values)
@@ -71,17 +71,17 @@ def test_the_quantiles_are_those_of_students_t(count):
     assert (low, high) == pytest.approx(wanted, rel=0.05)
 
 
-def test_gain_is_paired_with_the_runs_own_untouched_model():
+def test_gain_is_measured_against_the_runs_own_pretrained_model():
     content = content_of(a_run("full", 1, 0.5, before=0.2), a_run("full", 2, 0.6, before=0.4))
     (variant,) = content["variants"]
     assert variant["gain"]["values"] == {"1": pytest.approx(0.3), "2": pytest.approx(0.2)}
     assert variant["gain"]["mean"] == pytest.approx(0.25)
 
 
-def test_what_noise_hides_is_named_and_what_it_does_not_is_not():
+def test_the_verdict_names_the_variants_that_the_seeds_cannot_separate():
     runs = [a_run("full", seed, recall) for seed, recall in ((1, 0.50), (2, 0.52), (3, 0.54))]
     runs += [a_run("dual_lora", seed, r) for seed, r in ((1, 0.51), (2, 0.50), (3, 0.53))]
-    # Lower by the same amount for every seed: told apart, though the ranges overlap
+    # Lower by the same amount for every seed: clearly worse, although the ranges overlap
     runs += [a_run("text_lora", seed, r) for seed, r in ((1, 0.49), (2, 0.51), (3, 0.53))]
     content = content_of(a_run("zero_shot", 1, None), *runs)
     assert "Best mean recall: full, 52.0 % ± 2.0, +32.0 points" in content["verdict"]
@@ -91,12 +91,12 @@ def test_what_noise_hides_is_named_and_what_it_does_not_is_not():
     assert next(row[0] for row in ablation_rows(content, FIGURES)) == "full"
 
 
-def test_one_seed_tells_nothing_apart():
+def test_one_seed_separates_nothing():
     content = content_of(a_run("full", 1, 0.5), a_run("dual_lora", 1, 0.4))
     assert "One seed says nothing about the spread" in content["verdict"]
 
 
-def test_no_gain_is_said():
+def test_the_verdict_says_if_there_is_no_gain():
     content = content_of(a_run("zero_shot", 1, None), a_run("full", 1, 0.1))
     assert "Best mean recall: zero_shot" in content["verdict"]
     assert "No variant is better than the pretrained model" in content["verdict"]
@@ -111,7 +111,7 @@ def test_failed_runs_are_in_the_table_and_on_the_page():
     assert "Not all runs have finished" in page and "lower --lr" in page
 
 
-def test_nothing_finished_is_still_a_page():
+def test_an_ablation_without_finished_runs_has_a_page():
     content = content_of(failed("full", 1))
     assert content["verdict"] == "No run has finished."
     assert "No run has finished." in ablation_page(content)

@@ -1,4 +1,4 @@
-"""An ablation as a user runs it: stopped, gone on with, and with a run that fails."""
+"""An ablation as a user runs it: stopped, resumed, and with a run that fails."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SMALL = [
     *("--micro-batch-size", "16", "--precision", "fp32", "--checkpoint-every", "2"),
 ]
 GRID = """
-epochs = 1  # the flag is stronger
+epochs = 1  # overridden by the flag
 stop_on = "never"
 [ablate]
 scenarios = ["zero_shot", "full"]
@@ -69,10 +69,10 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
         if path.exists() and text in path.read_text():
             return
         time.sleep(0.005)
-    raise AssertionError(f"{text} never came: {process.communicate()}")
+    raise AssertionError(f"{text} did not appear: {process.communicate()}")
 
 
-def test_ctrl_c_saves_the_run_under_way_and_says_how_to_go_on(ablation):
+def test_ctrl_c_saves_the_run_under_way_and_says_how_to_resume(ablation):
     code, _, stderr = ablation["first"]
     assert code == 75, stderr
     assert "hint: run the same command again to continue" in stderr
@@ -84,7 +84,7 @@ def test_ctrl_c_saves_the_run_under_way_and_says_how_to_go_on(ablation):
     }
 
 
-def test_run_again_it_keeps_what_was_finished_and_resumes_the_rest(ablation):
+def test_the_same_command_keeps_finished_runs_and_resumes_the_rest(ablation):
     _, _, stderr = ablation["second"]
     assert "Already finished: 1 of 3 runs." in stderr
     assert "zero_shot seed 1 ..." not in stderr
@@ -92,8 +92,8 @@ def test_run_again_it_keeps_what_was_finished_and_resumes_the_rest(ablation):
     assert "Resuming after step" in log
 
 
-def test_the_resumed_run_is_a_normal_run(ablation, tmp_path):
-    """The same weights as ``clipft train`` with the run's settings."""
+def test_the_resumed_run_equals_a_run_of_train(ablation, tmp_path):
+    """It has the same weights as ``clipft train`` with the run's settings."""
     config = ablation["out"] / FULL / "run.toml"
     assert run(["train", "--config", str(config), "--output-dir", str(tmp_path)]) == 0
     ours = torch.load(ablation["out"] / FULL / "full_checkpoint.pt", weights_only=True)
@@ -115,7 +115,7 @@ def test_a_failed_run_is_in_the_table_and_the_exit_code(ablation):
     assert states["full lr=0.001"]["state"] == states["zero_shot"]["state"] == "finished"
 
 
-def test_the_table_says_what_the_runs_say(ablation):
+def test_the_table_has_the_figures_of_the_runs(ablation):
     content = json.loads(ablation["second"][1])
     result = json.loads((ablation["out"] / FULL / "full" / "result.json").read_text())
     variants = {variant["name"]: variant for variant in content["variants"]}
@@ -126,7 +126,7 @@ def test_the_table_says_what_the_runs_say(ablation):
     assert variants["zero_shot"]["gain"]["mean"] == 0
 
 
-def test_its_page_and_json_are_there_and_can_be_made_anew(ablation, tmp_path, capsys):
+def test_its_page_and_json_are_written_and_can_be_made_again(ablation, tmp_path, capsys):
     out = ablation["out"]
     printed = json.loads(ablation["second"][1])
     assert json.loads((out / "report.json").read_text()) == printed
@@ -154,7 +154,7 @@ def test_other_settings_are_refused_in_the_same_folder(ablation, tmp_path, capsy
         (["none.toml"], "cannot read settings file"),
     ],
 )
-def test_wrong_usage_is_one_line(args, said, tmp_path, capsys):
+def test_wrong_usage_is_reported_before_anything_is_written(args, said, tmp_path, capsys):
     assert run(["ablate", *args, "--output-dir", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

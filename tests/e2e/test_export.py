@@ -1,4 +1,4 @@
-"""Each exported folder is opened by the library it is for, and computes what clipft computes."""
+"""The library of each format opens the exported folder and computes what clipft computes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.inputs import preprocessing, tiny
 
 LORA = [name for name, scenario in SCENARIOS.items() if scenario.lora]
 LONG = "a black lamp with a long and slender foot that stands beside a chair " * 4
-"""Nearly as long as the model takes."""
+"""Nearly as long as the model's context."""
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -36,7 +36,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported(checkpoints, tmp_path_factory, catalogue) -> Path:
-    """Every format of a dual_lora checkpoint."""
+    """Export every format of a dual_lora checkpoint."""
     out = tmp_path_factory.mktemp("exports") / "all"
     given = ["export", str(checkpoints["dual_lora"]), str(out), "--format", "all"]
     assert run([*given, "--data-dir", str(catalogue)]) == 0
@@ -50,11 +50,11 @@ def batch(catalogue):
 
 
 @pytest.fixture(scope="module")
-def pictures(catalogue, tmp_path_factory) -> list[Path]:
-    """Some of the catalogue as files, without loss."""
+def image_files(catalogue, tmp_path_factory) -> list[Path]:
+    """Write some images of the catalogue as lossless files."""
     from clipft.data.images import decode_image
 
-    folder, pairs = tmp_path_factory.mktemp("pictures"), open_pairs(catalogue / "val", limit=4)
+    folder, pairs = tmp_path_factory.mktemp("images"), open_pairs(catalogue / "val", limit=4)
     for number in range(4):
         decode_image(pairs[number].image).save(folder / f"{number}.png")
     return sorted(folder.iterdir())
@@ -66,14 +66,14 @@ def ours(checkpoint, batch) -> tuple[torch.Tensor, torch.Tensor]:
         return model.encode_images(batch.pixel_values), model.encode_texts(batch.input_ids)
 
 
-def normalised(batch) -> torch.Tensor:
+def normalized(batch) -> torch.Tensor:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny().mean, tiny().std))
     return (batch.pixel_values / 255 - mean) / std
 
 
 def theirs(clip, batch) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
-        images = clip.get_image_features(pixel_values=normalised(batch)).pooler_output
+        images = clip.get_image_features(pixel_values=normalized(batch)).pooler_output
         texts = clip.get_text_features(input_ids=batch.input_ids).pooler_output
     return normalize(images, dim=-1), normalize(texts, dim=-1)
 
@@ -96,22 +96,22 @@ def test_transformers_computes_the_same(scenario, checkpoints, batch, tmp_path):
     assert torch.equal(clip.logit_scale, scale)
 
 
-def test_the_pipeline_classifies_as_the_model_does(exported, checkpoints, pictures):
+def test_the_pipeline_classifies_as_the_model_does(exported, checkpoints, image_files):
     from transformers import pipeline
 
     labels = ["a chair", "a table", "a green lamp"]
     folder = str(exported / "transformers")
     classify = pipeline("zero-shot-image-classification", model=folder, device="cpu")
-    found = classify(str(pictures[0]), candidate_labels=labels, hypothesis_template="{}")
+    found = classify(str(image_files[0]), candidate_labels=labels, hypothesis_template="{}")
     scores = {entry["label"]: entry["score"] for entry in found}
-    image, texts = embedded(checkpoints["dual_lora"], pictures[:1], labels, classify)
+    image, texts = embedded(checkpoints["dual_lora"], image_files[:1], labels, classify)
     scale = opened(checkpoints["dual_lora"]).loaded.model.logit_scale.exp().item()
     expected = (scale * image @ texts.T).softmax(-1)[0]
     assert [scores[label] for label in labels] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def embedded(checkpoint, files, texts, from_pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """By our model, of the pixels that the folder's own image processor makes."""
+    """Embed with our model the pixels that the folder's own image processor makes."""
     model = opened(checkpoint).loaded.model.eval()
     images = [Image.open(file).convert("RGB") for file in files]
     pixels = from_pipeline.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -154,7 +154,7 @@ def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoint
     folder, model = exported / "onnx", opened(checkpoints["dual_lora"]).loaded.model.eval()
     ids = torch.randint(1, 2558, (rows, length), generator=torch.Generator().manual_seed(rows))
     ids[:, -1] = ids[0, length // 2 :] = tiny().tokenizer.eos_token_id
-    pixels = normalised(batch)[:rows]
+    pixels = normalized(batch)[:rows]
     images = onnxruntime.InferenceSession(folder / "image_encoder.onnx")
     texts = onnxruntime.InferenceSession(folder / "text_encoder.onnx")
     found = (
@@ -167,35 +167,35 @@ def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoint
     assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
 
 
-def test_sentence_transformers_computes_the_same(exported, checkpoints, pictures):
+def test_sentence_transformers_computes_the_same(exported, checkpoints, image_files):
     from sentence_transformers import SentenceTransformer
     from transformers import pipeline
 
     captions = ["a light oak chair", LONG]
     model = SentenceTransformer(str(exported / "sentence-transformers"), device="cpu")
-    found = (model.encode([Image.open(p) for p in pictures]), model.encode(captions))
+    found = (model.encode([Image.open(p) for p in image_files]), model.encode(captions))
     folder = str(exported / "transformers")
     reader = pipeline("zero-shot-image-classification", model=folder, device="cpu")
-    assert_same(found, embedded(checkpoints["dual_lora"], pictures, captions, reader))
+    assert_same(found, embedded(checkpoints["dual_lora"], image_files, captions, reader))
     assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
 
 
-def test_our_own_preprocessing_gives_nearly_the_same_as_the_folders(exported, pictures):
+def test_our_preprocessing_gives_nearly_the_same_embeddings_as_the_folders(exported, image_files):
     from clipft.search.index import embed_image
 
     model = opened(exported / "transformers")
     from sentence_transformers import SentenceTransformer
 
     other = SentenceTransformer(str(exported / "sentence-transformers"), device="cpu")
-    for picture, vector in zip(
-        pictures, other.encode([Image.open(p) for p in pictures]), strict=True
+    for file, vector in zip(
+        image_files, other.encode([Image.open(p) for p in image_files]), strict=True
     ):
-        own = embed_image(model, picture.read_bytes(), picture.name)
+        own = embed_image(model, file.read_bytes(), file.name)
         assert float(own @ torch.from_numpy(vector)) > 0.999
 
 
 @pytest.mark.parametrize("kind", ["transformers", "onnx", "sentence-transformers"])
-def test_texts_are_cut_where_the_models_context_ends_and_not_before(kind, exported):
+def test_texts_are_truncated_at_the_end_of_the_models_context(kind, exported):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported / kind)
@@ -209,7 +209,7 @@ def test_texts_are_cut_where_the_models_context_ends_and_not_before(kind, export
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
 
 
-def test_each_card_has_valid_metadata_and_tells_the_story(exported):
+def test_each_card_has_valid_metadata_and_the_facts_of_the_run(exported):
     from huggingface_hub import ModelCard
 
     for kind in FORMATS:
@@ -243,11 +243,11 @@ def test_nothing_names_this_machine_and_all_weights_are_safetensors(exported, ca
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_code_of_each_card_runs_as_it_stands(kind, exported, pictures, tmp_path, monkeypatch):
+def test_the_code_of_each_card_runs_unchanged(kind, exported, image_files, tmp_path, monkeypatch):
     card = (exported / kind / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.S)
     assert code
-    Image.open(pictures[0]).save(tmp_path / "photo.jpg")
+    Image.open(image_files[0]).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     assert run(["export", "tiny", "base"]) == 0
     text = code[1].replace("PATH/TO/THIS/FOLDER", str(exported / kind))
@@ -262,7 +262,7 @@ def test_the_documents_show_the_same_code():
         assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
 
 
-def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, batch):
+def test_cards_give_the_temperature_and_bias_that_a_format_cannot_store(tmp_path, batch):
     from peft import PeftModel
     from transformers import CLIPModel
 
@@ -286,7 +286,7 @@ def test_a_temperature_and_a_bias_that_others_do_not_carry_are_told(tmp_path, ba
     assert loaded.logit_scale.item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
 
 
-def test_evaluations_give_intervals_to_the_best_epochs_card(checkpoints, tmp_path):
+def test_the_card_of_the_best_epoch_has_the_intervals_of_the_evaluation(checkpoints, tmp_path):
     figure = {"value": 0.5, "low": 0.4, "high": 0.61}
     names = ("r@1", "r@5", "r@10", "median_rank")
     sides = {
@@ -303,7 +303,7 @@ def test_evaluations_give_intervals_to_the_best_epochs_card(checkpoints, tmp_pat
 def test_an_earlier_export_is_replaced_and_anything_else_is_not(checkpoints, tmp_path, capsys):
     out, checkpoint = tmp_path / "out", str(checkpoints["zero_shot"])
     out.mkdir()
-    assert run(["export", checkpoint, str(out)]) == 0  # an empty folder is nobody's
+    assert run(["export", checkpoint, str(out)]) == 0  # an empty folder may be used
     (out / "left-over").touch()
     assert run(["export", checkpoint, str(out), "--format", "sentence-transformers"]) == 0
     assert (out / "modules.json").is_file() and not (out / "left-over").exists()
@@ -318,7 +318,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(checkpoints, tmp
 
 @pytest.fixture
 def files_end_at_100_kb():
-    """The system refuses to make a file longer, as a full disk does."""
+    """Make the system refuse longer files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield
@@ -333,7 +333,7 @@ def earlier(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_full_disk_is_told_and_leaves_the_earlier_export(
+def test_a_full_disk_is_reported_and_the_earlier_export_is_kept(
     kind, checkpoints, earlier, files_end_at_100_kb, capsys
 ):
     before = sorted(path.name for path in earlier.iterdir())
@@ -344,7 +344,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_export(
     assert not list(earlier.parent.glob(".*part"))
 
 
-def test_a_missing_package_is_named_with_the_way_to_get_it(
+def test_a_missing_package_is_named_with_its_installation(
     checkpoints, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -355,7 +355,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_models_and_formats(tmp_path, capsys):
+def test_unknown_models_and_formats_are_refused(tmp_path, capsys):
     assert run(["export", "tiny", str(tmp_path / "out"), "--format", "onyx"]) == 2
     assert "did you mean onnx" in capsys.readouterr().err
     assert run(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 5
@@ -372,7 +372,7 @@ def test_json_names_the_folders(checkpoints, tmp_path, capsys):
     assert result["onnx_check"]["image_difference"] < 1e-4
 
 
-def test_a_siglip_is_exported_with_the_filling_that_it_needs(tmp_path):
+def test_siglip_is_exported_with_the_padding_that_it_needs(tmp_path):
     import onnxruntime
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel

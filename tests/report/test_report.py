@@ -1,4 +1,4 @@
-"""The report of a run, as its reader gets it."""
+"""The report of a finished run, read from its files and by a parser of HTML."""
 
 import base64
 import io
@@ -26,14 +26,14 @@ def write_evil(path: Path, numbers: range) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            picture = jpeg(render_pair(7, number))
-            add(tar, f"<b>{number:03d}.jpg", picture[:99] if number == 3 else picture)
+            image = jpeg(render_pair(7, number))
+            add(tar, f"<b>{number:03d}.jpg", image[:99] if number == 3 else image)
             add(tar, f"<b>{number:03d}.txt", EVIL.format(n=number).encode())
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A finished run over pairs whose words are hostile; the folder that holds its data too."""
+    """Train on pairs whose captions and keys hold markup; return the folder with data and runs."""
     root = tmp_path_factory.mktemp("report")
     write_evil(root / "data" / "train" / "0.tar", range(48))
     write_evil(root / "data" / "val" / "0.tar", range(100, 130))
@@ -58,14 +58,14 @@ def content(folder) -> dict:
 
 
 def charts(page: str) -> dict[str, dict]:
-    """What the page has drawn, by title."""
+    """Return the data of the page's charts by title."""
     title, data = r"<figcaption><b>([^<]+)</b>", r'<script type="application/json"[^>]*>(.*?)<'
     found = re.findall(f"{title}.*?{data}", page, re.DOTALL)
     return {title: json.loads(data) for title, data in found}
 
 
 class Elements(HTMLParser):
-    """Every element of a page with its attributes, as a browser sees them."""
+    """Collects the elements of a page with their attributes, as a browser sees them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_asks_for_nothing(page):
+def test_the_page_loads_nothing_from_elsewhere(page):
     elements = Elements(page).found
     assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object", "base", "form"})
-    asked = [a[name] for _, a in elements for name in ("src", "href", "srcset") if name in a]
-    assert asked and all(address.startswith("data:image/jpeg;base64,") for address in asked)
+    loaded = [a[name] for _, a in elements for name in ("src", "href", "srcset") if name in a]
+    assert loaded and all(address.startswith("data:image/jpeg;base64,") for address in loaded)
     assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
     style = page[page.index("<style>") : page.index("</style>")]
     assert not re.search(r"@import|url\(", style)
@@ -133,7 +133,7 @@ def test_the_json_says_what_the_run_left(folder, content):
     assert content["skipped"]["listed"][0]["key"] == "<b>003"
 
 
-def test_the_gallery_marks_the_right_ones(page, content):
+def test_the_gallery_marks_the_right_images(page, content):
     cases = content["gallery"]
     assert {case["kind"] for case in cases} >= {"any"}
     for case in cases:
@@ -150,15 +150,15 @@ def test_the_gallery_marks_the_right_ones(page, content):
     assert gallery.count("✓ right") == right
 
 
-def test_pictures_are_small_and_bounded(page):
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert 20 < len(pictures) <= 14 * 11
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+def test_thumbnails_are_small_and_few(page):
+    thumbnails = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert 20 < len(thumbnails) <= 14 * 11
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in thumbnails]
     assert {max(size) for size in sizes} == {96}
     assert len(page) < 1_500_000
 
 
-def test_everything_has_a_name(page):
+def test_charts_images_and_tables_have_descriptions(page):
     canvases = re.findall(r"<canvas[^>]*>", page)
     assert canvases and all('role="img" aria-label="' in tag for tag in canvases)
     images = [attributes for tag, attributes in Elements(page).found if tag == "img"]
@@ -166,7 +166,7 @@ def test_everything_has_a_name(page):
     assert page.count("<caption") == page.count("<table")
 
 
-def test_the_report_can_be_made_anew_elsewhere(made, folder, content, tmp_path, capsys):
+def test_the_report_can_be_made_again_elsewhere(made, folder, content, tmp_path, capsys):
     target = tmp_path / "new" / "page.html"
     assert run(["report", str(folder), "--html", str(target), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -175,7 +175,7 @@ def test_the_report_can_be_made_anew_elsewhere(made, folder, content, tmp_path, 
     assert target.read_text() == (folder / "report.html").read_text()
 
 
-def test_other_pairs_make_no_gallery(catalogue, folder, tmp_path, capsys):
+def test_other_pairs_give_no_gallery(catalogue, folder, tmp_path, capsys):
     args = ["--html", str(tmp_path / "page.html"), "--data-dir", str(catalogue), "--json"]
     assert run(["report", str(folder), *args]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -195,12 +195,12 @@ def test_a_run_that_has_not_ended_has_a_report(folder, tmp_path, capsys):
     assert "has not ended" in (partial / "report.html").read_text()
 
 
-def test_no_run_is_said(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert run(["report", str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
 
 
-def test_many_steps_stay_few_points():
+def test_a_curve_of_many_steps_has_few_points():
     from clipft.report.report import step_curves
 
     step = {"loss": 2.0, "lr": 0.1, "pairs": 8, "seconds": 0.5, "data_seconds": 0.1}
@@ -212,7 +212,7 @@ def test_many_steps_stay_few_points():
     assert curves["data_wait"][0] == pytest.approx(0.2)
 
 
-def test_wandb_has_the_same_figures_as_summary(made, content, tmp_path):
+def test_the_summary_in_wandb_has_the_figures_of_the_report(made, content, tmp_path):
     args = ["--data-dir", str(made / "data"), "--output-dir", str(tmp_path), "--max-bad", "0.1"]
     assert run(["train", *SMALL, *args, "--wandb", "offline"]) == 0
     (kept,) = tmp_path.glob("dual_lora/wandb/offline-run-*/*.wandb")

@@ -3,7 +3,7 @@
 (() => {
   const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]];
   const POINTS = ["circle", "rect", "triangle", "rectRot", "star", "crossRot", "cross"];
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const number = (value) => Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3)
     ? value.toExponential(1) : String(+value.toPrecision(4));
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
@@ -33,7 +33,7 @@
         };
         const middle = lying ? mark.y : mark.x;
         ctx.save();
-        ctx.strokeStyle = lying ? colour("--ink") : set.borderColor;
+        ctx.strokeStyle = lying ? color("--ink") : set.borderColor;
         ctx.lineWidth = 1.5;
         ctx.beginPath();
         line(low, middle, high, middle);
@@ -45,7 +45,7 @@
   };
 
   const dataset = (spec, series, at) => {
-    const paint = colour(`--c${series.colour ?? at + 1}`);
+    const paint = color(`--c${series.color ?? at + 1}`);
     const common = { label: series.name, borderColor: paint, intervals: series.intervals };
     if (spec.kind === "bars") return { ...common, data: series.values, backgroundColor: paint };
     const points = series.points.map(([x, y, label]) => ({ x, y, label }));
@@ -64,10 +64,10 @@
   };
 
   const axis = (spec, title, percent, values) => ({
-    title: { display: Boolean(title), text: title, color: colour("--faint") },
-    grid: { color: colour("--line") }, border: { color: colour("--line") },
+    title: { display: Boolean(title), text: title, color: color("--faint") },
+    grid: { color: color("--line") }, border: { color: color("--line") },
     beginAtZero: values && spec.zero, ...(values ? reach(spec) : {}),
-    ticks: { color: colour("--faint"), maxTicksLimit: 7, maxRotation: 0,
+    ticks: { color: color("--faint"), maxTicksLimit: 7, maxRotation: 0,
       callback: (value) => shown(value, percent) },
   });
 
@@ -85,7 +85,7 @@
     const value = axis(spec, spec.y, spec.percent, true);
     const labels = { ...axis(spec, "", false), type: "category", grid: { display: false } };
     const width = window.innerWidth < 500 ? 16 : 26;
-    labels.ticks = { color: colour("--ink"), autoSkip: false,
+    labels.ticks = { color: color("--ink"), autoSkip: false,
       callback(at) { return lines(this.getLabelForValue(at), width); } };
     const other = { ...axis(spec, spec.x, spec.percent_x), type: spec.log ? "logarithmic" : "linear" };
     if (spec.log) other.ticks = { ...other.ticks, autoSkip: false, callback: logLabel(spec) };
@@ -109,7 +109,7 @@
         scales: bars ? { x: value, y: labels } : { x: other, y: value },
         plugins: {
           legend: { display: spec.series.length > 1, position: "bottom",
-            labels: { color: colour("--ink"), usePointStyle: !bars, boxWidth: 12, boxHeight: 8,
+            labels: { color: color("--ink"), usePointStyle: !bars, boxWidth: 12, boxHeight: 8,
               pointStyleWidth: 12 } },
           tooltip: { callbacks: { label: tip, title: heading } },
         },
