@@ -1,6 +1,7 @@
 """What ``train``, ``resume`` and ``demo`` share: run a training and show it, or show its plan."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,8 @@ def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> N
     uploads_to = None
     if settings.enable_s3_checkpoints:
         uploads_to = f"s3://{settings.s3_bucket}/{settings.s3_checkpoint_prefix.strip('/')}"
-    data = {"forecast": expected.to_dict(), "uploads_to": uploads_to, "to_fetch": None}
+    figures = {**asdict(expected), "seconds": expected.seconds}
+    data = {"forecast": figures, "uploads_to": uploads_to, "to_fetch": None}
     table = _forecast_table(expected, str(settings.output_dir), uploads_to)
     out.result(data, *plan_lines(expected.plan), table)
     end(out, {}, ("train", *flags_given(loaded)))

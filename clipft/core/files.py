@@ -23,51 +23,31 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
 
-    Set ``shared`` where other processes may write the same file at the same moment: the temporary
-    name then contains the process id, and a kill leaves that file behind.
+    The block makes the temporary file, or a folder of files. Set ``shared`` where other processes
+    may write to the same path at the same moment: the temporary name then contains the process id,
+    and a kill leaves that file behind.
 
     Raises:
         StorageError: The disk is full, or refuses to write or to rename.
     """
-    temporary = _temporary_name(path, shared)
+    temporary = path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
+    shutil.rmtree(temporary, ignore_errors=True)  # a kill may have left a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        for within in (*temporary.rglob("*"), temporary):
+            _flush(within)
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a rename replaces no folder with content
         os.replace(temporary, path)
         _flush(path.parent)  # a power cut could undo the rename otherwise
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         raise disk_error(path, error) from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         # Look first: in a read-only folder, unlink fails even if the file does not exist
         if os.path.lexists(temporary):
             temporary.unlink()
-
-
-@contextmanager
-def replacing_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
-    """Do the same for a folder of files. The block makes the temporary folder itself.
-
-    Raises:
-        StorageError: The disk is full, or refuses to write or to rename.
-    """
-    temporary = _temporary_name(folder, shared)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        for within in (*temporary.rglob("*"), temporary):
-            _flush(within)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        _flush(folder.parent)
-    except (OSError, RuntimeError) as error:
-        raise disk_error(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_name(path: Path, shared: bool) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
 
 
 def _flush(path: Path) -> None:
@@ -187,17 +167,16 @@ def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> St
         reason = error.strerror
     else:
         reason = " ".join(str(error).split())
-    if needed and not _refused(error):
+    if needed and _may_be_full(error):
         reason += f", {needed:,} bytes were needed"
     return StorageError(f"cannot write {path}: {reason}", disk_hint(error))
 
 
 def disk_hint(error: OSError | RuntimeError) -> str:
     """Say what to do after a failed write; freeing space is suggested only if it can help."""
-    action = "choose another place" if _refused(error) else "make room or choose another place"
+    action = "make room or choose another place" if _may_be_full(error) else "choose another place"
     return f"{action}; {_UNCHANGED}"
 
 
-def _refused(error: OSError | RuntimeError) -> bool:
-    """Return True if the disk refused to write for a reason other than being full."""
-    return isinstance(error, OSError) and error.errno not in _FULL
+def _may_be_full(error: OSError | RuntimeError) -> bool:
+    return not isinstance(error, OSError) or error.errno in _FULL

@@ -103,33 +103,28 @@ def cgroup_free(root: Path, membership: Path) -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        top = root / "memory" if controllers else root  # version 2 names no controllers
+        if controllers:
+            top, limit_name, used_name = root / "memory", "limit_in_bytes", "usage_in_bytes"
+            reclaimable = "total_inactive_file"
+        else:  # version 2 names no controllers
+            top, limit_name, used_name, reclaimable = root, "max", "current", "inactive_file"
         own = top / path.lstrip("/")
         # Within a container its own group is mounted at the top, whatever the path says
         for folder in {own, *own.parents, top}:
-            if folder == top or top in folder.parents:
-                left = _left_in(folder, version=1 if controllers else 2)
-                free += [] if left is None else [left]
+            if folder != top and top not in folder.parents:
+                continue
+            try:
+                limit = (folder / f"memory.{limit_name}").read_text().strip()
+                used = int((folder / f"memory.{used_name}").read_text())
+                lines_of_stat = (folder / "memory.stat").read_text().splitlines()
+                stat = dict(entry.split() for entry in lines_of_stat)
+            except (OSError, ValueError):
+                continue
+            if limit != "max" and int(limit) <= _NO_LIMIT:
+                # Files that the kernel merely caches count as used, but are dropped when memory
+                # runs short
+                free.append(max(0, int(limit) - used + int(stat.get(reclaimable, 0))))
     return free
-
-
-def _left_in(folder: Path, version: int) -> int | None:
-    """Return the bytes left below the limit of one cgroup, or None if it has no limit."""
-    limit_name, used_name, reclaimable = (
-        ("memory.max", "memory.current", "inactive_file")
-        if version == 2
-        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    )
-    try:
-        limit = (folder / limit_name).read_text().strip()
-        used = int((folder / used_name).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max" or int(limit) > _NO_LIMIT:
-        return None
-    # Files that the kernel merely caches count as used, but are dropped when memory runs short
-    return max(0, int(limit) - used + int(stat.get(reclaimable, 0)))
 
 
 def free_for_graphs(device: torch.device, to_come: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clipft.core.common import Progress, cache_folder, counted
-from clipft.core.files import replacing_folder
+from clipft.core.files import replacing
 from clipft.data.captions.table import CaptionTable, NoCaptions
 from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
@@ -134,7 +134,7 @@ def _cached(
         loaded.model.eval()  # whoever trains or measures sets the mode that it needs
     keys, width, done = [np.empty(0, np.uint64)], 0, 0
     # Another run may be computing the same features: complete folders replace each other
-    with replacing_folder(folder, shared=True) as temporary, progress(title) as report:
+    with replacing(folder, shared=True) as temporary, progress(title) as report:
         temporary.mkdir(parents=True)
         with (temporary / "values").open("wb") as file:
             for batch_keys, batch in rows:

@@ -11,7 +11,7 @@ from typing import Any
 from clipft import __version__
 from clipft.config.settings import Settings
 from clipft.core.errors import ModelError, UsageError, first_line
-from clipft.core.files import check_writable, replacing_folder
+from clipft.core.files import check_writable, replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.embedding.embed import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
@@ -71,7 +71,7 @@ def export_model(
     several = len(formats) > 1
     check: OnnxCheck | None = None
     merged: Any = None
-    with replacing_folder(out) as temporary:
+    with replacing(out) as temporary:
         temporary.mkdir(parents=True)
         # The adapter first, because merging consumes it
         for name in sorted(formats, key=lambda name: name != "peft"):

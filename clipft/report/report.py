@@ -92,10 +92,11 @@ def run_content(records: RunRecords, gallery: Sequence[Json], gallery_note: str)
         gallery_note: why there is no gallery, or "".
     """
     kept = records.kept
+    settings = {entry["name"]: entry["value"] for entry in records.settings}
     return {
         "kind": "run",
         "format_version": 1,
-        "title": f"{records.setting('scenario')} on {records.setting('model')}",
+        "title": f"{settings['scenario']} on {settings['model']}",
         "folder": records.folder,
         "finished": records.result is not None,
         "verdict": _verdict(records),

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from clipft.core.errors import ClipftError, ModelError
 from clipft.core.files import replacing
-from clipft.runs.checkpoint_format import Damaged, check_file, file_size, write_file
+from clipft.runs.checkpoint_format import FORMAT_VERSION, Damaged, check_file, write_file
 
-FORMAT_VERSION = 2
 _CHECKSUM_SINCE = 2
 """Files of this format and later end with a checksum."""
 
@@ -67,12 +66,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         StorageError: The disk is full or refuses to write. The old file is unchanged.
     """
     with replacing(path) as temporary:
-        write_file(temporary, {**content, "format_version": FORMAT_VERSION})
-
-
-def checkpoint_size(content: dict[str, Any]) -> int:
-    """Return how many bytes ``save_checkpoint`` would write, without writing any."""
-    return file_size({**content, "format_version": FORMAT_VERSION})
+        write_file(temporary, content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -180,7 +174,7 @@ def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
     previous = previous_of(checkpoint)
     link = previous.with_name(f".{previous.name}.part")
     with replacing(checkpoint) as temporary:
-        write_file(temporary, {**content, "format_version": FORMAT_VERSION})
+        write_file(temporary, content)
         # The new file was read back and is whole: only now may the last one become the previous
         with suppress(FileNotFoundError):
             link.unlink()  # a kill may have left it

@@ -12,11 +12,13 @@ comment. The layout is:
 import hashlib
 import os
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
+FORMAT_VERSION = 2
 _MARK = b"clipft sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
 _NO_COMMENT = b"\0\0"
@@ -27,6 +29,7 @@ class Damaged(Exception):
     """The file is not as it was written; the text says which check failed."""
 
 
+@dataclass
 class _HashingWriter:
     """The file-like object that ``torch.save`` writes to; it needs no more than these methods.
 
@@ -34,16 +37,15 @@ class _HashingWriter:
     turns an exception in a writer into an unrelated message, or ends the process.
     """
 
-    def __init__(self, file: IO[bytes] | None = None) -> None:
-        self._file = file
-        self.size = 0
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
+    file: IO[bytes] | None = None
+    size: int = 0
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        if self._file and not self.error:
+        if self.file and not self.error:
             try:
-                _write_all(self._file, data)
+                _write_all(self.file, data)
                 self.digest.update(data)
             except OSError as error:
                 self.error = error
@@ -60,15 +62,15 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
         left = left[file.write(left) :]
 
 
-def file_size(content: dict[str, Any]) -> int:
+def checkpoint_size(content: dict[str, Any]) -> int:
     """Return how many bytes ``write_file`` would write, without writing any."""
     counter = _HashingWriter()
-    torch.save(content, cast("IO[bytes]", counter))
+    torch.save({**content, "format_version": FORMAT_VERSION}, cast("IO[bytes]", counter))
     return counter.size + _COMMENT
 
 
 def write_file(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` with its checksum to ``path``, and read the file back to verify it.
+    """Write ``content`` with its format and checksum, and read the file back to verify it.
 
     Raises:
         OSError: The disk is full, refuses to write, or returns other bytes than were written. The
@@ -77,7 +79,7 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
     # Unbuffered, so that an error is raised by the write that caused it
     with path.open("wb", buffering=0) as file:
         writer = _HashingWriter(file)
-        torch.save(content, cast("IO[bytes]", writer))
+        torch.save({**content, "format_version": FORMAT_VERSION}, cast("IO[bytes]", writer))
         try:
             if writer.error:
                 raise writer.error

@@ -66,36 +66,28 @@ def find_checkpoint(place: Path | None, settings: Settings) -> Path:
 
 def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
     """Find the checkpoint to resume from: ``place`` itself if it is a file, else the checkpoint
-    of that run folder, else the newest in a folder of runs.
-
-    Raises:
-        ModelError: there is no checkpoint.
-    """
-    if place is None:
-        return newest_checkpoint(output_dir)
-    own = RunPaths(place).checkpoint
-    if not place.is_dir():
-        return place
-    return own if checkpoint_exists(own) else newest_checkpoint(place)
-
-
-def newest_checkpoint(output_dir: Path) -> Path:
-    """Return the checkpoint that was written last in a folder of runs.
+    of that run folder, else the one that was written last in a folder of runs.
 
     Where only its predecessor is left, this is the path that the lost checkpoint had.
 
     Raises:
         ModelError: there is no checkpoint.
     """
-    name = f"*{CHECKPOINT_SUFFIX}"
-    found = sorted(output_dir.glob(name), key=lambda path: path.stat().st_mtime)
+    if place is not None:
+        own = RunPaths(place).checkpoint
+        if not place.is_dir():
+            return place
+        if checkpoint_exists(own):
+            return own
+    folder, name = place or output_dir, f"*{CHECKPOINT_SUFFIX}"
+    found = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime)
     if not found:
         previous = previous_of(Path(name)).name
-        left = sorted(output_dir.glob(previous), key=lambda path: path.stat().st_mtime)
+        left = sorted(folder.glob(previous), key=lambda path: path.stat().st_mtime)
         found = [path.with_name(path.name.replace(".previous.pt", ".pt")) for path in left]
     if not found:
         raise ModelError(
-            f"no *{CHECKPOINT_SUFFIX} in {output_dir}",
+            f"no {name} in {folder}",
             "name a checkpoint, or set --output-dir to the folder of the run",
         )
     return found[-1]
@@ -137,8 +129,15 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
-    path = Path(place).expanduser() if place else None
-    if place is None or path is None or _is_pretrained(place, path):
+    path = Path(place or "").expanduser()
+    if not place:
+        pretrained = True
+    elif path.is_dir():
+        pretrained = (path / "config.json").is_file()
+    else:  # what looks like a path is meant as a checkpoint or run folder, even if it is missing
+        local = looks_local(place) or path.suffix == ".pt" or path.exists()
+        pretrained = not local and not RunPaths(path).checkpoint.is_file()
+    if pretrained:
         model = now.values.model if place is None else place
         settings = now.values.model_copy(update={"model": model, "scenario": "zero_shot"})
         return OpenedModel(load_model(settings), settings)
@@ -146,11 +145,3 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     content = load_checkpoint(checkpoint)
     settings = saved_settings(content, now, anew)
     return OpenedModel(load_fine_tuned(content, settings), settings, content, checkpoint)
-
-
-def _is_pretrained(place: str, path: Path) -> bool:
-    """Tell a pretrained model from a checkpoint or run folder, which may also be missing."""
-    if path.is_dir():
-        return (path / "config.json").is_file()
-    local = looks_local(place) or path.suffix == ".pt" or path.exists()
-    return not local and not RunPaths(path).checkpoint.is_file()

@@ -69,9 +69,6 @@ class Forecast:
         steps = max(0, self.plan.total_steps - self.done_steps)
         return steps * self.seconds_per_step + self.validations * self.validation_seconds
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": self.seconds}
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -222,6 +219,3 @@ class RunRecords:
     kept: dict[str, Any] | None
     skipped: list[dict[str, Any]]
     skipped_counts: dict[str, int]
-
-    def setting(self, name: str) -> Any:
-        return next(entry["value"] for entry in self.settings if entry["name"] == name)

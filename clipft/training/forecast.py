@@ -20,7 +20,7 @@ from clipft.data.order import Position
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
-from clipft.runs.checkpoint import checkpoint_size
+from clipft.runs.checkpoint_format import checkpoint_size
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Forecast, StepResult
 from clipft.training.loop import fit

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clipft.config.settings import Settings
 from clipft.core.common import checked
 from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
-from clipft.core.files import replacing_folder, write_json, write_text
+from clipft.core.files import replacing, write_json, write_text
 from clipft.data.captions.table import CaptionTable
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
@@ -297,7 +297,7 @@ class _Run:
             else:
                 loaded.model.load_trainable_state(content["model_state_dict"])
         if settings.declared_scenario.lora:
-            with replacing_folder(self.paths.adapter) as temporary:
+            with replacing(self.paths.adapter) as temporary:
                 write_adapter(loaded.model, settings.model, temporary)
         pretrained = load_model(settings, pretrained=True)
         compared = compare(
