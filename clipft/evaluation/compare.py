@@ -1,5 +1,8 @@
-"""``evaluate``: a checkpoint against the untouched model, on its own pairs and on general ones,
-and between the two."""
+"""Compares a checkpoint with its pretrained model, as ``clipft evaluate`` does.
+
+Both are measured on the checkpoint's own pairs; if asked for, also on a general data set, and at
+points between their weights.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +12,9 @@ from typing import Any
 from clipft.config.settings import DataSettings, Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, write_json
-from clipft.embedding.load import LoadedModel, load_model
-from clipft.evaluation.evaluator import Comparison, EvaluationSet
+from clipft.embedding.load import load_model
+from clipft.evaluation.evaluator import Comparison, EvaluationSet, compare
 from clipft.evaluation.wise_ft import (
-    Interpolation,
     Point,
     best_point,
     interpolation_of,
@@ -27,7 +29,12 @@ from clipft.runs.load import load_fine_tuned
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted besides the comparison."""
+    """What to do besides the comparison.
+
+    ``keep`` is a general data set on which to measure what fine-tuning has cost. The weights
+    between the two models are evaluated at each of ``alphas``, and written to ``save_to`` at
+    ``save_at``.
+    """
 
     keep: Path | None
     alphas: list[float]
@@ -38,13 +45,15 @@ class Request:
     def of(
         cls, keep: Path | None, interpolate: str | None, at: float | None, to: Path | None
     ) -> "Request":
-        """
+        """Check a request before the work begins; ``interpolate`` is as ``parse_alphas`` reads it.
+
         Raises:
-            UsageError, StorageError: what could not be done after hours of work.
+            UsageError: ``interpolate`` or ``at`` is not between 0 and 1.
+            StorageError: ``to`` cannot be written.
         """
         if at is not None and not 0 <= at <= 1:
             raise UsageError(
-                f"--save-interpolated {at:g}: not between 0 (untouched) and 1 (tuned)",
+                f"--save-interpolated {at:g}: not between 0 (pretrained) and 1 (fine-tuned)",
                 "take a point of --interpolate 0:1:0.1",
             )
         if to:
@@ -54,7 +63,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """``figures`` are the tuned model's in short, as after each epoch."""
+    """The results of an evaluation.
+
+    ``figures`` are those of the fine-tuned model in short, as after each epoch. ``keep`` compares
+    the models on the general data set in ``keep_dir``. ``points`` is empty unless asked for.
+    """
 
     figures: Retrieval
     comparison: Comparison
@@ -67,76 +80,75 @@ class Evaluated:
         return best_point(self.points).alpha
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the part of ``clipft evaluate --json`` that was measured."""
         return {
             **self.figures.to_dict(),
             "evaluation": self.comparison.to_dict(),
             "keep": self.keep.to_dict() if self.keep else None,
-            "interpolation": self._sweep() if self.points else None,
+            "interpolation": self._interpolation() if self.points else None,
         }
 
-    def _sweep(self) -> dict[str, Any]:
+    def _interpolation(self) -> dict[str, Any]:
         points = [point.to_dict() for point in self.points]
-        keep = str(self.keep_dir) if self.keep_dir else None
-        return {"points": points, "best": self.best_alpha, "keep_dir": keep}
+        keep_dir = str(self.keep_dir) if self.keep_dir else None
+        return {"points": points, "best": self.best_alpha, "keep_dir": keep_dir}
 
     def write(self, folder: Path, settings: Settings) -> None:
-        """What was asked for besides the comparison, into a run folder.
+        """Write kept.json and interpolation.json into a run folder, if they were asked for.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: the disk is full or cannot be written.
         """
-        paths, on = RunPaths(folder), {"data_dir": str(settings.data_dir)}
+        paths = RunPaths(folder)
         if self.keep:
-            kept = {"keep_dir": str(self.keep_dir), **self.keep.to_dict()}
-            write_json(paths.kept, kept, indent=2, ascii_only=False)
+            retention = {"keep_dir": str(self.keep_dir), **self.keep.to_dict()}
+            write_json(paths.kept, retention, indent=2, ascii_only=False)
         if self.points:
-            found = {**on, **self._sweep()}
+            found = {"data_dir": str(settings.data_dir), **self._interpolation()}
             write_json(paths.interpolation, found, indent=2, ascii_only=False)
 
 
 def evaluate_checkpoint(
     content: dict[str, Any], settings: Settings, request: Request, note: Callable[[str], None]
 ) -> Evaluated:
-    """
+    """Evaluate a checkpoint and its pretrained model.
+
+    Args:
+        content: what the checkpoint holds.
+        settings: its settings, with those of the evaluation.
+        request: what to do besides.
+        note: receives sentences for the user.
+
     Raises:
-        DataError, ModelError, UsageError: the pairs, the weights or the wish cannot be had.
+        DataError: there are no validation pairs, or they cannot be read.
+        ModelError: the checkpoint does not fit its pretrained model, or has nothing to
+            interpolate.
+        UsageError: the settings do not fit the pairs.
     """
-    tuned = load_fine_tuned(content, settings)
-    inputs = tuned.base.inputs
-    here = EvaluationSet.open(inputs, settings)
-    there = EvaluationSet.open(inputs, _general(settings, request.keep)) if request.keep else None
-    between = bool(request.alphas) or request.save_to is not None
-    way = interpolation_of(content, settings) if between else None
-    untouched, trained = load_model(settings, pretrained=True), settings.declared_scenario.trains
-    ours, keep = here.evaluate(tuned), None
-    before = here.evaluate(untouched).evaluation if trained else ours.evaluation
-    compared = Comparison(before, ours.evaluation if trained else None)
-    if there:
-        old = there.evaluate(untouched).evaluation
-        keep = Comparison(old, there.evaluate(tuned).evaluation if trained else None)
-    points = _points(tuned, way, request, here, there, note) if way else []
-    if way and request.save_to and request.save_at is not None:
-        save_interpolated(request.save_to, content, way, request.save_at)
-    short = ours.embedded.retrieval(settings.evaluation_bytes)
-    return Evaluated(short, compared, request.keep, keep, points)
+    fine_tuned = load_fine_tuned(content, settings)
+    inputs = fine_tuned.base.inputs
+    # Everything that can be refused is opened before the first pair is embedded
+    own = EvaluationSet.open(inputs, settings)
+    general = None
+    if request.keep:
+        # A general set has its own captions, and no groups of products
+        caption = DataSettings.model_fields["caption"].default
+        changed = {"data_dir": request.keep, "caption": caption, "group_field": None}
+        general = EvaluationSet.open(inputs, settings.model_copy(update=changed))
+    path = None
+    if request.alphas or request.save_to:
+        path = interpolation_of(content, settings)
 
-
-def _points(
-    tuned: LoadedModel,
-    way: Interpolation,
-    request: Request,
-    here: EvaluationSet,
-    there: EvaluationSet | None,
-    note: Callable[[str], None],
-) -> list[Point]:
+    pretrained = load_model(settings, pretrained=True)
+    after = fine_tuned if settings.declared_scenario.trains else None
+    comparison = compare(own, pretrained, after)
+    retention = compare(general, pretrained, after) if general else None
     points = []
-    for point in sweep(tuned, way, request.alphas, here, there):
-        points.append(point)
-        note(f"alpha {point.alpha:g}: recall {point.here.recall():.1%}")
-    return points
-
-
-def _general(settings: Settings, folder: Path) -> Settings:
-    """The same, but for a general set: its captions are its own, and no groups of products."""
-    own = DataSettings.model_fields["caption"].default
-    return settings.model_copy(update={"data_dir": folder, "caption": own, "group_field": None})
+    if path:
+        for point in sweep(fine_tuned, path, request.alphas, own, general):
+            points.append(point)
+            note(f"alpha {point.alpha:g}: recall {point.own.recall():.1%}")
+        if request.save_to and request.save_at is not None:
+            save_interpolated(request.save_to, content, path, request.save_at)
+    short = (comparison.after or comparison.before).retrieval
+    return Evaluated(short, comparison, request.keep, retention, points)

@@ -1,4 +1,4 @@
-"""Models + validation pairs -> evaluations, of one model or of two side by side."""
+"""Evaluates models on validation pairs: one model, or two side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from clipft.models.pretrained import ModelInputs
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """A model's embeddings of a set, and what they are worth."""
+    """A model's embeddings of a set of pairs, and the figures measured from them."""
 
     embedded: Embeddings
     evaluation: Evaluation
@@ -32,7 +32,10 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Pairs to measure on, and which of them belong together; read once for all models."""
+    """Pairs to measure on, and which of them belong together; read once for all models.
+
+    ``labels`` holds the category of each pair, None where it has none.
+    """
 
     pairs: PairDataset
     preprocessing: Preprocessing
@@ -44,7 +47,8 @@ class EvaluationSet:
     def of(
         cls, pairs: PairDataset, preprocessing: Preprocessing, settings: Settings
     ) -> "EvaluationSet":
-        """
+        """Read from captions, images and metadata which pairs belong together.
+
         Raises:
             UsageError: no pair has ``group_field``, or its groups are too large.
         """
@@ -53,15 +57,16 @@ class EvaluationSet:
         groups = numbered(d.group for d in said) if settings.group_field else None
         captions = numbered(normalized(d.caption) for d in said)
         identities = Identities(captions, same_images(pairs), groups)
-        relevance(identities)  # refuses here, not after hours of training
+        relevance(identities)  # refuses groups that are too large now, not after the training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said])
 
     @classmethod
     def open(cls, inputs: ModelInputs, settings: Settings) -> "EvaluationSet":
-        """The validation pairs of ``settings``.
+        """Open the validation pairs of ``settings`` for models that take ``inputs``.
 
         Raises:
-            DataError, UsageError: there are none, or they do not fit the settings.
+            DataError: there are no pairs, or they cannot be read.
+            UsageError: as for ``of``.
         """
         pairs = validation_pairs(settings)
         return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings)
@@ -69,22 +74,23 @@ class EvaluationSet:
     def evaluate(
         self, loaded: LoadedModel, check: Callable[[], None] = lambda: None
     ) -> ModelEvaluation:
-        """Embed all pairs with a model and measure. ``check`` is called between batches, and may
-        end it by what it raises."""
+        """Embed all pairs with a model and measure retrieval.
+
+        ``check`` is called between batches, and may end the work by raising an error.
+        """
         settings, progress = self.settings, checked(silent, check)
-        how = open_encoding(
+        encoding = open_encoding(
             loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress
         )
-        embedded = embed_pairs(loaded, self.pairs, how, settings, check=check)
-        chosen = np.array(embedded.numbers)
-        own = self.identities
-        groups = None if own.groups is None else own.groups[chosen]
-        device = loaded.precision.device
-        where = device if device.type == "cuda" else "cpu"
+        embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
+        usable = np.array(embedded.numbers)  # without the skipped pairs
+        known = self.identities
+        groups = None if known.groups is None else known.groups[usable]
+        device = loaded.precision.device if loaded.precision.device.type == "cuda" else "cpu"
         evaluation = evaluate(
-            embedded.images.to(where),
-            embedded.texts.to(where),
-            Identities(own.captions[chosen], own.images[chosen], groups),
+            embedded.images.to(device),
+            embedded.texts.to(device),
+            Identities(known.captions[usable], known.images[usable], groups),
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),
         )
@@ -93,14 +99,16 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The untouched model and the tuned one (None: nothing was tuned) on the same pairs."""
+    """The pretrained and the fine-tuned model on the same pairs.
+
+    ``after`` is None if nothing was trained.
+    """
 
     before: Evaluation
     after: Evaluation | None
 
     def to_dict(self) -> dict[str, Any]:
-        """``before``, ``after`` and ``difference`` as ``evaluation`` gives them, with the
-        definitions of their figures."""
+        """Return the values of evaluation.json, with the definitions of its figures."""
         return {
             "definitions": DEFINITIONS,
             "before": self.before.to_dict(),
@@ -111,10 +119,10 @@ class Comparison:
 
 def compare(
     pairs: EvaluationSet,
-    before: LoadedModel,
-    after: LoadedModel | None,
+    pretrained: LoadedModel,
+    fine_tuned: LoadedModel | None,
     check: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Evaluate both models; ``check`` as in ``EvaluationSet.evaluate``."""
-    untouched = pairs.evaluate(before, check).evaluation
-    return Comparison(untouched, pairs.evaluate(after, check).evaluation if after else None)
+    """Evaluate both models on the same pairs; ``check`` as in ``EvaluationSet.evaluate``."""
+    before = pairs.evaluate(pretrained, check).evaluation
+    return Comparison(before, pairs.evaluate(fine_tuned, check).evaluation if fine_tuned else None)

@@ -1,12 +1,12 @@
-"""What the report's gallery needs of a model, kept by the run while it has the embeddings:
-for some queries the first pictures and the place of the first right one.
+"""Rankings of images for some queries, and the cases that the report's gallery shows of them.
 
-Right are all pictures of the query's caption, not its own pair's alone.
+A run writes the rankings while it has the embeddings. Every image with the query's caption
+counts as right, not only the query's own.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,21 @@ from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import Embeddings
 
 SHOWN = 5
-_QUERIES = 1000
+"""Images kept for each query."""
+_MAX_QUERIES = 1000
 _BLOCK = 64
-"""Queries compared at once: bounds the memory to a block times the candidates."""
+"""Queries scored at a time. Memory grows with this number times the number of images."""
+_GAINS, _LOSSES, _OTHERS = 5, 5, 4
 
 
 @dataclass(frozen=True)
 class Rankings:
-    """By query: its pair's number, the rank of its first right picture (from 1), and the
-    pairs' numbers of the first ``SHOWN`` pictures. ``data`` is the ``data_name`` of the pairs."""
+    """What a model ranks first, by query.
+
+    ``queries`` are pair numbers. ``ranks`` holds the rank of each query's first right image,
+    counted from 1, and ``first`` the pair numbers of its first ``SHOWN`` images. ``data`` is the
+    ``data_name`` of the pairs.
+    """
 
     data: str
     queries: list[int]
@@ -42,70 +48,67 @@ class Rankings:
 
     @classmethod
     def read(cls, path: Path) -> "Rankings | None":
-        """None: there is no such file, or not one of ours."""
+        """Return None if there is no such file, or it holds something else."""
         try:
             return cls(**(read_json(path) or {}))
         except TypeError:
             return None
 
 
-@dataclass(frozen=True)
-class Ranker:
-    """Of one data set. ``groups``, int64 [pairs]: equal numbers for equal captions."""
-
-    groups: Tensor
-    data: str
-
-    @classmethod
-    def of(cls, pairs: PairDataset, captions: CaptionTable) -> "Ranker":
-        known: dict[bytes, int] = {}
-        groups = [
-            known.setdefault(found[0] if found else b"", number)
-            for number, found in enumerate(captions.by_pair())
-        ]
-        return cls(torch.tensor(groups, dtype=torch.int64), data_name(pairs))
-
-    @torch.inference_mode()
-    def __call__(self, embedded: Embeddings) -> Rankings:
-        """Of each caption the first pair asks, of more than ``_QUERIES`` captions evenly
-        spread ones. Equal scores: a right picture stands behind the others."""
-        texts, images = embedded.texts, embedded.images
-        pairs = torch.tensor(embedded.numbers)
-        group = self.groups[pairs]
-        asked = _firsts(group)
-        asked = asked[:: max(1, -(-len(asked) // _QUERIES))]
-        ranks, first = list[int](), list[list[int]]()
-        for start in range(0, len(asked), _BLOCK):
-            block = asked[start : start + _BLOCK]
-            scores = texts[block] @ images.T
-            right = group[None] == group[block, None]
-            best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-            ranks += (((scores >= best) & ~right).sum(1) + 1).tolist()
-            found = scores.topk(min(SHOWN, len(images)), dim=1).indices
-            first += pairs[found].tolist()
-        return Rankings(self.data, pairs[asked].tolist(), ranks, first)
-
-
 def data_name(pairs: PairDataset) -> str:
-    """Short, and equal for equal pairs."""
+    """Return a short name of some pairs that is equal for equal pairs."""
     return hashlib.sha256(pairs.identity().encode()).hexdigest()[:16]
 
 
-def _firsts(group: Tensor) -> Tensor:
-    """Where each group comes first, in order."""
+def caption_groups(captions: CaptionTable) -> Tensor:
+    """Number the first captions of all pairs, int64 [pairs]: equal numbers for equal captions."""
+    known: dict[bytes, int] = {}
+    groups = [
+        known.setdefault(found[0] if found else b"", number)
+        for number, found in enumerate(captions.by_pair())
+    ]
+    return torch.tensor(groups, dtype=torch.int64)
+
+
+@torch.inference_mode()
+def rank_images(embedded: Embeddings, groups: Tensor, data: str) -> Rankings:
+    """Rank all images for each different caption, which the first pair that has it queries.
+
+    If there are too many captions, some are chosen, spread evenly. Among equal scores, right
+    images rank last.
+
+    Args:
+        embedded: embeddings of the pairs that could be used.
+        groups: ``caption_groups`` of all pairs.
+        data: ``data_name`` of the pairs.
+    """
+    pairs = torch.tensor(embedded.numbers)
+    group = groups[pairs]
+    # The first row of each group, in the order of the rows
     _, which = torch.unique(group, return_inverse=True)
-    places = torch.full((int(which.max()) + 1,), len(group))
-    places = places.scatter_reduce(0, which, torch.arange(len(group)), "amin")
-    return places.sort().values
+    firsts = torch.full((int(which.max()) + 1,), len(group))
+    firsts = firsts.scatter_reduce(0, which, torch.arange(len(group)), "amin").sort().values
+    queries = firsts[:: max(1, -(-len(firsts) // _MAX_QUERIES))]
 
-
-_GAINS, _LOSSES, _OTHERS = 5, 5, 4
+    ranks, first = list[int](), list[list[int]]()
+    for start in range(0, len(queries), _BLOCK):
+        block = queries[start : start + _BLOCK]
+        scores = embedded.texts[block] @ embedded.images.T
+        right = group[None] == group[block, None]
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        ranks += (((scores >= best) & ~right).sum(1) + 1).tolist()
+        shown = scores.topk(min(SHOWN, len(embedded.images)), dim=1).indices
+        first += pairs[shown].tolist()
+    return Rankings(data, pairs[queries].tolist(), ranks, first)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A query and what came first, by pair number. ``kind`` is why it is shown; a rank is that
-    of the first right picture, None where the model was not trained."""
+    """A query and the pair numbers of the images that came first.
+
+    ``kind`` is why it is shown: ``gain``, ``loss`` or ``any``. The ranks are those of the first
+    right image; ``rank_after`` is None if there is no fine-tuned model.
+    """
 
     kind: str
     query: int
@@ -116,55 +119,55 @@ class Case:
 
 
 def choose_cases(before: Rankings, after: Rankings | None) -> list[Case]:
-    """The greatest gains and losses, by the ratio of the ranks (from 40 to 2 is more than from
-    400 to 300), and some queries spread evenly. Without ``after``: only those."""
+    """Choose the greatest gains and losses, and some other queries spread evenly.
+
+    Gains are compared by the ratio of the ranks: from 40 to 2 is more than from 400 to 300.
+    Without rankings of the same queries in ``after``, there are neither gains nor losses.
+    """
     if after and (after.data, after.queries) != (before.data, before.queries):
         after = None
-    cases = [_case("", before, after, at) for at in range(len(before.queries))]
+    cases = [
+        Case(
+            "any",
+            query,
+            before.ranks[at],
+            after.ranks[at] if after else None,
+            before.first[at],
+            after.first[at] if after else [],
+        )
+        for at, query in enumerate(before.queries)
+    ]
     chosen = list[Case]()
     if after:
         ratio = sorted(cases, key=lambda case: case.rank_before / (case.rank_after or 1))
         gains = [c for c in reversed(ratio) if (c.rank_after or 1) < c.rank_before][:_GAINS]
         losses = [c for c in ratio if (c.rank_after or 1) > c.rank_before][:_LOSSES]
-        chosen += [*_named("gain", gains), *_named("loss", losses)]
+        chosen += [replace(case, kind="gain") for case in gains]
+        chosen += [replace(case, kind="loss") for case in losses]
     taken = {case.query for case in chosen}
     rest = [case for case in cases if case.query not in taken]
-    some = rest[:: max(1, len(rest) // _OTHERS)][:_OTHERS]
-    return [*chosen, *_named("any", some)]
-
-
-def _case(kind: str, before: Rankings, after: Rankings | None, at: int) -> Case:
-    return Case(
-        kind,
-        before.queries[at],
-        before.ranks[at],
-        after.ranks[at] if after else None,
-        before.first[at],
-        after.first[at] if after else [],
-    )
-
-
-def _named(kind: str, cases: Sequence[Case]) -> Iterator[Case]:
-    for case in cases:
-        yield Case(**{**vars(case), "kind": kind})
+    return [*chosen, *rest[:: max(1, len(rest) // _OTHERS)][:_OTHERS]]
 
 
 @dataclass(frozen=True)
 class PairReader:
-    """Words and pictures of pairs by number."""
+    """Reads captions and images of pairs by number."""
 
     pairs: PairDataset
     template: CaptionTemplate
 
     def caption(self, number: int) -> str:
-        """The first caption of a pair; "" where it has none."""
+        """Return the first caption of a pair; "" if it has none."""
         try:
             return self.template.captions(*self.pairs.caption_and_metadata(number))[0]
         except BadCaption:
             return ""
 
-    def picture(self, number: int, at_least: int) -> tuple[str, Image.Image | None]:
-        """The pair's place and its picture; None where it cannot be decoded."""
+    def image(self, number: int, at_least: int) -> tuple[str, Image.Image | None]:
+        """Return a pair's place and its image, None if it cannot be decoded.
+
+        The image may be decoded smaller than it is, but not below ``at_least`` pixels.
+        """
         pair = self.pairs[number]
         try:
             return f"{pair.shard}:{pair.key}", decode_image(pair.image, at_least)
@@ -173,18 +176,19 @@ class PairReader:
 
 
 def gallery_content(
-    cases: Sequence[Case], read: PairReader, keep_picture: Callable[[int], str]
+    cases: Sequence[Case], read: PairReader, keep_image: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """Cases as JSON: each hit with its pair's number, place, caption and whether it is right.
+    """Return cases as JSON, and for each hit its pair, place, caption and whether it is right.
 
-    ``keep_picture`` is told of each pair whose picture is shown, and gives its place.
+    ``keep_image`` is called with the number of each pair whose image is shown, and returns the
+    pair's place.
     """
 
     def hit(number: int, wanted: str) -> dict[str, Any]:
         caption = read.caption(number)
         return {
             "pair": number,
-            "place": keep_picture(number),
+            "place": keep_image(number),
             "caption": caption,
             "right": caption == wanted,
         }

@@ -1,4 +1,10 @@
-"""The way from the untouched to the tuned weights: what is gained here, what is lost there."""
+"""WiSE-FT: weights between the pretrained and the fine-tuned model (Wortsman et al. 2022).
+
+At alpha 0 they are the pretrained weights, at alpha 1 the fine-tuned ones. In between, a model
+often keeps most of what it gained on its own pairs and loses less on general ones. Full weights
+are interpolated linearly. Of a LoRA adapter only the output matrix is scaled, so that half an
+adapter makes exactly half of its change.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,174 +24,179 @@ from clipft.runs.checkpoint import save_checkpoint
 
 _LORA_OUT = ("lora_B", "lora_embedding_B")
 _LORA_IN = ("lora_A", "lora_embedding_A")
+_MAX_POINTS = 101
+_HINT = "name a run that trained something"
+_TRAINING_KEYS = frozenset(
+    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
+)
+"""Keys of a checkpoint that only a resumed run needs."""
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Two ``TrainableModel.trainable_state`` of one scenario, on the CPU.
+    """The path between two states of ``TrainableModel.trainable_state``, on the CPU.
 
     Raises:
-        ModelError: nothing was trained, or the two are not of one scenario, or the untouched
-            adapters already change the model, so that no scale of the tuned ones undoes it.
+        ModelError: nothing was trained; the two belong to different scenarios; or the adapters
+            already change the model before training (as PiSSA's do), so that no scale of the
+            fine-tuned ones leads back to the pretrained model.
     """
 
-    untouched: State
-    tuned: State
+    pretrained: State
+    fine_tuned: State
 
     def __post_init__(self) -> None:
-        if not self.tuned:
+        if not self.fine_tuned:
             raise ModelError("nothing was trained: there is nothing to interpolate", _HINT)
-        if self.untouched.keys() != self.tuned.keys():
-            raise ModelError("the weights are not those of the model's scenario", _HINT)
-        changing = [name for name, w in self.untouched.items() if _is(name, _LORA_OUT) and w.any()]
-        if changing:
-            raise ModelError(
-                f"the adapters change the model before training ({changing[0]} is not 0): "
-                "their scale does not lead back to the untouched model",
-                _HINT,
-            )
+        if self.pretrained.keys() != self.fine_tuned.keys():
+            raise ModelError("the weights do not belong to the model's scenario", _HINT)
+        for name, weight in self.pretrained.items():
+            if _has_part(name, _LORA_OUT) and weight.any():
+                raise ModelError(
+                    f"the adapters change the model before training ({name} is not 0), so scaling "
+                    "them does not lead back to the pretrained model",
+                    _HINT,
+                )
 
     def at(self, alpha: float) -> State:
-        """For ``TrainableModel.load_trainable_state``; exact at both ends."""
-        return {name: self._weight(name, alpha) for name in self.tuned}
-
-    def _weight(self, name: str, alpha: float) -> Tensor:
-        start, end = self.untouched[name], self.tuned[name]
-        if _is(name, _LORA_IN):
-            return end
-        return torch.lerp(start.float(), end.float(), alpha).to(end.dtype)
-
-
-_HINT = "name a run that trained something"
+        """Return weights for ``TrainableModel.load_trainable_state``; exact at both ends."""
+        state = {}
+        for name, end in self.fine_tuned.items():
+            if _has_part(name, _LORA_IN):
+                state[name] = end  # scaling both matrices would scale their product twice
+            else:
+                start = self.pretrained[name].float()
+                state[name] = torch.lerp(start, end.float(), alpha).to(end.dtype)
+        return state
 
 
-def _is(name: str, kinds: tuple[str, ...]) -> bool:
-    return any(part in kinds for part in name.split("."))
+def _has_part(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in parts for part in name.split("."))
 
 
-_MOST_POINTS = 101
+def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
+    """Return the path from the pretrained weights to those of a checkpoint.
+
+    Raises:
+        ModelError: there is none (see ``Interpolation``).
+    """
+    pretrained = load_model(settings).model.trainable_state()
+    return Interpolation(pretrained, content["model_state_dict"])
 
 
 @dataclass(frozen=True)
 class Point:
-    """``gain`` on the tuned-for pairs and ``kept`` on the general ones are differences to the
-    untouched model in mean recall: value, low, high, clear."""
+    """What the weights at ``alpha`` are worth on the checkpoint's own and on general pairs.
+
+    ``gain`` and ``retention`` are the differences in mean recall to the pretrained model, on the
+    own and on the general pairs, as JSON with ``value``, ``low``, ``high`` and ``clear``.
+    """
 
     alpha: float
-    here: Evaluation
+    own: Evaluation
     gain: dict[str, Any]
-    there: Evaluation | None
-    kept: dict[str, Any] | None
+    general: Evaluation | None = None
+    retention: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a point of interpolation.json."""
+
+        def paired(evaluation: Evaluation) -> dict[str, Any]:
+            return {d: dict(evaluation.parts["paired"][d].means) for d in DIRECTIONS}
+
+        keep = None
+        if self.general:
+            recall = self.general.recall()
+            keep = {"recall": recall, "change": self.retention, **paired(self.general)}
         return {
             "alpha": self.alpha,
-            "recall": self.here.recall(),
+            "recall": self.own.recall(),
             "gain": self.gain,
-            **_paired(self.here),
-            "keep": {"recall": self.there.recall(), "change": self.kept, **_paired(self.there)}
-            if self.there
-            else None,
+            **paired(self.own),
+            "keep": keep,
         }
-
-    @property
-    def keeps(self) -> bool:
-        """No clear loss on the general pairs."""
-        return not self.kept or not self.kept.get("clear") or self.kept["value"] > 0
-
-
-def _paired(evaluation: Evaluation) -> dict[str, Any]:
-    return {d: dict(evaluation.parts["paired"][d].means) for d in DIRECTIONS}
 
 
 def sweep(
     loaded: LoadedModel,
-    way: Interpolation,
+    path: Interpolation,
     alphas: Sequence[float],
-    here: EvaluationSet,
-    there: EvaluationSet | None,
+    own: EvaluationSet,
+    general: EvaluationSet | None,
 ) -> Iterator[Point]:
-    """One pass over the pairs for each alpha; the model is left at the tuned weights."""
-    sets = [here] if there is None else [here, there]
-    loaded.model.load_trainable_state(way.at(0))
-    untouched = [pairs.evaluate(loaded).evaluation for pairs in sets]
+    """Evaluate a model at each alpha; it is left with the fine-tuned weights.
+
+    Each alpha costs one pass over all pairs, and the pretrained weights another one.
+    """
+    sets = [own, general] if general else [own]
+    loaded.model.load_trainable_state(path.at(0))
+    pretrained = [pairs.evaluate(loaded).evaluation for pairs in sets]
     for alpha in alphas:
-        found = untouched
+        found = pretrained
         if alpha:
-            loaded.model.load_trainable_state(way.at(alpha))
+            loaded.model.load_trainable_state(path.at(alpha))
             found = [pairs.evaluate(loaded).evaluation for pairs in sets]
-        changes = [recall_difference(a, b) for a, b in zip(found, untouched, strict=True)]
-        yield Point(
-            alpha,
-            found[0],
-            changes[0],
-            found[1] if there else None,
-            changes[1] if there else None,
-        )
-    loaded.model.load_trainable_state(way.at(1))
+        changes = [recall_difference(a, b) for a, b in zip(found, pretrained, strict=True)]
+        if general:
+            yield Point(alpha, found[0], changes[0], found[1], changes[1])
+        else:
+            yield Point(alpha, found[0], changes[0])
+    loaded.model.load_trainable_state(path.at(1))
 
 
 def best_point(points: Sequence[Point]) -> Point:
-    """The most recall among those without a clear loss on the general pairs; the untouched
-    model is always one of those, if it is among the points."""
-    return max([p for p in points if p.keeps] or points, key=lambda point: point.here.recall())
+    """Return the point of highest recall among those without a clear loss on general pairs.
+
+    Alpha 0 never has such a loss. If no point qualifies, all of them compete.
+    """
+
+    def retains(point: Point) -> bool:
+        change = point.retention
+        return not change or not change.get("clear") or change["value"] > 0
+
+    return max([p for p in points if retains(p)] or points, key=lambda point: point.own.recall())
 
 
 def parse_alphas(text: str) -> list[float]:
-    """``START:STOP:STEP`` (both ends included) or values with commas, each in 0..1.
+    """Read ``START:STOP:STEP`` (both ends included), or values in 0..1 separated by commas.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither, or has too many points.
     """
+    wrong = UsageError(
+        f"--interpolate {text}: not points between 0 (pretrained) and 1 (fine-tuned)",
+        f"write 0:1:0.1 or 0,0.5,1, with at most {_MAX_POINTS} points",
+    )
     try:
-        parts = [float(part) for part in text.replace(":", ",").split(",")]
-        alphas = _stepped(*parts) if ":" in text else parts
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise _wrong(text) from error
-    inside = all(0 <= alpha <= 1 for alpha in alphas)
-    if not inside or not 0 < len(alphas) <= _MOST_POINTS:
-        raise _wrong(text)
+        alphas = [float(part) for part in text.replace(":", ",").split(",")]
+        if ":" in text:
+            start, stop, step = alphas
+            if step <= 0 or (stop - start) / step > _MAX_POINTS:
+                raise wrong
+            whole_steps = int((stop - start) / step + 1e-9)  # 1 / 0.1 may fall just below 10
+            alphas = [round(start + step * number, 10) for number in range(whole_steps + 1)]
+    except (ValueError, OverflowError) as error:
+        raise wrong from error
+    if not all(0 <= alpha <= 1 for alpha in alphas) or not 0 < len(alphas) <= _MAX_POINTS:
+        raise wrong
     return alphas
 
 
-def _stepped(start: float, stop: float, step: float) -> list[float]:
-    if step <= 0 or (stop - start) / step > _MOST_POINTS:
-        raise ValueError
-    whole = int((stop - start) / step + 1e-9)
-    return [round(start + step * number, 10) for number in range(whole + 1)]
-
-
-def _wrong(text: str) -> UsageError:
-    return UsageError(
-        f"--interpolate {text}: not points between 0 (untouched) and 1 (tuned)",
-        f"write 0:1:0.1 or 0,0.5,1, at most {_MOST_POINTS} points",
-    )
-
-
-def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
-    """The way from the untouched weights to those of a checkpoint.
+def save_interpolated(
+    file: Path, content: dict[str, Any], path: Interpolation, alpha: float
+) -> None:
+    """Write the weights at ``alpha`` as a checkpoint without training state, like ``best.pt``.
 
     Raises:
-        ModelError: nothing was trained, or not so that there is a way back.
+        StorageError: the disk is full or cannot be written.
     """
-    untouched = load_model(settings).model.trainable_state()
-    return Interpolation(untouched, content["model_state_dict"])
-
-
-def save_interpolated(path: Path, content: dict[str, Any], way: Interpolation, at: float) -> None:
-    """A checkpoint of weights alone, as ``best.pt`` is, at a point of the way.
-
-    Raises:
-        StorageError: the disk is full or refuses.
-    """
-    kept = {key: value for key, value in content.items() if key not in _OF_TRAINING}
-    # The best epoch's figures are not those of these weights, and there is nothing to go on with
-    own = {"model_state_dict": way.at(at), "interpolated_at": at, "best": None, "finished": True}
-    save_checkpoint(path, {**kept, **own})
-
-
-_OF_TRAINING = frozenset(
-    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
-)
+    copied = {key: value for key, value in content.items() if key not in _TRAINING_KEYS}
+    changed = {
+        "model_state_dict": path.at(alpha),
+        "interpolated_at": alpha,
+        "best": None,  # the best epoch had other weights, so its figures do not apply
+        "finished": True,  # there is nothing to resume
+    }
+    save_checkpoint(file, {**copied, **changed})

@@ -1,4 +1,4 @@
-"""Classification of the validation pictures: by prompts over labels, and linearly."""
+"""Classifies the validation images by prompts over labels, and with a linear classifier."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipft.config.settings import Settings
-from clipft.core.errors import ModelError, UsageError
+from clipft.core.errors import UsageError
 from clipft.core.files import replacing
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
@@ -34,8 +34,12 @@ from clipft.metrics.classification import (
 
 @dataclass(frozen=True)
 class LabelSource:
-    """Where labels come from: given (a list with commas, or a file), or the metadata.
-    ``linear_pairs`` training pairs at most are for the linear classifier; 0: none."""
+    """Where labels and prompts come from.
+
+    ``labels`` are given as a list separated by commas or as a file with one per line; None takes
+    the labels in the metadata. ``templates`` is a name in ``TEMPLATES`` or a file. The linear
+    classifier is trained on at most ``linear_pairs`` pairs, and left out if that is 0.
+    """
 
     labels: str | None
     templates: str
@@ -44,7 +48,11 @@ class LabelSource:
 
 @dataclass(frozen=True)
 class Labelling:
-    """Labels and their unit vectors, float32 [L, D], with the prompts that they are made of."""
+    """The labels with their unit vectors, float32 [L, D], and how well they classify.
+
+    ``prompts`` are the figures of classification by the nearest vector. ``linear`` is None
+    without labeled training pairs.
+    """
 
     labels: tuple[str, ...]
     templates: tuple[str, ...]
@@ -53,16 +61,20 @@ class Labelling:
     linear: Linear | None
 
     def to_dict(self, settings: Settings) -> dict[str, Any]:
-        how = settings.resamples, settings.seed
-        linear = self.linear.to_dict(*how) if self.linear else None
-        prompts = self.prompts.to_dict(*how)
+        """Return the values of ``classification`` in ``clipft zero-shot --json``."""
+        resamples, seed = settings.resamples, settings.seed
+        linear = self.linear.to_dict(resamples, seed) if self.linear else None
+        prompts = self.prompts.to_dict(resamples, seed)
         return {**prompts, "templates": list(self.templates), "linear": linear}
 
 
 def label_validation(
     loaded: LoadedModel, pairs: EvaluationSet, embedded: Embeddings, source: LabelSource
 ) -> Labelling | None:
-    """None where no pair carries one of the labels.
+    """Classify the images in ``embedded``, the embeddings of ``pairs``, by their labels.
+
+    Returns:
+        None if no pair has one of the labels. Upper and lower case are not told apart.
 
     Raises:
         UsageError: a file of labels or templates cannot be read, or a template has no {}.
@@ -72,7 +84,7 @@ def label_validation(
     given = _lines(source.labels) if source.labels else None
     labels = list(dict.fromkeys(given or sorted({name for name in named if name})))
     known = {label.casefold(): i for i, label in enumerate(labels)}
-    numbers = [_number(name, known) for name in named]
+    numbers = [known.get((name or "").casefold()) for name in named]
     rows = [i for i, number in enumerate(numbers) if number is not None]
     if not rows:
         return None
@@ -86,34 +98,36 @@ def label_validation(
     return Labelling(tuple(labels), tuple(templates), vectors, prompts, linear)
 
 
-def _number(name: str | None, known: dict[str, int]) -> int | None:
-    return known.get(name.casefold()) if name else None
-
-
 def _linear(
     loaded: LoadedModel, settings: Settings, test: Labelled, known: dict[str, int], most: int
 ) -> Linear | None:
-    """None without labelled training pairs."""
+    """Train a linear classifier on at most ``most`` training pairs and measure it on ``test``.
+
+    ``known`` maps labels in lower case to their numbers. Returns None without training pairs
+    that have one of them.
+    """
     folder = settings.data_dir / "train"
     if not any(folder.glob("*.tar")):
         return None
     pairs = open_pairs(folder, settings.max_train_pairs)
     template = CaptionTemplate.parse(settings.caption)
     said = describe(pairs, template, settings.label_field, None)
-    targets = [_number(description.label, known) for description in said]
+    targets = [known.get((description.label or "").casefold()) for description in said]
     rows = [i for i, target in enumerate(targets) if target is not None]
     if not rows:
         return None
     chosen = np.random.default_rng(settings.seed).permutation(rows)[:most]
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
     numbers = sorted(chosen.tolist())
-    how = live_encoding(loaded, preprocessing, settings.seed)
-    embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), how, settings)
+    # Not cached: a cache of a random choice of pairs would hardly be used again
+    encoding = live_encoding(loaded, preprocessing, settings.seed)
+    embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
     train = Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))
     return linear_classifier(train, test, list(known), settings.seed)
 
 
 def _lines(given: str) -> list[str]:
+    """Read a list separated by commas, or a file with one entry per line."""
     path = Path(given)
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else given.replace(",", "\n")
@@ -127,73 +141,34 @@ def _templates(name: str) -> Sequence[str]:
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UsageError(
-            f"--templates {name}: {f'no {{}} in {wrong[0]!r}' if wrong else 'there is none'}",
-            f"name one of {', '.join(TEMPLATES)}, or a file with one template a line",
+            f"--templates {name}: "
+            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "it has no templates"),
+            f"name one of {', '.join(TEMPLATES)}, or a file with one template per line",
         )
     return templates
 
 
-FORMAT = "clipft-classifier-1"
+def save_classifier(
+    path: Path, loaded: LoadedModel, labelling: Labelling, checkpoint: Path | None
+) -> None:
+    """Write label vectors as safetensors, with all that is needed to classify by them.
 
+    The tensor ``label_vectors`` is float32 [L, D]. The metadata holds ``format``, and as JSON
+    ``labels``, ``templates``, ``logit_scale``, ``base_model`` and ``checkpoint``.
 
-@dataclass(frozen=True)
-class Classifier:
-    """As it stands in the file."""
-
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
-    vectors: Tensor
-    logit_scale: float
-    base_model: dict[str, str]
-    checkpoint: str | None
-
-
-def classifier_of(loaded: LoadedModel, labelling: Labelling, checkpoint: Path | None) -> Classifier:
-    return Classifier(
-        labelling.labels,
-        labelling.templates,
-        labelling.vectors,
-        float(loaded.model.logit_scale.detach().exp()),
-        loaded.identity,
-        str(checkpoint) if checkpoint else None,
-    )
-
-
-def save_classifier(path: Path, classifier: Classifier) -> None:
-    """
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: the disk is full or cannot be written.
     """
     from safetensors.torch import save_file
 
     said: dict[str, Any] = {
-        name: getattr(classifier, name)
-        for name in ("labels", "templates", "logit_scale", "base_model", "checkpoint")
+        "labels": labelling.labels,
+        "templates": labelling.templates,
+        "logit_scale": float(loaded.model.logit_scale.detach().exp()),
+        "base_model": loaded.identity,
+        "checkpoint": str(checkpoint) if checkpoint else None,
     }
-    words = {name: json.dumps(value, ensure_ascii=False) for name, value in said.items()}
+    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in said.items()}
+    metadata = {"format": "clipft-classifier-1", **metadata}  # safetensors takes strings only
     with replacing(path) as temporary:
-        vectors = classifier.vectors.contiguous()
-        save_file({"label_vectors": vectors}, str(temporary), {"format": FORMAT, **words})
-
-
-def load_classifier(path: Path) -> Classifier:
-    """
-    Raises:
-        ModelError: missing, broken, or no classifier.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            words = file.metadata() or {}
-            if words.get("format") != FORMAT:
-                raise ModelError(f"{path} is no classifier of clipft", _HINT)
-            vectors = file.get_tensor("label_vectors")
-        said = {name: json.loads(value) for name, value in words.items() if name != "format"}
-        labels, templates = tuple(said.pop("labels")), tuple(said.pop("templates"))
-        return Classifier(labels, templates, vectors, **said)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read {path}: {' '.join(str(error).split())}", _HINT) from error
-
-
-_HINT = "make it with `clipft zero-shot --save-classifier FILE`"
+        save_file({"label_vectors": labelling.vectors.contiguous()}, str(temporary), metadata)

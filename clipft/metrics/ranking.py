@@ -94,11 +94,14 @@ def retrieval(images: Tensor, texts: Tensor, memory: int) -> Retrieval:
         images, texts: float32 [N, D]; row i of both is pair i.
         memory: limit in bytes of the scores held at a time.
     """
-    return Retrieval(
-        text_to_image=_figures(partner_ranks(texts, images, memory)),
-        image_to_text=_figures(partner_ranks(images, texts, memory)),
-        pairs=len(images),
+    return retrieval_of_ranks(
+        partner_ranks(texts, images, memory), partner_ranks(images, texts, memory)
     )
+
+
+def retrieval_of_ranks(text_to_image: Tensor, image_to_text: Tensor) -> Retrieval:
+    """Summarize the ranks of the partners in both directions, [N] each, counted from 1."""
+    return Retrieval(_figures(text_to_image), _figures(image_to_text), len(text_to_image))
 
 
 def _figures(ranks: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ from clipft.metrics.definitions import (
     upper_bound_ranks,
 )
 from clipft.metrics.figures import RECALLS
-from clipft.metrics.ranking import partner_ranks, ranks_of
+from clipft.metrics.ranking import Retrieval, partner_ranks, ranks_of, retrieval_of_ranks
 from clipft.metrics.relevance import Identities, Relevance, relevance
 
 _MOST_CATEGORIES = 50
@@ -91,13 +91,18 @@ class Category:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures of one model on some pairs. ``clusters`` is the number that is resampled."""
+    """All figures of one model on some pairs.
+
+    ``clusters`` is the number that is resampled. ``retrieval`` is the short form of the paired
+    figures, as measured after each epoch.
+    """
 
     pairs: int
     clusters: int
     parts: Parts
     categories: dict[str, Category]
     options: EvaluationOptions
+    retrieval: Retrieval
 
     def recall(self) -> float:
         """Return the mean of paired R@1, R@5 and R@10 of both directions, in 0..1."""
@@ -208,7 +213,13 @@ def evaluate(
         parts.setdefault(protocol, {})[direction] = part
     categories = _by_category(samples, candidates, labels, related, options)
     clusters = int(related.clusters.max()) + 1
-    return Evaluation(len(images), clusters, parts, categories, options)
+    short = retrieval_of_ranks(
+        *(
+            torch.from_numpy(samples["paired", direction].figures["mean_rank"])
+            for direction in ("text_to_image", "image_to_text")
+        )
+    )
+    return Evaluation(len(images), clusters, parts, categories, options, short)
 
 
 Samples = dict[tuple[str, str], PerQuery]

@@ -73,7 +73,7 @@ def _gallery(
 
         def keep_image(number: int) -> str:
             if number not in places:
-                places[number], image = read.picture(number, at_least=SIDE)
+                places[number], image = read.image(number, at_least=SIDE)
                 if image:
                     images[number] = thumbnail(image)
             return places[number]

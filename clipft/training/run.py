@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
-from clipft.evaluation.gallery import Ranker, Rankings
+from clipft.evaluation.gallery import Rankings, caption_groups, data_name, rank_images
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
@@ -119,7 +120,9 @@ class _Run:
         self.evaluation_set = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
         captions = setup.val_preprocessing.captions
         assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
-        self.rank_images = Ranker.of(setup.val, captions)
+        self.rank_images = partial(
+            rank_images, groups=caption_groups(captions), data=data_name(setup.val)
+        )
         self.rankings: Rankings | None = None  # those of the last validation
         training = None
         if setup.plan.epochs:

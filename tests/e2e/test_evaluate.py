@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from clipft.cli.app import run
-from clipft.core.errors import ModelError, UsageError
+from clipft.core.errors import UsageError
 from clipft.evaluation.wise_ft import parse_alphas
-from clipft.evaluation.zero_shot import load_classifier
 from clipft.runs.checkpoint import load_checkpoint
 from tests.conftest import write_shard
 
@@ -48,7 +48,7 @@ def test_a_run_leaves_its_evaluation_and_evaluate_finds_the_same(trained, data, 
     assert {name: figures[name]["value"] for name in start} == pytest.approx(start, abs=1e-6)
 
 
-def test_people_see_both_models_the_difference_and_what_it_means(trained, data, capsys):
+def test_the_terminal_shows_both_models_their_difference_and_definitions(trained, data, capsys):
     assert run(["evaluate", str(trained), *data]) == 0
     shown = capsys.readouterr().out
     for word in (
@@ -65,15 +65,15 @@ def test_people_see_both_models_the_difference_and_what_it_means(trained, data, 
     assert "Mean recall" in headline and "Pretrained " in headline and "fine-tuned " in headline
 
 
-def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys):
+def test_interpolation_ends_at_both_models(trained, data, tmp_path, capsys):
     folder = tmp_path / "dual_lora"
     shutil.copytree(trained, folder)
     general = tmp_path / "general"
     write_shard(general / "00000.tar", range(2000, 2020))
     half = tmp_path / "half.pt"
-    wish = ["--keep", str(general), "--interpolate", "0,0.5,1"]
-    wish += ["--save-interpolated", "0.5", str(half)]
-    assert run(["evaluate", str(folder), *data, *wish, "--json"]) == 0
+    options = ["--keep", str(general), "--interpolate", "0,0.5,1"]
+    options += ["--save-interpolated", "0.5", str(half)]
+    assert run(["evaluate", str(folder), *data, *options, "--json"]) == 0
     found = answer(capsys)
     compared, points = found["evaluation"], found["interpolation"]["points"]
     assert [point["alpha"] for point in points] == [0, 0.5, 1]
@@ -85,15 +85,15 @@ def test_the_way_between_the_models_ends_at_both(trained, data, tmp_path, capsys
     assert json.loads((folder / "interpolation.json").read_text())["points"] == points
     assert json.loads((folder / "kept.json").read_text())["before"]["pairs"] == 20
 
-    kept = load_checkpoint(half)
-    assert kept["best"] is None and kept["interpolated_at"] == 0.5
+    content = load_checkpoint(half)
+    assert content["best"] is None and content["interpolated_at"] == 0.5
     assert run(["evaluate", str(half), *data, "--json"]) == 0
     assert answer(capsys)["evaluation"]["after"]["recall"] == points[1]["recall"]
 
 
-def test_wishes_that_cannot_be_met_are_refused_before_the_work(trained, data, tmp_path, capsys):
-    def refused(*wish):
-        code = run(["evaluate", str(trained), *data, *wish])
+def test_impossible_requests_are_refused_before_the_work(trained, data, tmp_path, capsys):
+    def refused(*options):
+        code = run(["evaluate", str(trained), *data, *options])
         return code, capsys.readouterr().err
 
     assert refused("--interpolate", "0:2:0.5")[0] == 2
@@ -105,7 +105,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_the_work(trained, data, tm
     assert refused("--keep", str(tmp_path / "nowhere"))[0] == 3
 
 
-def test_an_untouched_model_has_nothing_between(catalogue, data, tmp_path, capsys):
+def test_a_pretrained_model_has_nothing_to_interpolate(catalogue, data, tmp_path, capsys):
     where = ("--data-dir", str(catalogue), "--output-dir", str(tmp_path), *SMALL)
     assert run(["train", "--model", "tiny", "--scenario", "zero_shot", *where]) == 0
     left = json.loads((tmp_path / "zero_shot" / "evaluation.json").read_text())
@@ -119,7 +119,7 @@ def test_an_untouched_model_has_nothing_between(catalogue, data, tmp_path, capsy
     ("text", "points"),
     [("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]), ("0.3", [0.3]), ("0,1", [0, 1]), ("1:1:1", [1])],
 )
-def test_points_are_read(text, points):
+def test_alphas_are_read(text, points):
     assert parse_alphas(text) == points
     assert len(parse_alphas("0:1:0.01")) == 101
 
@@ -128,37 +128,32 @@ WRONG = ("", "a", "0:1", "0:1:0", "0:1:-1", "0:1:0.001", "1:0:0.1", "-1", "nan",
 
 
 @pytest.mark.parametrize("text", [*WRONG, "0:1:nan"])
-def test_other_points_are_refused(text):
+def test_invalid_alphas_are_refused(text):
     with pytest.raises(UsageError):
         parse_alphas(text)
 
 
 def test_zero_shot_classifies_by_prompts_and_linearly_and_saves(catalogue, data, tmp_path, capsys):
     file = tmp_path / "classifier.safetensors"
-    wish = ("--label-field", "type", "--save-classifier", str(file))
-    assert run(["zero-shot", "--model", "tiny", *data, *wish, "--json"]) == 0
+    options = ("--label-field", "type", "--save-classifier", str(file))
+    assert run(["zero-shot", "--model", "tiny", *data, *options, "--json"]) == 0
     found = answer(capsys)["classification"]
     assert sum(map(sum, found["confusion"])) == found["images"] == 40
     assert found["top1_interval"]["low"] <= found["top1"] <= found["top1_interval"]["high"]
     assert found["linear"]["training_images"] > 40
     assert found["linear"]["images"] == 40 and found["linear"]["c"] > 0
-    saved = load_classifier(file)
-    assert list(saved.labels) == found["names"]
-    assert saved.base_model["name"] == "tiny" and saved.checkpoint is None
-    torch.testing.assert_close(saved.vectors.norm(dim=1), torch.ones(len(saved.labels)))
+    with safe_open(file, "pt") as saved:
+        words, vectors = saved.metadata(), saved.get_tensor("label_vectors")
+    assert words.pop("format") == "clipft-classifier-1"
+    said = {name: json.loads(value) for name, value in words.items()}
+    assert said["labels"] == found["names"] and said["templates"] == found["templates"]
+    assert said["base_model"]["name"] == "tiny" and said["checkpoint"] is None
+    assert said["logit_scale"] > 1
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(found["names"])))
 
 
-def test_a_tuned_model_classifies_too(trained, data, capsys):
-    wish = ("--label-field", "type", "--linear-pairs", "0")
-    assert run(["zero-shot", str(trained), *data, *wish, "--json"]) == 0
+def test_a_fine_tuned_model_classifies_too(trained, data, capsys):
+    options = ("--label-field", "type", "--linear-pairs", "0")
+    assert run(["zero-shot", str(trained), *data, *options, "--json"]) == 0
     found = answer(capsys)
     assert found["checkpoint"].endswith("best.pt") and found["classification"]["linear"] is None
-
-
-def test_a_file_that_is_no_classifier_is_named(tmp_path):
-    for content in (b"", b"\x08" + bytes(7) + b"{}      ", b"x" * 100):
-        (tmp_path / "c").write_bytes(content)
-        with pytest.raises(ModelError, match="c"):
-            load_classifier(tmp_path / "c")
-    with pytest.raises(ModelError):
-        load_classifier(tmp_path / "missing")

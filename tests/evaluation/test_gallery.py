@@ -1,4 +1,4 @@
-"""The first pictures of some captions, against a plain sort."""
+"""The images ranked first for some captions, against a plain sort."""
 
 import torch
 from hypothesis import given, settings
@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from clipft.embedding.embed import Embeddings
-from clipft.evaluation.gallery import Ranker, Rankings, choose_cases
+from clipft.evaluation.gallery import Rankings, choose_cases, rank_images
 
 
 def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:
-    """Of pairs in groups; every ``skip``-th could not be used."""
+    """Random embeddings of pairs, of which every ``skip``-th could not be used."""
     generator = torch.Generator().manual_seed(seed)
     numbers = tuple(n for n in range(len(groups)) if skip == 0 or n % skip)
     images = normalize(torch.randn(len(numbers), 6, generator=generator), dim=1)
@@ -20,11 +20,11 @@ def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 99), st.lists(st.integers(0, 5), min_size=3, max_size=40), st.integers(0, 3))
-def test_ranks_and_first_pictures_are_those_of_a_sort(seed, groups, skip):
+def test_ranks_and_first_images_match_a_plain_sort(seed, groups, skip):
     if skip == 1:  # nothing left
         return
     embedded = embeddings(seed, groups, skip)
-    found = Ranker(torch.tensor(groups), "x")(embedded)
+    found = rank_images(embedded, torch.tensor(groups), "x")
     firsts = {groups[number]: number for number in reversed(embedded.numbers)}
     assert found.queries == sorted(firsts.values())
     scores = (embedded.texts @ embedded.images.T).numpy()
@@ -36,12 +36,12 @@ def test_ranks_and_first_pictures_are_those_of_a_sort(seed, groups, skip):
         assert rank == right[0]
 
 
-def test_of_many_captions_some_ask_spread_over_the_set():
-    found = Ranker(torch.arange(2500), "x")(embeddings(1, list(range(2500)), 0))
+def test_queries_are_spread_over_the_set_if_there_are_many_captions():
+    found = rank_images(embeddings(1, list(range(2500)), 0), torch.arange(2500), "x")
     assert len(found.queries) == 834 and found.queries[-1] == 2499
 
 
-def test_a_file_is_read_back_and_another_is_none(tmp_path):
+def test_rankings_are_read_back_and_other_files_give_none(tmp_path):
     found = Rankings("x", [1, 2], [3, 1], [[4, 5], [2, 1]])
     found.write(tmp_path / "a.json")
     assert Rankings.read(tmp_path / "a.json") == found

@@ -1,3 +1,5 @@
+"""Weights between the pretrained and the fine-tuned model, in every scenario."""
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def encoded(model):
 
 
 def moved(model):
-    """As training would: every weight that trains is changed."""
+    """Change every trainable weight, as training would, and return the weights."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, p in model.trainable():
@@ -39,27 +41,27 @@ def moved(model):
 
 
 @pytest.mark.parametrize("scenario", TRAINING)
-def test_the_ends_are_the_untouched_and_the_tuned_model(scenario):
+def test_the_ends_are_the_pretrained_and_the_fine_tuned_model(scenario):
     base = load_pretrained("tiny")
     settings = Settings(model="tiny", scenario="zero_shot")
-    untouched = encoded(adapt(base, SCENARIOS["zero_shot"], settings).eval())
+    pretrained = encoded(adapt(base, SCENARIOS["zero_shot"], settings).eval())
     model = trainable(scenario)
     start = model.trainable_state()
-    way = Interpolation(start, moved(model))
-    tuned = encoded(model)
-    assert not torch.allclose(untouched, tuned, atol=1e-3)
-    model.load_trainable_state(way.at(0))
-    torch.testing.assert_close(encoded(model), untouched, atol=1e-6, rtol=0)
-    model.load_trainable_state(way.at(1))
-    torch.testing.assert_close(encoded(model), tuned, atol=0, rtol=0)
+    path = Interpolation(start, moved(model))
+    fine_tuned = encoded(model)
+    assert not torch.allclose(pretrained, fine_tuned, atol=1e-3)
+    model.load_trainable_state(path.at(0))
+    torch.testing.assert_close(encoded(model), pretrained, atol=1e-6, rtol=0)
+    model.load_trainable_state(path.at(1))
+    torch.testing.assert_close(encoded(model), fine_tuned, atol=0, rtol=0)
 
 
 def test_half_of_an_adapter_is_half_of_its_change():
     model = trainable()
-    way = Interpolation(model.trainable_state(), moved(model))
+    path = Interpolation(model.trainable_state(), moved(model))
     layer = next(m for m in model.modules() if hasattr(m, "get_delta_weight"))
     whole = layer.get_delta_weight("default").detach()
-    model.load_trainable_state(way.at(0.5))
+    model.load_trainable_state(path.at(0.5))
     torch.testing.assert_close(layer.get_delta_weight("default").detach(), whole / 2)
 
 
@@ -72,12 +74,12 @@ def test_full_weights_are_interpolated_linearly():
         torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * end[name])
 
 
-def test_what_cannot_be_interpolated_is_refused():
+def test_weights_that_cannot_be_interpolated_are_refused():
     with pytest.raises(ModelError, match="nothing was trained"):
         Interpolation({}, {})
     model = trainable()
-    tuned = moved(model)
+    fine_tuned = moved(model)
     with pytest.raises(ModelError, match="before training"):
-        Interpolation(tuned, tuned)
+        Interpolation(fine_tuned, fine_tuned)
     with pytest.raises(ModelError, match="scenario"):
-        Interpolation(trainable("linear_probe").trainable_state(), tuned)
+        Interpolation(trainable("linear_probe").trainable_state(), fine_tuned)

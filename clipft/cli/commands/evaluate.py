@@ -182,7 +182,6 @@ def zero_shot(
     from clipft.evaluation.evaluator import Comparison, EvaluationSet
     from clipft.evaluation.zero_shot import (
         LabelSource,
-        classifier_of,
         label_validation,
         save_classifier,
     )
@@ -201,7 +200,7 @@ def zero_shot(
     compared = Comparison(evaluated.evaluation, None).to_dict()
     classification = labelling.to_dict(settings) if labelling else None
     result = {
-        **evaluated.embedded.retrieval(settings.evaluation_bytes).to_dict(),
+        **evaluated.evaluation.retrieval.to_dict(),
         "model": settings.model,
         "checkpoint": opened.checkpoint,
         "evaluation": compared,
@@ -212,7 +211,7 @@ def zero_shot(
         field = settings.label_field
         out.note(f"No classification: no pair has one of the labels in its field {field!r}.")
     elif options.save_classifier:
-        save_classifier(options.save_classifier, classifier_of(model, labelling, opened.checkpoint))
+        save_classifier(options.save_classifier, model, labelling, opened.checkpoint)
     # After the pretrained model comes the run that should improve on it
     data = ("--data-dir", loaded.values.data_dir)
     following = ("train", *data, *flags_given(loaded, "model"), "--plan")
