@@ -27,8 +27,10 @@ def resampled(samples: Sequence[PerQuery], resamples: int, seed: int) -> list[di
 
     Returns:
         For each sample, name -> float64 [resamples]: the figure's mean in each resample, NaN
-        where a resample holds no query of the sample.
+        where a resample holds no query of the sample. Empty if ``resamples`` is 0.
     """
+    if not resamples:
+        return [{} for _ in samples]
     clusters = 1 + max(int(sample.clusters.max()) for sample in samples)
     # For each sample: the number of queries per cluster, then the sum of each figure per cluster
     sums = []

@@ -54,6 +54,11 @@ class Classification:
         if resamples:
             hits = PerQuery({"top1": self.right[:, 0].astype(float)}, np.arange(len(self.right)))
             around = {"top1_interval": interval(resampled([hits], resamples, seed)[0]["top1"])}
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        totals = self.confusion.sum(1)
+        order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
+        most_confused = (divmod(int(at), len(self.names)) for at in order)
         return {
             "top1": self.top1,
             **around,
@@ -64,26 +69,17 @@ class Classification:
             "names": list(self.names),
             "recall": [None if np.isnan(recall) else float(recall) for recall in self.recalls],
             "confusion": self.confusion.tolist(),
-            "confused": self._confused(),
+            "confused": [
+                {
+                    "label": self.names[label],
+                    "taken_for": self.names[taken],
+                    "images": int(wrong[label, taken]),
+                    "share": float(wrong[label, taken] / totals[label]),  # of the label's images
+                }
+                for label, taken in most_confused
+                if wrong[label, taken]
+            ],
         }
-
-    def _confused(self) -> list[dict[str, Any]]:
-        """The pairs of labels that are confused most; ``share`` is of the right label's images."""
-        wrong = self.confusion.copy()
-        np.fill_diagonal(wrong, 0)
-        totals = self.confusion.sum(1)
-        order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
-        pairs = (divmod(int(at), len(self.names)) for at in order)
-        return [
-            {
-                "label": self.names[label],
-                "taken_for": self.names[taken],
-                "images": int(wrong[label, taken]),
-                "share": float(wrong[label, taken] / totals[label]),
-            }
-            for label, taken in pairs
-            if wrong[label, taken]
-        ]
 
 
 def label_embeddings(

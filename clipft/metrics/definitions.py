@@ -67,20 +67,12 @@ class PerQuery:
     figures: dict[str, Floats]
     clusters: Integers
 
-    def __len__(self) -> int:
-        return len(self.clusters)
-
     def means(self) -> dict[str, float]:
         """Average each figure over the queries; ranks also give their median."""
         found = {name: float(values.mean()) for name, values in self.figures.items()}
         if "mean_rank" in self.figures:
             found["median_rank"] = float(np.median(self.figures["mean_rank"]))
         return found
-
-    def subset(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> "PerQuery":
-        """Keep the queries marked in ``chosen``, bool [Q]."""
-        figures = {name: values[chosen] for name, values in self.figures.items()}
-        return PerQuery(figures, self.clusters[chosen])
 
 
 def paired_figures(ranks: Integers) -> dict[str, Floats]:

@@ -89,8 +89,18 @@ def relevance(identities: Identities) -> Relevance:
             t, p = np.unique(texts[m]), np.unique(images[m])
             edges.append(np.stack([np.repeat(t, len(p)), np.tile(p, len(t))]))
     joined = np.unique(np.concatenate(edges, axis=1), axis=1)
-    clusters = _clusters(joined, len(text_pairs), len(image_pairs))
     edge_texts, edge_images = map(np.ascontiguousarray, joined)
+    # The cluster of each text: the lowest number spreads along the edges until nothing changes
+    label, of_image = np.arange(len(text_pairs)), np.full(len(image_pairs), len(text_pairs))
+    while True:
+        np.minimum.at(of_image, edge_images, label[edge_texts])
+        spread = label.copy()
+        np.minimum.at(spread, edge_texts, of_image[edge_images])
+        spread = spread[spread]  # pointer jumping: halves the length of long chains
+        if np.array_equal(spread, label):
+            break
+        label = spread
+    clusters = np.unique(label, return_inverse=True)[1].astype(np.int64)
     return Relevance(text_pairs, image_pairs, edge_texts, edge_images, clusters[texts])
 
 
@@ -102,16 +112,3 @@ def _distinct(values: Integers) -> tuple[Integers, Integers]:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return first[order], place[number]
-
-
-def _clusters(edges: Integers, texts: int, images: int) -> Integers:
-    """The cluster of each text: the lowest number spreads along the edges until nothing changes."""
-    label, of_image = np.arange(texts), np.full(images, texts)
-    while True:
-        np.minimum.at(of_image, edges[1], label[edges[0]])
-        spread = label.copy()
-        np.minimum.at(spread, edges[0], of_image[edges[1]])
-        spread = spread[spread]  # pointer jumping: halves the length of long chains
-        if np.array_equal(spread, label):
-            return np.unique(label, return_inverse=True)[1].astype(np.int64)
-        label = spread

@@ -13,7 +13,6 @@ from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
 from clipft.metrics.definitions import (
     Floats,
-    Integers,
     PerQuery,
     grouped_figures,
     paired_figures,
@@ -109,16 +108,6 @@ class Evaluation:
         paired = self.parts["paired"].values()
         return float(np.mean([part.means[name] for part in paired for name in RECALLS]))
 
-    def resampled_recall(self) -> Floats | None:
-        """Return ``recall`` in each resample, float64 [resamples]; None without resamples."""
-        if not self.options.resamples:
-            return None
-        paired = self.parts["paired"].values()
-        values: Floats = np.mean(
-            [part.resampled[name] for part in paired for name in RECALLS], axis=0
-        )
-        return values
-
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON values of ``before`` and ``after`` in evaluation.json."""
         return {
@@ -163,9 +152,12 @@ def difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
 def recall_difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
     """Return ``value``, ``low``, ``high`` and ``clear`` of the difference in mean recall."""
     found: dict[str, Any] = {"value": after.recall() - before.recall()}
-    ours, theirs = after.resampled_recall(), before.resampled_recall()
-    if ours is None or theirs is None:
+    if not (after.options.resamples and before.options.resamples):
         return found
+    ours, theirs = (
+        np.mean([p.resampled[name] for p in e.parts["paired"].values() for name in RECALLS], axis=0)
+        for e in (after, before)
+    )
     around = interval(ours - theirs)
     return {**found, **around, "clear": around["low"] > 0 or around["high"] < 0}
 
@@ -202,14 +194,14 @@ def evaluate(
         ("text_to_image", upper_bound_ranks(identities.captions, identities.images)),
         ("image_to_text", upper_bound_ranks(identities.images, identities.captions)),
     ):
-        upper_bounds["paired", direction] = PerQuery(
-            paired_figures(best), identities.captions
-        ).means()
-    values = _resampled(list(samples.values()), options)
+        figures = paired_figures(best)
+        upper_bounds["paired", direction] = PerQuery(figures, identities.captions).means()
+    values = resampled(list(samples.values()), options.resamples, options.seed)
     parts: Parts = {}
     for (key, sample), own in zip(samples.items(), values, strict=True):
         protocol, direction = key
-        part = Part(len(sample), candidates[key], sample.means(), own, upper_bounds.get(key))
+        size, bound = len(sample.clusters), upper_bounds.get(key)
+        part = Part(size, candidates[key], sample.means(), own, bound)
         parts.setdefault(protocol, {})[direction] = part
     categories = _by_category(samples, candidates, labels, related, options)
     clusters = int(related.clusters.max()) + 1
@@ -250,12 +242,6 @@ def _measure(images: Tensor, texts: Tensor, related: Relevance, memory: int) -> 
     return samples
 
 
-def _resampled(samples: Sequence[PerQuery], options: EvaluationOptions) -> list[dict[str, Floats]]:
-    if not options.resamples:
-        return [{} for _ in samples]
-    return resampled(samples, options.resamples, options.seed)
-
-
 def _by_category(
     samples: Samples,
     candidates: dict[tuple[str, str], int],
@@ -273,16 +259,19 @@ def _by_category(
     }
     found = {}
     for label, pairs in Counter(label for label in labels if label).most_common(_MOST_CATEGORIES):
-        chosen = {key: sample.subset(of_query[key] == label) for key, sample in samples.items()}
-        if pairs < _MIN_PAIRS or not all(map(len, chosen.values())):
+        chosen = {key: of_query[key] == label for key in samples}
+        if pairs < _MIN_PAIRS or not all(queries.any() for queries in chosen.values()):
             continue
         parts: Parts = {}
-        for (protocol, direction), sample in chosen.items():
+        for (protocol, direction), sample in samples.items():
+            queries = chosen[protocol, direction]
+            figures = {name: values[queries] for name, values in sample.figures.items()}
             # The bootstrap wants the clusters of this category numbered from 0
-            clusters: Integers = np.unique(sample.clusters, return_inverse=True)[1].astype(np.int64)
-            values = _resampled([PerQuery(sample.figures, clusters)], options)[0]
+            numbers = np.unique(sample.clusters[queries], return_inverse=True)[1]
+            own = PerQuery(figures, numbers.astype(np.int64))
+            values = resampled([own], options.resamples, options.seed)[0]
             size = candidates[protocol, direction]
-            part = Part(len(sample), size, sample.means(), values)
+            part = Part(len(own.clusters), size, own.means(), values)
             parts.setdefault(protocol, {})[direction] = part
         found[label] = Category(pairs, parts)
     return found
