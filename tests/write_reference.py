@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clipft.cli.app import COMMANDS, command_of
-from clipft.config.fields import choices_of, default_text, fields_of, is_fixed, kind_of, range_of
-from clipft.config.settings import SECTIONS
+from clipft.config.fields import choices_of, default_text, kind_of, range_of
+from clipft.config.settings import SECTIONS, fixed_on_resume
 from clipft.config.sources import option_of
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
@@ -56,7 +56,7 @@ def _command(command: Any) -> Iterator[str]:
 def _settings(parameters: Mapping[str, inspect.Parameter]) -> Iterator[str]:
     """The titles of sections that a command has completely, otherwise the names of settings."""
     for section in SECTIONS:
-        names = [name for name, _ in fields_of(section)]
+        names = list(section.model_fields)
         there = [n for n in names if n in parameters and _panel(parameters[n]) == section.title]
         if there == names:
             yield f"all of [{section.title}](settings.md#{section.title.lower()})"
@@ -113,11 +113,11 @@ def settings_page() -> str:
     for section in SECTIONS:
         lines += ["", f"## {section.title}", "", "| name | meaning | value | default | |"]
         lines += ["| --- | --- | --- | --- | --- |"]
-        for name, field in fields_of(section):
+        for name, field in section.model_fields.items():
             value = ", ".join(f"`{c}`" for c in choices_of(field)) or kind_of(field)
             numbers = range_of(field)
             value += f", {numbers}" if numbers else ""
-            fixed = "fixed" if is_fixed(field) else ""
+            fixed = "fixed" if name in fixed_on_resume() else ""
             default = f"`{default_text(field.default)}`"
             cells = (f"`{name}`", str(field.description), value, default, fixed)
             lines.append(f"| {' | '.join(map(_cell, cells))} |")

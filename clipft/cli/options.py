@@ -20,7 +20,6 @@ from clipft.config.fields import (
     Section,
     choices_of,
     default_text,
-    fields_of,
     former_name,
     placeholder_of,
     range_of,
@@ -73,11 +72,11 @@ class Command:
         settings = {
             name: (field, section)
             for section in SECTIONS
-            for name, field in fields_of(section)
+            for name, field in section.model_fields.items()
             if section in self._wanted or name in self._wanted
         }
         model = self._options
-        own = {name: (field, model) for name, field in fields_of(model)} if model else {}
+        own = {n: (field, model) for n, field in model.model_fields.items()} if model else {}
         signature = inspect.signature(self._function).parameters
 
         @functools.wraps(self._function)

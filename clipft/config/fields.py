@@ -4,7 +4,7 @@ Settings and the options of single commands are declared with the same ``setting
 place describes them for the help, for settings files and for the documentation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -70,24 +70,14 @@ File = Annotated[Path, AfterValidator(_refuse_folder)]
 """A path that may be missing, but must not be a folder."""
 
 
-def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    """The settings of a section by name, in the order of their declaration."""
-    yield from section.model_fields.items()
-
-
-def is_fixed(field: FieldInfo) -> bool:
-    """True if a resumed run must keep the setting as it was."""
-    return bool(_extra(field)["fate"] == "fixed")
-
-
 def former_name(field: FieldInfo) -> str | None:
     """The earlier name under which the setting is still accepted, if it was renamed."""
-    return _extra(field).get("formerly")
+    return extra_of(field).get("formerly")
 
 
 def current_names(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace former names by current ones; a value under the current name wins."""
-    former = {former_name(field): name for name, field in fields_of(section)}
+    former = {former_name(field): name for name, field in section.model_fields.items()}
     renamed = {former[name]: value for name, value in values.items() if name in former}
     return renamed | {name: value for name, value in values.items() if name not in former}
 
@@ -96,7 +86,7 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
     """The accepted values of a setting that has a closed list of them, otherwise none."""
     if get_origin(field.annotation) is Literal:
         return tuple(map(str, get_args(field.annotation)))
-    return tuple(_extra(field).get("enum", ()))
+    return tuple(extra_of(field).get("enum", ()))
 
 
 def range_of(field: FieldInfo) -> str:
@@ -118,12 +108,12 @@ def range_of(field: FieldInfo) -> str:
 def kind_of(field: FieldInfo) -> str:
     """What a value is, in a word: its unit, or a name for its type."""
     kind = _KINDS.get(value_type(field), "CHOICE" if choices_of(field) else "TEXT")
-    return str(_extra(field).get("unit", kind))
+    return str(extra_of(field).get("unit", kind))
 
 
 def placeholder_of(field: FieldInfo) -> str:
     """What stands for a value in the help of a command."""
-    return str(_extra(field).get("metavar", kind_of(field).upper()))
+    return str(extra_of(field).get("metavar", kind_of(field).upper()))
 
 
 def value_type(field: FieldInfo) -> Any:
@@ -143,6 +133,7 @@ def default_text(value: Any) -> str:
     return "none" if value is None or value in ("", (), {}) else str(value)
 
 
-def _extra(field: FieldInfo) -> dict[str, Any]:
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """What ``setting`` notes beside a field's default and range, by the names used there."""
     assert isinstance(field.json_schema_extra, dict), "declare it with `setting`"
     return field.json_schema_extra

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from clipft.config.fields import Section, is_fixed, setting
+from clipft.config.fields import Section, extra_of, setting
 from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
 from clipft.core.errors import unknown_choice
 
@@ -458,7 +458,8 @@ EVALUATION_OVERRIDES = (
 
 def fixed_on_resume() -> list[str]:
     """The names of the settings that decide the weights and so must not change on resume."""
-    return [name for name, field in Settings.model_fields.items() if is_fixed(field)]
+    fields = Settings.model_fields.items()
+    return [name for name, field in fields if extra_of(field)["fate"] == "fixed"]
 
 
 def beside_defaults(values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
-"""Settings files: how a TOML file is read, printed and offered as a commented template."""
+"""Settings files: reading TOML, writing its values, and a commented template."""
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipft.config.fields import choices_of, fields_of, range_of
-from clipft.config.settings import SECTIONS, Settings
+from clipft.config.fields import choices_of, range_of
+from clipft.config.settings import SECTIONS
 from clipft.core.errors import UsageError
 
 
@@ -30,26 +29,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def settings_as_toml(settings: Settings, origins: Mapping[str, str]) -> str:
-    """Print settings as TOML that ``--config`` reads back, each line with its origin."""
-    lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
-    dumped = settings.model_dump(mode="json")
-    for section in SECTIONS:
-        lines += ["", f"# {section.title}"]
-        for name, _ in fields_of(section):
-            if dumped[name] is None:  # TOML has no null
-                lines.append(f"# {name} is not set")
-            else:
-                lines.append(f"{name} = {toml_value(dumped[name])}  # {origins[name]}")
-    return "\n".join(lines) + "\n"
-
-
 def template() -> str:
     """A commented settings file that sets nothing; a line without its # would set the default."""
     lines = ["# Settings of clipft, for --config. Remove the # from a line to set its value."]
     for section in SECTIONS:
         lines += ["", "", f"# {section.title}"]
-        for name, field in fields_of(section):
+        for name, field in section.model_fields.items():
             notes = "; ".join(filter(None, ["|".join(choices_of(field)), range_of(field)]))
             about = f"{field.description} ({notes})" if notes else str(field.description)
             lines += ["", *(f"# {line}" for line in textwrap.wrap(about, 96))]

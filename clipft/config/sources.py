@@ -6,8 +6,9 @@ a TOML file (``--config``), a profile (``--mini-train``, the scenario), the defa
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +16,8 @@ from pydantic import ValidationError
 
 from clipft.config.fields import Section, choices_of, current_names
 from clipft.config.scenarios import SCENARIOS
-from clipft.config.settings import MINI_TRAIN, Settings
-from clipft.config.settings_file import read_toml, settings_as_toml
+from clipft.config.settings import MINI_TRAIN, SECTIONS, Settings
+from clipft.config.settings_file import read_toml, toml_value
 from clipft.core.common import cache_folder
 from clipft.core.errors import UsageError, did_you_mean, unknown_choice
 
@@ -74,7 +75,17 @@ class LoadedSettings:
     origins: dict[str, str]
 
     def to_toml(self) -> str:
-        return settings_as_toml(self.values, self.origins)
+        """Print the settings as TOML that ``--config`` reads back, each line with its origin."""
+        lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
+        dumped = self.values.model_dump(mode="json")
+        for section in SECTIONS:
+            lines += ["", f"# {section.title}"]
+            for name in section.model_fields:
+                if dumped[name] is None:  # TOML has no null
+                    lines.append(f"# {name} is not set")
+                else:
+                    lines.append(f"{name} = {toml_value(dumped[name])}  # {self.origins[name]}")
+        return "\n".join(lines) + "\n"
 
 
 def load_settings(
@@ -117,9 +128,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if name.startswith(ENV_PREFIX) and name not in ENV_OTHERS
     }
     values = current_names(Settings, given)
-    unknown = [name for name in values if name not in Settings.model_fields]
-    if unknown:
-        raise _unknown_name(_spelled(unknown[0], "environment"), unknown[0], "environment")
+    refuse_unknown(values, Settings, "environment")
     return values
 
 
@@ -188,26 +197,24 @@ def known_settings(values: Mapping[str, Any], source: Path | str) -> dict[str, A
 
 
 def refuse_unknown(names: Iterable[str], section: type[Section], source: Path | str) -> None:
-    """
+    """Refuse names that are not fields of ``section``; ``source`` is where they were given.
+
     Raises:
-        UsageError: some names are not fields of ``section``.
+        UsageError: some names are unknown.
     """
     unknown = [name for name in names if name not in section.model_fields]
-    if unknown:
-        raise _unknown_name(f"{', '.join(unknown)} in {source}", unknown[0], str(source), section)
-
-
-def _unknown_name(
-    shown: str, name: str, origin: str, section: type[Section] = Settings
-) -> UsageError:
-    def spell(near: str) -> str:
-        return _spelled(near, origin) if origin == "environment" else near
-
+    if not unknown:
+        return
+    shown = f"{', '.join(unknown)} in {source}"
+    spell: Callable[[str], str] = str
+    if source == "environment":
+        spell = partial(_spelled, origin="environment")
+        shown = spell(unknown[0])
     hint = "`clipft settings` lists every name"
     if section is not Settings:
         hint = f"the names are {', '.join(section.model_fields)}"
-    meant = did_you_mean(name, section.model_fields, spell)
-    return UsageError(f"unknown setting {shown}", meant or hint)
+    meant = did_you_mean(unknown[0], section.model_fields, spell)
+    raise UsageError(f"unknown setting {shown}", meant or hint)
 
 
 def validated(
@@ -226,21 +233,19 @@ def validated(
             name = str(mistake["loc"][0])
             # Without the user name and the password of a URL
             shown = re.sub(r"(?<=//)[^/]*@", "...@", repr(mistake["input"]))
-            reason = _reason(mistake, choices_of(section.model_fields[name]))
+            if mistake["type"] == "literal_error":
+                choices = choices_of(section.model_fields[name])
+                reason = unknown_choice(str(mistake["input"]), choices)
+            else:
+                reason = str(mistake["msg"]).removeprefix("Value error, ")
+                for theirs, ours in _PLAINER.items():
+                    reason = reason.replace(theirs, ours)
+                reason = reason.partition(", unable to parse")[0]
             lines.append(f"{_spelled(name, origins[name])} {shown}: {reason}")
         hint = "`clipft settings` shows every value and its source"
         if section is not Settings:
             hint = "the --help of the command describes its options"
         raise UsageError("; ".join(lines), hint) from error
-
-
-def _reason(mistake: Any, choices: Iterable[str]) -> str:
-    if mistake["type"] == "literal_error":
-        return unknown_choice(str(mistake["input"]), choices)
-    message = str(mistake["msg"]).removeprefix("Value error, ")
-    for theirs, ours in _PLAINER.items():
-        message = message.replace(theirs, ours)
-    return message.partition(", unable to parse")[0]
 
 
 def _spelled(name: str, origin: str) -> str:

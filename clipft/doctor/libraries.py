@@ -91,19 +91,13 @@ def device(settings: Settings) -> Finding:
     if settings.device == "cuda" and card:
         return Finding("error", f"not cuda, although this machine has {card}", unusable)
     chosen = choose_precision(settings).device
-    if chosen.type == "cuda":
-        return _gpus(settings.processes)
     if chosen.type == "cpu" and settings.device == "auto":
         if card:
             return Finding("warning", f"cpu, although this machine has {card}", unusable)
         hint = "real models take hours on a CPU; try `--model tiny` first"
         return Finding("warning", "cpu: this machine has no GPU", hint)
-    return Finding("ok", chosen.type)
-
-
-def _gpus(processes: int) -> Finding:
-    import torch
-
+    if chosen.type != "cuda":
+        return Finding("ok", chosen.type)
     count = torch.cuda.device_count()
     driver = _nvidia_card().partition(", driver ")[2] or "unknown"
     cards = []
@@ -112,7 +106,7 @@ def _gpus(processes: int) -> Finding:
         name = torch.cuda.get_device_name(number)
         cards.append(f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
     found = f"{'; '.join(cards)}; driver {driver}, CUDA {torch.version.cuda}"
-    if processes > count:
+    if settings.processes > count:
         hint = f"each of the --processes needs a GPU of its own: use at most {count}"
         return Finding("error", found, hint)
     free, total = torch.cuda.mem_get_info()

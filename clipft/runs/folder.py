@@ -29,7 +29,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clipft.config.fields import fields_of
 from clipft.config.scenarios import CHECKPOINT_SUFFIX
 from clipft.config.settings import SECTIONS, Settings, beside_defaults
 from clipft.core.errors import StorageError, UsageError, first_line
@@ -183,7 +182,7 @@ def read_run(folder: Path) -> RunRecords:
         settings=[
             {"section": section.title, **described}
             for section in SECTIONS
-            for described in beside_defaults({name: values[name] for name, _ in fields_of(section)})
+            for described in beside_defaults({name: values[name] for name in section.model_fields})
         ],
         run=read(paths.record) or {},
         steps=[line for line in metrics if line.get("kind") == "step"],
