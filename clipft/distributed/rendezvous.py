@@ -56,32 +56,28 @@ def find_rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
                 port=int(environ["MASTER_PORT"]),
             )
         if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
-            return _from_slurm(environ)
+            world_size = int(environ["SLURM_STEP_NUM_TASKS"])
+            nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+            node_list = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+            # The first node of a list such as "gpu[03-07,12],login" is gpu03
+            match = re.match(r"([^,\[]+)(?:\[([^,\]-]+))?", node_list)
+            if not match:
+                raise ValueError(f"no node in {node_list!r}")
+            job_port = _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % _PORT_COUNT
+            return Rendezvous(
+                rank=int(environ["SLURM_PROCID"]),
+                world_size=world_size,
+                local_rank=int(environ["SLURM_LOCALID"]),
+                local_world_size=-(-world_size // nodes),
+                address=environ.get("MASTER_ADDR") or match[1] + (match[2] or ""),
+                port=int(environ.get("MASTER_PORT", job_port)),
+            )
     except (KeyError, ValueError) as error:
         raise UsageError(
             f"the environment announces several processes but is incomplete: {error}",
             "start them with torchrun, srun, or `clipft train --processes N`",
         ) from error
     return None
-
-
-def _from_slurm(environ: Mapping[str, str]) -> Rendezvous:
-    world_size = int(environ["SLURM_STEP_NUM_TASKS"])
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
-    node_list = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-    # The first node of a list such as "gpu[03-07,12],login" is gpu03
-    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+))?", node_list)
-    if not match:
-        raise ValueError(f"no node in {node_list!r}")
-    job_port = _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % _PORT_COUNT
-    return Rendezvous(
-        rank=int(environ["SLURM_PROCID"]),
-        world_size=world_size,
-        local_rank=int(environ["SLURM_LOCALID"]),
-        local_world_size=-(-world_size // nodes),
-        address=environ.get("MASTER_ADDR") or match[1] + (match[2] or ""),
-        port=int(environ.get("MASTER_PORT", job_port)),
-    )
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from clipft.distributed.rank_zero import in_lockstep
 from clipft.embedding.encoding import Encoding
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
-from clipft.metrics.ranking import Retrieval, retrieval
 
 _BATCH = 64
 """Pairs per forward pass without gradients, where no micro-batch size is set."""
@@ -41,9 +40,6 @@ class Embeddings:
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     groups: Tensor | None = None
-
-    def retrieval(self, memory: int) -> Retrieval:
-        return retrieval(self.images, self.texts, memory)
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,11 @@ def make_towers(loaded: LoadedModel, seed: int, pad_token_id: int) -> Towers:
 
 def with_image_features(towers: Towers, model: TrainableModel, features: Features) -> Towers:
     """Replace the vision tower by cached features, looked up by the pair's number."""
-
-    def keys(batch: Batch) -> Keys:
-        return np.asarray(batch.numbers, np.uint64)
-
-    look_up = partial(_look_up, features=features, keys_of=keys)
+    look_up = partial(
+        _look_up,
+        features=features,
+        keys_of=lambda batch: np.asarray(batch.numbers, np.uint64),
+    )
     tower = replace(towers.images, make_chunks=look_up, encode_inputs=model.project_images)
     return replace(towers, images=tower)
 
@@ -134,11 +134,11 @@ def with_text_features(
     towers: Towers, model: TrainableModel, features: Features, pad_token_id: int
 ) -> Towers:
     """Replace the text tower by cached features, looked up by the caption."""
-
-    def keys(batch: Batch) -> Keys:
-        return caption_keys(batch.input_ids, pad_token_id)
-
-    look_up = partial(_look_up, features=features, keys_of=keys)
+    look_up = partial(
+        _look_up,
+        features=features,
+        keys_of=lambda batch: caption_keys(batch.input_ids, pad_token_id),
+    )
     tower = replace(towers.texts, make_chunks=look_up, encode_inputs=model.project_texts)
     return replace(towers, texts=tower)
 

@@ -181,24 +181,20 @@ def loading_errors(name: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
-        raise _loading_error(name, error) from error
-
-
-def _loading_error(name: str, error: Exception) -> ModelError:
-    if isinstance(error, OSError):
-        return ModelError(
+    except OSError as error:
+        raise ModelError(
             f"cannot get model {name}: looked in the local cache and on the hub "
             f"({type(error).__name__}: {first_line(error)})",
             "check the name and the network, or point --model at a local folder "
             "(one written by save_pretrained); --model tiny needs neither",
-        )
-    if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
-        return ModelError(
-            f"the tokenizer of {name} needs sentencepiece", "pip install 'clipft[siglip]'"
-        )
-    return ModelError(
-        f"cannot load model {name}: {type(error).__name__}: {first_line(error)}",
-        "the folder may be incomplete, or torch, torchvision and transformers may not fit "
-        "together; --debug shows where it failed",
-    )
+        ) from error
+    except Exception as error:
+        if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
+            raise ModelError(
+                f"the tokenizer of {name} needs sentencepiece", "pip install 'clipft[siglip]'"
+            ) from error
+        raise ModelError(
+            f"cannot load model {name}: {type(error).__name__}: {first_line(error)}",
+            "the folder may be incomplete, or torch, torchvision and transformers may not fit "
+            "together; --debug shows where it failed",
+        ) from error

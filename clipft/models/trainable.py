@@ -111,14 +111,6 @@ class TrainableModel(nn.Module):
         bias: Tensor | None = getattr(self.clip, "logit_bias", None)
         return bias
 
-    def checkpoint_gradients(self) -> None:
-        """Keep only the inputs of encoder layers for the backward pass.
-
-        Each layer then runs a second time there, with the same dropout. That saves memory and
-        costs about one forward pass. It has no effect outside training.
-        """
-        self.clip.gradient_checkpointing_enable({"use_reentrant": False})
-
     def clamp_logit_scale(self) -> None:
         """Keep the temperature of a CLIP at or below 100, as its authors do."""
         with torch.no_grad():
@@ -197,7 +189,13 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     """
     clip = base.model
     clip.requires_grad_(scenario.full)
-    bias_added = settings.loss == "siglip" and _add_logit_bias(clip)
+    bias_added = settings.loss == "siglip" and getattr(clip, "logit_bias", None) is None
+    if bias_added:
+        # CLIP's own temperature of 100 would classify nearly all negatives as positives, and push
+        # the towers apart before any bias could compensate: so the temperature is reset as well
+        clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, SIGLIP_BIAS))
+        with torch.no_grad():
+            clip.logit_scale.fill_(math.log(SIGLIP_SCALE))
     paths = [base.architecture.projections[name] for name in scenario.projections]
     modules = {name for name, _ in clip.named_modules()}
     for path in paths:
@@ -220,20 +218,6 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
         if value is not None:
             value.requires_grad_(train_scale)
     return model
-
-
-def _add_logit_bias(clip: Any) -> bool:
-    """Prepare a checkpoint without a bias for the sigmoid loss; return False if it has one.
-
-    CLIP's own temperature of 100 would classify nearly all negatives as positives, and push the
-    towers apart before any bias could compensate. So the temperature is also reset.
-    """
-    if getattr(clip, "logit_bias", None) is not None:
-        return False
-    clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, SIGLIP_BIAS))
-    with torch.no_grad():
-        clip.logit_scale.fill_(math.log(SIGLIP_SCALE))
-    return True
 
 
 def _add_lora(

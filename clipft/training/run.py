@@ -18,6 +18,7 @@ from clipft.embedding.embed import embed_pairs
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import Rankings, caption_groups, data_name, rank_images
+from clipft.metrics.ranking import retrieval
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
@@ -255,7 +256,8 @@ class _Run:
             self.state.skipped.list("val", step, map(asdict, embedded.skipped))
 
         def figures() -> EpochResult:
-            found = embedded.retrieval(setup.settings.evaluation_bytes).to_dict()
+            memory = setup.settings.evaluation_bytes
+            found = retrieval(embedded.images, embedded.texts, memory).to_dict()
             self.rankings = self.rank_images(embedded)
             loss = setup.validation_loss(embedded)
             lower_bound = setup.loss.lower_bound(embedded.groups)

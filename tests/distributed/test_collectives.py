@@ -1,4 +1,4 @@
-"""The face that training has of its processes, over real ones."""
+"""Collectives, errors and rendezvous, tested with real processes."""
 
 import subprocess
 import sys
@@ -77,7 +77,7 @@ def test_gradients_larger_than_one_message():
     assert results(body)[1] == [[3.0], [3.0], [3.0], [], [3.0], [3.0], [3.0]]
 
 
-def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
+def test_waiting_processes_learn_that_a_step_was_abandoned():
     body = """
     from clipft.distributed.collectives import StepAbandonedError
     result = []
@@ -95,7 +95,7 @@ def test_a_process_that_gives_a_step_up_is_heard_by_those_that_wait_for_it():
     assert results(body) == [[[1.0, 1.0]], ["heard", "heard", [1.0, 1.0]]]
 
 
-def test_an_error_of_one_is_raised_on_all():
+def test_an_error_on_one_rank_is_raised_on_all():
     body = """
     from clipft.core.errors import DataError
     from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
@@ -146,17 +146,17 @@ def lost(last: str, wait: str, minutes: float) -> str:
 @pytest.mark.parametrize(
     "wait", ["gather_rows(torch.ones(2))", "barrier()", "gather_objects(0)", "sum_gradients([])"]
 )
-def test_a_process_that_is_killed_is_an_error_of_the_others(wait):
+def test_the_others_get_an_error_if_a_process_is_killed(wait):
     said = lost("os.kill(os.getpid(), 9)", wait, minutes=5)
     assert "ProcessError: another process of this run ended" in said
 
 
-def test_a_process_that_hangs_is_an_error_of_the_others_after_the_timeout():
+def test_the_others_get_an_error_after_the_timeout_if_a_process_hangs():
     said = lost("time.sleep(300)", "gather_rows(torch.ones(2))", minutes=0.05)
     assert "did not answer within --process-timeout" in said
 
 
-def test_one_process_does_nothing():
+def test_collectives_of_a_single_process_do_nothing():
     alone = Processes()
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
@@ -188,7 +188,7 @@ SLURM = {
 }
 
 
-def test_the_place_of_a_process_under_slurm():
+def test_the_rendezvous_under_slurm():
     place = find_rendezvous(SLURM)
     assert place
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
@@ -211,8 +211,8 @@ def test_an_incomplete_environment_is_refused():
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("way_out", ["pass", "raise Interrupted('a', 'b')"])
-def test_no_thread_of_the_group_lives_until_python_ends(way_out):
-    """One that does may end the process with an abort."""
+def test_no_thread_of_the_group_outlives_leave(way_out):
+    """A thread that does may abort the process while Python shuts down."""
     body = f"""
 import os
 from pathlib import Path

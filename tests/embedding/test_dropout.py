@@ -1,4 +1,4 @@
-"""A row's mask follows from its key alone, and drops as much as it should."""
+"""The mask of a row depends on its key, step and tower only, and drops the right share."""
 
 import numpy as np
 import torch
@@ -14,24 +14,24 @@ def through(keys, positions=6, width=40, p=0.25, seed=(1, 2, 0)):
     return torch.stack([first(ones), second(ones)], dim=1)
 
 
-def test_rows_keep_their_masks_in_any_company():
+def test_masks_of_a_row_do_not_depend_on_the_other_rows():
     together = through([5, 9, 2**63 + 1])
     assert torch.equal(through([9])[0], together[1])
     assert torch.equal(through([2**63 + 1, 5])[[1, 0]], together[[0, 2]])
 
 
-def test_a_longer_row_begins_as_the_shorter_one():
+def test_masks_of_a_longer_row_begin_with_those_of_a_shorter_one():
     assert torch.equal(through([5], positions=11)[:, :, :4], through([5], positions=4))
 
 
-def test_keys_steps_and_layers_differ():
+def test_masks_differ_between_keys_steps_and_layers():
     one = through([5, 6])
     assert not torch.equal(one[0], one[1])
     assert not torch.equal(one[0, 0], one[0, 1])
     assert not torch.equal(through([5, 6], seed=(1, 3, 0)), one)
 
 
-def test_the_share_dropped_and_the_mean_kept():
+def test_the_right_share_is_dropped_and_the_mean_is_preserved():
     kept = through(range(200), p=0.05)
     assert abs((kept == 0).float().mean().item() - 0.05) < 0.002
     assert abs(kept.mean().item() - 1) < 0.003

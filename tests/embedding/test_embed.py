@@ -1,4 +1,4 @@
-"""The embeddings that are measured."""
+"""Embeddings of validation pairs."""
 
 import torch
 
@@ -11,8 +11,8 @@ from tests.conftest import jpeg
 from tests.faults.helpers import write_tar
 
 
-def test_equal_captions_have_equal_embeddings_whatever_they_were_encoded_with(tmp_path):
-    """Or rounding would break their ties, and figures would follow the batch size."""
+def test_equal_captions_have_equal_embeddings_in_any_batch(tmp_path):
+    """Otherwise rounding would break their ties, and figures would depend on the batch size."""
     members = []
     for number in range(24):
         caption = "a chair" if number % 5 == 0 else f"a {'very ' * number}long table"

@@ -1,4 +1,4 @@
-"""Cached features change nothing but the time that a run takes."""
+"""Cached features make a run faster and change nothing else."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_training_gives_the_same_with_and_without_cached_features(
         torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
 
 
-def test_bad_pictures_are_left_out_and_named_as_they_would_be(tmp_path):
+def test_bad_images_are_skipped_with_the_same_reasons(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", range(40), bad=[3, 17])
     write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
     given = {"scenario": "linear_probe", "augmentation": "none", "max_bad": 0.2}
@@ -80,12 +80,12 @@ def test_bad_pictures_are_left_out_and_named_as_they_would_be(tmp_path):
 
 
 def written_features() -> set[tuple[str, int]]:
-    """The feature files in the cache, each with the time at which it was written."""
+    """Return the feature files in the cache, each with the time at which it was written."""
     files = (cache_folder() / "features").glob("*/values")
     return {(str(path), path.stat().st_mtime_ns) for path in files}
 
 
-def test_features_are_computed_once_and_again_when_the_shards_change(tmp_path):
+def test_features_are_computed_once_until_the_shards_change(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", range(40))
     write_shard(tmp_path / "val" / "0.tar", range(1000, 1010))
     given = {"scenario": "linear_probe", "augmentation": "none"}
@@ -112,7 +112,7 @@ def test_a_broken_cache_is_computed_again(catalogue):
     assert torch.equal(image_rows(setup_of(catalogue, **given)), expected)
 
 
-def test_without_room_for_the_cache_both_towers_run(catalogue, monkeypatch, tmp_path):
+def test_both_towers_run_if_the_cache_cannot_be_written(catalogue, monkeypatch, tmp_path):
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     monkeypatch.setenv("CLIPFT_CACHE", str(blocked))

@@ -23,7 +23,7 @@ TEXTS = ["a red chair", "An oak table, with 4 drawers!", "lamp", "a blue sofa in
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's true one, from the vocabulary that open_clip carries."""
+    """Return the real tokenizer of CLIP, from the vocabulary that open_clip carries."""
     bpe = open_clip.tokenizer.SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): number for token, number in bpe.encoder.items()}
@@ -31,7 +31,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def siglip_tokenizer(folder: Path, texts: Iterable[str]) -> SiglipTokenizer:
-    """Of SigLIP's kind, its vocabulary learnt from ``texts``."""
+    """Return a tokenizer of SigLIP's kind whose vocabulary was learned from ``texts``."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

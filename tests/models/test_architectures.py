@@ -1,4 +1,4 @@
-"""Checkpoints of every architecture give what transformers' own pipeline gives."""
+"""Models of every architecture give the same results as the pipelines of transformers."""
 
 import json
 import shutil
@@ -57,34 +57,34 @@ def folders(tmp_path_factory) -> Folders:
     return folder
 
 
-def pictures() -> list[Image.Image]:
-    """Wide, tall and square."""
+def some_images() -> list[Image.Image]:
+    """Return a wide, a tall and a square image."""
     sizes = [(200, 120), (90, 160), (128, 128), (64, 64)]
     drawn = (render_pair(3, number).image for number in range(len(sizes)))
     return [image.resize(size) for image, size in zip(drawn, sizes, strict=True)]
 
 
 @cache
-def untouched(folder: Path) -> PretrainedModel:
+def pretrained(folder: Path) -> PretrainedModel:
     return load_pretrained(str(folder))
 
 
 def tuned(folder: Path, scenario: str = "zero_shot", **given: object) -> TrainableModel:
     settings = load_settings({"lora_r": "4", **given}, environ={}).values
     torch.manual_seed(0)
-    return adapt(deepcopy(untouched(folder)), SCENARIOS[scenario], settings).eval()
+    return adapt(deepcopy(pretrained(folder)), SCENARIOS[scenario], settings).eval()
 
 
 def pixels_and_ids(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = untouched(folder).inputs
+    inputs = pretrained(folder).inputs
     transform = make_transform("none", inputs.image_size, inputs.squashed)
     encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
     ids = padded([encoded.ids for encoded in encoder(TEXTS)], encoder.eos_token_id)
-    return torch.stack([transform(image, 0) for image in pictures()]), ids
+    return torch.stack([transform(image, 0) for image in some_images()]), ids
 
 
 def pipeline(kind: str, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers alone."""
+    """Embed with transformers alone."""
     if kind == "SigLIP":
         tokenizer = SiglipTokenizer.from_pretrained(str(folder))
         model = SiglipModel.from_pretrained(str(folder)).eval()
@@ -95,7 +95,7 @@ def pipeline(kind: str, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         image_processor = CLIPImageProcessor.from_pretrained(str(folder))
         processor = CLIPProcessor(image_processor, clip_tokenizer())
         text = {"padding": True}
-    given = processor(text=TEXTS, images=pictures(), return_tensors="pt", **text)
+    given = processor(text=TEXTS, images=some_images(), return_tensors="pt", **text)
     with torch.no_grad():
         images = model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
         texts = model.get_text_features(
@@ -110,12 +110,12 @@ def far(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_are_those_of_transformers_own_pipeline(kind, folders):
+def test_embeddings_equal_those_of_the_transformers_pipeline(kind, folders):
     expected_images, expected_texts = pipeline(kind, folders(kind))
     with torch.no_grad():
         images, texts = tuned(folders(kind))(*pixels_and_ids(folders(kind)))
     torch.testing.assert_close(texts, expected_texts, atol=2e-6, rtol=1e-4)
-    # Pixels differ by one step of 255 at most; pictures differ among each other by far more
+    # Pixels differ by one step of 255 at most; images differ among each other by far more
     assert far(images, expected_images) < far(expected_images[:2], expected_images[2:]) / 10
 
 
@@ -123,13 +123,13 @@ def test_embeddings_are_those_of_transformers_own_pipeline(kind, folders):
     ("kind", "side", "context", "squashed"),
     [("ViT-L-14-336", 336, 77, False), ("SigLIP", 64, 64, True)],
 )
-def test_what_the_checkpoint_says_of_itself(kind, side, context, squashed, folders):
+def test_inputs_follow_the_configuration_of_the_checkpoint(kind, side, context, squashed, folders):
     inputs = load_inputs(str(folders(kind)))
     assert (inputs.image_size, inputs.context_length) == (side, context)
     assert inputs.squashed == squashed
 
 
-def test_the_split_of_siglips_towers_is_that_of_transformers(folders):
+def test_siglip_features_and_projections_equal_transformers(folders):
     model = tuned(folders("SigLIP"))
     pixels, ids = pixels_and_ids(folders("SigLIP"))
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_the_split_of_siglips_towers_is_that_of_transformers(folders):
     torch.testing.assert_close(ours[1], unit(texts, dim=-1), atol=1e-6, rtol=1e-5)
 
 
-def test_siglips_loss_is_that_of_its_checkpoint(folders):
+def test_siglip_loss_equals_transformers(folders):
     from clipft.training.step.losses import make_loss
 
     model = tuned(folders("SigLIP"))
@@ -156,8 +156,8 @@ def test_siglips_loss_is_that_of_its_checkpoint(folders):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_text_is_pooled_at_its_end_whatever_an_old_configuration_says(folders, tmp_path):
-    """Its rule, the highest id, breaks with tokens that were added."""
+def test_texts_are_pooled_at_their_end_despite_an_old_configuration(folders, tmp_path):
+    """The old rule, pooling at the highest id, breaks if tokens were added to the vocabulary."""
     folder = shutil.copytree(folders("old-config"), tmp_path / "added")
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     tokenizer.add_tokens(["furniturium"])
@@ -194,7 +194,7 @@ def test_every_scenario_trains_siglip(name, folders):
     again.load_trainable_state(model.trainable_state())
 
 
-def test_siglips_adapter_opens_with_peft_alone(folders, tmp_path):
+def test_peft_alone_opens_the_adapter_of_siglip(folders, tmp_path):
     model = tuned(folders("SigLIP"), "dual_lora", lora_targets="all")
     with torch.no_grad():
         for _, parameter in model.trainable():
@@ -214,7 +214,7 @@ def test_siglips_adapter_opens_with_peft_alone(folders, tmp_path):
     torch.testing.assert_close(ours[1], unit(texts, dim=-1), atol=1e-6, rtol=1e-5)
 
 
-def test_siglips_own_bias_and_temperature_stay(folders):
+def test_siglip_keeps_its_own_bias_and_temperature(folders):
     model = tuned(folders("SigLIP"), "dual_lora", loss="siglip")
     model.clamp_logit_scale()  # at ln 100 it would change what does not train
     assert model.logit_scale.item() == pytest.approx(4.7)
@@ -224,7 +224,7 @@ def test_siglips_own_bias_and_temperature_stay(folders):
     assert {"logit_scale", "logit_bias"} <= {name for name, _ in full.trainable()}
 
 
-def test_siglips_captions_are_cut_between_words(folders):
+def test_siglip_captions_are_truncated_at_a_word_boundary(folders):
     inputs = load_inputs(str(folders("SigLIP")))
     encoder = CaptionEncoder(inputs.tokenizer, 12)
     text = "a red chair and an oak table and a blue sofa"
@@ -246,7 +246,7 @@ def test_siglips_captions_are_cut_between_words(folders):
         ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "no head"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(config, message, tmp_path):
+def test_unsupported_models_are_refused(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         load_pretrained(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The towers as they run here against transformers' own."""
+"""The fast encoder gives the same results as the towers of transformers."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def as_transformers_has_it(loaded: LoadedModel) -> LoadedModel:
         ("dual_lora", {"lora_dora": True}),
     ],
 )
-def test_features_and_gradients_are_those_of_transformers(scenario, given):
+def test_features_and_gradients_equal_transformers(scenario, given):
     features, gradients = with_gradients(load(scenario, **given), ours)
     expected, expected_gradients = with_gradients(
         as_transformers_has_it(load(scenario, **given)), theirs
@@ -83,7 +83,7 @@ def test_features_and_gradients_are_those_of_transformers(scenario, given):
         torch.testing.assert_close(gradients[name], wanted, atol=2e-4, rtol=1e-3, msg=name)
 
 
-def test_a_tower_of_one_layer_is_only_its_last():
+def test_a_tower_with_a_single_layer_works():
     loaded = load("full")
     for tower in (loaded.model.clip.vision_model, loaded.model.clip.text_model):
         del tower.encoder.layers[1:]
@@ -91,7 +91,7 @@ def test_a_tower_of_one_layer_is_only_its_last():
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
-def test_the_activation_has_the_bits_of_transformers_and_its_own_derivative():
+def test_the_activation_is_bit_identical_and_its_derivative_is_right():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     lean, plain = FastQuickGelu(), QuickGELUActivation()
     for dtype in (torch.float32, torch.bfloat16):
@@ -102,7 +102,7 @@ def test_the_activation_has_the_bits_of_transformers_and_its_own_derivative():
     assert torch.autograd.gradcheck(lean, x[:50].double().requires_grad_())
 
 
-def test_of_an_activation_one_tensor_is_kept():
+def test_the_activation_keeps_a_single_tensor():
     kept = []
     x = torch.randn(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

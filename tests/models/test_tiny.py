@@ -112,7 +112,7 @@ def test_a_scene_depends_only_on_its_seed_and_index():
     assert first.image.tobytes() != render_scene(2, 9).image.tobytes()
 
 
-def test_the_program_that_made_it_writes_a_model_that_can_be_loaded(tmp_path):
+def test_the_pretraining_program_writes_a_loadable_model(tmp_path):
     scenes = [render_scene(2, index, captions=4) for index in range(8)]
     images = [np.asarray(scene.image.resize((72, 72))) for scene in scenes]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

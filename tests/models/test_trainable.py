@@ -24,7 +24,7 @@ TRAINABLE = {
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_trainable_parameters_of_the_true_vit_b_32(name):
+def test_trainable_parameters_of_a_full_size_vit_b_32(name):
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig())
     total = sum(p.numel() for p in clip.parameters())
@@ -36,7 +36,7 @@ def test_trainable_parameters_of_the_true_vit_b_32(name):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_only_what_the_scenario_names_gets_a_gradient(name):
+def test_only_parameters_named_by_the_scenario_get_gradients(name):
     scenario = SCENARIOS[name]
     model = adapt(load_pretrained("tiny"), scenario, SETTINGS)
     names = [n for n, _ in model.trainable()]
@@ -59,26 +59,26 @@ def test_only_what_the_scenario_names_gets_a_gradient(name):
         ("full", True, True, True, True),
     ],
 )
-def test_what_learns_is_told_apart(name, vision_tower, text_tower, images, texts):
+def test_each_scenario_reports_which_towers_train(name, vision_tower, text_tower, images, texts):
     model = adapt(load_pretrained("tiny"), SCENARIOS[name], SETTINGS)
     assert (model.vision_tower_trainable, model.text_tower_trainable) == (vision_tower, text_tower)
     assert (model.images_trainable, model.texts_trainable) == (images, texts)
 
 
-def test_an_adapted_model_starts_as_the_untouched_one():
+def test_an_adapted_model_starts_as_the_pretrained_one():
     base = load_pretrained("tiny")
     pixels = torch.randint(
         0, 256, (2, 3, base.inputs.image_size, base.inputs.image_size), dtype=torch.uint8
     )
     ids = torch.tensor(base.inputs.tokenizer(["a red chair", "a lamp"], padding=True)["input_ids"])
-    untouched = adapt(base, SCENARIOS["zero_shot"], SETTINGS).eval()
+    pretrained = adapt(base, SCENARIOS["zero_shot"], SETTINGS).eval()
     with torch.no_grad():
-        expected = untouched(pixels, ids)
+        expected = pretrained(pixels, ids)
         tuned = adapt(load_pretrained("tiny"), SCENARIOS["dual_lora"], SETTINGS).eval()(pixels, ids)
     torch.testing.assert_close(tuned, expected)
 
 
-def test_normalising_is_that_of_the_image_processor():
+def test_normalization_equals_the_image_processor():
     from transformers import CLIPImageProcessor
 
     base = load_pretrained("tiny")
@@ -97,7 +97,7 @@ def test_normalising_is_that_of_the_image_processor():
     )
 
 
-def test_weights_go_back_where_they_came_from_or_are_refused():
+def test_weights_load_into_the_same_scenario_and_no_other():
     torch.manual_seed(1)
     model = adapt(load_pretrained("tiny"), SCENARIOS["dual_lora"], SETTINGS)
     state = {name: torch.randn_like(value) for name, value in model.trainable_state().items()}
@@ -127,7 +127,7 @@ def adapted(scenario: str, **given: str) -> TrainableModel:
         ("zero_shot", {"loss": "siglip"}, []),
     ],
 )
-def test_which_scales_train_and_that_they_are_kept(scenario, given, scales):
+def test_temperature_and_bias_train_and_are_saved_as_set(scenario, given, scales):
     model = adapted(scenario, **given)
     named = {name.rpartition(".")[2]: p for name, p in model.trainable() if p.ndim == 0}
     assert sorted(named) == scales
@@ -140,7 +140,7 @@ def test_which_scales_train_and_that_they_are_kept(scenario, given, scales):
     assert all(values[name].item() == 1.25 for name in scales)
 
 
-def test_siglip_gives_a_clip_checkpoint_a_bias_and_starts_its_temperature_anew():
+def test_the_sigmoid_loss_gives_clip_a_bias_and_resets_its_temperature():
     model = adapted("dual_lora", loss="siglip")
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
@@ -155,7 +155,7 @@ def test_the_logit_scale_stays_at_or_below_100():
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_fingerprints_tell_weights_apart():
+def test_different_weights_have_different_fingerprints():
     base = load_pretrained("tiny")
     before = base.fingerprint()
     assert load_pretrained("tiny").fingerprint() == before
@@ -171,13 +171,13 @@ def test_fingerprints_tell_weights_apart():
         ("no-such-org/no-such-model", "cannot get model no-such-org/no-such-model"),
     ],
 )
-def test_a_model_that_is_not_there(name, message, monkeypatch):
+def test_a_missing_model_is_an_error(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=message):
         load_pretrained(name)
 
 
-def test_tiny_is_the_packaged_model_whatever_lies_in_the_current_folder(tmp_path, monkeypatch):
+def test_tiny_is_the_packaged_model_even_beside_a_folder_of_that_name(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_pretrained("tiny").parameters_count > 1_000_000
