@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,8 @@ class Uploads:
             return
         if self._uploader.given_up:
             stop.check("while its checkpoint was uploaded", self._settings.checkpoint_path)
-        self._uploader.check()
+        if self._uploader.error:
+            raise self._uploader.error
 
 
 def _fetch_if_newer(store: "CheckpointStore", settings: Settings, out: Output) -> None:
@@ -183,10 +185,16 @@ def _store_at(bucket: "Bucket", url: S3Url) -> "CheckpointStore | None":
     folder, _, name = url.prefix.rpartition("/")
     name = name.removesuffix(".json").removesuffix(".pt")
     if not name.endswith("_checkpoint"):
-        found = bucket.modification_times(f"{url.prefix}/".lstrip("/"), "_checkpoint.json")
+        prefix = f"{url.prefix}/".lstrip("/")
+        found = [
+            entry
+            for entry in bucket.entries(prefix)
+            if entry.key.endswith("_checkpoint.json") and "/" not in entry.key[len(prefix) :]
+        ]
         if not found:
             return None
-        folder, _, name = max(found, key=lambda key: found[key]).rpartition("/")
+        newest = max(found, key=lambda entry: datetime.fromisoformat(entry.modified))
+        folder, _, name = newest.key.rpartition("/")
     return CheckpointStore(bucket, folder, name.removesuffix(".json"))
 
 

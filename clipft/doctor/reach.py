@@ -90,7 +90,7 @@ def bucket(settings: Settings) -> Finding:
     opened = open_bucket(settings.model_copy(update={"s3_retry_timeout": 0.0}))
     prefix = settings.s3_prefix.strip("/") + "/"
     listed = f"{opened.url(prefix)} can be listed"
-    if not opened.holds(prefix):
+    if not any(opened.entries(prefix, page_size=1)):
         hint = "check --s3-prefix: it should hold raw pairs or shards"
         return Finding("warning", f"{listed} and is empty", hint)
     if not settings.enable_s3_checkpoints:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipft.cli.app import run
 from clipft.core.errors import StorageError, UsageError
-from clipft.storage.s3 import errors as failures
+from clipft.storage.s3.client import open_bucket
 from clipft.storage.s3.keys import RefusedKey, local_path
 from clipft.storage.sync.folder import JOURNAL
 from clipft.storage.sync.sync import SyncResult, download, list_bucket
@@ -98,15 +98,11 @@ def test_without_a_usable_manifest_equal_files_are_known_by_md5(filled, manifest
     assert sync(filled.settings, quiet).transferred == 0
 
 
-def test_pages_past_a_thousand_keys(bucket, monkeypatch):
-    bucket.put({f"data/train/{n:03}": b"x" for n in range(30)})
-    paginate = type(bucket.client.get_paginator("list_objects_v2")).paginate
-    monkeypatch.setattr(
-        type(bucket.client.get_paginator("list_objects_v2")),
-        "paginate",
-        lambda self, **given: paginate(self, PaginationConfig={"PageSize": 7}, **given),
-    )
-    assert sync(bucket.settings, quiet).transferred == 30
+def test_a_listing_of_several_pages_is_complete(bucket):
+    names = [f"data/train/{n:03}" for n in range(30)]
+    bucket.put(dict.fromkeys(names, b"x"))
+    listed = open_bucket(bucket.settings).entries("data/train/", page_size=7)
+    assert [entry.key for entry in listed] == names
 
 
 def test_stale_parts_are_removed_and_left_over_files_are_named(filled):
@@ -310,7 +306,7 @@ def test_the_disk(filled, monkeypatch, tmp_path):
     with pytest.raises(StorageError, match="cannot write"):
         sync(filled.but(data_dir=tmp_path / "file"), quiet)
     full = SimpleNamespace(free=3014)
-    monkeypatch.setattr(failures.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
     with pytest.raises(StorageError, match="needs 3,015 bytes and has 3,014 free"):
         sync(filled.settings, quiet)
 

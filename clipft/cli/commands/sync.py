@@ -1,6 +1,7 @@
 """``clipft sync``."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -71,7 +72,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
     else:
         with transfer_progress(out) as report:
             result = upload(settings, report, wanted, out.note)
-    out.result(result.to_dict(), *_tables(result, "sent" if options.up else "fetched"))
+    out.result(asdict(result), *_tables(result, "sent" if options.up else "fetched"))
     if not options.dry_run and not options.up:
         end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
 

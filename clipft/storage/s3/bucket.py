@@ -7,13 +7,12 @@ with credentials that are fresh then.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import StorageSettings
 from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, etag_of
-from clipft.storage.s3.errors import Changed, Corrupt, error_code
+from clipft.storage.s3.errors import Changed, Corrupt, code_and_status
 from clipft.storage.s3.keys import LocalPaths, Refused, RefusedKey, RemoteObject
 from clipft.storage.s3.listing import Entry, ListingReader
 from clipft.storage.s3.retry import Retry
@@ -39,23 +38,16 @@ class Bucket:
     """
 
     settings: StorageSettings
+    name: str
     client: Any
     retry: Retry
     _listings: ListingReader
     _small: "S3Store"
     _large: "S3Store"
 
-    @property
-    def name(self) -> str:
-        return str(self.settings.s3_bucket)
-
     def url(self, key: str = "") -> str:
         """``s3://bucket/key``, for messages."""
-        return bucket_url(self.settings, key)
-
-    def with_own_retry(self) -> "Bucket":
-        """The same bucket for another piece of work, which can be stopped on its own."""
-        return replace(self, retry=Retry(self.settings, self.retry.note))
+        return f"s3://{self.name}/{key}"
 
     def call(self, operation: str, about: str, **request: Any) -> dict[str, Any]:
         """Call a boto3 client method, with retries; ``about`` is the key or prefix to name in
@@ -74,7 +66,7 @@ class Bucket:
         objects: list[RemoteObject] = []
         refused: list[Refused] = []
         paths = LocalPaths(prefix)
-        for entry in self._entries(prefix):
+        for entry in self.entries(prefix):
             if entry.key.endswith("/") and entry.size == 0:  # how consoles mark a folder
                 continue
             try:
@@ -84,8 +76,13 @@ class Bucket:
                 refused.append(Refused(entry.key, str(refusal)))
         return objects, refused
 
-    def _entries(self, prefix: str) -> Iterator[Entry]:
-        request = {"Prefix": prefix, "EncodingType": "url"}
+    def entries(self, prefix: str, page_size: int = 1000) -> Iterator[Entry]:
+        """List all objects under ``prefix``, in requests for ``page_size`` of them.
+
+        Raises:
+            StorageError: the bucket cannot be listed.
+        """
+        request: dict[str, Any] = {"Prefix": prefix, "EncodingType": "url", "MaxKeys": page_size}
         while True:
             self.call("list_objects_v2", prefix, **request)
             entries, next_page = self._listings.last_page()
@@ -93,24 +90,6 @@ class Bucket:
             if next_page is None:
                 return
             request["ContinuationToken"] = next_page
-
-    def holds(self, prefix: str) -> bool:
-        """Whether any object lies under ``prefix``: one request.
-
-        Raises:
-            StorageError: the bucket cannot be listed.
-        """
-        self.call("list_objects_v2", prefix, Prefix=prefix, EncodingType="url", MaxKeys=1)
-        return bool(self._listings.last_page()[0])
-
-    def modification_times(self, prefix: str, suffix: str) -> dict[str, float]:
-        """When each object directly under ``prefix`` whose key ends with ``suffix`` was written,
-        in Unix seconds."""
-        return {
-            entry.key: datetime.fromisoformat(entry.modified).timestamp()
-            for entry in self._entries(prefix)
-            if entry.key.endswith(suffix) and "/" not in entry.key.removeprefix(prefix)
-        }
 
     def get(self, wanted: RemoteObject, start: int, end: int) -> memoryview:
         """Bytes ``start`` to ``end`` of exactly the version that was listed.
@@ -169,7 +148,7 @@ class Bucket:
                 answer = self.client.get_object(Bucket=self.name, Key=key)
             except ClientError as error:
                 # A bare 404 may come from any web server or a wrong path: that proves nothing
-                if error_code(error) == "NoSuchKey":
+                if code_and_status(error)[0] == "NoSuchKey":
                     return None
                 raise
             return answer["Body"].read(), answer["ETag"]
@@ -181,14 +160,14 @@ class Bucket:
         key: str,
         file: BinaryFile,
         size: int,
-        check_unchanged: Callable[[], None] = lambda: None,
+        unchanged: Callable[[], bool] = lambda: True,
     ) -> str:
         """Upload a file, compare what the server received with it, and return the ETag.
 
-        ``check_unchanged`` raises if the file changed during the upload.
+        ``unchanged`` tells after the upload whether the file is still the one that was sent.
 
         Raises:
-            StorageError: the object did not arrive as it was sent.
+            StorageError: the object did not arrive as it was sent, or the file changed.
             Stopped: ``retry`` was told to stop.
         """
         import obstore
@@ -206,7 +185,8 @@ class Bucket:
                 chunk_size=PART_BYTES,
                 max_concurrency=4,
             )
-            check_unchanged()
+            if not unchanged():
+                raise Changed
             if answer["e_tag"] == expected:
                 return expected
             # Some servers give no ETag in answer to an upload in parts
@@ -217,11 +197,6 @@ class Bucket:
             return str(head["ETag"])
 
         return self.retry(send, self.url(key))
-
-
-def bucket_url(settings: StorageSettings, key: str = "") -> str:
-    """``s3://bucket/key``, for messages."""
-    return f"s3://{settings.s3_bucket}/{key}"
 
 
 def has_opaque_etag(head: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from clipft.core.errors import StorageError
 from clipft.core.files import disk_error, replacing
 from clipft.storage.s3.bucket import RANGE, Bucket
 from clipft.storage.s3.checksums import BinaryFile
-from clipft.storage.s3.errors import Changed, error_code
+from clipft.storage.s3.errors import Changed, code_and_status
 from clipft.storage.s3.keys import OWN_PREFIX, RefusedKey, RemoteObject, local_path
 
 VERSION = 1
@@ -154,25 +154,41 @@ class CheckpointStore:
                 saves there.
             Stopped: the bucket's ``retry`` was told to stop.
         """
+        from botocore.exceptions import BotoCoreError, ClientError
+
         former, etag = self._read()
         if not self._may_follow(former, step, run):
             return False
         known = {f.key: f for save in (former.saves if former else ()) for f in save.files.values()}
-        stored = {name: self._upload_file(name, file, run, known) for name, file in files.items()}
+        stored = {}
+        for name, file in files.items():
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            key = f"{self.prefix}/{self.name}/{run.id}/{digest[:32]}-{name}".lstrip("/")
+            if key not in known:  # otherwise a former save has the same bytes
+                size = file.seek(0, os.SEEK_END)
+                known[key] = StoredFile(key, size, digest, self.bucket.put(key, file, size))
+            stored[name] = known[key]
+        save = Save(step, stored)
         for _ in range(_CONFLICT_ATTEMPTS):
-            save = Save(step, stored)
             manifest = former.with_save(save, run, keep) if former else Manifest(run, (save,))
             if self._write(manifest, etag):
-                self._delete(former.keys() - manifest.keys() if former else set())
-                return True
+                break
             # Another writer was faster
             former, etag = self._read()
             if not self._may_follow(former, step, run):
                 return False
-        raise StorageError(
-            f"{self.url} is constantly being changed by other writers",
-            "give each run its own --s3-checkpoint-prefix",
-        )
+        else:
+            raise StorageError(
+                f"{self.url} is constantly being changed by other writers",
+                "give each run its own --s3-checkpoint-prefix",
+            )
+        for key in former.keys() - manifest.keys() if former else ():
+            # Without the right to delete, files that no manifest names any more stay; a
+            # lifecycle rule of the bucket may clear them
+            with suppress(BotoCoreError, ClientError):
+                self.bucket.client.delete_object(Bucket=self.bucket.name, Key=key)
+        return True
 
     def _may_follow(self, former: Manifest | None, step: int, run: Run) -> bool:
         """Whether a save of ``run`` at ``step`` would be the newest.
@@ -191,47 +207,20 @@ class CheckpointStore:
             "give each run its own --s3-checkpoint-prefix",
         )
 
-    def _upload_file(
-        self, name: str, file: BinaryFile, run: Run, known: Mapping[str, StoredFile]
-    ) -> StoredFile:
-        """Upload a file under the hash of its bytes, unless the former save already has it."""
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        key = f"{self.prefix}/{self.name}/{run.id}/{digest[:32]}-{name}".lstrip("/")
-        if key in known:
-            return known[key]
-        size = file.seek(0, os.SEEK_END)
-        return StoredFile(key, size, digest, self.bucket.put(key, file, size))
-
     def _write(self, manifest: Manifest, etag: str) -> bool:
         """Write the manifest if it still has this ETag ("": if there is still none). Return
         False if it has changed."""
-        from botocore.exceptions import ClientError
-
-        request = {"Bucket": self.bucket.name, "Key": self.manifest_key}
-
-        def put(condition: dict[str, str]) -> bool:
-            try:
-                self.bucket.client.put_object(**request, **condition, Body=manifest.to_json())
-            except ClientError as error:
-                if error_code(error) in _CONFLICTS:
-                    return False
-                raise
-            return True
-
         # Servers differ in whether the quotes belong to an ETag
         matching = [{"IfMatch": etag.strip('"')}, {"IfMatch": etag}]
-        conditions = matching if etag else [{"IfNoneMatch": "*"}]
-        return any(self.bucket.retry(partial(put, c), self.url) for c in conditions)
-
-    def _delete(self, keys: set[str]) -> None:
-        """Delete files that no manifest names any more. Without the right to delete they stay,
-        and a lifecycle rule of the bucket may clear them."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        for key in keys:
-            with suppress(BotoCoreError, ClientError):
-                self.bucket.client.delete_object(Bucket=self.bucket.name, Key=key)
+        key, body = self.manifest_key, manifest.to_json()
+        for condition in matching if etag else [{"IfNoneMatch": "*"}]:
+            try:
+                self.bucket.call("put_object", key, Key=key, Body=body, **condition)
+                return True
+            except StorageError as error:
+                if code_and_status(error.__cause__)[0] not in _CONFLICTS:
+                    raise
+        return False
 
     def fetch(self, manifest: Manifest, local: Callable[[str], Path], note: Note) -> Save:
         """Download the newest save that is whole; ``local`` gives the path for each file name.

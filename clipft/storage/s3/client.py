@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 from clipft.config.settings import StorageSettings
 from clipft.core.common import Note
 from clipft.core.errors import UsageError
-from clipft.storage.s3.bucket import Bucket, bucket_url
-from clipft.storage.s3.errors import storage_errors
+from clipft.storage.s3.bucket import Bucket
+from clipft.storage.s3.errors import explained
 from clipft.storage.s3.listing import ListingReader
 from clipft.storage.s3.retry import Retry
 
@@ -41,22 +41,28 @@ def open_bucket(settings: StorageSettings, note: Note = lambda message: None) ->
             "no bucket is set", "name it with --s3-bucket, or as --data-dir s3://bucket/prefix"
         )
     import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
     from botocore.session import Session
 
-    retry = Retry(settings, note)
-    with storage_errors(settings, bucket_url(settings)):
+    retry, url = Retry(settings, note), f"s3://{settings.s3_bucket}/"
+    addressing = settings.s3_addressing
+    if addressing == "auto" and settings.endpoint_url:
+        addressing = "path"  # few servers other than AWS have a host name for each bucket
+    try:
         core = Session(profile=settings.s3_profile)
         session = boto3.Session(botocore_session=core, region_name=settings.s3_region)
-        client = _client(session, settings, None)
-        region = _region(client, settings, retry)
+        client = _client(session, settings, addressing, None)
+        region = _region(client, settings, retry, url)
         if region != client.meta.region_name:
-            client = _client(session, settings, region)
-        small = _store(core, client, settings, _SMALL_SECONDS)
-        large = _store(core, client, settings, _RANGE_SECONDS)
-    return Bucket(settings, client, retry, ListingReader(client), small, large)
+            client = _client(session, settings, addressing, region)
+        small = _store(core, client, settings, addressing, _SMALL_SECONDS)
+        large = _store(core, client, settings, addressing, _RANGE_SECONDS)
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, settings, url) from error
+    return Bucket(settings, settings.s3_bucket, client, retry, ListingReader(client), small, large)
 
 
-def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
+def _client(session: Any, settings: StorageSettings, addressing: str, region: str | None) -> Any:
     from botocore import UNSIGNED
     from botocore.config import Config
 
@@ -65,7 +71,7 @@ def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
         connect_timeout=CONNECT_SECONDS,
         read_timeout=SILENT_SECONDS,
         max_pool_connections=settings.s3_requests + 2,
-        s3={"addressing_style": _addressing(settings)},
+        s3={"addressing_style": addressing},
         signature_version=UNSIGNED if settings.s3_anonymous else None,
         # Many servers other than AWS refuse the trailing checksums that boto3 adds
         request_checksum_calculation="when_required" if settings.endpoint_url else None,
@@ -81,13 +87,7 @@ def _client(session: Any, settings: StorageSettings, region: str | None) -> Any:
         ) from error
 
 
-def _addressing(settings: StorageSettings) -> str:
-    if settings.s3_addressing != "auto":
-        return settings.s3_addressing
-    return "path" if settings.endpoint_url else "auto"
-
-
-def _region(client: Any, settings: StorageSettings, retry: Retry) -> str:
+def _region(client: Any, settings: StorageSettings, retry: Retry, url: str) -> str:
     """The region of the bucket. On AWS each region has an address of its own, and obstore does
     not follow the redirect to it, so the bucket is asked where it is."""
     from botocore.exceptions import ClientError
@@ -104,10 +104,12 @@ def _region(client: Any, settings: StorageSettings, retry: Retry) -> str:
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         return str(headers.get("x-amz-bucket-region") or configured)
 
-    return retry(ask, bucket_url(settings))
+    return retry(ask, url)
 
 
-def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "S3Store":
+def _store(
+    core: Any, client: Any, settings: StorageSettings, addressing: str, seconds: int
+) -> "S3Store":
     """obstore's view of the bucket, with a limit of ``seconds`` for each request."""
     from botocore.exceptions import NoCredentialsError
     from obstore.store import S3Store
@@ -126,8 +128,8 @@ def _store(core: Any, client: Any, settings: StorageSettings, seconds: int) -> "
         }
 
     # As boto3 chooses: a bucket with dots in its name has no certificate for its own host
-    style = _addressing(settings)
-    virtual = style == "virtual" or (style == "auto" and "." not in str(settings.s3_bucket))
+    dotted = "." in str(settings.s3_bucket)
+    virtual = addressing == "virtual" or (addressing == "auto" and not dotted)
     endpoint = urlsplit(client.meta.endpoint_url)
     host = f"{settings.s3_bucket}.{endpoint.netloc}" if virtual else endpoint.netloc
     options: Any = {

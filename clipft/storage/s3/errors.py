@@ -7,10 +7,6 @@ in ``_KINDS``.
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from clipft.config.settings import StorageSettings
@@ -151,7 +147,7 @@ The first match counts."""
 
 def kind_of(error: Any) -> str:
     """The key in ``_KINDS`` for an exception, or "disk" for an error of the local file system."""
-    code, status = error_code(error), _http_status(error)
+    code, status = code_and_status(error)
     if code in _KIND_OF_CODE:
         return _KIND_OF_CODE[code]
     if status:
@@ -171,27 +167,24 @@ def kind_of(error: Any) -> str:
     return next((kind for kind, words in _KIND_OF_TEXT if any(w in text for w in words)), "other")
 
 
-def error_code(error: Any) -> str:
-    """S3's own name for the failure, such as ``NoSuchKey``, or "" if the answer has none."""
-    if hasattr(error, "response"):
-        return str(error.response.get("Error", {}).get("Code", ""))
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return found[1] if found else ""
+def code_and_status(error: Any) -> tuple[str, int]:
+    """S3's own name for the failure, such as ``NoSuchKey``, and the HTTP status.
 
-
-def _http_status(error: Any) -> int:
-    """0 if there was no HTTP answer."""
-    if hasattr(error, "response"):
-        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    found = re.search(r"non-2xx status code: (\d{3})", str(error))
-    return int(found[1]) if found else 0
+    They are "" and 0 if the server did not give them.
+    """
+    if hasattr(error, "response"):  # botocore
+        code = error.response.get("Error", {}).get("Code", "")
+        return str(code), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    status = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return code[1] if code else "", int(status[1]) if status else 0
 
 
 def explained(error: Exception, settings: StorageSettings, url: str) -> StorageError:
     """The error to show the user for what boto3 or obstore raised about ``url``."""
     # obstore appends a dump of its state, and repeats the answer of a failed request in full
     detail = " ".join(str(error).partition("\n\nDebug source")[0].split())
-    code, status = error_code(error), _http_status(error)
+    code, status = code_and_status(error)
     if not hasattr(error, "response") and (code or status):
         detail = " ".join(filter(None, (str(status or ""), code)))
     else:
@@ -204,28 +197,3 @@ def explained(error: Exception, settings: StorageSettings, url: str) -> StorageE
         "detail": detail,
     }
     return StorageError(message.format(**facts), hint)
-
-
-@contextmanager
-def storage_errors(settings: StorageSettings, url: str) -> Iterator[None]:
-    """Turn what botocore raises about ``url`` inside the block into a ``StorageError``."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise explained(error, settings, url) from error
-
-
-def check_space(folder: Path, wanted: int) -> None:
-    """Refuse a transfer that cannot fit before its first byte is fetched.
-
-    Raises:
-        StorageError: ``wanted`` bytes are more than are free at ``folder``.
-    """
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise StorageError(
-            f"no space left for {folder}: it needs {wanted:,} bytes and has {free:,} free",
-            "free some space or choose another --data-dir",
-        )

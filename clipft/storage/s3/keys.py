@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import UsageError
@@ -112,13 +112,13 @@ def parents(path: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
+@dataclass
 class LocalPaths:
     """Gives each key under a prefix a path of its own, on every file system."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._taken: dict[str, str] = {}  # spelling -> "file" or "folder"
-        self._folders = {""}  # already checked and taken
+    prefix: str
+    _taken: dict[str, str] = field(default_factory=dict)  # spelling -> "file" or "folder"
+    _folders: set[str] = field(default_factory=lambda: {""})  # already checked and taken
 
     def take(self, key: str) -> str:
         """The path of ``key``.
@@ -126,7 +126,7 @@ class LocalPaths:
         Raises:
             RefusedKey: the key has no safe path, or another key already has it.
         """
-        path = local_path(key.removeprefix(self._prefix))
+        path = local_path(key.removeprefix(self.prefix))
         name, parent = spelling(path), path.rpartition("/")[0]
         if self._taken.get(name):
             raise RefusedKey(

@@ -9,7 +9,7 @@ import io
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from clipft.config.settings import StorageSettings
@@ -18,6 +18,7 @@ from clipft.core.errors import DataError
 from clipft.storage.s3.bucket import RANGE, Bucket
 from clipft.storage.s3.client import open_bucket
 from clipft.storage.s3.keys import RemoteObject, folder_prefixes
+from clipft.storage.s3.retry import Retry
 
 AHEAD = 4
 """Ranges that are fetched ahead of the reader: 40 MiB, with the one that is being read."""
@@ -27,15 +28,14 @@ _BUFFER = 1 << 20
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """The tars directly under a prefix and the ``sizes*.json`` beside them: a ``ShardSource``."""
+    """The tars directly under a prefix and the ``sizes*.json`` beside them: a ``ShardSource``.
+
+    ``place`` is the URL of the prefix.
+    """
 
     bucket: Bucket
-    prefix: str
+    place: str
     _objects: dict[str, RemoteObject] = field(repr=False)
-
-    @property
-    def place(self) -> str:
-        return self.bucket.url(self.prefix).rstrip("/")
 
     def names(self) -> Sequence[str]:
         found = sorted(name for name in self._objects if name.endswith(".tar"))
@@ -74,7 +74,8 @@ def open_remote_shards(settings: StorageSettings, note: Note) -> RemoteShards:
     bucket = open_bucket(settings, note)
     prefix = folder_prefixes(settings)[0]
     objects, _ = bucket.list(prefix)
-    return RemoteShards(bucket, prefix, {o.path: o for o in objects if "/" not in o.path})
+    place = bucket.url(prefix).rstrip("/")
+    return RemoteShards(bucket, place, {o.path: o for o in objects if "/" not in o.path})
 
 
 class _Ranges(io.RawIOBase):
@@ -82,7 +83,8 @@ class _Ranges(io.RawIOBase):
 
     def __init__(self, bucket: Bucket, wanted: RemoteObject) -> None:
         # Its own retry, because closing one shard must not stop the requests of another
-        self._bucket, self._wanted = bucket.with_own_retry(), wanted
+        self._bucket = replace(bucket, retry=Retry(bucket.settings, bucket.retry.note))
+        self._wanted = wanted
         self._starts = iter(range(0, wanted.size, RANGE))
         self._pool = ThreadPoolExecutor(AHEAD, "ranges")
         self._ahead: deque[Future[memoryview]] = deque()

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from clipft.config.settings import StorageSettings
@@ -27,18 +28,21 @@ _NOTE_AFTER = 5.0
 """Seconds of failures before the user is told that clipft is retrying."""
 
 
+@dataclass
 class Retry:
     """Retry requests until they succeed or the retry timeout is over: ``retry(request, url)``.
 
     One object is shared by all threads of a piece of work. Set ``stopping`` to end every pause
-    and give the work up. ``note`` is called once, when failures last.
+    and give the work up. ``failing`` tells whether a request is being retried at this moment.
+    ``note`` is called once, when failures last.
     """
 
-    def __init__(self, settings: StorageSettings, note: Note) -> None:
-        self._settings = settings
-        self.note = note
-        self.stopping = threading.Event()
-        self._server_answered = self._noted = self._failing = False
+    settings: StorageSettings
+    note: Note
+    stopping: threading.Event = field(default_factory=threading.Event)
+    failing: bool = False
+    _server_answered: bool = False
+    _noted: bool = False
 
     def __call__(self, request: Callable[[], Answer], url: str) -> Answer:
         """Return what ``request`` returns; call it again while its failure may pass.
@@ -58,24 +62,20 @@ class Retry:
                     raise
                 first_failure = first_failure or now
                 self._server_answered |= kind == "busy"
-                timeout = self._settings.s3_retry_timeout
+                timeout = self.settings.s3_retry_timeout
                 limit = timeout if self._server_answered else min(timeout, UNKNOWN_SERVER_TIMEOUT)
                 hopeless = isinstance(error, Corrupt) and failures >= CORRUPT_ATTEMPTS
                 if kind not in TEMPORARY or hopeless or now - first_failure >= limit:
-                    raise explained(error, self._settings, url) from error
+                    self.failing = False
+                    raise explained(error, self.settings, url) from error
                 if now - first_failure > _NOTE_AFTER and not self._noted:
                     self._noted = True
-                    why = explained(error, self._settings, url).message
+                    why = explained(error, self.settings, url).message
                     self.note(f"{why}. Retrying for up to {timeout:.0f} s.")
-                self._failing = True
+                self.failing = True
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1))
                 self.stopping.wait(pause * random.uniform(0.5, 1))  # noqa: S311
             else:
-                self._server_answered, self._failing = True, False
+                self._server_answered, self.failing = True, False
                 return answer
         raise Stopped
-
-    def stop_if_failing(self) -> None:
-        """Give up requests that are being retried at this moment, and no others."""
-        if self._failing:
-            self.stopping.set()

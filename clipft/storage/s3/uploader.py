@@ -8,6 +8,7 @@ failing. A failure is reported once; the last save is tried again at the end.
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -18,22 +19,13 @@ from clipft.storage.s3.checksums import BinaryFile
 from clipft.storage.s3.errors import Stopped
 
 
+@dataclass(frozen=True)
 class _Snapshot:
-    """The files of a save as they were when it was made; those that do not exist are skipped."""
+    """The files of a save as they were when it was made, open until ``opened`` is closed."""
 
-    def __init__(self, step: int, paths: Mapping[str, Path]) -> None:
-        self.step = step
-        self.files: dict[str, BinaryFile] = {}
-        self._open = ExitStack()
-        self.close = self._open.close
-        for name, path in paths.items():
-            with suppress(FileNotFoundError):
-                # A checkpoint is only ever replaced by a rename, which leaves an open file as it
-                # is. Other files, such as the metrics, grow in place.
-                grows = path.suffix != ".pt"
-                file: BinaryFile = BytesIO(path.read_bytes()) if grows else open(path, "rb")  # noqa: SIM115
-                self._open.callback(file.close)
-                self.files[name] = file
+    step: int
+    files: dict[str, BinaryFile]
+    opened: ExitStack
 
 
 class Uploader:
@@ -46,20 +38,31 @@ class Uploader:
         self._waiting: _Snapshot | None = None
         self._failed: _Snapshot | None = None
         self._busy = self._closing = self._warned = False
-        self._error: StorageError | None = None
-        self._thread = threading.Thread(target=self._serve, name="checkpoints", daemon=True)
-        self._thread.start()
         self.saves = 0
         self.given_up = False
         """Whether ``close`` stopped waiting before the last save was uploaded."""
+        self.error: StorageError | None = None
+        """Why the last save that was tried is not in the bucket; None if it is."""
+        self._thread = threading.Thread(target=self._serve, name="checkpoints", daemon=True)
+        self._thread.start()
 
     def saved(self, step: int, paths: Mapping[str, Path]) -> None:
         """Take over the files of a save, by their names; files that do not exist are skipped."""
+        files: dict[str, BinaryFile] = {}
+        opened = ExitStack()
+        for name, path in paths.items():
+            with suppress(FileNotFoundError):
+                # A checkpoint is only ever replaced by a rename, which leaves an open file as it
+                # is. Other files, such as the metrics, grow in place.
+                grows = path.suffix != ".pt"
+                files[name] = BytesIO(path.read_bytes()) if grows else open(path, "rb")  # noqa: SIM115
+                opened.callback(files[name].close)
         with self._changed:
             if self._waiting:
-                self._waiting.close()
-            self._waiting = _Snapshot(step, paths)
-            self._retry.stop_if_failing()
+                self._waiting.opened.close()
+            self._waiting = _Snapshot(step, files, opened)
+            if self._retry.failing:  # the upload that is under way has become pointless
+                self._retry.stopping.set()
             self.saves += 1
             self._changed.notify()
 
@@ -83,15 +86,7 @@ class Uploader:
                     "stopped waiting for the upload of the last checkpoint", "upload it again"
                 )
             self._thread.join(0.2)
-        return self._error
-
-    def check(self) -> None:
-        """
-        Raises:
-            StorageError: the last save is not in the bucket.
-        """
-        if self._error:
-            raise self._error
+        return self.error
 
     def abandon(self) -> None:
         """Give up the running upload, because the user wants to leave at once."""
@@ -99,46 +94,40 @@ class Uploader:
 
     def _serve(self) -> None:
         """The thread: upload what waits until ``close`` is called, then what failed last."""
-        while (snapshot := self._next()) is not None:
-            final = self._closing
+        while True:
+            with self._changed:
+                self._busy = False
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                snapshot = self._waiting or self._failed
+                if snapshot is None:
+                    return
+                if self._failed and self._failed is not snapshot:
+                    self._failed.opened.close()  # a newer save replaces it
+                self._waiting = self._failed = None
+                self._busy, final = True, self._closing
+                self._retry.stopping.clear()
             try:
                 self._store.upload(snapshot.step, snapshot.files, self._run, self._keep)
-                self._error = None
+                self.error = None
             except Stopped:  # a newer save waits
                 pass
-            except StorageError as error:
-                self._report(error)
-                if not final:
+            except Exception as error:
+                may_pass = isinstance(error, StorageError)
+                if not isinstance(error, StorageError):
+                    hint = "this is a bug: please report it"
+                    error = StorageError(f"{self._store.url}: {error}", hint)
+                self.error = StorageError(
+                    f"the last checkpoint is not in the bucket: {error.message}",
+                    f"the local file is whole and `clipft resume` uploads it again; {error.hint}",
+                )
+                if not self._warned:
+                    self._warned = True
+                    self._note(
+                        f"warning: a checkpoint was not uploaded: {error.message}. "
+                        "Training continues."
+                    )
+                if may_pass and not final:
                     self._failed = snapshot
                     continue
-            except Exception as error:
-                self._report(
-                    StorageError(f"{self._store.url}: {error}", "this is a bug: please report it")
-                )
-            snapshot.close()
-
-    def _next(self) -> _Snapshot | None:
-        """Wait for the next save to upload; None when there is nothing left and ``close`` was
-        called."""
-        with self._changed:
-            self._busy = False
-            while not self._waiting and not self._closing:
-                self._changed.wait()
-            snapshot = self._waiting or self._failed
-            if self._failed and self._failed is not snapshot:
-                self._failed.close()
-            self._waiting = self._failed = None
-            self._busy = snapshot is not None
-            self._retry.stopping.clear()
-            return snapshot
-
-    def _report(self, error: StorageError) -> None:
-        self._error = StorageError(
-            f"the last checkpoint is not in the bucket: {error.message}",
-            f"the local file is whole and `clipft resume` uploads it again; {error.hint}",
-        )
-        if not self._warned:
-            self._warned = True
-            self._note(
-                f"warning: a checkpoint was not uploaded: {error.message}. Training continues."
-            )
+            snapshot.opened.close()

@@ -12,10 +12,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from clipft.core.errors import StorageError
@@ -44,22 +43,20 @@ class TransferProgress:
 
 @dataclass
 class _Job:
-    """One object on its way. ``left`` counts its ranges that have not arrived yet, ``done``
+    """One object on its way. ``part`` is the temporary file that it is written to, ``starts``
+    holds the offsets of its ranges, ``arrived`` counts those that have arrived, and ``done``
     holds the offsets of those that an earlier sync left in the part file."""
 
     folder: Folder
     wanted: RemoteObject
-    left: int
+    part: Path
+    starts: range
+    arrived: int = 0
     begun: bool = False
     needed: bool = True
     refusal: str = ""
     done: set[int] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @cached_property
-    def part(self) -> Path:
-        """The temporary file that the object is written to."""
-        return self.folder.path / part_name(self.wanted)
 
     @property
     def ranges_file(self) -> Path:
@@ -82,10 +79,17 @@ class Download:
     def __init__(self, bucket: Bucket, work: list[tuple[Folder, RemoteObject]]) -> None:
         self._bucket, self._stopping = bucket, bucket.retry.stopping
         self._work = work
-        self._ranges = self._all_ranges()
+        jobs = (
+            # An empty object has one range too
+            _Job(folder, o, folder.path / part_name(o), range(0, max(1, o.size), RANGE))
+            for folder, o in work
+        )
+        # Made as they are needed: there may be millions
+        self._ranges = ((job, start) for job in jobs for start in job.starts)
         self._lock = threading.Lock()
         self._finished: deque[_Job] = deque()
         self._failed: list[BaseException] = []
+        self._total = sum(wanted.size for _, wanted in work)
         self._files_done = self._bytes_done = self.fetched = self.bytes = 0
 
     def run(self, report: Callable[[TransferProgress], None]) -> None:
@@ -97,33 +101,31 @@ class Download:
         count = min(self._bucket.settings.s3_requests, len(self._work) * 4)
         threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
         folders = {id(folder): folder for folder, _ in self._work}.values()
-        total, flushed = sum(wanted.size for _, wanted in self._work), time.monotonic()
+        flushed = time.monotonic()
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(_REPORT_EVERY)
-                    self._record_finished()
+                    progress = self._record_finished()
                     if time.monotonic() - flushed >= _FLUSH_EVERY:
                         flushed = time.monotonic()
                         for folder in folders:
                             folder.flush()
-                    report(self._progress(total))
+                    report(progress)
         finally:
             self._stopping.set()
             end = time.monotonic() + _STOP_SECONDS
             for thread in threads:
                 thread.join(max(0.0, end - time.monotonic()))
-            self._record_finished()
+            progress = self._record_finished()
         if self._failed:
             raise self._failed[0]
-        report(self._progress(total))
+        report(progress)
 
-    def _progress(self, total: int) -> TransferProgress:
-        return TransferProgress(self._files_done, len(self._work), self._bytes_done, total)
-
-    def _record_finished(self) -> None:
+    def _record_finished(self) -> TransferProgress:
+        """Record the objects that the threads have finished since the last call."""
         while self._finished:
             job = self._finished.popleft()
             if job.refusal:
@@ -133,13 +135,7 @@ class Download:
                 self.fetched += job.needed
                 self.bytes += job.wanted.size if job.needed else 0
             self._files_done += 1
-
-    def _all_ranges(self) -> Iterator[tuple[_Job, int]]:
-        for folder, wanted in self._work:
-            starts = range(0, max(1, wanted.size), RANGE)  # an empty object has one range too
-            job = _Job(folder, wanted, left=len(starts))
-            for start in starts:
-                yield job, start
+        return TransferProgress(self._files_done, len(self._work), self._bytes_done, self._total)
 
     def _serve(self) -> None:
         """A thread: fetch one range after the other until there are none left."""
@@ -160,16 +156,23 @@ class Download:
         """Fetch one range; the thread that brings the last one gives the file its name."""
         wanted, large = job.wanted, job.wanted.size > SMALL
         try:
+            end = min(start + RANGE, wanted.size)
             if self._begin(job) and start not in job.done:
                 if large:
-                    self._fetch_range(job, start)
+                    descriptor = os.open(job.part, os.O_WRONLY)
+                    try:
+                        self._bucket.get_into(wanted, start, end, descriptor)
+                    finally:
+                        os.close(descriptor)
+                    with job.lock, open(job.ranges_file, "a") as file:
+                        file.write(f"{start}\n")
                 else:
                     self._fetch_small(job)
             with self._lock:
-                self._bytes_done += max(0, min(RANGE, wanted.size - start))
+                self._bytes_done += end - start
             with job.lock:
-                job.left -= 1
-                last = not job.left
+                job.arrived += 1
+                last = job.arrived == len(job.starts)
             if last and job.needed and large:
                 self._finish_large(job)
         except OSError as error:
@@ -198,16 +201,17 @@ class Download:
             return job.needed
 
     def _fetch_small(self, job: _Job) -> None:
-        wanted = job.wanted
+        wanted, bucket = job.wanted, self._bucket
 
         def get_checked() -> memoryview:
-            body = self._bucket.get_once(wanted, 0, wanted.size)
-            expected = plain_md5(wanted.etag)
-            if expected and md5(body).hexdigest() != expected and not self._has_opaque_etag(wanted):
-                raise Corrupt("its bytes do not have the md5 that its ETag names")
+            body, expected = bucket.get_once(wanted, 0, wanted.size), plain_md5(wanted.etag)
+            if expected and md5(body).hexdigest() != expected:
+                head = bucket.client.head_object(Bucket=bucket.name, Key=wanted.key)
+                if not has_opaque_etag(head):
+                    raise Corrupt("its bytes do not have the md5 that its ETag names")
             return body
 
-        body = self._bucket.retry(get_checked, self._bucket.url(wanted.key))
+        body = bucket.retry(get_checked, bucket.url(wanted.key))
         try:
             # Unbuffered: with many small files a copy per file is noticeable
             descriptor = os.open(job.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -221,41 +225,28 @@ class Download:
             job.part.unlink(missing_ok=True)
             raise
 
-    def _fetch_range(self, job: _Job, start: int) -> None:
-        descriptor = os.open(job.part, os.O_WRONLY)
-        try:
-            end = min(start + RANGE, job.wanted.size)
-            self._bucket.get_into(job.wanted, start, end, descriptor)
-        finally:
-            os.close(descriptor)
-        with job.lock, open(job.ranges_file, "a") as file:
-            file.write(f"{start}\n")
-
     def _finish_large(self, job: _Job) -> None:
         """Check the bytes of a large object, all of whose ranges are there, and publish it."""
-        wanted = job.wanted
+        wanted, bucket = job.wanted, self._bucket
 
         def first_part() -> int:
             """Bytes of the first part of the upload, or 0 if the server does not say."""
-            answer = self._bucket.call("head_object", wanted.key, Key=wanted.key, PartNumber=1)
+            answer = bucket.call("head_object", wanted.key, Key=wanted.key, PartNumber=1)
             size = int(answer["ContentLength"])
             return size if size < wanted.size else 0
 
         same = matches(job.part, wanted.size, wanted.etag, first_part)
         job.ranges_file.unlink(missing_ok=True)
-        if same is False and not self._has_opaque_etag(wanted):
-            job.part.unlink()
-            raise StorageError(
-                f"{self._bucket.url(wanted.key)} did not arrive intact: its bytes do not have the "
-                "checksum that its ETag names",
-                "repeat the command: files that arrived intact are kept",
-            )
+        if same is False:
+            head = bucket.client.head_object(Bucket=bucket.name, Key=wanted.key)
+            if not has_opaque_etag(head):
+                job.part.unlink()
+                raise StorageError(
+                    f"{bucket.url(wanted.key)} did not arrive intact: its bytes do not have the "
+                    "checksum that its ETag names",
+                    "repeat the command: files that arrived intact are kept",
+                )
         self._publish(job)
-
-    def _has_opaque_etag(self, wanted: RemoteObject) -> bool:
-        """Asked only when a checksum does not fit, because it takes a request."""
-        head = self._bucket.client.head_object(Bucket=self._bucket.name, Key=wanted.key)
-        return has_opaque_etag(head)
 
     def _publish(self, job: _Job) -> None:
         if self._stopping.is_set():

@@ -78,7 +78,8 @@ class Folder:
 
     def record(self, wanted: RemoteObject) -> None:
         """Note that the file of an object is in place; ``flush`` writes it down."""
-        self._new[wanted.path] = _record(wanted.etag, os.lstat(self.local(wanted)))
+        status = os.lstat(self.local(wanted))
+        self._new[wanted.path] = [wanted.etag, status.st_size, status.st_mtime_ns]
 
     def flush(self) -> None:
         """Flush the new files to disk, then append their records to the journal.
@@ -99,8 +100,23 @@ class Folder:
         self.records |= self._new
         self._new = {}
 
-    def forget(self, names: list[str]) -> None:
-        """Drop records and rewrite the journal without lines that are no longer valid."""
+    def delete(self, names: list[str]) -> None:
+        """Remove files, then folders that this leaves empty, and rewrite the journal without them.
+        ``path`` itself stays.
+
+        Raises:
+            StorageError: a file cannot be removed.
+        """
+        for name in names:
+            path = self.path / name
+            try:
+                path.unlink(missing_ok=True)
+                for parent in path.parents:
+                    if parent == self.path or any(parent.iterdir()):
+                        break
+                    parent.rmdir()
+            except OSError as error:
+                raise disk_error(path, error) from error
         self.flush()
         for name in names:
             self.records.pop(name, None)
@@ -128,14 +144,8 @@ class Folder:
             status is not None
             and stat.S_ISREG(status.st_mode)
             and status.st_size == wanted.size
-            and record == _record(wanted.etag, status)
+            and record == [wanted.etag, wanted.size, status.st_mtime_ns]
         )
-
-    def bytes_missing(self, wanted: RemoteObject) -> int:
-        """How much more space the object needs than the file that it replaces."""
-        status = self.status(wanted)
-        replaced = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
-        return wanted.size - replaced
 
     def needs(self, wanted: RemoteObject) -> bool:
         """Whether the object has to be fetched, because the file at its path does not have its
@@ -164,10 +174,6 @@ class Folder:
             return True
         with open(self.local(wanted), "rb") as file:
             return etag_of(file, wanted.size, wanted.size) != f'"{md5}"'
-
-
-def _record(etag: str, status: os.stat_result) -> Record:
-    return [etag, status.st_size, status.st_mtime_ns]
 
 
 def _lines(records: dict[str, Record]) -> Iterable[str]:
@@ -202,33 +208,13 @@ def local_files(folder: Path) -> list[str]:
 
     A link to a file counts as that file; a link to a folder is not followed.
     """
-
-    def is_own(name: str) -> bool:
-        return name.startswith(OWN_PREFIX) or name.endswith(_INDEX_SUFFIX)
-
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_own(name)]
+        inside = (*folders, *names)
+        own = {n for n in inside if n.startswith(OWN_PREFIX) or n.endswith(_INDEX_SUFFIX)}
+        folders[:] = [name for name in folders if name not in own]  # os.walk skips the others
         below = os.path.relpath(parent, folder)
         for name in names:
-            if not is_own(name) and os.path.isfile(os.path.join(parent, name)):
+            if name not in own and os.path.isfile(os.path.join(parent, name)):
                 found.append(name if below == "." else f"{below}/{name}".replace(os.sep, "/"))
     return sorted(found)
-
-
-def remove_files(folder: Path, names: list[str]) -> None:
-    """Remove files, and then folders that this leaves empty; never ``folder`` itself.
-
-    Raises:
-        StorageError: a file cannot be removed.
-    """
-    for name in names:
-        path = folder / name
-        try:
-            path.unlink(missing_ok=True)
-            for parent in path.parents:
-                if parent == folder or any(parent.iterdir()):
-                    break
-                parent.rmdir()
-        except OSError as error:
-            raise disk_error(path, error) from error

@@ -5,22 +5,22 @@ there are recognized by the journal of their folder or, without an entry, by the
 deleted unless the user asks for it.
 """
 
+import shutil
+import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clipft.config.settings import StorageSettings
 from clipft.core.common import Note, counted
 from clipft.core.errors import StorageError
-from clipft.storage.s3.bucket import Bucket, bucket_url
+from clipft.storage.s3.bucket import Bucket
 from clipft.storage.s3.client import open_bucket
-from clipft.storage.s3.errors import check_space
 from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixes
 from clipft.storage.sync.download import Download, TransferProgress, part_name
-from clipft.storage.sync.folder import PART, Folder, local_files, remove_files
+from clipft.storage.sync.folder import PART, Folder, local_files
 
 SIDES = ("train", "val")
 
@@ -49,9 +49,6 @@ class SyncResult:
     notes: tuple[str, ...]
     seconds: float
     planned: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def download(
             for part in folder.path.glob(f"{PART}*"):
                 if part.stem not in resumable:
                     part.unlink(missing_ok=True)
-        check_space(target, sum(folder.bytes_missing(wanted) for folder, wanted in work))
+        _check_space(target, work)
         fetch = Download(listing.bucket, work)
         if work:
             fetch.run(report)
@@ -121,8 +118,7 @@ def download(
         for folder in folders:
             surplus = _surplus(folder, options)
             if options.delete:
-                remove_files(folder.path, surplus)
-                folder.forget(surplus)
+                folder.delete(surplus)
                 deleted += len(surplus)
             elif gone := [name for name in surplus if name in folder.records]:
                 # An earlier sync fetched these, and training would read them
@@ -153,9 +149,24 @@ def _check_not_empty(listing: BucketListing) -> list[str]:
             "check --s3-prefix; the objects under it become the files of the train folder",
         )
     if not listing.objects["val"] and not listing.refused["val"]:
-        place = bucket_url(settings, settings.s3_val_prefix)
+        place = listing.bucket.url(settings.s3_val_prefix)
         return [f"there are no validation pairs under {place}"]
     return []
+
+
+def _check_space(target: Path, work: list[tuple[Folder, RemoteObject]]) -> None:
+    """Refuse a transfer that cannot fit before its first byte is fetched."""
+    wanted = 0
+    for folder, remote in work:
+        status = folder.status(remote)
+        replaced = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
+        wanted += remote.size - replaced
+    free = shutil.disk_usage(target).free
+    if wanted > free:
+        raise StorageError(
+            f"no space left for {target}: it needs {wanted:,} bytes and has {free:,} free",
+            "free some space or choose another --data-dir",
+        )
 
 
 def _planned(folders: list[Folder], options: SyncOptions, start: float) -> SyncResult:

@@ -12,7 +12,6 @@ from clipft.core.errors import StorageError
 from clipft.core.files import disk_error
 from clipft.storage.s3.bucket import Bucket
 from clipft.storage.s3.checksums import PART_BYTES, etag_of
-from clipft.storage.s3.errors import Changed
 from clipft.storage.sync.download import TransferProgress
 from clipft.storage.sync.folder import local_files
 from clipft.storage.sync.sync import SIDES, BucketListing, SyncOptions, SyncResult, list_bucket
@@ -110,15 +109,12 @@ def _send(
     """Upload files, ``requests`` at a time."""
 
     def send(upload: _Upload) -> _Upload:
-        def check_unchanged() -> None:
-            if upload.path.stat().st_size != upload.size:
-                raise Changed
-
+        path, size = upload.path, upload.size
         try:
-            with open(upload.path, "rb") as file:
-                bucket.put(upload.key, file, upload.size, check_unchanged)
+            with open(path, "rb") as file:
+                bucket.put(upload.key, file, size, lambda: path.stat().st_size == size)
         except OSError as error:
-            raise disk_error(upload.path, error) from error
+            raise disk_error(path, error) from error
         return upload
 
     files_done = bytes_done = 0
