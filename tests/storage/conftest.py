@@ -21,7 +21,7 @@ _NUMBERS = count()
 
 @dataclass
 class Bucket:
-    """A bucket on the server, the settings that reach it, and boto3 to look behind them."""
+    """A bucket, the settings that reach it, and a boto3 client to change and inspect it."""
 
     client: Any
     settings: StorageSettings
@@ -44,7 +44,8 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def parsed_once() -> Iterator[None]:
-    """botocore reads its big descriptions for every client anew: most of these tests' time."""
+    """Read botocore's service descriptions once: every client would read them again, which took
+    most of the time of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", cache(JSONFileLoader.load_file))
         patch.setattr(JSONFileLoader, "__hash__", lambda self: 0)
@@ -81,7 +82,7 @@ def bucket(server, client, tmp_path) -> Bucket:
 
 
 def make_bucket(client: Any, url: str, tmp_path: Path) -> Bucket:
-    """An empty one, and settings that reach it and give up after half a second."""
+    """Make an empty bucket, and settings that give up on it after half a second."""
     name = f"bucket-{next(_NUMBERS)}"
     client.create_bucket(Bucket=name)
     settings = StorageSettings(
@@ -92,7 +93,7 @@ def make_bucket(client: Any, url: str, tmp_path: Path) -> Bucket:
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory) -> Iterator[str]:
-    """URL of a real server; tests that ask for it skip where it is not installed."""
+    """The URL of a real server. Tests that use it are skipped where it is not installed."""
     if not installed():
         pytest.skip(MISSING)
     with RadosGateway(tmp_path_factory.mktemp("ceph") / "node") as server:
@@ -111,7 +112,8 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 @pytest.fixture
 def serving() -> Iterator[Callable[[Answer], str]]:
-    """Starts a server that gives ``answer`` to every GET and HEAD; its URL."""
+    """A function that starts a server, which gives ``answer`` to every GET and HEAD, and returns
+    its URL."""
     with contextlib.ExitStack() as servers:
 
         def serve(answer: Answer) -> str:
@@ -127,7 +129,7 @@ def serving() -> Iterator[Callable[[Answer], str]]:
 
 
 def refusing(status: int, code: str) -> Answer:
-    """An answer that is S3's error ``code``."""
+    """Answer every request with S3's error ``code``."""
 
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()

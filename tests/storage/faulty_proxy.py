@@ -25,7 +25,7 @@ class Exchange:
     handler: http.server.BaseHTTPRequestHandler
 
     def send(self, body: bytes | None = None, length: int | None = None) -> None:
-        """Head and body, the latter cut or altered if ``body`` is given."""
+        """Send the answer, with ``body`` instead of its own body if that is given."""
         own = self.handler
         own.send_response(self.status)
         for name, value in self.headers:
@@ -37,7 +37,7 @@ class Exchange:
         own.wfile.flush()
 
     def reset(self) -> None:
-        """The connection is torn down, not closed."""
+        """Reset the connection instead of closing it properly."""
         linger = struct.pack("ii", 1, 0)
         self.handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.handler.close_connection = True
@@ -46,10 +46,12 @@ class Exchange:
 
 Fault = Callable[[Exchange], None]
 Choice = Callable[[str, str], Fault | None]
-"""The fault for a request, by method and path; None: the answer passes as it is."""
+"""Chooses the fault for a request by method and path; None passes the answer on unchanged."""
 
 
 def fails(status: int, code: str) -> Fault:
+    """Answer with an error instead."""
+
     def fault(exchange: Exchange) -> None:
         body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
@@ -60,13 +62,13 @@ def fails(status: int, code: str) -> Fault:
 
 
 def breaks_off(exchange: Exchange) -> None:
-    """Half of the body, then a reset."""
+    """Send half of the body, then reset the connection."""
     exchange.send(exchange.body[: len(exchange.body) // 2])
     exchange.reset()
 
 
 def stalls(seconds: float) -> Fault:
-    """Half of the body, then nothing more for some time."""
+    """Send half of the body, then nothing for ``seconds``."""
 
     def fault(exchange: Exchange) -> None:
         exchange.send(exchange.body[: len(exchange.body) // 2])
@@ -77,7 +79,7 @@ def stalls(seconds: float) -> Fault:
 
 
 def drips(pause: float) -> Fault:
-    """A byte at a time."""
+    """Send the body one byte at a time."""
 
     def fault(exchange: Exchange) -> None:
         exchange.send(b"")
@@ -89,20 +91,23 @@ def drips(pause: float) -> Fault:
 
 
 def corrupts(exchange: Exchange) -> None:
-    """One byte is another."""
+    """Change one byte of the body."""
     spoilt = bytearray(exchange.body)
     spoilt[len(spoilt) // 2] ^= 1
     exchange.send(bytes(spoilt))
 
 
 def shortens(exchange: Exchange) -> None:
-    """A smaller body that says so: a whole answer of another object."""
+    """Send a shorter body and its true length, as if the object were another."""
     body = exchange.body[:-1]
     exchange.send(body, len(body))
 
 
 class Times:
-    """A fault for the first so many requests that ``matches``; ``seen`` counts them all."""
+    """Applies a fault to the first ``count`` requests with a method and a part of a path.
+
+    ``seen`` lists the paths of all such requests.
+    """
 
     def __init__(self, count: int, fault: Fault, method: str = "GET", contains: str = "") -> None:
         self._left, self._fault = count, fault
@@ -120,11 +125,11 @@ class Times:
 
 
 def untouched(method: str, path: str) -> None:
-    """Every answer passes as it is."""
+    """Pass every answer on unchanged."""
 
 
 def spoils_uploads(path: str, body: bytes) -> bytes:
-    """A byte of a checkpoint is another when it arrives at the server."""
+    """Change the first byte of a checkpoint on its way to the server."""
     return b"x" + body[1:] if ".pt" in path else body
 
 
@@ -132,7 +137,7 @@ def spoils_uploads(path: str, body: bytes) -> bytes:
 def faulty_proxy(
     upstream: str, choose: Choice, alter: Callable[[str, bytes], bytes] = lambda path, body: body
 ) -> Iterator[str]:
-    """The proxy's URL, while the block runs; ``alter`` may change what goes up."""
+    """Run a proxy during the block and yield its URL. ``alter`` may change uploaded bodies."""
     host = urlsplit(upstream).netloc
 
     def serve(handler: Any) -> None:

@@ -1,6 +1,7 @@
 """A real S3 server on loopback: Ceph's RADOS Gateway with one monitor and one store in memory.
 
-Needs the Debian packages radosgw, ceph-mon, ceph-osd and ceph-common; no root, no service.
+It needs the Debian packages radosgw, ceph-mon, ceph-osd and ceph-common, but no root rights and
+no running service.
 """
 
 import shutil
@@ -29,7 +30,7 @@ admin socket = {folder}/$name.asok
 mon data = {folder}/mon
 osd data = {folder}/osd
 rgw data = {folder}/rgw
-# One store, one copy, few groups
+# One store with one copy and few placement groups
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 4
@@ -41,7 +42,7 @@ mon max pg per osd = 1000
 mon data avail crit = 1
 osd objectstore = memstore
 memstore device bytes = {bytes}
-# A monitor alone need not wait for others
+# A single monitor does not need to wait for others
 paxos propose interval = 0.05
 paxos min wait = 0.02
 rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
@@ -63,7 +64,7 @@ def installed() -> bool:
 
 
 class RadosGateway:
-    """Runs while its block does; ``url`` answers with ``KEY`` and ``SECRET``."""
+    """A server that runs during a ``with`` block. ``url`` accepts ``KEY`` and ``SECRET``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -119,7 +120,7 @@ class RadosGateway:
         self._ceph("radosgw-admin", "user", "create", "--uid=t", "--display-name=t", *keys)
 
     def _daemon(self, *command: str) -> None:
-        """Dies with this process, however that dies."""
+        """Start a daemon that is killed when this process ends, however it ends."""
         mortal = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         self._daemons.append(
             subprocess.Popen(

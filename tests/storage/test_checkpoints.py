@@ -1,3 +1,5 @@
+"""Checkpoints in a bucket: saves, their manifest and the background uploads."""
+
 import io
 import json
 import threading
@@ -48,7 +50,7 @@ def keys(bucket) -> list[str]:
     return [entry["Key"] for entry in answer.get("Contents", ())]
 
 
-def test_up_and_down(place, tmp_path):
+def test_an_uploaded_save_is_fetched_unchanged(place, tmp_path):
     store = store_of(place)
     assert save(store, 5, **{"metrics.jsonl": b"{}\n"})
     found = fetch(store, tmp_path / "new")
@@ -57,7 +59,7 @@ def test_up_and_down(place, tmp_path):
     assert arrived == {FILE: WEIGHTS, "metrics.jsonl": b"{}\n"}
 
 
-def test_in_several_parts(place, tmp_path):
+def test_a_large_file_is_transferred_in_several_parts(place, tmp_path):
     store, large = store_of(place), WEIGHTS * 400  # 41 MB: parts of 16 MiB, ranges of 8
     save(store, 1, large)
     assert "-" in store.manifest().saves[0].files[FILE].etag
@@ -65,7 +67,7 @@ def test_in_several_parts(place, tmp_path):
     assert (tmp_path / FILE).read_bytes() == large
 
 
-def test_only_the_newest_stay_and_what_is_unchanged_is_sent_once(place):
+def test_only_the_newest_saves_are_kept_and_unchanged_files_are_sent_once(place):
     store = store_of(place)
     for step in range(5):
         assert save(store, step, b"%d" % step, keep=2, **{"best.pt": b"best"})
@@ -73,7 +75,7 @@ def test_only_the_newest_stay_and_what_is_unchanged_is_sent_once(place):
     assert len(keys(place)) == 1 + 2 + 1  # the manifest, two checkpoints, one best
 
 
-def test_an_older_save_of_the_run_does_not_overtake(place, tmp_path):
+def test_an_older_save_does_not_replace_a_newer_one_of_its_run(place, tmp_path):
     store = store_of(place)
     save(store, 7, b"seven")
     assert save(store, 6, b"six") is False
@@ -81,7 +83,7 @@ def test_an_older_save_of_the_run_does_not_overtake(place, tmp_path):
     assert save(store, 7, b"seven again") is True
 
 
-def test_a_run_that_started_earlier_is_refused_by_a_later_one(place, tmp_path):
+def test_a_run_cannot_replace_the_saves_of_one_that_started_later(place, tmp_path):
     store, later = store_of(place), Run("two", 2000.0)
     save(store, 900, b"old")
     save(store, 1, b"new", run=later)
@@ -91,8 +93,8 @@ def test_a_run_that_started_earlier_is_refused_by_a_later_one(place, tmp_path):
     assert store.manifest().earlier.step == 900
 
 
-def test_two_writers_at_once_leave_the_newest(place, tmp_path):
-    """Each reads the manifest before the other writes: the condition decides, not luck."""
+def test_of_several_simultaneous_saves_the_newest_is_kept(place, tmp_path):
+    """All read the manifest before any of them writes it, so its condition must decide."""
     stores = [store_of(place) for _ in range(6)]
     threads = [
         threading.Thread(target=save, args=(store, step, b"%d" % step))
@@ -106,12 +108,12 @@ def test_two_writers_at_once_leave_the_newest(place, tmp_path):
     assert (tmp_path / FILE).read_bytes() == b"5"
 
 
-def test_a_writer_between_reading_and_writing_is_noticed(place, tmp_path):
+def test_a_save_notices_a_manifest_that_changes_during_its_upload(place, tmp_path):
     store, rival = store_of(place), store_of(place)
     save(store, 1)
 
     class Overtaken(io.BytesIO):
-        """A file of which another writer saves a newer step before it is uploaded."""
+        """A file during whose upload another writer saves a newer step."""
 
         overtaken = False
 
@@ -140,7 +142,7 @@ def test_the_previous_checkpoint_replaces_a_damaged_one(place, tmp_path, damage)
     assert "step 2" in said[0] and "damaged" in said[0]
 
 
-def test_no_whole_one_is_an_error_and_the_local_file_stays(place, tmp_path):
+def test_an_error_is_raised_and_local_files_are_kept_if_no_save_is_whole(place, tmp_path):
     store = store_of(place)
     save(store, 1, b"one")
     key = store.manifest().saves[0].files[FILE].key
@@ -152,7 +154,7 @@ def test_no_whole_one_is_an_error_and_the_local_file_stays(place, tmp_path):
     assert (tmp_path / FILE).read_bytes() == b"mine"
 
 
-def test_none_only_for_what_is_proven_absent(place):
+def test_manifest_is_none_only_if_the_server_says_that_it_does_not_exist(place):
     assert store_of(place).manifest() is None
     with pytest.raises(StorageError, match="does not exist"):
         store_of(place, s3_bucket="nowhere-at-all").manifest()
@@ -162,7 +164,7 @@ def test_none_only_for_what_is_proven_absent(place):
     ("status", "code"),
     [(403, "AccessDenied"), (404, "NotFound"), (400, "ExpiredToken"), (503, "SlowDown")],
 )
-def test_what_cannot_be_seen_is_not_absent(bucket, serving, status, code):
+def test_a_manifest_that_cannot_be_read_is_not_considered_absent(bucket, serving, status, code):
     with pytest.raises(StorageError):
         store_of(bucket, endpoint_url=serving(refusing(status, code))).manifest()
 
@@ -176,7 +178,7 @@ def test_a_broken_manifest_is_an_error(bucket, text):
         store_of(bucket).manifest()
 
 
-def test_a_manifest_cannot_name_files_elsewhere(bucket):
+def test_a_manifest_cannot_name_files_outside_the_run_folder(bucket):
     store = store_of(bucket)
     save(store, 1)
     text = store.manifest().to_json().replace(FILE.encode(), b"../../out.pt")
@@ -200,7 +202,7 @@ class Saving:
         self.uploader.saved(step, {FILE: self.folder / FILE})
 
 
-def test_uploads_run_behind_and_the_last_is_awaited(real_bucket, tmp_path):
+def test_uploads_run_in_the_background_and_close_waits_for_the_last(real_bucket, tmp_path):
     slow = Times(99, lambda exchange: (time.sleep(0.3), exchange.send()), "PUT", ".pt")
     with faulty_proxy(real_bucket.settings.endpoint_url, slow) as url:
         saving = Saving(real_bucket, url, tmp_path)
@@ -210,10 +212,10 @@ def test_uploads_run_behind_and_the_last_is_awaited(real_bucket, tmp_path):
         assert time.monotonic() - start < 0.2
         assert saving.uploader.close() is None
     assert store_of(real_bucket).manifest().saves[0].step == 5
-    assert len(slow.seen) < 6  # those that waited were overtaken
+    assert len(slow.seen) < 6  # newer saves replaced those that waited
 
 
-def test_a_server_that_recovers_gets_the_last_and_one_warning_was_given(real_bucket, tmp_path):
+def test_a_server_that_recovers_gets_the_last_save_after_a_single_warning(real_bucket, tmp_path):
     refused = Times(10**6, fails(503, "SlowDown"), "PUT", ".pt")
     with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
         saving = Saving(real_bucket, url, tmp_path)
@@ -226,7 +228,7 @@ def test_a_server_that_recovers_gets_the_last_and_one_warning_was_given(real_buc
     assert store_of(real_bucket).manifest().saves[0].step == 2
 
 
-def test_a_server_that_never_takes_it_is_said_at_the_end(real_bucket, tmp_path):
+def test_close_reports_that_the_last_save_was_never_accepted(real_bucket, tmp_path):
     refused = Times(10**6, fails(503, "SlowDown"), "PUT")
     with faulty_proxy(real_bucket.settings.endpoint_url, refused) as url:
         saving = Saving(real_bucket, url, tmp_path)
@@ -236,7 +238,7 @@ def test_a_server_that_never_takes_it_is_said_at_the_end(real_bucket, tmp_path):
     assert store_of(real_bucket).manifest() is None
 
 
-def test_what_arrived_otherwise_is_not_vouched_for(real_bucket):
+def test_a_file_that_arrives_corrupt_is_not_listed_in_the_manifest(real_bucket):
     with faulty_proxy(real_bucket.settings.endpoint_url, untouched, spoils_uploads) as url:
         store = store_of(real_bucket, endpoint_url=url)
         with pytest.raises(StorageError, match="did not arrive intact"):
@@ -244,7 +246,7 @@ def test_what_arrived_otherwise_is_not_vouched_for(real_bucket):
     assert store.manifest() is None
 
 
-def test_a_corrupt_answer_is_asked_for_again(real_bucket, tmp_path):
+def test_a_corrupt_answer_counts_as_damage_and_the_next_fetch_succeeds(real_bucket, tmp_path):
     save(store_of(real_bucket), 1)
     spoilt = Times(1, corrupts, "GET", "-dual")
     with faulty_proxy(real_bucket.settings.endpoint_url, spoilt) as url:

@@ -1,4 +1,4 @@
-"""``clipft doctor`` on buckets: it distinguishes the same problems as ``clipft sync``."""
+"""``clipft doctor`` checks a bucket and distinguishes the same problems as ``clipft sync``."""
 
 import pytest
 
@@ -11,13 +11,13 @@ def check(storage, **more) -> Finding:
     return run_check("bucket", Settings(**{**storage.model_dump(), **more}))
 
 
-def test_a_bucket_with_pairs_is_ok_and_an_empty_one_a_warning(bucket):
+def test_an_empty_bucket_gives_a_warning_and_one_with_pairs_is_ok(bucket):
     assert check(bucket.settings).status == "warning"
     bucket.put({"data/train/00000.tar": b"x"})
     assert check(bucket.settings).status == "ok"
 
 
-def test_uploading_a_checkpoint_is_tried_and_nothing_stays(bucket):
+def test_doctor_tries_an_upload_and_removes_it_again(bucket):
     bucket.put({"data/train/00000.tar": b"x"})
     found = check(bucket.settings, enable_s3_checkpoints=True)
     assert "uploaded" in found.found
@@ -45,7 +45,7 @@ def test_problems_are_distinguished(bucket, changed, said):
     assert found.hint
 
 
-def test_missing_credentials_are_found(bucket, monkeypatch):
+def test_missing_credentials_are_reported(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "no usable AWS credentials" in check(bucket.settings).found

@@ -1,4 +1,4 @@
-"""What a network and a server can do to a sync, through a proxy before a real server."""
+"""Failures of the network and the server during a sync, made by a proxy before a real server."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def files(bucket) -> dict[str, bytes]:
     return {f"data/{p.relative_to(folder).as_posix()}": p.read_bytes() for p in found}
 
 
-PASSING = {
+TEMPORARY = {
     "503": (fails(503, "SlowDown"), 3),
     "500": (fails(500, "InternalError"), 3),
     "reset in the body": (breaks_off, 3),
@@ -62,9 +62,9 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_asked_again(filled, capsys, name):
-    fault, times = PASSING[name]
+@pytest.mark.parametrize("name", TEMPORARY)
+def test_a_temporary_failure_is_retried(filled, capsys, name):
+    fault, times = TEMPORARY[name]
     spoilt = Times(times, fault, contains="05.tar")
     with faulty_proxy(filled.settings.endpoint_url, spoilt) as url:
         assert run(flags(filled, url, 30)) == 0
@@ -72,7 +72,7 @@ def test_what_passes_is_asked_again(filled, capsys, name):
     assert len(spoilt.seen) == times + 1
 
 
-def test_a_listing_that_fails_is_asked_again(filled, capsys):
+def test_a_listing_that_fails_is_retried(filled, capsys):
     with faulty_proxy(
         filled.settings.endpoint_url, Times(2, fails(503, "SlowDown"), contains="list-type")
     ) as url:
@@ -92,7 +92,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_what_lasts_ends_with_4_and_the_next_sync_goes_on(filled, capsys, name):
+def test_a_lasting_failure_exits_with_4_and_the_next_sync_continues(filled, capsys, name):
     fault, says = LASTING[name]
     with faulty_proxy(filled.settings.endpoint_url, Times(10**6, fault, contains="05.tar")) as url:
         assert run(flags(filled, url, 1)) == 4
@@ -107,8 +107,8 @@ def test_what_lasts_ends_with_4_and_the_next_sync_goes_on(filled, capsys, name):
 
 
 @pytest.mark.parametrize("fault", [stalls(60), drips(0.02)], ids=["stalled", "dripping"])
-def test_a_body_that_comes_too_slowly_is_asked_for_again(filled, capsys, monkeypatch, fault):
-    """Two seconds of silence or for a whole small object, where users have 30 and 60."""
+def test_a_body_that_arrives_too_slowly_is_requested_again(filled, capsys, monkeypatch, fault):
+    """The limits are lowered: 2 s of silence, 3 s for a whole small object, not 30 and 60."""
     monkeypatch.setattr(opening, "SILENT_SECONDS", 2)
     monkeypatch.setattr(opening, "_SMALL_SECONDS", 3)
     spoilt = Times(1, fault, contains="05.tar")
@@ -119,7 +119,7 @@ def test_a_body_that_comes_too_slowly_is_asked_for_again(filled, capsys, monkeyp
     assert time.monotonic() - start < 15
 
 
-def test_one_range_of_a_large_object_is_asked_again(real_bucket, capsys):
+def test_only_the_failed_range_of_a_large_object_is_retried(real_bucket, capsys):
     real_bucket.put(LARGE)
     spoilt = Times(2, breaks_off, contains="large.tar")
     with faulty_proxy(real_bucket.settings.endpoint_url, spoilt) as url:
@@ -140,7 +140,7 @@ def test_a_corrupt_range_of_a_large_object_is_never_accepted(real_bucket, capsys
     assert files(real_bucket) == LARGE
 
 
-def test_a_large_object_goes_on_with_the_ranges_that_it_has(real_bucket, capsys):
+def test_a_large_object_resumes_with_the_ranges_that_are_missing(real_bucket, capsys):
     real_bucket.put(LARGE)
     gone = Times(10**6, fails(403, "AccessDenied"), contains="large.tar")
     gone._left = -1
@@ -153,7 +153,7 @@ def test_a_large_object_goes_on_with_the_ranges_that_it_has(real_bucket, capsys)
         assert run([*flags(real_bucket, url, 30), "--s3-requests", "1"]) == 4
         capsys.readouterr()
         assert run([*flags(real_bucket, url, 30), "--s3-requests", "1"]) == 0
-    assert len(gone.seen) == 4, "two ranges, one refused, and then that one alone"
+    assert len(gone.seen) == 4, "the second sync must fetch only the range that was refused"
     assert files(real_bucket) == LARGE
 
 
@@ -183,13 +183,13 @@ def test_an_object_replaced_between_its_ranges_is_not_mixed(real_bucket, capsys)
         ("http://127.0.0.1:9", "cannot be reached"),
     ],
 )
-def test_a_server_out_of_reach(real_bucket, capsys, url, says):
+def test_an_unreachable_server_is_an_error(real_bucket, capsys, url, says):
     assert run(flags(real_bucket, url, 1)) == 4
     error, hint = one_error(capsys)
     assert says in error and "--endpoint-url" in hint
 
 
-def test_no_tls_where_it_is_wanted(real_bucket, capsys):
+def test_https_to_a_server_without_tls_is_an_error(real_bucket, capsys):
     url = real_bucket.settings.endpoint_url.replace("http:", "https:")
     assert run(flags(real_bucket, url, 1)) == 4
     assert "TLS" in one_error(capsys)[0]
@@ -220,7 +220,7 @@ def test_a_public_bucket_needs_no_credentials(filled, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", [0.1, 0.4])
-def test_kill_9_leaves_no_half_file_and_what_is_whole_is_not_fetched_again(
+def test_a_killed_sync_leaves_no_partial_file_and_the_next_fetches_only_the_rest(
     real_bucket, capsys, moment
 ):
     many = {f"data/train/{n:04d}.jpg": os.urandom(2000) for n in range(300)}
@@ -244,8 +244,8 @@ def test_kill_9_leaves_no_half_file_and_what_is_whole_is_not_fetched_again(
     assert not list(Path(real_bucket.settings.data_dir).rglob(".clipft-part*"))
 
 
-def test_a_multipart_object_is_known_by_the_md5_of_its_parts(real_bucket, capsys):
-    """As other tools upload: parts of 7 MB, which clipft cannot guess and the server tells."""
+def test_a_multipart_object_is_verified_by_the_md5_of_its_parts(real_bucket, capsys):
+    """Other tools choose part sizes that clipft does not try, so it asks the server."""
     name, key, body = real_bucket.settings.s3_bucket, "data/train/parts.tar", os.urandom(15_000_000)
     upload = real_bucket.client.create_multipart_upload(Bucket=name, Key=key)["UploadId"]
     parts = []
@@ -261,7 +261,7 @@ def test_a_multipart_object_is_known_by_the_md5_of_its_parts(real_bucket, capsys
 
 
 @pytest.mark.slow
-def test_a_sparse_object_of_6_gib_comes_by_ranges(real_bucket, capsys, tmp_path):
+def test_an_object_of_6_gib_is_fetched_in_ranges(real_bucket, capsys, tmp_path):
     size, name, key = 6 << 30, real_bucket.settings.s3_bucket, "data/train/huge.tar"
     sparse = tmp_path / "sparse"
     with open(sparse, "wb") as file:

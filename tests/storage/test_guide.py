@@ -1,4 +1,4 @@
-"""The commands of the S3 guide work against a server."""
+"""Run the commands of the S3 guide against a server."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""50,000 objects, three kills."""
+"""Sync 50,000 objects, killing the process three times."""
 
 import hashlib
 import os
@@ -34,7 +34,8 @@ def command(bucket, url: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_byte_right_nothing_whole_twice_nothing_left(real_bucket):
+def test_50000_objects_arrive_intact_despite_three_kills(real_bucket):
+    """Every byte is right, no whole file is fetched twice, and no part file remains."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: real_bucket.put({key(n): body(n)}), range(COUNT)))
     folder = Path(real_bucket.settings.data_dir)

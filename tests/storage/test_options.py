@@ -1,4 +1,4 @@
-"""Uploads, globs, --delete, --dry-run, raw files, and s3:// instead of a folder."""
+"""The options of ``clipft sync``: --up, globs, --delete, --dry-run, raw files and s3:// URLs."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def test_a_multipart_upload_is_recognized_later(filled, capsys):
     assert sync(filled, capsys, "--up")["transferred"] == 0
 
 
-def test_up_deletes_only_under_the_prefixes_and_never_a_whole_side(filled, capsys):
+def test_up_with_delete_stays_under_the_prefixes_and_never_empties_a_side(filled, capsys):
     folder = filled.settings.data_dir / "train"
     folder.mkdir(parents=True)
     (folder / "00000.tar").write_bytes(PAIRS["data/train/00000.tar"])
@@ -75,7 +75,7 @@ def test_up_deletes_only_under_the_prefixes_and_never_a_whole_side(filled, capsy
     assert set(stored(filled)) == left
 
 
-def test_up_with_nothing_to_send(filled, capsys):
+def test_up_with_nothing_to_send_is_an_error(filled, capsys):
     kept = filled.settings
     where = ["--s3-bucket", kept.s3_bucket, "--endpoint-url", kept.endpoint_url]
     assert run(["sync", "--up", *where, "--data-dir", str(kept.data_dir), "--delete"]) == 4
@@ -83,7 +83,7 @@ def test_up_with_nothing_to_send(filled, capsys):
     assert stored(filled) == PAIRS
 
 
-def test_include_and_exclude_globs(filled, capsys):
+def test_include_and_exclude_globs_select_objects(filled, capsys):
     assert sync(filled, capsys, "--exclude", "deep/*", "--exclude", "*.txt")["objects"] == 2
     assert set(files(filled.settings.data_dir)) == {"train/00000.tar", "val/00000.tar"}
     assert sync(filled, capsys, "--include", "deep/*", "--include", "0*")["transferred"] == 1
@@ -118,7 +118,7 @@ def test_dry_run_changes_nothing(filled, capsys):
     assert sync(filled, capsys, "--dry-run")["planned"] == []
 
 
-def test_raw_files_are_packed_once_and_again_when_they_change(real_bucket, capsys):
+def test_raw_files_are_packed_again_only_when_they_change(real_bucket, capsys):
     put_raw(real_bucket)
     folder = real_bucket.settings.data_dir
     sync(real_bucket, capsys)
@@ -142,14 +142,14 @@ def test_no_pack_keeps_raw_files(real_bucket, capsys):
     ("text", "bucket", "prefix"),
     [("s3://b/p/q/", "b", "p/q"), ("s3:/b", "b", ""), ("s3://b/a b", "b", "a b")],
 )
-def test_an_s3_url(text, bucket, prefix):
+def test_an_s3_url_is_parsed_into_bucket_and_prefix(text, bucket, prefix):
     assert parse_s3_url(text) == parse_s3_url(Path(text)) == S3Url(bucket, prefix)
     assert parse_s3_url("./s3") is None
     with pytest.raises(UsageError, match="no bucket"):
         parse_s3_url("s3://")
 
 
-def test_an_s3_url_as_data_dir():
+def test_an_s3_url_as_data_dir_sets_bucket_and_prefix():
     loaded = load_settings({"data_dir": "s3://b/some/data"}, environ={})
     values = loaded.values
     assert (values.s3_bucket, values.s3_prefix) == ("b", "some/data/train")
@@ -158,8 +158,8 @@ def test_an_s3_url_as_data_dir():
         load_settings({"data_dir": "s3://b/x", "s3_bucket": "c"}, environ={})
 
 
-def test_any_key_survives_listing(filled):
-    """The listing bypasses botocore's parser; names in it may contain anything."""
+def test_keys_with_special_characters_are_listed_exactly(filled):
+    """The listing bypasses botocore's parser, so its own decoding must handle every name."""
     keys = [f"k/{name}" for name in ("a b", "a+b", "100%", "%41", "é<&>", "日本", "q?x=1#y", "'\"")]
     filled.put(dict.fromkeys(keys, b"x"))
     objects, refused = open_bucket(filled.settings).list("k/")

@@ -1,4 +1,4 @@
-"""``clipft train --plan`` with pairs in a bucket."""
+"""``clipft train --plan`` when the pairs are in a bucket."""
 
 import json
 
@@ -6,7 +6,7 @@ from clipft.cli.app import run
 from tests.storage.test_training import command, put_raw
 
 
-def test_missing_pairs_are_counted_but_not_fetched(bucket, tmp_path, capsys):
+def test_plan_counts_missing_pairs_without_fetching_them(bucket, tmp_path, capsys):
     put_raw(bucket)
     args = command(bucket, tmp_path, "--plan", "--json")
     assert run(args) == 0
@@ -16,7 +16,7 @@ def test_missing_pairs_are_counted_but_not_fetched(bucket, tmp_path, capsys):
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
-def test_fetched_pairs_are_measured(bucket, tmp_path, capsys):
+def test_plan_measures_pairs_that_are_already_fetched(bucket, tmp_path, capsys):
     put_raw(bucket)
     where = command(bucket, tmp_path)[1:7]
     assert run(["sync", *where[:6], "--data-dir", str(tmp_path / "data")]) == 0

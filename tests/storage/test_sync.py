@@ -1,3 +1,5 @@
+"""``clipft sync`` from a bucket to a local folder."""
+
 import hashlib
 import json
 import os
@@ -32,12 +34,12 @@ def quiet(progress) -> None:
 
 
 def sync(settings, report) -> SyncResult:
-    """As the command does."""
+    """Sync as the command does."""
     return download(list_bucket(settings), settings.data_dir, report)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a user sees under ``folder``: without clipft's own bookkeeping."""
+    """The content of the files under ``folder``, without clipft's own bookkeeping."""
     found = (p for p in folder.rglob("*") if p.is_file() and p.name[:8] != ".clipft-")
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
@@ -57,7 +59,7 @@ def filled(bucket):
     return bucket
 
 
-def test_a_fresh_sync_brings_both_folders_and_nothing_else(filled):
+def test_a_first_sync_fetches_both_folders_and_nothing_else(filled):
     seen = []
     result = sync(filled.settings, seen.append)
     assert files(filled.settings.data_dir) == expected()
@@ -90,11 +92,11 @@ def test_a_damaged_local_file_is_fetched_again(filled, damage):
     assert files(filled.settings.data_dir) == expected()
 
 
-@pytest.mark.parametrize("manifest", [None, "{", '{"objects": 3}', "[]"])
-def test_without_a_usable_manifest_equal_files_are_known_by_md5(filled, manifest):
+@pytest.mark.parametrize("journal", [None, "{", '{"objects": 3}', "[]"])
+def test_without_a_usable_journal_files_are_recognized_by_md5(filled, journal):
     sync(filled.settings, quiet)
     path = filled.settings.data_dir / "train" / JOURNAL
-    path.unlink() if manifest is None else path.write_text(manifest)
+    path.unlink() if journal is None else path.write_text(journal)
     assert sync(filled.settings, quiet).transferred == 0
 
 
@@ -105,7 +107,7 @@ def test_a_listing_of_several_pages_is_complete(bucket):
     assert [entry.key for entry in listed] == names
 
 
-def test_stale_parts_are_removed_and_left_over_files_are_named(filled):
+def test_stale_parts_are_removed_and_surplus_files_are_reported(filled):
     sync(filled.settings, quiet)
     stale = filled.settings.data_dir / "train" / ".clipft-part-1"
     stale.write_bytes(b"half")
@@ -140,13 +142,13 @@ def test_every_key_stays_inside_the_target_or_is_refused(key):
     assert path.relative_to(root).as_posix() == key
 
 
-def test_refused_keys_are_listed_and_the_rest_arrives(bucket, tmp_path):
+def test_refused_keys_are_reported_and_all_others_arrive(bucket, tmp_path):
     bad = ["../../out", "a\\b", "x//y", "file/inside", "SAME", "sized/"]
     good = ["file", "same"]
     bucket.put({f"data/train/{name}": name.encode() for name in [*bad, *good]})
     bucket.put({"data/train/": b"", "data/train/marker/": b""})
     result = sync(bucket.settings, quiet)
-    # "SAME" is listed before "same": the first of the two stays
+    # "SAME" is listed before "same", and the first of the two is kept
     refused = {refusal.key.removeprefix("data/train/") for refusal in result.refused}
     assert refused == {*bad, "same"} - {"SAME"}
     assert set(files(bucket.settings.data_dir / "train")) == {"file", "SAME"}
@@ -169,7 +171,7 @@ def test_links_in_the_target_are_not_followed(bucket, tmp_path):
     assert (train / "single").read_bytes() == b"THEM" and not (train / "single").is_symlink()
 
 
-def test_empty_prefixes(bucket):
+def test_an_empty_train_prefix_is_an_error_and_an_empty_val_prefix_a_note(bucket):
     with pytest.raises(StorageError, match=rf"{bucket.settings.s3_bucket}.*'data/train'"):
         sync(bucket.settings, quiet)
     bucket.put({"data/train/a": b"a"})
@@ -186,12 +188,12 @@ def test_settings_that_cannot_work_are_refused(bucket):
         sync(bucket.but(endpoint_url="localhost"), quiet)
 
 
-def test_a_bucket_that_does_not_exist(bucket):
+def test_a_missing_bucket_is_an_error(bucket):
     with pytest.raises(StorageError, match="nowhere-at-all does not exist"):
         sync(bucket.but(s3_bucket="nowhere-at-all"), quiet)
 
 
-def test_no_credentials_and_no_such_profile(bucket, monkeypatch):
+def test_missing_credentials_and_an_unknown_profile_are_errors(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StorageError, match="no usable AWS credentials"):
@@ -215,7 +217,7 @@ def test_no_credentials_and_no_such_profile(bucket, monkeypatch):
         (500, "InternalError", "overloaded"),
     ],
 )
-def test_errors_of_the_server_are_told_apart(bucket, serving, status, code, says):
+def test_each_server_error_has_its_own_message(bucket, serving, status, code, says):
     with pytest.raises(StorageError, match=says) as caught:
         sync(bucket.but(endpoint_url=serving(refusing(status, code))), quiet)
     assert caught.value.hint
@@ -228,12 +230,12 @@ def test_errors_of_the_server_are_told_apart(bucket, serving, status, code, says
         ("http://no.invalid:1", "name cannot be resolved"),
     ],
 )
-def test_a_server_out_of_reach(bucket, url, says):
+def test_an_unreachable_server_is_an_error(bucket, url, says):
     with pytest.raises(StorageError, match=says):
         sync(bucket.but(endpoint_url=url), quiet)
 
 
-def test_a_server_that_does_not_speak_tls(bucket):
+def test_a_server_without_tls_is_an_error(bucket):
     with pytest.raises(StorageError, match="TLS"):
         sync(bucket.but(endpoint_url=bucket.settings.endpoint_url.replace("http", "https")), quiet)
 
@@ -244,7 +246,7 @@ LISTING = """<ListBucketResult><Contents><Key>{prefix}a.tar</Key><Size>{size}</S
 
 
 def one_object(body: bytes, etag: str, length: int = len(BODY)):
-    """A bucket with one object, whose body is answered as ``body`` of ``length`` bytes."""
+    """A server with one object, which answers ``body`` and declares ``length`` bytes."""
 
     def answer(handler) -> None:
         listing = "list-type" in handler.path
@@ -271,7 +273,7 @@ MD5 = hashlib.md5(BODY).hexdigest()
     ],
     ids=["cut", "corrupt", "other size"],
 )
-def test_a_body_that_is_not_the_object_gets_no_final_name(bucket, serving, answer, says):
+def test_a_body_with_other_bytes_than_the_object_is_never_kept(bucket, serving, answer, says):
     with pytest.raises(StorageError, match=says):
         sync(bucket.but(endpoint_url=serving(answer)), quiet)
     assert files(bucket.settings.data_dir) == {}
@@ -290,7 +292,7 @@ def test_an_object_changed_since_the_listing_is_not_accepted(bucket, serving):
     assert files(bucket.settings.data_dir) == {}
 
 
-def test_a_stopped_sync_leaves_no_parts_and_the_next_goes_on(filled):
+def test_a_stopped_sync_leaves_no_parts_and_the_next_continues(filled):
     def stop(progress) -> None:
         raise KeyboardInterrupt
 
@@ -301,7 +303,7 @@ def test_a_stopped_sync_leaves_no_parts_and_the_next_goes_on(filled):
     assert files(filled.settings.data_dir) == expected()
 
 
-def test_the_disk(filled, monkeypatch, tmp_path):
+def test_an_unwritable_target_and_a_full_disk_are_errors(filled, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         sync(filled.but(data_dir=tmp_path / "file"), quiet)
@@ -317,24 +319,24 @@ def flags(bucket) -> list[str]:
     return ["sync", "--s3_bucket", kept.s3_bucket, *where]
 
 
-def test_the_command_prints_one_object(filled, capsys):
+def test_the_command_prints_one_json_object(filled, capsys):
     assert run([*flags(filled), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["objects"], result["transferred"], result["refused"]) == (4, 4, [])
 
 
-def test_the_command_shows_a_table_and_the_refused(filled, capsys):
+def test_the_command_shows_a_table_and_the_refused_keys(filled, capsys):
     filled.put({"data/train/[red]\\b": b"x"})
     assert run(flags(filled)) == 0
     shown = capsys.readouterr()
     assert "[red]" in shown.out and "backslash" in shown.out and "Next:" in shown.err
 
 
-def test_the_command_ends_with_4_for_an_empty_prefix(bucket, capsys):
+def test_the_command_exits_with_4_for_an_empty_prefix(bucket, capsys):
     assert run(flags(bucket)) == 4
     assert "hint: check --s3-prefix" in capsys.readouterr().err
 
 
-def test_the_command_starts_without_boto3():
+def test_the_command_module_does_not_import_boto3():
     code = "import sys, clipft.cli.commands.sync; sys.exit('boto3' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

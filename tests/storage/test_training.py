@@ -1,4 +1,4 @@
-"""Whole runs with pairs and checkpoints in a bucket, and with a machine that is lost."""
+"""Whole runs with pairs and checkpoints in a bucket, some on a machine that is lost."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = [
 
 
 def raw(numbers) -> dict[str, bytes]:
-    """Rendered products as a shop keeps them: chair.jpg, chair.txt."""
+    """Rendered products as raw files, such as 00001.jpg and 00001.txt."""
     files = {}
     for number in numbers:
         pair = render_pair(7, number)
@@ -78,7 +78,7 @@ def killed_in_mid_run(bucket, home: Path) -> None:
 def test_a_run_resumes_on_a_new_machine(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     undisturbed, lost, new = tmp_path / "undisturbed", tmp_path / "lost", tmp_path / "new"
-    # A prefix of its own: two runs of the same name would replace each other's checkpoints
+    # It needs its own prefix, or the two runs would replace each other's checkpoints
     assert run(command(real_bucket, undisturbed, "--s3-checkpoint-prefix", "undisturbed")) == 0
     assert "Packed 80 training and 16 validation pairs" in capsys.readouterr().err
     killed_in_mid_run(real_bucket, lost)
@@ -93,7 +93,7 @@ def test_a_run_resumes_on_a_new_machine(real_bucket, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_resume_from_the_bucket_alone(real_bucket, tmp_path, capsys, monkeypatch):
+def test_resume_needs_nothing_but_the_bucket(real_bucket, tmp_path, capsys, monkeypatch):
     put_raw(real_bucket)
     whole, lost = tmp_path / "whole", tmp_path / "lost"
     assert run(command(real_bucket, whole, "--s3-checkpoint-prefix", "whole")) == 0
@@ -104,7 +104,7 @@ def test_resume_from_the_bucket_alone(real_bucket, tmp_path, capsys, monkeypatch
     assert run(["resume", place, *where]) == 0
     assert_same_run(whole / "runs", tmp_path / "checkpoints")
 
-    # Once more when nothing is left to do, and evaluated from the bucket
+    # Resume a run that has nothing left to train, then evaluate it from the bucket
     whole_place = f"s3://{real_bucket.settings.s3_bucket}/whole"
     again = ["--output-dir", "again", "--data-dir", str(whole / "data")]
     assert run(["resume", whole_place, *where, *again]) == 0
@@ -123,7 +123,9 @@ def test_no_checkpoint_in_s3_starts_at_epoch_0(real_bucket, tmp_path, capsys):
     assert "no checkpoint found in S3" in said and "starting at epoch 0" in said
 
 
-def test_an_unreadable_bucket_does_not_start_from_scratch(real_bucket, tmp_path, capsys):
+def test_a_run_does_not_start_from_scratch_if_the_bucket_is_unreadable(
+    real_bucket, tmp_path, capsys
+):
     put_raw(real_bucket)
     hidden = Times(10**6, fails(403, "AccessDenied"), contains="checkpoint.json")
     with faulty_proxy(real_bucket.settings.endpoint_url, hidden) as url:
@@ -152,8 +154,8 @@ def test_failing_uploads_do_not_stop_training(real_bucket, tmp_path, capsys):
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
-def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
-    """The figures are shown; the file stays, and `clipft resume` uploads it."""
+def test_a_signal_ends_the_wait_for_a_hanging_last_upload(real_bucket, tmp_path):
+    """The result is shown, the local file is kept, and `clipft resume` uploads it."""
     put_raw(real_bucket)
     assert (
         run(["sync", *command(real_bucket, tmp_path)[1:7], "--data-dir", str(tmp_path / "data")])
@@ -171,7 +173,7 @@ def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
             [sys.executable, "-m", "clipft", *args], stderr=subprocess.PIPE, text=True
         )
         while "Waiting for the last checkpoint" not in (line := process.stderr.readline()):
-            assert line, "it ended before"
+            assert line, "the run ended too early"
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         _, said = process.communicate(timeout=120)
@@ -184,8 +186,8 @@ def test_a_signal_while_the_last_upload_hangs(real_bucket, tmp_path):
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
-def test_training_streams_shards_from_the_bucket(real_bucket, tmp_path, capsys):
-    """--stream: the same weights as from a copy, and no copy."""
+def test_streaming_from_the_bucket_trains_the_same_weights(real_bucket, tmp_path, capsys):
+    """Train with --stream, and compare with a run on a local copy."""
     for which in range(3):
         write_shard(tmp_path / f"{which:05d}.tar", range(which * 30, which * 30 + 30))
     write_shard(tmp_path / "val.tar", range(1000, 1016))
@@ -209,8 +211,8 @@ def test_training_streams_shards_from_the_bucket(real_bucket, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_real_photos(real_bucket, tmp_path):
-    """The same with raw photos of furniture, if there are any on this machine."""
+def test_a_run_on_raw_photos_resumes_on_a_new_machine(real_bucket, tmp_path):
+    """Uses raw photos of furniture; skipped where there are none."""
     photos = Path(__file__).parents[3] / "shared" / "data" / "furniture"
     if not photos.is_dir():
         pytest.skip(f"no photos in {photos}")

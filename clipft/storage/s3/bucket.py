@@ -50,8 +50,7 @@ class Bucket:
         return f"s3://{self.name}/{key}"
 
     def call(self, operation: str, about: str, **request: Any) -> dict[str, Any]:
-        """Call a boto3 client method, with retries; ``about`` is the key or prefix to name in
-        errors."""
+        """Call a boto3 client method, with retries. Errors name the key or prefix ``about``."""
         answer: dict[str, Any] = self.retry(
             lambda: getattr(self.client, operation)(Bucket=self.name, **request), self.url(about)
         )

@@ -71,7 +71,7 @@ def part_name(wanted: RemoteObject) -> str:
 
 
 class Download:
-    """Fetch ``work``: some threads fetch, and the caller's thread keeps the books and reports.
+    """Fetch ``work``: threads of its own fetch, and the caller's thread records and reports.
 
     After ``run``, ``fetched`` and ``bytes`` count what was really transferred.
     """
@@ -84,7 +84,7 @@ class Download:
             _Job(folder, o, folder.path / part_name(o), range(0, max(1, o.size), RANGE))
             for folder, o in work
         )
-        # Made as they are needed: there may be millions
+        # A generator, because there may be millions of ranges
         self._ranges = ((job, start) for job in jobs for start in job.starts)
         self._lock = threading.Lock()
         self._finished: deque[_Job] = deque()
@@ -176,8 +176,7 @@ class Download:
             if last and job.needed and large:
                 self._finish_large(job)
         except OSError as error:
-            place = Path(job.folder.local(wanted))
-            raise disk_error(place, error, wanted.size) from error
+            raise disk_error(Path(job.folder.local(wanted)), error, wanted.size) from error
         if last:
             self._finished.append(job)
 

@@ -109,6 +109,7 @@ class Folder:
         """
         for name in names:
             path = self.path / name
+            self.records.pop(name, None)
             try:
                 path.unlink(missing_ok=True)
                 for parent in path.parents:
@@ -118,8 +119,6 @@ class Folder:
             except OSError as error:
                 raise disk_error(path, error) from error
         self.flush()
-        for name in names:
-            self.records.pop(name, None)
         with replacing(self.path / JOURNAL) as temporary:
             temporary.write_text("".join(_lines(self.records)), encoding="utf-8")
 

@@ -197,9 +197,5 @@ def _planned(folders: list[Folder], options: SyncOptions, start: float) -> SyncR
 
 def _surplus(folder: Folder, options: SyncOptions) -> list[str]:
     """Files of the folder that match the filter and are not in the bucket."""
-    present = {wanted.path for wanted in folder.objects}
-    return [
-        name
-        for name in local_files(folder.path)
-        if name not in present and options.filter.matches(name)
-    ]
+    present, names = {wanted.path for wanted in folder.objects}, local_files(folder.path)
+    return [name for name in names if name not in present and options.filter.matches(name)]
