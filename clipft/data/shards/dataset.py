@@ -58,7 +58,9 @@ class PairDataset:
             DataError: The shard was changed or removed since it was indexed.
         """
         shard, row = self._locate(number)
-        return RawPair(number, shard.key(row), shard.path.name, *_read(shard, row, FIELDS))
+        # First, because it raises if the shard has changed; a reopened one may then have no keys
+        members = _read(shard, row, FIELDS)
+        return RawPair(number, shard.key(row), shard.path.name, *members)
 
     def named(self, number: int) -> RawPair:
         """Return a pair with its key and shard but without its bytes; nothing is read."""
