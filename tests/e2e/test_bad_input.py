@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one clear line, the right exit code, and nothing lost."""
+"""A user's mistake ends in one clear error and the right exit code, and nothing is lost."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def one_error(capsys) -> tuple[str, str]:
     return errors[0], hints[0]
 
 
-def test_no_tar_names_the_folder_and_what_is_there(tmp_path, capsys):
+def test_a_folder_without_shards_is_named_with_its_content(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     for name in ("a.jpg", "b.jpg", "a.txt"):
         (tmp_path / "train" / name).touch()
@@ -30,17 +30,17 @@ def test_no_tar_names_the_folder_and_what_is_there(tmp_path, capsys):
     assert "clipft pack" in hint
 
 
-def test_no_folder(tmp_path, capsys):
+def test_a_missing_data_folder_is_refused(tmp_path, capsys):
     assert run(["train", *TINY, "--data-dir", str(tmp_path / "none")]) == 3
     assert "no folder" in one_error(capsys)[0]
 
 
-def test_unknown_scenario(capsys):
+def test_an_unknown_scenario_is_refused(capsys):
     assert run(["train", *TINY, "--scenario", "dual_lara"]) == 2
     assert "did you mean dual_lora" in one_error(capsys)[0]
 
 
-def test_unknown_toml_key(tmp_path, capsys):
+def test_an_unknown_key_in_a_settings_file_is_refused(tmp_path, capsys):
     file = tmp_path / "c.toml"
     file.write_text("lora_rank = 8\n")
     assert run(["train", "--config", str(file)]) == 2
@@ -49,7 +49,7 @@ def test_unknown_toml_key(tmp_path, capsys):
     assert "lora_r" in hint
 
 
-def test_a_model_that_cannot_be_had(catalogue, tmp_path, capsys):
+def test_a_model_that_cannot_be_loaded_is_named(catalogue, tmp_path, capsys):
     more = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path)]
     assert run(["train", *more, "--model", "nobody/nothing"]) == 5
     error, hint = one_error(capsys)
@@ -57,7 +57,7 @@ def test_a_model_that_cannot_be_had(catalogue, tmp_path, capsys):
     assert "local folder" in hint
 
 
-def test_a_corrupt_picture_is_left_out_and_named(tmp_path, capsys):
+def test_a_corrupt_image_is_skipped_and_listed(tmp_path, capsys):
     write_shard(tmp_path / "train" / "00000.tar", range(128), bad=[5])
     write_shard(tmp_path / "val" / "00000.tar", range(1000, 1020))
     out = tmp_path / "out"
@@ -71,7 +71,7 @@ def test_a_corrupt_picture_is_left_out_and_named(tmp_path, capsys):
     assert "truncated" in skipped[0]["reason"].lower()
 
 
-def test_too_many_corrupt_pictures_stop_the_run(tmp_path, capsys):
+def test_too_many_corrupt_images_stop_the_run(tmp_path, capsys):
     write_shard(tmp_path / "train" / "00000.tar", range(128), bad=range(0, 128, 8))
     write_shard(tmp_path / "val" / "00000.tar", range(1000, 1020))
     out = tmp_path / "out"
@@ -82,7 +82,7 @@ def test_too_many_corrupt_pictures_stop_the_run(tmp_path, capsys):
     assert "skipped.jsonl" in hint
 
 
-def test_an_output_folder_that_cannot_be_written_is_found_first(catalogue, tmp_path, capsys):
+def test_an_unwritable_output_folder_is_found_before_training(catalogue, tmp_path, capsys):
     blocker = tmp_path / "file"
     blocker.touch()
     args = ["train", *TINY, "--data-dir", str(catalogue), "--output-dir", str(blocker / "x")]
@@ -90,7 +90,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(catalogue, tmp_p
     assert str(blocker) in one_error(capsys)[0]
 
 
-def test_a_second_run_in_one_folder_is_refused(catalogue, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(catalogue, tmp_path, capsys):
     from clipft.config.sources import load_settings
     from clipft.runs.folder import run_lock
 
@@ -99,10 +99,10 @@ def test_a_second_run_in_one_folder_is_refused(catalogue, tmp_path, capsys):
     with run_lock(settings.run_dir):
         assert run(args) == 2
     assert "already in progress" in one_error(capsys)[0]
-    assert run(args) == 0  # a stale lock is no lock
+    assert run(args) == 0  # a lock file that no process holds does not count
 
 
-def test_errors_as_json(capsys):
+def test_json_mode_prints_errors_as_json(capsys):
     assert run(["train", "--epochs", "0", "--json"]) == 2
     captured = capsys.readouterr()
     body = json.loads(captured.out)["error"]
@@ -113,7 +113,7 @@ def test_errors_as_json(capsys):
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04", b"not a checkpoint"], ids=["empty", "zip", "text"]
 )
-def test_a_broken_checkpoint(tmp_path, capsys, content):
+def test_a_broken_checkpoint_is_refused(tmp_path, capsys, content):
     path = tmp_path / "dual_lora_checkpoint.pt"
     path.write_bytes(content)
     assert run(["resume", str(path)]) == 5
@@ -125,7 +125,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_paths_with_spaces_and_other_letters(catalogue, tmp_path, capsys):
+def test_paths_may_hold_spaces_and_any_letters(catalogue, tmp_path, capsys):
     odd = tmp_path / "Möbel katalog 家具"
     odd.mkdir()
     (odd / "data").symlink_to(Path(catalogue))

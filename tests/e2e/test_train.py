@@ -1,4 +1,4 @@
-"""Training as a user does it, on the packaged tiny model."""
+"""Train from the command line on the packaged tiny model, then interrupt and resume runs."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def assert_same_run(one: Path, other: Path, scenario: str = "dual_lora") -> None
 
 @pytest.fixture(scope="module")
 def whole(catalogue, tmp_path_factory) -> Path:
-    """The uninterrupted run."""
+    """Train without interruption and return the output folder."""
     out = tmp_path_factory.mktemp("whole")
     assert train(catalogue, out) == 0
     return out
 
 
-def test_a_run_leaves_all_that_is_promised(whole):
+def test_a_run_writes_every_promised_file(whole):
     folder = whole / "dual_lora"
     checkpoint = torch.load(whole / "dual_lora_checkpoint.pt", weights_only=True)
     promised = {"epoch", "model_state_dict", "optimizer_state_dict", "loss"}
@@ -69,13 +69,13 @@ def test_a_run_leaves_all_that_is_promised(whole):
     assert (kinds.count("step"), kinds.count("epoch")) == (9, 4)
 
 
-def test_its_settings_can_be_fed_back(whole, catalogue, tmp_path):
+def test_the_saved_settings_start_the_same_run_again(whole, catalogue, tmp_path):
     toml = whole / "dual_lora" / "settings.toml"
     assert run(["train", "--config", str(toml), "--output-dir", str(tmp_path)]) == 0
     assert_same_run(whole, tmp_path)
 
 
-def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
+def test_peft_opens_the_adapter_and_computes_the_same_features(whole):
     from peft import PeftModel
 
     from clipft.config.sources import load_settings
@@ -98,12 +98,12 @@ def test_the_adapter_opens_in_peft_and_computes_the_same(whole):
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_workers_change_nothing(whole, catalogue, tmp_path, workers):
+def test_the_number_of_workers_does_not_change_the_result(whole, catalogue, tmp_path, workers):
     assert train(catalogue, tmp_path, "--num-workers", workers) == 0
     assert_same_run(whole, tmp_path)
 
 
-def test_another_micro_batch_is_the_same_run_but_for_rounding(catalogue, tmp_path):
+def test_the_micro_batch_size_changes_only_rounding(catalogue, tmp_path):
     losses = []
     for micro in ("8", "32"):
         out = tmp_path / micro
@@ -129,10 +129,10 @@ def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> Non
         if path.exists() and f'"step": {step},' in path.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(f"step {step} never came: {process.communicate()}")
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
-def test_kill_9_in_the_second_epoch_then_resume_ends_bitwise_equal(whole, catalogue, tmp_path):
+def test_a_run_resumed_after_sigkill_ends_bitwise_equal(whole, catalogue, tmp_path):
     process = start(catalogue, tmp_path)
     wait_for_step(tmp_path, 5, process)
     process.send_signal(signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_kill_9_in_the_second_epoch_then_resume_ends_bitwise_equal(whole, catalo
     assert_same_run(whole, tmp_path)
 
 
-def test_sigterm_saves_and_exits_75_and_says_how_to_go_on(whole, catalogue, tmp_path):
+def test_sigterm_saves_exits_75_and_says_how_to_resume(whole, catalogue, tmp_path):
     process = start(catalogue, tmp_path, "--num-workers", "1")
     wait_for_step(tmp_path, 2, process)
     process.send_signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ def test_sigterm_saves_and_exits_75_and_says_how_to_go_on(whole, catalogue, tmp_
     assert_same_run(whole, tmp_path)
 
 
-def test_what_a_kill_at_the_very_end_left_out_is_made_up_for(whole, tmp_path, capsys):
+def test_resume_writes_the_results_that_a_late_kill_prevented(whole, tmp_path, capsys):
     out = tmp_path / "killed"
     shutil.copytree(whole, out)
     folder = out / "dual_lora"
@@ -172,9 +172,7 @@ def test_what_a_kill_at_the_very_end_left_out_is_made_up_for(whole, tmp_path, ca
     assert_same_run(whole, out)
 
 
-def test_a_new_run_keeps_nothing_of_an_earlier_one_which_is_kept_whole(
-    whole, catalogue, tmp_path, capsys
-):
+def test_a_new_run_moves_an_earlier_one_aside_unchanged(whole, catalogue, tmp_path, capsys):
     out = tmp_path / "again"
     shutil.copytree(whole, out)
     for name in ("kept.json", "interpolation.json"):  # as `clipft evaluate` writes them
@@ -201,22 +199,22 @@ def test_resume_of_a_finished_run_says_so(whole, capsys):
     assert (whole / "dual_lora_checkpoint.pt").read_bytes() == before
 
 
-def test_resume_takes_the_run_folder_too(whole, capsys):
+def test_resume_also_takes_a_run_folder(whole, capsys):
     assert run(["resume", str(whole / "dual_lora")]) == 0
     assert "finished" in capsys.readouterr().err
 
 
-def test_resume_refuses_weights_alone(whole, capsys):
+def test_resume_refuses_a_file_of_weights_alone(whole, capsys):
     assert run(["resume", str(whole / "dual_lora" / "best.pt")]) == 2
     assert "best.pt cannot be resumed" in capsys.readouterr().err
 
 
-def test_resume_flag_without_a_checkpoint_warns_and_starts(catalogue, tmp_path, capsys):
+def test_the_resume_flag_without_a_checkpoint_warns_and_starts_a_run(catalogue, tmp_path, capsys):
     assert train(catalogue, tmp_path, "--resume-from-checkpoint", "--mini-train") == 0
     assert "no checkpoint" in capsys.readouterr().err
 
 
-def test_settings_that_decide_the_weights_cannot_change(catalogue, tmp_path, capsys):
+def test_a_resumed_run_refuses_other_settings_that_decide_the_weights(catalogue, tmp_path, capsys):
     assert train(catalogue, tmp_path, "--epochs", "1") == 0
     code = train(catalogue, tmp_path, "--epochs", "1", "--lr", "0.5", "--resume-from-checkpoint")
     assert code == 2
@@ -238,7 +236,7 @@ def test_every_scenario_trains_and_evaluates(catalogue, tmp_path, capsys, scenar
     assert set(figures["text_to_image"]) == set(figures["image_to_text"]) == wanted
 
 
-def test_training_learns(catalogue, tmp_path, capsys):
+def test_training_improves_retrieval(catalogue, tmp_path, capsys):
     more = ["--epochs", "12", "--lr", "3e-3", "--json"]
     assert train(catalogue, tmp_path, *more) == 0
     result = json.loads(capsys.readouterr().out)
@@ -246,7 +244,7 @@ def test_training_learns(catalogue, tmp_path, capsys):
         assert result["after"][direction]["mrr"] > result["before"][direction]["mrr"]
 
 
-def test_early_stopping_stops(catalogue, tmp_path, capsys):
+def test_early_stopping_ends_the_run(catalogue, tmp_path, capsys):
     more = ["--lr", "0", "--stop-on", "loss", "--patience", "1", "--json"]
     assert train(catalogue, tmp_path, *more) == 0
     result = json.loads(capsys.readouterr().out)
@@ -254,7 +252,7 @@ def test_early_stopping_stops(catalogue, tmp_path, capsys):
     assert result["steps"] == 6
 
 
-def test_a_diverging_run_ends_with_6_and_its_last_good_state(catalogue, tmp_path, capsys):
+def test_a_diverging_run_exits_6_and_keeps_its_last_good_state(catalogue, tmp_path, capsys):
     assert train(catalogue, tmp_path, "--scenario", "full", "--lr", "1e30") == 6
     assert "error: the validation loss is not finite after epoch 1" in capsys.readouterr().err
     path = tmp_path / "full_checkpoint.pt"

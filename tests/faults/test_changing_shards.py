@@ -1,4 +1,7 @@
-"""A shard that is replaced, cut or removed while in use: noticed, never wrong pairs (22)."""
+"""A shard is replaced, cut or removed while it is in use (22).
+
+The run must notice it, and never train on the wrong pairs.
+"""
 
 import os
 import pickle
@@ -15,7 +18,7 @@ from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs
 from clipft.runs.checkpoint import load_checkpoint
-from clipft.runs.records import EpochResult, Plan, StepResult
+from clipft.runs.records import StepResult, TrainingCallback
 from tests.faults.helpers import Member, catalogue, good, lines, one_error, train, write_tar
 from tests.inputs import preprocessing
 
@@ -23,13 +26,13 @@ SIZES = ["--effective-batch-size", "4", "--micro-batch-size", "4", "--checkpoint
 
 
 def later(path: Path) -> None:
-    """A second more, whatever the clock of the file system counts in."""
+    """Move the modification time by a second, so that it differs on every file system."""
     state = path.stat()
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
 
 
 def even(numbers: Iterable[int]) -> list[Member]:
-    """Pairs that all take as many bytes."""
+    """Make pairs that all take the same number of bytes."""
     return [
         (name, data.ljust(200 if name.endswith("txt") else 6000, b"\0"))
         for name, data in good(numbers)
@@ -37,18 +40,18 @@ def even(numbers: Iterable[int]) -> list[Member]:
 
 
 def wrong(path: Path) -> bytes:
-    """A shard of the same size with other keys, and another caption where each one was."""
+    """Return a shard of the same size with other keys, and with the captions moved by one."""
     with tarfile.open(path) as tar:
         contents = [tar.extractfile(member).read() for member in tar]
-    pictures, captions = contents[::2], contents[1::2]
+    images, captions = contents[::2], contents[1::2]
     other = path.with_name("other")
-    pairs = enumerate(zip(pictures, [*captions[1:], captions[0]], strict=True))
+    pairs = enumerate(zip(images, [*captions[1:], captions[0]], strict=True))
     write_tar(
         other,
         [
             member
-            for i, (picture, caption) in pairs
-            for member in ((f"x{i:04d}.jpg", picture), (f"x{i:04d}.txt", caption))
+            for i, (image, caption) in pairs
+            for member in ((f"x{i:04d}.jpg", image), (f"x{i:04d}.txt", caption))
         ],
     )
     data = other.read_bytes()
@@ -84,21 +87,15 @@ HARMS: list[Callable[[Path], None]] = [Path.unlink, replace, overwrite, grow, cu
 harmed = pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 
 
-class Saboteur:
-    """Watches a run and does its harm after a step."""
+class Saboteur(TrainingCallback):
+    """Harms the data of a run after one of its steps."""
 
     def __init__(self, step: int, harm: Callable[[], None]) -> None:
         self.step, self.harm = step, harm
 
-    def started(self, plan: Plan, done_steps: int) -> None: ...
-
     def stepped(self, result: StepResult) -> None:
         if result.step == self.step:
             self.harm()
-
-    def epoch_ended(self, result: EpochResult) -> None: ...
-
-    def closed(self) -> None: ...
 
 
 def train_with_harm(folder: Path, monkeypatch, step: int, harm, *more: str) -> int:
@@ -110,11 +107,11 @@ def train_with_harm(folder: Path, monkeypatch, step: int, harm, *more: str) -> i
 
 
 @harmed
-def test_every_change_is_noticed_at_the_next_reading(tmp_path, harm):
+def test_every_change_is_noticed_when_the_shard_is_next_read(tmp_path, harm):
     path = tmp_path / "a.tar"
     write_tar(path, even(range(4)))
     pairs = open_pairs(tmp_path)
-    sent = pickle.dumps(pairs)  # to a worker that is started only now
+    sent = pickle.dumps(pairs)  # as to a worker that starts later
     assert pairs[3].key == "00003"
     harm(path)
     for dataset in (pairs, pickle.loads(sent)):
@@ -125,7 +122,7 @@ def test_every_change_is_noticed_at_the_next_reading(tmp_path, harm):
 
 @harmed
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_workers_notice_too(tmp_path, harm, workers):
+def test_workers_notice_a_changed_shard(tmp_path, harm, workers):
     write_tar(tmp_path / "a.tar", even(range(60)))
     batches = training_batches(
         open_pairs(tmp_path),
@@ -146,7 +143,7 @@ def test_workers_notice_too(tmp_path, harm, workers):
     [pytest.param(Path.unlink, 3, marks=pytest.mark.slow), (replace, 2)],
     ids=["removed", "replaced"],
 )
-def test_the_run_ends_with_3_and_goes_on_once_the_shard_is_back(
+def test_the_run_exits_3_and_resumes_once_the_shard_is_back(
     tmp_path, monkeypatch, capsys, harm, code
 ):
     catalogue(tmp_path, even(range(12)))
@@ -160,7 +157,7 @@ def test_the_run_ends_with_3_and_goes_on_once_the_shard_is_back(
     assert (saved["step"], saved["finished"]) == (2, False)
     assert not list(tmp_path.rglob("*.part"))
 
-    assert run(["resume", str(checkpoint)]) == code  # not with other pairs, nor with none
+    assert run(["resume", str(checkpoint)]) == code  # neither with other pairs nor without any
     assert load_checkpoint(checkpoint)["step"] == 2
     path.write_bytes(was)
     assert run(["resume", str(checkpoint)]) == 0
@@ -179,7 +176,7 @@ def test_a_resumed_run_refuses_another_shard_with_as_many_pairs(tmp_path):
     assert identity(good(range(4))) == first
 
 
-def test_the_validation_shard_is_watched_too(tmp_path, monkeypatch, capsys):
+def test_a_changed_validation_shard_is_noticed(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(8)))
     val = tmp_path / "val" / "00000.tar"
     write_tar(val, even(range(4)))
@@ -187,7 +184,7 @@ def test_the_validation_shard_is_watched_too(tmp_path, monkeypatch, capsys):
     assert one_error(capsys)[0] == f"{val} was changed or removed while it was in use"
 
 
-def test_a_run_whose_validation_failed_validates_that_epoch_when_resumed(tmp_path, monkeypatch):
+def test_a_resumed_run_repeats_a_validation_that_failed(tmp_path, monkeypatch):
     catalogue(tmp_path, even(range(8)))
     val, out = tmp_path / "val" / "00000.tar", tmp_path / "out"
     write_tar(val, even(range(4)))
@@ -207,14 +204,14 @@ def timeless(line: dict) -> dict:
     return {k: v for k, v in line.items() if "second" not in k and "per_s" not in k}
 
 
-def test_a_worker_says_it_as_clearly_as_the_main_process(tmp_path, monkeypatch, capsys):
+def test_the_error_is_the_same_from_a_worker(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(60)))
     path = tmp_path / "train" / "00000.tar"
     assert train_with_harm(tmp_path, monkeypatch, 1, Path.unlink, "--num-workers", "1") == 3
     assert one_error(capsys)[0] == f"{path} was changed or removed while it was in use"
 
 
-def test_the_state_is_saved_when_the_data_fail(tmp_path, monkeypatch, capsys):
+def test_the_state_is_saved_when_a_shard_disappears(tmp_path, monkeypatch, capsys):
     catalogue(tmp_path, even(range(12)))
     no_checkpoints = ("--checkpoint-every", "0")
     assert train_with_harm(tmp_path, monkeypatch, 2, Path.unlink, *no_checkpoints) == 3
