@@ -74,9 +74,9 @@ def image_features(
                 yield np.array(batch.numbers, np.uint64), features
 
     how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
-    folder = _cache_folder(loaded, "images", pairs.state(), how)
     title = f"Image features of {counted(len(pairs), 'pair')}"
-    return _cached(folder, loaded, compute(), bad, len(pairs), title, progress)
+    decided_by = ("images", pairs.state(), how)
+    return _cached(loaded, decided_by, compute(), bad, len(pairs), title, progress)
 
 
 def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Progress) -> Features:
@@ -101,33 +101,31 @@ def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Prog
             yield caption_keys(ids, pad_token_id), features
 
     digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
-    folder = _cache_folder(loaded, "texts", digest, str(pad_token_id), str(dtype))
     title = f"Text features of {counted(len(ordered), 'caption')}"
-    features = _cached(folder, loaded, compute(), {}, len(ordered), title, progress)
+    decided_by = ("texts", digest, str(pad_token_id), str(dtype))
+    features = _cached(loaded, decided_by, compute(), {}, len(ordered), title, progress)
     assert len(features.keys) == len(ordered), "two captions have the same key"
     return features
 
 
-def _cache_folder(loaded: LoadedModel, tower: str, *inputs: str) -> Path:
-    precision = loaded.precision
-    parts = (_FORMAT, loaded.fingerprint, precision.name, precision.device.type, *inputs)
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return cache_folder() / "features" / f"{tower}-{name}"
-
-
 def _cached(
-    folder: Path,
     loaded: LoadedModel,
+    decided_by: tuple[str, ...],
     rows: Iterator[tuple[Keys, Tensor]],
     bad: dict[int, str],
     total: int,
     title: str,
     progress: Progress,
 ) -> Features:
-    """Read the features in ``folder``, or compute them there first.
+    """Read features from the cache, or compute them there first.
 
+    ``decided_by`` names the tower and everything besides the model that decides its features.
     ``rows`` fills ``bad`` while it is iterated. There are ``total`` rows at most.
     """
+    precision, (tower, *inputs) = loaded.precision, decided_by
+    parts = (_FORMAT, loaded.fingerprint, precision.name, precision.device.type, *inputs)
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    folder = cache_folder() / "features" / f"{tower}-{name}"
     try:
         return _read(folder)
     except (OSError, ValueError, KeyError):  # missing or broken
