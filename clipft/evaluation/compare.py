@@ -15,9 +15,9 @@ from clipft.core.files import check_writable, write_json
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import Comparison, EvaluationSet, compare
 from clipft.evaluation.wise_ft import (
+    Interpolation,
     Point,
     best_point,
-    interpolation_of,
     parse_alphas,
     save_interpolated,
     sweep,
@@ -137,7 +137,9 @@ def evaluate_checkpoint(
         general = EvaluationSet.open(inputs, settings.model_copy(update=changed))
     path = None
     if request.alphas or request.save_to:
-        path = interpolation_of(content, settings)
+        # A model of this scenario before its first step; its seed makes the same adapters again
+        start = load_model(settings).model.trainable_state()
+        path = Interpolation(start, content["model_state_dict"])
 
     pretrained = load_model(settings, pretrained=True)
     after = fine_tuned if settings.declared_scenario.trains else None

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.config.settings import Settings
 from clipft.core.errors import ModelError, UsageError
-from clipft.embedding.load import LoadedModel, load_model
+from clipft.embedding.load import LoadedModel
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.metrics.figures import DIRECTIONS
 from clipft.metrics.retrieval import Evaluation, recall_difference
@@ -74,16 +73,6 @@ class Interpolation:
 
 def _has_part(name: str, parts: tuple[str, ...]) -> bool:
     return any(part in parts for part in name.split("."))
-
-
-def interpolation_of(content: dict[str, Any], settings: Settings) -> Interpolation:
-    """Return the path from the pretrained weights to those of a checkpoint.
-
-    Raises:
-        ModelError: there is none (see ``Interpolation``).
-    """
-    pretrained = load_model(settings).model.trainable_state()
-    return Interpolation(pretrained, content["model_state_dict"])
 
 
 @dataclass(frozen=True)

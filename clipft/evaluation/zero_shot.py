@@ -1,7 +1,6 @@
 """Classifies the validation images by prompts over labels, and with a linear classifier."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +78,14 @@ def label_validation(
     Raises:
         UsageError: a file of labels or templates cannot be read, or a template has no {}.
     """
-    templates = _templates(source.templates)
+    templates = TEMPLATES.get(source.templates) or _lines(source.templates)
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise UsageError(
+            f"--templates {source.templates}: "
+            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "it has no templates"),
+            f"name one of {', '.join(TEMPLATES)}, or a file with one template per line",
+        )
     named = [pairs.labels[number] for number in embedded.numbers]
     given = _lines(source.labels) if source.labels else None
     labels = list(dict.fromkeys(given or sorted({name for name in named if name})))
@@ -134,18 +140,6 @@ def _lines(given: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {given}: {error}", "give a UTF-8 text file") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _templates(name: str) -> Sequence[str]:
-    templates = TEMPLATES.get(name) or _lines(name)
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise UsageError(
-            f"--templates {name}: "
-            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "it has no templates"),
-            f"name one of {', '.join(TEMPLATES)}, or a file with one template per line",
-        )
-    return templates
 
 
 def save_classifier(
