@@ -26,6 +26,10 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
         "Between pretrained and fine-tuned": interpolation_charts(content["interpolation"]),
     }
     kept = content["kept"]
+    skipped = [
+        [f"{pair.get('shard', '')}:{pair.get('key', '')}", str(pair.get("reason", ""))]
+        for pair in content["skipped"]["listed"]
+    ]
     return render(
         "run.html",
         content=content,
@@ -33,7 +37,7 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
         figures=[_figure_tables(found) for found in content["figures"]],
         kept=[_figure_tables(found) for found in kept["figures"]] if kept else [],
         charts={title: found for title, found in charts.items() if found},
-        skipped=_skipped_table(content["skipped"]),
+        skipped=PageTable("Pairs that could not be used", ["reason"], skipped, texts=_FIRST),
         settings=settings_tables(content["settings"]),
         facts=PageTable("Cost and setup", ["value"], _facts(content), texts=_FIRST),
         environment=environment_table(content["environment"]),
@@ -73,14 +77,6 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
         PageTable(title, list(columns), lines),
         PageTable(RECALL_DEFINITION, ["definition"], words, texts=_FIRST),
     )
-
-
-def _skipped_table(skipped: Json) -> PageTable:
-    rows = [
-        [f"{entry.get('shard', '')}:{entry.get('key', '')}", str(entry.get("reason", ""))]
-        for entry in skipped["listed"]
-    ]
-    return PageTable("Pairs that could not be used", ["reason"], rows, texts=_FIRST)
 
 
 def settings_tables(settings: Sequence[Json]) -> tuple[PageTable, PageTable]:

@@ -58,7 +58,7 @@ def test_values_that_are_not_valid_file_names_get_distinct_folders():
 
 
 @pytest.mark.parametrize(
-    "scenarios, varied, said",
+    "scenarios, varied, message",
     [
         (["dual_lore"], {}, "did you mean dual_lora"),
         (["full"], {"seed": [1]}, "seed cannot be varied"),
@@ -67,8 +67,8 @@ def test_values_that_are_not_valid_file_names_get_distinct_folders():
         ([], {}, "needs a scenario"),
     ],
 )
-def test_mistakes_are_reported_before_anything_runs(scenarios, varied, said):
-    with pytest.raises(UsageError, match=said):
+def test_mistakes_are_reported_before_anything_runs(scenarios, varied, message):
+    with pytest.raises(UsageError, match=message):
         planned(scenarios, [1], varied)
 
 

@@ -12,7 +12,17 @@ from clipft.config.settings import Settings
 from clipft.core.errors import ClipftError
 
 NAMES = list(COMMANDS)
-HEAVY = ("torch", "transformers", "peft", "wandb", "boto3", "webdataset", "torchvision", "PIL")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "wandb",
+    "boto3",
+    "webdataset",
+    "jinja2",
+    "torchvision",
+    "PIL",
+)
 
 
 def clipft(*args: str, **more) -> "subprocess.CompletedProcess[str]":

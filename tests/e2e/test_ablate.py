@@ -50,16 +50,16 @@ def ablation(catalogue, tmp_path_factory) -> dict:
     first = start()
     wait_for(out / FULL / "full" / "metrics.jsonl", '"step": 3,', first)
     first.send_signal(signal.SIGINT)
-    first_said = first.communicate(timeout=60)
+    first_output = first.communicate(timeout=60)
     halfway = json.loads((out / "ablation.json").read_text())
     second = start("--jobs", "2", "--json")
-    second_said = second.communicate(timeout=180)
+    second_output = second.communicate(timeout=180)
     return {
         "out": out,
         "catalogue": catalogue,
-        "first": (first.returncode, *first_said),
+        "first": (first.returncode, *first_output),
         "halfway": {entry["variant"]: entry["state"] for entry in halfway["runs"]},
-        "second": (second.returncode, *second_said),
+        "second": (second.returncode, *second_output),
     }
 
 
@@ -146,7 +146,7 @@ def test_other_settings_are_refused_in_the_same_folder(ablation, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["--set", "lr"], "has no values"),
         (["--set", "learn=1"], "unknown setting learn"),
@@ -154,7 +154,7 @@ def test_other_settings_are_refused_in_the_same_folder(ablation, tmp_path, capsy
         (["none.toml"], "cannot read settings file"),
     ],
 )
-def test_wrong_usage_is_reported_before_anything_is_written(args, said, tmp_path, capsys):
+def test_wrong_usage_is_reported_before_anything_is_written(args, message, tmp_path, capsys):
     assert run(["ablate", *args, "--output-dir", str(tmp_path)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

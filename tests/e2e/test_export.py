@@ -142,8 +142,8 @@ def test_peft_computes_the_same(scenario, checkpoints, batch, tmp_path):
 def test_a_scenario_without_adapter_has_no_peft_export(scenario, checkpoints, tmp_path, capsys):
     given = ["export", str(checkpoints[scenario]), str(tmp_path / "out"), "--format"]
     assert run([*given, "peft"]) == 2
-    told = capsys.readouterr().err
-    assert f"{scenario} trains no adapter" in told and "--format transformers" in told
+    printed = capsys.readouterr().err
+    assert f"{scenario} trains no adapter" in printed and "--format transformers" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +217,7 @@ def test_each_card_has_valid_metadata_and_the_facts_of_the_run(exported):
         assert card.data.license == "apache-2.0"
         assert card.data.library_name == kind
         assert "clip" in card.data.tags
-        for told in (
+        for fact in (
             "dual_lora",
             "96 image-text pairs",
             "R@10",
@@ -225,7 +225,7 @@ def test_each_card_has_valid_metadata_and_the_facts_of_the_run(exported):
             "lora_r: `16`",
             "epoch 2",
         ):
-            assert told in card.text, told
+            assert fact in card.text, fact
     assert "Checked with onnxruntime" in (exported / "onnx" / "README.md").read_text()
 
 
@@ -279,10 +279,10 @@ def test_cards_give_the_temperature_and_bias_that_a_format_cannot_store(tmp_path
     bias = f"bias of {model.logit_bias.item():.6f}"
     for kind in FORMATS:
         assert bias in (out / kind / "README.md").read_text()
-    told = re.search(r"`(model\.logit_scale\S+)`", (out / "peft" / "README.md").read_text())
-    assert told
+    code = re.search(r"`(model\.logit_scale\S+)`", (out / "peft" / "README.md").read_text())
+    assert code
     loaded = PeftModel.from_pretrained(load_pretrained("tiny").model, out / "peft")
-    exec(told[1], {"model": loaded})
+    exec(code[1], {"model": loaded})
     assert loaded.logit_scale.item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
 
 
@@ -293,8 +293,8 @@ def test_the_card_of_the_best_epoch_has_the_intervals_of_the_evaluation(checkpoi
         d: {"figures": dict.fromkeys(names, figure)} for d in ("text_to_image", "image_to_text")
     }
     (tmp_path / "best.pt").write_bytes(checkpoints["full"].read_bytes())
-    judged = {"before": {"paired": sides}, "after": {"paired": sides}, "difference": None}
-    (tmp_path / "evaluation.json").write_text(json.dumps(judged))
+    evaluation = {"before": {"paired": sides}, "after": {"paired": sides}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert run(["export", str(tmp_path), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "50.0 % (40.0 % to 61.0 %)" in card and "95 % intervals" in card
@@ -350,8 +350,8 @@ def test_a_missing_package_is_named_with_its_installation(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     given = ["export", str(checkpoints["full"]), str(tmp_path / "out"), "--format", "onnx"]
     assert run(given) == 2
-    told = capsys.readouterr().err
-    assert "needs onnxruntime" in told and "clipft[onnx]" in told
+    printed = capsys.readouterr().err
+    assert "needs onnxruntime" in printed and "clipft[onnx]" in printed
     assert not (tmp_path / "out").exists()
 
 

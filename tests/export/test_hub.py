@@ -139,16 +139,16 @@ def test_the_whole_folder_is_uploaded_to_a_private_repository(hub, folder):
 @pytest.mark.parametrize("status", [401, 403])
 def test_missing_permission_is_reported(status, hub, folder):
     hub.refuses = status
-    told = push(hub.url, folder)
-    assert told.startswith(f"5 cannot push to me/my-clip: the hub answers {status}")
-    assert "hf auth login" in told
+    printed = push(hub.url, folder)
+    assert printed.startswith(f"5 cannot push to me/my-clip: the hub answers {status}")
+    assert "hf auth login" in printed
     assert not hub.files
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_missing_network_is_reported(offline, folder):
-    told = push("http://127.0.0.1:9", folder, HF_HUB_OFFLINE=offline)
-    assert told.startswith("5 cannot push to me/my-clip: ")
+    printed = push("http://127.0.0.1:9", folder, HF_HUB_OFFLINE=offline)
+    assert printed.startswith("5 cannot push to me/my-clip: ")
 
 
 def test_an_invalid_name_is_reported(folder):
