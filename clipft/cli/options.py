@@ -195,12 +195,13 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _completion(field: FieldInfo) -> Callable[[str], list[str]] | None:
     """What the shell offers for a value: the choices, or the paths of a folder."""
     choices = choices_of(field)
-    if choices:
+    if choices:  # typer passes the typed text to a parameter of the name `incomplete` only
         return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
     return _paths if value_type(field) is Path else None
 
 
 def _paths(incomplete: str) -> list[str]:
+    """List the paths that ``incomplete`` may be completed to; folders end in a slash."""
     folder, begun = os.path.split(incomplete)
     try:
         names = sorted(name for name in os.listdir(folder or ".") if name.startswith(begun))

@@ -15,7 +15,6 @@ from clipft.core.errors import ClipftError, ModelError, UsageError
 from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from clipft.storage.s3.bucket import Bucket
     from clipft.storage.s3.checkpoints import CheckpointStore, Manifest, Run
     from clipft.storage.s3.uploader import Uploader
     from clipft.training.signals import StopRequest
@@ -161,12 +160,24 @@ def fetch_place(url: S3Url, settings: Settings, output_dir: Path, out: Output) -
         ModelError: there is no checkpoint.
         StorageError: the bucket cannot be read, or no checkpoint is undamaged.
     """
+    from clipft.storage.s3.checkpoints import CheckpointStore
     from clipft.storage.s3.client import open_bucket
 
     bucket = open_bucket(settings.model_copy(update={"s3_bucket": url.bucket}), out.note)
-    store = _store_at(bucket, url)
-    manifest = store.manifest() if store else None
-    if store is None or manifest is None:
+    folder, _, name = url.prefix.rpartition("/")
+    name = name.removesuffix(".json").removesuffix(".pt")
+    if not name.endswith("_checkpoint"):  # a prefix: take the newest manifest directly under it
+        prefix = f"{url.prefix}/".lstrip("/")
+        found = [
+            entry
+            for entry in bucket.entries(prefix)
+            if entry.key.endswith("_checkpoint.json") and "/" not in entry.key[len(prefix) :]
+        ]
+        newest = max(found, key=lambda e: datetime.fromisoformat(e.modified), default=None)
+        folder, _, name = newest.key.rpartition("/") if newest else ("", "", "")
+    store = CheckpointStore(bucket, folder, name.removesuffix(".json"))
+    manifest = store.manifest() if name else None
+    if manifest is None:
         raise ModelError(
             f"no checkpoint at {url}",
             "name the prefix of --s3-checkpoint-prefix, such as s3://bucket/checkpoints",
@@ -176,26 +187,6 @@ def fetch_place(url: S3Url, settings: Settings, output_dir: Path, out: Output) -
     step = _fetch(store, manifest, path, run_dir, out)
     out.note(f"Fetched the checkpoint of step {step} from {store.url} to {output_dir}.")
     return path
-
-
-def _store_at(bucket: "Bucket", url: S3Url) -> "CheckpointStore | None":
-    """The store of the manifest that ``url`` names, or of the newest one under it."""
-    from clipft.storage.s3.checkpoints import CheckpointStore
-
-    folder, _, name = url.prefix.rpartition("/")
-    name = name.removesuffix(".json").removesuffix(".pt")
-    if not name.endswith("_checkpoint"):
-        prefix = f"{url.prefix}/".lstrip("/")
-        found = [
-            entry
-            for entry in bucket.entries(prefix)
-            if entry.key.endswith("_checkpoint.json") and "/" not in entry.key[len(prefix) :]
-        ]
-        if not found:
-            return None
-        newest = max(found, key=lambda entry: datetime.fromisoformat(entry.modified))
-        folder, _, name = newest.key.rpartition("/")
-    return CheckpointStore(bucket, folder, name.removesuffix(".json"))
 
 
 def _fetch(

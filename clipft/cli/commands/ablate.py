@@ -149,7 +149,8 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
     from clipft.ablation.runner import run_all, write_state
     from clipft.cli.tables import rows_table
-    from clipft.runs.folder import run_lock
+    from clipft.metrics.figures import mean_recall
+    from clipft.runs.folder import read_run, run_lock
 
     ended: dict[Path, Outcome] = {}
     numbers = {run.folder: number for number, run in enumerate(runs, 1)}
@@ -163,7 +164,12 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
     def finished(outcome: "Outcome") -> None:
         ended[outcome.run.folder] = outcome
         write_state(folder, runs, ended)
-        out.note(f"{label(outcome.run)}: {_ending(outcome)}")
+        if outcome.exit_code:
+            ending = f"failed with exit code {outcome.exit_code}: {outcome.error}"
+        else:
+            result = read_run(outcome.run.folder).result or {}
+            ending = f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
+        out.note(f"{label(outcome.run)}: {ending}")
 
     done = sum(run.finished for run in runs)
     if done:
@@ -187,26 +193,13 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
     return list(ended.values())
 
 
-def _ending(outcome: "Outcome") -> str:
-    if outcome.exit_code:
-        return f"failed with exit code {outcome.exit_code}: {outcome.error}"
-    from clipft.metrics.figures import mean_recall
-    from clipft.runs.folder import read_run
-
-    result = read_run(outcome.run.folder).result or {}
-    return f"mean recall {mean_recall(result['after'] or result['before']):.1%}"
-
-
 def _best_run(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
-    """The command to evaluate the best run of the variant with the highest mean recall."""
+    """Return the command that evaluates the best run of the variant with the best mean."""
     from clipft.metrics.figures import mean_recall
 
     means = {v["name"]: v["mean_recall"] for v in content["variants"] if v["mean_recall"]}
     found = [run for run in content["runs"] if run["after"] and run["variant"] in means]
     if not found:
         return ()
-
-    def rank(run: dict[str, Any]) -> tuple[float, float]:
-        return means[run["variant"]]["mean"], mean_recall(run["after"])
-
-    return ("evaluate", folder / max(found, key=rank)["folder"])
+    best = max(found, key=lambda r: (means[r["variant"]]["mean"], mean_recall(r["after"])))
+    return ("evaluate", folder / best["folder"])

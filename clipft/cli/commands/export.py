@@ -1,7 +1,7 @@
 """``clipft export``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -15,7 +15,6 @@ from clipft.core.common import counted
 
 if TYPE_CHECKING:
     from clipft.export.export import Written
-    from clipft.runs.load import OpenedModel
 
 
 class ExportOptions(Section):
@@ -34,24 +33,22 @@ class ExportOptions(Section):
     )
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_CHECKPOINT",
+        help="Run folder (its best epoch), checkpoint, or any model that --model accepts.",
+    ),
+]
+Target = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Folder to write to. An earlier export in it is replaced."),
+]
+
+
 @command("data_dir", "model", *LOCATION_SETTINGS, options=ExportOptions)
 def export(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_CHECKPOINT",
-            help="Run folder (its best epoch), checkpoint, or any model that --model accepts.",
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to write to. An earlier export in it is replaced."
-        ),
-    ],
-    loaded: LoadedSettings,
-    options: ExportOptions,
-    out: Output,
+    place: Source, target: Target, loaded: LoadedSettings, options: ExportOptions, out: Output
 ) -> None:
     """Export a model for other libraries, with a model card.
 
@@ -94,7 +91,15 @@ def export(
     checked_on = opened.settings.model_copy(update={"data_dir": loaded.values.data_dir})
     written = export_model(opened, target, formats, out.note, checked_on if data_given else None)
     page = push(target, repository) if repository else None
-    out.result(_result(opened, written, page), _table(written, page))
+    result = {
+        "folders": {name: str(folder) for name, folder in written.folders.items()},
+        "base_model": opened.loaded.base.name,
+        "scenario": scenario,
+        "checkpoint": str(opened.checkpoint) if opened.checkpoint else None,
+        "onnx_check": written.onnx.to_dict() if written.onnx else None,
+        "pushed_to": page,
+    }
+    out.result(result, _table(written, page))
 
     folder = next(iter(written.folders.values()))
     data_dir = (checked_on if data_given else opened.settings).data_dir
@@ -102,17 +107,6 @@ def export(
     whole = written.folders.get("transformers") or written.folders.get("sentence-transformers")
     following = ("search", whole, data_dir, "what you look for") if whole else ()
     end(out, {"model card": folder / "README.md"}, following)
-
-
-def _result(opened: "OpenedModel", written: "Written", page: str | None) -> dict[str, Any]:
-    return {
-        "folders": {name: str(folder) for name, folder in written.folders.items()},
-        "base_model": opened.loaded.base.name,
-        "scenario": opened.settings.scenario,
-        "checkpoint": str(opened.checkpoint) if opened.checkpoint else None,
-        "onnx_check": written.onnx.to_dict() if written.onnx else None,
-        "pushed_to": page,
-    }
 
 
 def _table(written: "Written", page: str | None) -> Table:

@@ -1,5 +1,6 @@
 """``clipft inspect``."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ class InspectOptions(Section):
         le=8,
     )
     html: File | None = setting(
-        None, "Also write a page with the figures and the images concerned.", metavar="FILE"
+        None, "Also write a page with the figures and the images they concern.", metavar="FILE"
     )
 
 
@@ -55,7 +56,7 @@ def inspect(
         Path | None,
         typer.Argument(
             metavar="DATA",
-            help="Folder of shards, or with train/ and val/. Default: --data-dir.",
+            help="Folder of shards, or folder with train/ and val/. Default: --data-dir.",
             show_default=False,
         ),
     ] = None,
@@ -108,13 +109,7 @@ def inspect(
         title = f"Data set {folder}"
         write_page(options.html, _page(title, figures, shared, splits | others, everything))
 
-    table = Table(title="Data set", title_justify="left")
-    table.add_column("")
-    for name in figures:
-        table.add_column(name, justify="right", overflow="fold")
-    for row in _rows(figures):
-        table.add_row(*row)
-    out.result(result, table, *(_shared_table(title, found) for title, found in shared.items()))
+    out.result(result, *_tables(figures, shared))
     for name, split in figures.items():
         for broken in [*split.broken[:_LISTED], *split.bad_captions[:_LISTED]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
@@ -156,41 +151,44 @@ def _figures(
 
 def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
     """Rows of a label and a cell for each split."""
-    columns = [_column(split) for split in figures.values()]
-    return [[label, *(column[label] for column in columns)] for label in columns[0]]
-
-
-def _column(split: "SplitFacts") -> dict[str, str]:
-    def joined(values: dict[str, float]) -> str:
-        return "/".join(f"{value:g}" for value in values.values()) or "-"
-
-    def best(direction: str) -> str:
-        return "/".join(f"{100 * value:.1f}" for value in split.ceiling[direction].values())
-
-    labels = "-"
-    if split.categories:
-        found = split.categories
-        labels = f"{len(found['counts']):,} ({found['field']} of {found['labelled']:,})"
-    return {
-        "pairs": f"{split.pairs:,}",
-        "size": f"{split.bytes / 2**20:.1f} MiB",
-        "files that are not pairs": f"{sum(split.no_pairs.values()):,}",
-        "broken images": f"{len(split.broken):,}",
-        "bad captions": f"{len(split.bad_captions):,}",
-        "formats": ", ".join(f"{kind} {count:,}" for kind, count in split.kinds.items()) or "-",
-        "shorter side: min/median/max": joined(split.shorter_side),
-        "smaller than model's input": f"{split.smaller_than_model:,}",
-        "tokens: min/median/max": joined(split.caption_tokens),
-        "truncated captions": f"{split.captions_cut:,}",
-        "identical images": f"{split.same_photo:,}",
-        "near-duplicate images": f"{split.near_photo:,}",
-        "repeated captions": f"{split.same_caption:,}",
-        "groups of duplicates": f"{split.groups:,}",
-        "largest group of duplicates": f"{split.largest_group:,}",
-        "labels in the metadata": labels,
-        "highest text -> image R@1/5/10, %": best("text_to_image"),
-        "highest image -> text R@1/5/10, %": best("image_to_text"),
-    }
+    rows: dict[str, list[str]] = {}
+    for split in figures.values():
+        # Both are empty if no pair of the split can be read
+        side, tokens = (
+            "/".join(f"{value:g}" for value in values.values()) or "-"
+            for values in (split.shorter_side, split.caption_tokens)
+        )
+        highest = {
+            direction: "/".join(f"{100 * value:.1f}" for value in values.values())
+            for direction, values in split.ceiling.items()
+        }
+        labels = "-"
+        if split.categories:
+            found = split.categories
+            labels = f"{len(found['counts']):,} ({found['field']} of {found['labelled']:,})"
+        cells = {
+            "pairs": f"{split.pairs:,}",
+            "size": f"{split.bytes / 2**20:.1f} MiB",
+            "files that are not pairs": f"{sum(split.no_pairs.values()):,}",
+            "broken images": f"{len(split.broken):,}",
+            "bad captions": f"{len(split.bad_captions):,}",
+            "formats": ", ".join(f"{kind} {count:,}" for kind, count in split.kinds.items()) or "-",
+            "shorter side: min/median/max": side,
+            "smaller than model's input": f"{split.smaller_than_model:,}",
+            "tokens: min/median/max": tokens,
+            "truncated captions": f"{split.captions_cut:,}",
+            "identical images": f"{split.same_photo:,}",
+            "near-duplicate images": f"{split.near_photo:,}",
+            "repeated captions": f"{split.same_caption:,}",
+            "groups of duplicates": f"{split.groups:,}",
+            "largest group of duplicates": f"{split.largest_group:,}",
+            "labels in the metadata": labels,
+            "highest text -> image R@1/5/10, %": highest["text_to_image"],
+            "highest image -> text R@1/5/10, %": highest["image_to_text"],
+        }
+        for label, cell in cells.items():
+            rows.setdefault(label, [label]).append(cell)
+    return list(rows.values())
 
 
 def _shared_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -201,14 +199,22 @@ def _shared_rows(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _shared_table(title: str, found: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for row in _shared_rows(found):
+def _tables(figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    table = Table(title="Data set", title_justify="left")
+    table.add_column("")
+    for name in figures:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in _rows(figures):
         table.add_row(*row)
-    for match in found["matches"][: len(found["examples"])]:
-        remark = Text(f"{match['pair']}\n= {match['other']}", overflow="fold")
-        table.add_row(f"example: {match['shares']}", remark)
-    return table
+    yield table
+    for title, found in shared.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in _shared_rows(found):
+            table.add_row(*row)
+        for match in found["matches"][: len(found["examples"])]:
+            remark = Text(f"{match['pair']}\n= {match['other']}", overflow="fold")
+            table.add_row(f"example: {match['shares']}", remark)
+        yield table
 
 
 def _page(

@@ -33,36 +33,39 @@ class SearchOptions(Section):
     image: File | None = setting(None, "Search with this image instead of words.", metavar="FILE")
     top: int = setting(12, "Number of images to show.", metavar="K", ge=1)
     html: File | None = setting(
-        None, "Also write a page with the images found to this file.", metavar="FILE"
+        None, "Also write a page with the images that were found.", metavar="FILE"
     )
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Run folder (its best epoch), checkpoint, exported folder, or any model that "
+        "--model accepts.",
+    ),
+]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="Folder of images or of shards; train/ and val/ are searched as well.",
+    ),
+]
+Query = Annotated[
+    str | None,
+    typer.Argument(metavar="QUERY", help="Description of the image to find.", show_default=False),
+]
 
 
 @command(*_OVERRIDES, *LOCATION_SETTINGS, options=SearchOptions)
 def search(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Run folder (its best epoch), checkpoint, exported folder, or any model that "
-            "--model accepts.",
-        ),
-    ],
-    data: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DATA",
-            help="Folder of images or of shards; train/ and val/ are searched as well.",
-        ),
-    ],
+    place: Model,
+    data: Data,
     loaded: LoadedSettings,
     options: SearchOptions,
     out: Output,
-    query: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="QUERY", help="Description of the image to find.", show_default=False
-        ),
-    ] = None,
+    query: Query = None,
 ) -> None:
     """Find images by words or by another image.
 

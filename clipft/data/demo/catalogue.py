@@ -40,11 +40,13 @@ class RenderedPair:
 def render_pair(seed: int, index: int) -> RenderedPair:
     """Draw one product of a catalogue; only the seed and the index decide what it looks like."""
     rng = Random(f"furniture {seed} {index}")  # noqa: S311
-    product = _choose_product(rng)
-    stage = _choose_stage(rng)
-    image = _draw(product, stage, rng)
     # The order of these calls decides what each draws from the generator: changing it changes
     # every catalogue
+    product = _choose_product(rng)
+    things = rng.sample([*CLUTTER], rng.choice((0, 1, 1, 2)))
+    clutter = tuple((thing, rng.choice([*COLORS])) for thing in CLUTTER if thing in things)
+    stage = _Stage(rng.choice([*WALLS]), rng.choice([*FLOORS]), clutter)
+    image = _draw(product, stage, rng)
     caption = _describe(product, stage, rng)
     syllables = ("lun", "vik", "or", "sta", "mel", "by", "tor", "na", "hal", "sund", "ek", "ra")
     metadata = {
@@ -150,12 +152,6 @@ def _choose_product(rng: Random) -> _Product:
     return _Product(kind, rng.choice(kind.names), color, material, frame, view, solids, detail)
 
 
-def _choose_stage(rng: Random) -> _Stage:
-    things = rng.sample([*CLUTTER], rng.choice((0, 1, 1, 2)))
-    clutter = tuple((thing, rng.choice([*COLORS])) for thing in CLUTTER if thing in things)
-    return _Stage(rng.choice([*WALLS]), rng.choice([*FLOORS]), clutter)
-
-
 def _draw(product: _Product, stage: _Stage, rng: Random) -> Image.Image:
     canvas = Canvas(WALLS[stage.wall])
     floor, texture = FLOORS[stage.floor]
@@ -183,22 +179,8 @@ def _describe(product: _Product, stage: _Stage, rng: Random) -> str:
     if rng.random() < _TRADE_SHARE:
         material = _TRADE_MATERIALS[material]
     thing = f"{color} {material} {product.name}"
-    parts = [product.detail, *_more(product, stage, rng)]
-    parts.insert(1, rng.choice(_VIEWS[product.view][1]))
-    lead = rng.choice(("{} ", "{}, ", "A photo of {} ", "Product picture: {} "))
-    article = "an" if thing[0] in "aeiou" else "a"
-    text = lead.format(f"{article} {thing}") + f"{parts[0]}, {parts[1]}"
-    for part in parts[2:]:
-        if len(f"{text} {part}".split()) <= 24:
-            text += f", {part}"
-    return text[0].upper() + text[1:] + "."
-
-
-def _more(product: _Product, stage: _Stage, rng: Random) -> list[str]:
-    """Phrases on the surroundings, the legs and the wall, in varied words."""
     things = [f"a {_TRADE_COLORS[color]} {thing}" for thing, color in stage.clutter]
-    things = [thing.replace("a emerald", "an emerald") for thing in things]
-    things = [thing.replace("a ebony", "an ebony") for thing in things]
+    things = [t.replace("a emerald", "an emerald").replace("a ebony", "an ebony") for t in things]
     around = [f"{rng.choice(('with', 'beside', 'near'))} {' and '.join(things)}"] if things else []
     wall = f"{rng.choice(('against', 'in front of'))} a {_TRADE_WALLS[stage.wall]} wall"
     closing = [f"on a {stage.floor}"]
@@ -206,7 +188,15 @@ def _more(product: _Product, stage: _Stage, rng: Random) -> list[str]:
         on_a_post = product.kind.category == "lighting" or "round top" in product.detail
         closing.append(f"{product.frame} {'base' if on_a_post else 'legs'}")
     rng.shuffle(closing)
-    return [*around, wall, *closing]
+    parts = [product.detail, rng.choice(_VIEWS[product.view][1]), *around, wall, *closing]
+
+    lead = rng.choice(("{} ", "{}, ", "A photo of {} ", "Product picture: {} "))
+    article = "an" if thing[0] in "aeiou" else "a"
+    text = lead.format(f"{article} {thing}") + f"{parts[0]}, {parts[1]}"
+    for part in parts[2:]:
+        if len(f"{text} {part}".split()) <= 24:
+            text += f", {part}"
+    return text[0].upper() + text[1:] + "."
 
 
 _VAL_EVERY = 8

@@ -237,7 +237,7 @@ _TEXTURE_IDS = {name: index for index, name in enumerate(("plain", *MATERIALS))}
 
 
 def draw_plant(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
-    """Draw a potted plant; ``color`` is that of the pot."""
+    """Draw a plant in a pot of that color."""
     leaf = vary((46, 122, 52), rng)
     for _ in range(8):
         dx, dy = rng.uniform(-12, 12), rng.uniform(16, 40)
@@ -255,7 +255,7 @@ def draw_rug(canvas: Canvas, x: float, ground: float, color: Color, rng: Random)
 
 
 def draw_window(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
-    """Draw a window on the wall; ``color`` is that of its frame."""
+    """Draw a window on the wall, with a frame of that color."""
     left, top, right, bottom = x - 15, 6, x + 15, 6 + rng.uniform(34, 42)
     canvas.rectangle((left - 3, top - 3, right + 3, bottom + 3), Paint(color))
     canvas.rectangle((left, top, right, bottom), Paint((150, 200, 245)))
@@ -265,7 +265,7 @@ def draw_window(canvas: Canvas, x: float, ground: float, color: Color, rng: Rand
 
 
 def draw_picture(canvas: Canvas, x: float, ground: float, color: Color, rng: Random) -> None:
-    """Draw a framed picture on the wall; ``color`` is that of its motif."""
+    """Draw a framed picture of that color on the wall."""
     top, half = rng.uniform(6, 14), rng.uniform(11, 15)
     canvas.rectangle((x - half, top, x + half, top + 2 * half), Paint((58, 44, 36)))
     canvas.rectangle((x - half + 3, top + 3, x + half - 3, top + 2 * half - 3), Paint(color))
