@@ -34,7 +34,7 @@ COMMANDS = {
     "pack": "Write WebDataset shards from files, a table or shards.",
     "inspect": "Show what a data set contains, and what is wrong with it.",
     "find-batch-size": "Find the fastest micro-batch size that fits in memory.",
-    "train": "Fine-tune CLIP under one scenario and show the gain.",
+    "train": "Fine-tune CLIP with one scenario and show the gain.",
     "resume": "Continue a run that was stopped.",
     "evaluate": "Compare a fine-tuned model with its pretrained model.",
     "zero-shot": "Evaluate a single model: retrieval and classification.",

@@ -219,13 +219,14 @@ class LossSettings(Section):
     )
     positives: Literal["pair", "caption", "group"] = setting(
         "pair",
-        "Which rows are not negatives of a pair. pair: only itself; caption: rows with the same "
-        "caption; group: rows with the same value of group_field.",
+        "Which rows do not count as negatives of a pair. pair: only the pair itself; caption: rows "
+        "with the same caption; group: rows with the same value of group_field.",
         "fixed",
     )
     positives_mode: Literal["soft", "mask"] = setting(
         "soft",
-        "How such rows count. soft: as positives with equal shares; mask: not at all.",
+        "How the rows chosen by --positives count. soft: as positives with equal shares; mask: not "
+        "at all.",
         "fixed",
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(

@@ -21,7 +21,7 @@ class EvaluateOptions(Section):
     title = "Retention and interpolation"
     keep: Path | None = setting(
         None,
-        "A second, general data set, to measure what fine-tuning has cost there.",
+        "A second, general data set, on which to measure what fine-tuning has cost.",
         metavar="DATA",
     )
     interpolate: str | None = setting(
@@ -61,8 +61,8 @@ def evaluate(
 ) -> None:
     """Compare a fine-tuned model with its pretrained model.
 
-    Measures retrieval in both directions, of pairs, of groups and by category, with 95 %
-    intervals for both models and for their difference.
+    Measures retrieval in both directions, for single pairs, for groups of pairs and by category,
+    with 95 % intervals for both models and for their difference.
 
     --keep measures the same on a general data set. --interpolate measures points between the
     pretrained and the fine-tuned weights. If CHECKPOINT is a run folder, these results are also
@@ -168,8 +168,9 @@ def zero_shot(
 ) -> None:
     """Evaluate a single model: retrieval and classification.
 
-    The model is the pretrained one, or a checkpoint. It classifies images by prompts with the
-    labels; a linear classifier trained on labeled training pairs is shown for comparison.
+    The model is the pretrained one, or a checkpoint. It classifies each image by comparing it with
+    prompts for the labels; a linear classifier trained on labeled training pairs is shown for
+    comparison.
 
     Examples:
 

@@ -30,9 +30,9 @@ def pack(
     chair.json. The files may be in folders or in .tar shards. A table (CSV, TSV, JSONL or
     Parquet) has one pair in each row, with the caption and the path or URL of the image.
 
-    If SRC has train/ and val/ folders, the pairs keep that split. Otherwise clipft makes one in
-    which no image, near-duplicate image or caption is in both splits. Run the same command again
-    to continue after an interruption.
+    If SRC has train/ and val/ folders, the pairs keep that split. Otherwise clipft splits them so
+    that no image, near-duplicate image or caption is on both sides. Run the same command again to
+    continue after an interruption.
 
     Examples:
 

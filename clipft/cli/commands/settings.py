@@ -24,6 +24,9 @@ class SettingsOptions(Section):
 def settings(loaded: LoadedSettings, options: SettingsOptions, out: Output) -> None:
     """Print the settings as TOML, each with its source.
 
+    The source, such as a flag, a file or the default, is a comment after the value. Save the
+    output to a file and pass it to --config to use the same settings again.
+
     Examples:
 
         clipft settings > clipft.toml

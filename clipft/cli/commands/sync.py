@@ -28,7 +28,8 @@ class SyncCommandOptions(Section):
     up: bool = setting(False, "Upload --data-dir to the bucket instead of downloading.")
     include: tuple[str, ...] = setting(
         (),
-        "Only paths below train/ and val/ that match; * also matches /. May be repeated.",
+        "Transfer only paths that match, relative to train/ or val/. * also matches /. May be "
+        "repeated.",
         metavar="GLOB",
     )
     exclude: tuple[str, ...] = setting(
@@ -36,8 +37,8 @@ class SyncCommandOptions(Section):
     )
     delete: bool = setting(
         False,
-        "Delete what the source does not have: in train/ and val/, or with --up under the two "
-        "prefixes.",
+        "Delete files that the source does not have: in train/ and val/, or with --up under the "
+        "two prefixes.",
     )
     dry_run: bool = setting(False, "Show what would be done, and change nothing.")
 

@@ -30,7 +30,7 @@ class TrainOptions(Section):
 
 @command(*SECTIONS, options=TrainOptions)
 def train(ctx: typer.Context, loaded: LoadedSettings, options: TrainOptions, out: Output) -> None:
-    """Fine-tune CLIP under one scenario and show the gain.
+    """Fine-tune CLIP with one scenario and show the gain.
 
     The gain is measured against the pretrained model, on the validation pairs. With
     --s3-bucket the pairs are synced first. With --resume-from-checkpoint the run continues from
@@ -70,8 +70,8 @@ def resume(
     """Continue a run that was stopped.
 
     The run ends exactly as it would have ended without the stop. Its settings come from the
-    checkpoint. Only the settings listed here can be changed, because all others decide the
-    weights.
+    checkpoint. Only the settings listed here can be changed, because all others affect the
+    resulting weights.
 
     Examples:
 
