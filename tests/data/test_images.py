@@ -11,8 +11,10 @@ from PIL import Image
 from clipft.data.augmentation import make_transform
 from clipft.data.images import BadImage, decode_image, resize_shorter
 
-PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
-needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the furniture photos are not here")
+FURNITURE = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
+needs_images = pytest.mark.skipif(
+    not FURNITURE.is_dir(), reason="the furniture images are not here"
+)
 
 
 def encoded(image: Image.Image, kind: str, **more) -> bytes:
@@ -57,7 +59,7 @@ def test_16_bit_greys_keep_their_shades():
     assert np.abs(np.asarray(image)[..., 0].flatten().astype(int) - np.arange(256)).max() <= 1
 
 
-def test_float_pictures_are_not_black():
+def test_float_images_are_not_black():
     grey = np.full((4, 4), 0.5, np.float32)
     assert near(decode_image(encoded(Image.fromarray(grey), "TIFF")), (128, 128, 128), (1, 1))
 
@@ -75,7 +77,7 @@ def test_exif_rotation_is_applied():
 
 
 def bomb() -> bytes:
-    """The header of a 30,000 x 30,000 PNG with next to no data."""
+    """Make the header of a 30,000 x 30,000 PNG with next to no data."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(name + body))
@@ -91,12 +93,12 @@ def bomb() -> bytes:
     [b"", b"<html>404</html>", encoded(plain(size=(300, 300)), "JPEG")[:300], bomb()],
     ids=["empty", "html", "truncated", "bomb"],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(data):
+def test_a_file_that_is_not_an_image_is_refused_with_a_reason(data):
     with pytest.raises(BadImage, match=r"\w"):
         decode_image(data)
 
 
-def test_long_pictures_keep_their_aspect():
+def test_long_images_keep_their_aspect():
     assert resize_shorter(plain(size=(100, 1)), 8).size == (800, 8)
     assert resize_shorter(plain(size=(3, 7)), 224).size == (224, 522)
 
@@ -111,7 +113,7 @@ def test_every_augmentation_gives_the_models_square(augmentation, size):
         assert out.dtype == torch.uint8
 
 
-def test_simple_moves_the_picture_but_keeps_its_colours():
+def test_simple_moves_the_image_but_keeps_its_colors():
     transform = make_transform("simple", 64)
     colour = torch.tensor([200, 30, 40])[:, None, None]
     assert all((transform(plain(), seed) == colour).all() for seed in range(4))
@@ -146,13 +148,13 @@ def test_the_seed_alone_decides_and_the_global_generator_is_left_alone(augmentat
     assert any((transform(photo, seed) != first).any() for seed in (8, 9, 10))
 
 
-@needs_photos
-def test_none_is_within_one_step_of_the_models_own_processor():
+@needs_images
+def test_no_augmentation_is_within_one_step_of_the_models_own_processor():
     from transformers import CLIPImageProcessor
 
     processor = CLIPImageProcessor(do_normalize=False, do_rescale=False)
     transform = make_transform("none", 224)
-    for path in sorted(PHOTOS.glob("*.jpg"))[::12]:
+    for path in sorted(FURNITURE.glob("*.jpg"))[::12]:
         image = Image.open(path).convert("RGB")
         theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
         ours = transform(decode_image(path.read_bytes()), 0)
@@ -160,7 +162,7 @@ def test_none_is_within_one_step_of_the_models_own_processor():
 
 
 @pytest.mark.parametrize("augmentation", ["none", "simple", "advanced"])
-def test_squashed_pictures_are_whole_in_the_square(augmentation):
+def test_squashed_images_are_whole_in_the_square(augmentation):
     halves = np.zeros((40, 300, 3), np.uint8)
     halves[:, 150:] = 255
     transform = make_transform(augmentation, 64, squashed=True)

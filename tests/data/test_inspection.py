@@ -22,8 +22,8 @@ from clipft.report.inspection_page import findings_page
 from tests.conftest import add
 
 
-def photo(seed: int, quality: int = 95, side: int = 300) -> bytes:
-    """A coarse pattern of its own on white, like a catalogue's."""
+def image_bytes(seed: int, quality: int = 95, side: int = 300) -> bytes:
+    """Draw a coarse pattern of its own on white, like a product in a catalogue."""
     draw = np.random.default_rng(seed)
     pattern = Image.fromarray(draw.integers(0, 256, (6, 6, 3), np.uint8)).resize((200, 200))
     image = Image.new("RGB", (300, 300), (255, 255, 255))
@@ -48,11 +48,20 @@ def quiet(done, total):
 
 @pytest.fixture
 def catalogue(tmp_path):
-    train = [(photo(i), f"thing {i}") for i in range(20)]
-    train += [(photo(3), "other words"), (photo(4, quality=60), "again"), (photo(50), "Thing  5")]
-    train += [(photo(51)[:2000], "broken"), (photo(52, side=40), "long " * 100)]
+    train = [(image_bytes(i), f"thing {i}") for i in range(20)]
+    train += [
+        (image_bytes(3), "other words"),
+        (image_bytes(4, quality=60), "again"),
+        (image_bytes(50), "Thing  5"),
+    ]
+    train += [(image_bytes(51)[:2000], "broken"), (image_bytes(52, side=40), "long " * 100)]
     write(tmp_path / "train" / "0.tar", train)
-    val = [(photo(100), "x"), (photo(7), "y"), (photo(8, quality=60), "z"), (photo(101), "thing 9")]
+    val = [
+        (image_bytes(100), "x"),
+        (image_bytes(7), "y"),
+        (image_bytes(8, quality=60), "z"),
+        (image_bytes(101), "thing 9"),
+    ]
     write(tmp_path / "val" / "0.tar", val)
     return tmp_path
 
@@ -80,7 +89,7 @@ def test_every_finding_is_counted(catalogue, capsys):
 
 
 def test_against_another_catalogue_and_tables_for_people(catalogue, tmp_path, capsys):
-    write(tmp_path / "other" / "0.tar", [(photo(0), "a"), (photo(900), "b")])
+    write(tmp_path / "other" / "0.tar", [(image_bytes(0), "a"), (image_bytes(900), "b")])
     args = ["inspect", str(catalogue / "train"), "--against", str(tmp_path / "other")]
     assert run([*args, "--model", "tiny"]) == 0
     shown = capsys.readouterr().out
@@ -97,11 +106,11 @@ def test_widths_fit_a_terminal_of_80_columns(catalogue, capsys, monkeypatch):
     assert any("highest text -> image R@1/5/10, %" in line for line in lines)
 
 
-def test_faults_of_picture_and_caption_are_told_apart(tmp_path, capsys):
-    fine, image = photo(1), Image.new("RGB", (30, 40), (200, 0, 0))
+def test_faults_of_image_and_caption_are_told_apart(tmp_path, capsys):
+    fine, image = image_bytes(1), Image.new("RGB", (30, 40), (200, 0, 0))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    pairs = [(fine, "a"), (fine[:900], " "), (fine[:900], "b"), (photo(2), "\ufeff \n")]
+    pairs = [(fine, "a"), (fine[:900], " "), (fine[:900], "b"), (image_bytes(2), "\ufeff \n")]
     write(tmp_path / "0.tar", [*pairs, (buffer.getvalue(), "small")])
     with tarfile.open(tmp_path / "1.tar", "w") as tar:
         add(tar, "alone.jpg", fine)
@@ -124,7 +133,7 @@ def test_labels_are_counted_by_the_first_field_that_is_used(tmp_path):
     values = [{"category": None, "type": "sofa"}, {"type": " sofa "}, {"type": "lamp"}, {"type": 3}]
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key, value in enumerate(values):
-            add(tar, f"{key}.jpg", photo(key))
+            add(tar, f"{key}.jpg", image_bytes(key))
             add(tar, f"{key}.txt", b"words")
             add(tar, f"{key}.json", json.dumps(value).encode())
     pairs = open_pairs(tmp_path)
@@ -132,10 +141,15 @@ def test_labels_are_counted_by_the_first_field_that_is_used(tmp_path):
     assert found == {"field": "type", "labelled": 3, "counts": {"sofa": 2, "lamp": 1}}
 
 
-def test_groups_name_what_links_them_and_the_ceiling_follows(tmp_path):
-    again = [(photo(1), "one"), (photo(1, quality=60), "two"), (photo(3), "TWO"), (photo(4), "x")]
-    many = [(photo(10 + i), "the same") for i in range(7)]
-    pairs = write(tmp_path / "0.tar", [*again, *many, (photo(4), "y")])
+def test_groups_name_what_links_them_and_the_upper_bound_follows(tmp_path):
+    again = [
+        (image_bytes(1), "one"),
+        (image_bytes(1, quality=60), "two"),
+        (image_bytes(3), "TWO"),
+        (image_bytes(4), "x"),
+    ]
+    many = [(image_bytes(10 + i), "the same") for i in range(7)]
+    pairs = write(tmp_path / "0.tar", [*again, *many, (image_bytes(4), "y")])
     found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
     assert (found.groups, found.largest_group) == (3, 7)
     assert [(g["size"], g["shares"]) for g in found.duplicates] == [
@@ -148,8 +162,10 @@ def test_groups_name_what_links_them_and_the_ceiling_follows(tmp_path):
     assert found.ceiling["image_to_text"] == {"r@1": 11 / 12, "r@5": 1.0, "r@10": 1.0}
 
 
-def test_many_copies_of_a_photo_are_compared_once(tmp_path, monkeypatch):
-    copies = [(photo(1), f"copy {i}") for i in range(60)] + [(photo(1, quality=60), "near")]
+def test_many_copies_of_an_image_are_compared_once(tmp_path, monkeypatch):
+    copies = [(image_bytes(1), f"copy {i}") for i in range(60)] + [
+        (image_bytes(1, quality=60), "near")
+    ]
     pairs = write(tmp_path / "0.tar", copies)
     compared = []
     monkeypatch.setattr(
@@ -171,8 +187,8 @@ def test_matches_name_both_sides(catalogue):
     ]
 
 
-def test_the_page_stands_alone(catalogue, tmp_path, capsys):
-    evil = [(photo(200 + i // 2), f'<script>alert({i})</script> & "{i}"') for i in range(90)]
+def test_the_page_loads_no_other_file(catalogue, tmp_path, capsys):
+    evil = [(image_bytes(200 + i // 2), f'<script>alert({i})</script> & "{i}"') for i in range(90)]
     write(catalogue / "train" / "1.tar", evil)
     target = tmp_path / "new" / "page.html"
     args = ["inspect", str(catalogue), "--model", "tiny", "--html", str(target), "--json"]
@@ -182,20 +198,20 @@ def test_the_page_stands_alone(catalogue, tmp_path, capsys):
     assert "<script" not in page and "&lt;script&gt;alert(0)" in page
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]+", "", page))
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert 6 < len(pictures) <= 60
-    assert len(pictures) == page.count("<img")
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert 6 < len(images) <= 60
+    assert len(images) == page.count("<img")
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in images]
     assert {max(size) for size in sizes} == {96, 40}
     for finding in ("train/0.tar:23", "0.tar:23", "Smaller than the model", "val/0.tar:2"):
         assert (finding in page) == (finding != "train/0.tar:23")
     assert [path.name for path in target.parent.iterdir()] == ["page.html"]
 
 
-def test_a_page_has_sixty_pictures_at_most_and_some_of_each_kind():
+def test_a_page_has_sixty_images_at_most_and_some_of_each_kind():
     fetched = []
 
-    def picture(place):
+    def read_image(place):
         fetched.append(place)
         return PageImage(place, "words", b"jpeg")
 
@@ -203,13 +219,15 @@ def test_a_page_has_sixty_pictures_at_most_and_some_of_each_kind():
     split = {"broken": [], "bad_captions": [], "no_pairs": {}, "categories": {}}
     split |= {"duplicates": [group] * 24, "smallest": [f"small {i}" for i in range(12)]}
     matches = [{"pair": f"one {i}", "other": f"other {i}", "shares": "photo"} for i in range(12)]
-    page = findings_page("x", [], {"a": split, "b": split}, {"leak": {"matches": matches}}, picture)
+    page = findings_page(
+        "x", [], {"a": split, "b": split}, {"leak": {"matches": matches}}, read_image
+    )
     assert len(fetched) == page.count("<img") <= 60
     kinds = {place.split()[0] for place in fetched}
     assert kinds == {"again", "small", "one", "other"}
 
 
-def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_previous_one(tmp_path, monkeypatch):
     target = tmp_path / "page.html"
     write_page(target, "former")
 
@@ -223,12 +241,12 @@ def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path, monkeypatch):
     assert target.read_text() == "former"
 
 
-def test_missing_data_is_said_before_a_model_is_asked_for(tmp_path, capsys):
+def test_missing_data_is_reported_before_a_model_is_asked_for(tmp_path, capsys):
     assert run(["inspect", str(tmp_path), "--model", str(tmp_path / "no-model")]) == 3
     assert "no .tar" in capsys.readouterr().err
 
 
-def test_nothing_there(tmp_path, capsys):
+def test_a_missing_folder_and_an_empty_folder(tmp_path, capsys):
     assert run(["inspect", str(tmp_path / "none"), "--model", "tiny"]) == 3
     assert "no folder" in capsys.readouterr().err
 
@@ -254,7 +272,7 @@ def test_near_pairs_misses_none_and_makes_up_none(hashes, flips, near):
     assert close_hashes(np.array(rows, np.uint64), near).tolist() == wanted
 
 
-def test_colours_of_one_product_are_not_the_same_photo(tmp_path):
+def test_two_colors_of_one_product_are_not_near_duplicates(tmp_path):
     def swatch(colour):
         image = Image.new("RGB", (300, 300), (255, 255, 255))
         image.paste(Image.new("RGB", (200, 100), colour), (50, 100))
@@ -287,6 +305,6 @@ def test_a_page_that_cannot_be_written_is_found_before_the_scan(catalogue, tmp_p
     assert "Reading" not in printed.err
 
 
-def test_a_misspelt_field_of_the_caption_is_no_catalogue_of_empty_captions(catalogue, capsys):
+def test_a_misspelt_field_is_an_error_and_not_a_catalogue_of_empty_captions(catalogue, capsys):
     assert run(["inspect", str(catalogue), "--model", "tiny", "--caption", "{colour}"]) == 2
     assert "no pair has a field 'colour'" in capsys.readouterr().err

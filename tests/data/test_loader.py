@@ -64,7 +64,7 @@ def test_workers_change_nothing(dataset, preprocessing, workers):
 
 
 @pytest.mark.parametrize("start", [Position(0, 1), Position(1, 0), Position(1, 2), Position(2, 0)])
-def test_resumed_is_the_tail(dataset, preprocessing, start):
+def test_a_resumed_run_yields_the_tail_of_the_whole_run(dataset, preprocessing, start):
     whole = steps(dataset, preprocessing)
     tail = [step for step in whole if (step.epoch, step.step) >= (start.epoch, start.step)]
     assert_equal(flat(steps(dataset, preprocessing, start=start)), flat(tail))
@@ -111,7 +111,7 @@ def test_the_global_generator_is_left_alone(dataset, preprocessing):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_workers_that_there_are_prepare_a_whole_step(monkeypatch):
+def test_the_workers_together_prepare_a_whole_step(monkeypatch):
     monkeypatch.setattr(loader, "processors", lambda: 2)
     plan = EpochPlan(4096, 1024, 64, seed=5)
     for asked, there in ((1, 1), (2, 2), (16, 2)):

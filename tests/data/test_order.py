@@ -23,7 +23,7 @@ def test_each_epoch_has_every_pair_exactly_once(pairs, effective, micro, seed, e
 
 @settings(max_examples=100, deadline=None)
 @given(**sizes, data=st.data())
-def test_resumed_is_the_tail_of_uninterrupted(pairs, effective, micro, seed, data):
+def test_a_resumed_order_is_the_tail_of_the_uninterrupted_one(pairs, effective, micro, seed, data):
     plan = EpochPlan(pairs, effective, micro, seed)
     whole = list(plan.from_position(Position(), 3, plan.order))
     epoch = data.draw(st.integers(0, 2))

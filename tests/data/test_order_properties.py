@@ -1,5 +1,5 @@
 """What a run sees is a function of the pairs and the seed: not of workers, processes,
-micro-batches, the cut into shards, nor of how often it was killed. Over real shards, pictures
+micro-batches, the cut into shards, nor of how often it was killed. Over real shards, images
 and captions."""
 
 import tempfile
@@ -22,7 +22,7 @@ from tests import inputs
 from tests.faults.helpers import encoded, write_tar
 
 Kills = dict[int, bool]
-"""Steps done -> killed right then, or only while the next step was under way."""
+"""Maps numbers of steps to whether the run is killed right then, or else during the next step."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def preprocessing(seed: int) -> Preprocessing:
 
 
 @cache
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     ramp = Image.linear_gradient("L").resize((11, 9)).convert("RGB")
     return encoded(Image.blend(ramp, Image.new("RGB", (11, 9), (number * 9, 50, 0)), 0.5), "PNG")
 
@@ -87,7 +87,7 @@ def write_shards(folder: Path, run: Run) -> None:
     for number in range(run.pairs):
         if number in run.cuts and shards[-1]:
             shards.append([])
-        data = b"broken" if number in run.bad else picture(number)
+        data = b"broken" if number in run.bad else image(number)
         caption = f"pair {number}" + " more" * (number % 3)
         shards[-1] += [(f"{number:03d}.png", data), (f"{number:03d}.txt", caption.encode())]
     for number, members in enumerate(shards):
@@ -96,7 +96,7 @@ def write_shards(folder: Path, run: Run) -> None:
 
 @patch("os.cpu_count", lambda: 8)  # 3 workers are 3 everywhere
 def steps_of(run: Run, kills: Kills | None = None) -> list[StepBatch]:
-    """The steps that a run counts, from its start over all its kills to its end."""
+    """Return the steps that a run counts from its start to its end, across all its kills."""
     with tempfile.TemporaryDirectory() as name:
         folder, done = Path(name), list[StepBatch]()
         write_shards(folder, run)
@@ -120,7 +120,7 @@ def steps_of(run: Run, kills: Kills | None = None) -> list[StepBatch]:
 
 
 def batches_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
-    """Each step and its micro-batches, bit by bit."""
+    """Return each step and its micro-batches, for comparison bit by bit."""
     return [
         (
             (step.epoch, step.step, step.skipped),
@@ -134,7 +134,7 @@ def batches_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
 
 
 def pairs_of(steps: Iterable[StepBatch]) -> list[tuple[object, ...]]:
-    """The pairs in their order, without the micro-batches and without padding."""
+    """Return the pairs in their order, regardless of micro-batches and padding."""
     end = preprocessing(0).captions.pad_token_id
     return [
         (step.epoch, step.step, number, pixels.tolist(), ids.tolist()[: ids.tolist().index(end)])
@@ -160,7 +160,7 @@ def kills_change_nothing(run: Run, kills: Kills) -> None:
 
 
 def processes_together_see_what_one_sees(run: Run, processes: int) -> None:
-    """Each step's micro-batches, one process's after another's, are those of one process."""
+    """The micro-batches of all processes, in turn, are those of a single process."""
     parts = [steps_of(replace(run, share=Share(rank, processes))) for rank in range(processes)]
     assert {len(part) for part in parts} == {run.steps}  # nobody waits for another
     together = [
@@ -195,7 +195,7 @@ properties = pytest.mark.parametrize(
 
 
 def hold(check, arguments, examples: int) -> None:
-    """Try ``check`` on so many draws of ``arguments``."""
+    """Run ``check`` on ``examples`` random draws of ``arguments``."""
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.tuples(*arguments))

@@ -1,4 +1,4 @@
-"""Group ids follow from the pairs alone, whatever the batch or its padding."""
+"""Group ids depend on the pairs alone, not on the batch or its padding."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ texts = st.lists(st.integers(0, END - 1), max_size=6).map(lambda ids: [*ids, END
 
 
 @given(rows=st.lists(texts, min_size=2, max_size=12))
-def test_captions_are_equal_just_where_their_ids_are(rows):
+def test_captions_are_equal_only_where_their_ids_are_equal(rows):
     source = positives([], positives="caption")
     together = source.ids(batch(rows)).tolist()
     alone = [source.ids(batch([row])).item() for row in rows]
@@ -79,7 +79,7 @@ def test_pairs_without_the_field_are_each_their_own_group(tmp_path):
         ("", "needs --group-field", "the metadata has"),
     ],
 )
-def test_a_field_that_is_not_there(catalogue, field, message, hint):
+def test_a_field_that_no_pair_has_is_refused(catalogue, field, message, hint):
     with pytest.raises(UsageError, match=message) as caught:
         positives(open_pairs(catalogue / "train"), group_field=field)
     assert hint in caught.value.hint

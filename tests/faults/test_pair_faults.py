@@ -36,7 +36,7 @@ SIDE = 64
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 160, 60), (30, 60, 200), (128, 128, 128)
 CORNERS = (RED, GREEN, BLUE, GREY)
 WHITE = (255, 255, 255)
-ROTATIONS = {  # EXIF orientation -> how the stored picture differs from the upright one
+ROTATIONS = {  # EXIF orientation -> how the stored image differs from the upright one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +48,7 @@ ROTATIONS = {  # EXIF orientation -> how the stored picture differs from the upr
 
 
 def four(*colours, side: int = 512) -> Image.Image:
-    """Four squares: upper left, upper right, lower left, lower right."""
+    """Draw four squares: upper left, upper right, lower left, lower right."""
     image = Image.new("RGB", (2, 2))
     image.putdata(colours or CORNERS)
     return image.resize((side, side), Image.Resampling.NEAREST)
@@ -60,7 +60,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
-    """A PNG that Pillow cannot write itself."""
+    """Encode a PNG that Pillow cannot write itself."""
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -78,7 +78,7 @@ def rotated(orientation: int) -> bytes:
 
 
 def see_through() -> Image.Image:
-    """The upper left square can be seen through; what lies under it is black."""
+    """Make the upper left square transparent, with black as its hidden color."""
     image = four((0, 0, 0), GREEN, BLUE, GREY).convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 256, 256))
     return image
@@ -95,8 +95,8 @@ def greys(image: Image.Image) -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def pictures() -> dict[str, tuple[bytes, tuple[tuple[int, ...], ...]]]:
-    """Name -> (bytes, what the four squares must look like)."""
+def images() -> dict[str, tuple[bytes, tuple[tuple[int, ...], ...]]]:
+    """Return name -> (bytes, the expected colors of the four squares)."""
     image, through = four(), (WHITE, GREEN, BLUE, GREY)
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     kinds = {
@@ -125,7 +125,7 @@ def pictures() -> dict[str, tuple[bytes, tuple[tuple[int, ...], ...]]]:
 
 @cache
 def broken() -> dict[str, tuple[bytes, str]]:
-    """Name -> (bytes, how the reason starts)."""
+    """Return name -> (bytes, the start of the reason)."""
     photo = Image.effect_noise((300, 300), 90).convert("RGB")
     whole = {kind: encoded(photo, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF")}
     cut = {f"cut.{k.lower()}": (data[: len(data) // 2], "") for k, data in whole.items()}
@@ -179,13 +179,13 @@ EMPTY = {"empty": b"", "blank": b" \t\r\n", "nuls": b"\x00\x00", "only-bom": b"\
 
 
 def squares(pixels: np.ndarray) -> np.ndarray:
-    """The four squares' middles of [S, S, 3], int [4, 3]."""
+    """Return the centers of the four squares of an image [S, S, 3]: int [4, 3]."""
     near, far = pixels.shape[0] // 4, pixels.shape[0] * 3 // 4
     return pixels[[near, near, far, far], [near, far, near, far]].astype(int)
 
 
 def loaded(folder):
-    """Key -> (picture [S, S, 3], token ids) of all usable pairs; key -> reason of the others."""
+    """Return key -> (image [S, S, 3], token ids) of usable pairs; key -> reason of others."""
     dataset, pairs, reasons = open_pairs(folder), {}, {}
     for batch in evaluation_batches(dataset, preprocessing("none", SIDE), 1, LoaderOptions()):
         reasons |= {bad.key: bad.reason for bad in batch.skipped}
@@ -196,8 +196,8 @@ def loaded(folder):
     return pairs, reasons
 
 
-def test_every_kind_of_picture_looks_as_it_should(tmp_path):
-    wanted = pictures()
+def test_every_kind_of_image_looks_as_it_should(tmp_path):
+    wanted = images()
     members = [
         member
         for name, (data, _) in wanted.items()
@@ -215,10 +215,10 @@ def test_every_kind_of_picture_looks_as_it_should(tmp_path):
 
 
 def test_every_kind_of_caption_reads_as_it_should(tmp_path):
-    picture = good([1])[0][1]
+    image = good([1])[0][1]
     members = []
     for name, (data, _) in CAPTIONS.items():
-        members += [(f"{name}.jpg", picture), (f"{name}.txt", data)]
+        members += [(f"{name}.jpg", image), (f"{name}.txt", data)]
     write_tar(tmp_path / "a.tar", members)
     pairs, reasons = loaded(tmp_path)
     assert reasons == {}
@@ -230,13 +230,13 @@ def test_every_kind_of_caption_reads_as_it_should(tmp_path):
 
 
 def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsys):
-    picture, caption = (data for _, data in good([1]))
+    image, caption = (data for _, data in good([1]))
     members = good(range(12))
     for name, (data, _) in broken().items():
         members += [(f"{name}_.{name.rpartition('.')[2]}", data), (f"{name}_.txt", caption)]
     for name, data in EMPTY.items():
-        members += [(f"{name}.jpg", picture), (f"{name}.txt", data)]
-    members += [("no-caption.jpg", picture), ("no-image.txt", caption)]
+        members += [(f"{name}.jpg", image), (f"{name}.txt", data)]
+    members += [("no-caption.jpg", image), ("no-image.txt", caption)]
     catalogue(tmp_path, members)
     assert train(tmp_path, "--max-bad", "1") == 0
     reasons = {key: reason for (_, key), reason in skipped(tmp_path).items()}
@@ -325,7 +325,7 @@ def test_a_step_of_bad_pairs_only_is_a_data_error(tmp_path, capsys):
     assert "--max-bad" in one_error(capsys)[0]
 
 
-def test_a_step_of_bad_pairs_only_is_told_as_that_where_bad_ones_are_allowed(tmp_path, capsys):
+def test_a_step_of_bad_pairs_only_is_explained_even_if_bad_pairs_are_allowed(tmp_path, capsys):
     with_bad(tmp_path, 4, range(4))
     assert train(tmp_path, "--max-bad", "1") == 3
     error, _ = one_error(capsys)

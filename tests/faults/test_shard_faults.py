@@ -37,7 +37,7 @@ def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 def with_size(data: bytes, size: int) -> bytes:
-    """The first header says ``size``, in GNU's base 256, with a right checksum."""
+    """Make a tar whose first header states ``size`` in GNU's base 256, with a correct checksum."""
     header = bytearray(data[:BLOCK])
     header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
     header[148:156] = b" " * 8
@@ -46,7 +46,7 @@ def with_size(data: bytes, size: int) -> bytes:
 
 
 def deep(data: bytes) -> bytes:
-    """Thousands of PAX headers before the first member."""
+    """Make a tar with thousands of PAX headers before the first member."""
     record = b"18 comment=abcdef\n"
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, len(record)
@@ -67,7 +67,7 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_shard_that_is_no_whole_tar_ends_with_3_and_its_name(tmp_path, capsys, harm):
+def test_a_shard_that_is_not_a_complete_tar_ends_with_3_and_its_name(tmp_path, capsys, harm):
     catalogue(tmp_path, good(range(4)))
     path = tmp_path / "train" / "00001.tar"
     write_tar(path, good(range(24)))
@@ -110,7 +110,7 @@ def test_an_empty_and_a_missing_val_folder_are_named(tmp_path, capsys):
 
 
 def sparse_tar(path: Path, form: str) -> None:
-    """A pair whose picture GNU tar stores as a sparse file, and a whole pair."""
+    """Write a pair whose image GNU tar stores as a sparse file, and a complete pair."""
     folder = path.parent / form
     folder.mkdir()
     for name, data in [("s.txt", b"sparse"), *good([90])]:
@@ -123,12 +123,12 @@ def sparse_tar(path: Path, form: str) -> None:
 
 
 def test_other_tools_members_and_names_that_climb_do_no_harm(tmp_path):
-    """One run over all of it: what is whole is trained on, the rest is listed."""
+    """One run trains on the complete pairs and lists the others."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"outside")
     catalogue(tmp_path, good(range(10)))
     odd = tmp_path / "train" / "odd.tar"
-    (jpg, picture), (_, caption) = good([60])
+    (jpg, image), (_, caption) = good([60])
     members = [
         *(member(name, tarfile.DIRTYPE) for name in ("./", "./dir/", "folder.jpg/")),
         ("._00001.jpg", b"Mac"),
@@ -137,15 +137,15 @@ def test_other_tools_members_and_names_that_climb_do_no_harm(tmp_path):
         ("noextension", b"?"),
         (".jpg", b"no name"),
         *((f"./dir/{name}", data) for name, data in good([61])),
-        *((f"../../climbs.{kind}", data) for kind, data in (("jpg", picture), ("txt", caption))),
-        *((f"{tmp_path}/root.{kind}", data) for kind, data in (("jpg", picture), ("txt", caption))),
+        *((f"../../climbs.{kind}", data) for kind, data in (("jpg", image), ("txt", caption))),
+        *((f"{tmp_path}/root.{kind}", data) for kind, data in (("jpg", image), ("txt", caption))),
         member("link.jpg", tarfile.SYMTYPE, str(secret)),
         ("link.txt", b"a link"),
         *good([60]),
         member("hard.jpg", tarfile.LNKTYPE, jpg),
         ("hard.txt", b"a link within the tar"),
         *(member(f"{kind.decode()}.png", kind) for kind in b"3 4 6".split()),
-        (b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), picture),
+        (b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), image),
     ]
     write_tar(odd, members, tarfile.GNU_FORMAT)
     for form in ("gnu", "posix"):
@@ -183,7 +183,7 @@ def test_one_key_in_two_shards_is_two_pairs(tmp_path):
     ]
 
 
-def test_two_pictures_of_one_key_are_one_pair_and_a_reason(tmp_path):
+def test_two_images_of_one_key_are_one_pair_and_a_reason(tmp_path):
     members = [("a.jpg", b"1"), ("a.PNG", b"2"), ("a.txt", b"x"), ("A.jpg", b"3"), ("A.txt", b"y")]
     write_tar(tmp_path / "a.tar", members)
     shard = index_shard(tmp_path / "a.tar")

@@ -29,7 +29,7 @@ def tokenizer():
         (b"a <|endoftext|> chair", "a < |endoftext|> chair"),
     ],
 )
-def test_captions_are_tidied(data, text):
+def test_captions_are_cleaned(data, text):
     assert clean_caption(data) == text
 
 
@@ -56,5 +56,5 @@ def test_no_caption_can_end_the_text_early_or_outgrow_the_model(tokenizer, data)
     assert alone.index(end) == length
 
 
-def test_padding_is_to_the_longest_only(tokenizer):
+def test_texts_are_padded_to_the_longest_only(tokenizer):
     assert tokenize(tokenizer, ["a", "a b c"], 77).shape[1] < 10

@@ -10,7 +10,7 @@ from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import ChosenPairs, open_pairs
 from tests.conftest import add
 
-PHOTOS = [b"one", b"two", b"one", b"three", b"four!", b"three"]
+IMAGES = [b"one", b"two", b"one", b"three", b"four!", b"three"]
 FIELDS = [{"kind": "sofa", "id": 7}, {"kind": " "}, {"kind": True}, {"kind": ["a"]}, {}, None]
 
 
@@ -19,7 +19,7 @@ def pairs(tmp_path):
     for shard, numbers in (("0.tar", (0, 1, 2)), ("1.tar", (3, 4, 5))):
         with tarfile.open(tmp_path / shard, "w") as tar:
             for number in numbers:
-                add(tar, f"{number}.jpg", PHOTOS[number])
+                add(tar, f"{number}.jpg", IMAGES[number])
                 add(tar, f"{number}.txt", b"" if number == 4 else f"caption {number}".encode())
                 if FIELDS[number] is not None:
                     add(tar, f"{number}.json", json.dumps(FIELDS[number]).encode())
@@ -30,7 +30,7 @@ def test_equal_files_have_equal_numbers(pairs):
     assert same_images(pairs).tolist() == [0, 1, 0, 3, 4, 3]
 
 
-def test_what_is_said_of_pairs(pairs):
+def test_pairs_are_described_by_caption_label_and_group(pairs):
     said = describe(pairs, DEFAULT_TEMPLATE, "kind", "id")
     assert [d.label for d in said] == ["sofa", None, None, None, None, None]
     assert [d.group for d in said] == ["7", None, None, None, None, None]
@@ -38,7 +38,7 @@ def test_what_is_said_of_pairs(pairs):
     assert said[4].caption == ""  # not measured, and no reason to stop
 
 
-def test_the_first_caption_of_several_is_the_one_that_is_measured(pairs):
+def test_the_first_of_several_captions_is_evaluated(pairs):
     template = CaptionTemplate.parse("a {kind} || {caption}")
     assert describe(pairs, template, "kind", None)[0].caption == "a sofa"
 
@@ -53,4 +53,4 @@ def test_chosen_pairs_keep_their_numbers(pairs):
     chosen = ChosenPairs(pairs, [4, 1])
     assert len(chosen) == 2
     assert [chosen[place].number for place in (0, 1)] == [4, 1]
-    assert chosen[1].image == PHOTOS[1]
+    assert chosen[1].image == IMAGES[1]

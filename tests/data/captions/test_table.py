@@ -52,7 +52,7 @@ def ids(source, pairs, epoch):
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_the_table_says_what_tokenising_each_time_says(pairs, encoder, seed):
+def test_the_table_gives_what_tokenizing_each_time_gives(pairs, encoder, seed):
     table = caption_table(pairs, TEMPLATE, encoder, seed, Builds())
     live = LiveCaptions(TEMPLATE, encoder, seed)
     sent = pickle.loads(pickle.dumps(table))
@@ -63,7 +63,7 @@ def test_the_table_says_what_tokenising_each_time_says(pairs, encoder, seed):
     assert len(drawn) == 1 if seed is None else len(drawn) > 1
 
 
-def test_figures_are_of_the_captions_before_the_cut(pairs, encoder):
+def test_figures_describe_the_captions_before_truncation(pairs, encoder):
     figures = caption_table(pairs, TEMPLATE, encoder, 1, Builds()).figures
     # 0 + 1 + 2 + 3, twice, and 0 again: names; all but two have a .txt; 0 and 4 have neither
     assert (figures.captions, figures.none) == (12 + 7, 2)
@@ -71,7 +71,7 @@ def test_figures_are_of_the_captions_before_the_cut(pairs, encoder):
     assert figures.cut == sum(5 * number + 2 > 20 for number in range(9) if number != 4)
 
 
-def test_it_is_made_once_and_anew_when_anything_changes(pairs, encoder, tmp_path):
+def test_the_table_is_made_once_and_again_when_anything_changes(pairs, encoder, tmp_path):
     builds = Builds()
     caption_table(pairs, TEMPLATE, encoder, 1, builds)
     caption_table(pairs, TEMPLATE, encoder, 2, builds)  # the seed draws, it does not build
@@ -83,7 +83,7 @@ def test_it_is_made_once_and_anew_when_anything_changes(pairs, encoder, tmp_path
     assert len(builds) == 3
 
 
-def test_a_damaged_table_is_made_anew(pairs, encoder):
+def test_a_damaged_table_is_made_again(pairs, encoder):
     builds = Builds()
     whole = ids(caption_table(pairs, TEMPLATE, encoder, 1, builds), pairs, 0)
     (file,) = cache_folder().glob("captions/*/ids.npy")

@@ -55,12 +55,12 @@ def test_several_captions_in_order_and_none_twice():
 
 
 @pytest.mark.parametrize("metadata", [{}, {"type": None}, {"type": []}, {"type": {"a": 1}}])
-def test_a_template_without_a_value_is_no_caption(metadata):
+def test_a_template_whose_fields_are_all_empty_gives_no_caption(metadata):
     with pytest.raises(BadCaption, match="empty"):
         captions("a photo of a {type}", **metadata)
 
 
-def test_broken_metadata_is_as_none():
+def test_broken_metadata_counts_as_missing():
     for data in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000):
         assert CaptionTemplate.parse("{caption}. {name}").captions(b"a", data) == ["a."]
 

@@ -20,7 +20,7 @@ def test_ids_are_those_of_the_tokenizer_itself(tokenizer, texts):
     assert [caption.ids for caption in encoded] == tokenizer(texts)["input_ids"]
 
 
-def test_long_captions_are_cut_between_words(tokenizer):
+def test_long_captions_are_truncated_between_words(tokenizer):
     words = [f"wonderful{chr(97 + i % 26)}" for i in range(60)]
     (caption,) = CaptionEncoder(tokenizer, 77)([" ".join(words)])
     assert caption.length > 77 >= len(caption.ids)
@@ -45,5 +45,5 @@ def test_ids_fit_whatever_the_text(tokenizer, texts, context):
         assert caption.ids.index(encoder.eos_token_id) == len(caption.ids) - 1
 
 
-def test_padding_is_to_the_longest_with_the_end():
+def test_texts_are_padded_to_the_longest_with_the_end_token():
     assert padded([[1, 9], [1, 5, 6, 9]], 9).tolist() == [[1, 9, 9, 9], [1, 5, 6, 9]]

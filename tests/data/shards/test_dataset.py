@@ -43,7 +43,7 @@ def test_pairs_come_back_as_they_lie_in_the_shard(tmp_path):
         assert dataset.metadata(0) == {}
 
 
-def test_what_is_no_pair_is_counted_by_key(tmp_path):
+def test_members_that_make_no_pair_are_listed_by_key(tmp_path):
     members = [
         ("a.jpg", b"1"),
         ("b.txt", b"1"),
@@ -84,7 +84,7 @@ def test_links_devices_and_names_that_climb_touch_nothing(tmp_path):
 @pytest.mark.parametrize(
     "harm", ["empty", "gzip", "html", "cut in the data", "cut in a header", "a flipped bit"]
 )
-def test_a_file_that_is_no_whole_tar_is_named(tmp_path, harm):
+def test_a_file_that_is_not_a_complete_tar_is_named(tmp_path, harm):
     path = tmp_path / "00007.tar"
     shard(path, [("a.jpg", b"x" * 3000), ("a.txt", b"x"), ("b.jpg", b"y" * 3000), ("b.txt", b"y")])
     data = path.read_bytes()
@@ -125,7 +125,7 @@ def test_shards_are_numbered_through_and_can_be_limited(tmp_path):
     assert whole.identity() != open_pairs(tmp_path, limit=4).identity()
 
 
-def test_nothing_to_open(tmp_path):
+def test_folders_without_shards_are_refused(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         open_pairs(tmp_path / "none")
     with pytest.raises(DataError, match="found nothing"):

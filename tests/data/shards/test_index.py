@@ -1,4 +1,4 @@
-"""The index on disk: made once, trusted only for the state of the shard it was made of."""
+"""The index on disk is made once, and trusted only for the state of the shard that it describes."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def path(tmp_path):
 
 
 def version(index: Path) -> tuple[int, int]:
-    """Changes whenever the index is built again: a new file takes its place."""
+    """Identify the index file: it changes whenever the index is built again."""
     stat = index.stat()
     return stat.st_ino, stat.st_mtime_ns
 
@@ -36,7 +36,7 @@ def content(shard: Shard):
     return [shard.key(row) for row in range(len(shard))], shard.places.tolist(), shard.skipped
 
 
-def test_the_second_opening_reads_the_index(path):
+def test_a_shard_opened_again_is_read_from_its_index(path):
     first = content(open_shard(path))
     assert first == content(index_shard(path))
     assert first[0] == ["a", "é"]
@@ -46,13 +46,13 @@ def test_the_second_opening_reads_the_index(path):
     assert version(index_places(path)[0]) == built
 
 
-def test_a_changed_shard_is_indexed_anew(path):
+def test_a_changed_shard_is_indexed_again(path):
     open_shard(path)
     write(path, MEMBERS[2:])
     assert content(open_shard(path))[0] == ["é"]
 
 
-def test_a_touched_shard_is_indexed_anew(path):
+def test_a_touched_shard_is_indexed_again(path):
     open_shard(path)
     built = version(index_places(path)[0])
     os.utime(path, ns=(1, 1))
@@ -60,7 +60,7 @@ def test_a_touched_shard_is_indexed_anew(path):
     assert version(index_places(path)[0]) != built
 
 
-def test_where_the_folder_cannot_be_written_the_cache_takes_it(path):
+def test_the_index_goes_to_the_cache_if_the_folder_cannot_be_written_to(path):
     beside, cached = index_places(path)
     beside.mkdir()  # nothing can be renamed to this name
     first = content(open_shard(path))
@@ -71,14 +71,14 @@ def test_where_the_folder_cannot_be_written_the_cache_takes_it(path):
     assert version(cached) == built
 
 
-def test_where_nothing_can_be_written_it_works_all_the_same(path, monkeypatch, tmp_path):
+def test_a_shard_opens_even_if_no_index_can_be_written(path, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file")
     index_places(path)[0].mkdir()
     assert content(open_shard(path))[0] == ["a", "é"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "magic", "offset", "keys", "length"])
-def test_a_damaged_or_hostile_index_is_made_anew(path, damage):
+def test_a_damaged_or_hostile_index_is_made_again(path, damage):
     good = content(open_shard(path))
     place = index_places(path)[0]
     data = bytearray(place.read_bytes())

@@ -22,7 +22,7 @@ def write(folder, sizes):
             add(tar, "notes.md", b"of another tool")
             for _ in range(size):
                 n = next(number)
-                add(tar, f"{n}.jpg", b"picture %d" % n)
+                add(tar, f"{n}.jpg", b"image %d" % n)
                 add(tar, f"{n}.txt", b"words %d" % n)
             add(tar, f"lonely{which}.jpg", b"no words")
     return folder
@@ -55,7 +55,7 @@ def test_each_pair_once_an_epoch_and_resumed_is_the_tail(
     assert tail[0][0] == flat[position.epoch * len(stream) + plan.bounds[position.step][0]]
 
 
-def test_pairs_are_those_of_the_index(tmp_path):
+def test_a_stream_gives_the_same_pairs_as_the_index(tmp_path):
     folder = write(tmp_path / "s", [5, 3])
     indexed, stream = open_pairs(folder), open_stream(folder, 4)
     assert len(stream) == len(indexed)
@@ -64,7 +64,7 @@ def test_pairs_are_those_of_the_index(tmp_path):
         assert pair == indexed[pair.number]
 
 
-def test_a_key_that_is_not_utf_8_is_that_of_the_index(tmp_path):
+def test_a_key_that_is_not_utf_8_is_the_same_as_in_the_index(tmp_path):
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for name in ("caf\udce9.jpg", "caf\udce9.txt", "b.jpg", "b.txt"):
             add(tar, name, b"x")
@@ -117,7 +117,7 @@ def test_fewer_pairs_than_promised_is_an_error(tmp_path):
         drain(open_stream(folder, 4))
 
 
-def test_a_pair_that_does_not_stand_together_is_an_error(tmp_path):
+def test_a_pair_whose_files_are_apart_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for name in ("a.jpg", "b.jpg", "b.txt", "a.txt"):
             add(tar, name, b"x")
@@ -125,7 +125,7 @@ def test_a_pair_that_does_not_stand_together_is_an_error(tmp_path):
         drain(open_stream(tmp_path, 4))
 
 
-def test_a_shard_cut_off_meanwhile_is_an_error(tmp_path):
+def test_a_shard_that_is_truncated_meanwhile_is_an_error(tmp_path):
     folder = write(tmp_path / "s", [50])
     stream = open_stream(folder, 4)
     shard = folder / "00.tar"
@@ -147,7 +147,7 @@ def test_the_reading_thread_ends_with_its_reader(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["pipe:cat x", "s3://bucket/train", "http://host/{0..9}.tar"])
-def test_urls_and_commands_are_no_folders(place, tmp_path, monkeypatch):
+def test_urls_and_commands_are_not_accepted_as_folders(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="not a folder"):
         open_stream(type(tmp_path)(place), 4)

@@ -1,4 +1,4 @@
-"""The quick reading of headers sees what tarfile sees, or leaves the tar to it."""
+"""The fast parser of tar headers finds what tarfile finds, or leaves the tar to it."""
 
 import io
 import os
@@ -26,7 +26,7 @@ FORMATS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR
 
 
 @given(st.lists(MEMBERS, max_size=5), FORMATS)
-def test_it_sees_what_tarfile_sees(tmp_path_factory, members, form):
+def test_the_parser_finds_the_members_that_tarfile_finds(tmp_path_factory, members, form):
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     with tarfile.open(path, "w", format=form) as tar:
         for name, kind, data, mtime in members:
@@ -76,7 +76,7 @@ def test_a_changed_byte_in_a_header_is_left_to_tarfile(tmp_path_factory, summed,
     assert seen is None or seen == truth
 
 
-def test_a_cut_tar_is_refused(tmp_path):
+def test_a_truncated_tar_is_refused(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("a.jpg")
