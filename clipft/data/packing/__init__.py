@@ -1,1 +1,1 @@
-"""``clipft pack``: raw files, tables or shards become shards with an honest split."""
+"""``clipft pack``: write WebDataset shards from files, tables or shards, split without leaks."""

@@ -1,4 +1,4 @@
-"""The options of packing. They have a module without heavy imports, because help shows them."""
+"""The options of packing, in a module without heavy imports because ``--help`` shows them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,23 +8,24 @@ from pydantic import field_validator
 from clipft.config.fields import Section, setting
 from clipft.core.errors import UsageError
 
+# Default distance of perceptual hashes up to which images are near-duplicates, in bits
 NEAR_BITS = 4
-"""Default distance of perceptual hashes up to which images are near-duplicates, in bits."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The share of one machine when several pack one catalogue: every ``of``-th shard."""
+    """One machine's share when several pack one catalogue: every ``of``-th shard, from the shard
+    ``number`` - 1 on."""
 
     number: int = 1
     of: int = 1
 
     @staticmethod
     def parse(text: str) -> "Part":
-        """Parse ``2/4``; empty text is the whole.
+        """Parse a text such as ``2/4``; an empty one means the whole pack.
 
         Raises:
-            UsageError: the text is something else.
+            UsageError: The text is not I/N with 1 <= I <= N.
         """
         if not text:
             return Part()
@@ -38,7 +39,7 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """A suffix for this part's own files; empty for the whole."""
+        """The suffix of this part's own files; empty for the whole pack."""
         return f"-{self.number}-of-{self.of}" if self.of > 1 else ""
 
     def has(self, shard: int) -> bool:

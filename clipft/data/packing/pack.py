@@ -1,8 +1,9 @@
-"""Pairs -> WebDataset shards, split for training and validation.
+"""Packs pairs into WebDataset shards, split for training and validation.
 
-The same input gives the same bytes, whatever the number of processes; a shard bears its final
-name only when it is whole. A pack that was killed goes on where it was: whole shards of the
-same content are kept.
+The steps: list the source, download what it names by URL, scan every image and caption, split the
+pairs, plan the shards, write them to a hidden folder, and move that into place. The same input
+gives the same bytes, whatever the number of processes. A shard gets its final name only when it is
+complete, and a pack that was interrupted keeps its complete shards when it is run again.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 from clipft.core.errors import DataError
 from clipft.data.duplicates import PerceptualHash, group_leaders, near_duplicates, validation_rows
-from clipft.data.packing.download import Pictures
+from clipft.data.packing.download import download_images
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
 from clipft.data.packing.scan import scan
@@ -25,8 +26,12 @@ from clipft.data.packing.writer import SPLITS, content_of, plan, write_all
 
 @dataclass(frozen=True)
 class PackResult:
-    """Counts, of a part those of its own shards; ``skipped`` by reason; pairs of val that
-    also stand in train, by what they share (only where the split was the source's own)."""
+    """What was packed; with --part, the counts of that part's own shards.
+
+    ``skipped`` counts pairs by reason. The ``shared_...`` fields count validation pairs whose
+    image, near-duplicate image or caption is also in the training pairs. They are zero if clipft
+    made the split.
+    """
 
     out: Path
     train_pairs: int
@@ -42,153 +47,160 @@ class PackResult:
         return {**asdict(self), "out": str(self.out)}
 
 
+@dataclass
+class _Progress:
+    """Counts steps: each image is one when it is downloaded, when it is read and when it is
+    written."""
+
+    report: Callable[[int, int], None]
+    done: int = 0
+    total: int = 0
+
+    def step(self, more: int) -> None:
+        self.done += more
+        self.report(self.done, self.total)
+
+
 def pack(
     source: Path, out: Path, options: PackOptions, report: Callable[[int, int], None]
 ) -> PackResult:
-    """Make shards in ``out``/train and ``out``/val; ``report`` is told (done, total) steps:
-    each picture counts when it was fetched, read and written.
+    """Write shards to ``out``/train and ``out``/val; ``report`` receives (done, total) steps.
 
     Raises:
-        DataError: no such folder or table, no pair in it, or a shard in it is not whole.
-        UsageError: ``out`` holds something else, or a former pack without ``overwrite``; the
-            source is mixed, or lacks a column.
-        StorageError: the disk does not take it; ``out``'s former shards are as they were.
+        DataError: There is no such folder or table, it holds no pair, or a shard in it is
+            incomplete.
+        UsageError: ``out`` holds other files, or an earlier pack without ``overwrite``; the source
+            mixes raw files and shards, or lacks a column.
+        StorageError: The disk is full, or refuses to write. Earlier shards in ``out`` stay.
     """
     if not source.exists():
-        raise DataError(f"no folder {source}", "name the folder with the raw files, or a table")
+        raise DataError(f"{source} does not exist", "name the folder of raw files, or a table")
     target, progress = Target(out, options.part), _Progress(report)
     target.check(source, options.overwrite)
-    with target.guarded(), Workers(options.processes) as workers:
-        pictures = Pictures(target.building / "pictures")
-        listings = _list(source, out, options, pictures)
-        _fetch(listings, pictures, progress)
+    with target.explain_disk_errors(), Workers(options.processes) as workers:
+        # List: a source with train/ and val/ folders keeps its split, any other is listed as ""
+        has_split = all((source / split).is_dir() for split in SPLITS)
+        places = {split: source / split for split in SPLITS} if has_split else {"": source}
+        images = target.building / "pictures"
+        listings = {name: list_pairs(at, out, options, images) for name, at in places.items()}
+        _download(list(listings.values()), images, progress)
+
+        # Scan: the number of shards is not known yet, so the total is an upper bound until then
         progress.total += 2 * sum(len(listing.candidates) for listing in listings.values())
-        found = {
-            name: scan(listings.pop(name), options, workers, progress.step)
-            for name in list(listings)
-        }
+        found = {}
+        for name in places:  # pop, so that the candidates of a large source are freed
+            found[name] = scan(listings.pop(name), options, workers, progress.step)
         skipped = [entry for side in found.values() for entry in side.skipped]
-        pairs = _split(found[""], options) if "" in found else _pairs(found)
-        _check_found(source, pairs["train"], skipped)
+        if has_split:
+            pairs = {split: found[split].pairs for split in SPLITS}
+        else:
+            pairs = _split(found[""], options)
+        if not pairs["train"]:
+            reasons = ", ".join(f"{count} x {why}" for why, count in _count(skipped).items())
+            raise DataError(
+                f"no pair of image and caption in {source}" + (f": {reasons}" if reasons else ""),
+                "each image needs a .txt of the same name beside it, or a row of a table",
+            )
+
+        # Plan: every part plans all shards, and writes its own
         jobs = plan(pairs, options)
         content = content_of(jobs)
         target.check_others(content)
         own = [job for job in jobs if options.part.has(job.number)]
         progress.total = progress.done + sum(len(job.pairs) for job in own)
+
+        # Write, and move into place
         written = write_all(target.building, own, options, workers, progress.step)
         skipped += [entry for shard in written for entry in shard.skipped]
         target.publish(content, written, skipped)
+    shared_images, shared_near, shared_captions = _count_shared(found, options)
     return PackResult(
         out=out,
         train_pairs=sum(shard.pairs for shard in written if shard.split == "train"),
         val_pairs=sum(shard.pairs for shard in written if shard.split == "val"),
         shards=len(written),
         bytes=sum(shard.bytes for shard in written),
-        skipped=_counted(skipped),
-        **_shared(found, options),
+        skipped=_count(skipped),
+        shared_photos=shared_images,
+        shared_near_photos=shared_near,
+        shared_captions=shared_captions,
     )
 
 
-class _Progress:
-    def __init__(self, report: Callable[[int, int], None]) -> None:
-        self.done, self.total, self._report = 0, 0, report
-
-    def step(self, more: int) -> None:
-        self.done += more
-        self._report(self.done, self.total)
-
-
-def _list(source: Path, out: Path, options: PackOptions, pictures: Pictures) -> dict[str, Listing]:
-    """By split; by "" where the source has none of its own."""
-    own = all((source / split).is_dir() for split in SPLITS)
-    places = {split: source / split for split in SPLITS} if own else {"": source}
-    return {name: list_pairs(place, out, options, pictures) for name, place in places.items()}
-
-
-def _fetch(listings: dict[str, Listing], pictures: Pictures, progress: _Progress) -> None:
-    """Put the picture in each URL's place; those that are not to be had are skipped."""
-    every = [candidate for listing in listings.values() for candidate in listing.candidates]
+def _download(listings: Sequence[Listing], images: Path, progress: _Progress) -> None:
+    """Replace the URL in each candidate by its image; skip the pairs whose image is not there."""
+    every = [candidate for listing in listings for candidate in listing.candidates]
     urls = dict.fromkeys(c.image for c in every if isinstance(c.image, str))
     progress.total += len(urls)
-    had = {}
-    for url, picture in pictures.fetch(urls):
-        had[url] = picture
+    results = {}
+    for url, result in download_images(images, urls):
+        results[url] = result
         progress.step(1)
-    for listing in listings.values():
+    for listing in listings:
         kept = []
         for candidate in listing.candidates:
             image = candidate.image
-            picture = had[image] if isinstance(image, str) else image
-            if isinstance(picture, str):
-                listing.skip(candidate.where, picture)
+            result = results[image] if isinstance(image, str) else image
+            if isinstance(result, str):
+                listing.skip(candidate.where, result)
             else:
-                kept.append(replace(candidate, image=picture))
+                kept.append(replace(candidate, image=result))
         listing.candidates = kept
 
 
-def _pairs(found: dict[str, Scan]) -> dict[str, list[PackPair]]:
-    return {split: found[split].pairs for split in SPLITS}
-
-
 def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
+    """Choose validation pairs, so that pairs with the same image, caption or group, or with
+    near-duplicate images, stay together."""
     pairs = found.pairs
-    same: list[Sequence[object]] = [[p.photo for p in pairs], [p.words for p in pairs]]
+    same: list[Sequence[object]] = [[p.image_hash for p in pairs], [p.caption_key for p in pairs]]
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
-        kinds, links = _alike(found.hashes, options.near)
+        kinds, links = _link_hashes(found.hashes, options.near)
         leaders = group_leaders(len(kinds), links=links)
         same.append([leaders[kind] for kind in kinds])
     chosen = validation_rows(same, options.val_share, options.seed)
-    train = [pair for row, pair in enumerate(pairs) if row not in chosen]
-    val = [pair for row, pair in enumerate(pairs) if row in chosen]
-    return {"train": train, "val": val}
+    return {
+        "train": [pair for row, pair in enumerate(pairs) if row not in chosen],
+        "val": [pair for row, pair in enumerate(pairs) if row in chosen],
+    }
 
 
-def _alike(
+def _link_hashes(
     hashes: Sequence[PerceptualHash | None], near: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Number the distinct hashes and find those that are near. Equal hashes share one number:
-    a placeholder that stands for a thousand products is compared once."""
+    """Return the number of each image's hash, and all pairs of numbers that are near-duplicates.
+
+    Equal hashes share one number, so a placeholder that stands for a thousand products is compared
+    only once.
+    """
     numbers: dict[PerceptualHash, int] = {}
     kinds = [numbers.setdefault(hashed, len(numbers)) for hashed in hashes if hashed]
     return kinds, near_duplicates(list(numbers), near)
 
 
-def _shared(found: dict[str, Scan], options: PackOptions) -> dict[str, int]:
-    """What pairs of val share with train; nothing where the split was made here."""
+def _count_shared(found: dict[str, Scan], options: PackOptions) -> tuple[int, int, int]:
+    """Count the validation pairs whose image, near-duplicate image (but not the same one) and
+    caption are in the training pairs too. All are zero if clipft made the split."""
     if "" in found:
-        return {"shared_photos": 0, "shared_near_photos": 0, "shared_captions": 0}
+        return 0, 0, 0
     train, val = (found[split].pairs for split in SPLITS)
-    photos, words = {pair.photo for pair in train}, {pair.words for pair in train}
+    images, captions = {pair.image_hash for pair in train}, {pair.caption_key for pair in train}
     near = 0
     if options.near >= 0:
-        kinds, links = _alike([*found["train"].hashes, *found["val"].hashes], options.near)
+        kinds, links = _link_hashes([*found["train"].hashes, *found["val"].hashes], options.near)
         theirs = set(kinds[: len(train)])
+        # Equal hashes count as near too, hence also the training pairs' own numbers
         reach = theirs.union(*({a, b} for a, b in links if a in theirs or b in theirs))
         near = sum(
-            kind in reach and pair.photo not in photos
+            kind in reach and pair.image_hash not in images
             for kind, pair in zip(kinds[len(train) :], val, strict=True)
         )
-    return {
-        "shared_photos": sum(pair.photo in photos for pair in val),
-        "shared_near_photos": near,
-        "shared_captions": sum(pair.words in words for pair in val),
-    }
+    shared_images = sum(pair.image_hash in images for pair in val)
+    return shared_images, near, sum(pair.caption_key in captions for pair in val)
 
 
-def _check_found(
-    source: Path, train: Sequence[PackPair], skipped: Sequence[dict[str, str]]
-) -> None:
-    if train:
-        return
-    listed = ", ".join(f"{count} x {reason}" for reason, count in _counted(skipped).items())
-    raise DataError(
-        f"no pair of image and caption in {source}" + (f": {listed}" if listed else ""),
-        "each picture needs a .txt of the same name beside it, or a row of a table",
-    )
-
-
-def _counted(skipped: Sequence[dict[str, str]]) -> dict[str, int]:
-    """By reason, without what is the single picture's: "truncated (7 bytes not processed)"."""
+def _count(skipped: Sequence[dict[str, str]]) -> dict[str, int]:
+    """Count by reason, without what differs from image to image, as in "truncated (7 bytes not
+    processed)"."""
     return dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped))

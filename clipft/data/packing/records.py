@@ -1,4 +1,4 @@
-"""What packing hands from one step to the next: listed, read, and split."""
+"""The records that packing hands from one step to the next."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,11 @@ from clipft.data.shards.tar import ByteRange
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A picture that has words; nothing of it is read yet. ``name`` is to become its key,
-    ``where`` is what people know it by, ``image`` a URL until it is fetched."""
+    """An image with a caption, as the source lists it; nothing of it has been read yet.
+
+    ``name`` becomes its key in a shard, ``where`` is how messages refer to it, and ``image`` is a
+    URL until the image has been downloaded.
+    """
 
     name: str
     where: str
@@ -20,7 +23,7 @@ class Candidate:
 
 @dataclass
 class Listing:
-    """What a source holds, and what of it cannot be used as ``{"file", "reason"}``."""
+    """The pairs of a source, and what was skipped as ``{"file", "reason"}``."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -31,29 +34,30 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class PackPair:
-    """One pair: where the picture's bytes lie, its words, and what identifies both.
+    """A pair whose image and caption were read and can be used.
 
-    ``suffix`` follows from the picture's own header, ``shorter`` is its shorter side in
-    pixels, ``photo`` the SHA-256 of its bytes, ``words`` the tidied caption without case,
-    ``group`` the value of the metadata's group field, "" where there is none.
+    ``suffix`` is the image's real format, whatever its file is called; ``shorter_side`` is in
+    pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_key`` the cleaned,
+    case-folded caption: pairs that share either one stay in the same split, as do pairs with the
+    same ``group``, the value of --group-field ("" without one).
     """
 
     name: str
     where: str
     image: ByteRange
     suffix: str
-    shorter: int
+    shorter_side: int
     caption: bytes
     metadata: bytes | None
-    photo: str
-    words: str
+    image_hash: str
+    caption_key: str
     group: str
 
 
 @dataclass
 class Scan:
-    """The pairs that can be used, each with its perceptual hash (none where nobody asks), and what
-    cannot, as in ``Listing``."""
+    """The usable pairs, each with its perceptual hash (None with --near -1), and what was skipped
+    while listing and reading, as in ``Listing``."""
 
     pairs: list[PackPair] = field(default_factory=list)
     hashes: list[PerceptualHash | None] = field(default_factory=list)

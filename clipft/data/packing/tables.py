@@ -1,13 +1,14 @@
-"""Tables of pictures: CSV, TSV, JSONL and Parquet.
+"""Lists the pairs of a table: CSV, TSV, JSONL or Parquet.
 
-One column names the picture (a path relative to the table's folder, a URL, or in Parquet its
-bytes), one holds the caption; all others become the pair's metadata.
+One column names the image (a path relative to the table's folder, a URL or, in Parquet, its bytes)
+and one holds the caption. All others become the pair's metadata.
 """
 
 import csv
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -15,11 +16,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from clipft.core.errors import DataError, UsageError
-from clipft.data.packing.download import Pictures
+from clipft.data.packing.download import save_image
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.shards.tar import ByteRange
 
+# Usual names of the columns, the most specific first
 IMAGE_COLUMNS = (
     "image",
     "image_path",
@@ -35,88 +37,87 @@ CAPTION_COLUMNS = ("caption", "text", "title", "description", "name")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (*_DELIMITERS, ".jsonl", ".parquet")
 _BATCH = 1024
-_UNREADABLE = "correct what is named, or save the table anew as UTF-8"
+_SAVE_AGAIN = "save the table again, as Parquet or as CSV"
 
 
-def list_table(table: Path, options: PackOptions, pictures: Pictures) -> Listing:
-    """The rows that name a picture and have words.
+def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
+    """List the rows that have an image and a caption. Images within the table are saved in the
+    folder ``images``.
 
     Raises:
-        DataError: not a table, or one that cannot be read.
-        UsageError: it has no such column; pyarrow is missing.
-        StorageError, OSError: pictures inside of the table cannot be laid out.
+        DataError: The file is not such a table, or cannot be read.
+        UsageError: There is no column of images or captions, or pyarrow is not installed.
+        OSError: The disk is full, or refuses to write.
     """
-    listing, columns = Listing(), _columns(table)
+    listing, columns = Listing(), _find_columns(table, options)
     if not columns:
         return listing
-    image_column = _column(options.image_column, IMAGE_COLUMNS, columns, table, "--image-column")
-    caption_column = _column(
-        options.caption_column, CAPTION_COLUMNS, columns, table, "--caption-column"
-    )
+    image_column, caption_column = columns
     for number, row in enumerate(_rows(table, image_column), start=1):
         place, words = row.pop(image_column, None), row.pop(caption_column, None)
-        found = _picture(place, table, number, pictures)
+        found = _find_image(place, table, number, images)
         if isinstance(found, str):
             listing.skip(place if isinstance(place, str) and place else f"{table}:{number}", found)
         elif not isinstance(words, str | int | float | None):
             listing.skip(found[1], "the caption is not text")
         else:
-            rest = _utf8(json.dumps(_plain(row), ensure_ascii=False)) if row else None
-            caption = _utf8("" if words is None else str(words))
-            listing.candidates.append(Candidate(*found, caption, rest))
+            # "replace", because JSON may hold half of a surrogate pair
+            caption = b"" if words is None else str(words).encode("utf-8", "replace")
+            rest = json.dumps(plain_value(row), ensure_ascii=False).encode("utf-8", "replace")
+            listing.candidates.append(Candidate(*found, caption, rest if row else None))
     return listing
 
 
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # JSON may hold half a character
+def _find_columns(table: Path, options: PackOptions) -> tuple[str, str] | None:
+    """Return the columns of images and captions; None if a text table has no rows."""
+    suffix = table.suffix.lower()
+    if suffix not in _SUFFIXES or not table.is_file():
+        raise DataError(
+            f"{table} is neither a folder nor a table ({', '.join(_SUFFIXES)})",
+            "name the folder with the raw files or shards, or a table of images",
+        )
+    if suffix == ".parquet":
+        columns = [str(name) for name in _open_parquet(table).schema_arrow.names]
+    else:
+        columns = list(next(_rows(table, ""), {}))
+    if not columns:
+        return None
+    found = []
+    for option, named, usual in (
+        ("--image-column", options.image_column, IMAGE_COLUMNS),
+        ("--caption-column", options.caption_column, CAPTION_COLUMNS),
+    ):
+        column = next((name for name in ([named] if named else usual) if name in columns), None)
+        if column is None:
+            raise UsageError(
+                f"{table} has no column {named or ' or '.join(usual)}; it has {', '.join(columns)}",
+                f"name the column with {option}",
+            )
+        found.append(column)
+    return found[0], found[1]
 
 
-def _picture(
-    value: object, table: Path, number: int, pictures: Pictures
+def _find_image(
+    value: object, table: Path, number: int, images: Path
 ) -> tuple[str, str, ByteRange | str] | str:
-    """Name, what people know it by and place (or URL) of a row's picture; or what is wrong."""
-    if isinstance(value, dict):  # as Hugging Face stores pictures
+    """Return the first three fields of a row's ``Candidate``, or the reason to skip it."""
+    if isinstance(value, dict):  # as Hugging Face datasets store images
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        name = f"{table.stem}_{number}"
-        return name, f"{table}:{number}", pictures.put(value)
+        place = images / hashlib.sha256(value).hexdigest()
+        return f"{table.stem}_{number}", f"{table}:{number}", save_image(place, value)
     if not isinstance(value, str) or not value:
         return "no such file"
     if "://" in value or value.startswith("data:"):
         if not value.lower().startswith(("http://", "https://")):
             return "neither a path nor an http or https address"
-        return _name_in(value), value, value
+        try:
+            name = PurePosixPath(unquote(urlsplit(value).path)).stem
+        except ValueError:  # it is reported when the download fails
+            name = ""
+        return name, value, value
     path = str(table.parent / value)
     return PurePosixPath(value).stem, path, ByteRange(path)
-
-
-def _name_in(url: str) -> str:
-    try:
-        return PurePosixPath(unquote(urlsplit(url).path)).stem
-    except ValueError:
-        return ""
-
-
-def _columns(table: Path) -> list[str]:
-    suffix = table.suffix.lower()
-    if suffix not in _SUFFIXES or not table.is_file():
-        raise DataError(
-            f"{table} is neither a folder nor a table ({', '.join(_SUFFIXES)})",
-            "name the folder with the raw files or shards, or a table of pictures",
-        )
-    if suffix == ".parquet":
-        return [str(name) for name in _parquet(table).schema_arrow.names]
-    return list(next(_rows(table, ""), {}))
-
-
-def _column(named: str, usual: Sequence[str], columns: list[str], table: Path, option: str) -> str:
-    for name in [named] if named else usual:
-        if name in columns:
-            return name
-    raise UsageError(
-        f"no column {named or ' or '.join(usual)} in {table}: it has {', '.join(columns)}",
-        f"name the column with {option}",
-    )
 
 
 def _rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
@@ -125,25 +126,23 @@ def _rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
         if suffix == ".parquet":
             yield from _parquet_rows(table, image_column)
             return
+        # Excel starts its UTF-8 files with a byte order mark
         with table.open(encoding="utf-8-sig", newline="") as file:
             if suffix in _DELIMITERS:
                 yield from csv.DictReader(file, delimiter=_DELIMITERS[suffix], restkey="_more")
                 return
             for line in file:
                 if line.strip():
-                    yield _json_object(line)
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("a line is not a JSON object")
+                    yield row
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"cannot read {table}: {error}", _UNREADABLE) from error
+        hint = "correct the error, or save the table again as UTF-8"
+        raise DataError(f"cannot read {table}: {error}", hint) from error
 
 
-def _json_object(line: str) -> dict[str, Any]:
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise ValueError("a line is not a JSON object")
-    return value
-
-
-def _parquet(table: Path) -> Any:
+def _open_parquet(table: Path) -> Any:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -154,15 +153,14 @@ def _parquet(table: Path) -> Any:
     try:
         return ParquetFile(table)
     except (ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot read {table}: {error}", "save the table anew, as Parquet or as CSV"
-        ) from error
+        raise DataError(f"cannot read {table}: {error}", _SAVE_AGAIN) from error
 
 
 def _parquet_rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
+    file = _open_parquet(table)
     from pyarrow import ArrowException
 
-    file = _parquet(table)
+    # Metadata is JSON, which holds no bytes: do not read columns of them only to drop them
     columns = [
         field.name
         for field in file.schema_arrow
@@ -172,13 +170,11 @@ def _parquet_rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(_BATCH, columns=columns):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot read {table}: {error}", "save the table anew, as Parquet or as CSV"
-        ) from error
+        raise DataError(f"cannot read {table}: {error}", _SAVE_AGAIN) from error
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """A column whose bytes would only be read to be left out."""
+    """Return whether values of this Arrow type are bytes, or contain some."""
     from pyarrow import types
 
     if types.is_nested(kind):
@@ -188,11 +184,16 @@ def _holds_bytes(kind: Any) -> bool:
     )
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are none become null, times their ISO text."""
+def plain_value(value: Any) -> Any:
+    """Return ``value`` as strict JSON can hold it.
+
+    NaN and infinity become null, dates and times their ISO text, durations their seconds; bytes in
+    lists and objects are dropped.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | Decimal):
+        # float() raises ValueError for a signaling NaN
         number = math.nan if isinstance(value, Decimal) and value.is_nan() else float(value)
         return number if math.isfinite(number) else None
     if isinstance(value, date | time):
@@ -200,7 +201,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not isinstance(v, bytes)}
+        return {str(k): plain_value(v) for k, v in value.items() if not isinstance(v, bytes)}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value if not isinstance(part, bytes)]
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+        return [plain_value(part) for part in value if not isinstance(part, bytes)]
+    return plain_value(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -1,7 +1,7 @@
-"""The folder that shards are packed into: what may stand in it, and how they come there.
+"""The folder that shards are packed into: what it may hold, and how a finished pack gets there.
 
-Everything is built in a hidden folder inside of it. That stays when the packing breaks off,
-and the next try takes its whole shards. The mark says that a pack is complete.
+Everything is built in a hidden folder inside it. That folder stays when packing is interrupted, and
+the next try keeps its complete shards. A mark, ``.clipft-pack.json``, says that a pack is complete.
 """
 
 import json
@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,20 @@ _OWN = ".clipft-"
 _ANOTHER = "name a new folder for the shards"
 
 
-@dataclass(frozen=True)
 class Target:
-    """``out``, as one part of a pack sees it."""
+    """The folder ``out``, as one part of a pack sees it. ``building`` is its own hidden folder."""
 
-    out: Path
-    part: Part
-
-    @property
-    def building(self) -> Path:
-        return self.out / f"{_BUILDING}{self.part.suffix}"
-
-    @property
-    def _mark(self) -> str:
-        return f".clipft-pack{self.part.suffix}.json"
+    def __init__(self, out: Path, part: Part) -> None:
+        self.out, self.part = out, part
+        self.building = out / f"{_BUILDING}{part.suffix}"
+        self._mark = f".clipft-pack{part.suffix}.json"
 
     def check(self, source: Path, overwrite: bool) -> None:
-        """
+        """Check, before any work, that the pack may be written to ``out``.
+
         Raises:
-            UsageError: ``out`` is the source, holds something else, or a former pack that is
-                not to be overwritten.
+            UsageError: ``out`` is the source, holds other files, or holds an earlier pack that may
+                not be overwritten.
         """
         if not self.out.exists():
             return
@@ -56,54 +49,60 @@ class Target:
         marks = {name: mark for name in names if (mark := _MARK.fullmatch(name))}
         begun = any(name.startswith(_BUILDING) for name in names)
         others = [name for name in names if not name.startswith(_OWN)]
+        # Publishing removes the mark first: after a kill the building folder shows whose files
+        # the others are
         if others and not marks and not begun:
-            raise UsageError(f"{self.out} is not empty", _ANOTHER)
+            raise UsageError(f"{self.out} is not empty, and it holds no earlier pack", _ANOTHER)
         if self.part.of > 1 and any(m[2] != str(self.part.of) for m in marks.values()):
-            raise UsageError(f"{self.out} holds a pack that was not of {self.part.of}", _ANOTHER)
+            raise UsageError(
+                f"{self.out} holds a pack that was not made in {self.part.of} parts", _ANOTHER
+            )
         if (marks if self.part.of == 1 else self._mark in marks) and not overwrite:
             raise UsageError(
-                f"{self.out} holds a former pack", "add --overwrite, or name a new folder"
+                f"{self.out} holds an earlier pack", "add --overwrite, or name a new folder"
             )
 
     def check_others(self, content: str) -> None:
-        """
+        """Check that the other parts in ``out``, if any, belong to the same pack.
+
         Raises:
-            UsageError: another part in ``out`` is of other pairs or options.
+            UsageError: Another part was made from other pairs or options.
         """
         if self.part.of == 1 or not self.out.is_dir():
             return
         for path in sorted(self.out.iterdir()):
             if path.name == self._mark or not _MARK.fullmatch(path.name):
                 continue
-            if _content_of(path) != content:
+            if (read_json(path) or {}).get("content") != content:
                 raise UsageError(
-                    f"{path} is of other pairs or options than this part",
-                    "give every part the same SRC and options, and the same pictures to find "
+                    f"{path} was made from other pairs or options than this part",
+                    "give every part the same SRC and options, and the same images to find "
                     "there; or name a new folder",
                 )
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """
-        Raises:
-            StorageError: instead of an ``OSError``.
-        """
+    def explain_disk_errors(self) -> Iterator[None]:
+        """Raise a ``StorageError``, which says what to do, for an ``OSError`` in the block."""
         try:
             yield
         except OSError as error:
             raise StorageError(
                 f"cannot write {error.filename or self.out}: {error.strerror}",
-                "make room and run it again: whole shards are kept; or name another folder",
+                "free some space and run it again, complete shards are kept; or name another "
+                "folder",
             ) from error
 
     def publish(
         self, content: str, written: Sequence[Written], skipped: Sequence[dict[str, str]]
     ) -> None:
-        """Put what was built in the former one's place.
+        """Move what was built to ``out``, in place of an earlier pack.
+
+        A kill at any point leaves either a complete pack or one without its mark, which the next
+        try completes.
 
         Raises:
-            OSError: the disk does not take it.
-            UsageError: as ``check_others``.
+            OSError: The disk is full, or refuses to write.
+            UsageError: As ``check_others``: another part may have finished meanwhile.
         """
         mark = {"format": 2, "content": content, "pairs": sum(shard.pairs for shard in written)}
         notes = [f"skipped{self.part.suffix}.jsonl", self._mark]
@@ -111,58 +110,54 @@ class Target:
         for split in SPLITS:
             sizes = {f"{s.number:05d}.tar": s.pairs for s in written if s.split == split}
             if sizes:
-                self._note(f"{split}/sizes{self.part.suffix}.json", [sizes])
-        self._note(notes[0], skipped)
-        self._note(notes[1], [mark])
+                self._write_lines(f"{split}/sizes{self.part.suffix}.json", [sizes])
+        self._write_lines(notes[0], skipped)
+        self._write_lines(notes[1], [mark])
         self.check_others(content)
-        # Without its mark a mixture of old and new cannot be taken for a whole
-        for path in [path for path in self.out.iterdir() if self._own_note(path.name)]:
-            path.unlink()
+        # Remove the mark before the first shard: without it, a mixture of old and new shards does
+        # not pass for a complete pack
+        former = [_MARK, re.compile(r"skipped.*\.jsonl")]  # a whole pack replaces that of any part
+        for path in list(self.out.iterdir()):
+            whole = self.part.of == 1 and any(name.fullmatch(path.name) for name in former)
+            if whole or path.name in notes:
+                path.unlink()
         for split in SPLITS:
             self._publish_split(split)
-        for name in notes:
+        for name in notes:  # the mark is last
             if (self.building / name).exists():
                 os.replace(self.building / name, self.out / name)
-        # What parts left that broke off is of no use to a whole
+        # Parts that were interrupted are of no use to a whole pack
         for path in self.out.glob(f"{_BUILDING}*" if self.part.of == 1 else self.building.name):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _note(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """A file of JSON lines; none for no lines. Half characters of a name are escaped."""
+    def _write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        """Write a file of JSON lines to the building folder; no file if there are no lines."""
         place = self.building / name
         place.unlink(missing_ok=True)
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            # A file name that is not UTF-8 reaches Python as lone surrogates
             place.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    def _own_note(self, name: str) -> bool:
-        if self.part.of > 1:
-            return name in {self._mark, f"skipped{self.part.suffix}.jsonl"}
-        return bool(_MARK.fullmatch(name) or re.fullmatch(r"skipped.*\.jsonl", name))
-
     def _publish_split(self, split: str) -> None:
+        """Move the shards of a split to ``out`` and remove those of an earlier pack."""
         folder, built = self.out / split, self.building / split
         new = {path.name for path in built.glob("*")}
         if new:
             folder.mkdir(exist_ok=True)
         for name in sorted(new):
             os.replace(built / name, folder / name)
-        former = [path for path in folder.glob("*") if self._own_shard(path.name)]
-        for path in former:
-            if path.name not in new:
+        for path in [path for path in folder.glob("*") if path.name not in new]:
+            if self._is_own(path.name):
                 path.unlink()
                 path.with_name(f".{path.name}.clipft-index").unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def _own_shard(self, name: str) -> bool:
+    def _is_own(self, name: str) -> bool:
+        """Return whether this part replaces the file; a whole pack replaces those of all parts."""
         stem, _, suffix = name.rpartition(".")
         if self.part.of == 1:
             return suffix == "tar" or bool(re.fullmatch(r"sizes.*\.json", name))
         own = stem.isdecimal() and self.part.has(int(stem))
         return (suffix == "tar" and own) or name == f"sizes{self.part.suffix}.json"
-
-
-def _content_of(mark: Path) -> str | None:
-    found = read_json(mark) or {}  # none if it was cut off
-    return str(found["content"]) if "content" in found else None

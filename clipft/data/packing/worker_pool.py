@@ -1,4 +1,4 @@
-"""Work shared among processes, which end with this one however it ends."""
+"""A pool of worker processes that end with this process, however it ends."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -17,17 +17,23 @@ from clipft.core.errors import DataError
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
+# Results per process that may wait for an earlier one, and are held in memory meanwhile
 _AHEAD = 4
-"""Results per process that may wait for an earlier one, and be held in memory."""
+_KILLED = (
+    "a worker process was killed: memory ran out, or an image crashes the decoder",
+    "run it again with fewer --processes; with --processes 1 a crash shows where it happens",
+)
 
 
 class Workers:
-    """Up to ``processes`` processes (0: one per processor), started when there is work for
-    more than one; a single one is this process. Leaving the block on an exception ends them
-    at once.
+    """A context manager with up to ``processes`` worker processes (0: one per processor).
 
-    Not concurrent.futures: there a worker that ends in the middle of a large result leaves
-    the parent waiting for the rest forever. Here each has a pipe of its own, which then ends.
+    They start when there is more than one task. With ``processes`` 1, this process does the work.
+    Leaving the block on an exception terminates them at once.
+
+    This is not ``concurrent.futures``, because there a worker that is killed in the middle of a
+    large result leaves the parent waiting for the rest forever. Here each worker has a pipe of its
+    own, which ends with the worker.
     """
 
     def __init__(self, processes: int) -> None:
@@ -48,10 +54,12 @@ class Workers:
             process.join()
 
     def map(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        """``work`` of each task, in their order. ``work``, tasks and results are pickled.
+        """Yield ``work(task)`` of each task, in the order of the tasks.
+
+        ``work``, the tasks and the results are pickled. What ``work`` raises is raised here.
 
         Raises:
-            DataError: a process was killed, or crashed.
+            DataError: A process was killed, or crashed.
         """
         if self.count == 1 or len(tasks) < 2:
             yield from map(work, tasks)
@@ -64,82 +72,59 @@ class Workers:
                 while idle and following < min(len(tasks), wanted + _AHEAD * self.count):
                     # Never two tasks at once: both ends would wait for the other to read
                     pipe = idle.pop()
-                    _send(pipe, (work, tasks[following]))
+                    try:
+                        pipe.send((work, tasks[following]))
+                    except OSError as error:
+                        raise DataError(*_KILLED) from error
                     busy[pipe] = following
                     following += 1
                 for ready in wait(list(busy)):
                     assert isinstance(ready, Connection)
-                    results[busy.pop(ready)] = _receive(ready)
+                    try:
+                        succeeded, result = ready.recv()
+                    except (EOFError, OSError) as error:
+                        raise DataError(*_KILLED) from error
+                    if not succeeded:
+                        raise result
+                    results[busy.pop(ready)] = result
                     idle.append(ready)
             yield results.pop(wanted)
 
     def _start(self, count: int) -> None:
+        """Start processes until there are ``count``."""
+        # Spawned: a forked process would inherit whatever locks other threads hold
         context = multiprocessing.get_context("spawn")
         for _ in range(count - len(self._running)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with _without_interrupts():
+            # The process inherits the blocked SIGINT, so Ctrl-C cannot interrupt it before _serve
+            # ignores the signal; and this process must not lose track of one it has started
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
                 process.start()
                 self._running.append((process, ours))
-            theirs.close()
-
-
-def _send(pipe: Connection, message: object) -> None:
-    try:
-        pipe.send(message)
-    except OSError as error:
-        raise _killed() from error
-
-
-def _receive(pipe: Connection) -> Any:
-    try:
-        fine, result = pipe.recv()
-    except (EOFError, OSError) as error:
-        raise _killed() from error
-    if not fine:
-        raise result
-    return result
-
-
-def _killed() -> DataError:
-    return DataError(
-        "a worker process was killed: out of memory, or a picture crashes the decoder",
-        "run it again with fewer --processes; with 1 a crash shows where it happens",
-    )
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits. A process started meanwhile never sees it: not before ``_serve`` either."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()  # or the pipe would not end with the worker
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker: do what comes through the pipe until it ends, or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Do what comes through the pipe until it ends or the parent process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         while True:
-            pipe.send(_answer(*pipe.recv()))
-
-
-def _answer(work: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
-    try:
-        return True, work(task)
-    except Exception as error:  # raised again where the result is awaited
-        error.add_note(traceback.format_exc())
-        return False, error
+            work, task = pipe.recv()
+            try:
+                answer = True, work(task)
+            except Exception as error:  # raised again in the parent, which has no traceback of it
+                error.add_note(traceback.format_exc())
+                answer = False, error
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot say so to one that is at work."""
+    # A parent that is killed closes its pipe, but a worker notices that only after its task
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()

@@ -1,4 +1,4 @@
-"""Which shard gets which pairs, and the writing of one: the same pairs give the same bytes."""
+"""Decides which shard gets which pairs, and writes it: the same pairs give the same bytes."""
 
 import hashlib
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,15 @@ from clipft.data.packing.worker_pool import Workers
 from clipft.data.shards.index import CAPTION_SUFFIX, METADATA_SUFFIX
 
 SPLITS = ("train", "val")
+# Raise this when the same pairs and options give other bytes than before
 _FORMAT = 3
-"""Changes with what the same pairs and options become."""
+# Plain ustar headers hold 100 bytes of name: the key, a number and a suffix
 _LONGEST_KEY = 80
-"""Plain ustar headers hold 100 bytes of name: key, number and suffix."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write: its place below the target, and its pairs by key.
+    """A shard to write: its number within its split, and its pairs with their keys.
     ``fingerprint`` is equal for equal bytes."""
 
     split: str
@@ -43,7 +43,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """One shard that is whole; ``skipped`` are pairs whose picture broke while packing."""
+    """A complete shard: its number of pairs and bytes, and the pairs that were skipped because
+    their image turned out to be broken. The notes in ``made`` hold these fields as JSON."""
 
     split: str
     number: int
@@ -54,19 +55,20 @@ class Written:
 
 
 def plan(pairs: dict[str, list[PackPair]], options: PackOptions) -> list[Job]:
-    """Every shard of both splits, its pairs in a shuffled order that follows from the seed."""
+    """Divide the pairs of each split into shards, in a shuffled order that follows the seed."""
     jobs = []
     for which, split in enumerate(SPLITS):
-        seed, keys = derived_seed(options.seed, which), _Keys()
-        shuffled = sorted(pairs[split], key=lambda pair: _place(pair, seed))
-        for number, shard in enumerate(_cut(shuffled, options)):
-            keyed = [(keys.of(pair.name), pair) for pair in shard]
+        seed = derived_seed(options.seed, which)
+        shuffled = sorted(pairs[split], key=partial(_place, seed=seed))
+        keys = _unique_keys(pair.name for pair in shuffled)
+        for number, shard in enumerate(_divide(shuffled, options)):
+            keyed = [(next(keys), pair) for pair in shard]
             jobs.append(Job(split, number, keyed, _fingerprint(keyed, options)))
     return jobs
 
 
 def content_of(jobs: Sequence[Job]) -> str:
-    """Equal for equal bytes of all shards."""
+    """Return a hash that is equal for equal bytes of all shards."""
     lines = "".join(f"{job.name} {job.fingerprint}\n" for job in jobs)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -78,8 +80,14 @@ def write_all(
     workers: Workers,
     step: Callable[[int], None],
 ) -> list[Written]:
-    """Write the shards that are not there yet; remove those of another content. ``step`` is
-    told of so many more pairs."""
+    """Write the shards that are not in ``building`` yet, and remove those of an earlier plan.
+
+    ``step`` receives the number of pairs in each shard that is done.
+
+    Raises:
+        DataError: A worker process was killed.
+        OSError: The disk is full, or refuses to write.
+    """
     wanted = {job.name for job in jobs}
     for path in [path for split in SPLITS for path in (building / split).glob("*")]:
         if f"{path.parent.name}/{path.name}" not in wanted:
@@ -93,77 +101,75 @@ def write_all(
 
 
 def _place(pair: PackPair, seed: int) -> str:
-    """A place in a shuffled order that depends on the pair and the seed alone."""
-    text = f"{seed} {pair.photo} {pair.name}"
+    """Return a place in a shuffled order that depends on the pair and the seed alone, so that a few
+    new pairs leave the order of the others as it was."""
+    text = f"{seed} {pair.image_hash} {pair.name}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _cut(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[Sequence[PackPair]]:
+def _unique_keys(names: Iterable[str]) -> Iterator[str]:
+    """Yield a key for each name. Any reader of WebDataset takes these as they are: letters,
+    digits, ``_`` and ``-``, and no two that differ in case alone."""
+    used: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one tried, or many equal names take quadratic time
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:_LONGEST_KEY] or "pair"
+        key, number = plain, numbers.get(plain.casefold(), 1)
+        while key.casefold() in used:
+            number += 1
+            key = f"{plain}_{number}"
+        used.add(key.casefold())
+        numbers[plain.casefold()] = number
+        yield key
+
+
+def _divide(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[Sequence[PackPair]]:
+    """Yield the pairs of each shard, by their number or by the expected size of the tar."""
     if not options.shard_mb:
         for start in range(0, len(pairs), options.shard_pairs):
             yield pairs[start : start + options.shard_pairs]
         return
-    start, size = 0, 0
+    start, total, block = 0, 0, tarfile.BLOCKSIZE
     for at, pair in enumerate(pairs):
-        size += _expected_bytes(pair, options)
-        if size >= options.shard_mb << 20:
+        image = pair.image.size
+        if 0 < options.size < pair.shorter_side:
+            # An estimate by the number of pixels: all images would have to be resized to know
+            image = round(image * (options.size / pair.shorter_side) ** 2)
+        members = [image, len(pair.caption)]
+        members += [len(pair.metadata)] if pair.metadata is not None else []
+        total += sum(block + -(-size // block) * block for size in members)  # a header for each
+        if total >= options.shard_mb << 20:
             yield pairs[start : at + 1]
-            start, size = at + 1, 0
+            start, total = at + 1, 0
     if start < len(pairs):
         yield pairs[start:]
 
 
-def _expected_bytes(pair: PackPair, options: PackOptions) -> int:
-    """Of the tar, without making the picture smaller to know."""
-    picture = pair.image.size
-    if 0 < options.size < pair.shorter:
-        picture = round(picture * (options.size / pair.shorter) ** 2)
-    members = [picture, len(pair.caption)]
-    members += [len(pair.metadata)] if pair.metadata is not None else []
-    block = tarfile.BLOCKSIZE
-    return sum(block + -(-size // block) * block for size in members)
-
-
 def _fingerprint(pairs: Sequence[tuple[str, PackPair]], options: PackOptions) -> str:
-    quality = options.quality if options.size else 0
+    quality = options.quality if options.size else 0  # without a size it changes nothing
     digest = hashlib.sha256(f"{_FORMAT} {options.size} {quality}".encode())
     for key, pair in pairs:
-        digest.update(f"{key} {pair.photo} {pair.suffix}".encode())
+        digest.update(f"{key} {pair.image_hash} {pair.suffix}".encode())
         for part in (pair.caption, pair.metadata or b""):
             digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
 
 
-class _Keys:
-    """Keys that any reader of WebDataset takes whole: letters, digits, ``_`` and ``-``."""
-
-    def __init__(self) -> None:
-        self._used: set[str] = set()
-        self._numbers: dict[str, int] = {}
-
-    def of(self, name: str) -> str:
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:_LONGEST_KEY] or "pair"
-        key, number = plain, self._numbers.get(plain.casefold(), 1)
-        while key.casefold() in self._used:
-            number += 1
-            key = f"{plain}_{number}"
-        self._used.add(key.casefold())
-        self._numbers[plain.casefold()] = number
-        return key
-
-
 def _write(job: Job, building: Path, options: PackOptions) -> Written:
-    """Write one tar, flushed to the disk, and a note of what it was made of."""
+    """Write a shard and a note of what it was made of, unless an earlier try already has."""
     path, note = building / job.name, building / "made" / f"{job.name}.json"
-    made = _made_before(path, note, job.fingerprint)
-    if made:
-        return made
+    try:
+        made = Written(**(read_json(note) or {}))
+        if made.fingerprint == job.fingerprint and path.stat().st_size == made.bytes:
+            return made
+    except (OSError, TypeError):  # no shard; no note, or one that was cut off
+        pass
     path.parent.mkdir(parents=True, exist_ok=True)
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = building / f"{job.split}-{job.number:05d}"
     with temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            skipped = _add_all(tar, job.pairs, options)
+            skipped = _add_pairs(tar, job.pairs, options)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -171,50 +177,43 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
     written = Written(job.split, job.number, pairs, size, skipped, job.fingerprint)
     path.unlink(missing_ok=True)  # an older shard must not pass for what the new note says
     note.write_text(json.dumps(asdict(written)), encoding="utf-8")
-    os.replace(temporary, path)  # last: a kill before it costs this shard, never a whole one
+    os.replace(temporary, path)  # last: a kill before this costs only this shard
     return written
 
 
-def _made_before(path: Path, note: Path, fingerprint: str) -> Written | None:
-    try:
-        written = Written(**(read_json(note) or {}))
-        whole = written.fingerprint == fingerprint and path.stat().st_size == written.bytes
-    except (OSError, TypeError):
-        return None
-    return written if whole else None
-
-
-def _add_all(
+def _add_pairs(
     tar: tarfile.TarFile, pairs: Sequence[tuple[str, PackPair]], options: PackOptions
 ) -> list[dict[str, str]]:
-    """Returns what was left out, and why."""
+    """Add the members of each pair; return the pairs that were skipped, and why."""
     skipped = []
     for key, pair in pairs:
         try:
-            data, suffix = _picture(pair, options)
+            data, suffix = _encode_image(pair, options)
         except BadImage as error:
             skipped.append({"file": pair.where, "reason": str(error)})
             continue
-        _add(tar, f"{key}.{suffix}", data)
-        _add(tar, f"{key}.{CAPTION_SUFFIX}", pair.caption)
+        members = [(suffix, data), (CAPTION_SUFFIX, pair.caption)]
         if pair.metadata is not None:
-            _add(tar, f"{key}.{METADATA_SUFFIX}", pair.metadata)
+            members.append((METADATA_SUFFIX, pair.metadata))
+        for kind, content in members:
+            # TarInfo has no time and no owner, so the bytes follow from the content alone
+            info = tarfile.TarInfo(f"{key}.{kind}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     return skipped
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no time, no owner: the bytes follow from the content alone
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+def _encode_image(pair: PackPair, options: PackOptions) -> tuple[bytes, str]:
+    """Return the bytes and the suffix of an image: as it is, or as a smaller JPEG with --size.
 
-
-def _picture(pair: PackPair, options: PackOptions) -> tuple[bytes, str]:
-    """Its bytes and suffix; with ``size`` a larger one as JPEG with this shorter side."""
+    Raises:
+        BadImage: It can no longer be read, or it cannot be decoded.
+    """
     try:
         data = pair.image.read()
     except OSError as error:
         raise BadImage(error.strerror or "cannot be read") from error
-    if not 0 < options.size < pair.shorter:
+    if not 0 < options.size < pair.shorter_side:
         return data, pair.suffix
     buffer = io.BytesIO()
     smaller = resize_shorter(decode_image(data, options.size), options.size)

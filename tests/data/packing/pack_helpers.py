@@ -1,4 +1,4 @@
-"""What the tests of packing share."""
+"""Helpers of the packing tests: sources to pack, and what a pack wrote."""
 
 import hashlib
 from pathlib import Path
@@ -12,13 +12,16 @@ from clipft.data.shards.dataset import open_pairs
 
 
 def pattern(number: int, side: int = 16) -> Image.Image:
-    """A picture that looks like no other number's."""
+    """Return an image that looks different for each number."""
     draw = np.random.default_rng(number)
     blocks = Image.fromarray(draw.integers(0, 256, (5, 5, 3), np.uint8))
     return blocks.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def picture(path: Path, number: int, caption: str | None = "a chair", metadata: str = "") -> None:
+def write_pair(
+    path: Path, number: int, caption: str | None = "a chair", metadata: str = ""
+) -> None:
+    """Write an image, and beside it its caption and metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pattern(number).save(path, "PNG")
     if caption is not None:
@@ -28,12 +31,13 @@ def picture(path: Path, number: int, caption: str | None = "a chair", metadata: 
 
 
 def packed(source: Path, out: Path, **options: object) -> PackResult:
-    """In this process, unless ``processes`` says otherwise."""
+    """Pack in this process, unless ``processes`` says otherwise."""
     chosen = PackOptions(**{"processes": 1, **options})
     return pack(source, out, chosen, lambda done, total: None)
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each shard below ``folder``, by its path."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*.tar"))
@@ -41,11 +45,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def pairs_of(folder: Path) -> set[tuple[bytes, bytes]]:
+    """Return image and caption of every pair in the shards of ``folder``."""
     dataset = open_pairs(folder)
     return {(dataset[i].image, dataset[i].caption) for i in range(len(dataset))}
 
 
 def metadata_of(folder: Path) -> dict[str, dict[str, object]]:
-    """By caption."""
+    """Return the metadata of every pair in the shards of ``folder``, by its caption."""
     dataset = open_pairs(folder)
     return {dataset[n].caption.decode(): dataset.metadata(n) for n in range(len(dataset))}

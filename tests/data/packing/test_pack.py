@@ -1,3 +1,5 @@
+"""Packing a folder: the shards, the split, skipped pairs, and what is in the way."""
+
 import io
 import json
 import os
@@ -13,10 +15,10 @@ from clipft.cli.app import run
 from clipft.core.errors import DataError, StorageError, UsageError
 from clipft.data.duplicates import validation_rows
 from clipft.data.shards.dataset import open_pairs
-from tests.data.packing.pack_helpers import digests, packed, pairs_of, picture
+from tests.data.packing.pack_helpers import digests, packed, pairs_of, write_pair
 
 
-def test_every_pair_arrives_byte_for_byte(raw, tmp_path):
+def test_every_pair_is_packed_byte_for_byte(raw, tmp_path):
     result = packed(raw, tmp_path / "out", shard_pairs=7)
     assert (result.train_pairs, result.val_pairs) == (54, 6)
     assert result.shards == 8 + 1
@@ -25,14 +27,14 @@ def test_every_pair_arrives_byte_for_byte(raw, tmp_path):
     assert arrived == sent
 
 
-def test_same_input_same_bytes_and_other_seeds_other_splits(raw, tmp_path):
+def test_the_same_input_gives_the_same_bytes_and_another_seed_another_split(raw, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         packed(raw, tmp_path / name, seed=seed, shard_pairs=7)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert pairs_of(tmp_path / "a" / "val") != pairs_of(tmp_path / "c" / "val")
 
 
-def test_webdataset_reads_the_shards(raw, tmp_path):
+def test_webdataset_can_read_the_shards(raw, tmp_path):
     import webdataset
 
     packed(raw, tmp_path / "out")
@@ -51,39 +53,39 @@ def test_webdataset_reads_the_shards(raw, tmp_path):
     share=st.floats(0, 0.5),
     seed=st.integers(0, 9),
 )
-def test_no_photo_and_no_caption_is_ever_on_both_sides(rows, share, seed):
-    photos, captions = [f"p{a}" for a, _ in rows], [f"c{b}" for _, b in rows]
-    val = validation_rows([photos, captions], share, seed)
+def test_no_image_and_no_caption_is_in_both_splits(rows, share, seed):
+    images, captions = [f"p{a}" for a, _ in rows], [f"c{b}" for _, b in rows]
+    val = validation_rows([images, captions], share, seed)
     train = set(range(len(rows))) - val
-    assert not {photos[i] for i in val} & {photos[i] for i in train}
+    assert not {images[i] for i in val} & {images[i] for i in train}
     assert not {captions[i] for i in val} & {captions[i] for i in train}
 
 
 @given(n=st.integers(20, 500), share=st.floats(0, 0.5))
-def test_without_duplicates_the_share_is_met(n, share):
+def test_without_duplicates_the_split_has_exactly_the_share(n, share):
     names = [str(i) for i in range(n)]
     assert len(validation_rows([names], share, 1)) == round(share * n)
 
 
-def test_the_sources_own_split_is_kept_and_its_leaks_are_told(tmp_path):
+def test_a_split_of_the_source_is_kept_and_its_leaks_are_counted(tmp_path):
     raw = tmp_path / "raw"
     for i in range(10):
-        picture(raw / "train" / f"{i}.png", i, f"thing {i}")
-    picture(raw / "val" / "same photo.png", 3, "other words")
-    picture(raw / "val" / "same words.png", 99, "Thing  4")
+        write_pair(raw / "train" / f"{i}.png", i, f"thing {i}")
+    write_pair(raw / "val" / "same image.png", 3, "other words")
+    write_pair(raw / "val" / "same words.png", 99, "Thing  4")
     result = packed(raw, tmp_path / "out")
     assert (result.train_pairs, result.val_pairs) == (10, 2)
     assert (result.shared_photos, result.shared_captions) == (1, 1)
 
 
-def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
+def test_pairs_that_cannot_be_used_are_counted_and_listed(tmp_path):
     raw = tmp_path / "raw"
     for i in range(30):
-        picture(raw / f"{i}.png", i, f"thing {i}")
-    picture(raw / "no caption.png", 50, None)
+        write_pair(raw / f"{i}.png", i, f"thing {i}")
+    write_pair(raw / "no caption.png", 50, None)
     (raw / "no image.txt").write_text("words")
-    picture(raw / "blank.png", 51, " \n")
-    picture(raw / "html.png", 52, "html")
+    write_pair(raw / "blank.png", 51, " \n")
+    write_pair(raw / "html.png", 52, "html")
     (raw / "html.png").write_text("<html>")
     (tmp_path / "outside.png").write_bytes((raw / "1.png").read_bytes())
     (raw / "link.png").symlink_to(tmp_path / "outside.png")
@@ -100,18 +102,18 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
     assert len([json.loads(line) for line in lines]) == 5
 
 
-@pytest.mark.parametrize("looked", [{"near": -1, "check": True}, {"near": 4}])
-def test_pictures_that_break_off_are_found(tmp_path, looked):
+@pytest.mark.parametrize("options", [{"near": -1, "check": True}, {"near": 4}])
+def test_truncated_images_are_skipped(tmp_path, options):
     raw = tmp_path / "raw"
     for i in range(5):
-        picture(raw / f"{i}.jpg", i, f"thing {i}")
+        write_pair(raw / f"{i}.jpg", i, f"thing {i}")
         Image.effect_noise((300, 300), 90).save(raw / f"{i}.jpg", "JPEG")
     for name, share in (("3.jpg", 2), ("2.jpg", 3)):
         data = (raw / name).read_bytes()
         (raw / name).write_bytes(data[: len(data) // share])
-    result = packed(raw, tmp_path / "out", val_share=0, **looked)
+    result = packed(raw, tmp_path / "out", val_share=0, **options)
     assert result.train_pairs == 3
-    assert result.skipped == {"image file is truncated": 2}  # by whatever number of bytes
+    assert result.skipped == {"image file is truncated": 2}  # however many bytes are missing
 
 
 def test_keys_are_plain_and_unique(tmp_path):
@@ -119,7 +121,7 @@ def test_keys_are_plain_and_unique(tmp_path):
     names = ["a/x y.png", "b/x.y.png", "c/X_y.png", "d/家具.png", f"{'long' * 60}.png"]
     names += [f"e/{'long' * 60}.png", os.fsdecode(b"f/caf\xe9.png")]
     for i, name in enumerate(names):
-        picture(raw / name, i, f"thing {i}")
+        write_pair(raw / name, i, f"thing {i}")
     packed(raw, tmp_path / "out", val_share=0)
     with tarfile.open(tmp_path / "out" / "train" / "00000.tar") as tar:
         keys = {Path(name).stem for name in tar.getnames()}
@@ -127,10 +129,10 @@ def test_keys_are_plain_and_unique(tmp_path):
     assert all(key.isascii() and "." not in key and " " not in key for key in keys)
 
 
-def test_a_former_pack_is_replaced_only_when_asked(raw, tmp_path):
+def test_an_earlier_pack_is_replaced_only_with_overwrite(raw, tmp_path):
     out = tmp_path / "out"
     packed(raw, out)
-    with pytest.raises(UsageError, match="former pack"):
+    with pytest.raises(UsageError, match="holds an earlier pack"):
         packed(raw, out)
     before = digests(out)
     (raw / "set0" / "p 0.5.PNG").unlink()
@@ -142,7 +144,7 @@ def test_a_former_pack_is_replaced_only_when_asked(raw, tmp_path):
         packed(raw, tmp_path / "other", overwrite=True)
 
 
-def test_a_full_disk_leaves_the_former_pack_as_it_was(raw, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_pack_unchanged(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
     packed(raw, out, shard_pairs=7)
     before = digests(out)
@@ -161,7 +163,7 @@ def test_a_full_disk_leaves_the_former_pack_as_it_was(raw, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("make", [False, True])
-def test_nothing_to_pack(tmp_path, make):
+def test_a_source_without_pairs_is_an_error(tmp_path, make):
     if make:
         (tmp_path / "raw").mkdir()
         (tmp_path / "raw" / "a.txt").write_text("alone")
@@ -170,7 +172,7 @@ def test_nothing_to_pack(tmp_path, make):
     assert not (tmp_path / "out" / "train").exists()
 
 
-def test_the_command(raw, tmp_path, capsys):
+def test_the_command_prints_its_result_and_the_next_command(raw, tmp_path, capsys):
     assert run(["pack", str(raw), str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["train_pairs"] == 54
@@ -181,10 +183,10 @@ def test_the_command(raw, tmp_path, capsys):
     assert run(["pack", str(tmp_path / "none"), str(tmp_path / "out2")]) == 3
 
 
-def test_size_makes_large_pictures_smaller_and_leaves_small_ones(tmp_path):
+def test_size_shrinks_large_images_and_keeps_small_ones(tmp_path):
     raw = tmp_path / "raw"
     for name, size in (("wide", (400, 100)), ("tall", (90, 300)), ("small", (40, 30))):
-        picture(raw / f"{name}.png", 1, name)
+        write_pair(raw / f"{name}.png", 1, name)
         Image.effect_noise(size, 50).save(raw / f"{name}.png")
     packed(raw, tmp_path / "out", val_share=0, size=64)
     dataset = open_pairs(tmp_path / "out" / "train")
@@ -199,10 +201,10 @@ def test_size_makes_large_pictures_smaller_and_leaves_small_ones(tmp_path):
     }
 
 
-def test_a_picture_that_breaks_when_made_smaller_is_left_out(tmp_path):
+def test_an_image_that_cannot_be_shrunk_is_skipped(tmp_path):
     raw = tmp_path / "raw"
     for i in range(3):
-        picture(raw / f"{i}.jpg", i, f"thing {i}")
+        write_pair(raw / f"{i}.jpg", i, f"thing {i}")
         Image.effect_noise((300, 300), 90).save(raw / f"{i}.jpg", "JPEG")
     (raw / "1.jpg").write_bytes((raw / "1.jpg").read_bytes()[:9000])
     result = packed(raw, tmp_path / "out", val_share=0, size=64, near=-1)
@@ -212,14 +214,14 @@ def test_a_picture_that_breaks_when_made_smaller_is_left_out(tmp_path):
     assert (tmp_path / "out" / "train" / "sizes.json").read_text() == '{"00000.tar": 2}\n'
 
 
-def test_a_product_stays_on_one_side(tmp_path):
+def test_pairs_with_the_same_group_field_stay_in_one_split(tmp_path):
     raw = tmp_path / "raw"
     for i in range(60):
-        picture(raw / f"{i}.png", i, f"thing {i}", json.dumps({"sku": i // 5}))
+        write_pair(raw / f"{i}.png", i, f"thing {i}", json.dumps({"sku": i // 5}))
     packed(raw, tmp_path / "out", val_share=0.3, group_field="sku")
-    sides = []
+    skus = []
     for split in ("train", "val"):
         dataset = open_pairs(tmp_path / "out" / split)
-        sides.append({dataset.metadata(n)["sku"] for n in range(len(dataset))})
-    assert not sides[0] & sides[1]
-    assert len(sides[1]) == pytest.approx(4, abs=1)
+        skus.append({dataset.metadata(n)["sku"] for n in range(len(dataset))})
+    assert not skus[0] & skus[1]
+    assert len(skus[1]) == pytest.approx(4, abs=1)

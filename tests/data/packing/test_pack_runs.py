@@ -1,4 +1,4 @@
-"""Packing in several processes, on several machines, and after it was killed."""
+"""Packing in several processes, in parts on several machines, and after an interruption."""
 
 import contextlib
 import json
@@ -22,25 +22,25 @@ from tests.data.packing.pack_helpers import (
     packed,
     pairs_of,
     pattern,
-    picture,
+    write_pair,
 )
 
 
-def stopped_after(source, out, shards, **options):
-    """Break off when so many shards are written, as Ctrl-C does."""
-    pictures = len(list(source.rglob("*.txt")))
+def interrupt_after(source, out, shards, **options):
+    """Interrupt packing, as Ctrl-C does, when ``shards`` shards are written."""
+    images = len(list(source.rglob("*.txt")))
 
     def report(done, total):
-        if done > pictures and sum(1 for _ in out.rglob("*.tar")) >= shards:
+        if done > images and sum(1 for _ in out.rglob("*.tar")) >= shards:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pack(source, out, PackOptions(**{"processes": 1, **options}), report)
 
 
-def test_a_pack_that_broke_off_goes_on_and_ends_with_the_same_bytes(raw, tmp_path):
+def test_an_interrupted_pack_continues_and_ends_with_the_same_bytes(raw, tmp_path):
     packed(raw, tmp_path / "whole", shard_pairs=7)
-    stopped_after(raw, tmp_path / "out", 3, shard_pairs=7)
+    interrupt_after(raw, tmp_path / "out", 3, shard_pairs=7)
     assert not digests(tmp_path / "out" / "train")
     kept = {p.name: p.stat().st_ino for p in (tmp_path / "out").rglob("*.tar")}
     assert len(kept) == 3
@@ -52,8 +52,8 @@ def test_a_pack_that_broke_off_goes_on_and_ends_with_the_same_bytes(raw, tmp_pat
     assert left == [".clipft-pack.json", "train", "val"]
 
 
-def test_what_changed_since_it_broke_off_is_packed_anew(raw, tmp_path):
-    stopped_after(raw, tmp_path / "out", 9, shard_pairs=7)
+def test_pairs_that_changed_since_the_interruption_are_packed_again(raw, tmp_path):
+    interrupt_after(raw, tmp_path / "out", 9, shard_pairs=7)
     for path in raw.rglob("*.txt"):
         path.write_text(f"{path.read_text()} in oak")
     packed(raw, tmp_path / "out", shard_pairs=7)
@@ -61,12 +61,12 @@ def test_what_changed_since_it_broke_off_is_packed_anew(raw, tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
-def test_a_pack_that_broke_off_while_it_was_published_goes_on(raw, tmp_path, monkeypatch):
+def test_a_pack_that_was_interrupted_while_moving_shards_continues(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
     packed(raw, out, shard_pairs=7)
     moves, replace = [], os.replace
 
-    def breaks_off(old, new):
+    def interrupt(old, new):
         if new.parent == out / "train":
             moves.append(new)
         if len(moves) == 3:
@@ -74,21 +74,21 @@ def test_a_pack_that_broke_off_while_it_was_published_goes_on(raw, tmp_path, mon
         replace(old, new)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", breaks_off)
+        patch.setattr(os, "replace", interrupt)
         packed(raw, out, shard_pairs=9, overwrite=True)
-    assert not (out / ".clipft-pack.json").exists()  # a mixture bears no mark
+    assert not (out / ".clipft-pack.json").exists()  # a mixture of old and new has no mark
     packed(raw, out, shard_pairs=9)
     packed(raw, tmp_path / "fresh", shard_pairs=9)
     assert digests(out) == digests(tmp_path / "fresh")
 
 
-def test_the_number_of_processes_changes_no_byte(raw, tmp_path):
+def test_the_bytes_do_not_depend_on_the_number_of_processes(raw, tmp_path):
     for processes in (1, 2):
         packed(raw, tmp_path / str(processes), shard_pairs=7, size=8, processes=processes)
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
-def started(source, out, *more):
+def start(source, out, *more):
     command = [sys.executable, "-m", "clipft", "pack", str(source), str(out), *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -100,7 +100,7 @@ def wait_for(condition, what):
         time.sleep(0.002)
 
 
-def works(process):
+def is_running(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
@@ -108,10 +108,10 @@ def works(process):
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory):
-    """40 pictures that take their time, and what an undisturbed pack makes of them."""
+    """Return a folder with 40 images that take long to pack, and the undisturbed pack of them."""
     folder = tmp_path_factory.mktemp("heavy")
     for i in range(40):
-        picture(folder / "raw" / f"{i}.png", i, f"thing {i}")
+        write_pair(folder / "raw" / f"{i}.png", i, f"thing {i}")
         pattern(i, 600).save(folder / "raw" / f"{i}.png", compress_level=1)
     packed(folder / "raw", folder / "whole", size=64, shard_pairs=2)
     return folder
@@ -120,23 +120,23 @@ def heavy(tmp_path_factory):
 OPTIONS = ("--size", "64", "--shard-pairs", "2", "--processes", "2")
 
 
-def stopped_in_the_middle(source, folder):
-    """A pack that stands still with some of its 20 shards written, and where it writes."""
+def stop_in_the_middle(source, folder):
+    """Return a process that is stopped with some of its 20 shards written, and its folder."""
     for attempt in range(10):
         out = folder / f"out{attempt}"
-        running = started(source, out, *OPTIONS)
+        running = start(source, out, *OPTIONS)
         wait_for(lambda out=out: len(list(out.rglob("*.tar"))) >= 2, "no shard was written")
-        os.killpg(running.pid, signal.SIGSTOP)  # or it may be done before it is killed
+        os.killpg(running.pid, signal.SIGSTOP)  # or it may finish before it is killed
         if len(list(out.rglob("*.tar"))) < 15:
             return running, out
-        os.killpg(running.pid, signal.SIGKILL)  # a busy machine: it was nearly done
+        os.killpg(running.pid, signal.SIGKILL)  # on a busy machine it may be nearly done
         running.communicate()
-    raise AssertionError("always done before it could be stopped")
+    raise AssertionError("it always finished before it could be stopped")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_it_leaves_no_process_and_goes_on(heavy, tmp_path, how):
-    running, out = stopped_in_the_middle(heavy / "raw", tmp_path)
+def test_a_killed_pack_leaves_no_process_and_continues(heavy, tmp_path, how):
+    running, out = stop_in_the_middle(heavy / "raw", tmp_path)
     children = psutil.Process(running.pid).children(recursive=True)
     assert len(children) >= 2
     if how == signal.SIGKILL:
@@ -147,7 +147,7 @@ def test_killed_it_leaves_no_process_and_goes_on(heavy, tmp_path, how):
     errors = running.communicate(timeout=120)[1].decode()
     assert "Traceback" not in errors
     assert running.returncode == (-9 if how == signal.SIGKILL else 130), errors
-    wait_for(lambda: not any(works(child) for child in children), "a process was left")
+    wait_for(lambda: not any(is_running(child) for child in children), "a process is still running")
     assert not (out / "train").exists()
     kept = {p.name: p.stat().st_ino for p in out.rglob("train/*.tar")}
     packed(heavy / "raw", out, size=64, shard_pairs=2)
@@ -156,7 +156,7 @@ def test_killed_it_leaves_no_process_and_goes_on(heavy, tmp_path, how):
     assert kept.items() <= now.items()
 
 
-def test_a_worker_that_dies_is_an_error_with_a_hint(raw, tmp_path):
+def test_a_killed_worker_is_an_error_with_a_hint(raw, tmp_path):
     def report(done, total):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -169,7 +169,7 @@ def test_a_worker_that_dies_is_an_error_with_a_hint(raw, tmp_path):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_the_parts_of_several_machines_are_the_whole_byte_for_byte(raw, tmp_path, together):
+def test_parts_together_are_the_whole_pack_byte_for_byte(raw, tmp_path, together):
     packed(raw, tmp_path / "whole", shard_pairs=7)
     joined, pairs = tmp_path / "joined", 0
     for number in (3, 1, 2):
@@ -186,17 +186,17 @@ def test_the_parts_of_several_machines_are_the_whole_byte_for_byte(raw, tmp_path
     assert sizes == json.loads((tmp_path / "whole" / "train" / "sizes.json").read_text())
 
 
-def test_parts_that_do_not_fit_are_refused(raw, tmp_path):
+def test_parts_of_different_packs_are_refused(raw, tmp_path):
     out, first = tmp_path / "out", {"shard_pairs": 7, "part": Part(1, 2)}
     packed(raw, out, **first)
-    with pytest.raises(UsageError, match="former pack"):
+    with pytest.raises(UsageError, match="holds an earlier pack"):
         packed(raw, out, **first)
     with pytest.raises(UsageError, match="other pairs or options"):
         packed(raw, out, shard_pairs=8, part=Part(2, 2))
-    with pytest.raises(UsageError, match="not of 3"):
+    with pytest.raises(UsageError, match="not made in 3 parts"):
         packed(raw, out, shard_pairs=7, part=Part(2, 3))
     before = digests(out)
-    picture(raw / "new.png", 99, "new")
+    write_pair(raw / "new.png", 99, "new")
     with pytest.raises(UsageError, match="other pairs or options"):
         packed(raw, out, shard_pairs=7, part=Part(2, 2))
     assert digests(out) == before
@@ -207,13 +207,13 @@ def test_parts_that_do_not_fit_are_refused(raw, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/2/3"])
-def test_parts_are_named_like_1_of_2(text):
+def test_a_part_that_is_not_i_of_n_is_refused(text):
     with pytest.raises(UsageError, match="not I/N"):
         Part.parse(text)
 
 
-def near_copies(folder, count):
-    """Each photo, and the same one in another size and stored anew."""
+def write_near_duplicates(folder, count):
+    """Write each image twice, the second time in another size and quality."""
     folder.mkdir(parents=True)
     for i in range(count):
         for name, side, quality in ((f"{i}", 500, 95), (f"{i} again", (1200, 333)[i % 2], 80)):
@@ -223,8 +223,8 @@ def near_copies(folder, count):
 
 
 @pytest.mark.parametrize("near", [4, -1])
-def test_near_identical_photos_stand_on_one_side(tmp_path, near):
-    near_copies(tmp_path / "raw", 30)
+def test_near_duplicate_images_stay_in_one_split(tmp_path, near):
+    write_near_duplicates(tmp_path / "raw", 30)
     packed(tmp_path / "raw", tmp_path / "out", near=near, val_share=0.3)
     train, val = (
         {caption.split("-")[0] for caption in metadata_of(tmp_path / "out" / split)}
@@ -234,8 +234,8 @@ def test_near_identical_photos_stand_on_one_side(tmp_path, near):
     assert len(pairs_of(tmp_path / "out" / "val")) == 18
 
 
-def test_near_identical_photos_across_the_sources_own_split_are_counted(tmp_path):
-    near_copies(tmp_path / "raw" / "train", 5)
+def test_near_duplicates_across_the_split_of_the_source_are_counted(tmp_path):
+    write_near_duplicates(tmp_path / "raw" / "train", 5)
     (tmp_path / "raw" / "val").mkdir()
     for name in ("0 again.jpg", "1 again.jpg", "2.jpg"):
         for suffix in (name.rpartition(".")[2], "txt"):
@@ -250,9 +250,9 @@ def test_near_identical_photos_across_the_sources_own_split_are_counted(tmp_path
     assert (result.shared_photos, result.shared_near_photos) == (1, 0)
 
 
-def test_shards_by_size(tmp_path):
+def test_shard_mb_sets_the_size_of_the_shards(tmp_path):
     for i in range(24):
-        picture(tmp_path / "raw" / f"{i}.png", i, f"thing {i}")
+        write_pair(tmp_path / "raw" / f"{i}.png", i, f"thing {i}")
         pattern(i, 600).save(tmp_path / "raw" / f"{i}.bmp")
         (tmp_path / "raw" / f"{i}.png").unlink()
     result = packed(tmp_path / "raw", tmp_path / "out", shard_mb=4, shard_pairs=2, val_share=0)

@@ -1,4 +1,4 @@
-"""What can be packed: tables, Parquet, shards, pictures by URL."""
+"""What can be packed: tables, Parquet files, shards, and images at URLs."""
 
 import csv
 import datetime
@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from clipft.cli.app import run
 from clipft.core.errors import DataError, UsageError
-from clipft.data.packing import download as pack_pictures
+from clipft.data.packing import download
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
-from clipft.data.packing.tables import _plain
+from clipft.data.packing.tables import plain_value
 from tests.conftest import add
-from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, picture
+from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, write_pair
 
 
 def png(number: int) -> bytes:
@@ -51,11 +51,11 @@ def write_table(table: Path, rows: list[dict[str, object]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_tables(tmp_path, kind):
+def test_tables_of_every_kind_are_packed(tmp_path, kind):
     raw = tmp_path / "raw"
     rows: list[dict[str, object]] = []
     for i in range(6):
-        picture(raw / f"p{i}.png", i, None)
+        write_pair(raw / f"p{i}.png", i, None)
         rows.append({"id": str(i), "filepath": f"p{i}.png", "title": f'a "fine", chair {i}'})
     rows.append({"id": "7", "filepath": "gone.png", "title": "x"})
     rows.append({"id": "8", "filepath": "ftp://example.com/a.jpg", "title": "x"})
@@ -75,9 +75,9 @@ def test_tables(tmp_path, kind):
     assert found == {f'a "fine", chair {i}': {"id": str(i)} for i in range(6)}
 
 
-def test_a_column_that_is_not_there(tmp_path):
-    (tmp_path / "t.csv").write_text("picture,words\na.png,x\n")
-    with pytest.raises(UsageError, match="it has picture, words") as caught:
+def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path):
+    (tmp_path / "t.csv").write_text("photo,words\na.png,x\n")
+    with pytest.raises(UsageError, match="it has photo, words") as caught:
         packed(tmp_path / "t.csv", tmp_path / "out")
     assert "--image-column" in caught.value.hint
 
@@ -93,13 +93,13 @@ def test_a_column_that_is_not_there(tmp_path):
         ("a.xlsx", b"PK"),
     ],
 )
-def test_tables_that_are_none_are_errors_with_hints(tmp_path, name, content, capsys):
+def test_unreadable_tables_are_errors_with_hints(tmp_path, name, content, capsys):
     (tmp_path / name).write_bytes(content)
     assert run(["pack", str(tmp_path / name), str(tmp_path / "out")]) == 3
     assert "hint: " in capsys.readouterr().err
 
 
-def test_parquet_keeps_all_other_columns_as_plain_values(tmp_path):
+def test_other_parquet_columns_become_plain_metadata(tmp_path):
     row = {
         "image": {"bytes": png(1), "path": None},
         "caption": "a chair",
@@ -127,7 +127,7 @@ def test_parquet_keeps_all_other_columns_as_plain_values(tmp_path):
     assert not list((tmp_path / "out").glob(".clipft-part*"))
 
 
-def test_parquet_without_pyarrow_names_the_mend(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError) as caught:
@@ -146,11 +146,11 @@ anything = st.recursive(
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(), anything))
 def test_any_row_becomes_strict_json(row):
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain_value(row), ensure_ascii=False, allow_nan=False)
     assert isinstance(json.loads(text), dict)
 
 
-def test_shards_are_packed_again_with_all_that_was_in_them(raw, tmp_path):
+def test_shards_can_be_packed_again_without_loss(raw, tmp_path):
     for path in raw.rglob("*.txt"):
         path.with_suffix(".json").write_text(json.dumps({"id": path.stem}))
     packed(raw, tmp_path / "a", shard_pairs=7)
@@ -165,12 +165,12 @@ def test_shards_are_packed_again_with_all_that_was_in_them(raw, tmp_path):
     assert pairs_of(tmp_path / "b" / "train") | pairs_of(tmp_path / "b" / "val") == sent
     found = metadata_of(tmp_path / "b" / "train")
     assert all(meta["id"].startswith("p ") for meta in found.values())
-    own = packed(tmp_path / "a", tmp_path / "c")  # with its train/ and val/ as they are
+    own = packed(tmp_path / "a", tmp_path / "c")  # a source with train/ and val/ keeps its split
     assert (own.train_pairs, own.val_pairs) == (54, 6)
     assert pairs_of(tmp_path / "c" / "val") == pairs_of(tmp_path / "a" / "val")
 
 
-def test_shards_as_img2dataset_leaves_them(tmp_path):
+def test_shards_of_img2dataset_can_be_packed(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -190,7 +190,7 @@ def test_shards_as_img2dataset_leaves_them(tmp_path):
     assert "00000.tar:000000099" in told
 
 
-def test_a_pair_of_a_shard_that_has_metadata_alone_is_left_out(tmp_path):
+def test_an_image_with_metadata_alone_is_skipped(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     with tarfile.open(source / "0.tar", "w") as tar:
@@ -202,14 +202,14 @@ def test_a_pair_of_a_shard_that_has_metadata_alone_is_left_out(tmp_path):
     assert result.skipped == {"no caption": 1}
 
 
-def test_shards_beside_loose_pictures_are_refused(raw, tmp_path):
+def test_shards_beside_image_files_are_refused(raw, tmp_path):
     packed(raw, tmp_path / "a")
     shutil.copy(tmp_path / "a" / "train" / "00000.tar", raw / "backup.tar")
     with pytest.raises(UsageError, match="both shards"):
         packed(raw, tmp_path / "out")
 
 
-def test_a_shard_that_is_cut_off_is_an_error(raw, tmp_path):
+def test_a_truncated_shard_is_an_error(raw, tmp_path):
     packed(raw, tmp_path / "a")
     data = (tmp_path / "a" / "train" / "00000.tar").read_bytes()
     (tmp_path / "cut").mkdir()
@@ -218,14 +218,14 @@ def test_a_shard_that_is_cut_off_is_an_error(raw, tmp_path):
         packed(tmp_path / "cut", tmp_path / "out")
 
 
-def test_shards_may_stand_inside_of_the_source(raw, tmp_path):
+def test_the_shards_may_be_inside_the_source(raw, tmp_path):
     packed(raw, raw / "shards")
     packed(raw, raw / "shards", overwrite=True)
     with pytest.raises(UsageError, match="same folder"):
         packed(raw, raw, overwrite=True)
 
 
-def test_members_are_named_by_what_the_picture_is(tmp_path):
+def test_members_are_named_after_the_format_of_the_image(tmp_path):
     for i, (name, kind) in enumerate(
         [
             ("a.jpg", "PNG"),
@@ -235,17 +235,17 @@ def test_members_are_named_by_what_the_picture_is(tmp_path):
             ("e.jpg", "PPM"),
         ]
     ):
-        picture(tmp_path / "raw" / name, i, name)
+        write_pair(tmp_path / "raw" / name, i, name)
         pattern(i).save(tmp_path / "raw" / name, kind)
     result = packed(tmp_path / "raw", tmp_path / "out", val_share=0)
     with tarfile.open(tmp_path / "out" / "train" / "00000.tar") as tar:
         names = {name for name in tar.getnames() if not name.endswith(".txt")}
     assert names == {"a.png", "b.jpg", "c.webp", "d.tif"}
-    assert result.skipped == {"PPM is no format that shards hold: make it JPEG or PNG": 1}
+    assert result.skipped == {"shards cannot hold PPM images: convert them to JPEG or PNG": 1}
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/N.png is picture N; others misbehave as their name says."""
+    """Serves image N as /N.png; other paths misbehave as their name says."""
 
     asked: list[str]
 
@@ -283,9 +283,9 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Its address, and the paths it was asked for."""
-    monkeypatch.setattr(pack_pictures, "_WAIT", 0.001)
-    monkeypatch.setattr(pack_pictures, "_MAX_BYTES", 5000)
+    """Yield the address of a running server, and the list of paths requested so far."""
+    monkeypatch.setattr(download, "_WAIT", 0.001)
+    monkeypatch.setattr(download, "_MAX_BYTES", 5000)
     asked: list[str] = []
     monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)
     handler = functools.partial(type("Own", (Server,), {"asked": asked}))
@@ -300,7 +300,7 @@ def url_table(table: Path, address: str, names: list[str]) -> None:
     write_table(table, rows)
 
 
-def test_pictures_are_fetched_and_failures_told(server, tmp_path):
+def test_images_are_downloaded_and_failures_are_counted(server, tmp_path):
     address, asked = server
     fine = ["1.png", "2.png", "3.png?size=large size", "busy.png", "moved.png"]
     bad = ["gone.png", "cut.png", "away.png", "ftp.png", "large.png"]
@@ -309,9 +309,9 @@ def test_pictures_are_fetched_and_failures_told(server, tmp_path):
     assert result.train_pairs == len(fine)
     assert result.skipped == {
         "HTTP status 404": 1,
-        "not fetched: broke off": 1,
+        "download failed: the connection was closed early": 1,
         "redirected in circles, or away from http and https": 1,
-        "no http or https address": 1,
+        "not an http or https address": 1,
         "more than 0 MiB": 1,
     }
     images = {image for image, _ in pairs_of(tmp_path / "out" / "train")}
@@ -321,16 +321,16 @@ def test_pictures_are_fetched_and_failures_told(server, tmp_path):
         assert {"1.png", "3.png", "busy.png"} <= set(tar.getnames())
 
 
-def test_what_was_fetched_before_a_break_is_not_fetched_again(server, tmp_path):
+def test_downloads_before_an_interruption_are_not_repeated(server, tmp_path):
     address, asked = server
     url_table(tmp_path / "t.jsonl", address, [f"{i}.png" for i in range(20)] + ["0.png"])
 
-    def breaks_off(done, total):
+    def interrupt(done, total):
         if done > 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(tmp_path / "t.jsonl", tmp_path / "out", PackOptions(processes=1), breaks_off)
+        pack(tmp_path / "t.jsonl", tmp_path / "out", PackOptions(processes=1), interrupt)
     assert len(asked) == 20
     packed(tmp_path / "t.jsonl", tmp_path / "out")
     assert len(asked) == 20
@@ -338,8 +338,8 @@ def test_what_was_fetched_before_a_break_is_not_fetched_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[::1", "http://127.0.0.1:1/a.png"])
-def test_addresses_that_lead_nowhere_are_skipped(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(pack_pictures, "_WAIT", 0.001)
+def test_pairs_with_unreachable_urls_are_skipped(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(download, "_WAIT", 0.001)
     write_table(tmp_path / "t.jsonl", [{"image": url, "caption": "x"}])
     with pytest.raises(DataError, match="1 x "):
         packed(tmp_path / "t.jsonl", tmp_path / "out")

@@ -1,3 +1,5 @@
+"""The pool of worker processes that packing uses."""
+
 import os
 import time
 
@@ -33,14 +35,14 @@ def sleeps(number: int) -> int:
     return number
 
 
-def test_results_come_in_the_order_of_the_tasks():
+def test_results_are_in_the_order_of_the_tasks():
     with Workers(3) as workers:
         assert list(workers.map(slow, range(30))) == list(range(30))
         assert list(workers.map(slow, range(2))) == [0, 1]
         assert [data[0] for data in workers.map(large, range(20))] == list(range(20))
 
 
-def test_a_worker_that_is_gone_and_one_that_fails_are_told_apart():
+def test_a_killed_worker_and_a_failing_task_raise_different_errors():
     with pytest.raises(DataError, match="was killed"), Workers(2) as workers:
         list(workers.map(dies, range(30)))
     with pytest.raises(OSError, match="No space left") as caught, Workers(2) as workers:
@@ -48,7 +50,7 @@ def test_a_worker_that_is_gone_and_one_that_fails_are_told_apart():
     assert caught.value.filename == "shard"
 
 
-def test_leaving_on_an_exception_waits_for_no_task():
+def test_an_exception_in_the_block_ends_the_workers_at_once():
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
         for _ in workers.map(sleeps, [0, 1, 1]):
