@@ -160,3 +160,13 @@ def _shares(page: Path) -> dict[str, str]:
 def test_readme_and_scenarios_page_agree_on_the_parameters():
     told = _shares(ROOT / "README.md")
     assert told == _shares(DOCS / "scenarios.md") and told.keys() == SCENARIOS.keys()
+
+
+def test_the_tests_that_the_page_on_failures_names_exist():
+    page = (DOCS / "faults.md").read_text(encoding="utf-8")
+    file = ""
+    for path, name in re.findall(r"`([\w/]+\.py)?(?:::(\w+))?`", page):
+        file = path or file
+        if path or name:
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in text, f"{file}::{name}"

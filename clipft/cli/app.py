@@ -31,7 +31,7 @@ COMMANDS = {
     "demo": "Run everything in a minute, without network, data or GPU.",
     "doctor": "Check whether this machine is ready for a run.",
     "sync": "Download the pairs from a bucket, or upload them.",
-    "pack": "Write WebDataset shards from files, a table or shards.",
+    "pack": "Pack files, a table or shards into WebDataset shards.",
     "inspect": "Show what a data set contains, and what is wrong with it.",
     "find-batch-size": "Find the fastest micro-batch size that fits in memory.",
     "train": "Fine-tune CLIP with one scenario and show the gain.",

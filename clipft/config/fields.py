@@ -112,7 +112,7 @@ def kind_of(field: FieldInfo) -> str:
 
 
 def placeholder_of(field: FieldInfo) -> str:
-    """What stands for a value in the help of a command."""
+    """The placeholder for a value in the help of a command."""
     return str(extra_of(field).get("metavar", kind_of(field).upper()))
 
 

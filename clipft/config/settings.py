@@ -270,8 +270,9 @@ class OptimSettings(Section):
     )
     accumulation: Literal["exact", "local"] = setting(
         "exact",
-        "How micro-batches form the loss. exact: one loss over the whole effective batch, in the "
-        "memory of a micro-batch; local: one loss for each micro-batch, as in most scripts.",
+        "How the loss is computed when a step has several micro-batches. exact: one loss over the "
+        "whole effective batch, in the memory of a micro-batch; local: a separate loss for each "
+        "micro-batch, averaged, as in most scripts.",
         "fixed",
     )
     lr: float = setting(1e-4, f"Peak learning rate ({_SCENARIO_RATES}).", "fixed", ge=0)

@@ -158,7 +158,7 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
 
 
 def _near_images(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
-    """Near-duplicates by their SHA-256; an image that occurs many times is compared once."""
+    """Find near-duplicate images, as pairs of SHA-256. Identical images are compared only once."""
     once = list({fact.image_hash: fact for fact in facts}.values())
     hashes = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
     return [(once[i].image_hash, once[j].image_hash) for i, j in near_duplicates(hashes, near)]

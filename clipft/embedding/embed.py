@@ -113,7 +113,7 @@ def _embed_share(
 ) -> _Share:
     was_training = loaded.model.training
     loaded.model.eval()
-    # The empty tensors are for a process whose share has no pairs
+    # Start with empty tensors, so that a process without any pairs can concatenate as well
     images, texts = [torch.empty(0)], [torch.empty(0)]
     captions = [torch.empty(0, dtype=torch.int64)]
     groups = [] if (none := positives.ids(EMPTY_BATCH)) is None else [none]

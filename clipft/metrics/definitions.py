@@ -13,7 +13,7 @@ PAIRED = {
     "mean_rank": "mean rank of the partner, counted from 1",
     "median_rank": "median rank of the partner, counted from 1",
 }
-"""Every pair is a query in both directions; only the other half of the same pair is right."""
+"""Every image and every text is a query, and only its own partner is right."""
 
 GROUPED = {
     "hit@1": "share of queries with a right candidate ranked first",
@@ -34,7 +34,7 @@ GROUPED = {
 
 DEFINITIONS: dict[str, Any] = {
     "paired": {
-        "protocol": "every pair is a query, and only the other half of the same pair is right (as "
+        "protocol": "every image and every text is a query, and only its own partner is right (as "
         "in the CLIP papers and open_clip)",
         **PAIRED,
         "ceiling": "upper bound: the best that any model could reach, because equal captions "

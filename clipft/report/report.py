@@ -44,7 +44,7 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
 def _gallery(
     folder: Path, settings: "Settings"
 ) -> tuple[list[dict[str, Any]], dict[int, bytes], str]:
-    """The cases of the gallery, thumbnails by pair, and the reason if there are none."""
+    """Return the gallery's cases, the thumbnails by pair number, and why there is no gallery."""
     from clipft.core.errors import DataError
     from clipft.data.captions.template import CaptionTemplate
     from clipft.embedding.embed import validation_pairs

@@ -148,7 +148,7 @@ def test_an_error_is_raised_and_local_files_are_kept_if_no_save_is_whole(place, 
     key = store.manifest().saves[0].files[FILE].key
     place.client.delete_object(Bucket=place.settings.s3_bucket, Key=key)
     (tmp_path / FILE).write_bytes(b"mine")
-    with pytest.raises(StorageError, match="no checkpoint that is still whole"):
+    with pytest.raises(StorageError, match="no intact checkpoint"):
         fetch(store, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
     assert (tmp_path / FILE).read_bytes() == b"mine"
@@ -250,6 +250,6 @@ def test_a_corrupt_answer_counts_as_damage_and_the_next_fetch_succeeds(real_buck
     save(store_of(real_bucket), 1)
     spoilt = Times(1, corrupts, "GET", "-dual")
     with faulty_proxy(real_bucket.settings.endpoint_url, spoilt) as url:
-        with pytest.raises(StorageError, match="still whole"):
+        with pytest.raises(StorageError, match="no intact checkpoint"):
             fetch(store_of(real_bucket, endpoint_url=url), tmp_path)
         assert fetch(store_of(real_bucket, endpoint_url=url), tmp_path).step == 1

@@ -24,7 +24,7 @@ def pack(
     options: PackOptions,
     out: Output,
 ) -> None:
-    """Write WebDataset shards from files, a table or shards.
+    """Pack files, a table or shards into WebDataset shards.
 
     A pair is an image with a caption: chair.jpg and chair.txt, optionally with metadata in
     chair.json. The files may be in folders or in .tar shards. A table (CSV, TSV, JSONL or

@@ -1,7 +1,7 @@
 """Access to any pair of any shard by its number.
 
 A shard is a plain tar whose members share a key: ``chair.jpg``, ``chair.txt`` and perhaps
-``chair.json``. The index of a shard says where each member lies, so shuffling all pairs costs
+``chair.json``. The index of a shard says where each member starts, so shuffling all pairs costs
 nothing, nor does resuming in the middle of an epoch; images are read when they are asked for.
 """
 

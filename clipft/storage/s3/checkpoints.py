@@ -240,7 +240,7 @@ class CheckpointStore:
                     f"({damage}). Trying the one before it."
                 )
         raise StorageError(
-            f"{self.url} lists no checkpoint that is still whole",
+            f"{self.url} lists no intact checkpoint",
             "use another checkpoint, or start without --resume-from-checkpoint",
         )
 

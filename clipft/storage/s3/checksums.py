@@ -44,7 +44,7 @@ def etag_of(file: BinaryFile, size: int, part_bytes: int) -> str:
 
 
 def matches(path: Path, size: int, etag: str, first_part: Callable[[], int]) -> bool | None:
-    """Whether a file has the bytes that ``etag`` stands for; None if that cannot be told.
+    """Whether a file has the bytes that ``etag`` identifies; None if that cannot be told.
 
     The size of the parts is not in the ETag: the usual sizes are tried first, then
     ``first_part`` asks the server for the size of the first part (0 if it does not say).

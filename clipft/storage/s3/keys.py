@@ -135,7 +135,7 @@ class LocalPaths:
         if parent not in self._folders:
             folders = [spelling(folder) for folder in parents(path)]
             if any(self._taken.get(folder) == "file" for folder in folders):
-                raise RefusedKey("lies in a folder whose name another key has as a file")
+                raise RefusedKey("is in a folder whose name another key uses for a file")
             self._taken.update(dict.fromkeys(folders, "folder"))
             self._folders.add(parent)
         self._taken[name] = "file"
