@@ -28,8 +28,8 @@ def test_a_torchvision_for_another_torch(catalogue, tmp_path):
     train = clipft("train", "--model", "tiny", *where, PYTHONPATH=str(tmp_path))
     assert train.returncode == 10, train.stderr
     error, hint = train.stderr.strip().splitlines()[-2:]
-    assert error == "error: a library does not load: operator torchvision::nms does not exist"
-    assert hint.startswith("hint: `clipft doctor` says which one")
+    assert error == "error: a library cannot be loaded: operator torchvision::nms does not exist"
+    assert hint.startswith("hint: `clipft doctor` shows which one")
     assert "Traceback" not in train.stderr
 
 

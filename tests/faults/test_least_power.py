@@ -72,7 +72,7 @@ def test_a_url_with_a_password_is_refused_and_not_repeated(tmp_path, monkeypatch
         args += ["--config", str(tmp_path / "c.toml")]
     assert run(args) == 2
     error, hint = one_error(capsys)
-    assert "must not hold a user or password" in error
+    assert "must not contain a user name or a password" in error
     assert not leaks((error + hint).encode())
 
 
