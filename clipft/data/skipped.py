@@ -1,14 +1,15 @@
 """Pairs that cannot be used, and why.
 
-Every reason for which a pair is skipped, and where it is decided:
+These are the reasons for which a run skips a pair, and the files that decide them:
 
 ====================================== ==================================== ======================
 Reason                                 When                                 Where
 ====================================== ==================================== ======================
 no image, no caption                   a shard is opened                    ``shards/index.py``
-a second image with the same key       a shard is opened                    ``shards/index.py``
+a second image, caption or metadata    a shard is opened                    ``shards/index.py``
 not a regular file                     a shard is opened                    ``shards/index.py``
 empty caption                          the pair is read                     ``captions/template.py``
+                                                                            ``captions/table.py``
 not an image, an empty file, too many  the image is decoded                 ``images.py``
 pixels, truncated, EPS, ...
 ====================================== ==================================== ======================
@@ -16,7 +17,8 @@ pixels, truncated, EPS, ...
 ``shards/index.py`` records its reasons in ``Shard.skipped``. The other two raise ``BadCaption`` and
 ``BadImage``, which ``loader.py`` turns into a ``Skipped`` in the batch. A run appends them all to
 ``skipped.jsonl`` and stops if they are more than ``--max-bad`` (``SkippedPairs`` in
-``training/state.py``).
+``training/state.py``). ``clipft pack`` skips files before they become pairs, and writes a
+``skipped.jsonl`` of its own into the catalogue (``packing/scan.py``).
 """
 
 from dataclasses import dataclass

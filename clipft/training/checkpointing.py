@@ -24,6 +24,12 @@ _BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "lo
 """The state of a scenario that trains nothing; its keys are those of weights without a state."""
 
 
+def is_save_due(step: int, steps_per_epoch: int, every: int) -> bool:
+    """Whether a run saves its state after ``step``: at the end of an epoch, and every ``every``
+    steps (0: only then). ``train --plan`` counts the saves of a run with it."""
+    return step % steps_per_epoch == 0 or (every > 0 and step % every == 0)
+
+
 class Saver:
     """Saves the state of a run. Rank zero writes, but all processes must call these methods,
     since with sharded weights each holds a part of them."""
@@ -33,12 +39,16 @@ class Saver:
     ) -> None:
         self.state, self.setup, self.paths, self.callbacks = state, setup, paths, callbacks
         self.saved_step = 0
-        """Step of the newest checkpoint that has everything known by then."""
+        """The step of the newest checkpoint; later steps would be lost without another save."""
 
     def save_if_due(self, training: TrainState) -> None:
-        """Save at the end of an epoch, and every ``checkpoint_every`` steps."""
-        every = self.setup.settings.checkpoint_every
-        due = training.epoch_ended or (every and training.step % every == 0)
+        """Save at the end of an epoch, and every ``checkpoint_every`` steps.
+
+        The answer must be the same on all processes, because they save together: it follows from
+        the step alone. A rule that reads a clock would have to be decided ``on_rank_zero``.
+        """
+        setup = self.setup
+        due = is_save_due(training.step, setup.epoch_plan.steps, setup.settings.checkpoint_every)
         if due and math.isfinite(training.loss):  # never replace a good state with a bad one
             self.save()
 

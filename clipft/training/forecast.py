@@ -23,6 +23,7 @@ from clipft.embedding.embed import embed_pairs
 from clipft.runs.checkpoint_format import checkpoint_size
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Forecast, StepResult
+from clipft.training.checkpointing import is_save_due
 from clipft.training.loop import fit
 from clipft.training.resume import check_same_run, checkpoint_to_resume
 from clipft.training.setup import RunSetup, prepare
@@ -76,12 +77,10 @@ def forecast(
     epochs_left = plan.epochs - (checkpoint["epoch"] if checkpoint else 0)
     final_passes = _FINAL_PASSES if plan.epochs else 1
     adapter_bytes = weights_bytes if settings.declared_scenario.lora else 0
-    every = settings.checkpoint_every
-    save_steps = [
-        step
+    saves = sum(
+        is_save_due(step, plan.steps_per_epoch, settings.checkpoint_every)
         for step in range(done + 1, plan.total_steps + 1)
-        if step % plan.steps_per_epoch == 0 or (every and step % every == 0)
-    ]
+    )
     return Forecast(
         plan=plan,
         done_steps=done,
@@ -94,7 +93,7 @@ def forecast(
         validation_seconds=validation_seconds,
         peak_bytes=peak.bytes,
         usable_bytes=usable_memory(setup.loaded.precision.device, processes.local_world_size),
-        saves=len(save_steps) + 1,  # and once more at the very end
+        saves=saves + 1,  # and once more at the very end
         checkpoint_bytes=checkpoint_bytes,
         best_bytes=weights_bytes,
         disk_bytes=2 * checkpoint_bytes + weights_bytes + adapter_bytes,

@@ -16,7 +16,10 @@ from clipft.training.step.gradcache import Accumulation
 def fit(
     state: TrainState, batches: Iterable[StepBatch], accumulate: Accumulation
 ) -> Generator[StepResult, None, None]:
-    """Train on each batch and yield what came of it; the caller shows, saves and evaluates."""
+    """Train on each batch and yield the result of the step.
+
+    The caller (``_Run.train_epochs`` in ``run.py``) shows it, evaluates and saves.
+    """
     state.model.train()
     started = time.perf_counter()
     for batch in batches:

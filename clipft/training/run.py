@@ -109,7 +109,7 @@ def train(
 class _Run:
     """A run under way, and what happens between its steps.
 
-    All processes go the same way through it; files are written ``on_rank_zero``.
+    All processes make the same calls in the same order; files are written ``on_rank_zero``.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class _Run:
     def start(self) -> None:
         """Begin from scratch: validate the pretrained model."""
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
-            self.state.skipped.list(split, 0, map(asdict, pairs.skipped))
+            self.state.skipped.write(split, 0, map(asdict, pairs.skipped))
         self.callbacks.callback.started(self.setup.plan, 0)
         self.state.before = self._validate(epoch=0, train_loss=None)
         self._keep_rankings(self.paths.rankings_before)
@@ -191,13 +191,13 @@ class _Run:
     def train_epochs(self) -> None:
         """Train the steps that are left, validating and saving in between.
 
-        What an error or a signal would take away is saved first.
+        If an error or a signal ends the run, the steps that are not saved yet are saved first.
         """
         training = self.state.training
         if training is None or self.state.stopping.should_stop:
             return
         try:
-            if not self.state.validated:  # the run was stopped in that validation
+            if not self.state.validated:  # the last run was stopped while it validated this epoch
                 self._end_epoch(training)
                 self.saver.save_if_due(training)
             accumulate = self.setup.make_accumulation(training.optimizer, self.callbacks.note)
@@ -253,7 +253,7 @@ class _Run:
             self._check_stop,
         )
         if not epoch:  # later epochs meet the same ones again
-            self.state.skipped.list("val", step, map(asdict, embedded.skipped))
+            self.state.skipped.write("val", step, map(asdict, embedded.skipped))
 
         def figures() -> EpochResult:
             memory = setup.settings.evaluation_bytes

@@ -128,13 +128,13 @@ class SkippedPairs:
         self.path, self.count = path, 0
         self._pairs, self._settings, self._processes = pairs, settings, processes
 
-    def list(self, split: str, step: int, skipped: Iterable[dict[str, str]]) -> None:
-        """Write them down as skipped after ``step`` optimizer steps."""
+    def write(self, split: str, step: int, skipped: Iterable[dict[str, str]]) -> None:
+        """Append pairs to ``skipped.jsonl``, as skipped after ``step`` optimizer steps."""
         lines = [{"split": split, "step": step, **entry} for entry in skipped]
         on_rank_zero(self._processes, lambda: append_lines(self.path, lines))
 
     def add(self, epoch: int, step: int, skipped: Sequence[dict[str, str]]) -> None:
-        """Count and list the skipped pairs of a training step.
+        """Count the skipped pairs of a training step and write them down.
 
         Only those of the first epoch: later epochs meet the same pairs again.
 
@@ -144,7 +144,7 @@ class SkippedPairs:
         if not skipped or epoch > 1:
             return
         self.count += len(skipped)
-        self.list("train", step, skipped)
+        self.write("train", step, skipped)
         last = skipped[-1]
         if self._settings.too_many_bad(self.count, self._pairs):
             raise DataError(

@@ -1,7 +1,7 @@
 """What happens when a step runs out of memory: the same step again, in smaller pieces.
 
-At first no activation graphs are kept from then on, then micro-batches are halved, again and
-again. The exact loss covers all pairs however they are split, so nothing else changes; the local
+The first time, activation graphs are no longer kept; after that, the micro-batch is halved each
+time. The exact loss covers all pairs however they are split, so nothing else changes; the local
 loss does change, and the warning says so. All processes shrink together, because the steps of one
 would not fit those of the others.
 
