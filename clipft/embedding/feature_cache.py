@@ -1,7 +1,8 @@
 """Computes once what a frozen tower makes of inputs that do not change.
 
 Features are kept in the cache folder, under a hash of everything that decides them: the weights
-of the pretrained model, the pairs, the preprocessing and the precision. Files:
+of the pretrained model, the pairs, the preprocessing, the precision, the hardware, and the
+versions of the libraries that compute them. Files:
 
     values       float32 [rows, W] in the order in which they were computed; memory-mapped
     keys.npy     uint64 [rows], ascending
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.load import LoadedModel
+from clipft.models.device import instruction_set
 
-_FORMAT = "1"
+_FORMAT = "2"
 _BATCH = 64
 """Rows per forward pass. It never changes, so that features computed again are the same bits."""
 
@@ -122,8 +125,8 @@ def _cached(
     ``decided_by`` names the tower and everything besides the model that decides its features.
     ``rows`` fills ``bad`` while it is iterated. There are ``total`` rows at most.
     """
-    precision, (tower, *inputs) = loaded.precision, decided_by
-    parts = (_FORMAT, loaded.fingerprint, precision.name, precision.device.type, *inputs)
+    tower, *inputs = decided_by
+    parts = (_FORMAT, loaded.fingerprint, *_computed_with(loaded), *inputs)
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     folder = cache_folder() / "features" / f"{tower}-{name}"
     try:
@@ -147,6 +150,14 @@ def _cached(
         about = json.dumps({"width": width, "bad": bad})
         (temporary / "about.json").write_text(about, encoding="utf-8")
     return _read(folder)
+
+
+def _computed_with(loaded: LoadedModel) -> list[str]:
+    """Everything besides weights and inputs that decides the last bits of features."""
+    config, precision = loaded.base.model.config, loaded.precision
+    norms = [config.vision_config.layer_norm_eps, config.text_config.layer_norm_eps]
+    versions = map(version, ("torch", "torchvision", "transformers", "pillow"))
+    return [precision.name, instruction_set(precision.device), *map(str, norms), *versions]
 
 
 def _read(folder: Path) -> Features:

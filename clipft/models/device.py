@@ -96,6 +96,17 @@ def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
                     weight.data = weight.data.to(precision.dtype)
 
 
+def instruction_set(device: torch.device) -> str:
+    """Name what the same computation must run on to give the same bits: on a GPU its generation,
+    on a CPU its vector instructions and the number of threads, between which sums are divided."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda sm_{major}{minor}"
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    return device.type
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Describe the software and hardware of a run, by name, without anything that identifies
     the user, the host or its network."""

@@ -4,19 +4,22 @@ import numpy as np
 import pytest
 import torch
 
+from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
 from clipft.core.common import cache_folder, silent
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
+from clipft.embedding import feature_cache
 from clipft.embedding.feature_cache import image_features
+from clipft.embedding.load import load_model
 from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.state import TrainState
 from tests.conftest import write_shard
 
 
-def setup_of(data, **given) -> RunSetup:
+def settings_of(data, **given) -> Settings:
     flags = {
         "model": "tiny",
         "data_dir": str(data),
@@ -29,7 +32,11 @@ def setup_of(data, **given) -> RunSetup:
         "lora_dropout": 0.1,
         **given,
     }
-    return prepare(load_settings(flags, environ={}).values, lambda note: None, ALONE)
+    return load_settings(flags, environ={}).values
+
+
+def setup_of(data, **given) -> RunSetup:
+    return prepare(settings_of(data, **given), lambda note: None, ALONE)
 
 
 def trained(setup: RunSetup):
@@ -97,6 +104,49 @@ def test_features_are_computed_once_until_the_shards_change(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", range(50, 90))
     setup_of(tmp_path, **given)
     assert len(written_features() - made) == 2  # those of train
+
+
+def test_features_are_computed_again_where_anything_that_decides_their_bits_changed(
+    catalogue, monkeypatch
+):
+    """Versions, hardware, threads and the norms' epsilon are in the key, beside the weights."""
+    loaded = load_model(settings_of(catalogue, scenario="linear_probe"))
+
+    def keys() -> tuple[str, ...]:
+        return tuple(feature_cache._computed_with(loaded))
+
+    seen, real = {keys()}, feature_cache.version
+
+    def changed() -> None:
+        assert keys() not in seen
+        seen.add(keys())
+
+    for package in ("torch", "torchvision", "transformers", "pillow"):
+        with monkeypatch.context() as patch:
+            other = lambda name, p=package: "0.0" if name == p else real(name)  # noqa: E731
+            patch.setattr(feature_cache, "version", other)
+            changed()
+    for tower in (loaded.base.model.config.vision_config, loaded.base.model.config.text_config):
+        tower.layer_norm_eps *= 2
+        changed()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    changed()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    changed()
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        object.__setattr__(loaded.precision, "device", torch.device("cuda"))
+        changed()
+
+
+@pytest.mark.parametrize("part", ["version", "instruction_set"])
+def test_features_of_another_version_or_machine_are_not_used(part, catalogue, monkeypatch):
+    given = {"scenario": "linear_probe", "augmentation": "none"}
+    setup_of(catalogue, **given)
+    made = written_features()
+    monkeypatch.setattr(feature_cache, part, lambda asked: "another")
+    setup_of(catalogue, **given)
+    assert len(written_features() - made) == 4
 
 
 def image_rows(setup: RunSetup) -> torch.Tensor:
