@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipft.core.errors import ModelError
+
 QUICK_GELU = 1.702
 POOLED = "pooled"
 """Attribute under which a layer may carry its own ``pooled_layer`` (a sharded layer fetches its
@@ -97,6 +99,24 @@ class FastQuickGelu(nn.Module):
             return x * torch.sigmoid(QUICK_GELU * x)
         activated: Tensor = _QuickGelu.apply(x)
         return activated
+
+
+def check_attention(clip: Any) -> None:
+    """Check that both towers attend as ``encode_pooled`` expects.
+
+    It passes no mask but ``is_causal`` alone, which transformers' own (``eager``) attention
+    ignores: each token of a text would attend to those after it.
+
+    Raises:
+        ModelError: a tower has another attention than torch's ``scaled_dot_product_attention``.
+    """
+    for tower in (clip.vision_model, clip.text_model):
+        attention = tower.config._attn_implementation
+        if attention != "sdpa":
+            raise ModelError(
+                f"the model attends with {attention}, and clipft needs sdpa",
+                'load it with attn_implementation="sdpa"',
+            )
 
 
 def use_fast_activations(clip: nn.Module) -> None:

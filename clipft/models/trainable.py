@@ -13,7 +13,7 @@ from torch.nn import functional
 from clipft.config.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.config.settings import AdaptSettings, ModelSettings
 from clipft.core.errors import ModelError
-from clipft.models.fast_encoder import use_fast_activations
+from clipft.models.fast_encoder import check_attention, use_fast_activations
 from clipft.models.pretrained import PretrainedModel
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
@@ -54,6 +54,7 @@ class TrainableModel(nn.Module):
 
     def __init__(self, base: PretrainedModel, clip: nn.Module) -> None:
         super().__init__()
+        check_attention(clip)
         self.clip = clip
         use_fast_activations(clip)
         self.architecture = base.architecture
@@ -112,9 +113,13 @@ class TrainableModel(nn.Module):
         return bias
 
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature of a CLIP at or below 100, as its authors do."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=self.architecture.max_logit_scale)
+        """Keep the temperature of a CLIP at or below 100 while it trains, as its authors do.
+
+        A frozen temperature stays as it was pretrained: no checkpoint holds it.
+        """
+        if self.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=self.architecture.max_logit_scale)
 
     def part_of(self, name: str) -> str:
         """Return the part that a parameter belongs to: ``vision`` or ``text`` for a tower, the

@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.models.pretrained import ModelInputs, PretrainedModel, load_pretrained
+from clipft.models.pretrained import ModelInputs, PretrainedModel, load_pretrained, model_source
 from clipft.models.trainable import TrainableModel, adapt
 
 SETTINGS = load_settings({}, environ={}).values
@@ -153,6 +155,33 @@ def test_the_logit_scale_stays_at_or_below_100():
         model.logit_scale.fill_(9.0)
     model.clamp_logit_scale()
     assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_a_frozen_logit_scale_above_100_stays_as_it_was_pretrained():
+    base = load_pretrained("tiny")
+    with torch.no_grad():
+        base.model.logit_scale.fill_(5.0)  # e^5 = 148
+    model = adapt(base, SCENARIOS["dual_lora"], SETTINGS)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == 5.0  # no checkpoint holds it: resuming would find 5 again
+
+
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_an_attention_that_would_ignore_causality_is_refused(tower):
+    base = load_pretrained("tiny")
+    getattr(base.model, tower).config._attn_implementation = "eager"
+    with pytest.raises(ModelError, match="attends with eager, and clipft needs sdpa"):
+        adapt(base, SCENARIOS["dual_lora"], SETTINGS)
+
+
+def test_a_folder_that_asks_for_eager_attention_is_loaded_with_sdpa(tmp_path):
+    for file in Path(model_source("tiny")).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["attn_implementation"] = part["_attn_implementation"] = "eager"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    adapt(load_pretrained(str(tmp_path)), SCENARIOS["dual_lora"], SETTINGS)  # checks both towers
 
 
 def test_different_weights_have_different_fingerprints():
