@@ -27,8 +27,8 @@ def fit(
 
         for attempt in accumulate.recovery.attempts(state.step):  # one, unless memory runs out
             with attempt:
-                loss = float(accumulate(state.step, batch.micro_batches))  # and its gradient
-        lower_bound = accumulate.lower_bound(batch.micro_batches)
+                # Its gradient is left in the parameters
+                loss = float(accumulate(state.step, batch.micro_batches, batch.pairs))
         update = state.optimizer.update()
         state.model.clamp_logit_scale()
 
@@ -46,7 +46,7 @@ def fit(
             data_seconds=got_data - started,
             applied=update.applied,
             skipped=tuple(asdict(skipped) for skipped in batch.skipped),
-            loss_floor=lower_bound,
+            loss_floor=accumulate.lower_bound,
         )
         started = time.perf_counter()
 

@@ -9,9 +9,9 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.core.memory import give_back, peak_memory, usable_memory
+from clipft.core.out_of_memory import memory_ran_out
 from clipft.data.loader import Batch
 from clipft.data.positives import NO_GROUPS
-from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.pretrained import ModelInputs
@@ -19,7 +19,6 @@ from clipft.models.trainable import TrainableModel
 from clipft.training.batch_size import SMALLEST, Probe, SearchResult, search
 from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, counting_saved
 from clipft.training.step.losses import ContrastiveLoss, make_loss
-from clipft.training.step.oom import memory_ran_out
 
 # Seconds for which a small size is repeated: a single pass is too short to time
 _TIMED = 0.3
@@ -104,7 +103,6 @@ class ModelProbe:
             towers=self.towers,
             loss=self.loss,
             positives=NO_GROUPS,
-            processes=ALONE,
             scaler=torch.amp.GradScaler(enabled=False),
             graphs=ActivationBudget(lambda: _ALL_GRAPHS),
         )

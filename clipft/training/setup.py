@@ -21,6 +21,7 @@ from clipft.distributed.rank_zero import (
     rank_zero_first,
     steps_in_lockstep,
 )
+from clipft.distributed.step_channel import open_channel
 from clipft.embedding.embed import Embeddings
 from clipft.embedding.encoding import (
     Encoding,
@@ -107,13 +108,14 @@ class RunSetup:
             return free // self.processes.local_world_size
 
         graphs = ActivationBudget(graph_bytes, self.weights.all_agree)
+        channel = open_channel(self.processes, sum(1 for _ in self.loaded.model.trainable()))
         kind = ACCUMULATIONS[self.settings.accumulation]
         recovery: Recovery = EndsRun()
         if not self.weights.sharded:
             recovery = SmallerPieces(
                 release_graphs=graphs.release,
                 model=self.loaded.model,
-                processes=self.processes,
+                channel=channel,
                 smallest=kind.smallest_micro_batch,
                 consequence=kind.if_smaller,
                 micro=self.plan.micro_batch_size,
@@ -124,7 +126,7 @@ class RunSetup:
             towers=self.encoding.towers,
             loss=self.loss,
             positives=self.positives,
-            processes=self.processes,
+            channel=channel,
             scaler=optimizer.scaler,
             graphs=graphs,
             weights=self.weights,

@@ -143,7 +143,7 @@ def in_child(mode: str, folder: str, limit: float) -> None:
 
 def exhaustive(probe: Any) -> int:
     from clipft.core.memory import give_back
-    from clipft.training.step.oom import memory_ran_out
+    from clipft.core.out_of_memory import memory_ran_out
 
     def passes(size: int) -> bool:
         try:

@@ -17,9 +17,12 @@ def around_each_step(monkeypatch, around: Around) -> None:
 
         class Around:
             recovery = real.recovery
-            lower_bound = real.lower_bound
 
-            def __call__(self, step, micro_batches):
+            @property
+            def lower_bound(self):
+                return real.lower_bound
+
+            def __call__(self, step, micro_batches, pairs):
                 return around(real, step, real.recovery.split(micro_batches))
 
         return Around()

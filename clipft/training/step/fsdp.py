@@ -31,6 +31,7 @@ from clipft.core.errors import UsageError
 from clipft.core.memory import give_back
 from clipft.data.loader import EMPTY_BATCH, Batch
 from clipft.distributed.collectives import Processes, lost_process_errors
+from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Chunk, Chunks, Tower, Towers
 from clipft.models.device import Precision
@@ -132,13 +133,18 @@ class ShardedWeights(Weights):
         return Towers(images, together(towers.texts, self._blank_text), even_out)
 
     def sum_gradients(
-        self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]
-    ) -> None:
+        self,
+        model: TrainableModel,
+        channel: StepChannel,
+        complete: Sequence[nn.Parameter] = (),
+        figures: Sequence[float] = (),
+    ) -> list[float]:
         whole = [p for _, p in model.trainable() if p not in self._parts]
-        processes.sum_gradients(whole, complete)
+        sums = channel.sum(whole, complete, figures)
         for parameter, part in self._parts.items():
             gradient, parameter.grad = cast(DTensor | None, parameter.grad), None
             part.grad = None if gradient is None else gradient.to_local()
+        return sums
 
     def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> float:
         def square(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clipft.data.loader import EMPTY_BATCH, Batch
+from clipft.data.loader import Batch
 from clipft.data.positives import Positives
-from clipft.distributed.collectives import Processes
+from clipft.distributed.step_channel import ALONE, StepChannel
 from clipft.embedding.towers import Chunk, Tower, Towers
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.losses import ContrastiveLoss
@@ -33,12 +33,13 @@ from clipft.training.step.oom import Recovery
 from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class Accumulation(ABC):
     """Computes the loss of a step and leaves its gradient in the parameters.
 
     With many processes each is given its own micro-batches, and all end with the same gradient
-    and loss.
+    and loss. ``lower_bound`` is the smallest loss that any model could have had on the pairs of
+    the last step.
     """
 
     smallest_micro_batch: ClassVar[int]
@@ -49,19 +50,19 @@ class Accumulation(ABC):
     towers: Towers
     loss: ContrastiveLoss
     positives: Positives
-    processes: Processes
     scaler: "torch.amp.GradScaler"
     graphs: "ActivationBudget"
+    channel: StepChannel = ALONE
     weights: Weights = WHOLE_WEIGHTS
     recovery: Recovery = field(default_factory=Recovery)
+    lower_bound: float = field(default=0.0, init=False)
 
     @abstractmethod
-    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
-        """Add the gradient of ``step`` (from 0) to the parameters; return its detached loss."""
+    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+        """Add the gradient of ``step`` (from 0) to the parameters; return its detached loss.
 
-    @abstractmethod
-    def lower_bound(self, micro_batches: list[Batch]) -> float:
-        """The smallest loss that any model could have on these pairs."""
+        ``pairs`` is how many there are on all processes; those of ``micro_batches`` by default.
+        """
 
     def _embed(self, tower: Tower, step: int, batches: Sequence[Batch]) -> "_TowerPass":
         cut = tower.make_chunks(batches)
@@ -71,30 +72,29 @@ class Accumulation(ABC):
         graphs = [graph for _, graph in embedded]
         return _TowerPass(tower, step, cut.chunks, graphs, leaf, leaf[cut.order])
 
-    def _own_groups(self, batches: Sequence[Batch]) -> Tensor | None:
+    def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
         """Group ids of this process's pairs, int64 [pairs]; None if each pair is its own group."""
-        # A process without pairs must still tell whether there are groups at all
-        ids = [self.positives.ids(batch) for batch in batches or [EMPTY_BATCH]]
-        known = [i.to(self.towers.images.precision.device) for i in ids if i is not None]
+        known = [i for i in map(self.positives.ids, batches) if i is not None]
         return torch.cat(known) if known else None
 
 
-@dataclass(frozen=True)
 class ExactAccumulation(Accumulation):
     """The loss over the whole effective batch."""
 
     smallest_micro_batch = 1
     if_smaller = "the effective batch and the loss stay as they were"
 
-    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
         device = self.towers.images.precision.device
-        batches = [batch.to(device) for batch in self.recovery.split(micro_batches)]
+        micro_batches = self.recovery.split(micro_batches)
+        batches = [batch.to(device) for batch in micro_batches]
         self.graphs.begin_step()
         images = self._embed(self.towers.images, step, batches)
         texts = self._embed(self.towers.texts, step, batches)
-        loss = self.loss(
-            self._from_all(images.by_pair), self._from_all(texts.by_pair), self._groups(batches)
-        )
+        groups = self._groups(micro_batches)
+        everyone = self.channel.exchange(images.by_pair, texts.by_pair, groups)
+        loss = self.loss(*everyone)
+        self.lower_bound = self.loss.lower_bound(everyone.groups)
         if loss.requires_grad:  # not if both towers are frozen
             torch.autograd.backward(self.scaler.scale(loss))
         images.backward()
@@ -102,61 +102,40 @@ class ExactAccumulation(Accumulation):
         # Every process takes the loss of all pairs, so the gradients of temperature and bias,
         # which the loss reads directly, are already complete everywhere
         scalars = [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
-        self.weights.sum_gradients(self.model, self.processes, scalars)
+        self.weights.sum_gradients(self.model, self.channel, scalars)
         return loss.detach()
 
-    def lower_bound(self, micro_batches: list[Batch]) -> float:
-        return self.loss.lower_bound(self._groups(micro_batches))
 
-    def _from_all(self, own: Tensor) -> Tensor:
-        """The rows of all processes, [N, D]; only this process's own carry a gradient."""
-        counts = self.processes.gather_rows(torch.tensor([len(own)])).tolist()
-        rows = self.processes.gather_rows(own)
-        first = sum(counts[: self.processes.rank])
-        return torch.cat([rows[:first], own, rows[first + len(own) :]]) if len(own) else rows
-
-    def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
-        own = self._own_groups(batches)
-        return None if own is None else self.processes.gather_rows(own)
-
-
-@dataclass(frozen=True)
 class LocalAccumulation(Accumulation):
     """The mean of the micro-batches' own losses, which have fewer negatives."""
 
     smallest_micro_batch = 2  # a single pair has no negatives: its loss is 0 whatever the model
     if_smaller = "each has fewer negatives, which changes the loss"
 
-    def __call__(self, step: int, micro_batches: list[Batch]) -> Tensor:
+    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
         device = self.towers.images.precision.device
         micro_batches = self.recovery.split(micro_batches)
-        own = torch.tensor([sum(len(batch) for batch in micro_batches)])
-        total = int(self.processes.gather_rows(own).sum())
-        mean = torch.zeros(1, device=device)
+        pairs = pairs or sum(map(len, micro_batches))
+        mean, lower_bound = torch.zeros((), device=device), 0.0
         for micro_batch in self.towers.even_out(micro_batches):
             batches = [micro_batch.to(device)] if len(micro_batch) else []
             self.graphs.begin_step()
             images = self._embed(self.towers.images, step, batches)
             texts = self._embed(self.towers.texts, step, batches)
             if batches:
-                loss = self.loss(images.by_pair, texts.by_pair, self._own_groups(batches))
-                share = loss * (len(micro_batch) / total)
+                groups, weight = self._groups([micro_batch]), len(micro_batch) / pairs
+                share = self.loss(images.by_pair, texts.by_pair, groups) * weight
+                lower_bound += self.loss.lower_bound(groups) * weight
                 if share.requires_grad:
                     torch.autograd.backward(self.scaler.scale(share))
                 mean += share.detach()
             images.backward()
             texts.backward()
-        self.weights.sum_gradients(self.model, self.processes, ())
-        return self.processes.gather_rows(mean).sum()
-
-    def lower_bound(self, micro_batches: list[Batch]) -> float:
-        micro_batches = self.recovery.split(micro_batches)
-        groups = [self._own_groups([batch]) for batch in micro_batches]
-        bounds = [self.loss.lower_bound(ids) * len(ids) for ids in groups if ids is not None]
-        pairs = sum(len(batch) for batch in micro_batches)
-        own = torch.tensor([[sum(bounds), pairs]], dtype=torch.float64)
-        summed, all_pairs = self.processes.gather_rows(own).sum(0)
-        return float(summed / all_pairs)
+        figures = (float(mean), lower_bound)
+        loss, self.lower_bound = self.weights.sum_gradients(
+            self.model, self.channel, figures=figures
+        )
+        return torch.tensor(loss)
 
 
 ACCUMULATIONS: dict[str, type[ExactAccumulation] | type[LocalAccumulation]] = {

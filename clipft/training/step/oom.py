@@ -13,24 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
-import torch
 import torch.distributed as dist
 
 from clipft.core.errors import MemoryShortage
 from clipft.core.memory import give_back
+from clipft.core.out_of_memory import memory_ran_out
 from clipft.data.loader import Batch
-from clipft.distributed.collectives import Processes, StepAbandonedError, lost_process_error
+from clipft.distributed.collectives import lost_process_error
+from clipft.distributed.step_channel import StepAbandonedError, StepChannel
 from clipft.models.trainable import TrainableModel
-
-# torch's CPU allocator and oneDNN raise plain RuntimeErrors
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "could not create a primitive")
-
-
-def memory_ran_out(error: BaseException) -> bool:
-    """True if the device or the system refused memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(m in str(error) for m in _CPU_MESSAGES)
 
 
 class Recovery:
@@ -59,7 +50,7 @@ class SmallerPieces(Recovery):
 
     release_graphs: Callable[[], None]
     model: TrainableModel
-    processes: Processes
+    channel: StepChannel
     smallest: int
     consequence: str
     micro: int
@@ -91,7 +82,7 @@ class SmallerPieces(Recovery):
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error):
                 raise
-            self.processes.abandon_step()
+            self.channel.abandon()
             self._ran_out = True
 
     def _shrink(self, step: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipft.distributed.collectives import Processes
+from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.towers import Towers
 from clipft.models.device import Precision
 from clipft.models.trainable import TrainableModel
@@ -41,14 +41,18 @@ class Weights:
         return towers
 
     def sum_gradients(
-        self, model: TrainableModel, processes: Processes, complete: Sequence[nn.Parameter]
-    ) -> None:
-        """Add up the gradients of all processes, after all backward passes of a step.
+        self,
+        model: TrainableModel,
+        channel: StepChannel,
+        complete: Sequence[nn.Parameter] = (),
+        figures: Sequence[float] = (),
+    ) -> list[float]:
+        """Add up the gradients and ``figures`` of all processes, after a step's backward passes.
 
-        The result is left in the parameters that ``own`` returns. Gradients of ``complete`` are
+        The gradients are left in the parameters that ``own`` returns. Those of ``complete`` are
         already the sum on every process.
         """
-        processes.sum_gradients([p for _, p in model.trainable()], complete)
+        return channel.sum([p for _, p in model.trainable()], complete, figures)
 
     def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients down to a total norm of ``max_norm``; return the norm before."""

@@ -9,7 +9,6 @@ from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.data.loader import Batch
 from clipft.data.positives import CaptionPositives, Positives
-from clipft.distributed.collectives import ALONE
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
@@ -46,7 +45,6 @@ def accumulation(
         towers=towers or make_towers(loaded, 1, pad_token_id(loaded)),
         loss=make_loss(settings, loaded.model),
         positives=Positives(),
-        processes=ALONE,
         scaler=OFF,
         graphs=ActivationBudget(lambda: room),
     )

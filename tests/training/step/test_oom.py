@@ -7,10 +7,11 @@ import torch
 
 from clipft.cli.app import run
 from clipft.core.errors import MemoryShortage
+from clipft.core.out_of_memory import memory_ran_out
 from clipft.data.loader import Batch
-from clipft.distributed.collectives import ALONE
+from clipft.distributed.step_channel import ALONE
 from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
-from clipft.training.step.oom import SmallerPieces, memory_ran_out
+from clipft.training.step.oom import SmallerPieces
 from tests.training.process_helpers import results
 from tests.training.step.test_gradcache import gradients, load
 from tests.training.steps import around_each_step
@@ -50,14 +51,14 @@ def model(loaded):
 
 
 def smaller_pieces(
-    model, micro, said, kind=ExactAccumulation, processes=ALONE, released=None
+    model, micro, said, kind=ExactAccumulation, channel=ALONE, released=None
 ) -> SmallerPieces:
     def release() -> None:
         if released is not None:
             released.append(True)
 
     smallest, consequence = kind.smallest_micro_batch, kind.if_smaller
-    return SmallerPieces(release, model, processes, smallest, consequence, micro, said.append)
+    return SmallerPieces(release, model, channel, smallest, consequence, micro, said.append)
 
 
 def take(step: int, recovery: SmallerPieces, accumulate, micro_batches: list[Batch]):
@@ -118,15 +119,17 @@ def test_the_errors_of_the_cpu_allocator_are_recognized():
 
 def test_all_processes_shrink_when_one_runs_out():
     body = """
+    from clipft.distributed.step_channel import open_channel
     from tests.training.step.test_gradcache import load
     from tests.training.step.test_oom import Device, batch, smaller_pieces, take
     model = load("dual_lora").model
+    channel = open_channel(processes, 100)
     own = Device(model, 3 if rank == 1 else 100)
     def accumulate(micro_batches):
         own(micro_batches)
-        return processes.gather_rows(torch.ones(1)).sum()
+        return channel.exchange(torch.ones(1, 1), torch.ones(1, 1)).images.sum()
     said = []
-    recovery = smaller_pieces(model, 8, said, processes=processes)
+    recovery = smaller_pieces(model, 8, said, channel=channel)
     total = float(take(0, recovery, accumulate, [batch(8), batch(8)]))
     result = [total, own.tried[-1], len(said)]
 """
