@@ -117,6 +117,12 @@ class DataSettings(Section):
         "and padded random crop; advanced: TrivialAugmentWide and random erasing (0.2).",
         "fixed",
     )
+    augment_on: Literal["auto", "device", "worker"] = setting(
+        "auto",
+        "Where the flip and the crop of --augmentation simple are computed: worker or device, with "
+        "the same pixels. auto: device on a CUDA GPU, otherwise worker. The other augmentations "
+        "are always computed by the workers.",
+    )
     stream: bool = setting(
         False, "Read the training shards sequentially, for slow disks and network folders.", "fixed"
     )

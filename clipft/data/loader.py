@@ -1,18 +1,22 @@
 """Turns shards into batches with worker processes. The order and the augmentations are the same for
 any number of workers.
 
-Images leave the workers as uint8; normalizing them is the model's business. A pair that cannot be
-used is skipped: its batch is smaller by one and lists it with the reason (see ``skipped``), and all
-other pairs stay where they are in the order.
+A worker decodes at most ``CHUNK`` pairs at a time, straight into memory that it shares with the
+main process, which joins them to micro-batches. Images leave it as uint8; normalizing them is the
+model's business. A pair that cannot be used is skipped: its batch is smaller by one and lists it
+with the reason (see ``skipped``), and all other pairs stay where they are in the order.
 """
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipft.config.settings import DataSettings
 from clipft.core.common import processors
 from clipft.core.errors import DataError
-from clipft.data.augmentation import Transform, make_transform
+from clipft.data.augmentation import Shift, Transform
 from clipft.data.captions.table import CaptionSource
 from clipft.data.captions.template import BadCaption
 from clipft.data.captions.tokenizer import padded
@@ -28,13 +32,22 @@ from clipft.data.images import BadImage, decode_image
 from clipft.data.order import SOLE_PROCESS, EpochPlan, Position, Share, derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.skipped import Skipped
-from clipft.data.workers import UnderWay, ignore_signals, kill_workers, next_batch, started
+from clipft.data.workers import (
+    SharedPixels,
+    UnderWay,
+    ignore_signals,
+    kill_workers,
+    next_batch,
+    started,
+)
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import PairStream  # webdataset takes its time to import
 
+CHUNK = 64
+"""The most pairs that a worker decodes at a time."""
 AHEAD_BYTES = 1 << 30
-"""The most decoded images that workers hold ready, beyond two micro-batches each."""
+"""The most decoded images that workers hold ready, beyond two chunks each."""
 
 
 class PairSource(Protocol):
@@ -56,25 +69,32 @@ Pairs: TypeAlias = "PairDataset | PairStream"
 
 @dataclass(frozen=True)
 class Batch:
-    """``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` int64 [B, T] and pair numbers [B]."""
+    """``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` int64 [B, T] and pair numbers [B].
+
+    ``shifts``, int64 [B, 3], is what ``augment`` has yet to do to the pixels; None if nothing is.
+    """
 
     pixel_values: Tensor
     input_ids: Tensor
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...] = ()
+    shifts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def to(self, device: torch.device) -> "Batch":
-        pixels = self.pixel_values.to(device, non_blocking=True)
-        ids = self.input_ids.to(device, non_blocking=True)
-        return Batch(pixels, ids, self.numbers, self.skipped)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader, which cannot pin the tensors of a class it does not know."""
-        pixels, ids = self.pixel_values.pin_memory(), self.input_ids.pin_memory()
-        return Batch(pixels, ids, self.numbers, self.skipped)
+    def part(self, rows: slice) -> "Batch":
+        """These rows as a batch of their own, without what was skipped."""
+        cut = self._with(lambda tensor: tensor[rows])
+        return replace(cut, numbers=self.numbers[rows], skipped=())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        shifts = None if self.shifts is None else change(self.shifts)
+        pixels, ids = change(self.pixel_values), change(self.input_ids)
+        return replace(self, pixel_values=pixels, input_ids=ids, shifts=shifts)
 
 
 EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
@@ -118,13 +138,15 @@ class LoaderOptions:
     """How batches are made, and which.
 
     With 0 ``workers``, the main process decodes. A worker that gives no batch for ``timeout``
-    seconds is considered hung; 0 means never.
+    seconds is considered hung; 0 means never. ``leave_shift`` leaves as much of the augmentation
+    to the device as it can do (see ``augment``).
     """
 
     workers: int = 0
     pin_memory: bool = False
     share: Share = SOLE_PROCESS
     timeout: float = 0
+    leave_shift: bool = False
 
     @classmethod
     def from_settings(
@@ -136,7 +158,10 @@ class LoaderOptions:
     ) -> "LoaderOptions":
         """Take the options from the settings; the processes of one machine share its processors."""
         workers = min(settings.num_workers, max(1, processors() // local_world_size))
-        return cls(workers, device.type == "cuda", share, settings.worker_timeout)
+        on_cuda, where = device.type == "cuda", settings.augment_on
+        # No GPU has measured this yet; on a CPU the shift costs a worker 10 us of some 500 a pair
+        leave_shift = where == "device" or (where == "auto" and on_cuda)
+        return cls(workers, on_cuda, share, settings.worker_timeout, leave_shift)
 
     @property
     def processes(self) -> int:
@@ -163,13 +188,11 @@ def training_batches(
     share = options.share
     micro_batches = plan.from_position(start, epochs, dataset.order(plan), share)
     ahead = prefetch_factor(plan, preprocessing.image_size, options)
-    under_way = UnderWay(options.processes)
-    loader = _loader(dataset, preprocessing, micro_batches, options, under_way, ahead)
-    batches = started(iter(loader))
+    batches = _batches(dataset, preprocessing, micro_batches, plan.micro, ahead, options)
     for epoch in range(start.epoch, epochs):
         for step in range(start.step if epoch == start.epoch else 0, plan.steps):
             count = len(share.of(plan.micro_batches(step)))
-            read: list[Batch] = [next_batch(batches, under_way) for _ in range(count)]
+            read = [next(batches) for _ in range(count)]
             skipped = [pair for batch in read for pair in batch.skipped]
             with_pairs = [batch for batch in read if len(batch)]
             pairs = sum(map(len, read))
@@ -180,15 +203,26 @@ def training_batches(
 
 
 def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
-    """Choose how many micro-batches each worker has ready.
+    """Choose how many chunks each worker has ready.
 
     Together they hold a whole step, so that the next one is there when this one is done, and one
-    micro-batch more; or less, where that would take more than ``AHEAD_BYTES``.
+    chunk more; or less, where that would take more than ``AHEAD_BYTES``.
     """
-    step = -(-plan.effective // (plan.micro * options.share.world_size))
-    room = AHEAD_BYTES // (plan.micro * 3 * image_size**2)
-    workers = max(1, options.processes)
+    chunk, workers = min(CHUNK, plan.micro), max(1, options.processes)
+    step = -(-plan.effective // (chunk * options.share.world_size))
+    room = AHEAD_BYTES // (chunk * 3 * image_size**2)
     return max(2, min(-(-step // workers) + 1, room // workers))
+
+
+def shared_bytes(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
+    """Return how many bytes the workers of a run share with the main process."""
+    slots = _slots(options.processes, prefetch_factor(plan, image_size, options))
+    return slots * min(CHUNK, plan.micro) * 3 * image_size**2
+
+
+def _slots(workers: int, ahead: int) -> int:
+    """The chunks that exist at a time: those in work or ready, and the one that is being joined."""
+    return workers * ahead + 1
 
 
 def evaluation_batches(
@@ -204,118 +238,197 @@ def evaluation_batches(
     numbers, share = range(len(dataset)), options.share
     starts = numbers[::batch_size]
     mine = [starts[i] for i in share.of(len(starts))]
-    chunks = ([(0, n) for n in numbers[i : i + batch_size]] for i in mine)
-    under_way = UnderWay(options.processes)
-    batches = started(iter(_loader(dataset, preprocessing, chunks, options, under_way)))
-    for _ in mine:
-        yield next_batch(batches, under_way)
+    in_order = ([(0, n) for n in numbers[i : i + batch_size]] for i in mine)
+    plan = EpochPlan(len(numbers), batch_size * share.world_size, batch_size, 0)
+    ahead = prefetch_factor(plan, preprocessing.image_size, options)
+    yield from _batches(dataset, preprocessing, in_order, batch_size, ahead, options)
     for _ in range(-(-len(starts) // share.world_size) - len(mine)):
         yield EMPTY_BATCH
 
 
-def _loader(
+class _Task(NamedTuple):
+    """The places of a chunk, the slot for its pixels, and whether its micro-batch ends with it."""
+
+    slot: int
+    places: list[tuple[int, Any]]
+    ends: bool
+
+
+@dataclass
+class _Chunk:
+    """The decoded pairs of a task. Their pixels are in the first rows of its slot."""
+
+    slot: int
+    ends: bool
+    numbers: list[int] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def _batches(
     dataset: PairSource,
     preprocessing: Preprocessing,
     micro_batches: Iterable[list[tuple[int, Any]]],
+    most: int,
+    ahead: int,
     options: LoaderOptions,
-    under_way: UnderWay,
-    ahead: int = 2,
-) -> "DataLoader[Batch | DataError]":
+) -> Iterator[Batch]:
+    """Yield the micro-batches, which have at most ``most`` pairs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    items: Any  # the items become a Batch in _collate
-    if preprocessing.read_images:
-        workers = options.processes
-        transform = make_transform(
-            preprocessing.augmentation, preprocessing.image_size, preprocessing.squashed
-        )
-        items = _DecodedPairs(dataset, preprocessing, transform, under_way)
-    else:
-        workers = 0  # looking captions up takes less time than sending them between processes
+    workers, side = options.processes, preprocessing.image_size
+    if not preprocessing.read_images:
+        workers = side = 0  # looking captions up takes less time than sending them
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
-        items = _CaptionedPairs(dataset, preprocessing)
+    shared = SharedPixels(
+        (_slots(workers, ahead), min(CHUNK, most), *((3, side, side) if side else (0,)))
+    )
+    free, under_way = deque(range(len(shared.slots))), UnderWay(workers)
     if workers:
         atexit.unregister(kill_workers)  # once is enough
         atexit.register(kill_workers)
-    return DataLoader(
-        items,
-        batch_sampler=micro_batches,
-        collate_fn=partial(_collate, preprocessing.captions.pad_token_id),
+    chunks = DataLoader(
+        _Chunks(dataset, preprocessing, shared, under_way, options.leave_shift),
+        batch_size=None,
+        sampler=_tasks(micro_batches, free),
+        collate_fn=_unchanged,
         worker_init_fn=ignore_signals,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
-        pin_memory=options.pin_memory,
         timeout=options.timeout if workers else 0,
         # Otherwise iter() draws a seed from the global generator, and what the model draws from it
         # would depend on how often a loader was made
         generator=torch.Generator(),
     )
+    reader = started(iter(chunks))
+    pad_token_id = preprocessing.captions.pad_token_id
+    join = _Join(shared.slots, free, most, pad_token_id, options.pin_memory)
+    while True:
+        try:
+            chunk: _Chunk = next_batch(reader, under_way)
+        except StopIteration:
+            return
+        join.add(chunk)
+        if chunk.ends:
+            yield join.batch()
 
 
-@dataclass(frozen=True)
-class _Pair:
-    number: int
-    pixels: Tensor
-    ids: list[int]
+def _tasks(micro_batches: Iterable[list[tuple[int, Any]]], free: deque[int]) -> Iterator[_Task]:
+    """Cut micro-batches into tasks, each with the next of the ``free`` slots.
+
+    A DataLoader asks for a task before it hands a chunk out, so besides those that are ready or in
+    work there is one slot more.
+    """
+    for places in micro_batches:
+        for first in range(0, len(places), CHUNK):
+            last = first + CHUNK
+            yield _Task(free.popleft(), places[first:last], last >= len(places))
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk
 
 
 @dataclass(frozen=True, eq=False)
-class _DecodedPairs(Dataset["_Pair | Skipped | DataError"]):
-    """Maps (epoch, place) to a decoded pair; its augmentation depends on (seed, epoch, number)."""
+class _Chunks(Dataset["_Chunk | DataError"]):
+    """Maps a task to its decoded chunk; augmentations depend on (seed, epoch, number) alone."""
 
     dataset: PairSource
     preprocessing: Preprocessing
-    transform: Transform
+    shared: SharedPixels
     under_way: UnderWay
+    leave_shift: bool
 
-    def __getitem__(self, place: tuple[int, Any]) -> "_Pair | Skipped | DataError":
-        (epoch, which), how = place, self.preprocessing
-        self.under_way.set(f"pair {which}" if isinstance(which, int) else "a pair")
-        item: _Pair | Skipped | DataError
+    @cached_property
+    def transform(self) -> Transform:
+        how = self.preprocessing
+        return Transform(how.augmentation, how.image_size, how.squashed, self.leave_shift)
+
+    def __getitem__(self, task: _Task) -> "_Chunk | DataError":
+        chunk = _Chunk(task.slot, task.ends)
+        add = self._decode if self.preprocessing.read_images else self._look_up
+        for epoch, place in task.places:
+            try:
+                add(chunk, epoch, place)
+            except DataError as error:
+                return error  # torch would pass on only the text of what a worker raises
+        return chunk
+
+    def _decode(self, chunk: _Chunk, epoch: int, place: Any) -> None:
+        how = self.preprocessing
+        self.under_way.set(f"pair {place}" if isinstance(place, int) else "a pair")
+        raw = self.dataset[place]
+        self.under_way.set(f"{raw.key} in {raw.shard}")
         try:
-            raw = self.dataset[which]
-            self.under_way.set(f"{raw.key} in {raw.shard}")
             ids = how.captions.ids(raw, epoch)
             # Evaluation decodes in full, as the model's own processor would
             at_least = how.image_size if how.augmentation != "none" else 0
             image = decode_image(raw.image, at_least)
-            pixels = self.transform(image, derived_seed(how.seed, epoch, raw.number))
-            item = _Pair(raw.number, pixels, ids)
         except (BadImage, BadCaption) as error:
-            item = Skipped(raw.shard, raw.key, str(error))
-        except DataError as error:
-            item = error  # torch would pass on only the text of an exception raised in a worker
+            chunk.skipped.append(Skipped(raw.shard, raw.key, str(error)))
+        else:
+            out = self.shared.slots[chunk.slot, len(chunk.numbers)]
+            shift = self.transform.write(image, derived_seed(how.seed, epoch, raw.number), out)
+            chunk.shifts += [shift] if shift else []
+            chunk.numbers.append(raw.number)
+            chunk.ids.append(ids)
         # Not reached after any other error: the pair is then what was under way
         self.under_way.set("")
-        return item
 
-
-@dataclass(frozen=True, eq=False)
-class _CaptionedPairs(Dataset["_Pair | Skipped"]):
-    """Maps (epoch, number) to the caption of a pair, without its image."""
-
-    dataset: PairDataset
-    preprocessing: Preprocessing
-
-    def __getitem__(self, place: tuple[int, int]) -> "_Pair | Skipped":
-        epoch, number = place
+    def _look_up(self, chunk: _Chunk, epoch: int, number: int) -> None:
+        """Add the caption of a pair, without its image."""
+        assert isinstance(self.dataset, PairDataset)
         named, reason = self.dataset.named(number), self.preprocessing.bad.get(number)
-        if reason:
-            return Skipped(named.shard, named.key, reason)
         try:
-            ids = self.preprocessing.captions.ids(named, epoch)
-        except BadCaption as error:
-            return Skipped(named.shard, named.key, str(error))
-        return _Pair(number, torch.empty(0, dtype=torch.uint8), ids)
+            if reason:
+                raise BadImage(reason)
+            chunk.ids.append(self.preprocessing.captions.ids(named, epoch))
+            chunk.numbers.append(number)
+        except (BadImage, BadCaption) as error:
+            chunk.skipped.append(Skipped(named.shard, named.key, str(error)))
 
 
-def _collate(pad_token_id: int, items: "list[_Pair | Skipped | DataError]") -> Batch | DataError:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    pairs = [item for item in items if isinstance(item, _Pair)]
-    skipped = tuple(item for item in items if isinstance(item, Skipped))
-    if not pairs:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
-    pixels = torch.stack([pair.pixels for pair in pairs])
-    ids = padded([pair.ids for pair in pairs], pad_token_id)
-    return Batch(pixels, ids, tuple(pair.number for pair in pairs), skipped)
+class _Join:
+    """Joins chunks to micro-batches, in memory that is used again once nothing refers to it."""
+
+    def __init__(
+        self, slots: Tensor, free: deque[int], most: int, pad_token_id: int, pin_memory: bool
+    ) -> None:
+        self.slots, self.free = slots, free
+        self.pad_token_id, self.pin_memory = pad_token_id, pin_memory
+        self.shape = (most, *slots.shape[2:])
+        self.unused, self.chunks = list[Any](), list[_Chunk]()
+        self.pixels: Tensor | None = None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Copy the pixels of a chunk; then its slot is free again."""
+        if self.pixels is None:
+            self.pixels = self._memory()
+        first, count = sum(len(c.numbers) for c in self.chunks), len(chunk.numbers)
+        self.pixels[first : first + count] = self.slots[chunk.slot, :count]
+        self.free.append(chunk.slot)
+        self.chunks.append(chunk)
+
+    def batch(self) -> Batch:
+        """Return the micro-batch of the chunks added since the last one, and forget it."""
+        chunks, memory = self.chunks, self.pixels
+        self.chunks, self.pixels = [], None
+        numbers = tuple(number for chunk in chunks for number in chunk.numbers)
+        skipped = tuple(pair for chunk in chunks for pair in chunk.skipped)
+        if not numbers or memory is None:
+            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), skipped)
+        ids = padded([ids for chunk in chunks for ids in chunk.ids], self.pad_token_id)
+        shifts = [shift for chunk in chunks for shift in chunk.shifts]
+        left = torch.tensor(shifts) if shifts else None
+        if self.pin_memory:
+            ids, left = ids.pin_memory(), None if left is None else left.pin_memory()
+        return Batch(memory[: len(numbers)], ids, numbers, skipped, left)
+
+    def _memory(self) -> Tensor:
+        if self.pin_memory:  # torch keeps pinned memory, and waits for the copies to the device
+            return torch.empty(self.shape, dtype=torch.uint8, pin_memory=True)
+        # Memory that is new to a process takes longer than the copy
+        memory = self.unused.pop() if self.unused else np.empty(self.shape, np.uint8)
+        lent = memory.view()  # a tensor, and all that is cut from it, keep this object alive
+        weakref.finalize(lent, self.unused.append, memory).atexit = False
+        return torch.from_numpy(lent)

@@ -1,19 +1,66 @@
-"""Worker processes that die, hang or are left over: the error names the pairs that they were at."""
+"""Worker processes: the memory that they share with the main process, and what happens when they
+die, hang or are left over: the error names the pairs that they were at."""
 
 import ctypes
+import mmap
 import multiprocessing
+import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import DupFd
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from clipft.core.errors import DataError
 
 _MOST_BYTES = 200
 """The length to which the description of a worker's work is cut."""
+
+
+class SharedPixels:
+    """Uint8 pixels [slots, rows, 3, S, S] that workers write and the main process reads.
+
+    The memory belongs to no file system, so it takes nothing from /dev/shm, which containers
+    limit to 64 MiB, and nothing has to be cleaned up. It is used again and again: memory that is
+    new to a process costs more time than copying the pixels.
+    """
+
+    def __init__(self, shape: tuple[int, ...], descriptor: int = -1) -> None:
+        size = max(1, torch.Size(shape).numel())
+        if descriptor < 0:
+            descriptor = _unnamed_file(size)
+        self.shape, self._descriptor = shape, descriptor
+        self.slots: Tensor = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+        self.slots = self.slots[: torch.Size(shape).numel()].view(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Used where workers are not forked: they open the same memory again."""
+        return _reopened, (self.shape, DupFd(self._descriptor))
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)  # the mapping lives as long as its tensor
+
+
+def _reopened(shape: tuple[int, ...], descriptor: Any) -> SharedPixels:
+    return SharedPixels(shape, descriptor.detach())
+
+
+def _unnamed_file(size: int) -> int:
+    """Open memory that has a descriptor but no name; where the system has none, a deleted file."""
+    # By ctypes, since many builds of Python lack os.memfd_create although the system has it
+    create = getattr(ctypes.CDLL(None), "memfd_create", None)
+    descriptor = create(b"clipft", 1) if create else -1  # 1: closed in programs that are started
+    if descriptor < 0:
+        descriptor, name = tempfile.mkstemp()
+        os.unlink(name)
+    os.ftruncate(descriptor, size)
+    return int(descriptor)
 
 
 class UnderWay:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipft.data.augmentation import augment
 from clipft.data.captions.tokenizer import Keys, caption_keys, lengths, stacked
 from clipft.data.loader import Batch
 from clipft.embedding.dropout import Randomness
@@ -156,7 +157,12 @@ def _look_up(
 
 def _chunk_images(micro_batches: Sequence[Batch]) -> Chunks:
     chunks = [
-        Chunk(i, batch.pixel_values, np.asarray(batch.numbers, np.uint64), len(batch))
+        Chunk(
+            i,
+            augment(batch.pixel_values, batch.shifts),
+            np.asarray(batch.numbers, np.uint64),
+            len(batch),
+        )
         for i, batch in enumerate(micro_batches)
     ]
     return Chunks(chunks, torch.arange(sum(chunk.cells for chunk in chunks)))

@@ -23,7 +23,7 @@ from clipft.config.settings import AdaptSettings
 from clipft.core.common import cache_folder
 from clipft.core.errors import DataError
 from clipft.core.files import replacing
-from clipft.data.augmentation import make_transform
+from clipft.data.augmentation import Transform
 from clipft.data.captions.table import NoCaptions
 from clipft.data.images import BadImage, decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
@@ -209,7 +209,7 @@ def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
         image = decode_image(data)
     except BadImage as error:
         raise DataError(f"{name}: {error}", "choose another image") from error
-    pixels = make_transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
+    pixels = Transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
     with loaded.precision.autocast():
         vectors = loaded.model.eval().encode_images(pixels.to(loaded.precision.device))
         return vectors[0].float().cpu()

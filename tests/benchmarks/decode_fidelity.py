@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from clipft.data import images
-from clipft.data.augmentation import make_transform
+from clipft.data.augmentation import Transform
 from clipft.data.images import decode_image
 from clipft.models.pretrained import load_pretrained
 
@@ -62,7 +62,7 @@ def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
 def pixels(pictures: list[bytes], size: int, margin: float) -> Tensor:
     """Decode to uint8 [N, 3, size, size]; a ``margin`` of 0 decodes in full."""
     images._DRAFT_MARGIN = margin  # type: ignore[assignment]
-    transform = make_transform("none", size)
+    transform = Transform("none", size)
     at_least = size if margin else 0
     return torch.stack([transform(decode_image(data, at_least), 0) for data in pictures])
 

@@ -23,7 +23,7 @@ from side_by_side import Work, arguments, compare, publish
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
-from clipft.data.augmentation import make_transform, resized
+from clipft.data.augmentation import Transform, resized
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
@@ -125,7 +125,7 @@ def shares(folder: Path, tokenizer: Any) -> None:
     """Print where clipft spends its time, in milliseconds per sample."""
     dataset = open_pairs(folder)
     raw = [dataset[number] for number in range(min(256, len(dataset)))]
-    transform = make_transform("simple", SIDE)
+    transform = Transform("simple", SIDE)
     images = [decode_image(pair.image, SIDE) for pair in raw]
     parts: dict[str, Callable[[], Any]] = {
         "read": lambda: [dataset[number] for number in range(len(raw))],

@@ -88,7 +88,7 @@ def main() -> None:
             sleep = options.slack * needed(pairs, preprocessing, workers)
             shares: tuple[list[float], list[float]] = ([], [])
             for _ in range(1 if options.quick else 3):
-                with mock.patch.object(loader, "_ahead", return_value=2):
+                with mock.patch.object(loader, "prefetch_factor", return_value=2):
                     shares[0].append(waits(pairs, preprocessing, workers, sleep))
                 shares[1].append(waits(pairs, preprocessing, workers, sleep))
             rows.append(Stall(workers, sleep, *map(statistics.median, shares)))

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from clipft.data.augmentation import make_transform
+from clipft.data.augmentation import Transform, augment
 from clipft.data.images import BadImage, decode_image, resize_shorter
 
 FURNITURE = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
@@ -106,7 +108,7 @@ def test_long_images_keep_their_aspect():
 @pytest.mark.parametrize("augmentation", ["none", "simple", "advanced"])
 @pytest.mark.parametrize("size", [(64, 64), (300, 40), (40, 300), (1, 1), (500, 500)])
 def test_every_augmentation_gives_the_models_square(augmentation, size):
-    transform = make_transform(augmentation, 64)
+    transform = Transform(augmentation, 64)
     for seed in range(5):
         out = transform(plain(size=size), seed)
         assert out.shape == (3, 64, 64)
@@ -114,7 +116,7 @@ def test_every_augmentation_gives_the_models_square(augmentation, size):
 
 
 def test_simple_moves_the_image_but_keeps_its_colors():
-    transform = make_transform("simple", 64)
+    transform = Transform("simple", 64)
     colour = torch.tensor([200, 30, 40])[:, None, None]
     assert all((transform(plain(), seed) == colour).all() for seed in range(4))
 
@@ -122,7 +124,7 @@ def test_simple_moves_the_image_but_keeps_its_colors():
 def test_simple_crops_within_the_padding_and_mirrors_half():
     ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (1, 64, 3))
     down, across = Image.fromarray(ramp), Image.fromarray(ramp.transpose(1, 0, 2).copy())
-    transform = make_transform("simple", 64)
+    transform = Transform("simple", 64)
     shifts, mirrored = set(), 0
     for seed in range(400):
         column = transform(down, seed)[0, :, 0].int() // 3
@@ -138,7 +140,7 @@ def test_simple_crops_within_the_padding_and_mirrors_half():
 @pytest.mark.parametrize("augmentation", ["simple", "advanced"])
 def test_the_seed_alone_decides_and_the_global_generator_is_left_alone(augmentation):
     photo = Image.effect_noise((90, 70), 80).convert("RGB")
-    transform = make_transform(augmentation, 64)
+    transform = Transform(augmentation, 64)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = transform(photo, 7)
@@ -153,7 +155,7 @@ def test_no_augmentation_is_within_one_step_of_the_models_own_processor():
     from transformers import CLIPImageProcessor
 
     processor = CLIPImageProcessor(do_normalize=False, do_rescale=False)
-    transform = make_transform("none", 224)
+    transform = Transform("none", 224)
     for path in sorted(FURNITURE.glob("*.jpg"))[::12]:
         image = Image.open(path).convert("RGB")
         theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -165,7 +167,7 @@ def test_no_augmentation_is_within_one_step_of_the_models_own_processor():
 def test_squashed_images_are_whole_in_the_square(augmentation):
     halves = np.zeros((40, 300, 3), np.uint8)
     halves[:, 150:] = 255
-    transform = make_transform(augmentation, 64, squashed=True)
+    transform = Transform(augmentation, 64, squashed=True)
     out = transform(Image.fromarray(halves), 3)
     assert out.shape == (3, 64, 64)
     if augmentation != "advanced":
@@ -180,5 +182,32 @@ def test_squashing_is_within_one_step_of_siglips_processor():
     )
     image = Image.effect_noise((150, 90), 80).convert("RGB")
     theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    ours = make_transform("none", 64, squashed=True)(image, 0)
+    ours = Transform("none", 64, squashed=True)(image, 0)
     assert (ours.int() - theirs.round().int()).abs().max() <= 1
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(2, 40), st.integers(0, 2**62), st.booleans()
+)
+@settings(deadline=None)
+def test_the_device_shifts_as_a_worker_does(width, height, size, seed, squashed):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(noise)
+    cut = torch.empty(3, size, size, dtype=torch.uint8)
+    shift = Transform("simple", size, squashed, leave_shift=True).write(image, seed, cut)
+    on_device = augment(cut[None], torch.tensor([shift]))[0]
+    assert torch.equal(on_device, Transform("simple", size, squashed)(image, seed))
+
+
+@given(st.integers(2, 40), st.integers(0, 40), st.integers(0, 2**62))
+@settings(deadline=None)
+def test_simple_is_a_crop_of_the_image_padded_with_its_edges(size, longer, seed):
+    """As numpy has it: pad by a fourteenth, crop, mirror half of the time."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size + longer, size, 3), np.uint8)
+    pad, draw = max(1, round(size / 14)), np.random.default_rng(seed)
+    top, left = (int(draw.integers(0, n + 2 * pad, endpoint=True)) for n in (longer, 0))
+    padded = np.pad(noise, ((pad, pad), (pad, pad), (0, 0)), "edge")
+    crop = padded[top : top + size, left : left + size]
+    crop = crop[:, ::-1] if draw.random() < 0.5 else crop
+    ours = Transform("simple", size)(Image.fromarray(noise), seed)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), crop)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from clipft.data import loader
+from clipft.data.augmentation import augment
 from clipft.data.loader import (
+    Batch,
     LoaderOptions,
     evaluation_batches,
     training_batches,
@@ -101,6 +103,70 @@ def test_evaluation_has_every_pair_in_order(dataset, preprocessing):
         batches = list(evaluation_batches(dataset, preprocessing, size, LoaderOptions()))
         numbers = [n for batch in batches for n in batch.numbers]
         assert numbers == [n for n in range(30) if n not in (3, 11)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_micro_batches_of_several_chunks_are_the_same_as_of_one(
+    dataset, preprocessing, monkeypatch, workers
+):
+    expected = flat(steps(dataset, preprocessing, micro=10))
+    monkeypatch.setattr(loader, "CHUNK", 4)  # 10 pairs are chunks of 4, 4 and 2
+    assert_equal(flat(steps(dataset, preprocessing, workers, micro=10)), expected)
+    numbers = [numbers for _, _, numbers, _, _ in expected]
+    assert any(3 not in ten and 11 not in ten and len(ten) == 10 for ten in numbers)
+    assert any(len(ten) == 9 for ten in numbers)  # with a skipped pair
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_device_finishes_the_augmentation_with_the_same_bits(dataset, preprocessing, workers):
+    expected = flat(steps(dataset, preprocessing))
+    plan = EpochPlan(len(dataset), 12, 4, seed=5)
+    options = LoaderOptions(workers, leave_shift=True)
+    left = training_batches(dataset, preprocessing, plan, Position(), EPOCHS, options)
+    batches = [batch for step in left for batch in step.micro_batches]
+    assert all(len(batch.shifts) == len(batch) for batch in batches)
+    pixels = [augment(batch.pixel_values, batch.shifts) for batch in batches]
+    assert len(pixels) == len(expected)
+    for ours, (*_, theirs, _) in zip(pixels, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert any(
+        not torch.equal(b.pixel_values, ours) for b, ours in zip(batches, pixels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("augmentation", ["none", "advanced"])
+def test_other_augmentations_leave_nothing_to_the_device(dataset, augmentation):
+    plan = EpochPlan(len(dataset), 12, 12, seed=5)
+    options = LoaderOptions(leave_shift=True)
+    how = inputs.preprocessing(augmentation)
+    left = training_batches(dataset, how, plan, Position(), 1, options)
+    expected = flat(training_batches(dataset, how, plan, Position(), 1, LoaderOptions()))
+    left = list(left)
+    assert all(batch.shifts is None for step in left for batch in step.micro_batches)
+    assert_equal(flat(left), expected)
+
+
+def test_a_part_of_a_batch_has_its_rows_everywhere():
+    shifts = torch.arange(12).view(4, 3)
+    batch = Batch(torch.arange(4), torch.arange(4) * 10, (5, 6, 7, 8), ("bad",), shifts)
+    part = batch.part(slice(1, 3))
+    assert (part.numbers, part.skipped) == ((6, 7), ())
+    assert part.pixel_values.tolist() == [1, 2]
+    assert part.input_ids.tolist() == [10, 20]
+    assert torch.equal(part.shifts, shifts[1:3])
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it(dataset, preprocessing):
+    batches = evaluation_batches(dataset, preprocessing, 4, LoaderOptions())
+    first = next(batches)
+    rows, contents = first.pixel_values[1:], first.pixel_values[1:].clone()
+    address = first.pixel_values.data_ptr()
+    del first
+    held = [next(batches) for _ in range(2)]
+    assert address not in {batch.pixel_values.data_ptr() for batch in held}
+    assert torch.equal(rows, contents)  # a part of a batch keeps all of it
+    del rows
+    assert next(batches).pixel_values.data_ptr() == address
 
 
 def test_the_global_generator_is_left_alone(dataset, preprocessing):

@@ -25,7 +25,7 @@ from transformers import (
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.data.augmentation import make_transform
+from clipft.data.augmentation import Transform
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.data.demo.catalogue import render_pair
 from clipft.models.pretrained import PretrainedModel, load_inputs, load_pretrained
@@ -77,7 +77,7 @@ def tuned(folder: Path, scenario: str = "zero_shot", **given: object) -> Trainab
 
 def pixels_and_ids(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = pretrained(folder).inputs
-    transform = make_transform("none", inputs.image_size, inputs.squashed)
+    transform = Transform("none", inputs.image_size, inputs.squashed)
     encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
     ids = padded([encoded.ids for encoded in encoder(TEXTS)], encoder.eos_token_id)
     return torch.stack([transform(image, 0) for image in some_images()]), ids

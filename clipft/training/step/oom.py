@@ -11,7 +11,7 @@ so the run ends and can be resumed with other settings.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
@@ -111,12 +111,7 @@ class SmallerPieces(Recovery):
                 pieces.append(batch)
                 continue
             for start in range(0, len(batch), self.micro):
-                rows = slice(start, start + self.micro)
-                pixels, ids = batch.pixel_values[rows], batch.input_ids[rows]
-                numbers = batch.numbers[rows]
-                pieces.append(
-                    replace(batch, pixel_values=pixels, input_ids=ids, numbers=numbers, skipped=())
-                )
+                pieces.append(batch.part(slice(start, start + self.micro)))
         return pieces
 
 
