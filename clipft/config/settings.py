@@ -309,8 +309,8 @@ class OptimSettings(Section):
     grad_clip: float = setting(1.0, "Maximum gradient norm. 0: no clipping.", "fixed", ge=0)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
         "auto",
-        "adamw: fused AdamW; adamw8bit: AdamW with 8-bit states; auto: adamw8bit on a GPU if it "
-        "saves memory, otherwise adamw.",
+        "adamw: fused AdamW; adamw8bit: AdamW with 8-bit states; auto: adamw, or adamw8bit on a "
+        "GPU where gradients and states in 32 bits would take more than a quarter of the memory.",
         "fixed",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(

@@ -6,6 +6,7 @@ Workers, processes and micro-batches take their share of this order; they never 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -45,22 +46,32 @@ SOLE_PROCESS = Share()
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How the pairs of an epoch fall into optimizer steps and micro-batches."""
+    """How the pairs of an epoch fall into optimizer steps and micro-batches.
+
+    Fewer pairs than ``smallest`` are no step of their own; 0 stands for a quarter of ``effective``.
+    """
 
     pairs: int
     effective: int
     micro: int
     seed: int
+    smallest: int = 0
 
     @property
+    def smallest_step(self) -> int:
+        """The fewest pairs that are a step of their own, unless the whole epoch has fewer."""
+        return self.smallest or max(2, -(-self.effective // 4))
+
+    @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """First and last-plus-one place of each step in the order of the epoch.
 
-        The last step takes what is left. A single pair that is left over joins the step before:
-        alone it would have no negatives, and its loss would be 0 whatever the model.
+        The last step takes what is left. If that is less than ``smallest_step``, it joins the step
+        before: a step of few pairs has few negatives, so its gradient is mostly noise, and yet the
+        learning rate would be that of a whole step.
         """
         starts = list(range(0, self.pairs, self.effective))
-        if len(starts) > 1 and self.pairs - starts[-1] == 1:
+        if len(starts) > 1 and self.pairs - starts[-1] < self.smallest_step:
             starts.pop()
         return list(zip(starts, [*starts[1:], self.pairs], strict=True))
 

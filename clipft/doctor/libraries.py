@@ -5,7 +5,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from clipft.config.settings import Settings
-from clipft.core.errors import UsageError, first_line
+from clipft.core.errors import first_line
 from clipft.doctor import Finding
 
 _GIB = 1 << 30
@@ -145,20 +145,14 @@ def precision(settings: Settings) -> Finding:
 
 def eight_bit(settings: Settings) -> Finding:
     """Take one step with the 8-bit optimizer of bitsandbytes."""
-    import torch
-
     from clipft.models.device import choose_precision
-    from clipft.training.step.optimizer import make_adamw
+    from clipft.training.step.optimizer import eight_bit_fault
 
     where = choose_precision(settings).device
-    weight = torch.nn.Parameter(torch.zeros(64, 64, device=where))
-    weight.grad = torch.ones_like(weight)
-    try:
-        make_adamw("adamw8bit", [{"params": [weight], "lr": 1e-3}], where).step()
-    except (UsageError, RuntimeError, OSError) as error:
+    if fault := eight_bit_fault(where):
         return Finding(
             "error" if settings.optimizer == "adamw8bit" else "warning",
-            f"AdamW8bit does not run on {where.type}: {first_line(error)}",
+            f"AdamW8bit does not run on {where.type}: {fault}",
             "use --optimizer adamw, or reinstall bitsandbytes",
         )
     return Finding("ok", f"bitsandbytes {version('bitsandbytes')} runs on {where.type}")

@@ -13,7 +13,11 @@ from torch import nn
 
 from clipft import __version__
 from clipft.config.settings import OptimSettings
+from clipft.core.common import Note
 from clipft.core.errors import UsageError
+
+_PREFERRED = {"cuda": ("bf16", "fp16"), "cpu": ("bf16", "fp32"), "mps": ("fp32",)}
+"""What ``auto`` tries on each kind of device, in this order."""
 
 _RECORDED_PACKAGES = (
     "torch",
@@ -72,16 +76,47 @@ def choose_precision(settings: OptimSettings) -> Precision:
     if name == "fp16" and kind == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
     if name == "auto":
-        name = "fp32"
-        if kind == "cuda":
-            native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            name = "bf16" if native_bf16 else "fp16"
-        elif kind == "cpu":
-            # Without these instructions bf16 is emulated, and slower by orders of magnitude
-            probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-            name = "bf16" if native else "fp32"
+        name = next(name for name in _PREFERRED[kind] if computes_in(kind, name))
     return Precision(name, torch.device(kind))
+
+
+def computes_in(kind: str, name: str) -> bool:
+    """True if this machine's device of a kind has instructions for a precision.
+
+    Others are emulated at best, and slower by orders of magnitude.
+    """
+    if name == "bf16" and kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if name == "bf16" and kind == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return name == "fp32" or (name == "fp16" and kind != "cpu")
+
+
+def keep_precision(settings: OptimSettings, began: str, note: Note) -> Precision:
+    """Return the precision of a run that ``began`` in one ("" for a new run).
+
+    With ``auto`` a run keeps the precision it began in wherever the device computes in it, because
+    another one gives other weights. Elsewhere it goes on in what ``auto`` chooses there: the
+    trained weights and the optimizer's states are fp32 in each of them.
+
+    Raises:
+        UsageError: the requested device or precision is not available here.
+    """
+    chosen = choose_precision(settings)
+    if settings.precision != "auto" or began in {"", chosen.name}:
+        return chosen
+    if computes_in(chosen.device.type, began):
+        note(
+            f"note: this run began in {began} and goes on in it; a new run would use "
+            f"{chosen.name} on this {chosen.device.type}."
+        )
+        return Precision(began, chosen.device)
+    note(
+        f"warning: this run began in {began}, which this {chosen.device.type} does not compute in: "
+        f"it goes on in {chosen.name}, and its figures will not be those of a run in one precision."
+    )
+    return chosen
 
 
 def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:

@@ -39,6 +39,8 @@ _REQUIRED_TO_RESUME: dict[str, type] = {
     "step_in_epoch": int,
     "loss": float,
     "epoch_loss_sum": float,
+    "epoch_pairs": int,
+    "choices": dict,
     "optimizer_state_dict": dict,
     "scheduler_state_dict": dict,
     "scaler_state_dict": dict,
@@ -48,9 +50,41 @@ _REQUIRED_TO_RESUME: dict[str, type] = {
     "skipped_pairs": int,
 }
 """Keys that only the checkpoint of a run has; ``best.pt`` holds weights alone."""
+_SINCE_FORMAT_3 = {"epoch_pairs", "choices"}
+
+
+def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Count the losses of the epoch by pairs instead of by steps, and add ``choices``.
+
+    Only a single pair was too small for a step. The precision is known if it was fp16, from the
+    loss scaler, and the optimizer from its state.
+    """
+    known = {key: kind for key, kind in _REQUIRED_TO_RESUME.items() if key not in _SINCE_FORMAT_3}
+    settings, pairs = content["settings"], content.get("train_pairs")
+    batch = settings.get("effective_batch_size")
+    if _missing(content, known) or not (isinstance(pairs, int) and isinstance(batch, int)):
+        return content  # weights alone, or not a run of clipft: ``check_resumable`` decides
+    effective = max(1, min(batch, pairs))
+    done = content["step_in_epoch"]
+    steps = done or max(1, -(-(pairs - 1) // effective))
+    seen = min(done * effective, pairs) if done else pairs
+    states = content["optimizer_state_dict"].get("state") or {}
+    kinds = ["adamw" if "exp_avg" in state else "adamw8bit" for state in states.values()]
+    return {
+        **content,
+        "epoch_loss_sum": content["epoch_loss_sum"] / steps * seen,
+        "epoch_pairs": seen,
+        "choices": {
+            "precision": "fp16" if content["scaler_state_dict"] else "",
+            "optimizer": kinds[0] if kinds else "",
+            "smallest_step": 2,
+        },
+    }
+
 
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda content: content,  # the same keys, in a file without a checksum
+    2: _from_format_2,
 }
 """By format: turns its content into that of the next format."""
 

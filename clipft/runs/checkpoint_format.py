@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MARK = b"clipft sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
 _NO_COMMENT = b"\0\0"

@@ -1,6 +1,6 @@
 """What a run reports while it trains: its plan, each step, each epoch, and who is told of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,27 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a run decided for itself when it began, and keeps when it is resumed elsewhere.
+
+    ``precision`` and ``optimizer`` are what ``auto`` chose for the hardware ("" is unknown), and
+    ``smallest_step`` is the fewest pairs that were a step of their own (0: not decided yet).
+    """
+
+    precision: str = ""
+    optimizer: str = ""
+    smallest_step: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any] | None) -> "Choices":
+        """Return those of the run that a checkpoint belongs to; of a new run, none."""
+        return cls(**(checkpoint or {}).get("choices", {}))
+
+
+NEW_RUN = Choices()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ The newest state (``{scenario}_checkpoint.pt``) is saved at the end of each epoc
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Saver:
             "base_model": self.setup.loaded.identity,
             "data": self.setup.train.identity(),
             "train_pairs": len(self.setup.train),
+            "choices": asdict(self.setup.choices),
             **self.state.state_dict(),
         }
 

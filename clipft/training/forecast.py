@@ -22,7 +22,7 @@ from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
 from clipft.runs.checkpoint_format import checkpoint_size
 from clipft.runs.folder import RunPaths
-from clipft.runs.records import Forecast, StepResult
+from clipft.runs.records import Choices, Forecast, StepResult
 from clipft.training.checkpointing import is_save_due
 from clipft.training.loop import fit
 from clipft.training.resume import check_same_run, checkpoint_to_resume
@@ -56,7 +56,7 @@ def forecast(
     paths = RunPaths(settings.run_dir)
     whole = checkpoint_to_resume(settings, paths, note)
     checkpoint = whole.content if whole else None
-    setup = prepare(settings, note, processes, progress, source)
+    setup = prepare(settings, note, processes, progress, source, Choices.of(checkpoint))
     if checkpoint:
         check_same_run(checkpoint, setup)
 

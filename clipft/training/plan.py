@@ -13,7 +13,7 @@ from clipft.runs.records import Plan
 from clipft.training.batch_size import Probe, SearchResult, cached_result, keep_result
 from clipft.training.probe import ModelProbe, measure
 from clipft.training.step.gradcache import ACCUMULATIONS
-from clipft.training.step.optimizer import choose_optimizer, warmup_steps
+from clipft.training.step.optimizer import warmup_steps
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200
@@ -28,17 +28,16 @@ def lay_plan(
     val_pairs: int,
     processes: int,
     notes: Sequence[str],
-    sharded: bool = False,
+    optimizer: str,
 ) -> Plan:
     """The plan of a run whose epochs are divided into ``steps``."""
     parameters = loaded.model.parameters_count()
-    device, trainable = loaded.precision.device, parameters.trainable
     epochs = settings.epochs if settings.declared_scenario.trains else 0
     return Plan(
         scenario=settings.scenario,
         model=settings.model,
         parameters=str(parameters),
-        trainable_parameters=trainable,
+        trainable_parameters=parameters.trainable,
         train_pairs=steps.pairs,
         val_pairs=val_pairs,
         epochs=epochs,
@@ -46,9 +45,9 @@ def lay_plan(
         warmup_steps=warmup_steps(settings.warmup_steps, epochs * steps.steps),
         effective_batch_size=steps.effective,
         micro_batch_size=steps.micro,
-        device=str(device),
+        device=str(loaded.precision.device),
         precision=loaded.precision.name,
-        optimizer=choose_optimizer(settings, device, trainable, sharded),
+        optimizer=optimizer,
         notes=tuple(notes),
         processes=processes,
     )

@@ -22,7 +22,7 @@ from clipft.metrics.ranking import retrieval
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
-from clipft.runs.records import Callbacks, EpochResult
+from clipft.runs.records import Callbacks, Choices, EpochResult
 from clipft.training.checkpointing import Best, Saver, find_best, load_best
 from clipft.training.loop import fit, step_batches
 from clipft.training.resume import (
@@ -89,7 +89,8 @@ def train(
             callbacks.progress, lambda: stop.check("before the first step of this start", saved)
         )
         try:
-            setup = prepare(settings, callbacks.note, processes, progress, source)
+            began = Choices.of(checkpoint)
+            setup = prepare(settings, callbacks.note, processes, progress, source, began)
             on_rank_zero(processes, begin_folder)
             run = _Run(setup, paths, callbacks, stop)
             try:
@@ -294,7 +295,8 @@ class _Run:
         ``result.json`` is written last. If a signal ends this between two batches, the file is
         missing, and a resumed run does all of it again.
         """
-        settings, loaded, best = self.setup.settings, self.setup.loaded, result.best
+        loaded, best = self.setup.loaded, result.best
+        settings = self.setup.settings.model_copy(update={"precision": loaded.precision.name})
         if best:
             content = load_best(self.paths.best, best.epoch)
             if self.setup.weights.sharded:  # a whole model, as the other processes are not here

@@ -31,14 +31,21 @@ from clipft.embedding.encoding import (
     validation_preprocessing,
 )
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
-from clipft.runs.records import Plan
+from clipft.runs.records import NEW_RUN, Choices, Plan
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
 from clipft.training.step.fsdp import check_sharding, hold_weights, will_shard
 from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, ActivationBudget
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import EndsRun, Recovery, SmallerPieces
-from clipft.training.step.optimizer import Optimizer, make_adamw, one_cycle, parameter_groups
+from clipft.training.step.optimizer import (
+    Optimizer,
+    choose_optimizer,
+    make_adamw,
+    one_cycle,
+    parameter_groups,
+)
 from clipft.training.step.weights import Weights
 
 if TYPE_CHECKING:
@@ -63,6 +70,12 @@ class RunSetup:
     plan: Plan
     processes: Processes
     weights: Weights
+
+    @property
+    def choices(self) -> Choices:
+        """What a resumed run keeps of what this one decided for itself."""
+        plan = self.plan
+        return Choices(plan.precision, plan.optimizer, self.epoch_plan.smallest_step)
 
     @property
     def loader_options(self) -> LoaderOptions:
@@ -147,8 +160,11 @@ def prepare(
     processes: Processes,
     progress: Progress = silent,
     source: "ShardSource | None" = None,
+    began: Choices = NEW_RUN,
 ) -> RunSetup:
     """Open the data, load the model, choose the micro-batch and make the plan.
+
+    ``began`` is what a run that is resumed decided when it began.
 
     Every process ends with the same setup. Work that leaves something in the cache folder is done
     by one process of each machine first, so that the others find it there.
@@ -162,7 +178,9 @@ def prepare(
     data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
     train, val = data.train, data.val
 
-    loaded = on_all_ranks(processes, lambda: load_model(settings))
+    precision = keep_precision(settings, began.precision, note)
+    here = settings.model_copy(update={"precision": precision.name})
+    loaded = on_all_ranks(processes, lambda: load_model(here))
     _check_same_everywhere(processes, loaded, train)
     micro = effective = min(settings.effective_batch_size, len(train))
     notes = list[str]()
@@ -173,10 +191,11 @@ def prepare(
             processes, lambda: micro_batch(settings, loaded, most, note, beside, sharding)
         )
         micro = even_micro_batch(effective, found, processes.world_size)
-    epoch_plan = EpochPlan(len(train), effective, micro, settings.seed)
+    epoch_plan = EpochPlan(len(train), effective, micro, settings.seed, began.smallest_step)
     if settings.declared_scenario.trains:
         notes = [*step_remarks(settings, epoch_plan), *data.remarks]
     weights = hold_weights(settings, loaded, processes, note)
+    optimizer = _agreed_optimizer(settings, loaded, processes, weights, began, note)
 
     def features() -> tuple[Encoding, Encoding]:
         def opened(pairs: Pairs, preprocessing: Preprocessing) -> Encoding:
@@ -201,10 +220,30 @@ def prepare(
         val_positives=make_positives(settings, val, pad_token_id, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
-        plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, weights.sharded),
+        plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, optimizer),
         processes=processes,
         weights=weights,
     )
+
+
+def _agreed_optimizer(
+    settings: Settings,
+    loaded: LoadedModel,
+    processes: Processes,
+    weights: Weights,
+    began: Choices,
+    note: Note,
+) -> str:
+    """The optimizer of all processes: AdamW if only some of them can use the 8-bit one."""
+    if not settings.declared_scenario.trains:
+        return "adamw"
+    trainable, device = loaded.model.parameters_count().trainable, loaded.precision.device
+
+    def choose() -> str:
+        return choose_optimizer(settings, device, trainable, weights.sharded, began.optimizer, note)
+
+    chosen = processes.gather_objects(on_all_ranks(processes, choose))
+    return chosen[0] if len(set(chosen)) == 1 else "adamw"
 
 
 @dataclass(frozen=True)

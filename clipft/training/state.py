@@ -23,7 +23,8 @@ from clipft.training.step.optimizer import Optimizer
 class TrainState:
     """Model, optimizer and position: all that changes from step to step.
 
-    ``step`` counts the optimizer steps done; ``loss`` is that of the last one.
+    ``step`` counts the optimizer steps done; ``loss`` is that of the last one. ``epoch_loss_sum``
+    adds up the losses of the epoch's ``epoch_pairs`` pairs.
     """
 
     model: TrainableModel
@@ -33,6 +34,7 @@ class TrainState:
     position: Position = field(default_factory=Position)
     loss: float = float("nan")
     epoch_loss_sum: float = 0.0
+    epoch_pairs: int = 0
 
     @property
     def epoch_ended(self) -> bool:
@@ -41,14 +43,17 @@ class TrainState:
 
     @property
     def mean_loss(self) -> float:
-        """Mean training loss of an epoch that has ended."""
-        return self.epoch_loss_sum / self.steps_per_epoch
+        """Mean training loss of the epoch's pairs: a step counts by its number of pairs."""
+        return self.epoch_loss_sum / self.epoch_pairs
 
     def advance(self, batch: StepBatch, loss: float) -> None:
         """Count the step that was just done."""
         self.step += 1
         self.loss = loss
-        self.epoch_loss_sum = loss + (self.epoch_loss_sum if batch.step else 0.0)
+        if batch.step == 0:
+            self.epoch_loss_sum, self.epoch_pairs = 0.0, 0
+        self.epoch_loss_sum += loss * batch.pairs
+        self.epoch_pairs += batch.pairs
         last = batch.step + 1 == self.steps_per_epoch
         self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
 
@@ -65,6 +70,7 @@ class TrainState:
             "step": self.step,
             "loss": self.loss,
             "epoch_loss_sum": self.epoch_loss_sum,
+            "epoch_pairs": self.epoch_pairs,
             "model_state_dict": self.optimizer.weights.model_state(self.model),
         }
 
@@ -78,7 +84,7 @@ class TrainState:
         self.optimizer.load_state_dict(state)
         self.position = Position(state["epoch"], state["step_in_epoch"])
         self.step, self.loss = state["step"], state["loss"]
-        self.epoch_loss_sum = state["epoch_loss_sum"]
+        self.epoch_loss_sum, self.epoch_pairs = state["epoch_loss_sum"], state["epoch_pairs"]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.data.order import EpochPlan, Position, derived_seed
+from clipft.data.order import EpochPlan, Position, Share, derived_seed
 
 sizes = {
     "pairs": st.integers(1, 200),
@@ -34,14 +34,58 @@ def test_a_resumed_order_is_the_tail_of_the_uninterrupted_one(pairs, effective, 
     assert tail == whole[done:]
 
 
+def lengths_of(plan: EpochPlan) -> list[int]:
+    return [last - first for first, last in plan.bounds]
+
+
 @given(**sizes)
-def test_no_step_is_a_single_pair_and_none_is_much_too_large(pairs, effective, micro, seed):
-    plan = EpochPlan(pairs, effective, micro, seed)
-    lengths = [last - first for first, last in plan.bounds]
+def test_no_step_has_few_pairs_and_none_is_much_too_large(pairs, effective, micro, seed):
+    lengths = lengths_of(EpochPlan(pairs, effective, micro, seed))
     assert sum(lengths) == pairs
-    assert max(lengths) <= effective + 1
-    if pairs > 1:
-        assert min(lengths) > 1
+    assert all(length == effective for length in lengths[:-1])
+    assert lengths[-1] < 1.25 * effective or lengths[-1] == effective + 1
+    if pairs >= effective:
+        assert lengths[-1] >= max(2, effective / 4)
+
+
+@given(**sizes)
+def test_a_resumed_plan_keeps_the_rule_that_it_began_with(pairs, effective, micro, seed):
+    """Before, only a single pair was too small for a step: ``smallest`` 2."""
+    lengths = lengths_of(EpochPlan(pairs, effective, micro, seed, smallest=2))
+    whole, left = divmod(pairs, effective)
+    if left == 1 and whole:
+        assert lengths == [*[effective] * (whole - 1), effective + 1]
+    else:
+        assert lengths == [*[effective] * whole, *([left] if left else [])]
+    began = EpochPlan(pairs, effective, micro, seed)
+    again = EpochPlan(pairs, effective, micro, seed, began.smallest_step)
+    assert again.bounds == began.bounds
+
+
+@given(**sizes, processes=st.integers(1, 5))
+def test_the_shares_of_all_processes_make_up_each_step(pairs, effective, micro, seed, processes):
+    plan = EpochPlan(pairs, effective, micro, seed)
+    shares = [
+        list(plan.from_position(Position(), 1, plan.order, Share(rank, processes)))
+        for rank in range(processes)
+    ]
+    counts = [
+        [len(Share(r, processes).of(plan.micro_batches(s))) for s in range(plan.steps)]
+        for r in range(processes)
+    ]
+    assert [sum(count) for count in counts] == [len(share) for share in shares]
+    together = [[] for _ in range(plan.steps)]
+    for share, of_steps in zip(shares, counts, strict=True):
+        batches = iter(share)
+        for step, count in enumerate(of_steps):
+            together[step] += [place for _ in range(count) for place in next(batches)]
+    assert list(map(len, together)) == lengths_of(plan)
+
+
+def test_1026_pairs_at_1024_are_one_step():
+    assert lengths_of(EpochPlan(1026, 1024, 64, 1)) == [1026]
+    assert lengths_of(EpochPlan(1024 + 255, 1024, 64, 1)) == [1279]
+    assert lengths_of(EpochPlan(1024 + 256, 1024, 64, 1)) == [1024, 256]
 
 
 @given(**sizes, other=st.integers(1, 64))

@@ -207,3 +207,45 @@ def test_weights_alone_cannot_be_resumed(saved):
     content = load_checkpoint(saved) | {"step": 3, "before": {}}
     with pytest.raises(ModelError, match="no run to resume: it has no step_in_epoch, loss"):
         check_resumable(saved, content)
+
+
+OF_FORMAT_2 = {
+    **CONTENT,
+    "settings": {"effective_batch_size": 10},
+    **{"step": 2, "step_in_epoch": 2, "loss": 1.0, "epoch_loss_sum": 5.0, "train_pairs": 23},
+    "optimizer_state_dict": {"state": {0: {"exp_avg": 1}}},
+    **{"scheduler_state_dict": {}, "scaler_state_dict": {}, "skipped_in_a_row": 0},
+    **{"early_stopping": {}, "before": {}, "skipped_pairs": 0},
+}
+
+
+def read_as_format_2(path, **given):
+    torch.save({**OF_FORMAT_2, **given, "format_version": 2}, path)
+    data = path.read_bytes()
+    comment = b"clipft sha256 " + hashlib.sha256(data).hexdigest().encode()
+    path.write_bytes(data[:-2] + len(comment).to_bytes(2, "little") + comment)
+    content = load_checkpoint(path)
+    check_resumable(path, content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "pairs"),
+    [
+        ({}, 2.5, 20),
+        ({"step_in_epoch": 0, "epoch_loss_sum": 6.0}, 2.0, 23),  # the epoch has ended: 3 steps
+        ({"step_in_epoch": 0, "epoch_loss_sum": 6.0, "train_pairs": 21}, 3.0, 21),  # 10 and 11
+        ({"step_in_epoch": 1, "train_pairs": 4}, 5.0, 4),
+    ],
+)
+def test_a_run_of_format_2_goes_on_with_its_mean_loss_and_its_steps(saved, given, loss, pairs):
+    content = read_as_format_2(saved, **given)
+    assert content["epoch_loss_sum"] / content["epoch_pairs"] == pytest.approx(loss)
+    assert content["epoch_pairs"] == pairs
+    assert content["choices"] == {"precision": "", "optimizer": "adamw", "smallest_step": 2}
+
+
+def test_what_a_run_of_format_2_began_with_is_read_from_its_states(saved):
+    states = {"optimizer_state_dict": {"state": {0: {"state1": 1}}}, "scaler_state_dict": {"a": 1}}
+    chosen = read_as_format_2(saved, **states)["choices"]
+    assert chosen == {"precision": "fp16", "optimizer": "adamw8bit", "smallest_step": 2}

@@ -1,7 +1,10 @@
 import math
 
+import pytest
+
+from clipft.data.loader import StepBatch
 from clipft.runs.records import EpochResult
-from clipft.training.state import EarlyStopping
+from clipft.training.state import EarlyStopping, TrainState
 
 
 def epoch(loss: float, recall: float = 0.0) -> EpochResult:
@@ -50,3 +53,13 @@ def test_state_round_trip():
     other = EarlyStopping("loss", 2, 0.0)
     other.load_state_dict(one.state_dict())
     assert other == one
+
+
+def test_the_loss_of_an_epoch_counts_each_pair_once():
+    """A last step of few pairs, or one with skipped pairs, does not weigh as much as the others."""
+    state = TrainState(None, None, 3)  # type: ignore[arg-type]
+    for epoch, losses in enumerate(([1.0, 2.0, 10.0], [3.0, 3.0, 5.0])):
+        for step, (loss, pairs) in enumerate(zip(losses, (32, 31, 8), strict=True)):
+            state.advance(StepBatch(epoch, step, [], [], pairs), loss)
+        expected = (32 * losses[0] + 31 * losses[1] + 8 * losses[2]) / 71
+        assert state.mean_loss == pytest.approx(expected)

@@ -11,12 +11,18 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
 from clipft.config.settings import OptimSettings
-from clipft.core.errors import DivergedError, ModelError, UsageError
+from clipft.core.common import Note
+from clipft.core.errors import DivergedError, ModelError, UsageError, first_line
+from clipft.core.memory import usable_memory
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
 
-# AdamW8bit saves 6 bytes of state per weight, which matters from this many trainable weights on
-EIGHT_BIT_PAYS_FROM = 20_000_000
+_STATE_BYTES = 12
+"""Bytes for each trained weight in fp32: its gradient, and the two moments of AdamW."""
+_LARGE_SHARE = 0.25
+"""From this share of the memory on, ``auto`` takes 8 bits. They halve the ``_STATE_BYTES``, so at
+least an eighth of the memory becomes free. Below that, fused AdamW is the better choice: it
+updates all weights in one call, and bitsandbytes waits for the device after each of them."""
 
 MAX_SKIPPED_STEPS = 10
 """With this many steps in a row whose gradient is not finite, training has diverged."""
@@ -29,13 +35,64 @@ def warmup_steps(asked: int, total_steps: int) -> int:
 
 
 def choose_optimizer(
-    settings: OptimSettings, device: torch.device, trainable: int, sharded: bool = False
+    settings: OptimSettings,
+    device: torch.device,
+    trainable: int,
+    sharded: bool,
+    began: str,
+    note: Note,
 ) -> str:
-    """``adamw`` or ``adamw8bit``; the latter works on whole weights only."""
-    if settings.optimizer != "auto":
-        return settings.optimizer
-    pays = device.type == "cuda" and trainable >= EIGHT_BIT_PAYS_FROM
-    return "adamw8bit" if pays and not sharded else "adamw"
+    """``adamw`` or ``adamw8bit``, which is tried before it is chosen.
+
+    A run that is resumed goes on with the one it ``began`` with ("" for a new run): the two keep
+    different states. ``trainable`` is the number of weights that train. 8-bit states work on whole
+    weights only, not on ``sharded`` ones.
+
+    Raises:
+        UsageError: ``adamw8bit`` was asked for, or the run began with it, and it does not run here.
+    """
+    auto = settings.optimizer == "auto"
+    large = device.type == "cuda" and not sharded and _fills_memory(trainable, device)
+    wanted = (began if auto else settings.optimizer) or ("adamw8bit" if large else "adamw")
+    if wanted == "adamw":
+        if auto and large:
+            note(
+                "note: this run began with AdamW in 32 bits and goes on with it, although a new "
+                "run would use 8 bits in the memory of this device."
+            )
+        return wanted
+    fault = "sharding would cut its states" if sharded else eight_bit_fault(device)
+    if fault and auto and not began:
+        note(f"note: AdamW with 8-bit states does not run here ({fault}): using 32 bits.")
+        return "adamw"
+    if fault:
+        whose = "the adamw8bit that this run began with" if auto else "--optimizer adamw8bit"
+        raise UsageError(
+            f"{whose} does not run here: {fault}",
+            "repair the installation of bitsandbytes, or start a run with --optimizer adamw, "
+            "which can be resumed on any device",
+        )
+    return wanted
+
+
+def _fills_memory(trainable: int, device: torch.device) -> bool:
+    return trainable * _STATE_BYTES > _LARGE_SHARE * usable_memory(device)
+
+
+def eight_bit_fault(device: torch.device) -> str | None:
+    """Take one step with bitsandbytes' AdamW8bit on ``device``; return why it fails, or None.
+
+    Its library may be missing, or lack the functions for this device, which only a step shows.
+    """
+    start = torch.zeros(128, 128, device=device)  # smaller weights would get 32-bit states
+    weight = nn.Parameter(start.clone())
+    weight.grad = torch.ones_like(weight)
+    try:
+        make_adamw("adamw8bit", [{"params": [weight], "lr": 1e-3}], device).step()
+        changed = not torch.equal(weight, start)  # waits for the device, which may fail only now
+    except Exception as error:  # its loader and its kernels raise errors of many kinds
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None if changed else "its step changes no weight"
 
 
 def parameter_groups(model: TrainableModel, settings: OptimSettings) -> list[dict[str, Any]]:
@@ -65,20 +122,11 @@ def parameter_groups(model: TrainableModel, settings: OptimSettings) -> list[dic
 def make_adamw(
     name: str, groups: list[dict[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``choose_optimizer`` named.
-
-    Raises:
-        UsageError: bitsandbytes, which has the 8-bit one, cannot be loaded.
-    """
+    """The optimizer that ``choose_optimizer`` named."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in {"cpu", "cuda"})
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UsageError(
-            f"--optimizer adamw8bit: bitsandbytes cannot be loaded: {error}",
-            "use --optimizer adamw, or repair the installation of bitsandbytes",
-        ) from error
+    from bitsandbytes.optim import AdamW8bit
+
     eight_bit: torch.optim.Optimizer = AdamW8bit(groups)
     return eight_bit
 
@@ -175,12 +223,7 @@ class Optimizer:
         saved = state["optimizer_state_dict"]
         first = next(iter(saved["state"].values()), None)
         if first and ("exp_avg" in first) != isinstance(self.adamw, torch.optim.AdamW):
-            raise ModelError(
-                "the checkpoint has the optimizer state of the other AdamW: `auto` chooses "
-                "adamw8bit on a GPU, and adamw with --shard-weights",
-                "resume with or without --shard-weights as before; a run that is started with "
-                "--optimizer adamw can change between them",
-            )
+            raise _other_groups("it is that of the other AdamW, in 8 or in 32 bits")
         try:
             self.adamw.load_state_dict(self.weights.own_optimizer_state(self.adamw, saved))
         except ValueError as error:
@@ -189,7 +232,8 @@ class Optimizer:
         rates = [group["lr"] for group in self.adamw.param_groups]
         if rates != self.scheduler.get_last_lr():
             raise _other_groups(f"learning rates {rates} and {self.scheduler.get_last_lr()}")
-        self.scaler.load_state_dict(state["scaler_state_dict"])
+        if state["scaler_state_dict"]:  # else the run was not in fp16: a new scaler finds its scale
+            self.scaler.load_state_dict(state["scaler_state_dict"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
 
 

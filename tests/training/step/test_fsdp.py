@@ -20,9 +20,9 @@ CLOSE = {"rel": 1e-5, "abs": 1e-6}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """43 pairs, 3 of them bad: one process alone has the 3 pairs of the last step."""
+    """45 pairs, 3 of them bad: one process alone has the pairs of the last step."""
     folder = tmp_path_factory.mktemp("uneven")
-    write_shard(folder / "train" / "00000.tar", range(43), bad=(4, 17, 33))
+    write_shard(folder / "train" / "00000.tar", range(45), bad=(4, 17, 33))
     write_shard(folder / "val" / "00000.tar", range(1000, 1021))
     return folder
 

@@ -1,4 +1,6 @@
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +10,16 @@ from hypothesis import strategies as st
 
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
-from clipft.core.errors import DivergedError, ModelError
+from clipft.core.errors import DivergedError, ModelError, UsageError
 from clipft.models.pretrained import load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
+from clipft.training.step import optimizer as step_optimizer
 from clipft.training.step.optimizer import (
     MAX_SKIPPED_STEPS,
     Optimizer,
+    choose_optimizer,
+    eight_bit_fault,
+    make_adamw,
     one_cycle,
     parameter_groups,
     warmup_steps,
@@ -162,3 +168,174 @@ def test_the_state_of_other_groups_is_refused():
     state["scheduler_state_dict"]["_last_lr"] = [0.25]
     with pytest.raises(ModelError, match="learning rates"):
         make(20, 2).load_state_dict(state)
+
+
+CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
+GIB = 1 << 30
+FULL = {"B/32": 151_277_313, "L/14": 427_616_513, "bigG/14": 2_539_567_362}
+
+
+class Choice:
+    """``choose_optimizer`` on a card with ``memory`` GiB, where bitsandbytes fails by ``fault``."""
+
+    def __init__(self, monkeypatch, memory: int = 80, fault: str | None = None) -> None:
+        self.notes, self.tried = list[str](), list[torch.device]()
+        monkeypatch.setattr(step_optimizer, "usable_memory", lambda device: memory * GIB)
+        monkeypatch.setattr(
+            step_optimizer, "eight_bit_fault", lambda device: self.tried.append(device) or fault
+        )
+
+    def __call__(
+        self,
+        asked: str = "auto",
+        trainable: int = FULL["L/14"],
+        device: torch.device = CUDA,
+        sharded: bool = False,
+        began: str = "",
+    ) -> str:
+        values = load_settings({"optimizer": asked}, environ={}).values
+        return choose_optimizer(values, device, trainable, sharded, began, self.notes.append)
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "chosen"),
+    [
+        ("B/32", 80, "adamw"),
+        ("B/32", 8, "adamw"),
+        ("B/32", 6, "adamw8bit"),
+        ("L/14", 80, "adamw"),
+        ("L/14", 24, "adamw"),
+        ("L/14", 16, "adamw8bit"),
+        ("bigG/14", 80, "adamw8bit"),
+        ("bigG/14", 141, "adamw"),
+    ],
+)
+def test_auto_takes_8_bits_only_where_memory_needs_them(model, memory, chosen, monkeypatch):
+    choose = Choice(monkeypatch, memory)
+    assert choose(trainable=FULL[model]) == chosen
+    assert choose.tried == ([CUDA] if chosen == "adamw8bit" else []) and not choose.notes
+    assert choose(trainable=FULL[model], device=CPU) == "adamw"
+    assert choose(trainable=FULL[model], device=MPS) == "adamw"
+    assert choose(trainable=FULL[model], sharded=True) == "adamw"
+
+
+def test_auto_falls_back_with_a_note_if_8_bits_do_not_run(monkeypatch):
+    choose = Choice(monkeypatch, 8, "RuntimeError: no CUDA binary")
+    assert choose() == "adamw"
+    assert choose.notes == [
+        "note: AdamW with 8-bit states does not run here (RuntimeError: no CUDA binary): using 32 "
+        "bits."
+    ]
+
+
+def test_8_bits_that_were_asked_for_and_do_not_run_are_an_error(monkeypatch):
+    with pytest.raises(UsageError, match="--optimizer adamw8bit does not run here: no binary"):
+        Choice(monkeypatch, fault="no binary")("adamw8bit")
+    assert Choice(monkeypatch)("adamw8bit", device=CPU) == "adamw8bit"
+    choose = Choice(monkeypatch, 1)
+    assert choose("adamw") == "adamw" and not choose.notes and not choose.tried
+
+
+def test_a_resumed_run_keeps_its_optimizer_on_other_hardware(monkeypatch):
+    small = Choice(monkeypatch, 8)
+    assert small(began="adamw") == "adamw"
+    assert len(small.notes) == 1 and "goes on with it" in small.notes[0]
+    large = Choice(monkeypatch, 80)
+    assert large(began="adamw8bit") == "adamw8bit" and large.tried == [CUDA]
+    assert large(began="adamw8bit", device=CPU) == "adamw8bit"
+    assert large(began="adamw") == "adamw" and not large.notes
+    with pytest.raises(UsageError, match="adamw8bit that this run began with does not run here"):
+        Choice(monkeypatch, fault="no binary")(began="adamw8bit")
+    with pytest.raises(UsageError, match="sharding would cut its states"):
+        Choice(monkeypatch)(began="adamw8bit", sharded=True)
+
+
+def broken_bitsandbytes(step) -> SimpleNamespace:
+    class AdamW8bit(torch.optim.SGD):
+        def __init__(self, groups) -> None:
+            super().__init__(groups, lr=1.0)
+
+        def step(self, closure=None):
+            return step(self)
+
+    return SimpleNamespace(AdamW8bit=AdamW8bit)
+
+
+def test_the_trial_finds_a_library_that_is_missing_or_broken_or_does_nothing(monkeypatch):
+    def refuse(optimizer) -> None:
+        raise NameError("name 'str2optimizer8bit_blockwise' is not defined\nand a long report")
+
+    for module, said in (
+        (None, "ModuleNotFoundError: "),
+        (broken_bitsandbytes(refuse), "NameError: name 'str2optimizer8bit_blockwise' is not"),
+        (broken_bitsandbytes(lambda optimizer: None), "its step changes no weight"),
+    ):
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+        fault = eight_bit_fault(CPU)
+        assert fault and said in fault and "\n" not in fault
+    working = broken_bitsandbytes(lambda optimizer: torch.optim.SGD.step(optimizer))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", working)
+    assert eight_bit_fault(CPU) is None
+
+
+@pytest.mark.parametrize(("device", "fused"), [(CPU, True), (CUDA, True), (MPS, False)])
+def test_the_fused_adamw_is_asked_for_only_where_it_exists(device, fused, monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: given.update(options))
+    make_adamw("adamw", [], device)
+    assert given == {"fused": fused}
+
+
+def in_precision(name: str) -> Optimizer:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    adamw = torch.optim.AdamW([weight], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=name == "fp16")
+    return Optimizer(adamw, one_cycle(adamw, 20, 2), scaler, 0.0)
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@pytest.mark.parametrize("there", PRECISIONS)
+@pytest.mark.parametrize("here", PRECISIONS)
+def test_a_state_of_any_precision_goes_on_in_any_other(there, here):
+    one, other = in_precision(there), in_precision(here)
+    one.scaler.scale(torch.ones(1))
+    set_gradient(one, 4.0)
+    one.update()
+    if there == "fp16":
+        one.scaler.update(new_scale=2.0)
+    other.load_state_dict(one.state_dict())
+    expected = 1.0 if here != "fp16" else 2.0 if there == "fp16" else 8.0  # 8: a new scaler's
+    assert other.scaler.get_scale() == expected
+    moments = [next(iter(o.adamw.state.values()))["exp_avg"] for o in (one, other)]
+    assert torch.equal(*moments)
+    scaled = other.scaler.scale(torch.ones(1)).item()
+    set_gradient(other, 3.0 * scaled)
+    update = other.update()
+    assert update.applied and update.grad_norm == pytest.approx(6.0)
+
+
+def test_a_scaler_asks_the_device_no_more_often_than_torch_does(monkeypatch):
+    """Each ``item`` waits for the device: one for the norm, and torch's own look for infinities."""
+    asked = list[str]()
+    item, to_float = torch.Tensor.item, torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: asked.append("item") or item(t))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda t: asked.append("f") or to_float(t))
+
+    def count(step) -> int:
+        asked.clear()
+        step()
+        return len(asked)
+
+    ours, theirs = in_precision("fp16"), in_precision("fp16")
+    for optimizer in (ours, theirs):
+        optimizer.scaler.scale(torch.ones(1))
+        set_gradient(optimizer, 8.0)
+
+    def plain() -> None:
+        theirs.scaler.unscale_(theirs.adamw)
+        theirs.scaler.step(theirs.adamw)
+        theirs.scaler.update()
+
+    assert count(ours.update) <= count(plain) + 1

@@ -1,0 +1,72 @@
+"""The precision of a run, where it begins and where it is resumed."""
+
+import pytest
+import torch
+
+from clipft.config.sources import load_settings
+from clipft.core.errors import UsageError
+from clipft.models import device as devices
+from clipft.models.device import choose_precision, keep_precision
+
+# What the hardware has instructions for, and what `auto` chooses there
+MACHINES = {
+    "an A100": ("cuda", True, "bf16"),
+    "a V100": ("cuda", False, "fp16"),
+    "a CPU with bf16": ("cpu", True, "bf16"),
+    "a CPU without": ("cpu", False, "fp32"),
+    "a Mac": ("mps", False, "fp32"),
+}
+
+
+def use(machine: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    kind, native, auto = MACHINES[machine]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: native, raising=False)
+    return auto
+
+
+def settings(precision: str = "auto"):
+    return load_settings({"precision": precision}, environ={}).values
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_auto_chooses_what_the_hardware_computes_in(machine, monkeypatch):
+    auto, notes = use(machine, monkeypatch), []
+    assert choose_precision(settings()).name == auto
+    assert keep_precision(settings(), "", notes.append).name == auto and not notes
+
+
+@pytest.mark.parametrize("began", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_resumed_run_keeps_its_precision_or_says_that_it_cannot(machine, began, monkeypatch):
+    auto, notes = use(machine, monkeypatch), []
+    kind, native, _ = MACHINES[machine]
+    has = {"fp32": True, "bf16": native, "fp16": kind != "cpu"}[began]
+    kept = keep_precision(settings(), began, notes.append)
+    assert (kept.name, kept.device.type) == (began if has else auto, kind)
+    if began == auto:
+        assert not notes
+    elif has:
+        assert notes == [
+            f"note: this run began in {began} and goes on in it; a new run would use {auto} on "
+            f"this {kind}."
+        ]
+    else:
+        assert len(notes) == 1 and notes[0].startswith(f"warning: this run began in {began}, which")
+        assert f"it goes on in {auto}" in notes[0]
+
+
+def test_a_precision_that_was_asked_for_is_never_replaced(monkeypatch):
+    use("a CPU without", monkeypatch)
+    assert keep_precision(settings("bf16"), "fp32", print).name == "bf16"
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        keep_precision(settings("fp16"), "fp16", print)
+
+
+def test_the_instruction_set_names_generation_or_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert devices.instruction_set(torch.device("cuda")) == "cuda sm_90"
+    assert str(torch.get_num_threads()) in devices.instruction_set(torch.device("cpu"))

@@ -1,0 +1,145 @@
+"""A run that is resumed keeps what it decided when it began: on other hardware, and with a newer
+clipft."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipft.cli.app import run
+from clipft.data.order import EpochPlan
+from clipft.models import device as devices
+from clipft.runs import checkpoint_format
+from clipft.runs.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training import run as training_run
+from clipft.training import setup as training_setup
+from tests.conftest import write_shard
+
+NAME = "dual_lora_checkpoint.pt"
+SMALL = [
+    *("--model", "tiny", "--effective-batch-size", "12", "--micro-batch-size", "5"),
+    *("--num-workers", "0", "--stop-on", "never", "--epochs", "2", "--device", "cpu"),
+]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """26 pairs: at 12 a step, two are left over, which is less than a quarter of a step."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "train" / "00000.tar", range(26))
+    write_shard(folder / "val" / "00000.tar", range(1000, 1008))
+    return folder
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    return run(["train", *SMALL, "--data-dir", str(data), "--output-dir", str(out), *more])
+
+
+def resume(out: Path) -> int:
+    return run(["resume", "--output-dir", str(out)])
+
+
+def kill_after(step: int, data: Path, out: Path, monkeypatch, *more: str) -> None:
+    all_batches = training_run.step_batches
+
+    def some(setup, state, skipped):
+        for batch in all_batches(setup, state, skipped):
+            if state.step == step:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "step_batches", some)
+        with pytest.raises(Killed):
+            train(data, out, "--checkpoint-every", "1", *more)
+    assert load_checkpoint(out / NAME)["step"] == step
+
+
+def pairs_of_steps(out: Path) -> list[int]:
+    lines = (out / "dual_lora" / "metrics.jsonl").read_text().splitlines()
+    return [line["pairs"] for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
+def epoch_losses(out: Path) -> list[float]:
+    lines = (out / "dual_lora" / "metrics.jsonl").read_text().splitlines()
+    return [line["train_loss"] for line in map(json.loads, lines) if line["kind"] == "epoch"][1:]
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    ours, theirs = (load_checkpoint(out / NAME)["model_state_dict"] for out in (one, other))
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def write_as_format_2(path: Path, monkeypatch) -> None:
+    content = load_checkpoint(path)
+    content["epoch_loss_sum"] /= content.pop("epoch_pairs") / content["step_in_epoch"]
+    del content["choices"]
+    monkeypatch.setattr(checkpoint_format, "FORMAT_VERSION", 2)
+    save_checkpoint(path, content)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_of_an_older_version_goes_on_with_its_own_steps(step, data, tmp_path, monkeypatch):
+    """It cut an epoch into steps of 12, 12 and 2 pairs; a new run makes that 12 and 14."""
+    whole, old, new = (tmp_path / name for name in ("whole", "old", "new"))
+    precise = ("--precision", "fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochPlan, "smallest_step", property(lambda plan: 2))
+        assert train(data, whole, *precise) == 0
+        kill_after(step, data, old, patch, *precise)
+        write_as_format_2(old / NAME, patch)
+    assert resume(old) == 0
+    assert pairs_of_steps(old) == pairs_of_steps(whole) == [12, 12, 2] * 2
+    assert same_bits(old, whole)
+    assert epoch_losses(old) == pytest.approx(epoch_losses(whole), rel=1e-6)
+    assert load_checkpoint(old / NAME)["choices"]["smallest_step"] == 2
+
+    assert train(data, new, *precise) == 0
+    assert pairs_of_steps(new) == [12, 14] * 2
+    assert load_checkpoint(new / NAME)["choices"]["smallest_step"] == 3
+
+
+@pytest.mark.parametrize("there", ["bf16", "fp32"])
+@pytest.mark.parametrize("here", ["bf16", "fp32"])
+def test_a_run_is_resumed_on_a_machine_with_and_without_bf16(
+    there, here, data, tmp_path, monkeypatch, capsys
+):
+    """With ``auto`` a run stays in the precision in which it began, if it can."""
+
+    def computing_in(best: str):
+        return lambda kind, name: name in {"fp32", best}
+
+    monkeypatch.setattr(devices, "computes_in", computing_in(there))
+    kill_after(1, data, tmp_path, monkeypatch)
+    assert load_checkpoint(tmp_path / NAME)["choices"]["precision"] == there
+    monkeypatch.setattr(devices, "computes_in", computing_in(here))
+    capsys.readouterr()
+    assert resume(tmp_path) == 0
+    said = capsys.readouterr().err
+    assert load_checkpoint(tmp_path / NAME)["settings"]["precision"] == "auto"
+    expected = "fp32" if "fp32" in {there, here} else "bf16"
+    assert load_checkpoint(tmp_path / NAME)["choices"]["precision"] == expected
+    assert ("goes on in it; a new run would use bf16" in said) == (
+        (there, here) == ("fp32", "bf16")
+    )
+    assert ("it goes on in fp32" in said) == ((there, here) == ("bf16", "fp32"))
+
+
+def test_a_run_that_began_with_8_bits_is_resumed_with_them(data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(training_setup, "choose_optimizer", lambda *given: "adamw8bit")
+        kill_after(1, data, tmp_path, patch, "--precision", "fp32")
+    assert load_checkpoint(tmp_path / NAME)["choices"]["optimizer"] == "adamw8bit"
+    with monkeypatch.context() as patch:
+        fault = "RuntimeError: no binary"
+        patch.setattr("clipft.training.step.optimizer.eight_bit_fault", lambda device: fault)
+        capsys.readouterr()
+        assert resume(tmp_path) == 2
+        assert f"this run began with does not run here: {fault}" in capsys.readouterr().err
+    assert resume(tmp_path) == 0
+    assert load_checkpoint(tmp_path / NAME)["choices"]["optimizer"] == "adamw8bit"
