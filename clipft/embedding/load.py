@@ -6,7 +6,12 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.embedding.dropout import RowMasks, row_masks
-from clipft.models.device import Precision, cast_frozen_weights, choose_precision
+from clipft.models.device import (
+    Precision,
+    cast_frozen_weights,
+    choose_precision,
+    compute_fp32_exactly,
+)
 from clipft.models.pretrained import PretrainedModel, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 
@@ -46,6 +51,7 @@ def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
     if pretrained:
         settings = settings.model_copy(update={"scenario": "zero_shot"})
     precision = choose_precision(settings)
+    compute_fp32_exactly()
     base = load_pretrained(settings.model)
     fingerprint = base.fingerprint()  # before adapt, which changes the weights
     torch.manual_seed(settings.seed)

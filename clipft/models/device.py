@@ -119,6 +119,19 @@ def keep_precision(settings: OptimSettings, began: str, note: Note) -> Precision
     return chosen
 
 
+def compute_fp32_exactly() -> None:
+    """Compute matrix products and convolutions of fp32 in fp32, on every device.
+
+    This is the one place that decides it. torch's own default rounds the inputs of convolutions to
+    TF32's 10 bits of mantissa on a GPU since Ampere. A run that wants speed has bf16.
+    """
+    backends: Any = torch.backends  # its module has no type for the setting
+    backends.fp32_precision = "ieee"
+    # torch refuses to read the older forms of the setting while they say something else
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
     """Keep frozen weights in the dtype to which autocast would cast them at every use.
 

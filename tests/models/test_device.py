@@ -5,6 +5,7 @@ import torch
 
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
+from clipft.embedding.load import load_model
 from clipft.models import device as devices
 from clipft.models.device import choose_precision, keep_precision
 
@@ -70,3 +71,41 @@ def test_the_instruction_set_names_generation_or_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert devices.instruction_set(torch.device("cuda")) == "cuda sm_90"
     assert str(torch.get_num_threads()) in devices.instruction_set(torch.device("cpu"))
+
+
+OPERATIONS = [
+    *(("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn")),
+    *(("mkldnn", "matmul"), ("mkldnn", "conv")),
+]
+
+
+def in_force() -> set[str]:
+    operations = [getattr(getattr(torch.backends, b), name) for b, name in OPERATIONS]
+    return {operation.fp32_precision for operation in operations}
+
+
+@pytest.fixture
+def kept_flags():
+    yield
+    devices.compute_fp32_exactly()
+
+
+@pytest.mark.parametrize("way", ["torch's own", "older", "newer", "both"])
+def test_a_loaded_model_computes_fp32_in_fp32(way, kept_flags):
+    if way in {"older", "both"}:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+    if way in {"newer", "both"}:
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
+            "tf32"
+        )
+    if way == "torch's own":
+        torch.backends.fp32_precision = "none"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert in_force() != {"ieee"}
+    load_model(load_settings({"model": "tiny", "device": "cpu"}, environ={}).values)
+    assert in_force() == {"ieee"}
+    # The older forms can still be read, as libraries do
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
