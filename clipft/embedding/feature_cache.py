@@ -91,8 +91,11 @@ def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Prog
     device, pad_token_id = loaded.precision.device, captions.pad_token_id
     dtype = captions.ids_of_all.dtype
     different = {ids for of_pair in captions.by_pair() for ids in of_pair}
-    # By length, so that batches need little padding
-    ordered = sorted((np.frombuffer(ids, dtype).tolist() for ids in different), key=len)
+    # By length, so that batches need little padding; then by their tokens, because the order of a
+    # set differs between processes, and the last bits of a row depend on the rows beside it
+    ordered = sorted(
+        (np.frombuffer(ids, dtype).tolist() for ids in different), key=lambda ids: (len(ids), ids)
+    )
     width = loaded.base.inputs.context_length if loaded.model.architecture.pads_texts else 0
 
     def compute() -> Iterator[tuple[Keys, Tensor]]:

@@ -1,5 +1,9 @@
 """Cached features make a run faster and change nothing else."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -173,3 +177,34 @@ def test_both_towers_run_if_the_cache_cannot_be_written(catalogue, monkeypatch, 
     setup = prepare(settings, notes.append, ALONE)
     assert setup.encoding.preprocessing.read_images
     assert any("features are not cached" in note for note in notes)
+
+
+IN_A_PROCESS = """
+import hashlib, sys
+from tests.embedding.test_feature_cache import setup_of, trained
+setup = setup_of(sys.argv[1], scenario=sys.argv[2], augmentation="none", epochs=2)
+losses = [(step.loss, step.grad_norm) for step in trained(setup)]
+weights = sorted(setup.loaded.model.trainable_state().items())
+digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for _, weight in weights)).hexdigest()
+print(digest, losses)
+"""
+
+
+@pytest.mark.parametrize("scenario", ["linear_probe", "vision_lora"])
+def test_runs_that_compute_their_own_features_are_equal_bit_for_bit(scenario, catalogue, tmp_path):
+    """In each process the strings of a set have another order."""
+    found = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "CLIPFT_CACHE": str(tmp_path / seed)}
+        command = [sys.executable, "-c", IN_A_PROCESS, str(catalogue), scenario]
+        found.add(subprocess.check_output(command, env=environment, text=True))
+    assert len(found) == 1
+    values = [path.read_bytes() for path in sorted(tmp_path.glob("*/features/texts-*/values"))]
+    assert len(values) == 6  # those of train and val, in three processes
+    assert len(set(values)) == 2
+
+
+def test_a_run_in_the_same_process_repeats_itself_bit_for_bit(catalogue):
+    given = {"scenario": "linear_probe", "augmentation": "none"}
+    runs = [trained(setup_of(catalogue, **given)) for _ in range(3)]
+    assert len({tuple((step.loss, step.grad_norm) for step in steps) for steps in runs}) == 1
