@@ -1,8 +1,12 @@
 """Recognizes the many ways in which a device or the system refuses memory."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from clipft.core.errors import MemoryShortage
 
 _REFUSALS = re.compile(
     "|".join(
@@ -35,3 +39,22 @@ def memory_ran_out(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_REFUSALS.search(str(error)))
+
+
+@contextmanager
+def no_second_attempt(where: str, hint: str) -> Iterator[None]:
+    """End the run if memory runs out within the block, which cannot be repeated in smaller pieces.
+
+    ``where`` completes the message "memory ran out"; ``hint`` says what to do.
+
+    Raises:
+        MemoryShortage: this process ran out of memory; the others do not know.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        shortage = MemoryShortage(f"memory ran out{where}", hint)
+        shortage.alone = True
+        raise shortage from error

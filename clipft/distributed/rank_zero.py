@@ -1,6 +1,6 @@
 """Work that one process does for the others, and errors that all of them raise together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +25,17 @@ def _attempt(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=error)
 
 
-def _raise_first(processes: Processes, outcome: _Outcome) -> None:
-    for error in processes.gather_objects(outcome.error):
-        if error:
-            raise error
+def _agree(processes: Processes, outcome: _Outcome, numbers: Sequence[int] = ()) -> list[list[int]]:
+    """Return the numbers of all processes, or raise the error of the lowest rank that had one.
+
+    Errors are seldom, so a number tells first whether there are any to be gathered.
+    """
+    told = processes.gather_integers([int(outcome.error is not None), *numbers])
+    if any(header[0] for header in told):
+        for error in processes.gather_objects(outcome.error):
+            if error:
+                raise error
+    return [header[1:] for header in told]
 
 
 def on_all_ranks(processes: Processes, work: Callable[[], T]) -> T:
@@ -38,7 +45,7 @@ def on_all_ranks(processes: Processes, work: Callable[[], T]) -> T:
         ClipftError: the error of the lowest rank that had one.
     """
     outcome = _attempt(work)
-    _raise_first(processes, outcome)
+    _agree(processes, outcome)
     value: T = outcome.value
     return value
 
@@ -63,7 +70,7 @@ def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
     """
     outcome = _attempt(work) if processes.local_rank == 0 else _Outcome()
     processes.barrier()
-    _raise_first(processes, outcome)
+    _agree(processes, outcome)
 
 
 def rank_zero_first(processes: Processes, work: Callable[[], T]) -> T:
@@ -86,22 +93,31 @@ def in_lockstep(
     end the iteration by raising a ``ClipftError``. An error of reading or of ``check`` on one
     process is raised on all.
     """
-
-    def read() -> T | None:
-        check()
-        return next(batches, None)
-
-    while (batch := on_all_ranks(processes, read)) is not None:
+    while (batch := on_all_ranks(processes, lambda: _next(batches, check))) is not None:
         yield batch
 
 
-def steps_in_lockstep(processes: Processes, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+def steps_in_lockstep(
+    processes: Processes, batches: Iterator[StepBatch], check: Callable[[], None] = lambda: None
+) -> Iterator[StepBatch]:
     """Yield this process's part of each training step, with the totals of all processes.
 
-    ``pairs`` and ``skipped`` of each yielded batch cover the whole step. A ``DataError`` of
-    reading on one process is raised on all.
+    ``in_lockstep`` for training: ``pairs`` and ``skipped`` of each batch cover the whole step.
     """
-    for batch in in_lockstep(processes, batches):
-        gathered = processes.gather_objects((batch.pairs, batch.skipped))
-        skipped = [entry for _, entries in gathered for entry in entries]
-        yield replace(batch, skipped=skipped, pairs=sum(pairs for pairs, _ in gathered))
+    while True:
+        outcome = _attempt(lambda: _next(batches, check))
+        batch: StepBatch | None = outcome.value
+        counts = (batch.pairs, len(batch.skipped)) if batch else (0, 0)
+        told = _agree(processes, outcome, counts)
+        if batch is None:
+            return
+        skipped = batch.skipped
+        if any(skips for _, skips in told):
+            gathered = processes.gather_objects(skipped)
+            skipped = [entry for entries in gathered for entry in entries]
+        yield replace(batch, skipped=skipped, pairs=sum(pairs for pairs, _ in told))
+
+
+def _next(batches: Iterator[T], check: Callable[[], None]) -> T | None:
+    check()
+    return next(batches, None)

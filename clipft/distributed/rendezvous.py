@@ -25,6 +25,20 @@ _FIRST_PORT, _PORT_COUNT = 20_000, 20_000
 """Range of the ports at which SLURM jobs meet."""
 _PATIENT_TIMEOUT = timedelta(days=30)
 
+_NCCL_ERRORS = {
+    # Whole weights: each of the few collectives of a step makes the CPU wait until it is done, and
+    # raises in this thread if another process is lost. NCCL is then aborted, so the GPU can be
+    # used again and the state be saved; and no step goes on with half a sum.
+    False: ("TORCH_NCCL_BLOCKING_WAIT", "1"),
+    # Sharded weights: FSDP must be able to fetch the next layer while this one computes. Torch's
+    # watchdog (CleanUpOnly) aborts NCCL after the timeout, and the next collective raises. What is
+    # computed until then is wrong, but it is never saved: a state takes collectives of all. The
+    # default of torch would end this process without a word.
+    True: ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"),
+}
+"""How a lost process is noticed while NCCL waits for it, by whether the weights are sharded. Gloo,
+which carries the headers of each step, notices a closed socket at once."""
+
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -119,6 +133,8 @@ def _meet(place: Rendezvous, settings: Settings) -> DistributedProcesses:
             timeout=timedelta(minutes=settings.process_timeout),
         )
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
+        if backend != "gloo":
+            _connect_devices(place.world_size)
     except RuntimeError as error:
         raise ProcessError(
             f"process {place.rank} of {place.world_size} did not find the others at "
@@ -151,6 +167,16 @@ def _take_device(place: Rendezvous, settings: Settings) -> str:
             f"start {gpus} processes, or use --device cpu",
         )
     torch.cuda.set_device(0 if bound else place.local_rank)
-    # A lost process then fails the call that waits for it; otherwise NCCL ends this process too
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    os.environ.setdefault(*_NCCL_ERRORS[settings.shard_weights])
     return "cpu:gloo,cuda:nccl"
+
+
+def _connect_devices(world_size: int) -> None:
+    """Let NCCL connect the GPUs while there is memory for its buffers.
+
+    It would otherwise do so in the first step, after the model and its activations, and could run
+    out of memory where the others already wait.
+    """
+    own = torch.ones(1, device="cuda")
+    dist.all_reduce(own)
+    dist.all_gather_into_tensor(own.new_empty(world_size), own)

@@ -28,8 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipft.core.errors import MemoryShortage
-from clipft.core.out_of_memory import memory_ran_out
+from clipft.core.out_of_memory import no_second_attempt
 from clipft.distributed.collectives import Processes, lost_process_errors
 
 _BUCKET_BYTES = 64 << 20
@@ -280,17 +279,8 @@ def _moving() -> Iterator[None]:
         MemoryShortage: this process alone ran out of memory.
         ProcessError: another process ended.
     """
-    try:
-        with lost_process_errors():
-            yield
-    except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
-            raise
-        shortage = MemoryShortage(
-            "memory ran out while the processes exchanged embeddings or gradients, and the step "
-            "cannot be repeated because the others wait for this process",
-            "run `clipft resume` to continue from the last checkpoint, with a smaller "
-            "--micro-batch-size or --graph-memory",
-        )
-        shortage.alone = True
-        raise shortage from error
+    where = " in the exchange between the GPUs, where the other processes wait for this one"
+    hint = "run `clipft resume` to continue from the last checkpoint, with a smaller "
+    hint += "--micro-batch-size or --graph-memory"
+    with no_second_attempt(where, hint), lost_process_errors():
+        yield

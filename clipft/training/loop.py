@@ -1,16 +1,20 @@
 """The training loop."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
 
 from clipft.core.common import counted
 from clipft.core.errors import DataError
+from clipft.core.out_of_memory import no_second_attempt
 from clipft.data.loader import StepBatch
 from clipft.runs.records import StepResult
 from clipft.training.setup import RunSetup
 from clipft.training.state import SkippedPairs, TrainState
 from clipft.training.step.gradcache import Accumulation
+
+_IN_UPDATE = " when the weights were updated, which cannot be repeated in smaller pieces"
+_AFTER_UPDATE = "use --optimizer adamw8bit, a scenario that trains fewer weights, or more memory"
 
 
 def fit(
@@ -29,7 +33,8 @@ def fit(
             with attempt:
                 # Its gradient is left in the parameters
                 loss = float(accumulate(state.step, batch.micro_batches, batch.pairs))
-        update = state.optimizer.update()
+        with no_second_attempt(_IN_UPDATE, _AFTER_UPDATE):
+            update = state.optimizer.update()
         state.model.clamp_logit_scale()
 
         state.advance(batch, loss)
@@ -51,13 +56,20 @@ def fit(
         started = time.perf_counter()
 
 
-def step_batches(setup: RunSetup, state: TrainState, skipped: SkippedPairs) -> Iterator[StepBatch]:
+def step_batches(
+    setup: RunSetup,
+    state: TrainState,
+    skipped: SkippedPairs,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[StepBatch]:
     """The batches of the steps that are left, to the end of the last epoch.
+
+    ``check`` is called between two steps and may end the iteration by raising a ``ClipftError``.
 
     Raises:
         DataError: none of a step's pairs can be used; they are then listed in ``skipped``.
     """
-    for batch in setup.step_batches(state.position):
+    for batch in setup.step_batches(state.position, check):
         if not batch.pairs:
             skipped.add(batch.epoch + 1, state.step, [asdict(pair) for pair in batch.skipped])
             raise DataError(

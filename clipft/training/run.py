@@ -202,9 +202,8 @@ class _Run:
                 self._end_epoch(training)
                 self.saver.save_if_due(training)
             accumulate = self.setup.make_accumulation(training.optimizer, self.callbacks.note)
-            steps = fit(
-                training, step_batches(self.setup, training, self.state.skipped), accumulate
-            )
+            batches = step_batches(self.setup, training, self.state.skipped, self._check_stop)
+            steps = fit(training, batches, accumulate)
             while not self.state.stopping.should_stop and (result := next(steps, None)):
                 self.state.validated = not training.epoch_ended
                 self.callbacks.callback.stepped(result)
@@ -212,7 +211,6 @@ class _Run:
                 if training.epoch_ended:
                     self._end_epoch(training)
                 self.saver.save_if_due(training)
-                on_all_ranks(self.processes, self._check_stop)
         except Interrupted:
             if training.step > self.saver.saved_step:
                 self.saver.save()

@@ -1,6 +1,6 @@
 """What a run consists of, made once before its first step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -83,10 +83,13 @@ class RunSetup:
         share = Share(processes.rank, processes.world_size)
         return LoaderOptions.from_settings(self.settings, device, share, processes.local_world_size)
 
-    def step_batches(self, start: Position) -> Iterator[StepBatch]:
+    def step_batches(
+        self, start: Position, check: Callable[[], None] = lambda: None
+    ) -> Iterator[StepBatch]:
         """This process's part of each step from ``start`` to the end of the last epoch.
 
-        ``pairs`` and ``skipped`` of a batch are those of all processes.
+        ``pairs`` and ``skipped`` of a batch are those of all processes. ``check`` is called before
+        each step; what it raises is raised on all processes.
         """
         batches = training_batches(
             self.train,
@@ -96,7 +99,7 @@ class RunSetup:
             self.plan.epochs,
             self.loader_options,
         )
-        return steps_in_lockstep(self.processes, batches)
+        return steps_in_lockstep(self.processes, batches, check)
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer of this run, before its first step."""

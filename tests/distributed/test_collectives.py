@@ -1,5 +1,6 @@
 """Collectives, errors and rendezvous, tested with real processes."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipft.core.errors import DataError, UsageError
+from clipft.config.settings import Settings
+from clipft.core.errors import DataError, ProcessError, UsageError
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
-from clipft.distributed.rendezvous import find_rendezvous
+from clipft.distributed.rendezvous import find_rendezvous, start_processes
 from tests.training.process_helpers import (
     ROOT,
     free_port,
@@ -198,3 +200,37 @@ print([name for name in names if name.startswith(("gloo", "pt_"))])
     ]
     assert [process.communicate(timeout=120)[0].strip() for process in both] == ["[]", "[]"]
     assert [process.returncode for process in both] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("sharded", "variable", "value"),
+    [(False, "TORCH_NCCL_BLOCKING_WAIT", "1"), (True, "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")],
+)
+def test_how_nccl_notices_a_lost_process_without_holding_up_fsdp(
+    sharded, variable, value, monkeypatch
+):
+    names = {"TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
+    for name, given in torchrun_environment(0, 2, 1).items():
+        monkeypatch.setenv(name, given)
+    for name in names:  # set first, so that it is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    taken, backends = [], []
+
+    def meet(backend, **given):
+        backends.append(backend)
+        raise RuntimeError("nobody came")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    settings = Settings(device="cuda", precision="fp32", scenario="full", shard_weights=sharded)
+    for expected in (value, "given by the user"):
+        with pytest.raises(ProcessError, match="nobody came"), start_processes(settings):
+            pass
+        assert {name: os.environ[name] for name in names & os.environ.keys()} == {
+            variable: expected
+        }
+        monkeypatch.setenv(variable, "given by the user")
+    assert (taken, backends) == ([0, 0], ["cpu:gloo,cuda:nccl"] * 2)

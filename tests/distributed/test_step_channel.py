@@ -8,6 +8,7 @@ from torch import nn
 
 from clipft.distributed.collectives import Processes
 from clipft.distributed.step_channel import ALONE, open_channel
+from tests.conftest import write_shard
 from tests.training.process_helpers import results
 
 TWO_GROUPS = """
@@ -122,3 +123,42 @@ def test_a_single_process_copies_nothing():
     assert ALONE.sum([parameter], figures=[0.5]) == [0.5]
     assert parameter.grad.tolist() == [1.0, 1.0]
     ALONE.abandon()
+
+
+COUNTING = """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+    from clipft.training.loop import fit
+    from tests.training.step.sharded_runs import Run
+    called, result = [], []
+    def counted(name):
+        real = getattr(dist, name)
+        def call(*args, **kwargs):
+            called.append(name)
+            return real(*args, **kwargs)
+        for owner in (dist, distributed_c10d):  # its own functions call each other there
+            setattr(owner, name, call)
+    for name in ("all_gather", "all_reduce", "all_gather_into_tensor", "broadcast", "barrier",
+                 "all_gather_object", "broadcast_object_list"):
+        counted(name)
+    for given in {ways!r}:
+        run, totals = Run.of({{**{given!r}, **given}}, processes), []
+        accumulate = run.setup.make_accumulation(run.state.optimizer, print)
+        for step in fit(run.state, run._batches(), accumulate):
+            totals.append(sorted(called))
+            called.clear()
+        result.append(totals[1:])  # not the first, which also counts the preparation
+"""
+
+
+def test_a_step_takes_five_headers_and_two_moves(tmp_path):
+    """One header when all have read their pairs, and two for each of exchange and sum."""
+    write_shard(tmp_path / "train" / "00000.tar", range(40))
+    write_shard(tmp_path / "val" / "00000.tar", range(1000, 1008))
+    given = {"data_dir": str(tmp_path), "max_bad": 0, "epochs": 2}
+    ways = [{}, {"positives": "caption"}, {"accumulation": "local"}]
+    exact = ["all_gather"] * 5 + ["all_gather_into_tensor", "all_reduce"]
+    local = ["all_gather"] * 3 + ["all_reduce"]
+    for counted in results(COUNTING.format(given=given, ways=ways)):
+        assert counted == [[exact] * 3, [exact] * 3, [local] * 3]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from clipft.core.errors import MemoryShortage
 from clipft.core.memory import give_back
-from clipft.core.out_of_memory import memory_ran_out
+from clipft.core.out_of_memory import memory_ran_out, no_second_attempt
 from clipft.data.loader import Batch
 from clipft.distributed.collectives import lost_process_error
 from clipft.distributed.step_channel import StepAbandonedError, StepChannel
@@ -130,18 +130,14 @@ def sharded_pass() -> Iterator[None]:
         MemoryShortage: this process alone ran out of memory.
         ProcessError: another process ended.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if memory_ran_out(error):
-            shortage = MemoryShortage(
-                "memory ran out, and with --shard-weights a step cannot be repeated in smaller "
-                "pieces",
-                "run `clipft resume` to continue from the last checkpoint, with a smaller "
-                "--micro-batch-size, --gradient-checkpointing, --graph-memory 0, or more processes",
-            )
-            shortage.alone = True
-            raise shortage from error
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise lost_process_error(error) from error
-        raise
+    where = ", and with --shard-weights a step cannot be repeated in smaller pieces"
+    hint = "run `clipft resume` to continue from the last checkpoint, with a smaller "
+    hint += "--micro-batch-size, --gradient-checkpointing, --graph-memory 0, or more processes"
+    with no_second_attempt(where, hint):
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+            if lost and not memory_ran_out(error):
+                raise lost_process_error(error) from error
+            raise
