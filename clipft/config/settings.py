@@ -13,6 +13,7 @@ from pydantic import field_validator
 
 from clipft.config.fields import Section, extra_of, setting
 from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
+from clipft.core.common import processors
 from clipft.core.errors import unknown_choice
 
 MINI_TRAIN = {
@@ -39,6 +40,10 @@ DEMO = {
 
 FALLBACK_MICRO_BATCH = 64
 """Micro-batch size if none is set and none can be measured."""
+
+MOST_WORKERS = 12
+"""Workers that are started if none are set: at 600 raw images a second each, they feed the fastest
+GPU, and each takes memory."""
 
 _SCENARIO_RATES = ", ".join(f"{s.lr:g} for {s.name}" for s in SCENARIOS.values() if s.lr)
 
@@ -133,9 +138,10 @@ class DataSettings(Section):
         True,
         "Cache the outputs of frozen towers whose inputs do not change between epochs, on disk.",
     )
-    num_workers: int = setting(
-        4,
-        "Number of processes that decode images. 0: decode in the main process.",
+    num_workers: int | None = setting(
+        None,
+        "Number of processes that decode images, for each process that trains. 0: decode in the "
+        f"main process. Default: one less than the processors for it, but 2 to {MOST_WORKERS}.",
         unit="processes",
         ge=0,
     )
@@ -163,6 +169,16 @@ class DataSettings(Section):
         ge=0,
         le=1,
     )
+
+    def workers(self, sharers: int = 1) -> int:
+        """The number of workers, where ``sharers`` processes share the processors.
+
+        On a GPU the process that trains keeps a processor busy. On two processors both workers pay
+        off, as decoding then takes longer than all else.
+        """
+        own = max(1, processors() // sharers)
+        asked = self.num_workers
+        return min(own, max(2, min(own - 1, MOST_WORKERS)) if asked is None else asked)
 
     def too_many_bad(self, bad: int, pairs: int) -> bool:
         """True above the share ``max_bad``. A single bad pair never stops a run, however small."""

@@ -157,7 +157,7 @@ class LoaderOptions:
         local_world_size: int = 1,
     ) -> "LoaderOptions":
         """Take the options from the settings; the processes of one machine share its processors."""
-        workers = min(settings.num_workers, max(1, processors() // local_world_size))
+        workers = settings.workers(local_world_size)
         on_cuda, where = device.type == "cuda", settings.augment_on
         # No GPU has measured this yet; on a CPU the shift costs a worker 10 us of some 500 a pair
         leave_shift = where == "device" or (where == "auto" and on_cuda)

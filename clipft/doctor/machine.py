@@ -17,6 +17,9 @@ _LITTLE_MEMORY = 4 * _GIB
 _LITTLE_SPACE = 5 * _GIB
 """Three files of the scenario ``full`` on ViT-B/32: weights and two moments, 1.8 GiB each."""
 _NO_SPACE = 256 << 20
+_IMAGE_SIDE = 224
+"""Of most CLIP models: the model itself is not loaded to know it."""
+_MOST_SHARED = 0.25
 _FEW_DESCRIPTORS = 1024
 _NO_DESCRIPTORS = 128
 
@@ -53,23 +56,36 @@ def memory(settings: Settings) -> Finding:
 
 
 def shared_memory(settings: Settings) -> Finding:
-    """Check /dev/shm: workers pass decoded images through it, and containers make it small."""
-    if settings.num_workers == 0:
-        return Finding("ok", "not needed without workers")
+    """Say how much memory workers share with the main process, and check /dev/shm for NCCL."""
+    import torch
+
+    from clipft.core.memory import usable_memory
+    from clipft.data.loader import LoaderOptions, shared_bytes
+    from clipft.data.order import EpochPlan
+
+    effective = settings.effective_batch_size
+    plan = EpochPlan(effective, effective, settings.micro_batch_size or effective, 0)
+    cpu, workers = torch.device("cpu"), settings.workers(settings.processes)
+    needed = shared_bytes(plan, _IMAGE_SIDE, LoaderOptions(workers)) * settings.processes
+    found = "not needed without workers"
+    if workers:
+        found = f"{needed / 2**20:,.0f} MiB for decoded images, none of it in /dev/shm"
+        if needed > usable_memory(cpu) * _MOST_SHARED:
+            hint = "that is much of the usable memory: use fewer --num-workers"
+            return Finding("warning", found, hint)
     try:
         free = shutil.disk_usage("/dev/shm").free  # noqa: S108 (it is only measured)
     except OSError:
-        return Finding("ok", "this system has no /dev/shm")
-    from clipft.data.loader import AHEAD_BYTES
-
-    if free < AHEAD_BYTES:
+        return Finding("ok", found)
+    found += f" ({free / 2**20:,.0f} MiB free there)"
+    if settings.processes > 1 and torch.cuda.is_available() and free < _GIB:
         return Finding(
             "warning",
-            f"{free / _GIB:.2f} GiB free in /dev/shm",
-            "workers may crash: start the container with --shm-size=2g or --ipc=host, or use "
-            "--num-workers 0",
+            found,
+            "NCCL, which connects the GPUs, may need /dev/shm: start the container with "
+            "--shm-size=1g or --ipc=host",
         )
-    return Finding("ok", f"{free / _GIB:.1f} GiB free in /dev/shm")
+    return Finding("ok", found)
 
 
 def descriptors(settings: Settings) -> Finding:

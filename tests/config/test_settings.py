@@ -31,7 +31,7 @@ def test_defaults_are_those_promised():
         "epochs": 10,
         "effective_batch_size": 1024,
         "micro_batch_size": 0,
-        "num_workers": 4,
+        "num_workers": None,
         "seed": 42,
         "lr": 1e-4,
         "wd": 0.1,

@@ -1,3 +1,4 @@
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clipft.config.settings import Settings
 from clipft.data import loader
 from clipft.data.augmentation import augment
 from clipft.data.loader import (
@@ -15,6 +17,7 @@ from clipft.data.loader import (
 )
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs
+from clipft.data.workers import SharedPixels
 from tests import inputs
 from tests.conftest import write_shard
 
@@ -167,6 +170,69 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it(dataset, preprocess
     assert torch.equal(rows, contents)  # a part of a batch keeps all of it
     del rows
     assert next(batches).pixel_values.data_ptr() == address
+
+
+def test_the_memory_that_workers_share_is_known_beforehand(dataset, preprocessing, monkeypatch):
+    made = []
+
+    class Watched(loader.SharedPixels):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self.slots.nbytes)
+
+    monkeypatch.setattr(loader, "SharedPixels", Watched)
+    monkeypatch.setattr(loader, "CHUNK", 4)
+    plan = EpochPlan(len(dataset), 12, 6, seed=5)
+    for workers in (1, 2):
+        options = LoaderOptions(workers)
+        next(training_batches(dataset, preprocessing, plan, Position(), 1, options))
+        assert made.pop() == loader.shared_bytes(plan, preprocessing.image_size, options)
+
+
+def test_shared_memory_is_bounded_however_large_the_step(monkeypatch):
+    monkeypatch.setattr(loader, "processors", lambda: 16)
+    options = LoaderOptions(16)
+    assert loader.shared_bytes(EpochPlan(10**6, 32768, 1024, 5), 224, options) <= 2**30 + 2**24
+    least = (2 * 16 + 1) * 64 * 3 * 448**2  # two chunks each
+    assert loader.shared_bytes(EpochPlan(10**6, 32768, 1024, 5), 448, options) == least
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_shared_pixels_reach_a_process_however_it_starts(method):
+    context = multiprocessing.get_context(method)
+    pixels = SharedPixels((2, 3))
+    child = context.Process(target=fill, args=(pixels,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    assert pixels.slots.tolist() == [[0, 0, 0], [7, 7, 7]]
+
+
+def fill(pixels: SharedPixels) -> None:
+    pixels.slots[1] = 7
+
+
+def test_shared_pixels_work_where_the_system_has_no_memory_files(monkeypatch):
+    monkeypatch.setattr("clipft.data.workers.ctypes.CDLL", lambda name: object())
+    pixels = SharedPixels((2, 3))
+    pixels.slots[1] = 7
+    assert pixels.slots.sum() == 21
+
+
+def test_the_default_number_of_workers_follows_from_the_processors(monkeypatch):
+    default, three = Settings(), Settings(num_workers=3)
+    for there, sharers, expected, asked in (
+        (1, 1, 1, 1),
+        (2, 1, 2, 2),
+        (4, 1, 3, 3),
+        (8, 2, 3, 3),
+        (8, 8, 1, 1),
+        (64, 1, 12, 3),
+        (192, 8, 12, 3),
+    ):
+        monkeypatch.setattr("clipft.config.settings.processors", lambda there=there: there)
+        assert (default.workers(sharers), three.workers(sharers)) == (expected, asked)
+    assert Settings(num_workers=0).workers() == 0
 
 
 def test_the_global_generator_is_left_alone(dataset, preprocessing):

@@ -136,6 +136,28 @@ def test_a_memory_limit_of_the_process_is_respected():
     assert done.stdout.strip() == "warning", done.stderr
 
 
+def test_the_memory_that_workers_share_is_named_and_a_container_has_enough(monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=64 << 20)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    found = machine.shared_memory(but(num_workers=1, micro_batch_size=64))
+    assert found.status == "ok"
+    # A step of 1,024 is 16 chunks of 64; one more is decoded, and one joined
+    chunks = 64 * 3 * 224**2 * 18 / 2**20
+    assert f"{chunks:,.0f} MiB for decoded images, none of it in /dev/shm (64 MiB" in found.found
+    assert machine.shared_memory(but(num_workers=0)).found.startswith("not needed")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    found = machine.shared_memory(but(processes=2))
+    assert found.status == "warning"
+    assert "NCCL" in found.hint
+
+
+def test_workers_that_would_fill_the_memory_are_found(monkeypatch):
+    monkeypatch.setattr("clipft.core.memory.usable_memory", lambda device: 512 << 20)
+    found = machine.shared_memory(but(num_workers=1, micro_batch_size=64))
+    assert found.status == "warning"
+    assert "--num-workers" in found.hint
+
+
 def test_a_broken_model_folder_is_found(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         reach.model(but(model=str(tmp_path)))

@@ -1,7 +1,11 @@
-"""A worker that decodes images dies or hangs: the pair is named and the state saved."""
+"""A worker that decodes images dies or hangs: the pair is named and the state saved. A small
+/dev/shm does no harm."""
 
+import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,3 +58,22 @@ def test_the_pair_is_named_and_the_state_saved(programs, slow_images, tmp_path, 
     saved = load_checkpoint(tmp_path / "dual_lora_checkpoint.pt")
     assert saved["step"] == steps(tmp_path) >= 1
     assert not psutil.Process().children() or not psutil.pid_exists(run.pid)
+
+
+SMALL_SHM = "mount -t tmpfs -o size=256k none /dev/shm && exec "
+
+
+def test_a_small_shared_memory_file_system_is_enough(catalogue, tmp_path):
+    """As in a container, only smaller: images of 48 training pairs take more than 256 KiB."""
+    namespace = ["unshare", "--mount", "sh", "-c"]
+    try:
+        subprocess.run([*namespace, f"{SMALL_SHM} true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root on Linux may mount a file system")
+    train = f"{sys.executable} -m clipft train --num-workers 2 --epochs 2 --json "
+    train += f"--model tiny --device cpu --precision fp32 --data-dir {catalogue} "
+    train += f"--output-dir {tmp_path} --effective-batch-size 48 --micro-batch-size 48"
+    run = subprocess.run([*namespace, SMALL_SHM + train], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)
+    assert "bus error" not in run.stderr.lower()

@@ -89,7 +89,7 @@ def inspect(
     for pairs in (splits | others).values():
         check_fields(template, pairs)
     model = load_inputs(loaded.values.model)
-    read = partial(_read, out, max(1, loaded.values.num_workers), template)
+    read = partial(_read, out, max(1, loaded.values.workers()), template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}
     figures = {name: _figures(splits[name], facts[name], model, options.near) for name in splits}
     result: dict[str, Any] = {name: asdict(split) for name, split in figures.items()}
