@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from clipft.config.settings import Settings
-from clipft.embedding.dropout import RowMasks, row_masks
 from clipft.models.device import (
     Precision,
     cast_frozen_weights,
     choose_precision,
     compute_fp32_exactly,
 )
+from clipft.models.dropout import RowMasks
+from clipft.models.lora import use_fast_adapters
 from clipft.models.pretrained import PretrainedModel, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 
@@ -21,7 +22,7 @@ class LoadedModel:
     """A pretrained model under the scenario of some settings, on its device.
 
     ``image_masks`` and ``text_masks`` are the dropout masks of each tower's adapters; None
-    where there is no dropout, or torch draws the masks itself.
+    where nothing is dropped.
     """
 
     base: PretrainedModel
@@ -61,7 +62,7 @@ def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
         # again, with the same dropout: that saves memory and costs about one forward pass.
         model.clip.gradient_checkpointing_enable({"use_reentrant": False})
     image_masks, text_masks = (
-        row_masks(tower, settings.lora_dropout, precision.device)
+        use_fast_adapters(tower, settings.lora_dropout, precision.device)
         for tower in (model.clip.vision_model, model.clip.text_model)
     )
     cast_frozen_weights(model, precision)

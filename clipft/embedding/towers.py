@@ -5,9 +5,12 @@ occurs several times in a step is encoded once, and captions of similar length g
 that hardly any padding is computed. ``Chunks.order`` leads from the chunks' rows back to the
 pairs. A frozen tower whose inputs do not change does not run at all: its features are looked up,
 and only its projection remains.
+
+Chunks are cut from tensors on the CPU; ``Tower.encode`` moves each to the device when it is due.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,32 +18,106 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipft.data.augmentation import augment
 from clipft.data.captions.tokenizer import Keys, caption_keys, lengths, stacked
 from clipft.data.loader import Batch
-from clipft.embedding.dropout import Randomness
 from clipft.embedding.feature_cache import Features
 from clipft.embedding.load import LoadedModel
 from clipft.models.device import Precision
+from clipft.models.dropout import RowMasks
 from clipft.models.trainable import TrainableModel
 
-_MIN_TOKENS = {"cpu": 256, "cuda": 16384}
-"""Tokens in a chunk of captions that keep a device busy: above this, chunks split by length."""
+_MIN_TOKENS = 256
+"""Tokens in a chunk of captions that keep a CPU busy: above this, chunks split by length."""
+_LENGTHS = (8, 16, 24, 32, 48, 64)
+"""Lengths to which captions are padded where shapes are bounded, besides the whole context."""
+_EIGHTHS = 8
+_FEW_ROWS = 128
+"""Captions in a chunk that keep a GPU busy."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Which shapes the chunks of a run may have. This base class allows any.
+
+    A CPU computes any shape equally well, so that no padding is best there.
+    """
+
+    def image_rows(self, rows: int) -> int:
+        """The number of rows to which a chunk of images is filled up."""
+        return rows
+
+    def cut_captions(
+        self, tokens: "np.ndarray[Any, Any]", max_rows: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Cut captions of rising length into chunks: (start, end, rows, tokens) of each.
+
+        A chunk has at most ``max_rows`` captions. It also ends where the length rises, once it
+        has ``_MIN_TOKENS`` tokens.
+        """
+        start = 0
+        for end in range(1, len(tokens) + 1):
+            cells = (end - start) * int(tokens[end - 1])
+            rises = end < len(tokens) and tokens[end] > tokens[end - 1]
+            if end == len(tokens) or end - start == max_rows or (rises and cells >= _MIN_TOKENS):
+                yield start, end, end - start, int(tokens[end - 1])
+                start = end
+
+
+@dataclass(frozen=True)
+class BoundedShapes(Shapes):
+    """At most 15 shapes in a whole run: 8 of images, and 7 of captions.
+
+    CUDA's attention plans each new shape, and a compiled tower is compiled for each. ``micro`` is
+    the size of a micro-batch, ``effective`` the number of pairs that a process has in a step, and
+    ``context`` the longest caption that the model takes, in tokens.
+    """
+
+    micro: int
+    effective: int
+    context: int
+
+    @property
+    def caption_rows(self) -> int:
+        """The number of rows in every chunk of captions."""
+        return min(self.micro, max(_FEW_ROWS, -(-self.effective // _EIGHTHS)))
+
+    def image_rows(self, rows: int) -> int:
+        unit = -(-self.micro // _EIGHTHS)
+        return max(rows, min(self.micro, -(-rows // unit) * unit))
+
+    def cut_captions(
+        self, tokens: "np.ndarray[Any, Any]", max_rows: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        rows = self.caption_rows
+        while rows >= 2 * max_rows:  # memory ran out, and micro-batches were halved
+            rows = -(-rows // 2)
+        allowed = [length for length in _LENGTHS if length < self.context] + [self.context]
+        # The first chunk, of the shortest captions, is the one that is filled up
+        ends = range(len(tokens), 0, -rows)
+        for end in reversed(ends):
+            longest = int(tokens[end - 1])
+            length = next((length for length in allowed if length >= longest), longest)
+            yield max(0, end - rows), end, rows, length
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Rows that pass through a tower together.
 
-    ``keys``, uint64 [rows], identify the rows. Memory grows with ``cells``: the number of rows,
-    or of rows x tokens.
+    ``inputs`` may have more rows than ``rows``, to fill a shape up: their embeddings are dropped.
+    ``keys``, uint64, identify all of them. Memory grows with ``cells``: the number of rows, or of
+    rows x tokens. ``shifts`` is what ``augment`` has yet to do to images.
     """
 
-    number: int
     inputs: Tensor
     keys: Keys
+    rows: int
     cells: int
+    shifts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,69 +130,99 @@ class Chunks:
 
 
 Chunking = Callable[[Sequence[Batch]], Chunks]
-"""Splits micro-batches (on the device, none empty) into the chunks of one tower."""
+"""Splits micro-batches (none empty) into the chunks of one tower."""
 
 
 @dataclass(frozen=True)
 class Tower:
     """One tower: ``make_chunks`` splits its inputs, and ``encode_inputs`` encodes a chunk's
-    inputs into unit rows [rows, D]. ``trainable`` is true if its embeddings change in training."""
+    inputs into unit rows [rows, D].
+
+    ``trainable`` is true if its embeddings change in training. ``masks`` are those of its
+    dropouts, for rows of ``positions`` positions, or of as many as a chunk has tokens; they
+    follow from ``seed``.
+    """
 
     name: str
     trainable: bool
     make_chunks: Chunking
     encode_inputs: Callable[[Tensor], Tensor]
-    randomness: Randomness
     precision: Precision
+    seed: int = 0
+    masks: RowMasks | None = None
+    positions: int | None = None
 
     def encode(self, step: int, chunk: Chunk) -> Tensor:
         """Encode a chunk into float32 [rows, D]; the same again for the same step and chunk."""
-        with self.randomness.seeded(step, chunk.number, chunk.keys), self.precision.autocast():
-            return self.encode_inputs(chunk.inputs)
+        inputs = chunk.inputs.to(self.precision.device, non_blocking=True)
+        if chunk.shifts is not None:
+            inputs = augment(inputs, chunk.shifts.to(self.precision.device, non_blocking=True))
+        self.use_masks(step, chunk)
+        with self.precision.autocast(), _attention(self.precision.device):
+            return self.encode_inputs(inputs)[: chunk.rows]
 
-    def backward(self, step: int, chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
-        """Run the backward pass from ``rows``, which ``encode`` returned with their graph."""
-        with self.randomness.seeded(step, chunk.number, chunk.keys):
-            torch.autograd.backward(rows, gradient)
+    def use_masks(self, step: int, chunk: Chunk) -> None:
+        """Draw the dropout masks of a chunk in a step.
+
+        Gradient checkpointing, which runs parts of the forward pass again, needs this before a
+        backward pass too.
+        """
+        if self.masks:
+            positions = self.positions or chunk.inputs.shape[1]
+            tower = ("images", "texts").index(self.name)
+            self.masks.use((self.seed, step, tower), chunk.keys, positions)
+
+
+def _attention(device: torch.device) -> AbstractContextManager[Any]:
+    """Choose the attention of CUDA in the towers.
+
+    torch 2.15 prefers cuDNN's on Hopper cards, which plans every new shape anew. Both towers have
+    short rows, where there is little to gain; so flash attention is first, and the others take what
+    it cannot: fp32, and the mask of the pooled layer.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 @dataclass(frozen=True)
 class Towers:
-    """Both towers.
-
-    ``even_out`` pads a step's micro-batches with empty ones where all processes must pass
-    equally many through the towers.
-    """
+    """Both towers."""
 
     images: Tower
     texts: Tower
-    even_out: Callable[[list[Batch]], list[Batch]] = lambda micro_batches: micro_batches
 
 
-def make_towers(loaded: LoadedModel, seed: int, pad_token_id: int) -> Towers:
+def make_towers(
+    loaded: LoadedModel, seed: int, pad_token_id: int, shapes: Shapes = Shapes()
+) -> Towers:
     """Return both towers of a model, both of them running. ``pad_token_id`` pads the texts."""
-    model, precision = loaded.model, loaded.precision
-    width = loaded.base.inputs.context_length if model.architecture.pads_texts else 0
-    min_tokens = _MIN_TOKENS.get(precision.device.type, _MIN_TOKENS["cuda"])
+    model, inputs = loaded.model, loaded.base.inputs
+    width = inputs.context_length if model.architecture.pads_texts else 0
     chunk_texts = partial(
-        _chunk_captions, pad_token_id=pad_token_id, width=width, min_tokens=min_tokens
+        _chunk_captions, pad_token_id=pad_token_id, width=width, shapes=shapes
     )
     return Towers(
         Tower(
-            "images",
-            model.images_trainable,
-            _chunk_images,
-            model.encode_images,
-            Randomness(seed, 0, loaded.image_masks),
-            precision,
+            name="images",
+            trainable=model.images_trainable,
+            make_chunks=partial(_chunk_images, shapes=shapes),
+            encode_inputs=model.encode_images,
+            precision=loaded.precision,
+            seed=seed,
+            masks=loaded.image_masks,
+            positions=model.image_positions,
         ),
         Tower(
-            "texts",
-            model.texts_trainable,
-            chunk_texts,
-            model.encode_texts,
-            Randomness(seed, 1, loaded.text_masks),
-            precision,
+            name="texts",
+            trainable=model.texts_trainable,
+            make_chunks=chunk_texts,
+            encode_inputs=model.encode_texts,
+            precision=loaded.precision,
+            seed=seed,
+            masks=loaded.text_masks,
+            positions=width or None,
         ),
     )
 
@@ -151,25 +258,25 @@ def _look_up(
     if not micro_batches:
         return Chunks([], torch.arange(0))
     keys = np.concatenate([keys_of(batch) for batch in micro_batches])
-    rows = features.rows(keys).to(micro_batches[0].input_ids.device)
-    return Chunks([Chunk(0, rows, keys, len(rows))], torch.arange(len(rows)))
+    rows = features.rows(keys)
+    return Chunks([Chunk(rows, keys, len(rows), len(rows))], torch.arange(len(rows)))
 
 
-def _chunk_images(micro_batches: Sequence[Batch]) -> Chunks:
-    chunks = [
-        Chunk(
-            i,
-            augment(batch.pixel_values, batch.shifts),
-            np.asarray(batch.numbers, np.uint64),
-            len(batch),
-        )
-        for i, batch in enumerate(micro_batches)
-    ]
-    return Chunks(chunks, torch.arange(sum(chunk.cells for chunk in chunks)))
+def _chunk_images(micro_batches: Sequence[Batch], shapes: Shapes) -> Chunks:
+    chunks = list[Chunk]()
+    for batch in micro_batches:
+        pixels, shifts = batch.pixel_values, batch.shifts
+        keys, rows = np.asarray(batch.numbers, np.uint64), shapes.image_rows(len(batch))
+        if rows > len(batch):
+            chosen = torch.arange(rows) % len(batch)  # repeats rows of its own
+            pixels, keys = pixels[chosen], keys[chosen.numpy()]
+            shifts = None if shifts is None else shifts[chosen]
+        chunks.append(Chunk(pixels, keys, len(batch), rows, shifts))
+    return Chunks(chunks, torch.arange(sum(chunk.rows for chunk in chunks)))
 
 
 def _chunk_captions(
-    micro_batches: Sequence[Batch], pad_token_id: int, width: int, min_tokens: int
+    micro_batches: Sequence[Batch], pad_token_id: int, width: int, shapes: Shapes
 ) -> Chunks:
     """Put each caption once, the shortest first, into chunks of at most a micro-batch's rows.
 
@@ -177,36 +284,22 @@ def _chunk_captions(
     """
     if not micro_batches:
         return Chunks([], torch.arange(0))
-    ids = stacked([b.input_ids for b in micro_batches], pad_token_id, width)
+    ids = stacked([batch.input_ids for batch in micro_batches], pad_token_id, width)
     keys, first, which = np.unique(
         caption_keys(ids, pad_token_id), return_index=True, return_inverse=True
     )
-    once = ids[torch.from_numpy(first).to(ids.device)]
-    needed = width or lengths(once, pad_token_id).cpu().numpy() + 1
-    ranked = np.lexsort((keys, np.broadcast_to(needed, len(keys))))
-    tokens = np.minimum(np.broadcast_to(needed, len(keys)), ids.shape[1])[ranked]
+    once = ids[torch.from_numpy(first)]
+    needed = np.minimum(lengths(once, pad_token_id).numpy() + 1, ids.shape[1])
+    if width:
+        needed = np.full(len(keys), width)
+    ranked = np.lexsort((keys, needed))
     max_rows = max(len(batch) for batch in micro_batches)
     chunks = list[Chunk]()
-    for start, end in _spans(tokens, max_rows, min_tokens):
-        chosen, longest = ranked[start:end], int(tokens[end - 1])
-        inputs = once[torch.from_numpy(chosen).to(ids.device)][:, :longest]
-        chunks.append(Chunk(len(chunks), inputs, keys[chosen], len(chosen) * longest))
+    for start, end, rows, tokens in shapes.cut_captions(needed[ranked], max_rows):
+        chosen = np.resize(ranked[start:end], rows)
+        inputs = once[torch.from_numpy(chosen)][:, :tokens]
+        inputs = functional.pad(inputs, (0, tokens - inputs.shape[1]), value=pad_token_id)
+        chunks.append(Chunk(inputs, keys[chosen], end - start, rows * tokens))
     row = np.empty(len(ranked), np.int64)
     row[ranked] = np.arange(len(ranked))
-    return Chunks(chunks, torch.from_numpy(row[which]).to(ids.device))
-
-
-def _spans(
-    tokens: "np.ndarray[Any, Any]", max_rows: int, min_tokens: int
-) -> Iterator[tuple[int, int]]:
-    """Split rows of rising length into spans of at most ``max_rows`` rows.
-
-    A span also ends where the length rises, once it has ``min_tokens`` tokens.
-    """
-    start = 0
-    for end in range(1, len(tokens) + 1):
-        cells = (end - start) * int(tokens[end - 1])
-        rises = end < len(tokens) and tokens[end] > tokens[end - 1]
-        if end == len(tokens) or end - start == max_rows or (rises and cells >= min_tokens):
-            yield start, end
-            start = end
+    return Chunks(chunks, torch.from_numpy(row[which]))

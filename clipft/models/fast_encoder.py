@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipft.core.errors import ModelError
-
 QUICK_GELU = 1.702
-POOLED = "pooled"
-"""Attribute under which a layer may carry its own ``pooled_layer`` (a sharded layer fetches its
+ENCODE = "encode"
+"""Attribute under which a layer may carry its own ``encoder_layer`` (a sharded layer fetches its
 weights first)."""
 
 
@@ -35,38 +33,60 @@ def encode_pooled(tower: Any, hidden: Tensor, positions: Tensor, causal: bool) -
     """
     *layers, last = tower.encoder.layers
     for layer in layers:
-        hidden = layer(hidden, None, is_causal=causal)
-    mask = None
-    if causal:
-        mask = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None]
-        mask = mask[:, None, None]  # for all heads and queries
-    pooled: Tensor = getattr(last, POOLED, partial(pooled_layer, last))(hidden, positions, mask)
+        hidden = getattr(layer, ENCODE, partial(encoder_layer, layer))(hidden, causal)
+    pooled: Tensor = getattr(last, ENCODE, partial(encoder_layer, last))(hidden, causal, positions)
     return pooled[:, 0]
 
 
-def pooled_layer(layer: Any, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-    """Run one encoder layer for one position of each row: [B, T, C] -> [B, 1, C].
+def encoder_layer(
+    layer: Any, hidden: Tensor, causal: bool, positions: Tensor | None = None
+) -> Tensor:
+    """Run one encoder layer: [B, T, C] -> [B, T, C], or [B, 1, C] with ``positions``, int64 [B].
 
-    ``mask``, bool [B, 1, 1, T], is true where that position attends to.
+    With gradient checkpointing, nothing but ``hidden`` is kept for the backward pass.
     """
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
+    if layer.gradient_checkpointing and layer.training:
+        run = partial(_attend_and_transform, layer)
+        checkpointed: Tensor = layer._gradient_checkpointing_func(run, hidden, causal, positions)
+        return checkpointed
+    return _attend_and_transform(layer, hidden, causal, positions)
+
+
+def _attend_and_transform(
+    layer: Any, hidden: Tensor, causal: bool, positions: Tensor | None
+) -> Tensor:
+    attention, mask = layer.self_attn, None
+    normed = _normed(layer.layer_norm1, hidden)
+    queries, residual = normed, hidden
+    if positions is not None:
+        queries, residual = _at(positions, normed), _at(positions, hidden)
+        if causal:
+            mask = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None]
+            mask = mask[:, None, None]  # for all heads and queries
 
     def heads(projected: Tensor) -> Tensor:
         split = projected.view(*projected.shape[:2], attention.num_heads, attention.head_dim)
         return split.transpose(1, 2)
 
     mixed = functional.scaled_dot_product_attention(
-        heads(attention.q_proj(_at(positions, normed))),
+        heads(attention.q_proj(queries)),
         heads(attention.k_proj(normed)),
         heads(attention.v_proj(normed)),
         attn_mask=mask,
-        dropout_p=attention.dropout if attention.training else 0.0,
+        is_causal=causal and positions is None,
         scale=attention.scale,
     )
-    pooled: Tensor = _at(positions, hidden) + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    pooled = pooled + layer.mlp(layer.layer_norm2(pooled))
-    return pooled
+    residual = residual + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    transformed: Tensor = layer.mlp(_normed(layer.layer_norm2, residual))
+    return residual + transformed
+
+
+def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Normalize, and cast once to what autocast would cast each following product's input to."""
+    normed: Tensor = norm(hidden)
+    if torch.is_autocast_enabled(hidden.device.type):
+        return normed.to(torch.get_autocast_dtype(hidden.device.type))
+    return normed
 
 
 def _at(positions: Tensor, hidden: Tensor) -> Tensor:

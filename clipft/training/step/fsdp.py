@@ -35,7 +35,7 @@ from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Chunk, Chunks, Tower, Towers
 from clipft.models.device import Precision
-from clipft.models.fast_encoder import POOLED, pooled_layer
+from clipft.models.fast_encoder import ENCODE, encoder_layer
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.oom import sharded_pass
 from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
@@ -101,36 +101,33 @@ class ShardedWeights(Weights):
         # A row of each tower that makes up the blank chunks
         inputs = loaded.base.inputs
         size, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
-        self._blank_image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        self._blank_text = torch.full((1, 2), end, device=device)
+        self._blank_image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        self._blank_text = torch.full((1, 2), end)
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._parts.get(parameter, parameter)
 
-    def all_agree(self, flag: bool) -> bool:
-        return not self._processes.any(not flag)
+    def fewest(self, count: int) -> int:
+        return min(self._processes.gather_objects(count))
+
+    def even_out(self, micro_batches: list[Batch]) -> list[Batch]:
+        most = max(self._processes.gather_objects(len(micro_batches)))
+        return micro_batches + [EMPTY_BATCH] * (most - len(micro_batches))
 
     def wrap_towers(self, towers: Towers) -> Towers:
-        def even_out(micro_batches: list[Batch]) -> list[Batch]:
-            most = max(self._processes.gather_objects(len(micro_batches)))
-            return micro_batches + [EMPTY_BATCH] * (most - len(micro_batches))
-
         def together(tower: Tower, blank: Tensor) -> Tower:
             def cut(micro_batches: Sequence[Batch]) -> Chunks:
                 own = tower.make_chunks(micro_batches)
                 most = max(self._processes.gather_objects(len(own.chunks)))
-                blanks = [
-                    Chunk(number, blank, np.zeros(1, np.uint64), blank[0].numel())
-                    for number in range(len(own.chunks), most)
-                ]
-                return Chunks([*own.chunks, *blanks], own.order)
+                filler = Chunk(blank, np.zeros(1, np.uint64), rows=0, cells=blank[0].numel())
+                return Chunks([*own.chunks, *[filler] * (most - len(own.chunks))], own.order)
 
             return replace(
                 tower, make_chunks=cut, encode_inputs=partial(_encode, tower.encode_inputs)
             )
 
         images = together(towers.images, self._blank_image)
-        return Towers(images, together(towers.texts, self._blank_text), even_out)
+        return Towers(images, together(towers.texts, self._blank_text))
 
     def sum_gradients(
         self,
@@ -248,10 +245,10 @@ def _shard_model(model: TrainableModel, mesh: DeviceMesh) -> None:
     for tower in (model.clip.vision_model, model.clip.text_model):
         for module in (tower.embeddings, *tower.encoder.layers):
             shard(module, set())
-        # Hooks fetch the weights only in methods that FSDP knows
-        last = tower.encoder.layers[-1]
-        setattr(last, POOLED, MethodType(pooled_layer, last))
-        register_fsdp_forward_method(last, POOLED)
+        for layer in tower.encoder.layers:
+            # Hooks fetch the weights only in methods that FSDP knows
+            setattr(layer, ENCODE, MethodType(encoder_layer, layer))
+            register_fsdp_forward_method(layer, ENCODE)
     scalars = (model.logit_scale, model.logit_bias)
     shard(model, {cast(nn.Parameter, value) for value in scalars if value is not None})
     for method in ("encode_images", "encode_texts"):

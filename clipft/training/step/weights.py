@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from clipft.data.loader import Batch
 from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.towers import Towers
 from clipft.models.device import Precision
@@ -32,9 +33,13 @@ class Weights:
         """The part of ``parameter`` that this process holds and its optimizer changes."""
         return parameter
 
-    def all_agree(self, flag: bool) -> bool:
-        """True if ``flag`` holds on every process that must make the same choice."""
-        return flag
+    def fewest(self, count: int) -> int:
+        """The smallest of the counts of those processes that must do the same."""
+        return count
+
+    def even_out(self, micro_batches: list[Batch]) -> list[Batch]:
+        """Add empty micro-batches, where all processes must pass equally many through the towers."""
+        return micro_batches
 
     def wrap_towers(self, towers: Towers) -> Towers:
         """The same towers, made to run equally often on all processes where that is needed."""

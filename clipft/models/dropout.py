@@ -1,0 +1,115 @@
+"""Dropout whose masks belong to the rows, on every device and however the rows are batched.
+
+Whether a value is dropped is a hash of (seed, step, tower, key of the row, dropout, position,
+column), computed with integer operations on tensors. A row has the same mask in every chunk,
+process and pass, so a second forward pass draws the masks of the first, and no random state has to
+be saved or restored.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LEVELS = 1 << 16
+"""Masks are drawn with 16 bits per value: two values from each 32-bit word."""
+_MOST_POSITIONS = 1 << 16
+_COLUMN_BITS = 12
+
+
+class RowMasks:
+    """The masks of all dropouts in one tower, for the rows that are passing through it.
+
+    ``p`` is the share of values that is dropped; what is kept must be multiplied by ``scale``.
+    """
+
+    def __init__(self, p: float, device: torch.device | str = "cpu") -> None:
+        dropped = round(p * _LEVELS)
+        self.scale = 1 / (1 - dropped / _LEVELS)
+        self._device = torch.device(device)
+        self._first_kept = dropped - _LEVELS // 2  # compared with signed 16-bit integers
+        self._widths = list[int]()
+        self._columns = torch.empty(0, dtype=torch.int32)
+        self._keys = self._factors = torch.empty(0, dtype=torch.int32)
+
+    def reserve(self, width: int) -> int:
+        """Add one more dropout over ``width`` values; return its number."""
+        self._widths.append(width)
+        self._columns = _column_words(-(-max(self._widths) // 2)).to(self._device)
+        return len(self._widths) - 1
+
+    def use(self, seed: Sequence[int], keys: "np.ndarray[Any, Any]", positions: int) -> None:
+        """Continue with the rows that have these keys, uint64 [rows], of up to ``positions``."""
+        hashed = keys.astype(np.uint64)
+        for word in seed:
+            hashed = _mix64(hashed ^ _mix64(np.full(1, word, np.uint64)))
+        words = torch.from_numpy(hashed.view(np.int32).reshape(-1, 2).copy())
+        first, second = words.to(self._device, non_blocking=True).T[..., None]
+        # One word for each dropout, row and position: [dropouts, rows, positions]
+        dropouts = torch.arange(len(self._widths), device=self._device, dtype=torch.int32)
+        places = torch.arange(positions, device=self._device, dtype=torch.int32)
+        places = dropouts[:, None, None] * _MOST_POSITIONS + places
+        self._keys = _mix32(first + places * -0x61C88647)  # the golden ratio, as in splitmix
+        self._factors = _mix32(self._keys ^ second) | 1
+
+    def kept(self, dropout: int, positions: int, width: int) -> Tensor:
+        """Return which values of the current rows stay: bool [rows, positions, width].
+
+        A multiply-shift hash (Dietzfelbinger et al. 1997) of the column, with a key and an odd
+        factor of its own for each row and position: two operations on half a word per value.
+        """
+        keys, factors = self._keys[dropout, :, :positions], self._factors[dropout, :, :positions]
+        drawn = (self._columns[: -(-width // 2)] ^ keys[..., None]).mul_(factors[..., None])
+        return drawn.view(torch.int16)[..., :width] >= self._first_kept
+
+
+class RowDropout(nn.Module):
+    """Replaces ``nn.Dropout`` before an adapter, over [rows, positions, width]."""
+
+    def __init__(self, width: int, masks: RowMasks) -> None:
+        super().__init__()
+        self.masks, self._width = masks, width
+        self._number = masks.reserve(width)
+
+    def zero(self, values: Tensor) -> Tensor:
+        """Drop values without scaling up the others, which ``masks.scale`` would do."""
+        return torch.where(self.masks.kept(self._number, values.shape[1], self._width), values, 0)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.zero(values) * self.masks.scale if self.training else values
+
+
+def _column_words(count: int) -> Tensor:
+    """Constants that stand for pairs of columns, int32 [count].
+
+    The low bits are a permutation: two constants that differ only in their highest bits would have
+    products that differ only there, and their columns would be dropped together.
+    """
+    bits = max(_COLUMN_BITS, (count - 1).bit_length())
+    source = np.random.Generator(np.random.SFC64(bits))
+    low = source.permutation(1 << bits).astype(np.uint32)
+    high = source.integers(1 << (32 - bits), size=1 << bits, dtype=np.uint32) << np.uint32(bits)
+    return torch.from_numpy((high | low)[:count].view(np.int32).copy())
+
+
+def _mix32(words: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3, on int32 tensors."""
+    words = (words ^ _shifted(words, 16)) * -0x7A143595
+    words = (words ^ _shifted(words, 13)) * -0x3D4D51CB
+    return words ^ _shifted(words, 16)
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    # torch shifts signed integers arithmetically: the copies of the sign are cut off
+    return (words >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix64(words: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The output function of SplitMix64 (Steele et al. 2014), on uint64 arrays."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray[Any, Any] = words ^ (words >> np.uint64(31))
+    return mixed

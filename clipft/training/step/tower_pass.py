@@ -1,0 +1,147 @@
+"""The two passes of a step through one tower: rows to embeddings, and the gradient back.
+
+Activation graphs of the first pass are kept as far as memory allows. A chunk whose graph was not
+kept runs forward once more for its backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from clipft.core.memory import MemoryBudget
+from clipft.data.loader import Batch
+from clipft.embedding.towers import Chunk, Tower
+
+
+@dataclass
+class GraphMemory:
+    """Decides which chunks of a step keep their graphs.
+
+    ``find_budget`` is asked once, before the first step encodes anything. How much the graph of a
+    chunk takes is measured on the first chunk of each tower, in ``bytes_per_cell``.
+    """
+
+    find_budget: Callable[[], MemoryBudget]
+    fewest: Callable[[int], int] = int
+    """The smallest of the values of those processes that must keep the same graphs."""
+    bytes_per_cell: dict[str, float] = field(default_factory=dict)
+    _budget: MemoryBudget | None = None
+    _held: float = 0
+
+    def begin_step(self) -> None:
+        if self._budget is None:
+            self._budget = self.find_budget()
+        self._held = 0
+
+    def halve(self) -> None:
+        """Keep half as much from now on, because memory has run out."""
+        assert self._budget
+        self._budget = self._budget.halved()
+
+    def kept(self, tower: Tower, chunks: Sequence[Chunk]) -> int:
+        """How many of these chunks keep their graphs, the first ones, as memory allows.
+
+        One of a tower always does: a backward pass needs the memory for one graph anyway.
+        """
+        assert self._budget
+        per_cell, count = self.bytes_per_cell[tower.name], 0
+        room = self._budget.graphs(per_cell * max(chunk.cells for chunk in chunks))
+        for chunk in chunks:
+            if count and self._held + per_cell * chunk.cells > room:
+                break
+            self._held += per_cell * chunk.cells
+            count += 1
+        return count
+
+
+@dataclass
+class TowerPass:
+    """One tower's part of a step: ``embed``, and when the loss is known, the backward passes.
+
+    ``leaf`` [rows, D] holds the embeddings of all chunks, cut off from the graphs that made them,
+    and collects the gradient of the loss.
+    """
+
+    tower: Tower
+    graphs: GraphMemory
+    step: int
+    chunks: Sequence[Chunk] = ()
+    leaf: Tensor = field(default_factory=lambda: torch.empty(0))
+    _kept: list[Tensor | None] = field(default_factory=list)
+
+    def embed(self, batches: Sequence[Batch]) -> Tensor:
+        """Embed the pairs of all micro-batches: float32 [pairs, D], in their order."""
+        made, device = self.tower.make_chunks(batches), self.tower.precision.device
+        self.chunks = made.chunks
+        rows = [self._encode_first(chunk) for chunk in self.chunks[:1]]
+        keep = 0
+        if rows and self.tower.trainable:
+            keep = self.graphs.fewest(self.graphs.kept(self.tower, self.chunks))
+        for i, chunk in enumerate(self.chunks[1:], start=1):
+            with torch.set_grad_enabled(i < keep):
+                rows.append(self.tower.encode(self.step, chunk))
+        self._kept = list(rows[:keep])
+        joined = torch.cat([r.detach() for r in rows]) if rows else torch.empty(0, device=device)
+        self.leaf = joined.requires_grad_(self.tower.trainable)
+        return self.leaf[made.order.to(device, non_blocking=True)]
+
+    def _encode_first(self, chunk: Chunk) -> Tensor:
+        """Encode the first chunk, whose graph is always kept, and measure it in the first step."""
+        with torch.set_grad_enabled(self.tower.trainable), counting_saved() as saved:
+            rows = self.tower.encode(self.step, chunk)
+        self.graphs.bytes_per_cell.setdefault(self.tower.name, sum(saved.values()) / chunk.cells)
+        return rows
+
+    def backward_kept(self) -> None:
+        """Carry the gradient in ``leaf`` back through the kept graphs, each freed at once."""
+        for i in range(len(self._kept)):
+            rows, self._kept[i] = self._kept[i], None
+            assert rows is not None
+            self._backward(i, rows)
+
+    def backward_rest(self) -> None:
+        """Encode the other chunks once more, and carry the gradient back through them."""
+        if self.tower.trainable:
+            for i in range(len(self._kept), len(self.chunks)):
+                self._backward(i, self.tower.encode(self.step, self.chunks[i]))
+
+    def _backward(self, i: int, rows: Tensor) -> None:
+        if self.leaf.grad is None:  # a process without pairs has no loss, but others may wait
+            self.leaf.grad = torch.zeros_like(self.leaf)
+        first = sum(chunk.rows for chunk in self.chunks[:i])
+        self.tower.use_masks(self.step, self.chunks[i])
+        torch.autograd.backward(rows, self.leaf.grad[first : first + len(rows)])
+
+
+def backward(*passes: TowerPass) -> None:
+    """Run all backward passes of a step.
+
+    Kept graphs go first, those of all towers: they leave the memory that the others need.
+    """
+    for each in passes:
+        each.backward_kept()
+    for each in passes:
+        each.backward_rest()
+
+
+@contextmanager
+def counting_saved() -> Iterator[dict[int, int]]:
+    """Count the bytes that autograd saves for the backward pass, by address of their storage.
+
+    Parameters and views of them are not counted: they are in memory anyway.
+    """
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if not isinstance(base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
