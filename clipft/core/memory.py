@@ -171,7 +171,7 @@ class MemoryBudget:
 
     def kept(self, micro: int, effective: int, per_pair: float) -> float:
         """The share of the graphs of an effective batch that a step keeps."""
-        if micro >= effective:
+        if micro >= effective or not per_pair:
             return 1.0
         return min(1.0, max(micro, self.graphs(per_pair * micro) / per_pair) / effective)
 

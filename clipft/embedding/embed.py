@@ -140,12 +140,13 @@ def _embed_share(
 
 def _encode(tower: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the embeddings [B, D] of a batch and the keys of its inputs, int64 [B]."""
-    made = tower.make_chunks([batch.to(tower.precision.device)] if len(batch) else [])
+    made = tower.make_chunks([batch] if len(batch) else [])
     rows = [tower.encode(0, chunk) for chunk in made.chunks]
     if not rows:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
-    keys = torch.from_numpy(np.concatenate([chunk.keys for chunk in made.chunks]).astype(np.int64))
-    return torch.cat(rows)[made.order].cpu(), keys[made.order.cpu()]
+    own_keys = [chunk.keys[: chunk.rows] for chunk in made.chunks]
+    keys = torch.from_numpy(np.concatenate(own_keys).astype(np.int64))
+    return torch.cat(rows).cpu()[made.order], keys[made.order]
 
 
 @torch.inference_mode()

@@ -200,9 +200,7 @@ def make_towers(
     """Return both towers of a model, both of them running. ``pad_token_id`` pads the texts."""
     model, inputs = loaded.model, loaded.base.inputs
     width = inputs.context_length if model.architecture.pads_texts else 0
-    chunk_texts = partial(
-        _chunk_captions, pad_token_id=pad_token_id, width=width, shapes=shapes
-    )
+    chunk_texts = partial(_chunk_captions, pad_token_id=pad_token_id, width=width, shapes=shapes)
     return Towers(
         Tower(
             name="images",

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipft.core.errors import ModelError
+
 QUICK_GELU = 1.702
 ENCODE = "encode"
 """Attribute under which a layer may carry its own ``encoder_layer`` (a sharded layer fetches its
@@ -77,8 +79,8 @@ def _attend_and_transform(
         scale=attention.scale,
     )
     residual = residual + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    transformed: Tensor = layer.mlp(_normed(layer.layer_norm2, residual))
-    return residual + transformed
+    encoded: Tensor = residual + layer.mlp(_normed(layer.layer_norm2, residual))
+    return encoded
 
 
 def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:

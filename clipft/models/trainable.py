@@ -70,6 +70,12 @@ class TrainableModel(nn.Module):
         self.register_buffer("_gain", 1 / (255 * std), persistent=False)
         self.register_buffer("_shift", mean / std, persistent=False)
 
+    @property
+    def image_positions(self) -> int:
+        """The number of positions of an image in the vision tower."""
+        positions: int = self.clip.vision_model.embeddings.position_embedding.num_embeddings
+        return positions
+
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Run the vision tower up to its projection: uint8 [B, 3, S, S] -> [B, W]."""
         pixels = pixel_values.float() * self._gain - self._shift
@@ -194,6 +200,10 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     """
     clip = base.model
     clip.requires_grad_(scenario.full)
+    for tower in (clip.vision_model, clip.text_model):
+        for layer in tower.encoder.layers:
+            # No published CLIP was trained with it, and its masks would not belong to the rows
+            layer.self_attn.dropout = 0.0
     bias_added = settings.loss == "siglip" and getattr(clip, "logit_bias", None) is None
     if bias_added:
         # CLIP's own temperature of 100 would classify nearly all negatives as positives, and push

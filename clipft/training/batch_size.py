@@ -16,7 +16,7 @@ from typing import Any
 from clipft.core.common import cache_folder
 from clipft.core.errors import StorageError
 from clipft.core.files import read_json, write_json
-from clipft.core.memory import GRAPH_SHARE
+from clipft.core.memory import MemoryBudget
 
 MAX_PROBES = 10
 SMALLEST = 4
@@ -44,6 +44,7 @@ class Probe:
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
     peak_bytes: int = 0
+    graph_bytes: int = 0
 
     def pairs_per_s(self, effective: int, kept: float = 0.0) -> float:
         """Training speed at an effective batch.
@@ -155,15 +156,10 @@ class _Search:
             return SearchResult(1, 1, True, self.usable_bytes, tuple(self.probes))
         (largest, _), limit = self.bounds(), self.limit(far=_NEAR)
         extrapolated = not self.device_refuses and limit > largest * (1 + _CLOSE_ENOUGH)
-        kept = 0.0
-        if len(self.fitting) > 1:
-            # The share of graphs that ActivationBudget will keep, as far as the slope tells
-            first = self.fitting[0]
-            fixed = first.peak_bytes - self.slope() * first.size
-            graphs = max(1.0, self.slope() * self.effective)
-            kept = min(1.0, max(0.0, (self.usable_bytes - fixed) * GRAPH_SHARE / graphs))
         easy = [p for p in self.fitting if p.peak_bytes <= self.usable_bytes * _EASY]
-        speeds = [(p.pairs_per_s(self.effective, kept), p) for p in easy or self.fitting[:1]]
+        speeds = [
+            (p.pairs_per_s(self.effective, self.kept(p)), p) for p in easy or self.fitting[:1]
+        ]
         best = max(speed for speed, _ in speeds)
         chosen = next(probe for speed, probe in speeds if speed * _AS_FAST >= best)
         return SearchResult(
@@ -173,8 +169,15 @@ class _Search:
             self.usable_bytes,
             tuple(self.probes),
             max(0, self.usable_bytes - chosen.peak_bytes),
-            kept,
+            self.kept(chosen),
         )
+
+    def kept(self, probe: Probe) -> float:
+        """The share of the graphs of an effective batch that a step keeps at this size."""
+        fixed = probe.peak_bytes - self.slope() * probe.size  # weights and their gradients
+        device = "cuda" if self.device_refuses else "cpu"
+        budget = MemoryBudget.of(self.usable_bytes - fixed, device)
+        return budget.kept(probe.size, self.effective, probe.graph_bytes / probe.size)
 
     def slope(self) -> float:
         """Bytes per pair, between the largest size that fits and the next one well below it."""

@@ -6,7 +6,7 @@ import torch
 
 from clipft.config.settings import FALLBACK_MICRO_BATCH, Settings
 from clipft.core.common import Note, counted
-from clipft.core.memory import memory_in_use, usable_memory
+from clipft.core.memory import MemoryBudget, usable_memory
 from clipft.data.order import EpochPlan
 from clipft.embedding.load import LoadedModel
 from clipft.runs.records import Plan
@@ -17,8 +17,7 @@ from clipft.training.step.optimizer import warmup_steps
 
 _FEW_STEPS = 50
 _ENOUGH_STEPS = 200
-# Share of a CPU's free memory for a micro-batch: a run holds more than a step
-_EASY = 0.8
+_LESS_MEMORY = 0.9
 
 
 def lay_plan(
@@ -72,15 +71,17 @@ def micro_batch(
         if device.type != "cpu":
             return asked  # a GPU refuses what does not fit, and step/oom.py deals with it
         # On a CPU the system kills the process instead, so ask for no more than there is
-        free = (usable_memory(device, processes) - memory_in_use(device)) * _EASY
-        each = ModelProbe.of(loaded, settings).bytes_per_pair()
-        if asked * each <= free:
+        budget = MemoryBudget.now(device, sharers=processes)
+        per_pair = ModelProbe.of(loaded, settings).graph_bytes_per_pair()
+        largest = budget.largest_micro_batch(per_pair)
+        if asked <= largest:
             return asked
         kind = ACCUMULATIONS[settings.accumulation]
-        fitting = max(kind.smallest_micro_batch, int(free / each))
+        fitting, each = max(kind.smallest_micro_batch, largest), per_pair * budget.over_graph
         note(
             f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} GiB are free: using {fitting}; {kind.if_smaller}."
+            f"and a step may take {budget.free / 2**30:.1f} GiB: using {fitting}; "
+            f"{kind.if_smaller}."
         )
         return fitting
     if sharding:
@@ -125,7 +126,8 @@ def find_micro_batch(
     )
     key = "|".join(map(str, decisive))
     found = cached_result(key)
-    if found is None:
+    # Found where more memory was free than now, it would not fit
+    if found is None or found.usable_bytes * _LESS_MEMORY > usable_memory(device, processes):
         note(
             "Finding the micro-batch size (once for each model, scenario, effective batch and "
             "machine) ..."

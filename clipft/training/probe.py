@@ -1,5 +1,6 @@
 """Trying sizes of micro-batch on a real model, for the search of ``batch_size``."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from clipft.config.settings import Settings
-from clipft.core.memory import give_back, peak_memory, usable_memory
+from clipft.core.memory import MemoryBudget, give_back, peak_memory, usable_memory
 from clipft.core.out_of_memory import memory_ran_out
 from clipft.data.loader import Batch
 from clipft.data.positives import NO_GROUPS
@@ -17,14 +18,12 @@ from clipft.embedding.towers import Towers, make_towers
 from clipft.models.pretrained import ModelInputs
 from clipft.models.trainable import TrainableModel
 from clipft.training.batch_size import SMALLEST, Probe, SearchResult, search
-from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, counting_saved
+from clipft.training.step.gradcache import ExactAccumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
+from clipft.training.step.tower_pass import GraphMemory, counting_saved
 
 # Seconds for which a small size is repeated: a single pass is too short to time
 _TIMED = 0.3
-# Peak memory of a step, as a multiple of its graph: 1.6 measured on ViT-B/32, 1.8 on `tiny`
-_PEAK_OVER_GRAPH = 2.0
-_ALL_GRAPHS = 1 << 60
 # AdamW keeps two moments of each trainable weight, each of the weight's size
 _STATES = 2
 
@@ -67,21 +66,22 @@ class ModelProbe:
                 if self.device.type == "cuda" or size <= SMALLEST:
                     self._step(batch)
                 step_seconds = self._timed(lambda: self._step(batch))
+            graph_bytes = int(self.graph_bytes_per_pair() * size)
             with torch.no_grad():
                 forward_seconds = self._timed(lambda: self._embed(batch))
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error):
                 raise
             return Probe(size, fits=False)
-        return Probe(size, True, step_seconds, forward_seconds, peak.bytes)
+        return Probe(size, True, step_seconds, forward_seconds, peak.bytes, graph_bytes)
 
-    def bytes_per_pair(self) -> float:
-        """Roughly what one more pair takes in a step, from the graph of two; nothing large runs."""
+    def graph_bytes_per_pair(self) -> float:
+        """The bytes of the graph of one pair with a caption of full length, measured on two."""
         self.model.train()
         batch = self._batch(2)
         with counting_saved() as saved:
             self._embed(batch)
-        return sum(saved.values()) / len(batch) * _PEAK_OVER_GRAPH
+        return sum(saved.values()) / len(batch)
 
     def _batch(self, size: int) -> Batch:
         side, length = self.inputs.image_size, self.inputs.context_length
@@ -90,7 +90,7 @@ class ModelProbe:
         ids = torch.arange(size)[:, None] // torch.tensor([1, 100])
         ids = torch.cat([torch.ones(size, length - 2, dtype=torch.int64), ids % 100 + 2], 1)
         ids = torch.where(ids == int(self.inputs.tokenizer.eos_token_id), 1, ids)
-        return Batch(pixels, ids, tuple(range(size))).to(self.device)
+        return Batch(pixels, ids, tuple(range(size)))
 
     def _embed(self, batch: Batch) -> None:
         for tower in (self.towers.images, self.towers.texts):
@@ -104,7 +104,7 @@ class ModelProbe:
             loss=self.loss,
             positives=NO_GROUPS,
             scaler=torch.amp.GradScaler(enabled=False),
-            graphs=ActivationBudget(lambda: _ALL_GRAPHS),
+            graphs=GraphMemory(lambda: MemoryBudget(math.inf)),
         )
         accumulate(0, [batch])
 

@@ -9,7 +9,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
-from clipft.core.memory import free_for_graphs
+from clipft.core.memory import MemoryBudget
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
@@ -36,7 +36,7 @@ from clipft.models.pretrained import load_inputs
 from clipft.runs.records import NEW_RUN, Choices, Plan
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
 from clipft.training.step.fsdp import check_sharding, hold_weights, will_shard
-from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation, ActivationBudget
+from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import EndsRun, Recovery, SmallerPieces
 from clipft.training.step.optimizer import (
@@ -46,6 +46,7 @@ from clipft.training.step.optimizer import (
     one_cycle,
     parameter_groups,
 )
+from clipft.training.step.tower_pass import GraphMemory
 from clipft.training.step.weights import Weights
 
 if TYPE_CHECKING:
@@ -115,21 +116,21 @@ class RunSetup:
     def make_accumulation(self, optimizer: Optimizer, note: Note) -> Accumulation:
         """What computes the gradient of each step, and deals with running out of memory."""
 
-        def graph_bytes() -> int:
+        def budget() -> MemoryBudget:
             if self.settings.graph_memory is not None:
-                return int(self.settings.graph_memory * 2**30)
+                return MemoryBudget(self.settings.graph_memory * 2**30, over_graph=1.0)
             trainable = sum(self.weights.own(p).nbytes for _, p in self.loaded.model.trainable())
-            # The first step adds a gradient and AdamW's two moments; one more to spare
-            free = free_for_graphs(self.loaded.precision.device, to_come=4 * trainable)
-            return free // self.processes.local_world_size
+            # The first step adds a gradient and AdamW's two moments
+            device, sharers = self.loaded.precision.device, self.processes.local_world_size
+            return MemoryBudget.now(device, to_come=3 * trainable, sharers=sharers)
 
-        graphs = ActivationBudget(graph_bytes, self.weights.all_agree)
+        graphs = GraphMemory(budget, self.weights.fewest)
         channel = open_channel(self.processes, sum(1 for _ in self.loaded.model.trainable()))
         kind = ACCUMULATIONS[self.settings.accumulation]
         recovery: Recovery = EndsRun()
         if not self.weights.sharded:
             recovery = SmallerPieces(
-                release_graphs=graphs.release,
+                halve_graphs=graphs.halve,
                 model=self.loaded.model,
                 channel=channel,
                 smallest=kind.smallest_micro_batch,

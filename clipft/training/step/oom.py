@@ -1,9 +1,9 @@
 """What happens when a step runs out of memory: the same step again, in smaller pieces.
 
-The first time, activation graphs are no longer kept; after that, the micro-batch is halved each
-time. The exact loss covers all pairs however they are split, so nothing else changes; the local
-loss does change, and the warning says so. All processes shrink together, because the steps of one
-would not fit those of the others.
+First half as many activation graphs are kept, then a quarter, and so on; when no more than the
+first of each tower is left, the micro-batch is halved each time. The exact loss covers all pairs
+however they are split, so nothing else changes; the local loss does change, and the warning says
+so. All processes shrink together, because the steps of one would not fit those of the others.
 
 With sharded weights this is impossible: other processes wait for this one within a forward pass,
 so the run ends and can be resumed with other settings.
@@ -42,20 +42,19 @@ class Recovery:
 
 @dataclass
 class SmallerPieces(Recovery):
-    """Free the graphs, then halve the micro-batches, down to ``smallest`` pairs.
+    """Keep fewer graphs, then halve the micro-batches, down to ``smallest`` pairs.
 
     ``micro`` is the size in which micro-batches come from the loader. ``consequence`` completes
     the warning: what smaller micro-batches mean for the loss.
     """
 
-    release_graphs: Callable[[], None]
+    halve_graphs: Callable[[], bool]
     model: TrainableModel
     channel: StepChannel
     smallest: int
     consequence: str
     micro: int
     note: Callable[[str], None]
-    _released: bool = field(default=False, init=False)
     _ran_out: bool = field(default=False, init=False)
 
     def attempts(self, step: int) -> Iterator[AbstractContextManager[None]]:
@@ -87,10 +86,11 @@ class SmallerPieces(Recovery):
 
     def _shrink(self, step: int) -> None:
         where = f"memory ran out in step {step + 1}"
-        if not self._released:
-            self._released = True
-            self.release_graphs()
-            self.note(f"warning: {where}: activation graphs are no longer kept, which is slower.")
+        if self.halve_graphs():
+            self.note(
+                f"warning: {where}: half as many activation graphs are kept from now on, which is "
+                "slower."
+            )
             return
         if self.micro <= self.smallest:
             raise MemoryShortage(

@@ -31,16 +31,21 @@ class GraphMemory:
     bytes_per_cell: dict[str, float] = field(default_factory=dict)
     _budget: MemoryBudget | None = None
     _held: float = 0
+    _spared: bool = False
+    """Whether this step keeps more than it must."""
 
     def begin_step(self) -> None:
         if self._budget is None:
             self._budget = self.find_budget()
-        self._held = 0
+        self._held, self._spared = 0, False
 
-    def halve(self) -> None:
-        """Keep half as much from now on, because memory has run out."""
-        assert self._budget
+    def halve(self) -> bool:
+        """Keep half as much from now on, because memory has run out; False if that changes
+        nothing, as only what is always kept was kept in this step."""
+        if self._budget is None or not self._spared:
+            return False
         self._budget = self._budget.halved()
+        return True
 
     def kept(self, tower: Tower, chunks: Sequence[Chunk]) -> int:
         """How many of these chunks keep their graphs, the first ones, as memory allows.
@@ -55,6 +60,7 @@ class GraphMemory:
                 break
             self._held += per_cell * chunk.cells
             count += 1
+        self._spared |= count > 1
         return count
 
 

@@ -38,7 +38,7 @@ class Weights:
         return count
 
     def even_out(self, micro_batches: list[Batch]) -> list[Batch]:
-        """Add empty micro-batches, where all processes must pass equally many through the towers."""
+        """Add empty micro-batches where all processes must have equally many of them."""
         return micro_batches
 
     def wrap_towers(self, towers: Towers) -> Towers:

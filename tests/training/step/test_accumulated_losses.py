@@ -5,11 +5,13 @@ import torch
 
 from clipft.cli.progress import epoch_line
 from clipft.config.sources import load_settings
+from clipft.core.memory import MemoryBudget
 from clipft.data.positives import CaptionPositives, GroupPositives
 from clipft.embedding.towers import make_towers
 from clipft.runs.records import EpochResult, StepResult
-from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
+from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
 from clipft.training.step.losses import make_loss
+from clipft.training.step.tower_pass import GraphMemory
 from tests.training.step.test_gradcache import (
     OFF,
     PAIRS,
@@ -37,7 +39,7 @@ def made(kind, loaded, source, **given):
         loss=make_loss(settings, loaded.model),
         positives=SOURCES[source](pad_token_id(loaded)),
         scaler=OFF,
-        graphs=ActivationBudget(lambda: 0),
+        graphs=GraphMemory(lambda: MemoryBudget(0)),
     )
 
 

@@ -7,14 +7,16 @@ import torch
 
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.core.memory import MemoryBudget
 from clipft.data.loader import Batch
 from clipft.data.positives import CaptionPositives, Positives
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.device import Precision
 from clipft.models.pretrained import load_pretrained
-from clipft.training.step.gradcache import ActivationBudget, ExactAccumulation, LocalAccumulation
+from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
 from clipft.training.step.losses import make_loss
+from clipft.training.step.tower_pass import GraphMemory
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 PAIRS = 12
@@ -46,7 +48,7 @@ def accumulation(
         loss=make_loss(settings, loaded.model),
         positives=Positives(),
         scaler=OFF,
-        graphs=ActivationBudget(lambda: room),
+        graphs=GraphMemory(lambda: MemoryBudget(room, over_graph=1.0)),
     )
 
 
@@ -143,12 +145,14 @@ def test_as_many_graphs_are_kept_as_there_is_room_for(pairs):
     assert encoded == [True] * 4
     graph_bytes = step.graphs.bytes_per_cell["images"] * 3
     encoded.clear()
-    accumulation(loaded, room=int(graph_bytes * 2.5), towers=counted)(0, batches)
+    halved = accumulation(loaded, room=int(graph_bytes * 2.5), towers=counted)
+    halved(0, batches)
     assert encoded == [True, True, False, False, True, True]
     encoded.clear()
-    step.graphs.release()
-    step(1, batches)
-    assert encoded == [False] * 4 + [True] * 4
+    assert halved.graphs.halve()
+    halved(1, batches)
+    assert encoded == [True] + [False] * 3 + [True] * 3  # the first is kept in any case
+    assert not halved.graphs.halve()
 
 
 def test_what_a_graph_holds_is_counted(pairs):
