@@ -101,15 +101,15 @@ class _QuickGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.mul(x, QUICK_GELU).sigmoid_().mul_(x)
+        scaled = x * QUICK_GELU
+        ctx.save_for_backward(scaled)
+        return torch.sigmoid(scaled).mul_(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        # With z = 1.702 x: the derivative of z sigmoid(z) with respect to z, written over z
-        z = x * QUICK_GELU
-        found: Tensor = torch.ops.aten.silu_backward.grad_input(gradients[0], z, grad_input=z)
+        (scaled,) = ctx.saved_tensors
+        # With z = 1.702 x: the derivative of z sigmoid(z) with respect to z
+        found: Tensor = torch.ops.aten.silu_backward(gradients[0], scaled)
         return found
 
 
@@ -117,7 +117,8 @@ class FastQuickGelu(nn.Module):
     """Replaces transformers' ``QuickGELUActivation``; its output is bit-identical."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # exporters trace plain operators
+        # Exporters trace plain operators, and a compiler fuses them
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x * torch.sigmoid(QUICK_GELU * x)
         activated: Tensor = _QuickGelu.apply(x)
         return activated

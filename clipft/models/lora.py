@@ -36,11 +36,12 @@ def _adapted(layer: Any, original: Any, name: str, x: Tensor) -> Tensor:
     if layer.disable_adapters or layer.merged:
         plain: Tensor = original(layer, x)
         return plain
-    out, scaling = layer.base_layer(x), layer.scaling[name]
-    dropout = layer.lora_dropout[name]
+    # Two-dimensional from the start: in-place additions to a view cost autograd another copy
+    out, scaling = layer.base_layer(x.flatten(0, -2)), layer.scaling[name]
+    dropout, kept = layer.lora_dropout[name], x
     if layer.training and isinstance(dropout, RowDropout):
-        x, scaling = dropout.zero(x), scaling * dropout.masks.scale
-    reduced = functional.linear(x, layer.lora_A[name].weight)
+        kept, scaling = dropout.zero(x), scaling * dropout.masks.scale
+    reduced = functional.linear(kept.flatten(0, -2), layer.lora_A[name].weight)
     up = layer.lora_B[name].weight * scaling
-    sum_: Tensor = torch.addmm(out.flatten(0, -2), reduced.flatten(0, -2), up.T)
-    return sum_.view_as(out)
+    added: Tensor = out.addmm_(reduced, up.T.to(out.dtype))  # autocast leaves it alone
+    return added.view(*x.shape[:-1], -1)

@@ -64,11 +64,11 @@ class TrainableModel(nn.Module):
         self.text_tower_trainable = "text" in parts
         self.images_trainable = self.vision_tower_trainable or VISUAL in parts
         self.texts_trainable = self.text_tower_trainable or TEXTUAL in parts
-        # For pixels in 0..255: (x / 255 - mean) / std as one multiplication and one addition
+        # For pixels in 0..255: (x / 255 - mean) / std as one fused multiplication and addition
         std = torch.tensor(base.inputs.std).view(1, 3, 1, 1)
         mean = torch.tensor(base.inputs.mean).view(1, 3, 1, 1)
         self.register_buffer("_gain", 1 / (255 * std), persistent=False)
-        self.register_buffer("_shift", mean / std, persistent=False)
+        self.register_buffer("_shift", -mean / std, persistent=False)
 
     @property
     def image_positions(self) -> int:
@@ -78,7 +78,7 @@ class TrainableModel(nn.Module):
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Run the vision tower up to its projection: uint8 [B, 3, S, S] -> [B, W]."""
-        pixels = pixel_values.float() * self._gain - self._shift
+        pixels = torch.addcmul(self._shift, pixel_values.float(), self._gain)
         return self.architecture.image_features(self.clip, pixels)
 
     def text_features(self, input_ids: Tensor) -> Tensor:

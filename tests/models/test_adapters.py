@@ -73,7 +73,7 @@ def test_peft_alone_opens_the_written_adapter(kind, pairs, tmp_path):
     base = load_pretrained("tiny")
     torch.manual_seed(123)  # nothing of it may be random
     alone = PeftModel.from_pretrained(base.model, str(tmp_path)).eval()
-    pixels = pairs[0].float() * model._gain - model._shift
+    pixels = pairs[0].float() * model._gain + model._shift
     with torch.no_grad():
         images = alone.get_image_features(pixel_values=pixels).pooler_output
         texts = alone.get_text_features(input_ids=pairs[1]).pooler_output

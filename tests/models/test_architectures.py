@@ -133,7 +133,7 @@ def test_siglip_features_and_projections_equal_transformers(folders):
     model = tuned(folders("SigLIP"))
     pixels, ids = pixels_and_ids(folders("SigLIP"))
     with torch.no_grad():
-        normal = pixels.float() * model._gain - model._shift
+        normal = pixels.float() * model._gain + model._shift
         images = model.clip.get_image_features(pixel_values=normal).pooler_output
         filled = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=1)
         texts = model.clip.get_text_features(input_ids=filled).pooler_output
@@ -150,7 +150,7 @@ def test_siglip_loss_equals_transformers(folders):
     pixels, ids = pixels_and_ids(folders("SigLIP"))
     filled = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=1)
     with torch.no_grad():
-        normal = pixels.float() * model._gain - model._shift
+        normal = pixels.float() * model._gain + model._shift
         theirs = model.clip(input_ids=filled, pixel_values=normal, return_loss=True).loss
         ours = make_loss(load_settings({}, environ={}).values, model)(*model(pixels, ids))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -204,7 +204,7 @@ def test_peft_alone_opens_the_adapter_of_siglip(folders, tmp_path):
     alone = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     pixels, ids = pixels_and_ids(folders("SigLIP"))
     filled = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=1)
-    normal = pixels.float() * model._gain - model._shift
+    normal = pixels.float() * model._gain + model._shift
     with torch.no_grad():
         images = alone.get_image_features(pixel_values=normal).pooler_output
         texts = alone.get_text_features(input_ids=filled).pooler_output

@@ -34,7 +34,7 @@ def inputs(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
 def theirs(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     model = loaded.model
     pixels, ids = inputs(loaded)
-    normalised = pixels.float() * model._gain - model._shift
+    normalised = pixels.float() * model._gain + model._shift
     return (
         model.clip.vision_model(pixel_values=normalised).pooler_output,
         model.clip.text_model(input_ids=ids).pooler_output,

@@ -95,7 +95,7 @@ def test_normalization_equals_the_image_processor():
     )["pixel_values"]
     model = adapt(base, SCENARIOS["zero_shot"], SETTINGS)
     torch.testing.assert_close(
-        pixels.float() * model._gain - model._shift, theirs, atol=1e-5, rtol=1e-5
+        pixels.float() * model._gain + model._shift, theirs, atol=1e-5, rtol=1e-5
     )
 
 

@@ -94,7 +94,7 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def test_exact_is_one_big_batch_in_transformers_own_words(scenario, micro, room, pairs):
     loaded = load(scenario)
     model = loaded.model
-    pixels = pairs.pixel_values.float() * model._gain - model._shift
+    pixels = pairs.pixel_values.float() * model._gain + model._shift
     output = model.clip(input_ids=pairs.input_ids, pixel_values=pixels, return_loss=True)
     output.loss.backward()
     expected = gradients(loaded)
