@@ -33,7 +33,8 @@ class Machine:
         if used > self.memory:
             return Probe(size, fits=False)
         seconds = self.overhead + size * self.per_pair
-        return Probe(size, True, seconds, seconds / 3, used)
+        graph = size * self.each // 2  # a backward pass takes twice the graph
+        return Probe(size, True, seconds, seconds / 3, used, graph)
 
     @property
     def largest(self) -> int:
@@ -68,10 +69,12 @@ def test_where_all_graphs_can_be_kept_a_small_micro_batch_costs_no_second_pass()
     assert found.left_bytes == machine.memory - (100 + 10 * found.chosen)
 
 
-def test_where_none_can_be_kept_the_whole_batch_at_once_saves_a_forward_pass():
-    machine = Machine(memory=100 + 160 * 10, each=10, overhead=1.0)
+def test_where_few_can_be_kept_the_whole_batch_at_once_saves_a_forward_pass():
+    machine = Machine(memory=100 + 150 * 10, each=10, overhead=1.0)
+    smaller = search(machine, 512, machine.memory, device_refuses=True)
+    assert smaller.kept < 1.0
     found = search(machine, 128, machine.memory, device_refuses=True)
-    assert found.kept < 1.0
+    assert found.kept == 1.0
     assert found.chosen == 128
 
 

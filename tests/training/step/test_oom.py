@@ -52,12 +52,14 @@ def model(loaded):
 def smaller_pieces(
     model, micro, said, kind=ExactAccumulation, channel=ALONE, released=None
 ) -> SmallerPieces:
-    def release() -> None:
-        if released is not None:
-            released.append(True)
+    def halve() -> bool:  # as with graphs to spare in the first attempt alone
+        if released is None or released:
+            return False
+        released.append(True)
+        return True
 
     smallest, consequence = kind.smallest_micro_batch, kind.if_smaller
-    return SmallerPieces(release, model, channel, smallest, consequence, micro, said.append)
+    return SmallerPieces(halve, model, channel, smallest, consequence, micro, said.append)
 
 
 def take(step: int, recovery: SmallerPieces, accumulate, micro_batches: list[Batch]):
@@ -80,7 +82,7 @@ def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert device.tried == [[12, 5], [12, 5], [6, 6, 5], [3, 3, 3, 3, 3, 2]]
     assert released == [True]
-    assert "graphs are no longer kept" in said[0]
+    assert "half as many activation graphs" in said[0]
     assert "micro-batches of 6 pairs" in said[1] and "micro-batches of 3 pairs" in said[2]
     assert all("memory ran out in step 5" in line for line in said) and len(said) == 3
     take(5, recovery, device, [batch(12)])  # stays that way, without another warning
@@ -126,7 +128,7 @@ def test_all_processes_shrink_when_one_runs_out():
     result = [total, own.tried[-1], len(said)]
 """
     first, second = results(body)
-    assert first == second == [2.0, [4, 4, 4, 4], 2] or first == second == [2.0, [2] * 8, 3]
+    assert first == second == [2.0, [2] * 8, 2]
 
 
 def test_a_run_that_runs_out_of_memory_is_the_same_run(catalogue, tmp_path, monkeypatch, capsys):
