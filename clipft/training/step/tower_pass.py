@@ -32,19 +32,19 @@ class GraphMemory:
     _budget: MemoryBudget | None = None
     _held: float = 0
     _spared: bool = False
-    """Whether this step keeps more than it must."""
+    """Whether a step has kept more than it must."""
 
     def begin_step(self) -> None:
         if self._budget is None:
             self._budget = self.find_budget()
-        self._held, self._spared = 0, False
+        self._held = 0
 
     def halve(self) -> bool:
-        """Keep half as much from now on, because memory has run out; False if that changes
-        nothing, as only what is always kept was kept in this step."""
+        """Keep half as much from now on, because memory has run out; False if that would change
+        nothing, because only what is always kept was kept since the last time."""
         if self._budget is None or not self._spared:
             return False
-        self._budget = self._budget.halved()
+        self._budget, self._spared = self._budget.halved(), False
         return True
 
     def kept(self, tower: Tower, chunks: Sequence[Chunk]) -> int:
