@@ -47,8 +47,8 @@ def resume(out: Path) -> int:
 def kill_after(step: int, data: Path, out: Path, monkeypatch, *more: str) -> None:
     all_batches = training_run.step_batches
 
-    def some(setup, state, skipped):
-        for batch in all_batches(setup, state, skipped):
+    def some(setup, state, *given):
+        for batch in all_batches(setup, state, *given):
             if state.step == step:
                 raise Killed
             yield batch
