@@ -290,6 +290,10 @@ class OptimSettings(Section):
     gradient_checkpointing: bool = setting(
         False, "Recompute encoder layers in the backward pass, which saves memory and costs time."
     )
+    compile: bool = setting(
+        False,
+        "Compile both encoders, which needs a C++ compiler. Starting takes minutes longer.",
+    )
     accumulation: Literal["exact", "local"] = setting(
         "exact",
         "How the loss is computed when a step has several micro-batches. exact: one loss over the "

@@ -23,8 +23,13 @@ from clipft.embedding.encoding import Encoding
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
 
-_BATCH = 64
+_BATCH = {"cpu": 64, "cuda": 256}
 """Pairs per forward pass without gradients, where no micro-batch size is set."""
+
+
+def evaluation_batch(settings: Settings, device: torch.device) -> int:
+    """The number of pairs that pass through the towers together without gradients."""
+    return settings.micro_batch_size or _BATCH.get(device.type, _BATCH["cpu"])
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,19 @@ def embed_pairs(
     positives: Positives = NO_GROUPS,
     processes: Processes = ALONE,
     check: Callable[[], None] = lambda: None,
+    batch_size: int = 0,
 ) -> Embeddings:
     """Embed all pairs with dropout off. Each process embeds its share, and all get everything.
 
-    ``check`` is called before each batch, and may end the work by raising a ``ClipftError``.
+    ``batch_size`` pairs pass through the towers together; 0 chooses. ``check`` is called before
+    each batch, and may end the work by raising a ``ClipftError``.
 
     Raises:
         DataError: no pair can be used, or more than ``max_bad`` of them cannot.
     """
     share, device = Share(processes.rank, processes.world_size), loaded.precision.device
     options = LoaderOptions.from_settings(settings, device, share, processes.local_world_size)
-    batch_size = settings.micro_batch_size or _BATCH
+    batch_size = batch_size or evaluation_batch(settings, device)
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
     own = _embed_share(loaded, how, in_lockstep(processes, batches, check), positives)
     skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))

@@ -14,7 +14,13 @@ from clipft.data.overlap import shared_captions, shared_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.feature_cache import caption_features, image_features
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import Towers, make_towers, with_image_features, with_text_features
+from clipft.embedding.towers import (
+    Towers,
+    choose_shapes,
+    make_towers,
+    with_image_features,
+    with_text_features,
+)
 from clipft.models.pretrained import ModelInputs
 
 _NOTICEABLE = 20_000
@@ -29,9 +35,21 @@ class Encoding:
     towers: Towers
 
 
-def live_encoding(loaded: LoadedModel, preprocessing: Preprocessing, seed: int) -> Encoding:
-    """Return an encoding in which both towers run every time."""
-    return Encoding(preprocessing, make_towers(loaded, seed, preprocessing.captions.pad_token_id))
+def live_encoding(
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    settings: Settings,
+    micro: int,
+    effective: int | None = None,
+) -> Encoding:
+    """Return an encoding in which both towers run every time.
+
+    ``micro`` pairs pass through them together, and ``effective`` in a step.
+    """
+    shapes = choose_shapes(loaded, settings.compile, micro, effective or micro)
+    pad_token_id = preprocessing.captions.pad_token_id
+    towers = make_towers(loaded, settings.seed, pad_token_id, shapes, settings.compile)
+    return Encoding(preprocessing, towers)
 
 
 def open_encoding(
@@ -41,12 +59,15 @@ def open_encoding(
     settings: Settings,
     note: Note,
     progress: Progress = silent,
+    *,
+    micro: int,
+    effective: int | None = None,
 ) -> Encoding:
     """Return an encoding in which cached features replace each tower whose output never changes.
 
     If the cache cannot be written, the user is told and both towers run.
     """
-    live = live_encoding(loaded, preprocessing, settings.seed)
+    live = live_encoding(loaded, preprocessing, settings, micro, effective)
     if not settings.feature_cache:
         return live
     model, captions, encoding = loaded.model, preprocessing.captions, live

@@ -26,6 +26,7 @@ from clipft.data.captions.tokenizer import Keys, caption_keys, lengths, stacked
 from clipft.data.loader import Batch
 from clipft.embedding.feature_cache import Features
 from clipft.embedding.load import LoadedModel
+from clipft.embedding.transfer import Transfer
 from clipft.models.device import Precision
 from clipft.models.dropout import RowMasks
 from clipft.models.trainable import TrainableModel
@@ -104,6 +105,13 @@ class BoundedShapes(Shapes):
             yield max(0, end - rows), end, rows, length
 
 
+def choose_shapes(loaded: LoadedModel, compiled: bool, micro: int, effective: int) -> Shapes:
+    """Bound the shapes where each costs something: on CUDA, and where towers are compiled."""
+    if loaded.precision.device.type == "cuda" or compiled:
+        return BoundedShapes(micro, effective, loaded.base.inputs.context_length)
+    return Shapes()
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Rows that pass through a tower together.
@@ -148,13 +156,14 @@ class Tower:
     make_chunks: Chunking
     encode_inputs: Callable[[Tensor], Tensor]
     precision: Precision
+    transfer: Transfer
     seed: int = 0
     masks: RowMasks | None = None
     positions: int | None = None
 
     def encode(self, step: int, chunk: Chunk) -> Tensor:
         """Encode a chunk into float32 [rows, D]; the same again for the same step and chunk."""
-        inputs = chunk.inputs.to(self.precision.device, non_blocking=True)
+        inputs = self.transfer.take(chunk.inputs)
         if chunk.shifts is not None:
             inputs = augment(inputs, chunk.shifts.to(self.precision.device, non_blocking=True))
         self.use_masks(step, chunk)
@@ -195,19 +204,32 @@ class Towers:
 
 
 def make_towers(
-    loaded: LoadedModel, seed: int, pad_token_id: int, shapes: Shapes = Shapes()
+    loaded: LoadedModel,
+    seed: int,
+    pad_token_id: int,
+    shapes: Shapes = Shapes(),
+    compiled: bool = False,
 ) -> Towers:
-    """Return both towers of a model, both of them running. ``pad_token_id`` pads the texts."""
+    """Return both towers of a model, both of them running. ``pad_token_id`` pads the texts.
+
+    ``compiled`` towers are compiled for each shape that they meet.
+    """
     model, inputs = loaded.model, loaded.base.inputs
     width = inputs.context_length if model.architecture.pads_texts else 0
+    transfer = Transfer(loaded.precision.device)
+    encode_images, encode_texts = model.encode_images, model.encode_texts
+    if compiled:
+        encode_images = torch.compile(encode_images, dynamic=False)
+        encode_texts = torch.compile(encode_texts, dynamic=False)
     chunk_texts = partial(_chunk_captions, pad_token_id=pad_token_id, width=width, shapes=shapes)
     return Towers(
         Tower(
             name="images",
             trainable=model.images_trainable,
             make_chunks=partial(_chunk_images, shapes=shapes),
-            encode_inputs=model.encode_images,
+            encode_inputs=encode_images,
             precision=loaded.precision,
+            transfer=transfer,
             seed=seed,
             masks=loaded.image_masks,
             positions=model.image_positions,
@@ -216,8 +238,9 @@ def make_towers(
             name="texts",
             trainable=model.texts_trainable,
             make_chunks=chunk_texts,
-            encode_inputs=model.encode_texts,
+            encode_inputs=encode_texts,
             precision=loaded.precision,
+            transfer=transfer,
             seed=seed,
             masks=loaded.text_masks,
             positions=width or None,

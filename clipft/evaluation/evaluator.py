@@ -13,7 +13,12 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import Preprocessing
 from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
+from clipft.embedding.embed import (
+    Embeddings,
+    embed_pairs,
+    evaluation_batch,
+    validation_pairs,
+)
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
 from clipft.metrics.definitions import DEFINITIONS
@@ -79,8 +84,15 @@ class EvaluationSet:
         ``check`` is called between batches, and may end the work by raising an error.
         """
         settings, progress = self.settings, checked(silent, check)
+        micro = evaluation_batch(settings, loaded.precision.device)
         encoding = open_encoding(
-            loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress
+            loaded,
+            self.pairs,
+            self.preprocessing,
+            settings,
+            lambda note: None,
+            progress,
+            micro=micro,
         )
         embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
         usable = np.array(embedded.numbers)  # without the skipped pairs

@@ -16,7 +16,7 @@ from clipft.core.files import replacing
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.shards.dataset import ChosenPairs, open_pairs
-from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
+from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts, evaluation_batch
 from clipft.embedding.encoding import live_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
 from clipft.evaluation.evaluator import EvaluationSet
@@ -125,8 +125,9 @@ def _linear(
     chosen = np.random.default_rng(settings.seed).permutation(rows)[:most]
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
     numbers = sorted(chosen.tolist())
+    micro = evaluation_batch(settings, loaded.precision.device)
     # Not cached: a cache of a random choice of pairs would hardly be used again
-    encoding = live_encoding(loaded, preprocessing, settings.seed)
+    encoding = live_encoding(loaded, preprocessing, settings, micro)
     embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
     train = Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))
     return linear_classifier(train, test, list(known), settings.seed)

@@ -32,18 +32,18 @@ def fit(
         for attempt in accumulate.recovery.attempts(state.step):  # one, unless memory runs out
             with attempt:
                 # Its gradient is left in the parameters
-                loss = float(accumulate(state.step, batch.micro_batches, batch.pairs))
+                loss = accumulate(state.step, batch.micro_batches, batch.pairs)
         with no_second_attempt(_IN_UPDATE, _AFTER_UPDATE):
-            update = state.optimizer.update()
+            update = state.optimizer.update(loss)
         state.model.clamp_logit_scale()
 
-        state.advance(batch, loss)
+        state.advance(batch, update.loss)
         batch.micro_batches.clear()  # frees the images before the next ones are read
         ended = time.perf_counter()
         yield StepResult(
             epoch=batch.epoch + 1,
             step=state.step,
-            loss=loss,
+            loss=update.loss,
             lr=update.lr,
             grad_norm=update.grad_norm,
             pairs=batch.pairs,
@@ -54,6 +54,27 @@ def fit(
             loss_floor=accumulate.lower_bound,
         )
         started = time.perf_counter()
+
+
+def one_ahead(
+    batches: Iterator[StepBatch], start: Callable[[StepBatch], None]
+) -> Iterator[StepBatch]:
+    """Yield each batch when the next one is there and ``start`` was called with it.
+
+    An error of reading the next one is raised after the present one was used.
+    """
+    following: StepBatch | None
+    following, failed = next(batches, None), None
+    while following:
+        batch = following
+        try:
+            if following := next(batches, None):
+                start(following)
+        except Exception as error:
+            following, failed = None, error
+        yield batch
+    if failed:
+        raise failed
 
 
 def step_batches(

@@ -22,7 +22,7 @@ from clipft.distributed.rank_zero import (
     steps_in_lockstep,
 )
 from clipft.distributed.step_channel import open_channel
-from clipft.embedding.embed import Embeddings
+from clipft.embedding.embed import Embeddings, evaluation_batch
 from clipft.embedding.encoding import (
     Encoding,
     data_remarks,
@@ -150,12 +150,26 @@ class RunSetup:
             recovery=recovery,
         )
 
+    @property
+    def validation_batch(self) -> int:
+        """The number of validation pairs that pass through the towers together."""
+        return validation_batch(self.settings, self.loaded, self.plan.micro_batch_size)
+
     @torch.no_grad()
     def validation_loss(self, embedded: Embeddings) -> float:
         """The training loss over the whole validation set as one batch."""
         device = self.loaded.precision.device
         images, texts = embedded.images.to(device), embedded.texts.to(device)
         return float(self.loss(images, texts, embedded.groups))
+
+
+def validation_batch(settings: Settings, loaded: LoadedModel, micro: int) -> int:
+    """The number of validation pairs that pass through the towers together.
+
+    On a GPU that is a micro-batch, which is known to fit. A CPU is no faster with more.
+    """
+    device = loaded.precision.device
+    return micro if device.type == "cuda" else evaluation_batch(settings, device)
 
 
 def prepare(
@@ -202,11 +216,28 @@ def prepare(
     optimizer = _agreed_optimizer(settings, loaded, processes, weights, began, note)
 
     def features() -> tuple[Encoding, Encoding]:
-        def opened(pairs: Pairs, preprocessing: Preprocessing) -> Encoding:
-            found = open_encoding(loaded, pairs, preprocessing, settings, note, progress)
+        own = -(-effective // processes.world_size)
+
+        def opened(
+            pairs: Pairs, preprocessing: Preprocessing, micro: int, effective: int
+        ) -> Encoding:
+            found = open_encoding(
+                loaded,
+                pairs,
+                preprocessing,
+                settings,
+                note,
+                progress,
+                micro=micro,
+                effective=effective,
+            )
             return replace(found, towers=weights.wrap_towers(found.towers))
 
-        return opened(train, data.preprocessing), opened(val, data.val_preprocessing)
+        without_gradients = validation_batch(settings, loaded, micro)
+        return (
+            opened(train, data.preprocessing, micro, own),
+            opened(val, data.val_preprocessing, without_gradients, without_gradients),
+        )
 
     encoding, val_encoding = rank_zero_first(processes, features)
 

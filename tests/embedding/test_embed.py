@@ -31,7 +31,7 @@ def test_equal_captions_have_equal_embeddings_in_any_batch(tmp_path):
         )
         loaded, pairs = load_model(settings), validation_pairs(settings)
         preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-        how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None)
+        how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None, micro=4)
         embedded = embed_pairs(loaded, pairs, how, settings)
         assert embedded.numbers == tuple(range(24))
         chairs = embedded.texts[::5]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from clipft.config.sources import load_settings
 from clipft.data.loader import Batch
@@ -79,3 +80,34 @@ def test_a_chunk_that_is_filled_up_has_the_embeddings_of_its_rows_and_their_grad
         torch.testing.assert_close(filled[1], plain[1], atol=1e-5, rtol=1e-4)
         for ours, theirs in zip(filled[2], plain[2], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scenario", ["dual_lora", "full"])
+def test_a_compiled_tower_is_one_graph_for_each_of_a_bounded_number_of_shapes(
+    scenario, monkeypatch
+):
+    """Over steps of different sizes, whose captions have different lengths and repeat."""
+    given = {"model": "tiny", "scenario": scenario, "precision": "fp32", "lora_dropout": "0.1"}
+    loaded = load_model(load_settings(given, environ={}).values)
+    loaded.model.train()
+    torch._dynamo.reset()
+    counters = [CompileCounter(), CompileCounter()]
+    kinds, compile_ = iter(counters), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=next(kinds), **how))
+    end, side = int(loaded.base.inputs.tokenizer.eos_token_id), loaded.base.inputs.image_size
+    shapes = BoundedShapes(8, 16, loaded.base.inputs.context_length)
+    towers, met = make_towers(loaded, 1, end, shapes, compiled=True), (set(), set())
+    draw = torch.Generator().manual_seed(0)
+    for step, pairs in enumerate((8, 8, 7, 8, 5, 8, 8, 6)):
+        pixels = torch.zeros(pairs, 3, side, side, dtype=torch.uint8)
+        ids = torch.randint(5, 100, (pairs, 30), generator=draw)
+        for row in ids:
+            row[int(torch.randint(3, 30, (), generator=draw)) :] = end
+        batch = Batch(pixels, ids, tuple(range(pairs)))
+        for tower, seen in zip((towers.images, towers.texts), met, strict=True):
+            for chunk in tower.make_chunks([batch]).chunks:
+                seen.add(chunk.inputs.shape)
+                tower.encode(step, chunk).sum().backward()
+    assert [counter.frame_count for counter in counters] == [len(seen) for seen in met]
+    assert len(met[0]) <= 4 and len(met[1]) <= 4
+    assert all(rows == 8 for rows, _ in met[1])

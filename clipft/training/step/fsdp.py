@@ -143,7 +143,7 @@ class ShardedWeights(Weights):
             part.grad = None if gradient is None else gradient.to_local()
         return sums
 
-    def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> float:
+    def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         def square(parameters: Iterable[nn.Parameter]) -> Tensor:
             gradients = [p.grad for p in parameters if p.grad is not None]
             return nn.utils.get_total_norm(gradients).double().to(self._mesh.device_type) ** 2
@@ -154,7 +154,7 @@ class ShardedWeights(Weights):
         norm = torch.sqrt(parts + square(p for p in owned if p not in self._wholes)).float()
         if math.isfinite(max_norm):
             nn.utils.clip_grads_with_norm_(owned, max_norm, norm)
-        return float(norm)
+        return norm
 
     def make_scaler(self, precision: Precision) -> "torch.amp.GradScaler":
         if precision.name != "fp16":

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch
+from clipft.data.loader import Batch, StepBatch
 from clipft.data.positives import Positives
 from clipft.distributed.step_channel import ALONE, StepChannel
 from clipft.embedding.towers import Towers
@@ -62,6 +62,11 @@ class Accumulation(ABC):
 
         ``pairs`` is how many there are on all processes; those of ``micro_batches`` by default.
         """
+
+    def start_to_copy(self, batch: StepBatch) -> None:
+        """Start to copy the first images of a step to the device, during the step before."""
+        for micro_batch in batch.micro_batches[:1]:
+            self.towers.images.transfer.start(micro_batch.pixel_values)
 
     def _passes(self, step: int) -> tuple[TowerPass, TowerPass]:
         """The passes through both towers of one step, or of one micro-batch of it."""
@@ -122,11 +127,12 @@ class LocalAccumulation(Accumulation):
                     torch.autograd.backward(self.scaler.scale(share))
                 mean += share.detach()
             backward(images, texts)
-        figures = (float(mean), lower_bound)
+        alone = self.channel is ALONE  # then nothing here needs to wait for the device
+        figures = (0.0 if alone else float(mean), lower_bound)
         loss, self.lower_bound = self.weights.sum_gradients(
             self.model, self.channel, figures=figures
         )
-        return torch.tensor(loss)
+        return mean if alone else torch.tensor(loss)
 
 
 ACCUMULATIONS: dict[str, type[ExactAccumulation] | type[LocalAccumulation]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
@@ -148,11 +148,13 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, warmup: int) -
 
 @dataclass(frozen=True)
 class Update:
-    """What came of one step's gradient: its norm before clipping, and whether it was applied.
+    """What came of one step: its loss, the norm of the gradient before clipping, and whether it
+    was applied.
 
     ``lr`` is the rate of the first group: that of encoders or adapters where these train.
     """
 
+    loss: float
     grad_norm: float
     lr: float
     applied: bool
@@ -178,17 +180,19 @@ class Optimizer:
         self._parameters = [p for group in adamw.param_groups for p in group["params"]]
         self._skipped_in_a_row = 0
 
-    def update(self) -> Update:
+    def update(self, loss: Tensor) -> Update:
         """Unscale and clip the gradients, step, advance the learning rate, clear the gradients.
 
-        A gradient that is not finite is not applied.
+        A gradient that is not finite is not applied. ``loss`` is only read, together with the
+        norm: nothing else in a step waits for the device.
 
         Raises:
             DivergedError: the gradients of ``MAX_SKIPPED_STEPS`` steps in a row were not finite.
         """
         lr = float(self.adamw.param_groups[0]["lr"])
         self.scaler.unscale_(self.adamw)
-        norm = self.weights.clip(self._parameters, self._max_norm)
+        norm_there = self.weights.clip(self._parameters, self._max_norm)
+        loss_here, norm = torch.stack([loss.to(norm_there), norm_there]).tolist()
         applied = math.isfinite(norm)
         if applied or self.scaler.is_enabled():  # the scaler itself skips, and lowers its scale
             self.scaler.step(self.adamw)
@@ -203,7 +207,7 @@ class Optimizer:
                 f"the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row",
                 "lower --lr, or use --precision fp32 or bf16; the last checkpoint is good",
             )
-        return Update(norm, lr, applied)
+        return Update(loss_here, norm, lr, applied)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; whole on rank zero."""

@@ -83,11 +83,15 @@ class TowerPass:
         """Embed the pairs of all micro-batches: float32 [pairs, D], in their order."""
         made, device = self.tower.make_chunks(batches), self.tower.precision.device
         self.chunks = made.chunks
+        for chunk in self.chunks[:2]:
+            self.tower.transfer.start(chunk.inputs)
         rows = [self._encode_first(chunk) for chunk in self.chunks[:1]]
         keep = 0
         if rows and self.tower.trainable:
             keep = self.graphs.fewest(self.graphs.kept(self.tower, self.chunks))
         for i, chunk in enumerate(self.chunks[1:], start=1):
+            for following in self.chunks[i + 1 : i + 2]:
+                self.tower.transfer.start(following.inputs)
             with torch.set_grad_enabled(i < keep):
                 rows.append(self.tower.encode(self.step, chunk))
         self._kept = list(rows[:keep])

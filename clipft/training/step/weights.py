@@ -59,9 +59,9 @@ class Weights:
         """
         return channel.sum([p for _, p in model.trainable()], complete, figures)
 
-    def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> float:
+    def clip(self, owned: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to a total norm of ``max_norm``; return the norm before."""
-        return float(nn.utils.clip_grad_norm_(owned, max_norm))
+        return nn.utils.clip_grad_norm_(owned, max_norm)
 
     def make_scaler(self, precision: Precision) -> "torch.amp.GradScaler":
         """The loss scaler of a precision; disabled unless it is fp16."""

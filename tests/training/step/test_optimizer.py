@@ -25,6 +25,8 @@ from clipft.training.step.optimizer import (
     warmup_steps,
 )
 
+LOSS = torch.tensor(1.0)
+
 
 def make(total: int, warmup: int, lr: float = 1.0, clip: float = 0.0) -> Optimizer:
     weight = torch.nn.Parameter(torch.ones(2, 2))
@@ -45,7 +47,7 @@ def test_any_number_of_steps_has_a_learning_rate(total, asked):
     optimizer, rates = make(total, warmup), []
     for _ in range(total):
         set_gradient(optimizer, 0.1)
-        rates.append(optimizer.update().lr)
+        rates.append(optimizer.update(LOSS).lr)
     assert warmup <= max(0, total // 10)
     assert all(0 < rate <= 1.0 + 1e-9 for rate in rates)
     if warmup:
@@ -118,7 +120,7 @@ def test_each_group_has_its_own_cycle():
         one.grad, other.grad = torch.ones(2), torch.ones(2)
         first, second = (group["lr"] for group in adamw.param_groups)
         assert second == pytest.approx(first / 10)
-        assert optimizer.update().lr == first
+        assert optimizer.update(LOSS).lr == first
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_end_the_run():
@@ -126,34 +128,34 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_ten_in_a_row_end_the_r
     weight = optimizer.adamw.param_groups[0]["params"][0]
     for _ in range(MAX_SKIPPED_STEPS - 1):
         set_gradient(optimizer, math.nan)
-        assert not optimizer.update().applied
+        assert not optimizer.update(LOSS).applied
     assert torch.equal(weight, torch.ones(2, 2))
     set_gradient(optimizer, 1.0)
-    assert optimizer.update().applied  # counting starts over
+    assert optimizer.update(LOSS).applied  # counting starts over
     for _ in range(MAX_SKIPPED_STEPS - 1):
         set_gradient(optimizer, math.inf)
-        optimizer.update()
+        optimizer.update(LOSS)
     set_gradient(optimizer, math.inf)
     with pytest.raises(DivergedError, match="not finite"):
-        optimizer.update()
+        optimizer.update(LOSS)
 
 
 def test_clipping_reports_the_norm_before_and_0_switches_it_off():
     for clip in (1.0, 0.0):
         optimizer = make(10, 0, clip=clip)
         set_gradient(optimizer, 5.0)
-        assert optimizer.update().grad_norm == pytest.approx(10.0)
+        assert optimizer.update(LOSS).grad_norm == pytest.approx(10.0)
 
 
 def test_a_restored_optimizer_continues_where_it_was():
     one, other = make(20, 2), make(20, 2)
     for _ in range(5):
         set_gradient(one, 0.3)
-        one.update()
+        one.update(LOSS)
     other.load_state_dict(one.state_dict())
     set_gradient(one, 0.3)
     set_gradient(other, 0.3)
-    assert one.update() == other.update()
+    assert one.update(LOSS) == other.update(LOSS)
     assert other.adamw.param_groups[0]["lr"] == one.adamw.param_groups[0]["lr"]
 
 
@@ -302,7 +304,7 @@ def test_a_state_of_any_precision_goes_on_in_any_other(there, here):
     one, other = in_precision(there), in_precision(here)
     one.scaler.scale(torch.ones(1))
     set_gradient(one, 4.0)
-    one.update()
+    one.update(LOSS)
     if there == "fp16":
         one.scaler.update(new_scale=2.0)
     other.load_state_dict(one.state_dict())
@@ -312,7 +314,7 @@ def test_a_state_of_any_precision_goes_on_in_any_other(there, here):
     assert torch.equal(*moments)
     scaled = other.scaler.scale(torch.ones(1)).item()
     set_gradient(other, 3.0 * scaled)
-    update = other.update()
+    update = other.update(LOSS)
     assert update.applied and update.grad_norm == pytest.approx(6.0)
 
 
@@ -338,4 +340,4 @@ def test_a_scaler_asks_the_device_no_more_often_than_torch_does(monkeypatch):
         theirs.scaler.step(theirs.adamw)
         theirs.scaler.update()
 
-    assert count(ours.update) <= count(plain) + 1
+    assert count(lambda: ours.update(LOSS)) <= count(plain) + 1
