@@ -15,8 +15,8 @@ from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.feature_cache import caption_features, image_features
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import (
+    Shapes,
     Towers,
-    choose_shapes,
     make_towers,
     with_image_features,
     with_text_features,
@@ -36,17 +36,9 @@ class Encoding:
 
 
 def live_encoding(
-    loaded: LoadedModel,
-    preprocessing: Preprocessing,
-    settings: Settings,
-    micro: int,
-    effective: int | None = None,
+    loaded: LoadedModel, preprocessing: Preprocessing, settings: Settings, shapes: Shapes
 ) -> Encoding:
-    """Return an encoding in which both towers run every time.
-
-    ``micro`` pairs pass through them together, and ``effective`` in a step.
-    """
-    shapes = choose_shapes(loaded, settings.compile, micro, effective or micro)
+    """Return an encoding in which both towers run every time, on chunks of these shapes."""
     pad_token_id = preprocessing.captions.pad_token_id
     towers = make_towers(loaded, settings.seed, pad_token_id, shapes, settings.compile)
     return Encoding(preprocessing, towers)
@@ -58,16 +50,14 @@ def open_encoding(
     preprocessing: Preprocessing,
     settings: Settings,
     note: Note,
+    shapes: Shapes,
     progress: Progress = silent,
-    *,
-    micro: int,
-    effective: int | None = None,
 ) -> Encoding:
     """Return an encoding in which cached features replace each tower whose output never changes.
 
     If the cache cannot be written, the user is told and both towers run.
     """
-    live = live_encoding(loaded, preprocessing, settings, micro, effective)
+    live = live_encoding(loaded, preprocessing, settings, shapes)
     if not settings.feature_cache:
         return live
     model, captions, encoding = loaded.model, preprocessing.captions, live

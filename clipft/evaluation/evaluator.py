@@ -21,6 +21,7 @@ from clipft.embedding.embed import (
 )
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
+from clipft.embedding.towers import choose_shapes
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
@@ -84,15 +85,10 @@ class EvaluationSet:
         ``check`` is called between batches, and may end the work by raising an error.
         """
         settings, progress = self.settings, checked(silent, check)
-        micro = evaluation_batch(settings, loaded.precision.device)
+        at_once = evaluation_batch(settings, loaded.precision.device)
+        shapes = choose_shapes(loaded, settings.compile, at_once, at_once)
         encoding = open_encoding(
-            loaded,
-            self.pairs,
-            self.preprocessing,
-            settings,
-            lambda note: None,
-            progress,
-            micro=micro,
+            loaded, self.pairs, self.preprocessing, settings, lambda note: None, shapes, progress
         )
         embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
         usable = np.array(embedded.numbers)  # without the skipped pairs

@@ -31,6 +31,7 @@ from clipft.embedding.encoding import (
     validation_preprocessing,
 )
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.embedding.towers import choose_shapes
 from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
 from clipft.runs.records import NEW_RUN, Choices, Plan
@@ -200,46 +201,27 @@ def prepare(
     here = settings.model_copy(update={"precision": precision.name})
     loaded = on_all_ranks(processes, lambda: load_model(here))
     _check_same_everywhere(processes, loaded, train)
-    micro = effective = min(settings.effective_batch_size, len(train))
+    epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     notes = list[str]()
-    if settings.declared_scenario.trains:
-        most, beside = -(-effective // processes.world_size), processes.local_world_size
-        sharding = will_shard(settings, processes)
-        found = on_rank_zero(  # measured on one process: others would take its memory
-            processes, lambda: micro_batch(settings, loaded, most, note, beside, sharding)
-        )
-        micro = even_micro_batch(effective, found, processes.world_size)
-    epoch_plan = EpochPlan(len(train), effective, micro, settings.seed, began.smallest_step)
     if settings.declared_scenario.trains:
         notes = [*step_remarks(settings, epoch_plan), *data.remarks]
     weights = hold_weights(settings, loaded, processes, note)
     optimizer = _agreed_optimizer(settings, loaded, processes, weights, began, note)
 
-    def features() -> tuple[Encoding, Encoding]:
-        own = -(-effective // processes.world_size)
-
-        def opened(
-            pairs: Pairs, preprocessing: Preprocessing, micro: int, effective: int
-        ) -> Encoding:
-            found = open_encoding(
-                loaded,
-                pairs,
-                preprocessing,
-                settings,
-                note,
-                progress,
-                micro=micro,
-                effective=effective,
-            )
+    def open_both() -> tuple[Encoding, Encoding]:
+        def opened(pairs: Pairs, preprocessing: Preprocessing, *sizes: int) -> Encoding:
+            shapes = choose_shapes(loaded, settings.compile, *sizes)
+            found = open_encoding(loaded, pairs, preprocessing, settings, note, shapes, progress)
             return replace(found, towers=weights.wrap_towers(found.towers))
 
-        without_gradients = validation_batch(settings, loaded, micro)
+        own = -(-epoch_plan.effective // processes.world_size)
+        at_once = validation_batch(settings, loaded, epoch_plan.micro)
         return (
-            opened(train, data.preprocessing, micro, own),
-            opened(val, data.val_preprocessing, without_gradients, without_gradients),
+            opened(train, data.preprocessing, epoch_plan.micro, own),
+            opened(val, data.val_preprocessing, at_once, at_once),
         )
 
-    encoding, val_encoding = rank_zero_first(processes, features)
+    encoding, val_encoding = rank_zero_first(processes, open_both)
 
     pad_token_id = data.preprocessing.captions.pad_token_id
     val_pairs, count = len(val), processes.world_size
@@ -259,6 +241,26 @@ def prepare(
         processes=processes,
         weights=weights,
     )
+
+
+def _plan_epochs(
+    settings: Settings,
+    loaded: LoadedModel,
+    train: Pairs,
+    processes: Processes,
+    began: Choices,
+    note: Note,
+) -> EpochPlan:
+    """Choose the micro-batch and divide an epoch into steps; alike on all processes."""
+    micro = effective = min(settings.effective_batch_size, len(train))
+    if settings.declared_scenario.trains:
+        most, beside = -(-effective // processes.world_size), processes.local_world_size
+        sharding = will_shard(settings, processes)
+        found = on_rank_zero(  # measured on one process: others would take its memory
+            processes, lambda: micro_batch(settings, loaded, most, note, beside, sharding)
+        )
+        micro = even_micro_batch(effective, found, processes.world_size)
+    return EpochPlan(len(train), effective, micro, settings.seed, began.smallest_step)
 
 
 def _agreed_optimizer(

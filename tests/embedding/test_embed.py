@@ -7,6 +7,7 @@ from clipft.data.demo.catalogue import render_pair
 from clipft.embedding.embed import embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import load_model
+from clipft.embedding.towers import Shapes
 from tests.conftest import jpeg
 from tests.faults.helpers import write_tar
 
@@ -31,7 +32,7 @@ def test_equal_captions_have_equal_embeddings_in_any_batch(tmp_path):
         )
         loaded, pairs = load_model(settings), validation_pairs(settings)
         preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-        how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None, micro=4)
+        how = open_encoding(loaded, pairs, preprocessing, settings, lambda note: None, Shapes())
         embedded = embed_pairs(loaded, pairs, how, settings)
         assert embedded.numbers == tuple(range(24))
         chairs = embedded.texts[::5]
