@@ -7,6 +7,7 @@ import torch
 from clipft.core import memory
 from clipft.core.memory import MemoryBudget
 from clipft.embedding.towers import Chunk, Tower
+from clipft.embedding.transfer import Transfer
 from clipft.models.device import Precision
 from clipft.training.batch_size import Probe, search
 from clipft.training.step.tower_pass import GraphMemory
@@ -16,6 +17,13 @@ MODELS = {  # bytes of the weights, of those that train, and of the graphs of an
     "B/32": (0.6e9, 6.6e6, 13.1e6, 5.3e6),
     "L/14": (1.7e9, 14e6, 185e6, 7.9e6),
 }
+
+
+def tower_of(name: str) -> Tower:
+    cpu = torch.device("cpu")
+    return Tower(
+        name, True, lambda batches: None, torch.relu, Precision("bf16", cpu), Transfer(cpu)
+    )
 
 
 class Card:
@@ -42,8 +50,7 @@ class Card:
             graphs.bytes_per_cell[name] = each
             keys = np.zeros(micro, np.uint64)
             chunks = [Chunk(torch.empty(0), keys, micro, micro)] * (pairs // micro)
-            precision = Precision("bf16", torch.device("cpu"))
-            tower = Tower(name, True, lambda batches: None, torch.relu, precision)
+            tower = tower_of(name)
             kept += graphs.kept(tower, chunks) * micro * each
             total += pairs * each
         return kept / total
@@ -100,9 +107,7 @@ def test_the_budget_is_taken_before_anything_is_encoded_and_halved_when_memory_r
     assert asked == [True]
     graphs.bytes_per_cell["images"] = 1.0
     chunks = [Chunk(torch.empty(0), np.zeros(1, np.uint64), 100, 100)] * 12
-    tower = Tower(
-        "images", True, lambda b: None, torch.relu, Precision("fp32", torch.device("cpu"))
-    )
+    tower = tower_of("images")
     counts = [graphs.kept(tower, chunks)]
     while graphs.halve():
         graphs.begin_step()
