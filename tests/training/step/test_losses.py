@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipft.config.settings import LossSettings
 from clipft.core.memory import peak_memory
@@ -142,6 +144,74 @@ def test_without_gradients_the_value_is_the_same(name):
     with torch.inference_mode():
         images, texts = case.images.clone(), case.texts.clone()
         assert loss(images, texts, case.groups).item() == learning.item()
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and notes in which precision each was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.precisions.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block", [40, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_computes_no_gradients(name, block):
+    """The scale is trained, and in the scenario ``full`` the embeddings may carry a graph too."""
+    case = Case.drawn(5, 12, 2)
+    loss = case.loss(name, "soft", block)
+    with torch.no_grad(), Products() as products:
+        value = loss(case.images, case.texts, case.groups)
+    assert not value.requires_grad
+    assert len(products.precisions) == (1 if block is None else math.ceil(12 / (block // 12)))
+
+
+@pytest.mark.parametrize("before", ["tf32", "none"])
+@pytest.mark.parametrize("block", [40, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_exempt_from_tf32_and_autocast(name, block, before, precision):
+    precision.fp32_precision = before
+    drawn = Case.drawn(5, 12, 2)
+    floats = (drawn.images, drawn.texts, drawn.scale, drawn.bias)
+    case = Case(*(x.detach().float().requires_grad_() for x in floats), drawn.groups)
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        loss = case.loss(name, "soft", block)(case.images, case.texts, case.groups)
+        between = precision.fp32_precision
+        loss.backward()
+    assert loss.dtype == case.images.grad.dtype == torch.float32
+    assert len(products.precisions) >= 3  # the logits, and both gradients
+    assert set(products.precisions) == {"ieee"}
+    assert between == precision.fp32_precision == before
+    expected = drawn.loss(name, "soft", block)(drawn.images, drawn.texts, drawn.groups)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.fixture
+def precision():
+    """The setting of torch for matrix products, put back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_waits_for_the_device(name, mode):
+    """A stand-in: tensors without values, from which no number can be read."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        images, texts = (torch.randn(12, 4, requires_grad=True) for _ in range(2))
+        scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+        groups = torch.zeros(12, dtype=torch.int64)
+        for block in (40, None):
+            case = Case(images, texts, scale, bias, groups)
+            case.loss(name, mode, block)(images, texts, groups).backward()
+        assert images.grad.shape == texts.grad.shape == (12, 4)
 
 
 def test_extreme_logits_stay_finite_in_fp32():
