@@ -124,12 +124,12 @@ class _Targets:
         others.diagonal(first).fill_(False)
         return others
 
-    def weight(self, first: int, rows: int) -> Tensor | None:
+    def weight(self, first: int, rows: int, out: Tensor | None = None) -> Tensor | None:
         """The weights of the positives; None if each row has only its own, with a weight of 1."""
         if self.groups is None or self.weights is None:
             return None
         own = slice(first, first + rows)
-        return (self.groups[own, None] == self.groups) * self.weights[own, None]
+        return torch.mul(self.groups[own, None] == self.groups, self.weights[own, None], out=out)
 
 
 def _positive_logits(logits: Tensor, weight: Tensor | None, first: int = 0) -> Tensor:
@@ -181,7 +181,7 @@ def _streamed(
     With an allocation for each block, a CPU's heap ends up in fragments of many times its size.
     """
     n = len(images)
-    logits, scratch = images.new_empty(2, size, n)
+    logits, scratch, weights = images.new_empty(3, size, n)
     positive_logits = images.new_empty(-(-n // size))
     gradients = (torch.empty_like(images), torch.zeros_like(texts)) if differentiate else None
 
@@ -191,7 +191,7 @@ def _streamed(
             block = torch.mm(images[rows], texts.T, out=logits[:count])
             if (mask := targets.mask(first, count)) is not None:
                 block.masked_fill_(mask, -math.inf)
-            weight = targets.weight(first, count)
+            weight = targets.weight(first, count, out=weights[:count])
             positive_logits[first // size] = _positive_logits(block, weight, first)
             yield Block(block, scratch[:count], weight, rows)
 
