@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from clipft.core.errors import ModelError, first_line
+from clipft.models.adapters import base_of_adapter, merge_adapter
 from clipft.models.architectures import ARCHITECTURES, Architecture
+from clipft.models.complete import check_finite, check_tokenizer, check_weights
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
 _TINY_FOLDER = Path(__file__).parent / "tiny"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def quiet_libraries() -> None:
@@ -81,17 +84,28 @@ class PretrainedModel:
 def load_pretrained(name: str) -> PretrainedModel:
     """Load the model of a hub id, of a local folder, or ``tiny``, in fp32 on the CPU.
 
+    A folder or hub id may also hold a PEFT adapter, which is merged into its base model.
+
     Raises:
-        ModelError: it is missing, broken, not a CLIP, or cannot be downloaded.
+        ModelError: it is missing, broken, incomplete, not a CLIP, or cannot be downloaded.
     """
     inputs = load_inputs(name)
     import transformers
 
     with loading_errors(name):
-        loader = getattr(transformers, _find_architecture(name).model_class)
-        # sdpa: ``fast_encoder.encode_pooled`` calls the layers without a mask
-        options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        model = loader.from_pretrained(model_source(name), **options)
+        source = model_source(name)
+        loader = getattr(transformers, _find_architecture(name, source).model_class)
+        model, found = loader.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation="sdpa",  # ``encode_pooled`` calls the layers without a mask
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_weights refuses them by name
+        )
+        check_weights(name, found)
+        if _base_of(name):
+            model = merge_adapter(model, name)
+        check_finite(name, model.named_parameters())
     # Pool a text where its tokenizer ends it, and pad it as its tokenizer does. Configurations
     # cannot be trusted there: early CLIPs say that the end is 2, for which transformers pools at
     # the highest id instead, and SigLIP's name ids beyond its vocabulary.
@@ -112,17 +126,15 @@ def load_inputs(name: str) -> ModelInputs:
     quiet_libraries()
     from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor
 
-    source = model_source(name)
-    if name != TINY and looks_local(name) and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"no model in {name}: config.json is missing",
-            "name a folder written by transformers' save_pretrained, or a hub id",
-        )
     with loading_errors(name):
-        defaults = _find_architecture(name).image_defaults
+        source = model_source(name)
+        architecture = _find_architecture(name, source)
+        _check_image_processor(name, source)
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
+        vocab_size = config.text_config.vocab_size
+        check_tokenizer(name, tokenizer, vocab_size, pools_at_end=not architecture.pads_texts)
     sides = config.vision_config.image_size
     different = {sides} if isinstance(sides, int) else set(sides)
     if len(different) != 1:
@@ -130,7 +142,7 @@ def load_inputs(name: str) -> ModelInputs:
             f"{name} takes images of {sides} pixels, which are not square", "choose another model"
         )
     # Image processors have a size by shortest_edge, which crops, or by height and width
-    size = processor.get("size")
+    size, defaults = processor.get("size"), architecture.image_defaults
     return ModelInputs(
         tokenizer=tokenizer,
         context_length=int(config.text_config.max_position_embeddings),
@@ -142,8 +154,26 @@ def load_inputs(name: str) -> ModelInputs:
 
 
 def model_source(name: str) -> str:
-    """Return what ``from_pretrained`` needs to find a model."""
-    return str(_TINY_FOLDER) if name == TINY else name
+    """Return what ``from_pretrained`` needs to find a model; for an adapter, its base model.
+
+    Raises:
+        ModelError: there is no model in the folder, or more than one.
+    """
+    source = _base_of(name) or name
+    if source == TINY:
+        return str(_TINY_FOLDER)
+    folder = Path(source)
+    if looks_local(source) and not (folder / "config.json").is_file():
+        hint = "name a folder written by transformers' save_pretrained, or a hub id"
+        if (folder / "open_clip_config.json").is_file():
+            hint = f"it is a checkpoint of open_clip: convert it to transformers, or {hint}"
+        raise ModelError(f"no model in {source}: config.json is missing", hint)
+    return source
+
+
+def _base_of(name: str) -> str | None:
+    missing = looks_local(name) and not Path(name).is_dir()
+    return None if name == TINY or missing else base_of_adapter(name)
 
 
 def looks_local(name: str) -> bool:
@@ -151,27 +181,51 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
-def _find_architecture(name: str) -> Architecture:
+def _find_architecture(name: str, source: str) -> Architecture:
     """Read a model's family from its configuration.
 
     Raises:
-        ModelError: it is not CLIP or SigLIP, or lacks the head that pools images.
+        ModelError: it is not CLIP or SigLIP, is quantized, or lacks the head that pools images.
         OSError: it has no configuration.
     """
     from transformers import PretrainedConfig
 
-    config, _ = PretrainedConfig.get_config_dict(model_source(name))
+    config, _ = PretrainedConfig.get_config_dict(source)
     if not config:
         raise OSError("no config.json found")
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"{name} is a {kind} model, not CLIP",
+            f"{name} is a {kind} model, not CLIP"
+            if kind
+            else f"{name} is not CLIP: its config.json names no model_type",
             "choose a CLIP or SigLIP checkpoint, such as openai/clip-vit-base-patch32",
         )
+    if config.get("quantization_config"):
+        raise ModelError(f"{name} is quantized", "choose the checkpoint with its full weights")
     if config.get("vision_config", {}).get("vision_use_head") is False:
         raise ModelError(f"{name} has no head to pool images", "choose a complete checkpoint")
     return ARCHITECTURES[kind]
+
+
+def _check_image_processor(name: str, source: str) -> None:
+    files = ("preprocessor_config.json", "processor_config.json")
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise ModelError(
+            f"no image processor in {name}: {files[0]} is missing",
+            "copy it from where the model comes from: it says how images are normalized",
+        )
+
+
+def _not_downloaded(name: str) -> str:
+    """Return the first file of a folder that is a pointer of Git LFS instead of the file itself."""
+    for path in sorted(Path(name).glob("*")) if looks_local(name) else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    return path.name
+    return ""
 
 
 @contextmanager
@@ -181,20 +235,25 @@ def loading_errors(name: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except OSError as error:
-        raise ModelError(
-            f"cannot get model {name}: looked in the local cache and on the hub "
-            f"({type(error).__name__}: {first_line(error)})",
-            "check the name and the network, or point --model at a local folder "
-            "(one written by save_pretrained); --model tiny needs neither",
-        ) from error
     except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        if pointer := _not_downloaded(name):
+            raise ModelError(
+                f"{pointer} in {name} is a pointer of Git LFS, not the file itself",
+                f"run `git lfs pull` in {name}",
+            ) from error
+        if isinstance(error, OSError) and not looks_local(name):
+            raise ModelError(
+                f"cannot get model {name}: looked in the local cache and on the hub ({said})",
+                "check the name and the network, or point --model at a local folder "
+                "(one written by save_pretrained); --model tiny needs neither",
+            ) from error
         if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
             raise ModelError(
                 f"the tokenizer of {name} needs sentencepiece", "pip install 'clipft[siglip]'"
             ) from error
         raise ModelError(
-            f"cannot load model {name}: {type(error).__name__}: {first_line(error)}",
+            f"cannot load model {name}: {said}",
             "the folder may be incomplete, or torch, torchvision and transformers may not fit "
             "together; --debug shows where it failed",
         ) from error

@@ -13,6 +13,7 @@ from torch.nn import functional
 from clipft.config.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.config.settings import AdaptSettings, ModelSettings
 from clipft.core.errors import ModelError
+from clipft.models.complete import check_finite
 from clipft.models.fast_encoder import check_attention, use_fast_activations
 from clipft.models.pretrained import PretrainedModel
 
@@ -171,10 +172,12 @@ class TrainableModel(nn.Module):
                 parameter.copy_(state[name])
 
     def check_state(self, state: dict[str, Tensor]) -> None:
-        """Check that the names and shapes of weights are those of this model.
+        """Check that the names and shapes of weights are those of this model, and their values
+        finite.
 
         Raises:
-            ModelError: they are not; they belong to another scenario, rank or model.
+            ModelError: they are not; they belong to another scenario, rank or model, or to a
+                training that diverged.
         """
         own = dict(self.trainable())
         wrong = sorted(set(own) ^ set(state))
@@ -185,6 +188,7 @@ class TrainableModel(nn.Module):
                 f"differ, first {wrong[0]}",
                 "use the scenario, lora_r and model with which it was trained",
             )
+        check_finite("the checkpoint", state.items())
 
     def parameters_count(self) -> Parameters:
         return Parameters(self._base_count, sum(p.numel() for _, p in self.trainable()))

@@ -18,6 +18,7 @@ from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
 from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.models.adapters import ADAPTER_CONFIG
 from clipft.models.pretrained import looks_local
 from clipft.runs.checkpoint import check_base_model, checkpoint_exists, load_checkpoint, previous_of
 from clipft.runs.folder import RunPaths
@@ -133,7 +134,7 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     if not place:
         pretrained = True
     elif path.is_dir():
-        pretrained = (path / "config.json").is_file()
+        pretrained = any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
     else:  # what looks like a path is meant as a checkpoint or run folder, even if it is missing
         local = looks_local(place) or path.suffix == ".pt" or path.exists()
         pretrained = not local and not RunPaths(path).checkpoint.is_file()
