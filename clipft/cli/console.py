@@ -15,10 +15,12 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from clipft.core.common import shell_command
 from clipft.core.errors import ClipftError
 
 _UNBREAKABLE = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 """A word, or a whole command in backticks with the punctuation attached to it."""
+_LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
 _LABEL = re.compile(r"(?:error|hint|warning|note|Made|Next):")
 _STYLES = {"error:": "bold red", "warning:": "bold yellow"}
 _PIPED_WIDTH = 120
@@ -56,13 +58,13 @@ def wrapped(line: str, width: int) -> list[str]:
 
 
 def say_command(console: Console, lead: str, words: Sequence[object]) -> None:
-    r"""Print a shell command for the user to copy, after ``lead``.
+    r"""Print ``clipft WORDS`` for the user to copy, after ``lead``.
 
     On a terminal that is too narrow for it, the command is broken before options, each line
     ending in ``\`` so that a shell reads the copied lines as one command.
     """
-    given = [str(word) for word in words]
-    lines = [lead + shlex.join(given)]
+    command = shell_command(*words)
+    lines, given = [lead + command], shlex.split(command)
     if console.is_terminal and len(lines[0]) > console.width:
         groups = [[given[0]]]  # an option stays on one line with its value
         for word in given[1:]:
@@ -167,7 +169,8 @@ def print_error(error: ClipftError, as_json: bool) -> None:
     """Print an ``error:`` and a ``hint:`` line to stderr; with ``--json`` an object to stdout."""
     err = _Console(stderr=True)
     for label, text in (("error", error.message), ("hint", error.hint)):
-        say(err, f"{label}: {' '.join(text.split())}")
+        # One line, but the spaces within a path stay as they are
+        say(err, f"{label}: {_LINE_BREAK.sub(' ', text.strip())}")
     if as_json:
         body = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
         print(json.dumps({"error": body}, ensure_ascii=False), flush=True)
@@ -189,5 +192,6 @@ def end(
     for what, place in places.items():
         out.note(f"{label} {what:{width}}  {place}")
         label = " " * len(label)
-    if following:
-        say_command(out.err, "Next: ", ("clipft", *following))
+    # A terminal cannot take control characters or bytes that are not UTF-8, so it cannot be typed
+    if following and all(str(word).isprintable() for word in following):
+        say_command(out.err, "Next: ", following)

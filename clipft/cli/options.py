@@ -27,6 +27,7 @@ from clipft.config.fields import (
 )
 from clipft.config.settings import SECTIONS
 from clipft.config.sources import LoadedSettings, load_settings, option_of, validated
+from clipft.core.common import expand_home
 
 Config = Annotated[
     Path | None,
@@ -83,8 +84,11 @@ class Command:
         def run(**given: Any) -> None:
             chosen = _taken(given, settings)
             selected = _taken(given, own)
-            config, as_json = given.pop("config"), given.pop("as_json")
+            as_json, config = given.pop("as_json"), given.pop("config")
+            config = expand_home(config) if config else None
             given.pop("debug")
+            for name, value in given.items():  # the arguments; options expand ~ themselves
+                given[name] = expand_home(value) if isinstance(value, Path) else value
             if "loaded" in signature:  # otherwise no setting matters, not even a wrong one
                 given["loaded"] = load_settings(chosen, config, profile=self._profile)
             if model:
@@ -132,6 +136,8 @@ def flags_given(loaded: LoadedSettings, *names: str) -> list[str]:
             continue
         if isinstance(value, bool):
             words.append(option_of(name) if value else option_of(f"no_{name}"))
+        elif str(value).startswith("-"):  # it would be read as another option
+            words.append(f"{option_of(name)}={value}")
         else:
             words += [option_of(name), str(value)]
     return words

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from clipft.core.common import expand_home
+
 _KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", bool: "on|off"}
 
 
@@ -28,8 +30,16 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_former_names(cls, values: Any) -> Any:
-        return current_names(cls, values) if isinstance(values, Mapping) else values
+    def _prepare(cls, values: Any) -> Any:
+        """Accept former names, and ``~`` in paths, from whichever source the values come."""
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            name: _home_expanded(value_type(cls.model_fields[name]), value)
+            if name in cls.model_fields
+            else value
+            for name, value in current_names(cls, values).items()
+        }
 
 
 def setting(
@@ -58,6 +68,16 @@ def setting(
     if choices:
         known["enum"] = list(choices)  # the keyword of JSON schema, for editors
     return Field(default, description=text, json_schema_extra=known, **constraints)
+
+
+def _home_expanded(kind: Any, value: Any) -> Any:
+    """Replace ``~`` where ``kind``, the type of the value, is a path or contains one."""
+    if kind is Path and str(value).startswith("~"):
+        return expand_home(value)
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple and Path in kinds and isinstance(value, tuple | list):
+        return tuple(map(_home_expanded, kinds, value))
+    return value
 
 
 def _refuse_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pydantic import field_validator
 
 from clipft.config.fields import Section, extra_of, setting
 from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
-from clipft.core.common import processors
+from clipft.core.common import expand_home, processors
 from clipft.core.errors import unknown_choice
 
 MINI_TRAIN = {
@@ -222,6 +222,11 @@ class ModelSettings(Section):
         "pissa also change the base weights.",
         "fixed",
     )
+
+    @field_validator("model")
+    @classmethod
+    def _expand_home(cls, value: str) -> str:
+        return str(expand_home(value)) if value.startswith("~") else value
 
     @field_validator("scenario")
     @classmethod

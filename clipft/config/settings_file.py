@@ -7,6 +7,7 @@ from typing import Any
 from clipft.config.fields import choices_of, range_of
 from clipft.config.settings import SECTIONS
 from clipft.core.errors import UsageError
+from clipft.core.files import did_you_mean_path
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -19,9 +20,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UsageError(
-            f"cannot read settings file {path}: {error}", "check the path and the file"
+            f"cannot read the settings file {path}: {error.strerror}",
+            did_you_mean_path(path) or "`clipft settings` prints one to start from",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read the settings file {path}: {error}", "save it as UTF-8"
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(

@@ -123,9 +123,10 @@ def load_settings(
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     given = {
-        name.removeprefix(ENV_PREFIX).lower(): value or None  # set but empty: no value
+        name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and name not in ENV_OTHERS
+        # Set but empty is as good as not set: `CLIPFT_LR= clipft train`
+        if name.startswith(ENV_PREFIX) and name not in ENV_OTHERS and value.strip()
     }
     values = current_names(Settings, given)
     refuse_unknown(values, Settings, "environment")

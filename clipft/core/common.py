@@ -1,6 +1,7 @@
 """Small helpers and callback types that every part of the package may use."""
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -49,6 +50,19 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def shell_command(*words: object) -> str:
+    """Return ``clipft WORDS`` as a shell reads it: words with spaces and the like are quoted.
+
+    Every command that a message suggests with a path in it is made here, so that it can be copied.
+    A path that begins with a dash gets ``./`` before it, or it would be read as an option.
+    """
+    given = [str(word) for word in words]
+    for at, word in enumerate(words):
+        if isinstance(word, Path) and given[at].startswith("-"):
+            given[at] = f"./{word}"
+    return shlex.join(["clipft", *given])
+
+
 def processors() -> int:
     """Return how many processors this process may use; a container or scheduler may limit them."""
     try:
@@ -59,6 +73,17 @@ def processors() -> int:
 
 def cache_folder() -> Path:
     """Return ``CLIPFT_CACHE``, or ``clipft`` in the user's cache folder. It may not exist yet."""
-    if given := os.environ.get("CLIPFT_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clipft"
+    if given := os.environ.get("CLIPFT_CACHE", "").strip():
+        return expand_home(given)
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "clipft"
+
+
+def expand_home(path: str | Path) -> Path:
+    """Replace a ``~`` at the beginning by the user's home folder.
+
+    A shell does so for most words, but not within ``--data-dir=~/x``, quotes, or files.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~name, and there is no such user: a folder may be called so
+        return Path(path)

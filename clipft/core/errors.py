@@ -93,13 +93,26 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def did_you_mean(wrong: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
+def did_you_mean(
+    wrong: str, names: Iterable[str], spell: Callable[[str], str] = str, cutoff: float = 0.6
+) -> str:
     """Return ``did you mean NAME?`` for the name closest to ``wrong``, or "" if none is close.
 
-    ``spell`` turns the name into what the user would type.
+    Upper and lower case do not matter, and ``id`` and ``product`` are close to ``product.id``.
+    ``spell`` turns the name into what the user would type. ``cutoff`` is the least similarity, from
+    0 to 1.
     """
-    close = difflib.get_close_matches(wrong.lower(), list(names), n=1, cutoff=0.6)
-    return f"did you mean {spell(close[0])}?" if close else ""
+    by_key = {name.casefold(): name for name in names}
+    key = wrong.casefold()
+    close = difflib.get_close_matches(key, list(by_key), n=1, cutoff=cutoff)
+    if not close and key:
+        close = [k for k in by_key if k.endswith(f".{key}") or k.startswith(f"{key}.")]
+    return f"did you mean {spell(by_key[close[0]])}?" if close else ""
+
+
+def sentences(*parts: str) -> str:
+    """Join the parts of a hint, without those that are empty."""
+    return " ".join(part for part in parts if part)
 
 
 def unknown_choice(value: str, choices: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clipft.core.errors import StorageError
+from clipft.core.errors import StorageError, did_you_mean
 
 _UNCHANGED = "files that were there before are unchanged"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -155,6 +155,24 @@ def nearest_folder(path: Path) -> Path:
     """Return ``path``, or its closest parent that exists. Nothing is created."""
     candidates = (path.absolute(), *path.absolute().parents)
     return next(candidate for candidate in candidates if os.path.lexists(candidate))
+
+
+def did_you_mean_path(path: Path) -> str:
+    """Return ``did you mean PATH?`` for a path that does not exist, or "" if nothing is close.
+
+    Only the first part that does not exist is taken for a mistake: ``./catlogue/train`` leads to
+    ``./catalogue/train``.
+    """
+    if path.exists():
+        return ""
+    missing = next((part for part in (path, *path.parents) if part.parent.is_dir()), path)
+    try:
+        names = [name for name in os.listdir(missing.parent) if not name.startswith(".")]
+    except OSError:
+        return ""
+    rest = path.relative_to(missing)
+    existing = [name for name in names if (missing.with_name(name) / rest).exists()]
+    return did_you_mean(missing.name, existing, lambda name: str(missing.with_name(name) / rest))
 
 
 def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> StorageError:

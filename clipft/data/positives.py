@@ -15,7 +15,7 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
-from clipft.data.captions.metadata import fields_hint, known_fields, unknown_field
+from clipft.data.captions.fields import check_field, field_value, fields_hint, known_fields
 from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
@@ -76,25 +76,23 @@ def make_positives(
             "--positives group cannot be used with --stream: groups are looked up by pair",
             "remove --stream, or use --positives caption",
         )
-    field, known = settings.group_field, known_fields(pairs)
+    field = settings.group_field
     if not field:
-        raise UsageError("--positives group needs --group-field", fields_hint("", known))
-    if field not in known:
-        raise unknown_field("--positives group", field, known)
+        hint = f"name the field that tells products apart; {fields_hint('', known_fields(pairs))}"
+        raise UsageError("--positives group needs --group-field", hint)
+    check_field("--group-field", field, pairs)
     if len(pairs) > _MANY:
         note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
     ids = [_group_id(pairs.metadata(number), field, number) for number in range(len(pairs))]
     return GroupPositives(torch.tensor(ids, dtype=torch.int64))
 
 
-def _group_id(metadata: Any, field: str, number: int) -> int:
+def _group_id(metadata: dict[str, Any], field: str, number: int) -> int:
     """Hash the value of a field to a number from 0 on.
 
     A pair without a value is a group of its own: its id is below 0, which no hash is.
     """
-    value = metadata
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    value = field_value(metadata, field)
     text = "" if value is None else str(value).strip()
     if not text:
         return -1 - number

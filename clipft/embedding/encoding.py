@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import DataError, StorageError
-from clipft.data.captions.metadata import check_fields, known_fields
+from clipft.data.captions.fields import known_fields
+from clipft.data.captions.metadata import check_fields
 from clipft.data.captions.table import CaptionSource, CaptionTable, LiveCaptions, caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.config.settings import DataSettings, Settings
+from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, write_json
 from clipft.embedding.load import load_model
@@ -131,9 +131,12 @@ def evaluate_checkpoint(
     own = EvaluationSet.open(inputs, settings)
     general = None
     if request.keep:
-        # A general set has its own captions, and no groups of products
-        caption = DataSettings.model_fields["caption"].default
-        changed = {"data_dir": request.keep, "caption": caption, "group_field": None}
+        # A general set has its own captions and labels, and no groups of products
+        changed = {
+            name: Settings.model_fields[name].default
+            for name in ("caption", "label_field", "group_field")
+        }
+        changed["data_dir"] = request.keep
         general = EvaluationSet.open(inputs, settings.model_copy(update=changed))
     path = None
     if request.alphas or request.save_to:

@@ -8,7 +8,7 @@ import numpy as np
 
 from clipft.config.settings import Settings
 from clipft.core.common import checked, silent
-from clipft.data.captions.metadata import describe
+from clipft.data.captions.metadata import check_label_field, describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import Preprocessing
 from clipft.data.overlap import same_images
@@ -56,10 +56,12 @@ class EvaluationSet:
         """Read from captions, images and metadata which pairs belong together.
 
         Raises:
-            UsageError: no pair has ``group_field``, or its groups are too large.
+            UsageError: no pair has ``group_field`` or the chosen ``label_field``, or the groups
+                are too large.
         """
         template = CaptionTemplate.parse(settings.caption)
         said = describe(pairs, template, settings.label_field, settings.group_field)
+        check_label_field(settings.label_field, said, pairs)
         groups = numbered(d.group for d in said) if settings.group_field else None
         captions = numbered(normalized(d.caption) for d in said)
         identities = Identities(captions, same_images(pairs), groups)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clipft.config.settings import Settings
-from clipft.core.errors import UsageError
 from clipft.core.files import replacing
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
@@ -21,8 +20,8 @@ from clipft.embedding.encoding import live_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import choose_shapes
 from clipft.evaluation.evaluator import EvaluationSet
+from clipft.evaluation.labels import ChosenLabels
 from clipft.metrics.classification import (
-    TEMPLATES,
     Classification,
     Labelled,
     Linear,
@@ -30,20 +29,6 @@ from clipft.metrics.classification import (
     label_embeddings,
     linear_classifier,
 )
-
-
-@dataclass(frozen=True)
-class LabelSource:
-    """Where labels and prompts come from.
-
-    ``labels`` are given as a list separated by commas or as a file with one per line; None takes
-    the labels in the metadata. ``templates`` is a name in ``TEMPLATES`` or a file. The linear
-    classifier is trained on at most ``linear_pairs`` pairs, and left out if that is 0.
-    """
-
-    labels: str | None
-    templates: str
-    linear_pairs: int
 
 
 @dataclass(frozen=True)
@@ -69,49 +54,37 @@ class Labelling:
 
 
 def label_validation(
-    loaded: LoadedModel, pairs: EvaluationSet, embedded: Embeddings, source: LabelSource
+    loaded: LoadedModel,
+    pairs: EvaluationSet,
+    embedded: Embeddings,
+    chosen: ChosenLabels,
+    linear_pairs: int,
 ) -> Labelling | None:
     """Classify the images in ``embedded``, the embeddings of ``pairs``, by their labels.
 
-    Returns:
-        None if no pair has one of the labels. Upper and lower case are not told apart.
+    A linear classifier is trained for comparison, on at most ``linear_pairs`` training pairs.
 
-    Raises:
-        UsageError: a file of labels or templates cannot be read, or a template has no {}.
+    Returns:
+        None if none of the images that can be used has one of the labels.
     """
-    templates = TEMPLATES.get(source.templates) or _lines(source.templates)
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise UsageError(
-            f"--templates {source.templates}: "
-            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "it has no templates"),
-            f"name one of {', '.join(TEMPLATES)}, or a file with one template per line",
-        )
-    named = [pairs.labels[number] for number in embedded.numbers]
-    given = _lines(source.labels) if source.labels else None
-    labels = list(dict.fromkeys(given or sorted({name for name in named if name})))
-    known = {label.casefold(): i for i, label in enumerate(labels)}
-    numbers = [known.get((name or "").casefold()) for name in named]
+    numbers = [chosen.number(pairs.labels[number]) for number in embedded.numbers]
     rows = [i for i, number in enumerate(numbers) if number is not None]
     if not rows:
         return None
     targets = torch.tensor([number for number in numbers if number is not None])
-    vectors = label_embeddings(labels, templates, partial(embed_texts, loaded))
+    vectors = label_embeddings(chosen.labels, chosen.templates, partial(embed_texts, loaded))
     test = Labelled(embedded.images[rows], targets)
-    prompts = classify(test.features, targets, vectors, labels)
-    linear = None
-    if source.linear_pairs:
-        linear = _linear(loaded, pairs.settings, test, known, source.linear_pairs)
-    return Labelling(tuple(labels), tuple(templates), vectors, prompts, linear)
+    prompts = classify(test.features, targets, vectors, chosen.labels)
+    linear = _linear(loaded, pairs.settings, test, chosen, linear_pairs) if linear_pairs else None
+    return Labelling(chosen.labels, chosen.templates, vectors, prompts, linear)
 
 
 def _linear(
-    loaded: LoadedModel, settings: Settings, test: Labelled, known: dict[str, int], most: int
+    loaded: LoadedModel, settings: Settings, test: Labelled, chosen: ChosenLabels, most: int
 ) -> Linear | None:
     """Train a linear classifier on at most ``most`` training pairs and measure it on ``test``.
 
-    ``known`` maps labels in lower case to their numbers. Returns None without training pairs
-    that have one of them.
+    Returns None without training pairs that have one of the labels.
     """
     folder = settings.data_dir / "train"
     if not any(folder.glob("*.tar")):
@@ -119,30 +92,20 @@ def _linear(
     pairs = open_pairs(folder, settings.max_train_pairs)
     template = CaptionTemplate.parse(settings.caption)
     said = describe(pairs, template, settings.label_field, None)
-    targets = [known.get((description.label or "").casefold()) for description in said]
+    targets = [chosen.number(description.label) for description in said]
     rows = [i for i, target in enumerate(targets) if target is not None]
     if not rows:
         return None
-    chosen = np.random.default_rng(settings.seed).permutation(rows)[:most]
+    drawn = np.random.default_rng(settings.seed).permutation(rows)[:most]
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-    numbers = sorted(chosen.tolist())
+    numbers = sorted(drawn.tolist())
     at_once = evaluation_batch(settings, loaded.precision.device)
     shapes = choose_shapes(loaded, settings.compile, at_once, at_once)
     # Not cached: a cache of a random choice of pairs would hardly be used again
     encoding = live_encoding(loaded, preprocessing, settings, shapes)
     embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
     train = Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))
-    return linear_classifier(train, test, list(known), settings.seed)
-
-
-def _lines(given: str) -> list[str]:
-    """Read a list separated by commas, or a file with one entry per line."""
-    path = Path(given)
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else given.replace(",", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {given}: {error}", "give a UTF-8 text file") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return linear_classifier(train, test, chosen.labels, settings.seed)
 
 
 def save_classifier(

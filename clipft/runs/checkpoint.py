@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clipft.core.errors import ClipftError, ModelError
-from clipft.core.files import replacing
+from clipft.core.files import did_you_mean_path, replacing
 from clipft.runs.checkpoint_format import FORMAT_VERSION, Damaged, check_file, write_file
 
 _CHECKSUM_SINCE = 2
@@ -112,7 +112,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             holds anything but plain values and tensors.
     """
     if not path.is_file():
-        raise ModelError(f"no checkpoint {path}", "check the path, or start with `clipft train`")
+        hint = did_you_mean_path(path) or "check the path, or start a run with `clipft train`"
+        raise ModelError(f"no checkpoint {path}", hint)
     previous = previous_of(path)
     hint = "use another checkpoint, or train again"
     if previous.is_file():

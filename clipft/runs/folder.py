@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from clipft.config.scenarios import CHECKPOINT_SUFFIX
 from clipft.config.settings import SECTIONS, Settings, beside_defaults
 from clipft.core.errors import StorageError, UsageError, first_line
-from clipft.core.files import disk_error, json_lines, read_json, write_text
+from clipft.core.files import did_you_mean_path, disk_error, json_lines, read_json, write_text
 from clipft.runs.records import RunRecords
 
 _MAX_SKIPPED = 50
@@ -151,7 +151,8 @@ def run_settings(folder: Path) -> Settings:
     """
     paths = RunPaths(folder)
     if not (paths.settings.is_file() and paths.metrics.is_file()):
-        raise UsageError(f"no run in {folder}", "name the folder that holds its metrics.jsonl")
+        hint = did_you_mean_path(folder) or "name the folder that has its metrics.jsonl in it"
+        raise UsageError(f"no run in {folder}", hint)
     try:
         return Settings(**tomllib.loads(paths.settings.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:

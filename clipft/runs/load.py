@@ -16,7 +16,9 @@ from clipft.config.fields import current_names
 from clipft.config.scenarios import CHECKPOINT_SUFFIX
 from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
-from clipft.core.errors import ModelError
+from clipft.core.common import expand_home
+from clipft.core.errors import ModelError, sentences
+from clipft.core.files import did_you_mean_path
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.models.adapters import ADAPTER_CONFIG
 from clipft.models.pretrained import looks_local
@@ -61,7 +63,9 @@ def find_checkpoint(place: Path | None, settings: Settings) -> Path:
         if candidate.is_file():
             return candidate
     raise ModelError(
-        f"no checkpoint in {folder}", "name a checkpoint or a run folder, or run `clipft train`"
+        f"no checkpoint in {folder}",
+        did_you_mean_path(folder)
+        or "name a checkpoint or a run folder, or make one with `clipft train`",
     )
 
 
@@ -89,7 +93,8 @@ def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
     if not found:
         raise ModelError(
             f"no {name} in {folder}",
-            "name a checkpoint, or set --output-dir to the folder of the run",
+            did_you_mean_path(folder)
+            or "name a checkpoint, or set --output-dir to the folder with the runs",
         )
     return found[-1]
 
@@ -130,7 +135,9 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
-    path = Path(place or "").expanduser()
+    if place and place.startswith("~"):
+        place = str(expand_home(place))
+    path = Path(place or "")
     if not place:
         pretrained = True
     elif path.is_dir():
@@ -141,7 +148,12 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     if pretrained:
         model = now.values.model if place is None else place
         settings = now.values.model_copy(update={"model": model, "scenario": "zero_shot"})
-        return OpenedModel(load_model(settings), settings)
+        try:
+            return OpenedModel(load_model(settings), settings)
+        except ModelError as error:
+            # ``checkpoints/dual_lara`` has the form of a model on the hub
+            error.hint = sentences(did_you_mean_path(path) if place else "", error.hint)
+            raise
     checkpoint = find_checkpoint(path, now.values)
     content = load_checkpoint(checkpoint)
     settings = saved_settings(content, now, anew)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from clipft.core.errors import DataError
+from clipft.core.errors import DataError, sentences
+from clipft.core.files import did_you_mean_path
 from clipft.data.shards.dataset import PairDataset, RawPair, shard_paths
 from clipft.data.shards.index import (
     CAPTION_SUFFIX,
@@ -66,7 +67,7 @@ def open_images(source: Path) -> list[ImagePart]:
     if not parts:
         raise DataError(
             f"no image in {source}" if source.is_dir() else f"no folder {source}",
-            "name a folder of shards or of images",
+            sentences(did_you_mean_path(source), "name a folder of shards or of images"),
         )
     return parts
 

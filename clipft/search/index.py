@@ -27,7 +27,7 @@ from clipft.data.augmentation import Transform
 from clipft.data.captions.table import NoCaptions
 from clipft.data.images import BadImage, decode_image
 from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
-from clipft.data.shards.dataset import RawPair
+from clipft.data.shards.dataset import RawPair, parse_metadata
 from clipft.embedding.embed import embed_texts
 from clipft.runs.load import OpenedModel
 from clipft.search.images import ImagePart
@@ -56,6 +56,10 @@ class JoinedParts:
         which = bisect_right(self.ends, number)
         pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
         return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
+
+    def metadata(self, number: int, /) -> dict[str, Any]:
+        """Read the metadata of an image; empty if there is none."""
+        return parse_metadata(self[number].metadata)
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def train(
         try:
             began = Choices.of(checkpoint)
             setup = prepare(settings, callbacks.note, processes, progress, source, began)
-            on_rank_zero(processes, begin_folder)
-            run = _Run(setup, paths, callbacks, stop)
+            run = _Run(setup, paths, callbacks, stop)  # may refuse what the user named
+            on_rank_zero(processes, begin_folder)  # after that: this sets an earlier run aside
             try:
                 if checkpoint:
                     run.resume(checkpoint)

@@ -10,6 +10,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
+from clipft.data.captions.metadata import check_chosen_fields
 from clipft.data.loader import LoaderOptions, Pairs, Preprocessing, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
@@ -307,6 +308,7 @@ def _open_data(
     else:
         train = open_pairs(folder, settings.max_train_pairs)
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
+    check_chosen_fields(settings, val)
     inputs = load_inputs(settings.model)
     preprocessing = training_preprocessing(inputs, train, settings, note)
     val_preprocessing = validation_preprocessing(inputs, val, settings)

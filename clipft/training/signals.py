@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from clipft.core.common import shell_command
 from clipft.core.errors import Interrupted
 
 _HEARD = b"\nStopping; saving the state first ... (press Ctrl-C again to stop at once)\n"
@@ -42,7 +43,7 @@ class StopRequest:
             raise Interrupted(f"{said}; nothing was trained yet", "start it again as before")
         raise Interrupted(
             f"{said}; the state is saved in {checkpoint}",
-            f"continue with `clipft resume {checkpoint}`",
+            f"continue with `{shell_command('resume', checkpoint)}`",
         )
 
 

@@ -75,7 +75,7 @@ def test_a_file_gets_one_line_without_control_codes():
 @pytest.mark.parametrize("width", [30, 40, 60, 200])
 def test_a_broken_command_can_be_copied_and_run(width):
     console = terminal(width, color_system=None)
-    say_command(console, "Next: ", WORDS)
+    say_command(console, "Next: ", WORDS[1:])
     text = shown(console)
     assert shlex.split(text.removeprefix("Next: ").replace("\\\n", "")) == WORDS
     assert (text.count("\n") == 1) == (width > 80)

@@ -180,3 +180,50 @@ def test_every_choice_is_explained_in_the_description():
     for name, field in Settings.model_fields.items():
         for choice in choices_of(field):
             assert choice in str(field.description), f"{name} does not explain {choice}"
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_an_empty_variable_is_as_good_as_none(empty):
+    names = ("CLIPFT_LR", "CLIPFT_DATA_DIR", "CLIPFT_S3_BUCKET", "CLIPFT_NO_SUCH_SETTING")
+    assert load(environ=dict.fromkeys(names, empty)).values == Settings()
+    assert set(load(environ=dict.fromkeys(names, empty)).origins.values()) == {"default"}
+
+
+@pytest.mark.parametrize("source", ["flags", "toml", "environ"])
+@pytest.mark.parametrize("name", ["data_dir", "output_dir", "model"])
+def test_the_home_folder_is_expanded_wherever_a_path_comes_from(
+    name, source, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "a.toml"
+    file.write_text(f'{name} = "~/x"' if source == "toml" else "")
+    flags = {name: "~/x"} if source == "flags" else {}
+    environ = {f"CLIPFT_{name.upper()}": "~/x"} if source == "environ" else {}
+    loaded = load(flags, file, environ)
+    assert str(getattr(loaded.values, name)) == "/home/me/x"
+
+
+def test_only_the_home_folder_is_expanded():
+    """Not a tilde elsewhere, nor one in a text, nor the home of a user that does not exist."""
+    values = {"data_dir": "a/~", "caption": "~/x", "output_dir": "~nobody-at-all/x"}
+    loaded = load(values).values
+    assert (str(loaded.data_dir), loaded.caption) == ("a/~", "~/x")
+    assert str(loaded.output_dir) == "~nobody-at-all/x"
+
+
+def test_arguments_and_the_settings_file_may_be_below_the_home_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.toml").write_text("lr = 0.5\n")
+    assert run(["settings", "--config=~/a.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["lr"] == 0.5
+    monkeypatch.setenv("CLIPFT_CONFIG", "~/a.toml")
+    assert run(["settings", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["lr"] == 0.5
+    monkeypatch.setenv("CLIPFT_CONFIG", "")
+    assert run(["settings", "--json"]) == 0
+    capsys.readouterr()
+    assert run(["report", "~/no-run"]) == 2
+    assert f"no run in {tmp_path}/no-run" in capsys.readouterr().err
+    assert not (tmp_path / "no-run").exists()

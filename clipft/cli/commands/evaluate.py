@@ -89,7 +89,9 @@ def evaluate(
         evaluated.found.write(checkpoint, evaluated.settings)
     out.result(evaluated.to_dict(), *_comparison(evaluated.found))
     weights = {f"weights at {alpha:g}": file} if file else {}
-    end(out, weights, ("export", file or checkpoint or evaluated.checkpoint, "./my-clip"))
+    # A checkpoint in a bucket was fetched, and the next command can use the local copy
+    local = checkpoint if checkpoint and checkpoint.exists() else evaluated.checkpoint
+    end(out, weights, ("export", file or local, "./my-clip"))
 
 
 def _comparison(found: "Evaluated") -> Iterator[Any]:
@@ -157,11 +159,12 @@ def zero_shot(
     loaded: LoadedSettings,
     options: ZeroShotOptions,
     out: Output,
-    checkpoint: Annotated[
-        Path | None,
+    place: Annotated[
+        str | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Checkpoint or run folder to evaluate. Default: the pretrained --model.",
+            help="Checkpoint, run folder or any model that --model accepts. Default: the "
+            "pretrained --model.",
             show_default=False,
         ),
     ] = None,
@@ -178,26 +181,28 @@ def zero_shot(
         clipft zero-shot --model tiny --labels chair,table,lamp --label-field type
         clipft zero-shot ./checkpoints/dual_lora --save-classifier my.safetensors
     """
-    from clipft.cli.s3_checkpoints import fetched_checkpoint
+    from clipft.cli.s3_checkpoints import local_model
     from clipft.core.files import check_writable
     from clipft.evaluation.evaluator import Comparison, EvaluationSet
-    from clipft.evaluation.zero_shot import (
-        LabelSource,
-        label_validation,
-        save_classifier,
-    )
+    from clipft.evaluation.labels import choose_labels
+    from clipft.evaluation.zero_shot import label_validation, save_classifier
     from clipft.runs.load import open_model
 
     bring_named_data(loaded, out)
     if options.save_classifier:
         check_writable(options.save_classifier)
-    place = fetched_checkpoint(checkpoint, loaded.values, out)
-    opened = open_model(str(place) if place else None, loaded, _ZERO_SHOT_SETTINGS)
+    place = local_model(place, loaded.values, out) if place else None
+    opened = open_model(place, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
     pairs = EvaluationSet.open(model.base.inputs, settings)
+    chosen = choose_labels(options.labels, options.templates, pairs.labels, settings.label_field)
+    for note in chosen.notes if chosen else ():
+        out.note(f"note: {note}.")
     evaluated = pairs.evaluate(model)
-    source = LabelSource(options.labels, options.templates, options.linear_pairs)
-    labelling = label_validation(model, pairs, evaluated.embedded, source)
+    labelling = None
+    if chosen:
+        embedded = evaluated.embedded
+        labelling = label_validation(model, pairs, embedded, chosen, options.linear_pairs)
     compared = Comparison(evaluated.evaluation, None).to_dict()
     classification = labelling.to_dict(settings) if labelling else None
     result = {
@@ -210,14 +215,16 @@ def zero_shot(
     out.result(result, *_single_model(compared, classification, settings))
     if not labelling:
         field = settings.label_field
-        out.note(f"No classification: no pair has one of the labels in its field {field!r}.")
+        why = "no image with a label can be used" if chosen else f"no pair has a field {field!r}"
+        out.note(f"No classification: {why}. Name the field with the labels with --label-field.")
     elif options.save_classifier:
         save_classifier(options.save_classifier, model, labelling, opened.checkpoint)
-    # After the pretrained model comes the run that should improve on it
-    data = ("--data-dir", loaded.values.data_dir)
-    following = ("train", *data, *flags_given(loaded, "model"), "--plan")
     made = {"classifier": options.save_classifier if labelling else None}
-    end(out, made, () if place else following)
+    data = loaded.values.data_dir
+    # After the pretrained model comes the run that should improve on it
+    trainable = place is None and (data / "train").is_dir()
+    following = ("train", "--data-dir", data, *flags_given(loaded, "model"), "--plan")
+    end(out, made, following if trainable else ())
 
 
 def _single_model(

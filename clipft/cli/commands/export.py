@@ -105,8 +105,8 @@ def export(
     data_dir = (checked_on if data_given else opened.settings).data_dir
     # `clipft search` opens these two formats
     whole = written.folders.get("transformers") or written.folders.get("sentence-transformers")
-    following = ("search", whole, data_dir, "what you look for") if whole else ()
-    end(out, {"model card": folder / "README.md"}, following)
+    following = ("search", whole, data_dir, "what you look for")
+    end(out, {"model card": folder / "README.md"}, following if whole and data_dir.exists() else ())
 
 
 def _table(written: "Written", page: str | None) -> Table:

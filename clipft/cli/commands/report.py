@@ -50,12 +50,16 @@ def report(
     from clipft.ablation.page import write_ablation_report
     from clipft.ablation.runner import STATE
     from clipft.report.report import write_run_report
+    from clipft.runs.folder import run_settings
 
     folder = place or loaded.values.run_dir
     page = options.html or folder / "report.html"
+    is_ablation = (folder / STATE).is_file()
+    if not is_ablation:
+        run_settings(folder)  # before check_writable, which makes the folder of the page
     check_writable(page)
     moved = loaded.values.data_dir if loaded.origins["data_dir"] != "default" else None
-    if (folder / STATE).is_file():
+    if is_ablation:
         content = write_ablation_report(folder, page)
     else:
         content = write_run_report(folder, page, moved)

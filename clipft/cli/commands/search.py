@@ -13,8 +13,8 @@ from clipft.cli.s3_data import LOCATION_SETTINGS, local_data
 from clipft.config.fields import File, Section, setting
 from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted
-from clipft.core.errors import DataError, UsageError
-from clipft.core.files import check_writable
+from clipft.core.errors import DataError, UsageError, sentences
+from clipft.core.files import check_writable, did_you_mean_path
 
 if TYPE_CHECKING:
     from clipft.data.shards.dataset import RawPair
@@ -86,15 +86,18 @@ def search(
     if options.html:
         check_writable(options.html)
     from clipft.cli.s3_checkpoints import local_model
-    from clipft.data.captions.template import clean_text
+    from clipft.data.captions.metadata import check_fields
+    from clipft.data.captions.template import CaptionTemplate, clean_text
     from clipft.data.loader import LoaderOptions
     from clipft.embedding.embed import embed_texts
     from clipft.runs.load import open_model
     from clipft.search.images import open_images
-    from clipft.search.index import embed_image, open_index
+    from clipft.search.index import JoinedParts, embed_image, open_index
 
     image = _read(options.image) if options.image else None
     parts = open_images(local_data(data, loaded.values, out))
+    if loaded.origins["caption"] != "default":
+        check_fields(CaptionTemplate.parse(loaded.values.caption), JoinedParts(parts))
     opened = open_model(local_model(place, loaded.values, out), loaded, _OVERRIDES)
     if image is None:
         vector = embed_texts(opened.loaded, [clean_text(query or "")])[0]
@@ -135,7 +138,8 @@ def _read(image: Path) -> bytes:
         return ByteRange(str(image)).read(_LARGEST_QUERY)
     except OSError as error:
         raise DataError(
-            f"cannot read {image}: {error.strerror or error}", "name an image file"
+            f"cannot read {image}: {error.strerror or error}",
+            sentences(did_you_mean_path(image), "name an image file"),
         ) from error
 
 

@@ -74,7 +74,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
         with transfer_progress(out) as report:
             result = upload(settings, report, wanted, out.note)
     out.result(asdict(result), *_tables(result, "sent" if options.up else "fetched"))
-    if not options.dry_run and not options.up:
+    if not options.dry_run and not options.up and settings.data_dir.is_dir():
         end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
 
 

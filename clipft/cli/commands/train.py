@@ -152,7 +152,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     if other and other.speed(effective) > found.speed(effective):
         out.note(f"--gradient-checkpointing is faster, with a micro-batch of {other.chosen}.")
     following = ("train", *flags_given(loaded), "--plan")
-    end(out, {}, following if settings.data_dir.exists() else ())
+    end(out, {}, following if (settings.data_dir / "train").is_dir() else ())
 
 
 def _table(found: "SearchResult", effective: int, title: str) -> Table:

@@ -1,51 +1,37 @@
-"""The fields of the pairs' metadata, and what an evaluation needs to know of each pair."""
+"""What an evaluation needs to know of each pair: its caption, its label and its group."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from clipft.core.errors import UsageError, did_you_mean
+from clipft.config.settings import Settings
+from clipft.core.errors import UsageError
+from clipft.data.captions.fields import WithMetadata, check_field, field_value
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
-_SAMPLED = 256
-"""The number of pairs whose metadata is looked at."""
+_DEFAULT_LABEL_FIELD = Settings.model_fields["label_field"].default
 
 
-def known_fields(pairs: PairDataset) -> set[str]:
-    """Return the fields that a sample of the metadata has; ``a.b`` is a field in an object."""
-    found = set[str]()
-    for number in range(0, len(pairs), max(1, len(pairs) // _SAMPLED)):
-        objects = [("", pairs.metadata(number))]
-        while objects:
-            prefix, metadata = objects.pop()
-            for name, value in metadata.items():
-                if isinstance(value, dict):
-                    objects.append((f"{prefix}{name}.", value))
-                else:
-                    found.add(prefix + name)
-    return found
-
-
-def fields_hint(wrong: str, known: set[str]) -> str:
-    """Say which fields the metadata has, and which of them ``wrong`` probably means."""
-    fields = f"the metadata has {', '.join(sorted(known)) or 'no fields'}"
-    return f"{did_you_mean(wrong, known)} {fields}".lstrip()
-
-
-def unknown_field(option: str, field: str, known: set[str]) -> UsageError:
-    """Make the error for an option that names a field which no pair has."""
-    return UsageError(f"{option}: no pair has a field {field!r}", fields_hint(field, known))
-
-
-def check_fields(template: CaptionTemplate, pairs: PairDataset) -> None:
-    """Check the fields that a template names against a sample of the metadata.
+def check_fields(template: CaptionTemplate, pairs: WithMetadata) -> None:
+    """Check that the fields named by a template exist.
 
     Raises:
-        UsageError: None of these pairs has one of the fields.
+        UsageError: No pair has one of the fields.
     """
-    known = known_fields(pairs) if template.fields else set[str]()
     for field in template.fields:
-        if field not in known:
-            raise unknown_field(f"--caption {template.source!r}", field, known)
+        check_field(f"--caption {template.source!r}", field, pairs)
+
+
+def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
+    """Check the fields of groups and labels, before anything is made or measured.
+
+    Raises:
+        UsageError: No pair has ``group_field``, or a ``label_field`` other than the default.
+    """
+    if settings.group_field:
+        check_field("--group-field", settings.group_field, pairs)
+    if settings.label_field != _DEFAULT_LABEL_FIELD:
+        check_field("--label-field", settings.label_field, pairs)
 
 
 @dataclass(frozen=True)
@@ -71,16 +57,41 @@ def describe(
     found = []
     for number in range(len(pairs)):
         caption, metadata = pairs.caption_and_metadata(number)
-        fields, names = parse_metadata(metadata), list[str | None]()
+        fields = parse_metadata(metadata)
         try:
             text = template.captions(caption, metadata)[0]
         except BadCaption:
             text = ""
-        for field in (label_field, group_field):
-            value = fields.get(field) if field else None
-            named = isinstance(value, str | int | float) and not isinstance(value, bool)
-            names.append((clean_text(str(value)) or None) if named else None)
-        found.append(Description(text, *names))
-    if group_field and not any(description.group for description in found):
-        raise unknown_field("--group-field", group_field, known_fields(pairs))
+        label = _named(field_value(fields, label_field))
+        group = _named(field_value(fields, group_field)) if group_field else None
+        found.append(Description(text, label, group))
+    if group_field and not any(d.group for d in found):
+        _refuse("--group-field", group_field, pairs)
     return found
+
+
+def check_label_field(field: str, said: list[Description], pairs: PairDataset) -> None:
+    """Check that pairs have labels in the field that the user chose.
+
+    Pairs without the default field are usual: they have no labels, and nobody asked for any.
+
+    Raises:
+        UsageError: No pair has a label in a field other than the default.
+    """
+    if field != _DEFAULT_LABEL_FIELD and not any(d.label for d in said):
+        _refuse("--label-field", field, pairs)
+
+
+def _named(value: Any) -> str | None:
+    """The text of a label or a group; None for what names nothing, such as a list."""
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return None
+    return clean_text(str(value)) or None
+
+
+def _refuse(option: str, field: str, pairs: WithMetadata) -> None:
+    check_field(option, field, pairs)
+    raise UsageError(
+        f"{option} {field}: no pair has a text or a number in this field",
+        "choose another field; lists, switches and empty values do not name anything",
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clipft.core.errors import UsageError
+from clipft.data.captions.fields import field_value
 from clipft.data.shards.dataset import parse_metadata
 
 CAPTION_FIELD = "caption"
@@ -58,13 +59,10 @@ def clean_text(text: str) -> str:
 
 
 class _Field(NamedTuple):
-    path: tuple[str, ...]
+    name: str
 
     def value(self, metadata: dict[str, Any]) -> Any:
-        value: Any = metadata
-        for name in self.path:
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
+        return field_value(metadata, self.name)
 
 
 class _Optional(NamedTuple):
@@ -98,10 +96,10 @@ class _Alternative:
             if found in {"{{", "}}", "[[", "]]"}:
                 into.append(found[0])
             elif match.group(1) is not None:
-                path = tuple(part.strip() for part in match.group(1).split("."))
-                if not all(path):
+                parts = [part.strip() for part in match.group(1).split(".")]
+                if not all(parts):
                     raise ValueError(f"{found} does not name a field")
-                fields.append(_Field(path))
+                fields.append(_Field(".".join(parts)))
                 into.append(fields[-1])
             elif found == "[" and inner is None:
                 inner = []
@@ -191,7 +189,7 @@ class CaptionTemplate:
     @property
     def fields(self) -> list[str]:
         """The names of the metadata's fields in the template, without ``{caption}``."""
-        flat = (".".join(f.path) for part in self.alternatives for f in part.fields)
+        flat = (f.name for part in self.alternatives for f in part.fields)
         return list(dict.fromkeys(name for name in flat if name != CAPTION_FIELD))
 
     def captions(self, caption: bytes, metadata: bytes) -> list[str]:

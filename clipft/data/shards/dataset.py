@@ -6,8 +6,10 @@ nothing, nor does resuming in the middle of an epoch; images are read when they 
 """
 
 import json
+import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from clipft.core.common import counted
+from clipft.core.common import counted, shell_command
 from clipft.core.errors import DataError
+from clipft.core.files import did_you_mean_path
 from clipft.data.order import EpochPlan
+from clipft.data.packing.options import PackOptions
 from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, open_shard, stamp_of
 from clipft.data.skipped import Skipped
 
@@ -172,16 +176,39 @@ def shard_paths(folder: Path) -> list[Path]:
         raise DataError(
             f"{folder} is not a folder", "URLs and commands are not read: fetch the shards first"
         )
+    if hint := _split_hint(folder):
+        split = "training" if folder.name == "train" else "validation"
+        raise DataError(f"there is no {split} split: no *.tar in {folder}", hint)
     if not folder.is_dir():
+        named = folder.parent if folder.name in {"train", "val"} else folder
         raise DataError(
             f"no folder {folder}",
-            "pass the folder that has train/ and val/ in it with --data-dir, or fetch it with "
-            "`clipft sync`",
+            did_you_mean_path(named)
+            or "name the folder that has train/ and val/ in it with --data-dir, make it with "
+            "`clipft pack`, or fetch it with `clipft sync`",
         )
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in folder.iterdir())
     ranked = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:5]
     listed = ", ".join(f"{count} {suffix}" for suffix, count in ranked) or "nothing"
     raise DataError(f"no .tar in {folder}: found {listed}", PACK_HINT)
+
+
+def _split_hint(folder: Path) -> str:
+    """The command that splits the pairs, where ``folder`` is a train or val folder without shards
+    but there are shards that were never split; otherwise ""."""
+    whole = folder.parent if folder.name == "train" else folder.parent / "train"
+    if folder.name not in {"train", "val"} or any(folder.glob("[!.]*")):
+        return ""
+    if folder.name == "val" and not any(whole.glob("*.tar")):
+        whole = folder.parent
+    pairs = sum(len(open_shard(path)) for path in whole.glob("*.tar"))
+    if pairs < 2:
+        return ""
+    root = folder.parent if folder.parent.name not in {"", ".."} else folder.parent.resolve()
+    target = root.with_name(f"{root.name}-split")
+    share = max(PackOptions.model_fields["val_share"].default, math.ceil(100 / pairs) / 100)
+    packing = shell_command("pack", whole, target, "--val-share", f"{share:g}")
+    return f"split the pairs with `{packing}`, then use --data-dir {shlex.quote(str(target))}"
 
 
 def parse_metadata(data: bytes) -> dict[str, Any]:

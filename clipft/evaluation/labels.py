@@ -1,0 +1,158 @@
+"""The labels and prompts of a zero-shot classification, checked against the labels in the data."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from clipft.core.common import counted, expand_home
+from clipft.core.errors import UsageError, did_you_mean, sentences
+from clipft.core.files import did_you_mean_path
+from clipft.metrics.classification import TEMPLATES
+
+_MISSPELLED = 0.8
+"""How similar (0 to 1) a label that no pair has must be to one of the data to be called a typo.
+
+A list may well have labels that no pair has: ``armchair`` beside a catalogue's ``chair``.
+"""
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class ChosenLabels:
+    """Labels and prompt templates, and what the user should know about the labels."""
+
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {_key(label): number for number, label in enumerate(self.labels)}
+
+    def number(self, label: str | None) -> int | None:
+        """Return the position of a pair's label, or None if it is not one of these."""
+        return self._numbers.get(_key(label)) if label else None
+
+
+def choose_labels(
+    labels: str | None, templates: str, found: Sequence[str | None], field: str
+) -> ChosenLabels | None:
+    """Choose the labels to classify by, and the templates of their prompts.
+
+    Two labels are the same if they differ in upper and lower case only, or in how an accent is
+    encoded.
+
+    Args:
+        labels: labels separated by commas, or a file with one per line; None takes those in the
+            data.
+        templates: a name in ``TEMPLATES``, a template with {}, or a file with one per line.
+        found: the label of each pair, None where it has none.
+        field: the metadata field that ``found`` comes from, for messages.
+
+    Returns:
+        None if no labels are given and no pair has one.
+
+    Raises:
+        UsageError: there is no such file, no pair has one of the labels, one of them is
+            misspelled, or a template has no {}.
+    """
+    prompts = _templates(templates)
+    in_data = _by_key(sorted({name for name in found if name}))
+    if not labels:
+        return ChosenLabels(tuple(in_data.values()), prompts) if in_data else None
+    chosen = _by_key(_labels(labels, in_data))
+    if not in_data:
+        raise UsageError(
+            f"--labels cannot be used: no pair has a label in its metadata field {field!r}",
+            "name the field that holds the labels with --label-field",
+        )
+    missing = [label for key, label in chosen.items() if key not in in_data]
+    unnamed = [label for key, label in in_data.items() if key not in chosen]
+    for label in missing:
+        meant = did_you_mean(label, unnamed, cutoff=_MISSPELLED)
+        if meant or len(missing) == len(chosen):
+            meant = meant or did_you_mean(label, unnamed)
+            raise UsageError(
+                f"--labels: no pair has the label {label!r} in its metadata field {field!r}",
+                sentences(meant, f"the labels in the data are {_listed(list(in_data.values()))}"),
+            )
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {counted(len(chosen), 'label')} are on no pair: {_listed(missing)}"
+        )
+    if unnamed:
+        left_out = sum(_key(name) not in chosen for name in found if name)
+        notes.append(
+            f"{counted(left_out, 'pair')} with other labels ({_listed(unnamed)}) are left out"
+        )
+    return ChosenLabels(tuple(chosen.values()), prompts, tuple(notes))
+
+
+def _labels(given: str, in_data: dict[str, str]) -> list[str]:
+    """Read ``--labels``. A text without a comma is a file, unless pairs have it as their label."""
+    if (lines := _lines("--labels", given)) is not None:
+        return lines
+    labels = [label.strip() for label in given.replace(",", "\n").splitlines() if label.strip()]
+    if len(labels) == 1 and _key(labels[0]) not in in_data:
+        meant = did_you_mean_path(Path(given)) or did_you_mean(given, in_data.values())
+        raise UsageError(
+            f"--labels {given}: there is no such file, and no pair has this label",
+            sentences(meant, "give labels separated by commas, or a file with one label per line"),
+        )
+    return labels
+
+
+def _templates(given: str) -> tuple[str, ...]:
+    if given in TEMPLATES:
+        return tuple(TEMPLATES[given])
+    templates = _lines("--templates", given)
+    if templates is None and "{}" not in given:
+        meant = did_you_mean(given, TEMPLATES) or did_you_mean_path(Path(given))
+        names = " or ".join(TEMPLATES)
+        raise UsageError(
+            f"--templates {given}: there is no such set of templates and no such file",
+            sentences(meant, f"name {names}, or a file with one template per line"),
+        )
+    templates = [given] if templates is None else templates
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise UsageError(
+            f"--templates {given}: "
+            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "the file has no templates"),
+            "write {} where the label belongs, as in: a photo of a {}",
+        )
+    return tuple(templates)
+
+
+def _lines(option: str, given: str) -> list[str] | None:
+    """Read a file with one entry per line; None if there is no such file."""
+    path = expand_home(given)
+    try:
+        if not path.is_file():
+            return None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{option}: cannot read {given}: {error}", "give a UTF-8 text file"
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _key(label: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+
+
+def _by_key(labels: Iterable[str]) -> dict[str, str]:
+    """Map the key of each label to the first of its spellings."""
+    found: dict[str, str] = {}
+    for label in labels:
+        found.setdefault(_key(label), label)
+    return found
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - _LISTED:,} more" if len(labels) > _LISTED else ""
+    return ", ".join(labels[:_LISTED]) + more
