@@ -22,7 +22,9 @@ OWN = frozenset(
 """Settings that an ablation decides itself. It uploads no checkpoints, because those of all seeds
 would have the same name in the bucket."""
 
-_WITHOUT_TRAINING = frozenset({"model", "caption", "data_dir", "max_val_pairs", "precision"})
+_WITHOUT_TRAINING = frozenset(
+    {"model", "caption", "caption_lines", "data_dir", "max_val_pairs", "precision"}
+)
 """Settings that can change the figures of a model that is not trained."""
 
 

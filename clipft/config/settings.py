@@ -110,6 +110,12 @@ class DataSettings(Section):
         "||: each epoch draws one of them.",
         "fixed",
     )
+    caption_lines: Literal["separate", "joined"] = setting(
+        "separate",
+        "What the lines of a .txt file are. separate: each line is a caption of the image, and "
+        "each epoch draws one; joined: all lines together are one caption.",
+        "fixed",
+    )
     group_field: str | None = setting(
         None,
         "Metadata field that identifies pairs of the same thing, such as a product id. Used in "
@@ -477,6 +483,7 @@ class Settings(
 EVALUATION_OVERRIDES = (
     "data_dir",
     "caption",
+    "caption_lines",
     "num_workers",
     "max_val_pairs",
     "max_bad",

@@ -8,7 +8,7 @@ count only if their 24 x 24 color thumbnails agree too.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -117,6 +117,16 @@ def group_leaders(
         low, high = sorted((leader(one), leader(other)))
         parents[high] = low
     return [leader(row) for row in range(rows)]
+
+
+def links_of(values: Iterable[Iterable[Hashable]]) -> Iterator[tuple[int, int]]:
+    """Link rows that share a value, where each row has several: (first such row, row)."""
+    first: dict[Hashable, int] = {}
+    for row, own in enumerate(values):
+        for value in own:
+            leader = first.setdefault(value, row)
+            if leader != row:
+                yield leader, row
 
 
 def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int) -> set[int]:

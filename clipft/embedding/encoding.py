@@ -112,7 +112,7 @@ def validation_preprocessing(
 def _captions(
     model: ModelInputs, pairs: Pairs, settings: Settings, seed: int | None, note: Note
 ) -> CaptionSource:
-    template = CaptionTemplate.parse(settings.caption)
+    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
     if not isinstance(pairs, PairDataset):  # a stream: nothing can be known of it beforehand
         return LiveCaptions(template, encoder, seed)

@@ -134,7 +134,7 @@ def evaluate_checkpoint(
         # A general set has its own captions and labels, and no groups of products
         changed = {
             name: Settings.model_fields[name].default
-            for name in ("caption", "label_field", "group_field")
+            for name in ("caption", "caption_lines", "label_field", "group_field")
         }
         changed["data_dir"] = request.keep
         general = EvaluationSet.open(inputs, settings.model_copy(update=changed))

@@ -59,7 +59,7 @@ class EvaluationSet:
             UsageError: no pair has ``group_field`` or the chosen ``label_field``, or the groups
                 are too large.
         """
-        template = CaptionTemplate.parse(settings.caption)
+        template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
         said = describe(pairs, template, settings.label_field, settings.group_field)
         check_label_field(settings.label_field, said, pairs)
         groups = numbered(d.group for d in said) if settings.group_field else None

@@ -69,7 +69,7 @@ def _gallery(
         if data_name(pairs) != before.data:
             moved = f"the pairs in {settings.data_dir} are not those of the run"
             return [], {}, f"No gallery: {moved}."
-        read = PairReader(pairs, CaptionTemplate.parse(settings.caption))
+        read = PairReader(pairs, CaptionTemplate.parse(settings.caption, settings.caption_lines))
 
         def keep_image(number: int) -> str:
             if number not in places:

@@ -47,7 +47,15 @@ class InspectOptions(Section):
     )
 
 
-@command("model", "data_dir", "caption", "num_workers", *LOCATION_SETTINGS, options=InspectOptions)
+@command(
+    "model",
+    "data_dir",
+    "caption",
+    "caption_lines",
+    "num_workers",
+    *LOCATION_SETTINGS,
+    options=InspectOptions,
+)
 def inspect(
     loaded: LoadedSettings,
     options: InspectOptions,
@@ -85,7 +93,7 @@ def inspect(
     others = _splits(options.against, named=True) if options.against else {}
     if options.html:
         check_writable(options.html)
-    template = CaptionTemplate.parse(loaded.values.caption)
+    template = CaptionTemplate.parse(loaded.values.caption, loaded.values.caption_lines)
     for pairs in (splits | others).values():
         check_fields(template, pairs)
     model = load_inputs(loaded.values.model)

@@ -27,8 +27,9 @@ def pack(
     """Pack files, a table or shards into WebDataset shards.
 
     A pair is an image with a caption: chair.jpg and chair.txt, optionally with metadata in
-    chair.json. The files may be in folders or in .tar shards. A table (CSV, TSV, JSONL or
-    Parquet) has one pair in each row, with the caption and the path or URL of the image.
+    chair.json. Each line of the .txt is a caption of the image. The files may be in folders or
+    in .tar shards. A table (CSV, TSV, JSONL or Parquet) has one pair in each row, with the caption
+    or a list of captions, and the path or URL of the image.
 
     If SRC has train/ and val/ folders, the pairs keep that split. Otherwise clipft splits them so
     that no image, near-duplicate image or caption is on both sides. Run the same command again to
@@ -67,6 +68,8 @@ def pack(
     table = Table(title=f"Shards in {result.out}", title_justify="left", show_header=False)
     table.add_row("training pairs", f"{result.train_pairs:,}")
     table.add_row("validation pairs", f"{result.val_pairs:,}")
+    if result.captions != result.train_pairs + result.val_pairs:
+        table.add_row("captions", f"{result.captions:,}")
     table.add_row("shards", f"{result.shards:,}")
     table.add_row("size", f"{result.bytes / 2**20:.1f} MiB")
     for reason, count in result.skipped.items():

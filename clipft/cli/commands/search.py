@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LARGEST_QUERY = 256 << 20
 """Bytes read of an image to search with: a wrong file must not fill the memory."""
 
-_OVERRIDES = ("num_workers", "precision", "device", "caption")
+_OVERRIDES = ("num_workers", "precision", "device", "caption", "caption_lines")
 """Settings that a search may set; the others come from the checkpoint."""
 
 
@@ -147,7 +147,8 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
     """The pair's caption under the model's template; empty if it has none."""
     from clipft.data.captions.template import BadCaption, CaptionTemplate
 
-    template = CaptionTemplate.parse(opened.settings.caption)
+    settings = opened.settings
+    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
     try:
         return template.captions(pair.caption, pair.metadata)[0]
     except BadCaption:

@@ -27,7 +27,7 @@ from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.order import derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 
-_FORMAT = "1"  # part of the folder's name: another number makes all tables anew
+_FORMAT = "2"  # part of the folder's name: another number makes all tables anew
 _ARRAYS = ("ids", "ends", "counts")
 _CHUNK = 4096
 # In the seed of a caption's draw, so that it is independent of the augmentation's
@@ -146,7 +146,7 @@ def caption_table(
     If the cache folder cannot be written to, the table is in memory only.
     """
     digest = hashlib.sha256(_FORMAT.encode())
-    for part in (pairs.state(), template.source, encoder.vocabulary):
+    for part in (pairs.state(), template.source, template.lines, encoder.vocabulary):
         digest.update(hashlib.sha256(part.encode()).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
     try:

@@ -7,15 +7,18 @@
 ``{{ }} [[ ]]``               these characters themselves
 
 An empty field takes the punctuation around it along. A field that holds a list gives several
-captions if it is the whole template, and otherwise its values separated by commas.
+captions if it is the whole template, and otherwise its values separated by commas. ``{caption}``
+always gives as many captions as the pair has, whatever text is around it.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clipft.core.errors import UsageError
 from clipft.data.captions.fields import field_value
+from clipft.data.captions.lines import Lines, split_lines
 from clipft.data.shards.dataset import parse_metadata
 
 CAPTION_FIELD = "caption"
@@ -46,6 +49,12 @@ def clean_caption(data: bytes) -> str:
     if not text:
         raise BadCaption("empty caption")
     return text
+
+
+def split_captions(data: bytes, lines: Lines = "separate") -> list[str]:
+    """Decode the captions of a ``.txt``, as ``clean_text`` returns them; none is empty."""
+    texts = split_lines(data.decode("utf-8", errors="replace"), lines)
+    return [text for text in map(clean_text, texts) if text]
 
 
 def clean_text(text: str) -> str:
@@ -121,6 +130,14 @@ class _Alternative:
             value = self.parts[0].value(metadata)
             texts = map(_as_text, value if isinstance(value, list) else [value])
             return [text for text in texts if text]
+        several = metadata.get(CAPTION_FIELD)
+        if _Field(CAPTION_FIELD) in self.fields and isinstance(several, list):
+            each = ({**metadata, CAPTION_FIELD: text} for text in several or [""])
+            return [text for values in each for text in self._filled(values)]
+        return self._filled(metadata)
+
+    def _filled(self, metadata: dict[str, Any]) -> list[str]:
+        """Fill in the fields: one text, or none if all fields are empty."""
         filled = {field: _as_text(field.value(metadata)) or _EMPTY for field in self.fields}
         if filled and set(filled.values()) == {_EMPTY}:
             return []
@@ -147,6 +164,16 @@ def _as_text(value: Any) -> str:
     return clean_text(f"{value:g}" if isinstance(value, float) else str(value))
 
 
+def _listed(metadata: bytes) -> list[Any]:
+    """Return the captions of a ``.json`` that is a list instead of an object."""
+    try:
+        value = json.loads(metadata or b"[]")
+    except (ValueError, RecursionError):
+        return []
+    found = value if isinstance(value, list) else []
+    return [item.get(CAPTION_FIELD) if isinstance(item, dict) else item for item in found]
+
+
 def _closed_gap(gap: "re.Match[str]") -> str:
     """What remains of an empty field and the separators on both sides of it."""
     left, right = gap.groups()
@@ -165,14 +192,15 @@ def _closed_gap(gap: "re.Match[str]") -> str:
 
 @dataclass(frozen=True)
 class CaptionTemplate:
-    """A parsed template."""
+    """A parsed template; ``lines`` says what the lines of a ``.txt`` are."""
 
     source: str
     alternatives: tuple[_Alternative, ...]
+    lines: Lines = "separate"
 
     @classmethod
-    def parse(cls, source: str) -> "CaptionTemplate":
-        """Parse the value of ``--caption``.
+    def parse(cls, source: str, lines: Lines = "separate") -> "CaptionTemplate":
+        """Parse the values of ``--caption`` and ``--caption-lines``.
 
         Raises:
             UsageError: Brackets do not match, or one of the captions is empty.
@@ -184,7 +212,7 @@ class CaptionTemplate:
                 f"--caption {source!r}: {error}",
                 'write fields of the metadata in braces: --caption "{type}, {color}. {name}"',
             ) from error
-        return cls(source, tuple(parsed))
+        return cls(source, tuple(parsed), lines)
 
     @property
     def fields(self) -> list[str]:
@@ -198,9 +226,14 @@ class CaptionTemplate:
         Raises:
             BadCaption: There is none.
         """
-        own = clean_text(caption.decode("utf-8", errors="replace"))
+        own = split_captions(caption, self.lines)
         values = parse_metadata(metadata) if self.fields or not own else {}
-        values[CAPTION_FIELD] = own or values.get(CAPTION_FIELD)
+        if len(own) == 1:
+            values[CAPTION_FIELD] = own[0]
+        elif own:
+            values[CAPTION_FIELD] = own
+        elif not values:
+            values[CAPTION_FIELD] = _listed(metadata)
         texts = [text for part in self.alternatives for text in part.texts(values)]
         if not texts:
             raise BadCaption("empty caption")

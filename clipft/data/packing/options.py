@@ -1,7 +1,7 @@
 """The options of packing, in a module without heavy imports because ``--help`` shows them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -90,6 +90,11 @@ class PackOptions(Section):
         "",
         "Column of the table with captions. Default: guessed from the names.",
         metavar="NAME",
+    )
+    caption_lines: Literal["separate", "joined"] = setting(
+        "separate",
+        "What the lines of a .txt file are. separate: each line is a caption of the image; joined: "
+        "all lines together are one caption, which is stored on one line.",
     )
     check: bool = setting(
         False, "Decode every image, not only its header. --near decodes them in any case."

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import DataError
-from clipft.data.duplicates import PerceptualHash, group_leaders, near_duplicates, validation_rows
+from clipft.data.duplicates import (
+    PerceptualHash,
+    group_leaders,
+    links_of,
+    near_duplicates,
+    validation_rows,
+)
 from clipft.data.packing.download import download_images
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
@@ -28,14 +34,15 @@ from clipft.data.packing.writer import SPLITS, content_of, plan, write_all
 class PackResult:
     """What was packed; with --part, the counts of that part's own shards.
 
-    ``skipped`` counts pairs by reason. The ``shared_...`` fields count validation pairs whose
-    image, near-duplicate image or caption is also in the training pairs. They are zero if clipft
-    made the split.
+    ``captions`` counts those of all pairs, ``skipped`` pairs by reason. The ``shared_...`` fields
+    count validation pairs whose image, near-duplicate image or caption is also in the training
+    pairs. They are zero if clipft made the split.
     """
 
     out: Path
     train_pairs: int
     val_pairs: int
+    captions: int
     shards: int
     bytes: int
     skipped: dict[str, int]
@@ -118,6 +125,7 @@ def pack(
         out=out,
         train_pairs=sum(shard.pairs for shard in written if shard.split == "train"),
         val_pairs=sum(shard.pairs for shard in written if shard.split == "val"),
+        captions=sum(shard.captions for shard in written),
         shards=len(written),
         bytes=sum(shard.bytes for shard in written),
         skipped=_count(skipped),
@@ -152,7 +160,9 @@ def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
     """Choose validation pairs, so that pairs with the same image, caption or group, or with
     near-duplicate images, stay together."""
     pairs = found.pairs
-    same: list[Sequence[object]] = [[p.image_hash for p in pairs], [p.caption_key for p in pairs]]
+    shared_captions = links_of(pair.caption_keys for pair in pairs)
+    same: list[Sequence[object]] = [[pair.image_hash for pair in pairs]]
+    same.append(group_leaders(len(pairs), links=shared_captions))
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
@@ -185,7 +195,8 @@ def _count_shared(found: dict[str, Scan], options: PackOptions) -> tuple[int, in
     if "" in found:
         return 0, 0, 0
     train, val = (found[split].pairs for split in SPLITS)
-    images, captions = {pair.image_hash for pair in train}, {pair.caption_key for pair in train}
+    images = {pair.image_hash for pair in train}
+    captions = {key for pair in train for key in pair.caption_keys}
     near = 0
     if options.near >= 0:
         kinds, links = _link_hashes([*found["train"].hashes, *found["val"].hashes], options.near)
@@ -197,7 +208,8 @@ def _count_shared(found: dict[str, Scan], options: PackOptions) -> tuple[int, in
             for kind, pair in zip(kinds[len(train) :], val, strict=True)
         )
     shared_images = sum(pair.image_hash in images for pair in val)
-    return shared_images, near, sum(pair.caption_key in captions for pair in val)
+    shared_captions = sum(not captions.isdisjoint(pair.caption_keys) for pair in val)
+    return shared_images, near, shared_captions
 
 
 def _count(skipped: Sequence[dict[str, str]]) -> dict[str, int]:

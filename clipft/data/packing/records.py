@@ -37,8 +37,8 @@ class PackPair:
     """A pair whose image and caption were read and can be used.
 
     ``suffix`` is the image's real format, whatever its file is called; ``shorter_side`` is in
-    pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_key`` the cleaned,
-    case-folded caption: pairs that share either one stay in the same split, as do pairs with the
+    pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_keys`` the cleaned,
+    case-folded captions: pairs that share one of these stay in the same split, as do pairs with the
     same ``group``, the value of --group-field ("" without one).
     """
 
@@ -50,7 +50,7 @@ class PackPair:
     caption: bytes
     metadata: bytes | None
     image_hash: str
-    caption_key: str
+    caption_keys: tuple[str, ...]
     group: str
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from clipft.data.captions.template import BadCaption, clean_caption
+from clipft.data.captions.lines import fold_lines
+from clipft.data.captions.template import BadCaption, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
 from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
 from clipft.data.packing.options import PackOptions
@@ -68,7 +69,11 @@ def _read(
     try:
         caption = caption.read() if isinstance(caption, ByteRange) else caption
         metadata = metadata.read() if isinstance(metadata, ByteRange) else metadata
-        caption_key = clean_caption(caption).casefold()
+        if isinstance(candidate.caption, ByteRange) and options.caption_lines == "joined":
+            caption = _on_one_line(caption)
+        captions = split_captions(caption)
+        if not captions:
+            raise BadCaption("empty caption")
         data = candidate.image.read(_MAX_BYTES)
         image = open_image(data)
         kind, shorter_side = image.format or "?", min(image.size)
@@ -98,7 +103,12 @@ def _read(
         caption=caption,
         metadata=metadata,
         image_hash=hashlib.sha256(data).hexdigest(),
-        caption_key=caption_key,
+        caption_keys=tuple(dict.fromkeys(text.casefold() for text in captions)),
         group="" if group is None else str(group),
     )
     return pair, hashed
+
+
+def _on_one_line(caption: bytes) -> bytes:
+    """Join the lines of a caption; what is not UTF-8 in it stays as it is."""
+    return fold_lines(caption.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")

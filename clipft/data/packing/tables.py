@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from clipft.core.errors import DataError, UsageError
+from clipft.data.captions.lines import join_lines
 from clipft.data.packing.download import save_image
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
@@ -58,11 +59,11 @@ def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
         found = _find_image(place, table, number, images)
         if isinstance(found, str):
             listing.skip(place if isinstance(place, str) and place else f"{table}:{number}", found)
-        elif not isinstance(words, str | int | float | None):
+        elif (texts := _texts(words)) is None:
             listing.skip(found[1], "the caption is not text")
         else:
+            caption = join_lines(texts)
             # "replace", because JSON may hold half of a surrogate pair
-            caption = b"" if words is None else str(words).encode("utf-8", "replace")
             rest = json.dumps(plain_value(row), ensure_ascii=False).encode("utf-8", "replace")
             listing.candidates.append(Candidate(*found, caption, rest if row else None))
     return listing
@@ -95,6 +96,14 @@ def _find_columns(table: Path, options: PackOptions) -> tuple[str, str] | None:
             )
         found.append(column)
     return found[0], found[1]
+
+
+def _texts(value: object) -> list[str] | None:
+    """Return the captions in a cell, which holds one or a list; None if it holds something else."""
+    values = value if isinstance(value, list) else [value]
+    if any(not isinstance(text, str | int | float | None) for text in values):
+        return None
+    return [str(text) for text in values if text is not None]
 
 
 def _find_image(

@@ -43,12 +43,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """A complete shard: its number of pairs and bytes, and the pairs that were skipped because
-    their image turned out to be broken. The notes in ``made`` hold these fields as JSON."""
+    """A complete shard: its number of pairs, captions and bytes, and the pairs that were skipped
+    because their image turned out to be broken. The notes in ``made`` hold these fields as JSON."""
 
     split: str
     number: int
     pairs: int
+    captions: int
     bytes: int
     skipped: list[dict[str, str]]
     fingerprint: str
@@ -169,12 +170,12 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
     temporary = building / f"{job.split}-{job.number:05d}"
     with temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            skipped = _add_pairs(tar, job.pairs, options)
+            captions, skipped = _add_pairs(tar, job.pairs, options)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
     pairs = len(job.pairs) - len(skipped)
-    written = Written(job.split, job.number, pairs, size, skipped, job.fingerprint)
+    written = Written(job.split, job.number, pairs, captions, size, skipped, job.fingerprint)
     path.unlink(missing_ok=True)  # an older shard must not pass for what the new note says
     note.write_text(json.dumps(asdict(written)), encoding="utf-8")
     os.replace(temporary, path)  # last: a kill before this costs only this shard
@@ -183,15 +184,17 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
 
 def _add_pairs(
     tar: tarfile.TarFile, pairs: Sequence[tuple[str, PackPair]], options: PackOptions
-) -> list[dict[str, str]]:
-    """Add the members of each pair; return the pairs that were skipped, and why."""
-    skipped = []
+) -> tuple[int, list[dict[str, str]]]:
+    """Add the members of each pair; return the number of their captions, and the pairs that were
+    skipped, and why."""
+    captions, skipped = 0, list[dict[str, str]]()
     for key, pair in pairs:
         try:
             data, suffix = _encode_image(pair, options)
         except BadImage as error:
             skipped.append({"file": pair.where, "reason": str(error)})
             continue
+        captions += len(pair.caption_keys)
         members = [(suffix, data), (CAPTION_SUFFIX, pair.caption)]
         if pair.metadata is not None:
             members.append((METADATA_SUFFIX, pair.metadata))
@@ -200,7 +203,7 @@ def _add_pairs(
             info = tarfile.TarInfo(f"{key}.{kind}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return skipped
+    return captions, skipped
 
 
 def _encode_image(pair: PackPair, options: PackOptions) -> tuple[bytes, str]:

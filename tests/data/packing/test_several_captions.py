@@ -1,0 +1,69 @@
+"""Packing several captions for an image: lines, lists in tables, and the split."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from clipft.data.shards.dataset import open_pairs
+from tests.data.packing.pack_helpers import packed, pattern, write_pair
+
+
+def write_table(table: Path, rows: list[dict[str, object]]) -> None:
+    if table.suffix == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), table)
+        return
+    with table.open("w", newline="") as file:
+        if table.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def captions_in(folder: Path) -> dict[str, bytes]:
+    pairs = open_pairs(folder)
+    return {pairs[number].key: pairs[number].caption for number in range(len(pairs))}
+
+
+def test_the_lines_of_a_txt_stay_captions_of_their_own_or_are_joined(tmp_path):
+    for number in range(3):
+        write_pair(tmp_path / "raw" / f"{number}.png", number, f"first {number}\n\nsecond\nthird\n")
+    apart = packed(tmp_path / "raw", tmp_path / "apart", val_share=0)
+    joined = packed(tmp_path / "raw", tmp_path / "joined", val_share=0, caption_lines="joined")
+    assert (apart.train_pairs, apart.captions) == (3, 9)
+    assert (joined.train_pairs, joined.captions) == (3, 3)
+    assert captions_in(tmp_path / "apart" / "train")["1"] == b"first 1\n\nsecond\nthird\n"
+    assert captions_in(tmp_path / "joined" / "train")["1"] == b"first 1 second third"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_list_of_captions_in_a_table_is_stored_as_lines(suffix, tmp_path):
+    rows = []
+    for number in range(3):
+        pattern(number).save(tmp_path / f"{number}.png")
+        captions = [f"first {number}", "second\n  line", None, ""]
+        rows.append({"image": f"{number}.png", "caption": captions})
+    write_table(tmp_path / f"t.{suffix}", rows)
+    options = {"val_share": 0, "caption_lines": "joined"}  # is about .txt files alone
+    result = packed(tmp_path / f"t.{suffix}", tmp_path / "out", **options)
+    assert (result.train_pairs, result.captions, result.skipped) == (3, 6, {})
+    assert captions_in(tmp_path / "out" / "train")["2"] == b"first 2\nsecond line"
+
+
+def test_a_cell_of_text_is_one_caption_however_many_lines_it_has(tmp_path):
+    pattern(1).save(tmp_path / "1.png")
+    write_table(tmp_path / "t.csv", [{"image": "1.png", "caption": "an\r\noak\ntable"}])
+    assert packed(tmp_path / "t.csv", tmp_path / "out", val_share=0).captions == 1
+    assert captions_in(tmp_path / "out" / "train") == {"1": b"an oak table"}
+
+
+def test_pairs_that_share_any_caption_stay_in_one_split(tmp_path):
+    for number in range(12):  # a chain: each shares one caption with the next
+        write_pair(tmp_path / "raw" / f"{number}.png", number, f"link {number}\nlink {number + 1}")
+    result = packed(tmp_path / "raw", tmp_path / "out", val_share=0.4)
+    assert (result.train_pairs, result.val_pairs, result.captions) == (12, 0, 24)
