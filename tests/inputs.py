@@ -5,7 +5,7 @@ from functools import cache
 from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.loader import Preprocessing
+from clipft.data.decoding import Preprocessing
 from clipft.models.pretrained import ModelInputs, load_inputs
 
 

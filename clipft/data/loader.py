@@ -11,26 +11,27 @@ import atexit
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from clipft.config.settings import DataSettings
-from clipft.core.common import processors
-from clipft.core.errors import DataError
-from clipft.data.augmentation import Shift, Transform
-from clipft.data.captions.table import CaptionSource
-from clipft.data.captions.template import BadCaption
 from clipft.data.captions.tokenizer import padded
-from clipft.data.images import BadImage, decode_image
-from clipft.data.order import SOLE_PROCESS, EpochPlan, Position, Share, derived_seed
-from clipft.data.shards.dataset import PairDataset, RawPair
+from clipft.data.decoding import (
+    ChunkDecoder,
+    DecodedChunk,
+    DecodingTask,
+    PairSource,
+    Places,
+    Preprocessing,
+)
+from clipft.data.order import SOLE_PROCESS, EpochPlan, Position, Share
+from clipft.data.shards.dataset import PairDataset
 from clipft.data.skipped import Skipped
 from clipft.data.workers import (
     SharedPixels,
@@ -48,19 +49,6 @@ CHUNK = 64
 """The most pairs that a worker decodes at a time."""
 AHEAD_BYTES = 1 << 30
 """The most decoded images that workers hold ready, beyond two chunks each."""
-
-
-class PairSource(Protocol):
-    """Where a worker reads pairs from."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, place: Any, /) -> RawPair:
-        """Read the pair at a place: a number, or what ``order`` gave.
-
-        Raises:
-            DataError: The file that it is in was changed or removed.
-        """
 
 
 Pairs: TypeAlias = "PairDataset | PairStream"
@@ -83,18 +71,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def to(self, device: torch.device) -> "Batch":
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
-
     def part(self, rows: slice) -> "Batch":
         """These rows as a batch of their own, without what was skipped."""
-        cut = self._with(lambda tensor: tensor[rows])
-        return replace(cut, numbers=self.numbers[rows], skipped=())
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        shifts = None if self.shifts is None else change(self.shifts)
-        pixels, ids = change(self.pixel_values), change(self.input_ids)
-        return replace(self, pixel_values=pixels, input_ids=ids, shifts=shifts)
+        shifts = None if self.shifts is None else self.shifts[rows]
+        pixels, ids = self.pixel_values[rows], self.input_ids[rows]
+        return Batch(pixels, ids, self.numbers[rows], (), shifts)
 
 
 EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
@@ -114,23 +95,6 @@ class StepBatch:
     micro_batches: list[Batch]
     skipped: list[Skipped]
     pairs: int
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How raw bytes become model input.
-
-    If the features of the vision tower are known already, ``read_images`` is False and no image is
-    read; ``bad`` then maps the numbers of pairs whose images cannot be used to the reason.
-    """
-
-    captions: CaptionSource
-    image_size: int
-    augmentation: str
-    seed: int
-    squashed: bool = False
-    read_images: bool = True
-    bad: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,11 +126,6 @@ class LoaderOptions:
         # No GPU has measured this yet; of resizing and augmenting, the shift takes 4 to 9 %
         leave_shift = where == "device" or (where == "auto" and on_cuda)
         return cls(workers, on_cuda, share, settings.worker_timeout, leave_shift)
-
-    @property
-    def processes(self) -> int:
-        """The number of workers that are started: at most one for each processor."""
-        return min(self.workers, processors())
 
 
 def training_batches(
@@ -208,7 +167,7 @@ def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) ->
     Together they hold a whole step, so that the next one is there when this one is done, and one
     chunk more; or less, where that would take more than ``AHEAD_BYTES``.
     """
-    chunk, workers = min(CHUNK, plan.micro), max(1, options.processes)
+    chunk, workers = min(CHUNK, plan.micro), max(1, options.workers)
     step = -(-plan.effective // (chunk * options.share.world_size))
     room = AHEAD_BYTES // (chunk * 3 * image_size**2)
     return max(2, min(-(-step // workers) + 1, room // workers))
@@ -216,7 +175,7 @@ def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) ->
 
 def shared_bytes(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
     """Return how many bytes the workers of a run share with the main process."""
-    slots = _slots(options.processes, prefetch_factor(plan, image_size, options))
+    slots = _slots(options.workers, prefetch_factor(plan, image_size, options))
     return slots * min(CHUNK, plan.micro) * 3 * image_size**2
 
 
@@ -246,37 +205,17 @@ def evaluation_batches(
         yield EMPTY_BATCH
 
 
-class _Task(NamedTuple):
-    """The places of a chunk, the slot for its pixels, and whether its micro-batch ends with it."""
-
-    slot: int
-    places: list[tuple[int, Any]]
-    ends: bool
-
-
-@dataclass
-class _Chunk:
-    """The decoded pairs of a task. Their pixels are in the first rows of its slot."""
-
-    slot: int
-    ends: bool
-    numbers: list[int] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
-    shifts: list[Shift] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-
-
 def _batches(
     dataset: PairSource,
     preprocessing: Preprocessing,
-    micro_batches: Iterable[list[tuple[int, Any]]],
+    micro_batches: Iterable[Places],
     most: int,
     ahead: int,
     options: LoaderOptions,
 ) -> Iterator[Batch]:
     """Yield the micro-batches, which have at most ``most`` pairs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    workers, side = options.processes, preprocessing.image_size
+    workers, side = options.workers, preprocessing.image_size
     if not preprocessing.read_images:
         workers = side = 0  # looking captions up takes less time than sending them
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
@@ -288,7 +227,7 @@ def _batches(
         atexit.unregister(kill_workers)  # once is enough
         atexit.register(kill_workers)
     chunks = DataLoader(
-        _Chunks(dataset, preprocessing, shared, under_way, options.leave_shift),
+        ChunkDecoder(dataset, preprocessing, shared, under_way, options.leave_shift),
         batch_size=None,
         sampler=_tasks(micro_batches, free),
         collate_fn=_unchanged,
@@ -305,7 +244,7 @@ def _batches(
     join = _Join(shared.slots, free, most, pad_token_id, options.pin_memory)
     while True:
         try:
-            chunk: _Chunk = next_batch(reader, under_way)
+            chunk: DecodedChunk = next_batch(reader, under_way)
         except StopIteration:
             return
         join.add(chunk)
@@ -313,7 +252,7 @@ def _batches(
             yield join.batch()
 
 
-def _tasks(micro_batches: Iterable[list[tuple[int, Any]]], free: deque[int]) -> Iterator[_Task]:
+def _tasks(micro_batches: Iterable[Places], free: deque[int]) -> Iterator[DecodingTask]:
     """Cut micro-batches into tasks, each with the next of the ``free`` slots.
 
     A DataLoader asks for a task before it hands a chunk out, so besides those that are ready or in
@@ -322,70 +261,11 @@ def _tasks(micro_batches: Iterable[list[tuple[int, Any]]], free: deque[int]) -> 
     for places in micro_batches:
         for first in range(0, len(places), CHUNK):
             last = first + CHUNK
-            yield _Task(free.popleft(), places[first:last], last >= len(places))
+            yield DecodingTask(free.popleft(), places[first:last], last >= len(places))
 
 
 def _unchanged(chunk: Any) -> Any:
     return chunk
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunks(Dataset["_Chunk | DataError"]):
-    """Maps a task to its decoded chunk; augmentations depend on (seed, epoch, number) alone."""
-
-    dataset: PairSource
-    preprocessing: Preprocessing
-    shared: SharedPixels
-    under_way: UnderWay
-    leave_shift: bool
-
-    @cached_property
-    def transform(self) -> Transform:
-        how = self.preprocessing
-        return Transform(how.augmentation, how.image_size, how.squashed, self.leave_shift)
-
-    def __getitem__(self, task: _Task) -> "_Chunk | DataError":
-        chunk = _Chunk(task.slot, task.ends)
-        add = self._decode if self.preprocessing.read_images else self._look_up
-        for epoch, place in task.places:
-            try:
-                add(chunk, epoch, place)
-            except DataError as error:
-                return error  # torch would pass on only the text of what a worker raises
-        return chunk
-
-    def _decode(self, chunk: _Chunk, epoch: int, place: Any) -> None:
-        how = self.preprocessing
-        self.under_way.set(f"pair {place}" if isinstance(place, int) else "a pair")
-        raw = self.dataset[place]
-        self.under_way.set(f"{raw.key} in {raw.shard}")
-        try:
-            ids = how.captions.ids(raw, epoch)
-            # Evaluation decodes in full, as the model's own processor would
-            at_least = how.image_size if how.augmentation != "none" else 0
-            image = decode_image(raw.image, at_least)
-        except (BadImage, BadCaption) as error:
-            chunk.skipped.append(Skipped(raw.shard, raw.key, str(error)))
-        else:
-            out = self.shared.slots[chunk.slot, len(chunk.numbers)]
-            shift = self.transform.write(image, derived_seed(how.seed, epoch, raw.number), out)
-            chunk.shifts += [shift] if shift else []
-            chunk.numbers.append(raw.number)
-            chunk.ids.append(ids)
-        # Not reached after any other error: the pair is then what was under way
-        self.under_way.set("")
-
-    def _look_up(self, chunk: _Chunk, epoch: int, number: int) -> None:
-        """Add the caption of a pair, without its image."""
-        assert isinstance(self.dataset, PairDataset)
-        named, reason = self.dataset.named(number), self.preprocessing.bad.get(number)
-        try:
-            if reason:
-                raise BadImage(reason)
-            chunk.ids.append(self.preprocessing.captions.ids(named, epoch))
-            chunk.numbers.append(number)
-        except (BadImage, BadCaption) as error:
-            chunk.skipped.append(Skipped(named.shard, named.key, str(error)))
 
 
 class _Join:
@@ -397,10 +277,10 @@ class _Join:
         self.slots, self.free = slots, free
         self.pad_token_id, self.pin_memory = pad_token_id, pin_memory
         self.shape = (most, *slots.shape[2:])
-        self.unused, self.chunks = list[Any](), list[_Chunk]()
+        self.unused, self.chunks = list[Any](), list[DecodedChunk]()
         self.pixels: Tensor | None = None
 
-    def add(self, chunk: _Chunk) -> None:
+    def add(self, chunk: DecodedChunk) -> None:
         """Copy the pixels of a chunk; then its slot is free again."""
         if self.pixels is None:
             self.pixels = self._memory()

@@ -12,7 +12,8 @@ from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
-from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, PairSource, evaluation_batches
+from clipft.data.decoding import PairSource
+from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_batches
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
 from clipft.data.shards.dataset import PairDataset, open_pairs

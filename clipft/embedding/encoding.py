@@ -10,7 +10,8 @@ from clipft.data.captions.metadata import check_fields
 from clipft.data.captions.table import CaptionSource, CaptionTable, LiveCaptions, caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.loader import LoaderOptions, Pairs, Preprocessing
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, Pairs
 from clipft.data.overlap import shared_captions, shared_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.feature_cache import caption_features, image_features

@@ -26,7 +26,8 @@ from clipft.core.common import Progress, cache_folder, counted
 from clipft.core.files import replacing
 from clipft.data.captions.table import CaptionTable, NoCaptions
 from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.load import LoadedModel
 from clipft.models.device import instruction_set

@@ -10,7 +10,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import checked, silent
 from clipft.data.captions.metadata import check_label_field, describe
 from clipft.data.captions.template import CaptionTemplate
-from clipft.data.loader import Preprocessing
+from clipft.data.decoding import Preprocessing
 from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import (

@@ -25,8 +25,9 @@ from clipft.core.errors import DataError
 from clipft.core.files import replacing
 from clipft.data.augmentation import Transform
 from clipft.data.captions.table import NoCaptions
+from clipft.data.decoding import Preprocessing
 from clipft.data.images import BadImage, decode_image
-from clipft.data.loader import LoaderOptions, Preprocessing, evaluation_batches
+from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import RawPair, parse_metadata
 from clipft.embedding.embed import embed_texts
 from clipft.runs.load import OpenedModel

@@ -11,7 +11,8 @@ from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
 from clipft.data.captions.metadata import check_chosen_fields
-from clipft.data.loader import LoaderOptions, Pairs, Preprocessing, StepBatch, training_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, Pairs, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
 from clipft.data.shards.dataset import PairDataset, open_pairs

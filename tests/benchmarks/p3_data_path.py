@@ -27,8 +27,9 @@ from clipft.data.augmentation import Transform, resized
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.data.decoding import Preprocessing
 from clipft.data.images import decode_image, resized_size
-from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack

@@ -24,7 +24,8 @@ from side_by_side import arguments, write_figures
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs
 from clipft.models.pretrained import load_inputs

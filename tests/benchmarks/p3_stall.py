@@ -23,7 +23,8 @@ from clipft.data import loader
 from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, StepBatch, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.models.pretrained import load_inputs

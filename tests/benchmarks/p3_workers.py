@@ -26,7 +26,8 @@ from side_by_side import arguments, write_figures
 from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.loader import LoaderOptions, Preprocessing, training_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack

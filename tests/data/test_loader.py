@@ -189,8 +189,7 @@ def test_the_memory_that_workers_share_is_known_beforehand(dataset, preprocessin
         assert made.pop() == loader.shared_bytes(plan, preprocessing.image_size, options)
 
 
-def test_shared_memory_is_bounded_however_large_the_step(monkeypatch):
-    monkeypatch.setattr(loader, "processors", lambda: 16)
+def test_shared_memory_is_bounded_however_large_the_step():
     options = LoaderOptions(16)
     assert loader.shared_bytes(EpochPlan(10**6, 32768, 1024, 5), 224, options) <= 2**30 + 2**24
     least = (2 * 16 + 1) * 64 * 3 * 448**2  # two chunks each
@@ -243,13 +242,10 @@ def test_the_global_generator_is_left_alone(dataset, preprocessing):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_the_workers_together_prepare_a_whole_step(monkeypatch):
-    monkeypatch.setattr(loader, "processors", lambda: 2)
+def test_the_workers_together_prepare_a_whole_step():
     plan = EpochPlan(4096, 1024, 64, seed=5)
-    for asked, there in ((1, 1), (2, 2), (16, 2)):
-        options = LoaderOptions(asked)
-        assert options.processes == there
-        assert there * loader.prefetch_factor(plan, 224, options) >= 16
+    for workers in (1, 2, 16):
+        assert workers * loader.prefetch_factor(plan, 224, LoaderOptions(workers)) >= 16
 
 
 LEFT_OVER = """

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipft.data.loader import LoaderOptions, Preprocessing, StepBatch, training_batches
+from clipft.data.decoding import Preprocessing
+from clipft.data.loader import LoaderOptions, StepBatch, training_batches
 from clipft.data.order import SOLE_PROCESS, EpochPlan, Share
 from clipft.data.shards.dataset import open_pairs
 from clipft.training.state import TrainState
