@@ -229,9 +229,14 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _softmax_streamed(blocks: Blocks, add: Add | None) -> Tensor:
-    found = [(logsumexp(block, 1), logsumexp(block, 0)) for block in blocks()]
-    by_row = torch.cat([rows for rows, _ in found])
-    by_column = torch.stack([columns for _, columns in found]).logsumexp(0)
+    rows, by_column = list[Tensor](), None
+    for block in blocks():
+        rows.append(logsumexp(block, 1))
+        columns = logsumexp(block, 0)
+        # Added up at once: the columns of all blocks would be as many numbers as the logits of some
+        by_column = columns if by_column is None else torch.logaddexp(by_column, columns)
+    by_row = torch.cat(rows)
+    assert by_column is not None
     if add:
         for block in blocks():
             gradient = torch.sub(block.logits, by_row[block.rows, None], out=block.scratch).exp_()

@@ -1,6 +1,7 @@
 """The losses equal plain torch on the whole matrix, whatever the size of their blocks."""
 
 import math
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clipft.config.settings import LossSettings
 from clipft.core.memory import peak_memory
@@ -240,6 +242,35 @@ def test_a_gpu_computes_the_same(name, mode):
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     for ours, theirs in zip(there.gradients(loss), case.gradients(plain), strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs, atol=1e-5, rtol=1e-3)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that exist at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.most = dict[int, int](), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage and storage.data_ptr() not in self.live:
+                self.live[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(tensor, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_blocks_take_no_more_memory_than_a_few(name):
+    case = Case.drawn(seed=1, size=256, kinds=100)
+    used = []
+    for rows in (8, 1):
+        with LiveBytes() as counted:
+            case.loss(name, "soft", block=256 * rows)(case.images, case.texts, case.groups)
+        used.append(counted.most)
+    assert used[1] < used[0] < 256 * 256 * 8 / 4  # a quarter of all logits
 
 
 @pytest.mark.slow
