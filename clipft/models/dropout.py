@@ -7,16 +7,19 @@ be saved or restored.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipft.core.hashing import INCREMENT, Words, mix64
+
 _LEVELS = 1 << 16
 """Masks are drawn with 16 bits per value: two values from each 32-bit word."""
 _MOST_POSITIONS = 1 << 16
+"""Positions of a row that get different masks: more than any tower has."""
 _COLUMN_BITS = 12
+"""Bits that number the words of a row: one table serves all widths up to 8,192."""
 
 
 class RowMasks:
@@ -30,25 +33,28 @@ class RowMasks:
         self.scale = 1 / (1 - dropped / _LEVELS)
         self._device = torch.device(device)
         self._first_kept = dropped - _LEVELS // 2  # compared with signed 16-bit integers
-        self._widths = list[int]()
+        self._dropouts = 0
         self._columns = torch.empty(0, dtype=torch.int32)
         self._keys = self._factors = torch.empty(0, dtype=torch.int32)
 
     def reserve(self, width: int) -> int:
         """Add one more dropout over ``width`` values; return its number."""
-        self._widths.append(width)
-        self._columns = _column_words(-(-max(self._widths) // 2)).to(self._device)
-        return len(self._widths) - 1
+        words = -(-width // 2)
+        if words > len(self._columns):
+            self._columns = _column_words(words).to(self._device)
+        self._dropouts += 1
+        return self._dropouts - 1
 
-    def use(self, seed: Sequence[int], keys: "np.ndarray[Any, Any]", positions: int) -> None:
+    def use(self, seed: Sequence[int], keys: Words, positions: int) -> None:
         """Continue with the rows that have these keys, uint64 [rows], of up to ``positions``."""
         hashed = keys.astype(np.uint64)
         for word in seed:
-            hashed = _mix64(hashed ^ _mix64(np.full(1, word, np.uint64)))
+            state = hashed ^ mix64(np.full(1, word, np.uint64) + INCREMENT)
+            hashed = mix64(state + INCREMENT)
         words = torch.from_numpy(hashed.view(np.int32).reshape(-1, 2).copy())
         first, second = words.to(self._device, non_blocking=True).T[..., None]
         # One word for each dropout, row and position: [dropouts, rows, positions]
-        dropouts = torch.arange(len(self._widths), device=self._device, dtype=torch.int32)
+        dropouts = torch.arange(self._dropouts, device=self._device, dtype=torch.int32)
         places = torch.arange(positions, device=self._device, dtype=torch.int32)
         places = dropouts[:, None, None] * _MOST_POSITIONS + places
         self._keys = _mix32(first + places * -0x61C88647)  # the golden ratio, as in splitmix
@@ -104,12 +110,3 @@ def _mix32(words: Tensor) -> Tensor:
 def _shifted(words: Tensor, bits: int) -> Tensor:
     # torch shifts signed integers arithmetically: the copies of the sign are cut off
     return (words >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def _mix64(words: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """The output function of SplitMix64 (Steele et al. 2014), on uint64 arrays."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray[Any, Any] = words ^ (words >> np.uint64(31))
-    return mixed

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clipft.core.hashing import INCREMENT, Words, mix64
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -94,14 +96,7 @@ def lengths(ids: Tensor, pad_token_id: int) -> Tensor:
     return (places * (ids != pad_token_id)).amax(1)
 
 
-Keys = np.ndarray[Any, np.dtype[np.uint64]]
-
-# SplitMix64 (Steele et al. 2014): its increment and the two multipliers of its mixing function
-_INCREMENT, _MULTIPLIER_1, _MULTIPLIER_2 = (
-    np.uint64(0x9E3779B97F4A7C15),
-    np.uint64(0xBF58476D1CE4E5B9),
-    np.uint64(0x94D049BB133111EB),
-)
+Keys = Words
 
 
 def caption_keys(ids: Tensor, pad_token_id: int) -> Keys:
@@ -111,12 +106,6 @@ def caption_keys(ids: Tensor, pad_token_id: int) -> Keys:
     captions have different keys up to collisions of 64 bits.
     """
     values = ids.cpu().numpy().astype(np.uint64)
-    places = np.arange(1, values.shape[1] + 1, dtype=np.uint64) * _INCREMENT
+    places = np.arange(1, values.shape[1] + 1, dtype=np.uint64) * INCREMENT
     counted = np.arange(values.shape[1]) < lengths(ids, pad_token_id).cpu().numpy()[:, None]
-    return _mixed((_mixed(values + places) * counted).sum(1, dtype=np.uint64))
-
-
-def _mixed(values: Keys) -> Keys:
-    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
-    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
-    return values ^ (values >> np.uint64(31))
+    return mix64((mix64(values + places) * counted).sum(1, dtype=np.uint64))
