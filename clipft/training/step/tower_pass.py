@@ -27,7 +27,8 @@ class GraphMemory:
 
     find_budget: Callable[[], MemoryBudget]
     fewest: Callable[[int], int] = int
-    """The smallest of the values of those processes that must keep the same graphs."""
+    """Maps the number of graphs that this process can keep to the number that it keeps. Processes
+    with sharded weights all keep as many as the one with the least memory."""
     bytes_per_cell: dict[str, float] = field(default_factory=dict)
     _budget: MemoryBudget | None = None
     _held: float = 0
@@ -108,23 +109,24 @@ class TowerPass:
 
     def backward_kept(self) -> None:
         """Carry the gradient in ``leaf`` back through the kept graphs, each freed at once."""
-        for i in range(len(self._kept)):
+        for i, gradient in enumerate(self._gradients()[: len(self._kept)]):
             rows, self._kept[i] = self._kept[i], None
             assert rows is not None
-            self._backward(i, rows)
+            self.tower.use_masks(self.step, self.chunks[i])
+            torch.autograd.backward(rows, gradient)
 
     def backward_rest(self) -> None:
         """Encode the other chunks once more, and carry the gradient back through them."""
-        if self.tower.trainable:
-            for i in range(len(self._kept), len(self.chunks)):
-                self._backward(i, self.tower.encode(self.step, self.chunks[i]))
+        rest = slice(len(self._kept), None)
+        for chunk, gradient in zip(self.chunks[rest], self._gradients()[rest], strict=True):
+            torch.autograd.backward(self.tower.encode(self.step, chunk), gradient)
 
-    def _backward(self, i: int, rows: Tensor) -> None:
-        if self.leaf.grad is None:  # a process without pairs has no loss, but others may wait
-            self.leaf.grad = torch.zeros_like(self.leaf)
-        first = sum(chunk.rows for chunk in self.chunks[:i])
-        self.tower.use_masks(self.step, self.chunks[i])
-        torch.autograd.backward(rows, self.leaf.grad[first : first + len(rows)])
+    def _gradients(self) -> Sequence[Tensor]:
+        """The gradient of the loss for the rows of each chunk."""
+        gradient = self.leaf.grad
+        if gradient is None:  # a process without pairs has no loss, but others may wait for it
+            gradient = torch.zeros_like(self.leaf)
+        return torch.split(gradient, [chunk.rows for chunk in self.chunks])
 
 
 def backward(*passes: TowerPass) -> None:
@@ -132,9 +134,10 @@ def backward(*passes: TowerPass) -> None:
 
     Kept graphs go first, those of all towers: they leave the memory that the others need.
     """
-    for each in passes:
+    trainable = [each for each in passes if each.tower.trainable]
+    for each in trainable:
         each.backward_kept()
-    for each in passes:
+    for each in trainable:
         each.backward_rest()
 
 
