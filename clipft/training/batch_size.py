@@ -44,7 +44,7 @@ class Probe:
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
     peak_bytes: int = 0
-    graph_bytes: int = 0
+    graph_bytes_per_pair: float = 0.0
 
     def pairs_per_s(self, effective: int, kept: float = 0.0) -> float:
         """Training speed at an effective batch.
@@ -177,7 +177,7 @@ class _Search:
         fixed = probe.peak_bytes - self.slope() * probe.size  # weights and their gradients
         device = "cuda" if self.device_refuses else "cpu"
         budget = MemoryBudget.of(self.usable_bytes - fixed, device)
-        return budget.kept(probe.size, self.effective, probe.graph_bytes / probe.size)
+        return budget.kept(probe.size, self.effective, probe.graph_bytes_per_pair)
 
     def slope(self) -> float:
         """Bytes per pair, between the largest size that fits and the next one well below it."""

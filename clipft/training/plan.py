@@ -72,7 +72,7 @@ def micro_batch(
             return asked  # a GPU refuses what does not fit, and step/oom.py deals with it
         # On a CPU the system kills the process instead, so ask for no more than there is
         budget = MemoryBudget.now(device, sharers=processes)
-        per_pair = ModelProbe.of(loaded, settings).graph_bytes_per_pair()
+        per_pair = ModelProbe.of(loaded, settings).graph_bytes_per_pair
         largest = budget.largest_micro_batch(per_pair)
         if asked <= largest:
             return asked

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,15 +67,16 @@ class ModelProbe:
                 if self.device.type == "cuda" or size <= SMALLEST:
                     self._step(batch)
                 step_seconds = self._timed(lambda: self._step(batch))
-            graph_bytes = int(self.graph_bytes_per_pair() * size)
             with torch.no_grad():
                 forward_seconds = self._timed(lambda: self._embed(batch))
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error):
                 raise
             return Probe(size, fits=False)
+        graph_bytes = self.graph_bytes_per_pair
         return Probe(size, True, step_seconds, forward_seconds, peak.bytes, graph_bytes)
 
+    @cached_property
     def graph_bytes_per_pair(self) -> float:
         """The bytes of the graph of one pair with a caption of full length, measured on two."""
         self.model.train()

@@ -158,7 +158,7 @@ def exhaustive(probe: Any) -> int:
     for size in range(8, EFFECTIVE + 1, 8):
         fits = passes(size)
         probe.model.zero_grad(set_to_none=True)
-        give_back(probe.precision.device)
+        give_back(probe.device)
         if not fits:
             return largest
         largest = size
