@@ -1,7 +1,7 @@
 """Embeds data sets and texts with a model."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -20,17 +20,9 @@ from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.data.skipped import Skipped
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import in_lockstep
-from clipft.embedding.encoding import Encoding
+from clipft.embedding.encoding import Encoding, evaluation_batch
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
-
-_BATCH = {"cpu": 64, "cuda": 256}
-"""Pairs per forward pass without gradients, where no micro-batch size is set."""
-
-
-def evaluation_batch(settings: Settings, device: torch.device) -> int:
-    """The number of pairs that pass through the towers together without gradients."""
-    return settings.micro_batch_size or _BATCH.get(device.type, _BATCH["cpu"])
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,13 @@ class Embeddings:
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     groups: Tensor | None = None
+
+    def where_ranked(self, device: torch.device) -> "Embeddings":
+        """The same with their rows on a CUDA device, which ranks them fastest. For another device,
+        they stay on the CPU."""
+        if device.type != "cuda":
+            return self
+        return replace(self, images=self.images.to(device), texts=self.texts.to(device))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import DataError, StorageError
@@ -19,6 +21,7 @@ from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import (
     Shapes,
     Towers,
+    choose_shapes,
     make_towers,
     with_image_features,
     with_text_features,
@@ -29,6 +32,10 @@ _NOTICEABLE = 20_000
 """Pairs whose captions take so long to tokenize that the user is told."""
 
 
+_BATCH = {"cpu": 64, "cuda": 256}
+"""Pairs per forward pass without gradients, where no micro-batch size is set."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How one model encodes one set of pairs."""
@@ -37,10 +44,24 @@ class Encoding:
     towers: Towers
 
 
+def evaluation_batch(settings: Settings, device: torch.device) -> int:
+    """The number of pairs that pass through the towers together without gradients."""
+    return settings.micro_batch_size or _BATCH.get(device.type, _BATCH["cpu"])
+
+
 def live_encoding(
-    loaded: LoadedModel, preprocessing: Preprocessing, settings: Settings, shapes: Shapes
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    settings: Settings,
+    shapes: Shapes | None = None,
 ) -> Encoding:
-    """Return an encoding in which both towers run every time, on chunks of these shapes."""
+    """Return an encoding in which both towers run every time.
+
+    Chunks have these shapes, or those of batches of ``evaluation_batch`` pairs.
+    """
+    if shapes is None:
+        at_once = evaluation_batch(settings, loaded.precision.device)
+        shapes = choose_shapes(loaded, settings.compile, at_once, at_once)
     pad_token_id = preprocessing.captions.pad_token_id
     towers = make_towers(loaded, settings.seed, pad_token_id, shapes, settings.compile)
     return Encoding(preprocessing, towers)
@@ -52,12 +73,12 @@ def open_encoding(
     preprocessing: Preprocessing,
     settings: Settings,
     note: Note,
-    shapes: Shapes,
+    shapes: Shapes | None = None,
     progress: Progress = silent,
 ) -> Encoding:
     """Return an encoding in which cached features replace each tower whose output never changes.
 
-    If the cache cannot be written, the user is told and both towers run.
+    If the cache cannot be written, the user is told and both towers run, as in ``live_encoding``.
     """
     live = live_encoding(loaded, preprocessing, settings, shapes)
     if not settings.feature_cache:

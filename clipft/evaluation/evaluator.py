@@ -13,15 +13,9 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.embed import (
-    Embeddings,
-    embed_pairs,
-    evaluation_batch,
-    validation_pairs,
-)
+from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import choose_shapes
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
@@ -87,19 +81,17 @@ class EvaluationSet:
         ``check`` is called between batches, and may end the work by raising an error.
         """
         settings, progress = self.settings, checked(silent, check)
-        at_once = evaluation_batch(settings, loaded.precision.device)
-        shapes = choose_shapes(loaded, settings.compile, at_once, at_once)
         encoding = open_encoding(
-            loaded, self.pairs, self.preprocessing, settings, lambda note: None, shapes, progress
+            loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress=progress
         )
         embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
         usable = np.array(embedded.numbers)  # without the skipped pairs
         known = self.identities
         groups = None if known.groups is None else known.groups[usable]
-        device = loaded.precision.device if loaded.precision.device.type == "cuda" else "cpu"
+        ranked = embedded.where_ranked(loaded.precision.device)
         evaluation = evaluate(
-            embedded.images.to(device),
-            embedded.texts.to(device),
+            ranked.images,
+            ranked.texts,
             Identities(known.captions[usable], known.images[usable], groups),
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),

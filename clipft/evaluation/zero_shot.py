@@ -15,10 +15,9 @@ from clipft.core.files import replacing
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.shards.dataset import ChosenPairs, open_pairs
-from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts, evaluation_batch
+from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
 from clipft.embedding.encoding import live_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
-from clipft.embedding.towers import choose_shapes
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.evaluation.labels import ChosenLabels
 from clipft.metrics.classification import (
@@ -99,10 +98,8 @@ def _linear(
     drawn = np.random.default_rng(settings.seed).permutation(rows)[:most]
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
     numbers = sorted(drawn.tolist())
-    at_once = evaluation_batch(settings, loaded.precision.device)
-    shapes = choose_shapes(loaded, settings.compile, at_once, at_once)
     # Not cached: a cache of a random choice of pairs would hardly be used again
-    encoding = live_encoding(loaded, preprocessing, settings, shapes)
+    encoding = live_encoding(loaded, preprocessing, settings)
     embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
     train = Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))
     return linear_classifier(train, test, chosen.labels, settings.seed)
