@@ -11,7 +11,7 @@ import atexit
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -159,6 +159,27 @@ def training_batches(
             # batches would keep their images in memory while the next step is read.
             del read
             yield StepBatch(epoch, step, with_pairs, skipped, pairs)
+
+
+def one_ahead(
+    batches: Iterator[StepBatch], start: Callable[[StepBatch], None]
+) -> Iterator[StepBatch]:
+    """Yield each batch when the next one is there and ``start`` was called with it.
+
+    An error of reading the next one is raised after the present one was used.
+    """
+    following: StepBatch | None
+    following, failed = next(batches, None), None
+    while following:
+        batch = following
+        try:
+            if following := next(batches, None):
+                start(following)
+        except Exception as error:
+            following, failed = None, error
+        yield batch
+    if failed:
+        raise failed
 
 
 def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:

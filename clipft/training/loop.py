@@ -56,41 +56,23 @@ def fit(
         started = time.perf_counter()
 
 
-def one_ahead(
-    batches: Iterator[StepBatch], start: Callable[[StepBatch], None]
-) -> Iterator[StepBatch]:
-    """Yield each batch when the next one is there and ``start`` was called with it.
-
-    An error of reading the next one is raised after the present one was used.
-    """
-    following: StepBatch | None
-    following, failed = next(batches, None), None
-    while following:
-        batch = following
-        try:
-            if following := next(batches, None):
-                start(following)
-        except Exception as error:
-            following, failed = None, error
-        yield batch
-    if failed:
-        raise failed
-
-
 def step_batches(
     setup: RunSetup,
     state: TrainState,
     skipped: SkippedPairs,
     check: Callable[[], None] = lambda: None,
+    start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
 ) -> Iterator[StepBatch]:
     """The batches of the steps that are left, to the end of the last epoch.
 
-    ``check`` is called between two steps and may end the iteration by raising a ``ClipftError``.
+    On CUDA, ``start_to_copy`` is called with each batch during the step before it.
+
+    ``check`` is called before each step and may end the iteration by raising a ``ClipftError``.
 
     Raises:
         DataError: none of a step's pairs can be used; they are then listed in ``skipped``.
     """
-    for batch in setup.step_batches(state.position, check):
+    for batch in setup.step_batches(state.position, check, start_to_copy):
         if not batch.pairs:
             skipped.add(batch.epoch + 1, state.step, [asdict(pair) for pair in batch.skipped])
             raise DataError(

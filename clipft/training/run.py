@@ -24,7 +24,7 @@ from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult
 from clipft.training.checkpointing import Best, Saver, find_best, load_best
-from clipft.training.loop import fit, one_ahead, step_batches
+from clipft.training.loop import fit, step_batches
 from clipft.training.resume import (
     check_same_run,
     checkpoint_to_resume,
@@ -202,9 +202,13 @@ class _Run:
                 self._end_epoch(training)
                 self.saver.save_if_due(training)
             accumulate = self.setup.make_accumulation(training.optimizer, self.callbacks.note)
-            batches = step_batches(self.setup, training, self.state.skipped, self._check_stop)
-            if self.setup.loaded.precision.device.type == "cuda":
-                batches = one_ahead(batches, accumulate.start_to_copy)
+            batches = step_batches(
+                self.setup,
+                training,
+                self.state.skipped,
+                self._check_stop,
+                accumulate.start_to_copy,
+            )
             steps = fit(training, batches, accumulate)
             while not self.state.stopping.should_stop and (result := next(steps, None)):
                 self.state.validated = not training.epoch_ended
@@ -258,13 +262,11 @@ class _Run:
             self.state.skipped.write("val", step, map(asdict, embedded.skipped))
 
         def figures() -> EpochResult:
-            cuda = setup.loaded.precision.device.type == "cuda"
-            images, texts = (
-                rows.cuda() if cuda else rows for rows in (embedded.images, embedded.texts)
-            )
-            found = retrieval(images, texts, setup.settings.evaluation_bytes).to_dict()
+            ranked = embedded.where_ranked(setup.loaded.precision.device)
+            evaluation_bytes = setup.settings.evaluation_bytes
+            found = retrieval(ranked.images, ranked.texts, evaluation_bytes).to_dict()
             self.rankings = self.rank_images(embedded)
-            loss = setup.validation_loss(embedded)
+            loss = setup.validation_loss(ranked)
             lower_bound = setup.loss.lower_bound(embedded.groups)
             return EpochResult(epoch, step, train_loss, loss, found, val_floor=lower_bound)
 

@@ -12,7 +12,7 @@ from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
 from clipft.data.captions.metadata import check_chosen_fields
 from clipft.data.decoding import Preprocessing
-from clipft.data.loader import LoaderOptions, Pairs, StepBatch, training_batches
+from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
@@ -24,10 +24,11 @@ from clipft.distributed.rank_zero import (
     steps_in_lockstep,
 )
 from clipft.distributed.step_channel import open_channel
-from clipft.embedding.embed import Embeddings, evaluation_batch
+from clipft.embedding.embed import Embeddings
 from clipft.embedding.encoding import (
     Encoding,
     data_remarks,
+    evaluation_batch,
     open_encoding,
     training_preprocessing,
     validation_preprocessing,
@@ -88,12 +89,16 @@ class RunSetup:
         return LoaderOptions.from_settings(self.settings, device, share, processes.local_world_size)
 
     def step_batches(
-        self, start: Position, check: Callable[[], None] = lambda: None
+        self,
+        start: Position,
+        check: Callable[[], None] = lambda: None,
+        start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
     ) -> Iterator[StepBatch]:
         """This process's part of each step from ``start`` to the end of the last epoch.
 
         ``pairs`` and ``skipped`` of a batch are those of all processes. ``check`` is called before
-        each step; what it raises is raised on all processes.
+        each step; what it raises is raised on all processes. ``start_to_copy``: see the loop's
+        ``step_batches``.
         """
         batches = training_batches(
             self.train,
@@ -103,6 +108,8 @@ class RunSetup:
             self.plan.epochs,
             self.loader_options,
         )
+        if self.loaded.precision.device.type == "cuda":
+            batches = one_ahead(batches, start_to_copy)
         return steps_in_lockstep(self.processes, batches, check)
 
     def make_optimizer(self) -> Optimizer:

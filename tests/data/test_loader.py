@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipft.config.settings import Settings
+from clipft.core.errors import DataError
 from clipft.data import loader
 from clipft.data.augmentation import augment
 from clipft.data.loader import (
@@ -269,3 +270,24 @@ def test_workers_that_are_still_wanted_do_not_keep_the_program_from_ending(datas
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240, cwd=root)
+
+
+def test_the_next_step_is_read_and_on_its_way_when_the_present_one_begins():
+    happened = list[str]()
+
+    def read():
+        for number in range(3):
+            happened.append(f"read {number}")
+            yield number + 1
+        raise DataError("the third is broken", "")
+
+    batches = loader.one_ahead(read(), lambda batch: happened.append(f"copy {batch - 1}"))
+    with pytest.raises(DataError, match="third"):
+        for batch in batches:
+            happened.append(f"step {batch - 1}")
+    assert happened == [
+        "read 0",
+        *("read 1", "copy 1", "step 0"),
+        *("read 2", "copy 2", "step 1"),
+        "step 2",  # the error comes after the last good step
+    ]

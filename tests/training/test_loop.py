@@ -2,13 +2,10 @@
 
 import weakref
 
-import pytest
-
 from clipft.config.sources import load_settings
-from clipft.core.errors import DataError
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import ALONE
-from clipft.training.loop import fit, one_ahead, step_batches
+from clipft.training.loop import fit, step_batches
 from clipft.training.setup import prepare
 from clipft.training.state import SkippedPairs, TrainState
 
@@ -43,24 +40,3 @@ def test_the_pairs_of_a_step_are_gone_before_the_next_ones_are_read(
     steps = list(fit(state, step_batches(setup, state, skipped), Accumulate()))
     assert [step.pairs for step in steps] == [12, 12, 12, 12]
     assert len(used) == 2 and held == [0] * 48
-
-
-def test_the_next_step_is_read_and_on_its_way_when_the_present_one_begins():
-    happened = list[str]()
-
-    def read():
-        for number in range(3):
-            happened.append(f"read {number}")
-            yield number + 1
-        raise DataError("the third is broken", "")
-
-    batches = one_ahead(read(), lambda batch: happened.append(f"copy {batch - 1}"))
-    with pytest.raises(DataError, match="third"):
-        for batch in batches:
-            happened.append(f"step {batch - 1}")
-    assert happened == [
-        "read 0",
-        *("read 1", "copy 1", "step 0"),
-        *("read 2", "copy 2", "step 1"),
-        "step 2",  # the error comes after the last good step
-    ]
