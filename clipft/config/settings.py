@@ -42,8 +42,7 @@ FALLBACK_MICRO_BATCH = 64
 """Micro-batch size if none is set and none can be measured."""
 
 MOST_WORKERS = 12
-"""Workers that are started if none are set: at 600 raw images a second each, they feed the fastest
-GPU, and each takes memory."""
+"""The most workers that are started unless the user sets a number. Each of them takes memory."""
 
 _SCENARIO_RATES = ", ".join(f"{s.lr:g} for {s.name}" for s in SCENARIOS.values() if s.lr)
 

@@ -18,8 +18,9 @@ needs more later."""
 _LIMIT_SHARE = 0.97
 """The share of what is left below a limit that applies to this job alone."""
 _STEP_SHARE = {"cpu": 0.6, "cuda": 0.9}
-"""The share of free memory that a step may fill. The rest is for fragmentation, and for what else a
-run needs later; a CPU's heap keeps much of what it frees, and nobody refuses it in time."""
+"""The share of free memory that a step may fill. The rest is for fragmentation and for what a run
+needs later. The share of a CPU is smaller, because its heap keeps much of what it frees, and the
+system ends a process that takes too much instead of refusing memory."""
 _PEAK_OVER_GRAPH = 2.0
 """Peak memory of a backward pass, as a multiple of the graph: 1.6 measured on ViT-B/32, 1.8 on
 ``tiny``."""

@@ -12,7 +12,7 @@ _REFUSALS = re.compile(
     "|".join(
         (
             # The allocators of CUDA, HIP and MPS, the drivers, and NCCL's "Cuda failure 2 'out of
-            # memory'". "Out of shared memory" is another fault, which smaller pieces do not mend
+            # memory'". "Out of shared memory" is another fault, which a smaller batch does not cure
             "out of memory",
             # cuBLAS, cuDNN and hipBLAS, which allocate their handles and workspaces themselves
             "STATUS_ALLOC_FAILED",
@@ -33,8 +33,9 @@ _REFUSALS = re.compile(
 def memory_ran_out(error: BaseException) -> bool:
     """True if the device or the system refused memory.
 
-    torch has a class for its own allocators only. What the libraries below it refuse arrives as
-    ``RuntimeError``, ``AcceleratorError`` or ``DistBackendError``, told apart by the text alone.
+    torch raises ``OutOfMemoryError`` for its own allocators only. When a library that torch calls
+    cannot allocate, the error is a ``RuntimeError``, ``AcceleratorError`` or ``DistBackendError``,
+    and only its text tells what happened.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

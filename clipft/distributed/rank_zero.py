@@ -100,9 +100,10 @@ def in_lockstep(
 def steps_in_lockstep(
     processes: Processes, batches: Iterator[StepBatch], check: Callable[[], None] = lambda: None
 ) -> Iterator[StepBatch]:
-    """Yield this process's part of each training step, with the totals of all processes.
+    """Yield this process's part of each training step, once every process has read its own.
 
-    ``in_lockstep`` for training: ``pairs`` and ``skipped`` of each batch cover the whole step.
+    ``pairs`` and ``skipped`` of the yielded batch are those of all processes. ``check`` and errors
+    are handled as in ``in_lockstep``.
     """
     while True:
         outcome = _attempt(lambda: _next(batches, check))

@@ -38,7 +38,7 @@ _GOES_ON, _RAN_OUT = 0, 1
 _FIGURES = 4
 """Numbers in a header of which each agreement makes its own use."""
 _BITS = 60
-"""Flags in one number of a header."""
+"""Flags that are packed into one number of a header, an int64."""
 
 
 class StepAbandonedError(Exception):
@@ -54,8 +54,9 @@ class Rows(NamedTuple):
 
 
 class StepChannel:
-    """The processes of a run during a step. This base class is a run of a single process, which
-    has nobody to tell.
+    """How the processes of a run communicate during a step.
+
+    This base class is for a run of a single process and sends nothing.
 
     All processes call ``exchange`` and ``sum`` in the same order. A process that cannot go on
     because it is out of memory calls ``abandon`` instead of the next one, or after one has failed.
@@ -133,8 +134,8 @@ class DistributedStepChannel(StepChannel):
     devices: Any = None
 
     def __post_init__(self) -> None:
-        # Headers are as long as the longest of them: who abandons does not know what the others
-        # are about to say
+        # Every header has the length of the longest one, because a process that abandons the step
+        # does not know which header the others are about to send
         self._header_length = 1 + _FIGURES + len(_packed([False] * self.parameters))
         self._next_length = self._header_length
 
@@ -230,7 +231,8 @@ class DistributedStepChannel(StepChannel):
         return self.processes.gather_integers([status, *numbers, *unused])
 
     def _with_own(self, own: Tensor, parts: list[Tensor]) -> Tensor:
-        """Join the parts of all processes, with ``own`` in its place: it carries a graph."""
+        """Join the parts of all processes. ``own`` replaces what came back of this process's rows,
+        because gradients flow through it."""
         if len(own):
             parts[self.processes.rank] = own
         return torch.cat(parts)

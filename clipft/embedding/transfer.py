@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 _MOST = 4
-"""Copies that may be under way. More are never wanted: the oldest were not needed after all."""
+"""The most copies that are kept until they are taken. A step needs fewer at a time, so an older one
+belongs to a step that was repeated in other chunks."""
 
 
 class Transfer:

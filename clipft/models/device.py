@@ -83,7 +83,7 @@ def choose_precision(settings: OptimSettings) -> Precision:
 def computes_in(kind: str, name: str) -> bool:
     """True if this machine's device of a kind has instructions for a precision.
 
-    Others are emulated at best, and slower by orders of magnitude.
+    A precision without instructions is emulated, if it works at all, and far slower.
     """
     if name == "bf16" and kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -17,8 +17,8 @@ from clipft.core.errors import ModelError
 
 QUICK_GELU = 1.702
 ENCODE = "encode"
-"""Attribute under which a layer may carry its own ``encoder_layer`` (a sharded layer fetches its
-weights first)."""
+"""Name of the attribute that replaces ``encoder_layer`` for one layer. Sharded layers have it, as
+they must fetch their weights first."""
 
 
 def encode_pooled(tower: Any, hidden: Tensor, positions: Tensor, causal: bool) -> Tensor:

@@ -88,8 +88,8 @@ class SmallerPieces(Recovery):
         where = f"memory ran out in step {step + 1}"
         if self.halve_graphs():
             self.note(
-                f"warning: {where}: half as many activation graphs are kept from now on, which is "
-                "slower."
+                f"warning: {where}: clipft now keeps half as many activation graphs, which makes "
+                "each step slower."
             )
             return
         if self.micro <= self.smallest:
