@@ -171,10 +171,12 @@ class MemoryBudget:
         return int(self.free / (self.over_graph * per_pair))
 
     def kept(self, micro: int, effective: int, per_pair: float) -> float:
-        """The share of the graphs of an effective batch that a step keeps."""
+        """The share of the graphs of an effective batch that a step keeps, in whole micro-batches
+        of ``micro``."""
         if micro >= effective or not per_pair:
             return 1.0
-        return min(1.0, max(micro, self.graphs(per_pair * micro) / per_pair) / effective)
+        kept = max(1, int(self.graphs(per_pair * micro) / (per_pair * micro)))
+        return min(1.0, kept * micro / effective)
 
     def halved(self) -> "MemoryBudget":
         """Half of this, after memory has run out."""

@@ -32,13 +32,15 @@ class GraphMemory:
     bytes_per_cell: dict[str, float] = field(default_factory=dict)
     _budget: MemoryBudget | None = None
     _held: float = 0
+    _largest: float = 0
+    """The largest graph of a chunk in this step; its backward pass runs while all are held."""
     _spared: bool = False
     """Whether a step has kept more than it must."""
 
     def begin_step(self) -> None:
         if self._budget is None:
             self._budget = self.find_budget()
-        self._held = 0
+        self._held = self._largest = 0
 
     def halve(self) -> bool:
         """Keep half as much from now on, because memory has run out; False if that would change
@@ -55,7 +57,8 @@ class GraphMemory:
         """
         assert self._budget
         per_cell, count = self.bytes_per_cell[tower.name], 0
-        room = self._budget.graphs(per_cell * max(chunk.cells for chunk in chunks))
+        self._largest = max(self._largest, per_cell * max(chunk.cells for chunk in chunks))
+        room = self._budget.graphs(self._largest)
         for chunk in chunks:
             if count and self._held + per_cell * chunk.cells > room:
                 break
