@@ -15,7 +15,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.distributed.rendezvous import start_processes
 torch.set_num_threads(1)
-with start_processes(Settings(device="cpu", process_timeout={minutes})) as processes:
+with start_processes(Settings(device="{device}", process_timeout={minutes})) as processes:
     rank, count = processes.rank, processes.world_size
     result = None
 {body}
@@ -42,12 +42,14 @@ def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Popen[str]"]:
+def start_all(
+    body: str, count: int, minutes: float = 1, device: str = "cpu"
+) -> list["subprocess.Popen[str]"]:
     """Run ``body``, an indented block that may set ``result``, in each process."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, "-c", START.format(body=body, minutes=minutes)],
+            [sys.executable, "-c", START.format(body=body, minutes=minutes, device=device)],
             env=torchrun_environment(rank, count, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -58,10 +60,10 @@ def start_all(body: str, count: int, minutes: float = 1) -> list["subprocess.Pop
     ]
 
 
-def results(body: str, count: int = 2, seconds: float = 120) -> list[Any]:
+def results(body: str, count: int = 2, seconds: float = 120, device: str = "cpu") -> list[Any]:
     """The ``result`` of ``body`` on each process; fails if one of them failed."""
     found = []
-    for process in start_all(body, count):
+    for process in start_all(body, count, device=device):
         stdout, stderr = process.communicate(timeout=seconds)
         assert process.returncode == 0, stderr
         line = next(line for line in stdout.splitlines() if line.startswith("RESULT"))
