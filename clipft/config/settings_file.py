@@ -8,10 +8,13 @@ from clipft.config.fields import choices_of, range_of
 from clipft.config.settings import SECTIONS
 from clipft.core.errors import UsageError
 from clipft.core.files import did_you_mean_path
+from clipft.core.text import NotText, read_text
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
+
+    A byte-order mark at its beginning is not part of the file.
 
     Raises:
         UsageError: the file cannot be read, or is not valid TOML.
@@ -19,13 +22,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(
             f"cannot read the settings file {path}: {error.strerror}",
             did_you_mean_path(path) or "`clipft settings` prints one to start from",
         ) from error
-    except UnicodeDecodeError as error:
+    except NotText as error:
         raise UsageError(
             f"cannot read the settings file {path}: {error}", "save it as UTF-8"
         ) from error

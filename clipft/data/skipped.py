@@ -8,8 +8,8 @@ Reason                                 When                                 Wher
 no image, no caption                   a shard is opened                    ``shards/index.py``
 a second image, caption or metadata    a shard is opened                    ``shards/index.py``
 not a regular file                     a shard is opened                    ``shards/index.py``
-empty caption                          the pair is read                     ``captions/template.py``
-                                                                            ``captions/table.py``
+empty caption, the caption is not      the pair is read                     ``captions/template.py``
+UTF-8 text                                                                  ``captions/table.py``
 not an image, an empty file, too many  the image is decoded                 ``images.py``
 pixels, truncated, EPS, ...
 ====================================== ==================================== ======================

@@ -177,8 +177,9 @@ def data_remarks(
             remarks.append(f"{total} for {counted(len(train), 'pair')}: each epoch draws one")
         if figures.cut:
             remarks.append(
-                f"truncated {counted(figures.cut, 'caption')} at a word boundary: the model takes "
-                f"{context} tokens, the longest caption has {figures.most_tokens:,}"
+                f"truncated {counted(figures.cut, 'caption')} to the {context} tokens that the "
+                f"model takes: {figures.lost_share:.0%} of their tokens are lost, and the longest "
+                f"has {figures.most_tokens:,}"
             )
     shared = {}
     if isinstance(train, PairDataset):

@@ -154,6 +154,20 @@ def test_ranges_are_those_of_the_model(name, words):
     assert range_of(Settings.model_fields[name]) == words
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_settings_file(tmp_path, encoding):
+    file = tmp_path / "bom.toml"
+    file.write_text("epochs = 7\r\n", encoding=encoding, newline="")
+    assert load(config=file).values.epochs == 7
+
+
+def test_a_settings_file_that_is_not_utf_8_is_refused(tmp_path):
+    file = tmp_path / "latin.toml"
+    file.write_bytes(b"data_dir = 'K\xfcche'\n")
+    with pytest.raises(UsageError, match=r"latin.toml: not UTF-8 text"):
+        load(config=file)
+
+
 def test_a_renamed_setting_is_still_accepted_under_its_former_name(tmp_path, capsys):
     """As a flag, a variable, a TOML key, a Python keyword, and in a saved checkpoint."""
     file = tmp_path / "old.toml"

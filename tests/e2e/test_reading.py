@@ -83,8 +83,8 @@ def test_long_captions_and_shared_pairs_are_reported_before_the_run(tmp_path, ca
     assert train(tmp_path, tmp_path / "out", "--epochs", "1") == 0
     printed = capsys.readouterr().err
     # a digit is a token, so numbers of two digits make 94, of one 93
-    assert "truncated 40 captions at a word boundary: the model takes 77 tokens" in printed
-    assert "the longest caption has 94" in printed
+    assert "truncated 40 captions to the 77 tokens that the model takes: 18% of their" in printed
+    assert "tokens are lost, and the longest has 94" in printed
     assert (
         "training also has the image of 10 and the caption of 20 of 20 validation pairs" in printed
     )

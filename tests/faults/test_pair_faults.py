@@ -161,20 +161,21 @@ def broken() -> dict[str, tuple[bytes, str]]:
 
 CAPTIONS = {  # caption -> the text that the model is to read
     "bom": (b"\xef\xbb\xbfa chair", "a chair"),
-    "nul": (b"a\x00chair\x00", "a chair"),
-    "latin-1": (b"caf\xe9 table", "caf\ufffd table"),
-    "utf-16": ("a chair".encode("utf-16"), "\ufffd\ufffda c h a i r"),
-    "crlf": (b"a\r\nchair\r\n", "a chair"),
+    "nul": (b"a\x00chair\x00", "achair"),
+    "utf-16": ("a chair".encode("utf-16"), "a chair"),
+    "crlf": (b"a chair\r\n", "a chair"),
+    "lines": (b"a chair\r\nan oak chair\r\n", "a chair"),  # two captions; the first is taken
     "10000-words": (b"chair " * 10_000, "chair " * 100),
     "one-word-of-10000": (b"x" * 10_000, "x" * 10_000),
     "emoji": ("a 🪑 chair 👩‍🦽".encode(), "a 🪑 chair 👩‍🦽"),
     "right-to-left": ("كرسي خشبي \u202eabc".encode(), "كرسي خشبي \u202eabc"),
     "end-of-text": (
         b"a <|endoftext|> chair <|startoftext|>",
-        "a < |endoftext|> chair < |startoftext|>",
+        "a <|endoftext|> chair <|startoftext|>",
     ),
-    "half-end-of-text": (b"a <\x00|endoftext|>", "a < |endoftext|>"),
+    "half-end-of-text": (b"a <\x00|endoftext|>", "a <|endoftext|>"),
 }
+NOT_TEXT = {"latin-1": b"caf\xe9 table", "half-utf-16": b"\xff\xfea"}
 EMPTY = {"empty": b"", "blank": b" \t\r\n", "nuls": b"\x00\x00", "only-bom": b"\xef\xbb\xbf"}
 
 
@@ -236,12 +237,15 @@ def test_a_run_over_every_broken_pair_lists_each_with_its_reason(tmp_path, capsy
         members += [(f"{name}_.{name.rpartition('.')[2]}", data), (f"{name}_.txt", caption)]
     for name, data in EMPTY.items():
         members += [(f"{name}.jpg", image), (f"{name}.txt", data)]
+    for name, data in NOT_TEXT.items():
+        members += [(f"{name}.jpg", image), (f"{name}.txt", data)]
     members += [("no-caption.jpg", image), ("no-image.txt", caption)]
     catalogue(tmp_path, members)
     assert train(tmp_path, "--max-bad", "1") == 0
     reasons = {key: reason for (_, key), reason in skipped(tmp_path).items()}
     starts = {f"{name}_": start for name, (_, start) in broken().items()}
     starts |= dict.fromkeys(EMPTY, "empty caption")
+    starts |= {"latin-1": "the caption is not UTF-8", "half-utf-16": "the caption is not UTF-16"}
     starts |= {"no-caption": "no caption", "no-image": "no image"}
     assert reasons.keys() == starts.keys()
     assert [(key, r) for key, r in reasons.items() if not r or not r.startswith(starts[key])] == []

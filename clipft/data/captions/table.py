@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from clipft.core.common import cache_folder
-from clipft.data.captions.template import BadCaption, CaptionTemplate
-from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_caption
+from clipft.data.captions.tokenizer import CaptionEncoder, lost_share
 from clipft.data.order import derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 
@@ -80,13 +80,15 @@ class NoCaptions:
 class CaptionFigures:
     """Figures of all captions; lengths are in tokens, before truncation, with start and end.
 
-    ``cut`` captions are too long for the model, and ``none`` is the number of pairs without text.
+    ``cut`` captions are too long for the model and lose ``lost_share`` of their tokens, taken
+    together; ``none`` is the number of pairs without text.
     """
 
     captions: int
     median_tokens: float
     most_tokens: int
     cut: int
+    lost_share: float
     none: int
 
 
@@ -111,6 +113,7 @@ class CaptionTable:
         first = int(self.counts[pair.number - 1]) if pair.number else 0
         captions = int(self.counts[pair.number]) - first
         if not captions:
+            clean_caption(pair.caption)  # says why if the caption is not text
             raise BadCaption("empty caption")
         which = first + _choice(captions, self.seed, epoch, pair.number)
         start = int(self.ends[which - 1]) if which else 0
@@ -183,6 +186,7 @@ def _build(
         median_tokens=statistics.median(lengths or [0]),
         most_tokens=max(lengths, default=0),
         cut=sum(length > encoder.context for length in lengths),
+        lost_share=lost_share(lengths, np.concatenate(ends).tolist()),
         none=counts.count(0),
     )
     ids_of_all = np.concatenate(ids)

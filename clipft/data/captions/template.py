@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clipft.core.errors import UsageError
+from clipft.core.text import NotText, decode
 from clipft.data.captions.fields import field_value
 from clipft.data.captions.lines import Lines, split_lines
 from clipft.data.shards.dataset import parse_metadata
@@ -39,32 +40,46 @@ class BadCaption(Exception):
     """A pair has no text to be trained with; the message says why the pair is skipped."""
 
 
+_SPACES = re.compile("[\t-\r ]+")
+
+
 def clean_caption(data: bytes) -> str:
-    """Decode one caption; bytes that are not UTF-8 become replacement characters.
+    """Decode one caption.
 
     Raises:
-        BadCaption: No text is left.
+        BadCaption: It is not text, or no text is left.
     """
-    text = clean_text(data.decode("utf-8", errors="replace"))
+    try:
+        text = clean_text(decode(data))
+    except NotText as error:
+        raise BadCaption(f"the caption is {error}") from error
     if not text:
         raise BadCaption("empty caption")
     return text
 
 
 def split_captions(data: bytes, lines: Lines = "separate") -> list[str]:
-    """Decode the captions of a ``.txt``, as ``clean_text`` returns them; none is empty."""
-    texts = split_lines(data.decode("utf-8", errors="replace"), lines)
+    """Decode the captions of a ``.txt``, as ``clean_text`` returns them; none is empty.
+
+    Raises:
+        BadCaption: It is not text.
+    """
+    try:
+        texts = split_lines(decode(data), lines)
+    except NotText as error:
+        raise BadCaption(f"the caption is {error}") from error
     return [text for text in map(clean_text, texts) if text]
 
 
 def clean_text(text: str) -> str:
     """Remove a byte-order mark and NULs, and turn each run of white space into one space.
 
-    ``<|`` is broken up, so that no caption can contain a special token: an ``<|endoftext|>`` would
-    end the text for the model.
+    Only white space of ASCII counts, except for a text that has nothing else. The other kinds can
+    be part of a letter in a text whose encoding was mistaken, which the tokenizer repairs.
     """
-    bare = text.removeprefix("\ufeff").replace("\x00", " ").replace("<|", "< |")
-    return " ".join(bare.split())
+    bare = text.removeprefix("\ufeff").replace("\x00", "")
+    joined = _SPACES.sub(" ", bare).strip(" ")
+    return "" if joined.isspace() else joined
 
 
 class _Field(NamedTuple):
@@ -167,7 +182,7 @@ def _as_text(value: Any) -> str:
 def _listed(metadata: bytes) -> list[Any]:
     """Return the captions of a ``.json`` that is a list instead of an object."""
     try:
-        value = json.loads(metadata or b"[]")
+        value = json.loads(decode(metadata) or "[]")
     except (ValueError, RecursionError):
         return []
     found = value if isinstance(value, list) else []
@@ -226,7 +241,7 @@ class CaptionTemplate:
         Raises:
             BadCaption: There is none.
         """
-        own = split_captions(caption, self.lines)
+        own = self._own_texts(caption)
         values = parse_metadata(metadata) if self.fields or not own else {}
         if len(own) == 1:
             values[CAPTION_FIELD] = own[0]
@@ -238,6 +253,19 @@ class CaptionTemplate:
         if not texts:
             raise BadCaption("empty caption")
         return list(dict.fromkeys(texts))
+
+    def _own_texts(self, caption: bytes) -> list[str]:
+        """Decode the ``.txt``; it need not be text if the template does not use it.
+
+        Raises:
+            BadCaption: It is used and is not text.
+        """
+        try:
+            return split_captions(caption, self.lines)
+        except BadCaption:
+            if any(f.name == CAPTION_FIELD for part in self.alternatives for f in part.fields):
+                raise
+            return []
 
 
 DEFAULT_TEMPLATE = CaptionTemplate.parse(f"{{{CAPTION_FIELD}}}")

@@ -1,4 +1,4 @@
-"""Turns captions into token ids: at most as many as the model takes, truncated between words."""
+"""Turns captions into token ids: cleaned, and truncated to what the model takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipft.core.hashing import INCREMENT, Words, mix64
+from clipft.data.captions.cleaning import clean_like_clip, clip_rule
+
+_GIVEN_UP = 16
+"""At most so many tokens of the context stay unused so that a truncated caption ends with a whole
+word. Longer words, and sentences without spaces, are cut inside."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class CaptionEncoder:
     ``context`` is the greatest number of ids, the start and end tokens included. CLIP's and
     SigLIP 2's tokenizers are used through the Rust library that they wrap, which is faster;
     SigLIP's is a SentencePiece tokenizer written in Python.
+
+    What CLIP's tokenizer reads is cleaned as in its training (``clean_like_clip``). In texts for
+    other families of models, only runs of white space become single spaces. The names of special
+    tokens are plain text: no caption can end itself with ``<|endoftext|>``.
     """
 
     def __init__(self, tokenizer: Any, context: int) -> None:
@@ -37,40 +46,71 @@ class CaptionEncoder:
         if self._rust:
             self._rust.no_truncation()
             self._rust.no_padding()
+            self._rust.encode_special_tokens = True
+        # Byte pairs whose words end in </w> are CLIP's own invention
+        suffix = getattr(getattr(self._rust, "model", None), "end_of_word_suffix", None)
+        self._like_clip = suffix == "</w>"
 
     @property
     def vocabulary(self) -> str:
         """Everything that decides the ids, as text, to tell cached captions apart."""
+        rule = clip_rule() if self._like_clip else "spaces"
         if self._rust:
-            return f"{self.context} {self._rust.to_str()}"
+            return f"{self.context} {rule} {self._rust.to_str()}"
         pieces = sorted(self._tokenizer.get_vocab().items())
         name, lower = type(self._tokenizer).__name__, self._tokenizer.do_lower_case
-        return f"{self.context} {name} {lower} {pieces}"
+        return f"{self.context} {rule} {name} {lower} {pieces}"
+
+    def clean(self, text: str) -> str:
+        """Return what the model reads of a text."""
+        return clean_like_clip(text) if self._like_clip else " ".join(text.split())
 
     def __call__(self, texts: Sequence[str]) -> list[Encoded]:
+        cleaned = [self.clean(text) for text in texts]
         if self._rust:
-            all_ids = [encoding.ids for encoding in self._rust.encode_batch_fast(list(texts))]
+            all_ids = [encoding.ids for encoding in self._rust.encode_batch_fast(cleaned)]
         else:
             options = {"padding": False, "truncation": False, "verbose": False}
-            all_ids = self._tokenizer(list(texts), **options)["input_ids"]
+            options["split_special_tokens"] = True
+            all_ids = self._tokenizer(cleaned, **options)["input_ids"]
         return [
             Encoded(ids if len(ids) <= self.context else self._truncate(text, ids), len(ids))
-            for text, ids in zip(texts, all_ids, strict=True)
+            for text, ids in zip(cleaned, all_ids, strict=True)
         ]
 
     def _truncate(self, text: str, ids: list[int]) -> list[int]:
-        """Keep the words that fit, and the end token; a first word that is too long is cut."""
+        """Keep the words that fit, and the end token.
+
+        If too many tokens would stay unused, the next word is cut between two of its characters.
+        """
         words: Sequence[int | None]  # for each id the number of its word; None for start and end
+        characters: Sequence[int]  # for each id where its first character is in the text
         if self._rust:
-            words = self._rust.encode(text).word_ids
+            encoding = self._rust.encode(text)
+            words, characters = encoding.word_ids, [start for start, _ in encoding.offsets]
         else:
             # SentencePiece marks the piece that begins a word with a visible space
             pieces = self._tokenizer.convert_ids_to_tokens(ids[:-1])
             words = [*accumulate(piece.startswith("\u2581") for piece in pieces), None]
+            characters = range(len(ids))
         fits = kept = self.context - 1
         while kept > 1 and words[kept] == words[kept - 1]:
             kept -= 1
+        if fits - kept > _GIVEN_UP:
+            kept = fits
+            while kept > 1 and characters[kept] == characters[kept - 1]:
+                kept -= 1
         return [*ids[: kept if kept > 1 else fits], self.eos_token_id]
+
+
+def lost_share(lengths: Sequence[int], kept: Sequence[int]) -> float:
+    """Return the share of their tokens that truncated captions lose, taken together.
+
+    ``lengths`` are those of all captions before truncation, and ``kept`` those after it.
+    """
+    cut = [(before, after) for before, after in zip(lengths, kept, strict=True) if after < before]
+    whole = sum(before for before, _ in cut)
+    return 1 - sum(after for _, after in cut) / whole if whole else 0.0
 
 
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from clipft.core.common import counted, shell_command
 from clipft.core.errors import DataError
 from clipft.core.files import did_you_mean_path
+from clipft.core.text import NotText, decode
 from clipft.data.order import EpochPlan
 from clipft.data.packing.options import PackOptions
 from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, open_shard, stamp_of
@@ -214,7 +215,25 @@ def _split_hint(folder: Path) -> str:
 def parse_metadata(data: bytes) -> dict[str, Any]:
     """Parse the ``.json`` of a pair; empty if it is not a JSON object."""
     try:
-        value = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
+        return read_metadata(data)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """Parse the ``.json`` of a pair; empty if there is none.
+
+    Raises:
+        ValueError: It is not a JSON object. The message completes "the metadata is".
+    """
+    if not data:
+        return {}
+    try:
+        value = json.loads(decode(data))
+    except NotText:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value

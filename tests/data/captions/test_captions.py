@@ -22,11 +22,13 @@ def tokenizer():
     [
         (b"a chair", "a chair"),
         (b"\xef\xbb\xbfa chair\r\n", "a chair"),
-        (b"a\x00chair", "a chair"),
+        (b"a\x00chair", "achair"),  # as CLIP's own tokenizer reads it
         (b"  a \t\n chair ", "a chair"),
         ("Stühle 🪑 كرسي".encode(), "Stühle 🪑 كرسي"),
-        (b"caf\xe9", "caf\ufffd"),
-        (b"a <|endoftext|> chair", "a < |endoftext|> chair"),
+        ("a chair".encode("utf-16"), "a chair"),
+        ("a chair".encode("utf-16-be"), "a chair"),  # without a mark
+        ("\ufeffStühle".encode("utf-16-be"), "Stühle"),
+        ("Stühle".encode("utf-32"), "Stühle"),
     ],
 )
 def test_captions_are_cleaned(data, text):
@@ -37,6 +39,28 @@ def test_captions_are_cleaned(data, text):
 def test_empty_captions_are_refused(data):
     with pytest.raises(BadCaption, match="empty"):
         clean_caption(data)
+
+
+@pytest.mark.parametrize("data", [b"caf\xe9", b"\xff\xfea", "長い".encode("shift_jis")])
+def test_captions_that_are_not_text_are_refused(data):
+    with pytest.raises(BadCaption, match=r"the caption is not UTF-(8|16-LE) text"):
+        clean_caption(data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <|endoftext|> chair",
+        "a &lt;|endoftext|&gt; chair",
+        "a <|startoftext|>",
+        "<\x00|endoftext|>",
+    ],
+)
+def test_the_name_of_a_special_token_is_plain_text(tokenizer, text):
+    (ids,) = tokenize(tokenizer, [clean_caption(text.encode())], 77).tolist()
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert len(ids) > 3
+    assert not special & set(ids[1:-1])
 
 
 @given(data=st.binary(min_size=1, max_size=300))

@@ -36,7 +36,7 @@ THREE = "{type}, {color}. {name}"
         ("{size.w} x {size.h} cm", {"size": {"w": 10, "h": 20.5}}, "10 x 20.5 cm"),
         ("a {materials} table", {"materials": ["oak", "", "steel"]}, "a oak, steel table"),
         ("{{{type}}} [[new]]", {"type": "Sofa"}, "{Sofa} [new]"),
-        ("{name}", {"name": " two\n words\x00<|endoftext|> "}, "two words < |endoftext|>"),
+        ("{name}", {"name": " two\n words\x00<|endoftext|> "}, "two words<|endoftext|>"),
     ],
 )
 def test_empty_fields_take_their_punctuation_along(template, metadata, text):
