@@ -62,7 +62,7 @@ def bring_data(
         DataError: the raw files are not pairs that can be packed.
     """
     from clipft.cli.progress import transfer_progress
-    from clipft.data.shards.index import IMAGE_SUFFIXES
+    from clipft.data.shards.names import IMAGE_SUFFIXES
     from clipft.storage.sync.sync import SyncOptions, download, list_bucket
 
     options = options or SyncOptions()
@@ -87,13 +87,14 @@ def _pack_once(found: "BucketListing", data_dir: Path, out: Output) -> None:
     """Pack the raw files that were synced, unless exactly these objects are packed already."""
     from clipft.data.packing.options import PackOptions
     from clipft.data.packing.pack import pack
+    from clipft.data.shards.names import tars_in
 
     digest = hashlib.sha256()
     for side, objects in found.objects.items():
         for wanted in objects:
             digest.update(f"{side}\0{wanted.path}\0{wanted.etag}\0".encode())
     content, mark = {"content": digest.hexdigest()}, data_dir / _PACKED
-    if read_json(mark) == content and any(data_dir.glob("train/*.tar")):
+    if read_json(mark) == content and tars_in(data_dir / "train"):
         return
     # Without validation files of its own, pack splits the training files
     source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from clipft.config.settings import Settings
 from clipft.core.errors import first_line
+from clipft.data.shards.names import tars_in
 from clipft.doctor import Finding
 
 _SECONDS = 5
@@ -14,7 +15,7 @@ _SECONDS = 5
 
 def pairs(settings: Settings) -> Finding:
     """Look for shards. Only their names and sizes are read."""
-    shards = {side: sorted((settings.data_dir / side).glob("*.tar")) for side in ("train", "val")}
+    shards = {side: tars_in(settings.data_dir / side) for side in ("train", "val")}
     missing = [f"{side}/*.tar" for side, found in shards.items() if not found]
     if not missing:
         size = sum(path.stat().st_size for found in shards.values() for path in found)

@@ -17,6 +17,7 @@ from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_bat
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.names import tars_in
 from clipft.data.skipped import Skipped
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import in_lockstep
@@ -61,7 +62,7 @@ def validation_pairs(settings: Settings) -> PairDataset:
         DataError: there are no pairs.
     """
     nested = settings.data_dir / "val"
-    flat = not nested.exists() and any(settings.data_dir.glob("*.tar"))
+    flat = not nested.exists() and tars_in(settings.data_dir)
     return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
 
 

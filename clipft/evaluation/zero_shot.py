@@ -15,6 +15,7 @@ from clipft.core.files import replacing
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.shards.dataset import ChosenPairs, open_pairs
+from clipft.data.shards.names import tars_in
 from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
 from clipft.embedding.encoding import live_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
@@ -86,7 +87,7 @@ def _linear(
     Returns None without training pairs that have one of the labels.
     """
     folder = settings.data_dir / "train"
-    if not any(folder.glob("*.tar")):
+    if not tars_in(folder):
         return None
     pairs = open_pairs(folder, settings.max_train_pairs)
     template = CaptionTemplate.parse(settings.caption, settings.caption_lines)

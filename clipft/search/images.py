@@ -14,14 +14,16 @@ from pathlib import Path
 
 from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
-from clipft.data.shards.dataset import PairDataset, RawPair, shard_paths
-from clipft.data.shards.index import (
+from clipft.data.shards.contents import contents_of
+from clipft.data.shards.dataset import PairDataset, RawPair
+from clipft.data.shards.index import Shard, open_shard, stamp_of
+from clipft.data.shards.names import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
     METADATA_SUFFIX,
-    Shard,
-    open_shard,
-    stamp_of,
+    SPLITS,
+    is_hidden,
+    tars_in,
 )
 from clipft.data.shards.tar import ByteRange
 
@@ -51,24 +53,24 @@ class ImagePart:
 def open_images(source: Path) -> list[ImagePart]:
     """Find the images in a folder.
 
-    If the folder, or train/ or val/ in it, holds ``*.tar`` files, these are read as shards.
+    If the folder, or train/, val/ or test/ in it, holds ``*.tar`` files, these are read as shards.
     Otherwise the folder and those below it are searched for image files, except hidden ones.
 
     Raises:
         DataError: There is no such folder or no image in it, or a shard is damaged.
     """
-    folders = [source, *(source / name for name in ("train", "val") if (source / name).is_dir())]
-    with_shards = [folder for folder in folders if any(folder.glob("*.tar"))]
-    if with_shards:
-        shards = [path for folder in with_shards for path in shard_paths(folder)]
+    folders = [source, *(source / split for split in SPLITS)]
+    shards = [path for folder in folders for path in tars_in(folder)]
+    if shards:
         parts = [part for path in shards for part in _parts_of_shard(open_shard(path))]
     else:
         parts = list(_parts_of_folder(source))
     if not parts:
-        raise DataError(
-            f"no image in {source}" if source.is_dir() else f"no folder {source}",
-            sentences(did_you_mean_path(source), "name a folder of shards or of images"),
-        )
+        found = f"no folder {source}"
+        if source.is_dir():
+            found = f"no image in {source}: found {contents_of(source)}"
+        hint = sentences(did_you_mean_path(source), "name a folder of shards or of images")
+        raise DataError(found, hint)
     return parts
 
 
@@ -87,12 +89,12 @@ def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
     """Divide the images of each folder by a hash of their names, so that an added or changed file
     affects one part alone."""
     for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         stamps = {}
         for name in names:
             path = Path(place) / name
             suffix = name.rpartition(".")[2].lower()
-            wanted = suffix in IMAGE_SUFFIXES and not name.startswith(".")
+            wanted = suffix in IMAGE_SUFFIXES and not is_hidden(name)
             if wanted and path.is_file() and os.access(path, os.R_OK):
                 stamps[name] = stamp_of(path.stat())
         # A power of two: as the folder grows, its parts are divided again only rarely

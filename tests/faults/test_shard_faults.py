@@ -94,8 +94,10 @@ def test_a_folder_with_other_tars_says_what_is_there(tmp_path, capsys):
     (tmp_path / "train" / "00001.TAR.part").touch()
     assert train(tmp_path) == 3
     error, hint = one_error(capsys)
-    assert error == f"no .tar in {tmp_path / 'train'}: found 1 .gz, 1 .part"
-    assert "clipft pack" in hint
+    assert error == (
+        f"no .tar in {tmp_path / 'train'}: found 1 .gz, 1 .part (00000.tar.gz, 00001.TAR.part)"
+    )
+    assert f"`gunzip {tmp_path / 'train' / '00000.tar.gz'}`" in hint
 
 
 def test_an_empty_and_a_missing_val_folder_are_named(tmp_path, capsys):

@@ -11,6 +11,13 @@ from clipft.cli.options import command
 from clipft.core.common import counted
 from clipft.data.packing.options import PackOptions
 
+_SHARED = {
+    "same image": "photos",
+    "near-duplicate image": "near_photos",
+    "same caption": "captions",
+}
+"""Endings of the fields of a ``PackResult`` that count pairs which are in training as well."""
+
 
 @command(options=PackOptions)
 def pack(
@@ -29,17 +36,19 @@ def pack(
     A pair is an image with a caption: chair.jpg and chair.txt, optionally with metadata in
     chair.json. Each line of the .txt is a caption of the image. The files may be in folders or
     in .tar shards. A table (CSV, TSV, JSONL or Parquet) has one pair in each row, with the caption
-    or a list of captions, and the path or URL of the image.
+    or a list of captions, and the path or URL of the image. A folder may also be laid out as data
+    sets of the Hugging Face Hub, COCO or Flickr30k are.
 
-    If SRC has train/ and val/ folders, the pairs keep that split. Otherwise clipft splits them so
-    that no image, near-duplicate image or caption is on both sides. Run the same command again to
-    continue after an interruption.
+    If SRC has folders for training, validation (val, validation, valid, dev) or test, the pairs
+    keep that split. Otherwise clipft splits them so that no image, near-duplicate image or caption
+    is on both sides. Run the same command again to continue after an interruption.
 
     Examples:
 
         clipft pack ./photos ./catalogue
         clipft pack ./products.csv ./catalogue --size 256 --group-field product_id
         clipft pack ./old-shards ./catalogue --shard-mb 256 --val-share 0.05
+        clipft pack ./photos ./catalogue --test-share 0.1
         clipft pack ./photos ./catalogue --part 2/4
     """
     from clipft.data.packing.pack import pack as write_shards
@@ -53,22 +62,22 @@ def pack(
     if result.skipped:
         count, file = sum(result.skipped.values()), f"skipped{options.part.suffix}.jsonl"
         out.note(f"note: skipped {counted(count, 'pair')}, see {result.out / file}.")
-    shared = {
-        "same image": result.shared_photos,
-        "near-duplicate image": result.shared_near_photos,
-        "same caption": result.shared_captions,
-    }
-    for what, count in shared.items():
-        if count:
-            pairs = counted(count, "validation pair")
-            out.note(f"warning: {pairs} also in the training pairs ({what}).")
+    for split, start in (("validation", "shared"), ("test", "test_shared")):
+        for what, field in _SHARED.items():
+            if count := getattr(result, f"{start}_{field}"):
+                pairs = counted(count, f"{split} pair")
+                out.note(f"warning: {pairs} also in the training pairs ({what}).")
+    if result.not_read.endings:
+        out.note(f"note: not read: {result.not_read}.")
     if not result.val_pairs and options.part.of == 1:
         out.note("warning: there are no validation pairs: add images, or raise --val-share.")
 
     table = Table(title=f"Shards in {result.out}", title_justify="left", show_header=False)
     table.add_row("training pairs", f"{result.train_pairs:,}")
     table.add_row("validation pairs", f"{result.val_pairs:,}")
-    if result.captions != result.train_pairs + result.val_pairs:
+    if result.test_pairs:
+        table.add_row("test pairs", f"{result.test_pairs:,}")
+    if result.captions != result.train_pairs + result.val_pairs + result.test_pairs:
         table.add_row("captions", f"{result.captions:,}")
     table.add_row("shards", f"{result.shards:,}")
     table.add_row("size", f"{result.bytes / 2**20:.1f} MiB")

@@ -50,7 +50,15 @@ class PackOptions(Section):
     title = "Packing"
     val_share: float = setting(
         0.1,
-        "Share of pairs for validation, if SRC has no train/ and val/ folders.",
+        "Share of pairs for validation, if SRC has no validation pairs of its own.",
+        metavar="X",
+        ge=0,
+        le=0.9,
+    )
+    test_share: float = setting(
+        0.0,
+        "Share of pairs for a test set, if SRC has none of its own. Nothing is trained on it or "
+        "chosen by it; evaluate reports it.",
         metavar="X",
         ge=0,
         le=0.9,
@@ -95,6 +103,10 @@ class PackOptions(Section):
         "separate",
         "What the lines of a .txt file are. separate: each line is a caption of the image; joined: "
         "all lines together are one caption, which is stored on one line.",
+    )
+    follow_links: bool = setting(
+        False,
+        "Follow symbolic links out of SRC, as in the cache of the Hugging Face Hub.",
     )
     check: bool = setting(
         False, "Decode every image, not only its header. --near decodes them in any case."

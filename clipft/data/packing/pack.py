@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipft.core.errors import DataError
 from clipft.data.duplicates import (
@@ -24,24 +24,28 @@ from clipft.data.packing.download import download_images
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
 from clipft.data.packing.scan import scan
-from clipft.data.packing.sources import list_pairs
+from clipft.data.packing.sources import FOREIGN_LINK, list_pairs
 from clipft.data.packing.target import Target
 from clipft.data.packing.worker_pool import Workers
-from clipft.data.packing.writer import SPLITS, content_of, plan, write_all
+from clipft.data.packing.writer import content_of, plan, write_all
+from clipft.data.shards.contents import Contents, contents_of, how_to_pack
+from clipft.data.shards.names import SPLITS
 
 
 @dataclass(frozen=True)
 class PackResult:
     """What was packed; with --part, the counts of that part's own shards.
 
-    ``captions`` counts those of all pairs, ``skipped`` pairs by reason. The ``shared_...`` fields
-    count validation pairs whose image, near-duplicate image or caption is also in the training
+    ``captions`` counts those of all pairs, ``skipped`` pairs by reason, and ``not_read`` holds the
+    files of other kinds. The ``shared_...`` fields count validation pairs whose image,
+    near-duplicate image or caption is also in the training pairs, and ``test_shared_...`` test
     pairs. They are zero if clipft made the split.
     """
 
     out: Path
     train_pairs: int
     val_pairs: int
+    test_pairs: int
     captions: int
     shards: int
     bytes: int
@@ -49,9 +53,14 @@ class PackResult:
     shared_photos: int
     shared_near_photos: int
     shared_captions: int
+    test_shared_photos: int
+    test_shared_near_photos: int
+    test_shared_captions: int
+    not_read: Contents
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "out": str(self.out)}
+        endings = dict(self.not_read.endings)
+        return {**asdict(self), "out": str(self.out), "not_read": endings}
 
 
 @dataclass
@@ -71,7 +80,9 @@ class _Progress:
 def pack(
     source: Path, out: Path, options: PackOptions, report: Callable[[int, int], None]
 ) -> PackResult:
-    """Write shards to ``out``/train and ``out``/val; ``report`` receives (done, total) steps.
+    """Write shards to ``out``/train, ``out``/val and perhaps ``out``/test.
+
+    ``report`` receives (done, total) steps.
 
     Raises:
         DataError: There is no such folder or table, it holds no pair, or a shard in it is
@@ -85,29 +96,21 @@ def pack(
     target, progress = Target(out, options.part), _Progress(report)
     target.check(source, options.overwrite)
     with target.explain_disk_errors(), Workers(options.processes) as workers:
-        # List: a source with train/ and val/ folders keeps its split, any other is listed as ""
-        has_split = all((source / split).is_dir() for split in SPLITS)
-        places = {split: source / split for split in SPLITS} if has_split else {"": source}
         images = target.building / "pictures"
-        listings = {name: list_pairs(at, out, options, images) for name, at in places.items()}
-        _download(list(listings.values()), images, progress)
+        listing = list_pairs(source, out, options, images)
+        _download(listing, images, progress)
 
         # Scan: the number of shards is not known yet, so the total is an upper bound until then
-        progress.total += 2 * sum(len(listing.candidates) for listing in listings.values())
-        found = {}
-        for name in places:  # pop, so that the candidates of a large source are freed
-            found[name] = scan(listings.pop(name), options, workers, progress.step)
-        skipped = [entry for side in found.values() for entry in side.skipped]
-        if has_split:
-            pairs = {split: found[split].pairs for split in SPLITS}
-        else:
-            pairs = _split(found[""], options)
+        progress.total += 2 * len(listing.candidates)
+        found = scan(listing, options, workers, progress.step)
+        listing.candidates.clear()
+        skipped = found.skipped
+        splits = _assign(found, options)
+        pairs: dict[str, list[PackPair]] = {split: [] for split in SPLITS}
+        for pair, split in zip(found.pairs, splits, strict=True):
+            pairs[split].append(pair)
         if not pairs["train"]:
-            reasons = ", ".join(f"{count} x {why}" for why, count in _count(skipped).items())
-            raise DataError(
-                f"no pair of image and caption in {source}" + (f": {reasons}" if reasons else ""),
-                "each image needs a .txt of the same name beside it, or a row of a table",
-            )
+            raise _nothing_to_train_on(source, found, splits)
 
         # Plan: every part plans all shards, and writes its own
         jobs = plan(pairs, options)
@@ -120,60 +123,106 @@ def pack(
         written = write_all(target.building, own, options, workers, progress.step)
         skipped += [entry for shard in written for entry in shard.skipped]
         target.publish(content, written, skipped)
-    shared_images, shared_near, shared_captions = _count_shared(found, options)
+    shared = dict.fromkeys(SPLITS, _Shared())
+    if any(pair.split for pair in found.pairs):
+        shared |= {split: _count_shared(found, splits, split, options.near) for split in SPLITS[1:]}
+    counts = Counter[str]()
+    for shard in written:
+        counts[shard.split] += shard.pairs
     return PackResult(
         out=out,
-        train_pairs=sum(shard.pairs for shard in written if shard.split == "train"),
-        val_pairs=sum(shard.pairs for shard in written if shard.split == "val"),
+        train_pairs=counts["train"],
+        val_pairs=counts["val"],
+        test_pairs=counts["test"],
         captions=sum(shard.captions for shard in written),
         shards=len(written),
         bytes=sum(shard.bytes for shard in written),
         skipped=_count(skipped),
-        shared_photos=shared_images,
-        shared_near_photos=shared_near,
-        shared_captions=shared_captions,
+        shared_photos=shared["val"].images,
+        shared_near_photos=shared["val"].near,
+        shared_captions=shared["val"].captions,
+        test_shared_photos=shared["test"].images,
+        test_shared_near_photos=shared["test"].near,
+        test_shared_captions=shared["test"].captions,
+        not_read=listing.others,
     )
 
 
-def _download(listings: Sequence[Listing], images: Path, progress: _Progress) -> None:
+def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> DataError:
+    """Build the error for a source without training pairs; it says what is there instead."""
+    reasons = _count(found.skipped)
+    if splits:
+        counts = " and ".join(f"{n:,} in {split}" for split, n in sorted(Counter(splits).items()))
+        return DataError(
+            f"no training pairs in {source}: it has {counts}",
+            "add a train/ folder beside them, or name the folder or table with the pairs itself",
+        )
+    why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
+    message = f"no pair of image and caption in {source}" + (f": {why}" if why else "")
+    if not source.is_dir():
+        return DataError(message, "each row needs an image that can be found, and a caption")
+    contents = contents_of(source)
+    hint = how_to_pack(source, contents)
+    if FOREIGN_LINK in reasons:
+        hint = "add --follow-links to read what the links point to"
+    return DataError(f"{message}; found {contents}", hint)
+
+
+def _download(listing: Listing, images: Path, progress: _Progress) -> None:
     """Replace the URL in each candidate by its image; skip the pairs whose image is not there."""
-    every = [candidate for listing in listings for candidate in listing.candidates]
-    urls = dict.fromkeys(c.image for c in every if isinstance(c.image, str))
+    urls = dict.fromkeys(c.image for c in listing.candidates if isinstance(c.image, str))
     progress.total += len(urls)
     results = {}
     for url, result in download_images(images, urls):
         results[url] = result
         progress.step(1)
-    for listing in listings:
-        kept = []
-        for candidate in listing.candidates:
-            image = candidate.image
-            result = results[image] if isinstance(image, str) else image
-            if isinstance(result, str):
-                listing.skip(candidate.where, result)
-            else:
-                kept.append(replace(candidate, image=result))
-        listing.candidates = kept
+    kept = []
+    for candidate in listing.candidates if urls else ():
+        image = candidate.image
+        downloaded = results[image] if isinstance(image, str) else image
+        if isinstance(downloaded, str):
+            listing.skip(candidate.where, downloaded)
+        else:
+            kept.append(replace(candidate, image=downloaded))
+    listing.candidates = kept if urls else listing.candidates
 
 
-def _split(found: Scan, options: PackOptions) -> dict[str, list[PackPair]]:
-    """Choose validation pairs, so that pairs with the same image, caption or group, or with
-    near-duplicate images, stay together."""
-    pairs = found.pairs
+def _assign(found: Scan, options: PackOptions) -> list[str]:
+    """Return the split of each pair: its own, or one that is drawn.
+
+    Pairs with the same image, caption or group, or with near-duplicate images, stay together. If
+    the source has validation or test pairs, none are drawn for that split.
+    """
+    splits = [pair.split or "train" for pair in found.pairs]
+    shares = {"val": options.val_share, "test": options.test_share}
+    drawn = {split: share for split, share in shares.items() if share and split not in splits}
+    rows = [row for row, split in enumerate(splits) if split == "train"]
+    total, same = len(rows), _related(found, rows, options) if drawn else []
+    # The validation pairs are drawn first, so that a test set changes nothing about them
+    for split, share in drawn.items():
+        if rows:
+            among = [[values[row] for row in rows] for values in same]
+            chosen = validation_rows(among, share * total / len(rows), options.seed)
+            for place in chosen:
+                splits[rows[place]] = split
+            rows = [row for row in rows if splits[row] == "train"]
+    return splits
+
+
+def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dict[int, object]]:
+    """Return, for each way in which the pairs in ``rows`` can belong together, a value for each
+    row that is equal where they do."""
+    pairs = [found.pairs[row] for row in rows]
     shared_captions = links_of(pair.caption_keys for pair in pairs)
     same: list[Sequence[object]] = [[pair.image_hash for pair in pairs]]
     same.append(group_leaders(len(pairs), links=shared_captions))
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
-        kinds, links = _link_hashes(found.hashes, options.near)
+        kinds, links = _link_hashes([found.hashes[row] for row in rows], options.near)
         leaders = group_leaders(len(kinds), links=links)
         same.append([leaders[kind] for kind in kinds])
-    chosen = validation_rows(same, options.val_share, options.seed)
-    return {
-        "train": [pair for row, pair in enumerate(pairs) if row not in chosen],
-        "val": [pair for row, pair in enumerate(pairs) if row in chosen],
-    }
+    return [dict(zip(rows, values, strict=True)) for values in same]
 
 
 def _link_hashes(
@@ -189,27 +238,38 @@ def _link_hashes(
     return kinds, near_duplicates(list(numbers), near)
 
 
-def _count_shared(found: dict[str, Scan], options: PackOptions) -> tuple[int, int, int]:
-    """Count the validation pairs whose image, near-duplicate image (but not the same one) and
-    caption are in the training pairs too. All are zero if clipft made the split."""
-    if "" in found:
-        return 0, 0, 0
-    train, val = (found[split].pairs for split in SPLITS)
-    images = {pair.image_hash for pair in train}
-    captions = {key for pair in train for key in pair.caption_keys}
-    near = 0
-    if options.near >= 0:
-        kinds, links = _link_hashes([*found["train"].hashes, *found["val"].hashes], options.near)
+class _Shared(NamedTuple):
+    """Numbers of pairs whose image, near-duplicate image (but not the same one) and caption are in
+    the training pairs too."""
+
+    images: int = 0
+    near: int = 0
+    captions: int = 0
+
+
+def _count_shared(found: Scan, splits: Sequence[str], split: str, near: int) -> _Shared:
+    """Count the pairs of ``split`` that are in the training pairs too."""
+    train, own = (
+        [row for row, name in enumerate(splits) if name == wanted] for wanted in ("train", split)
+    )
+    pairs = [found.pairs[row] for row in own]
+    images = {found.pairs[row].image_hash for row in train}
+    captions = {key for row in train for key in found.pairs[row].caption_keys}
+    alike = 0
+    if near >= 0 and own:
+        kinds, links = _link_hashes([found.hashes[row] for row in [*train, *own]], near)
         theirs = set(kinds[: len(train)])
         # Equal hashes count as near too, hence also the training pairs' own numbers
         reach = theirs.union(*({a, b} for a, b in links if a in theirs or b in theirs))
-        near = sum(
+        alike = sum(
             kind in reach and pair.image_hash not in images
-            for kind, pair in zip(kinds[len(train) :], val, strict=True)
+            for kind, pair in zip(kinds[len(train) :], pairs, strict=True)
         )
-    shared_images = sum(pair.image_hash in images for pair in val)
-    shared_captions = sum(not captions.isdisjoint(pair.caption_keys) for pair in val)
-    return shared_images, near, shared_captions
+    return _Shared(
+        images=sum(pair.image_hash in images for pair in pairs),
+        near=alike,
+        captions=sum(not captions.isdisjoint(pair.caption_keys) for pair in pairs),
+    )
 
 
 def _count(skipped: Sequence[dict[str, str]]) -> dict[str, int]:

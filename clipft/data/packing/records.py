@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from clipft.data.duplicates import PerceptualHash
+from clipft.data.shards.contents import Contents
 from clipft.data.shards.tar import ByteRange
 
 
@@ -11,7 +12,8 @@ class Candidate:
     """An image with a caption, as the source lists it; nothing of it has been read yet.
 
     ``name`` becomes its key in a shard, ``where`` is how messages refer to it, and ``image`` is a
-    URL until the image has been downloaded.
+    URL until the image has been downloaded. ``split`` is the split that the source puts it in, ""
+    if it says none.
     """
 
     name: str
@@ -19,14 +21,17 @@ class Candidate:
     image: ByteRange | str
     caption: ByteRange | bytes
     metadata: ByteRange | bytes | None
+    split: str = ""
 
 
 @dataclass
 class Listing:
-    """The pairs of a source, and what was skipped as ``{"file", "reason"}``."""
+    """The pairs of a source, what was skipped as ``{"file", "reason"}``, and the files that are
+    neither."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    others: Contents = field(default_factory=Contents)
 
     def skip(self, where: object, reason: str) -> None:
         self.skipped.append({"file": str(where), "reason": reason})
@@ -39,7 +44,7 @@ class PackPair:
     ``suffix`` is the image's real format, whatever its file is called; ``shorter_side`` is in
     pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_keys`` the cleaned,
     case-folded captions: pairs that share one of these stay in the same split, as do pairs with the
-    same ``group``, the value of --group-field ("" without one).
+    same ``group``, the value of --group-field ("" without one). ``split`` is as in ``Candidate``.
     """
 
     name: str
@@ -52,6 +57,7 @@ class PackPair:
     image_hash: str
     caption_keys: tuple[str, ...]
     group: str
+    split: str = ""
 
 
 @dataclass

@@ -30,6 +30,10 @@ _SUFFIXES = {
     "BMP": "bmp",
     "GIF": "gif",
     "TIFF": "tif",
+    "AVIF": "avif",
+    "HEIF": "heic",
+    "JPEG2000": "jp2",
+    "JXL": "jxl",
 }
 
 
@@ -105,6 +109,7 @@ def _read(
         image_hash=hashlib.sha256(data).hexdigest(),
         caption_keys=tuple(dict.fromkeys(text.casefold() for text in captions)),
         group="" if group is None else str(group),
+        split=candidate.split,
     )
     return pair, hashed
 

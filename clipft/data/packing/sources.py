@@ -1,26 +1,42 @@
 """Lists the pairs of a source: a folder of raw files, a folder of shards, or a table.
 
 In a folder, ``chair.jpg`` with ``chair.txt`` (and optionally ``chair.json``) is a pair, and so it
-is within a .tar. A folder with both raw files and shards is refused, because such shards are often
-an older copy of the same files.
+is within a .tar. Without such pairs, the tables that ``layouts.py`` recognizes say what belongs
+together. A folder with both raw files and shards is refused, because such shards are often an
+older copy of the same files.
 """
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipft.core.errors import UsageError
+from clipft.data.packing.layouts import Photos, is_layout, list_layout, split_of_file
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_table
-from clipft.data.shards.index import (
-    CAPTION_SUFFIX,
-    FIELDS,
-    IMAGE_SUFFIXES,
-    METADATA_SUFFIX,
-    open_shard,
-)
+from clipft.data.shards.index import open_shard
+from clipft.data.shards.names import FIELDS, is_hidden, pair_up, parse_name
 from clipft.data.shards.tar import ByteRange
+
+FOREIGN_LINK = "a link out of the folder"
+_OUTSIDE = "outside of the folders of the splits"
+
+
+@dataclass
+class _Files:
+    """The files of a folder by what they are for. ``samples`` holds raw files by sample, name up
+    to the last dot, and kind, as ``pair_up`` takes them."""
+
+    shards: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    parquet: list[Path] = field(default_factory=list)
+    samples: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+
+    def images(self) -> list[str]:
+        every = (parts for files in self.samples.values() for parts in files.values())
+        return [parts["image"] for parts in every if "image" in parts]
 
 
 def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> Listing:
@@ -37,71 +53,127 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
     if not source.is_dir():
         return list_table(source, options, images)
     listing = Listing()
-    shards: list[Path] = []
-    stems: dict[Path, dict[str, Path]] = {}  # the files of each pair by their kind
-    for path in _regular_files(source, out, listing):
-        suffix = path.suffix.removeprefix(".").lower()
-        kind = "image" if suffix in IMAGE_SUFFIXES else suffix
-        if kind == "tar":
-            shards.append(path)
-        elif kind in {"image", CAPTION_SUFFIX, METADATA_SUFFIX}:
-            files = stems.setdefault(path.with_suffix(""), {})
-            if kind in files:
-                listing.skip(path, f"a second {kind} with the same name")
-            else:
-                files[kind] = path
-    if shards and any("image" in files for files in stems.values()):
+    files = _sort_files(source, out, options, listing)
+    photos = Photos(source, files.images())
+    if files.shards and photos.paths:
         raise UsageError(
-            f"{source} holds both shards ({shards[0].name}) and image files",
+            f"{source} holds both shards ({files.shards[0].name}) and image files",
             "pack one or the other: move either to a folder of its own",
         )
-    if shards:
-        for path in shards:
-            _list_shard(path, listing)
+    tables = files.tables or ([] if photos.paths else files.parquet)
+    unused = {*files.tables, *files.parquet}
+    if files.shards:
+        for path in files.shards:
+            _list_shard(path, split_of_file(path.relative_to(source)), listing)
     else:
-        for stem, files in stems.items():
-            _list_files(stem.name, files, listing)
+        found = _list_raw(files, photos)
+        # A stray .txt beside an image does not stand for a data set
+        if tables and 2 * len(found.candidates) < max(1, len(photos.paths)):
+            found = _list_tables(tables, options, images, photos)
+            unused -= set(tables)
+        listing.candidates = found.candidates
+        listing.skipped += found.skipped
+        for path in sorted(unused):
+            listing.others.add(str(path.relative_to(source)))
+    _drop_outside(listing)
     return listing
 
 
-def _regular_files(folder: Path, out: Path, listing: Listing) -> Iterator[Path]:
-    """Yield the files below ``folder``, sorted, without hidden ones. A link is followed only to a
-    file inside the folder: the same pair would count twice, or the walk might never end."""
-    root, target = folder.resolve(), out.resolve()
+def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing) -> _Files:
+    """Walk through the folder and sort its files by what they are for."""
+    files = _Files()
+    for path in _regular_files(source, out, options.follow_links, listing):
+        suffix = path.suffix.lower()
+        if suffix == ".tar":
+            files.shards.append(path)
+        elif is_layout(path.name):
+            files.tables.append(path)
+        elif suffix == ".parquet":
+            files.parquet.append(path)
+        elif name := parse_name(str(path)):
+            parts = files.samples.setdefault(name.sample, {}).setdefault(name.key, {})
+            if name.kind in parts:
+                listing.skip(path, f"a second {name.kind} with the same name")
+            else:
+                parts[name.kind] = str(path)
+        else:
+            listing.others.add(str(path.relative_to(source)))
+    return files
+
+
+def _regular_files(folder: Path, out: Path, follow: bool, listing: Listing) -> Iterator[Path]:
+    """Yield the files below ``folder``, sorted, without hidden ones.
+
+    Unless ``follow``, a link is followed only to a file inside the folder: the same pair would
+    count twice, or the walk might never end. With it, no folder is entered twice.
+    """
+    root, target, entered = folder.resolve(), out.resolve(), set[str]()
     for place, folders, names in os.walk(
         folder,
         onerror=lambda error: listing.skip(error.filename, error.strerror or "cannot be listed"),
+        followlinks=follow,
     ):
+        if follow and (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        elif follow:
+            entered.add(real)
         # os.walk goes on with what this list holds, in its order
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for path in [Path(place) / name for name in folders]:
-            if path.is_symlink():
-                listing.skip(path, "a link to a folder")
+            if path.is_symlink() and not follow:
+                listing.skip(path, f"{FOREIGN_LINK} (to a folder)")
             elif path.resolve() == target:
                 folders.remove(path.name)
-        for path in [Path(place) / name for name in sorted(names) if not name.startswith(".")]:
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                listing.skip(path, "a link out of the folder")
+        for path in [Path(place) / name for name in sorted(names) if not is_hidden(name)]:
+            linked = path.is_symlink()
+            if linked and not follow and not path.resolve().is_relative_to(root):
+                listing.skip(path, FOREIGN_LINK)
             elif not os.path.isfile(path):  # Path.is_file raises if access is denied
-                listing.skip(path, "not a regular file")
+                listing.skip(path, "a link to nothing" if linked else "not a regular file")
             else:
                 yield path
 
 
-def _list_files(name: str, files: dict[str, Path], listing: Listing) -> None:
-    """Add the pair of these raw files; skip an image or a caption without the other."""
-    image, caption = files.get("image"), files.get(CAPTION_SUFFIX)
-    metadata = files.get(METADATA_SUFFIX)
-    if image and caption:
-        where, rest = str(image), ByteRange(str(metadata)) if metadata else None
-        listing.candidates.append(
-            Candidate(name, where, ByteRange(where), ByteRange(str(caption)), rest)
-        )
-    elif image or caption:
-        listing.skip(image or caption, "no caption" if image else "no image")
+def _list_raw(files: _Files, photos: Photos) -> Listing:
+    """List the pairs of raw files, and skip an image or a caption without the other."""
+    listing = Listing()
+    for sample, parts_by_key in files.samples.items():
+        for key, parts, reason in pair_up(sample, parts_by_key):
+            if reason or "caption" not in parts:
+                where = parts.get("image") or parts.get("caption")
+                if where or "key" in reason:  # metadata alone are the file of another tool
+                    listing.skip(where or key, reason or "no caption")
+                continue
+            where, rest = parts["image"], parts.get("metadata")
+            listing.candidates.append(
+                Candidate(
+                    name=key.rpartition("/")[2],
+                    where=where,
+                    image=ByteRange(where),
+                    caption=ByteRange(parts["caption"]),
+                    metadata=ByteRange(rest) if rest else None,
+                    split=photos.split_of(where),
+                )
+            )
+    return listing
 
 
-def _list_shard(path: Path, listing: Listing) -> None:
+def _list_tables(tables: list[Path], options: PackOptions, images: Path, photos: Photos) -> Listing:
+    """List the pairs of the tables, and skip the images that none of them names."""
+    listing = Listing()
+    for table in tables:
+        found = list_layout(table, options, images, photos)
+        listing.candidates += found.candidates
+        listing.skipped += found.skipped
+    named = {c.image.path for c in listing.candidates if isinstance(c.image, ByteRange)}
+    for path in photos.paths:
+        if path not in named:
+            listing.skip(path, "no caption")
+    return listing
+
+
+def _list_shard(path: Path, split: str, listing: Listing) -> None:
     """Add the pairs of a shard, which stay in the tar until they are read."""
     shard, text = open_shard(path), str(path)  # all byte ranges of a shard share one string
     for skipped in shard.skipped:
@@ -119,4 +191,16 @@ def _list_shard(path: Path, listing: Listing) -> None:
             continue
         name, where = key.rpartition("/")[2], f"{path}:{key}"
         image, caption, metadata = ranges["image"], ranges["caption"], ranges.get("metadata")
-        listing.candidates.append(Candidate(name, where, image, caption, metadata))
+        listing.candidates.append(Candidate(name, where, image, caption, metadata, split))
+
+
+def _drop_outside(listing: Listing) -> None:
+    """Skip the pairs that are in no split, if others are in a training split: nobody has said
+    that they may be trained on."""
+    splits = {candidate.split for candidate in listing.candidates}
+    if not {"", "train"} <= splits:
+        return
+    for candidate in listing.candidates:
+        if not candidate.split:
+            listing.skip(candidate.where, _OUTSIDE)
+    listing.candidates = [candidate for candidate in listing.candidates if candidate.split]

@@ -16,7 +16,8 @@ from typing import Any
 from clipft.core.errors import StorageError, UsageError
 from clipft.core.files import read_json
 from clipft.data.packing.options import Part
-from clipft.data.packing.writer import SPLITS, Written
+from clipft.data.packing.writer import Written
+from clipft.data.shards.names import SPLITS
 
 _BUILDING = ".clipft-part-pack"
 _MARK = re.compile(r"\.clipft-pack(-\d+-of-(\d+))?\.json")

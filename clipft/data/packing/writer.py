@@ -17,9 +17,8 @@ from clipft.data.order import derived_seed
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import PackPair
 from clipft.data.packing.worker_pool import Workers
-from clipft.data.shards.index import CAPTION_SUFFIX, METADATA_SUFFIX
+from clipft.data.shards.names import CAPTION_SUFFIX, METADATA_SUFFIX, SPLITS
 
-SPLITS = ("train", "val")
 # Raise this when the same pairs and options give other bytes than before
 _FORMAT = 3
 # Plain ustar headers hold 100 bytes of name: the key, a number and a suffix

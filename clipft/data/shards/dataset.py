@@ -24,7 +24,10 @@ from clipft.core.files import did_you_mean_path
 from clipft.core.text import NotText, decode
 from clipft.data.order import EpochPlan
 from clipft.data.packing.options import PackOptions
-from clipft.data.shards.index import FIELDS, PACK_HINT, Shard, open_shard, stamp_of
+from clipft.data.shards.contents import PACK_HINT, contents_of, how_to_read
+from clipft.data.shards.index import Shard, open_shard, printable, stamp_of
+from clipft.data.shards.names import FIELDS, SPLITS, tars_in
+from clipft.data.shards.tar import read_members
 from clipft.data.skipped import Skipped
 
 
@@ -158,10 +161,24 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     paths = shard_paths(folder)
     dataset = PairDataset([open_shard(path) for path in paths], limit)
     if not len(dataset):
-        raise DataError(
-            f"no pair of image and caption in {counted(len(paths), 'shard')} of {folder}", PACK_HINT
-        )
+        raise _no_pair(folder, dataset)
     return dataset
+
+
+def _no_pair(folder: Path, dataset: PairDataset) -> DataError:
+    """Build the error for shards without pairs; it says what their members are."""
+    shards = counted(len(dataset.shards), "shard")
+    reasons = Counter(skipped.reason for skipped in dataset.skipped)
+    why = "".join(f", {count:,} x {reason}" for reason, count in reasons.most_common(3))
+    names = [
+        member.name for member in read_members(dataset.shards[0].path) if member.kind == "file"
+    ]
+    first = f" (the first members are {', '.join(map(printable, names[:4]))})" if names else ""
+    return DataError(
+        f"no pair of image and caption in {shards} of {folder}{why}{first}",
+        "in a shard, the .jpg and the .txt or .json of a pair have the same name up to the first "
+        f"dot; {PACK_HINT}",
+    )
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -170,7 +187,7 @@ def shard_paths(folder: Path) -> list[Path]:
     Raises:
         DataError: The folder does not exist, or has no tar (the message says what it has instead).
     """
-    paths = sorted(folder.glob("*.tar"))
+    paths = tars_in(folder)
     if paths:
         return paths
     if re.match(r"[a-z0-9]+:", str(folder)):
@@ -181,17 +198,25 @@ def shard_paths(folder: Path) -> list[Path]:
         split = "training" if folder.name == "train" else "validation"
         raise DataError(f"there is no {split} split: no *.tar in {folder}", hint)
     if not folder.is_dir():
-        named = folder.parent if folder.name in {"train", "val"} else folder
-        raise DataError(
-            f"no folder {folder}",
-            did_you_mean_path(named)
-            or "name the folder that has train/ and val/ in it with --data-dir, make it with "
-            "`clipft pack`, or fetch it with `clipft sync`",
-        )
-    suffixes = Counter(path.suffix.lower() or "no suffix" for path in folder.iterdir())
-    ranked = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:5]
-    listed = ", ".join(f"{count} {suffix}" for suffix, count in ranked) or "nothing"
-    raise DataError(f"no .tar in {folder}: found {listed}", PACK_HINT)
+        raise _no_folder(folder)
+    found = contents_of(folder)
+    raise DataError(f"no .tar in {folder}: found {found}", how_to_read(folder, found))
+
+
+def _no_folder(folder: Path) -> DataError:
+    """Build the error for a folder that does not exist; it says what its parent has instead."""
+    above = folder.parent if folder.name in SPLITS else folder
+    if above.is_dir() and not any(tars_in(above / split) for split in SPLITS):
+        found = contents_of(above)
+        if found.endings:
+            hint = how_to_read(above, found)
+            return DataError(f"no folder {folder}: {above} holds {found}", hint)
+    return DataError(
+        f"no folder {folder}",
+        did_you_mean_path(above)
+        or "name the folder that has train/ and val/ in it with --data-dir, make it with "
+        "`clipft pack`, or fetch it with `clipft sync`",
+    )
 
 
 def _split_hint(folder: Path) -> str:
@@ -200,9 +225,9 @@ def _split_hint(folder: Path) -> str:
     whole = folder.parent if folder.name == "train" else folder.parent / "train"
     if folder.name not in {"train", "val"} or any(folder.glob("[!.]*")):
         return ""
-    if folder.name == "val" and not any(whole.glob("*.tar")):
+    if folder.name == "val" and not tars_in(whole):
         whole = folder.parent
-    pairs = sum(len(open_shard(path)) for path in whole.glob("*.tar"))
+    pairs = sum(len(open_shard(path)) for path in tars_in(whole))
     if pairs < 2:
         return ""
     root = folder.parent if folder.parent.name not in {"", ".."} else folder.parent.resolve()

@@ -14,7 +14,7 @@ import os
 import tarfile
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,13 @@ import numpy as np
 from clipft.core.common import cache_folder
 from clipft.core.errors import DataError, StorageError
 from clipft.core.files import replacing
+from clipft.data.shards.contents import PACK_HINT
+from clipft.data.shards.names import FIELDS, pair_up, parse_name
 from clipft.data.shards.tar import read_members
 from clipft.data.skipped import Skipped
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-CAPTION_SUFFIX = "txt"
-METADATA_SUFFIX = "json"
-FIELDS = ("image", "caption", "metadata")
-PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
-
-_MAGIC = b"clipftx2"
+# Raise the number when the same tar gives other pairs than before
+_MAGIC = b"clipftx3"
 _INT = np.dtype("<i8")
 _ABSENT = (-1, -1)
 
@@ -144,7 +141,7 @@ def index_shard(path: Path) -> Shard:
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: dict[str, dict[str, dict[str, tuple[int, int]]]] = {}
     skipped: list[Skipped] = []
     for member in members:
         if member.kind == "folder":
@@ -152,24 +149,23 @@ def index_shard(path: Path) -> Shard:
         if member.kind != "file":
             skipped.append(Skipped(path.name, printable(member.name), "not a regular file"))
             continue
-        named = member_of(member.name)
+        named = parse_name(member.name)
         if named is None:
             continue  # a file of another tool
-        key, kind = named
-        if kind in found.setdefault(key, {}):
-            reason = f"a second {kind} with the same key"
+        parts = samples.setdefault(named.sample, {}).setdefault(named.key, {})
+        if named.kind in parts:
+            reason = f"a second {named.kind} with the same key"
             skipped.append(Skipped(path.name, printable(member.name), reason))
         else:
-            found[key][kind] = (member.offset, member.size)
+            parts[named.kind] = (member.offset, member.size)
     keys, places = list[bytes](), []
-    for key, parts in found.items():
-        if "image" not in parts:
-            skipped.append(Skipped(path.name, printable(key), "no image"))
-        elif not parts.keys() & {"caption", "metadata"}:
-            skipped.append(Skipped(path.name, printable(key), "no caption"))
-        else:
-            keys.append(key.encode("utf-8", "surrogateescape"))
-            places.append([parts.get(field, _ABSENT) for field in FIELDS])
+    for sample, files in samples.items():
+        for key, found, reason in pair_up(sample, files):
+            if reason:
+                skipped.append(Skipped(path.name, printable(key), reason))
+            else:
+                keys.append(key.encode("utf-8", "surrogateescape"))
+                places.append([found.get(field, _ABSENT) for field in FIELDS])
     return Shard(
         path,
         stamp,
@@ -184,28 +180,6 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(
         f"cannot read {path}: {error.strerror}", "check that the file exists and may be read"
     )
-
-
-def member_of(name: str) -> tuple[str, str] | None:
-    """Split a member's name into its pair's key and its kind (one of ``FIELDS``).
-
-    None for files that belong to no pair: hidden ones and those with other suffixes.
-    """
-    folder, _, file = name.rpartition("/")
-    stem, _, suffix = file.rpartition(".")
-    if not stem or file.startswith("."):
-        return None
-    suffix = suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        kind = "image"
-    elif suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):
-        kind = "caption" if suffix == CAPTION_SUFFIX else "metadata"
-    else:
-        return None
-    key = f"{folder}/{stem}" if folder else stem
-    if folder and ("./" in key or "//" in key):
-        key = str(PurePosixPath(key))  # ./a.jpg and a.txt are one pair
-    return key, kind
 
 
 def printable(name: str) -> str:

@@ -12,7 +12,7 @@ shards and, in the buffer where it stopped, the pairs that it was trained on alr
 import json
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,13 +21,13 @@ from queue import Empty, Full, Queue
 from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
-from webdataset.tariterators import tar_file_iterator
 
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan, derived_seed
 from clipft.data.shards.dataset import RawPair, shard_paths
-from clipft.data.shards.index import member_of, open_shard, printable
+from clipft.data.shards.index import open_shard, printable
+from clipft.data.shards.names import FileName, pair_up, parse_name
 from clipft.data.skipped import Skipped
 
 T = TypeVar("T")
@@ -215,16 +215,28 @@ def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]
         )
 
 
-def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """The key and the contents of members that follow each other, share a key and make a pair."""
-    wanted = tar_file_iterator(file, skip_meta=None, select_files=lambda n: bool(member_of(n)))
-    named = ((*(member_of(member["fname"]) or ("", "")), member["data"]) for member in wanted)
-    for key, members in groupby(named, key=lambda member: member[0]):
-        parts = dict[str, bytes]()
-        for _, kind, data in members:
-            parts.setdefault(kind, data)  # of a second file of one kind, the index uses the first
-        if "image" in parts and parts.keys() & {"caption", "metadata"}:
-            yield key, parts
+    for sample, members in groupby(_members(file), key=lambda member: member[0].sample):
+        files = dict[str, dict[str, bytes]]()
+        for name, data in members:
+            # Of a second file of one kind, the index uses the first
+            files.setdefault(name.key, {}).setdefault(name.kind, data)
+        for key, parts, reason in pair_up(sample, files):
+            if not reason:
+                yield key, parts
+
+
+def _members(file: IO[bytes]) -> Iterator[tuple[FileName, bytes]]:
+    """The names and contents of the files that can belong to a pair, in their order."""
+    # ignore_zeros: after the end of a tar, go on with the one that was appended to it
+    with tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True) as tar:
+        for info in tar:
+            name = parse_name(info.name) if info.isreg() else None
+            content = tar.extractfile(info) if name else None
+            if name and content:
+                yield name, content.read()
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
 
 
 def _read_ahead(items: Iterable[T], count: int) -> Iterator[T]:

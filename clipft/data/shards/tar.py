@@ -11,10 +11,11 @@ import stat
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 _END_OF_TAR = bytes(BLOCK)
+_READ = 1 << 16
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \x00"
 _OCTAL = re.compile(rb" *([0-7]+)[ \x00]*")
 # Of a pax header, only records that change neither the name nor the size of the next member
@@ -59,7 +60,11 @@ def plain_members(file: int) -> list[Member] | None:
         blocks = os.pread(file, 3 * BLOCK, at)
         header = blocks[:BLOCK]
         if header == _END_OF_TAR:
-            return members
+            following = next_archive(file, at)
+            if following is None:
+                return members
+            at = following
+            continue
         size = _stated_size(header)
         if size is None:
             return None
@@ -92,6 +97,17 @@ def plain_members(file: int) -> list[Member] | None:
         at = offset + -(-size // BLOCK) * BLOCK
 
 
+def next_archive(file: int, end: int) -> int | None:
+    """Return where the tar begins that was appended after the ``end`` of another one, as ``cat``
+    does; None if nothing but zeros follows, with which every tar is filled up."""
+    while block := os.pread(file, _READ, end):
+        zeros = len(block) - len(block.lstrip(b"\0"))
+        if zeros < len(block):
+            return end + zeros // BLOCK * BLOCK
+        end += len(block)
+    return None
+
+
 def _stated_size(header: bytes) -> int | None:
     """The member's size, if the header is complete, plain and has the right checksum."""
     if len(header) < BLOCK:
@@ -111,26 +127,40 @@ def tarfile_members(path: Path) -> list[Member]:
     Raises:
         tarfile.TarError: The file is not a complete, uncompressed tar.
     """
-    members = []
+    members: list[Member] = []
+    start: int | None = 0
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.size < 0:  # tarfile would step back by it and loop forever
-                    raise ValueError(f"{info.size} bytes in {info.name}")
-                kind = "folder" if info.isdir() else "other"
-                if info.isreg() and not info.issparse():
-                    kind = "file"
-                members.append(Member(info.name, kind, info.offset_data, info.size))
-            # tarfile stops at a truncated or damaged header as it does at a proper end of the tar;
-            # only the block where it stopped tells the two apart
-            assert tar.fileobj
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(BLOCK) != _END_OF_TAR:
-                raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset}")
+        with path.open("rb") as file:
+            while start is not None:
+                end = _list_archive(file, start, members)
+                start = next_archive(file.fileno(), end)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         # What absurd sizes and thousands of nested pax headers lead to
         raise tarfile.ReadError(f"damaged header: {error}") from error
     return members
+
+
+def _list_archive(file: BinaryIO, start: int, members: list[Member]) -> int:
+    """Add the members of the tar that begins at ``start``, and return where it ends.
+
+    Raises:
+        tarfile.TarError: It is not a complete, uncompressed tar.
+    """
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            if info.size < 0:  # tarfile would step back by it and loop forever
+                raise ValueError(f"{info.size} bytes in {info.name}")
+            kind = "folder" if info.isdir() else "other"
+            if info.isreg() and not info.issparse():
+                kind = "file"
+            members.append(Member(info.name, kind, info.offset_data, info.size))
+        # tarfile stops at a truncated or damaged header as it does at a proper end of the tar;
+        # only the block where it stopped tells the two apart
+        file.seek(tar.offset)
+        if file.read(BLOCK) != _END_OF_TAR:
+            raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset}")
+        return tar.offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class RemoteShards:
     _objects: dict[str, RemoteObject] = field(repr=False)
 
     def names(self) -> Sequence[str]:
-        found = sorted(name for name in self._objects if name.endswith(".tar"))
+        found = sorted(name for name in self._objects if name.endswith(".tar") and name[0] != ".")
         if not found:
             raise DataError(
                 f"no .tar directly under {self.place}",

@@ -22,6 +22,7 @@ def quick(path):
 NAMES = st.text(st.sampled_from("ab./é_ "), min_size=1, max_size=160)
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
 MEMBERS = st.tuples(NAMES, KINDS, st.binary(max_size=1200), st.sampled_from([0, 7, 1.5]))
+REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 FORMATS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 
 
@@ -85,3 +86,26 @@ def test_a_truncated_tar_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(tarfile.TarError):
         read_members(path)
+
+
+@given(st.lists(st.lists(MEMBERS, max_size=3), min_size=2, max_size=3), FORMATS)
+def test_joined_tars_have_the_members_of_all(tmp_path_factory, archives, form):
+    folder = tmp_path_factory.mktemp("tar")
+    names, data = [], b""
+    for members in archives:
+        with tarfile.open(folder / "a.tar", "w", format=form) as tar:
+            for name, kind, content, _ in members:
+                info = tarfile.TarInfo(name)
+                info.type, info.size = kind, len(content) if kind in REGULAR else 0
+                try:
+                    tar.addfile(info, io.BytesIO(content))
+                except ValueError:  # this format cannot say it
+                    return
+        data += (folder / "a.tar").read_bytes()
+        try:
+            names += [member.name for member in read_members(folder / "a.tar")]
+        except tarfile.TarError:  # a folder with content, say
+            return
+    (folder / "all.tar").write_bytes(data)
+    assert [member.name for member in read_members(folder / "all.tar")] == names
+    assert [member.name for member in tarfile_members(folder / "all.tar")] == names

@@ -1,0 +1,95 @@
+"""Describes what a folder holds, for the messages that have to say that something is missing."""
+
+import os
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clipft.data.shards.names import CAPTION_SUFFIX, IMAGE_SUFFIXES, SPLITS, is_hidden, tars_in
+
+PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
+
+_TABLES = ("csv", "tsv", "jsonl", "parquet")
+_ARCHIVES = {"zip": "unzip", "tgz": "tar -xf", "gz": "tar -xf", "7z": "7z x", "rar": "unrar x"}
+# Enough to know a folder; a message must not wait for the listing of a million files
+_MOST_FILES = 20_000
+_NAMED, _COUNTED = 3, 5
+
+
+@dataclass
+class Contents:
+    """The files below a folder without the hidden ones: how many have each ending (in lower case,
+    without the dot), and the first few paths of each, relative to the folder."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    links: int = 0
+    complete: bool = True
+
+    def add(self, name: str) -> None:
+        """Count a file."""
+        file = name.rpartition("/")[2]
+        ending = file.rpartition(".")[2].lower() if "." in file[1:] else ""
+        self.endings[ending] += 1
+        names = self.first.setdefault(ending, [])
+        if len(names) < _NAMED:
+            names.append(name)
+
+    def __str__(self) -> str:
+        """Return such as ``20 .jpg, 1 without an ending (a.jpg, b.jpg, c.jpg, notes)``."""
+        ranked = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{n:,} {f'.{end}' if end else 'without an ending'}" for end, n in ranked]
+        listed = ", ".join(counts[:_COUNTED]) or "nothing"
+        if len(counts) > _COUNTED:
+            listed += f" and {len(counts) - _COUNTED} other endings"
+        names = [name for end, _ in ranked[:_COUNTED] for name in self.first[end]]
+        more = "" if self.complete else " and more"
+        return listed + more + (f" ({', '.join(names[:_NAMED])})" if names else "")
+
+
+def contents_of(folder: Path) -> Contents:
+    """Count the files below a folder by their endings; of a very large folder, the first ones."""
+    found = Contents()
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        below = "" if place == str(folder) else f"{os.path.relpath(place, folder)}/"
+        for name in sorted(name for name in names if not is_hidden(name)):
+            found.add(below + name)
+            found.links += os.path.islink(os.path.join(place, name))
+        if found.endings.total() > _MOST_FILES:
+            found.complete = False
+            break
+    return found
+
+
+def how_to_read(folder: Path, found: Contents) -> str:
+    """Return a hint: the command that makes shards of what was found in ``folder``, or names those
+    that are there."""
+    here, endings = shlex.quote(str(folder)), found.endings
+    if shards := found.first.get("tar"):
+        within = (folder / shards[0]).parent
+        if within.name in SPLITS and tars_in(within.parent / "train"):
+            return f"name the folder with train/ in it: {shlex.quote(str(within.parent))}"
+        return f"`clipft pack {here} OUT` splits these shards for training and validation"
+    if packed := found.first.get("gz"):
+        return f"shards are not compressed: `gunzip {shlex.quote(str(folder / packed[0]))}`"
+    images = sum(count for ending, count in endings.items() if ending in IMAGE_SUFFIXES)
+    if (images and endings[CAPTION_SUFFIX]) or endings["parquet"]:
+        return f"`clipft pack {here} OUT` makes shards of these files"
+    return how_to_pack(folder, found)
+
+
+def how_to_pack(folder: Path, found: Contents) -> str:
+    """Return a hint: what makes a ``folder`` that holds ``found`` readable for ``clipft pack``."""
+    for ending in _TABLES:
+        if found.endings[ending]:
+            table = shlex.quote(str(folder / found.first[ending][0]))
+            return f"if {found.first[ending][0]} names images: `clipft pack {table} OUT`"
+    for ending, command in _ARCHIVES.items():
+        if found.endings[ending]:
+            archive = shlex.quote(str(folder / found.first[ending][0]))
+            return f"unpack it first: `{command} {archive}`"
+    if any(ending in IMAGE_SUFFIXES for ending in found.endings):
+        return "each image needs a .txt of the same name beside it, or a row of a table"
+    return PACK_HINT

@@ -1,0 +1,120 @@
+"""Names of files and of members of a tar: which of them are a pair, and which are passed over.
+
+``chair.jpg`` and ``chair.txt`` share the name up to the last dot, so they are a pair. WebDataset's
+key ends at the first dot, so ``0001.image.jpg`` and ``0001.caption.txt`` are one sample as well.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+# Some of these are decoded only if a plug-in of Pillow is installed
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"}
+    | {"avif", "heic", "heif", "jp2", "j2k", "jxl"}
+)
+CAPTION_SUFFIX = "txt"
+METADATA_SUFFIX = "json"
+FIELDS = ("image", "caption", "metadata")
+SPLITS = ("train", "val", "test")
+"""The folders of a data set. ``test`` is never trained on, nor is anything chosen by it."""
+
+# A part of a name between two dots that can be the name of a field. That of "sofa 1.5m.jpg" is
+# not, nor that of "v1.02.jpg".
+_WORDS = re.compile(r"[^\W\d][\w-]*(\.[^\W\d][\w-]*)*")
+
+
+class FileName(NamedTuple):
+    """What a name says: ``key`` is the name up to the last dot, ``sample`` the key of WebDataset,
+    and ``kind`` one of ``FIELDS``."""
+
+    key: str
+    sample: str
+    kind: str
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file is passed over, as are the ``._...`` files that macOS adds."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """Return the shards of a folder, sorted by name; none if there is no such folder."""
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
+
+
+def parse_name(name: str) -> FileName | None:
+    """Parse the name of a file or member.
+
+    None for files that belong to no pair: hidden ones and those with other suffixes.
+    """
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.rpartition(".")
+    if not stem or file.startswith("."):
+        return None
+    suffix = suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        kind = "image"
+    elif suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):
+        kind = "caption" if suffix == CAPTION_SUFFIX else "metadata"
+    else:
+        return None
+    first, dot, words = stem.partition(".")
+    sample = first if dot and _WORDS.fullmatch(words) else stem
+    if not folder:
+        return FileName(stem, sample, kind)
+    if "./" in f"{folder}/" or "//" in folder:
+        folder = str(PurePosixPath(folder))  # ./a.jpg and a.txt are one pair
+        if folder == ".":
+            return FileName(stem, sample, kind)
+    return FileName(f"{folder}/{stem}", f"{folder}/{sample}", kind)
+
+
+def is_pair(kinds: Collection[str]) -> bool:
+    """Return whether these kinds of files are a pair: an image, and words of either kind."""
+    return "image" in kinds and ("caption" in kinds or "metadata" in kinds)
+
+
+def pair_up(
+    sample: str, files: Mapping[str, Mapping[str, T]]
+) -> Iterator[tuple[str, Mapping[str, T], str]]:
+    """Decide which files of one sample are a pair.
+
+    Args:
+        sample: The key that WebDataset gives them.
+        files: For each name up to the last dot, the files by kind.
+
+    Yields:
+        A key, its files, and an empty reason if they are a pair, otherwise why they are not.
+    """
+    pairs = [key for key, parts in files.items() if is_pair(parts)]
+    if len(files) == 1 or len(pairs) > 1:
+        for key, parts in files.items():
+            yield key, parts, _missing(parts)
+        return
+    counts = Counter(kind for parts in files.values() for kind in parts)
+    key, own = (pairs[0], files[pairs[0]]) if pairs else (sample, {})
+    # What occurs once among these files completes the pair; of two images, neither is chosen
+    for parts in files.values():
+        own = {**{kind: part for kind, part in parts.items() if counts[kind] == 1}, **own}
+    several = [kind for kind in ("image", "caption") if counts[kind] > 1 and kind not in own]
+    if several:
+        names = [name for name, parts in files.items() if several[0] in parts]
+        endings = ", ".join(name[len(sample) + 1 :] or "no name" for name in names)
+        yield sample, own, f"several {several[0]} files with one key ({endings})"
+        return
+    yield key, own, _missing(own)
+    for name, parts in files.items():
+        for kind in parts if name != key else ():
+            if counts[kind] > 1:
+                yield name, {}, f"a second {kind} with the same key"
+
+
+def _missing(parts: Collection[str]) -> str:
+    if is_pair(parts):
+        return ""
+    return "no caption" if "image" in parts else "no image"
