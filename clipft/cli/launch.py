@@ -38,7 +38,7 @@ def launch_processes(processes: int, args: Sequence[str]) -> bool:
         ProcessError: one of them was killed.
         typer.Exit: a signal ended them before there was anything to save.
     """
-    started = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    started = os.environ.get("RANK") or os.environ.get("SLURM_STEP_NUM_TASKS")
     if processes == 1 or started:
         if _launched():
             _end_with_launcher()

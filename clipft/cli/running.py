@@ -49,7 +49,7 @@ def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> No
         return
     settings = loaded.values
     source: ShardSource | None = None
-    with start_processes(settings) as processes:
+    with start_processes(settings, out.note) as processes:
         if processes.rank > 0:
             out = Output(as_json=False, quiet=True)
         if settings.s3_bucket and settings.stream:
@@ -99,7 +99,7 @@ def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> N
         return
     settings = loaded.values
     source: ShardSource | None = None
-    with start_processes(settings) as processes:
+    with start_processes(settings, out.note) as processes:
         if processes.rank > 0:
             out = Output(as_json=False, quiet=True)
         if settings.s3_bucket and settings.stream:

@@ -6,7 +6,7 @@ goes through ``step_channel.py``.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clipft.core.common import Note
 from clipft.core.errors import ProcessError
 from clipft.core.out_of_memory import memory_ran_out
+from clipft.distributed.waiting import Roll
 
 T = TypeVar("T")
 
@@ -79,10 +81,13 @@ class DistributedProcesses(Processes):
     """Processes that talk over torch's default group: gloo for CPU tensors, NCCL for CUDA's.
 
     ``patient_group`` is a gloo group without a timeout, for work that takes as long as it takes.
+    ``roll`` tells who is missing there, in lines for ``note``.
     A process that ends closes its sockets, which the others notice at once.
     """
 
     patient_group: Any = None
+    roll: Roll | None = None
+    note: Note = lambda text: None
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         rows = rows.detach()
@@ -126,7 +131,7 @@ class DistributedProcesses(Processes):
         return values[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
-        with lost_process_errors():
+        with lost_process_errors(), self.roll.watched(self.note) if self.roll else nullcontext():
             dist.barrier(group=self.patient_group)
 
     def leave(self) -> None:
@@ -135,7 +140,7 @@ class DistributedProcesses(Processes):
         # The group's threads end with the last reference to it. A thread that still frees a
         # tensor while Python shuts down aborts the whole process ("terminate called without an
         # active exception").
-        self.patient_group = None
+        self.patient_group = self.roll = None
 
 
 @contextmanager

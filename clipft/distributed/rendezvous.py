@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from clipft.config.settings import Settings
+from clipft.core.common import Note
 from clipft.core.errors import ClipftError, Interrupted, ProcessError, UsageError
 from clipft.distributed.collectives import ALONE, DistributedProcesses, Processes
+from clipft.distributed.waiting import meet
 from clipft.models.device import choose_precision
 
 _FIRST_PORT, _PORT_COUNT = 20_000, 20_000
@@ -59,7 +61,7 @@ def find_rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
         UsageError: the environment announces several processes but is incomplete.
     """
     try:
-        if "RANK" in environ and "WORLD_SIZE" in environ:
+        if environ.get("RANK") and environ.get("WORLD_SIZE"):
             world_size = int(environ["WORLD_SIZE"])
             return Rendezvous(
                 rank=int(environ["RANK"]),
@@ -95,11 +97,12 @@ def find_rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
 
 
 @contextmanager
-def start_processes(settings: Settings) -> Iterator[Processes]:
+def start_processes(settings: Settings, note: Note = lambda text: None) -> Iterator[Processes]:
     """Meet the other processes of this run, and leave them at the end of the block.
 
-    On GPUs, this process takes the one of its local rank. An error that all processes raise is
-    marked as ``said`` on all but rank zero, so that the user reads it once.
+    While processes are missing, ``note`` receives a line every few seconds. On GPUs, this process
+    takes the one of its local rank. An error that all processes raise is marked as ``said`` on all
+    but rank zero, so that the user reads it once.
 
     Raises:
         UsageError: the environment is incomplete, or there are fewer GPUs than processes.
@@ -109,7 +112,7 @@ def start_processes(settings: Settings) -> Iterator[Processes]:
     if place is None or place.world_size == 1:
         yield ALONE
         return
-    processes = _meet(place, settings)
+    processes = _meet(place, settings, note)
     try:
         yield processes
     except ClipftError as error:
@@ -121,29 +124,31 @@ def start_processes(settings: Settings) -> Iterator[Processes]:
     processes.leave()
 
 
-def _meet(place: Rendezvous, settings: Settings) -> DistributedProcesses:
+def _meet(place: Rendezvous, settings: Settings, note: Note) -> DistributedProcesses:
     backend = _take_device(place, settings)
-    address = f"[{place.address}]" if ":" in place.address else place.address  # IPv6
+    minutes = settings.process_timeout
     try:
+        store, roll = meet(place.address, place.port, place.rank, place.world_size, minutes, note)
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{address}:{place.port}",
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(minutes=settings.process_timeout),
+            timeout=timedelta(minutes=minutes),
         )
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
         if backend != "gloo":
             _connect_devices(place.world_size)
     except RuntimeError as error:
         raise ProcessError(
-            f"process {place.rank} of {place.world_size} did not find the others at "
-            f"{place.address}:{place.port} within {settings.process_timeout:g} minutes "
-            f"({' '.join(str(error).split())[:120]})",
-            "check that all of them were started, and that the address can be reached",
+            f"process {place.rank} of {place.world_size} cannot join the others at "
+            f"{place.address}:{place.port} ({' '.join(str(error).split())[:120]})",
+            "check that all of them were started, that the address can be reached, and that no "
+            "other program uses the port",
         ) from error
     return DistributedProcesses(
-        place.rank, place.world_size, place.local_rank, place.local_world_size, patient_group
+        *(place.rank, place.world_size, place.local_rank, place.local_world_size),
+        *(patient_group, roll, note),
     )
 
 

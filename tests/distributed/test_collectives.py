@@ -11,6 +11,7 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.core.errors import DataError, ProcessError, UsageError
+from clipft.distributed import rendezvous
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
 from clipft.distributed.rendezvous import find_rendezvous, start_processes
@@ -225,6 +226,7 @@ def test_how_nccl_notices_a_lost_process_without_holding_up_fsdp(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(rendezvous, "meet", lambda *place: (None, None))  # nobody else is there
     settings = Settings(device="cuda", precision="fp32", scenario="full", shard_weights=sharded)
     for expected in (value, "given by the user"):
         with pytest.raises(ProcessError, match="nobody came"), start_processes(settings):
