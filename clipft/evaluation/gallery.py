@@ -20,6 +20,7 @@ from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.images import BadImage, decode_image
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import Embeddings
+from clipft.metrics.ranking import score_blocks
 
 SHOWN = 5
 """Images kept for each query."""
@@ -91,9 +92,8 @@ def rank_images(embedded: Embeddings, groups: Tensor, data: str) -> Rankings:
     queries = firsts[:: max(1, -(-len(firsts) // _MAX_QUERIES))]
 
     ranks, first = list[int](), list[list[int]]()
-    for start in range(0, len(queries), _BLOCK):
-        block = queries[start : start + _BLOCK]
-        scores = embedded.texts[block] @ embedded.images.T
+    for start, end, scores in score_blocks(embedded.texts[queries], embedded.images, _BLOCK):
+        block = queries[start:end]
         right = group[None] == group[block, None]
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ranks += (((scores >= best) & ~right).sum(1) + 1).tolist()

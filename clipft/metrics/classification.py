@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from clipft.metrics.bootstrap import interval, resampled
 from clipft.metrics.definitions import Floats, Integers, PerQuery
+from clipft.metrics.ranking import score_blocks
 
 CLASSIFICATION = {
     "top1": "share of images whose best label is the right one (acc1 of CLIP_benchmark)",
@@ -27,6 +28,7 @@ CLASSIFICATION = {
 }
 _BLOCK = 1 << 16
 """Images scored at a time."""
+_NO_LABEL = -1
 _MOST_CONFUSED = 10
 
 
@@ -35,7 +37,8 @@ class Classification:
     """How N images were classified among L labels.
 
     ``right``, bool [N, up to 5], marks the place of the right label among the five best.
-    ``confusion``, int64 [L, L], counts the images of a row's label that were given a column's.
+    ``confusion``, int64 [L, L], counts the images of a row's label that were given a column's;
+    an image whose embedding is not a number is given none.
     ``recalls``, float64 [L], is NaN for labels without images. ``top5`` is None with fewer than
     six labels, where it would say nothing.
     """
@@ -107,7 +110,7 @@ def label_embeddings(
 def classify(
     images: Tensor, targets: Tensor, label_vectors: Tensor, names: Sequence[str]
 ) -> Classification:
-    """Give each image the label with the nearest vector.
+    """Give each image the label with the nearest vector, and none to an image that is not a number.
 
     Args:
         images: float [N, D] of unit length.
@@ -116,11 +119,12 @@ def classify(
         names: the L labels.
     """
     best = []
-    for start in range(0, len(images), _BLOCK):
-        scores = images[start : start + _BLOCK] @ label_vectors.T
+    for _, _, scores in score_blocks(images, label_vectors, _BLOCK):
         # Stable, so that equal scores take the lower number first
-        order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-        best.append(order[:, :5].cpu())
+        numbers = scores.nan_to_num(nan=-torch.inf)
+        order = numbers.argsort(dim=1, descending=True, stable=True)[:, :5]
+        known = ~scores.gather(1, order).isnan()
+        best.append(order.where(known, _NO_LABEL).cpu())
     return classification(torch.cat(best), targets, names)
 
 
@@ -128,15 +132,17 @@ def classification(best: Tensor, targets: Tensor, names: Sequence[str]) -> Class
     """Compute the figures of a classifier.
 
     Args:
-        best: int64 [N, up to 5], the labels it ranks first, the best one first.
+        best: int64 [N, up to 5], the labels it ranks first, the best one first; -1 for none.
         targets: int64 [N], the number of the right label.
         names: the L labels.
     """
     confusion = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(confusion, (targets.numpy(), best[:, 0].numpy()), 1)
+    given = best[:, 0] != _NO_LABEL
+    np.add.at(confusion, (targets[given].numpy(), best[given, 0].numpy()), 1)
     right = (best == targets[:, None]).numpy()
+    totals = np.bincount(targets.numpy(), minlength=len(names))
     with np.errstate(invalid="ignore"):  # 0 / 0 for labels without images
-        recalls: Floats = np.diag(confusion) / confusion.sum(1)
+        recalls: Floats = np.diag(confusion) / totals
     return Classification(
         names=tuple(names),
         right=right,

@@ -1,20 +1,73 @@
 """Ranks of the right candidates, computed without ever holding the whole score matrix.
 
 The rank of a candidate for a query is its place, counted from 1, when all candidates are sorted
-by falling score (dot product); equal scores are sorted by rising index. Queries are processed in
-blocks and only the wanted ranks of a block are kept, so memory does not grow with the number of
-queries.
+by falling score (dot product); equal scores are sorted by rising index. A candidate that is not a
+number comes after all others, and a query that is not a number finds its candidate last. Queries
+are processed in blocks and only the wanted ranks of a block are kept, so memory does not grow with
+the number of queries.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _BYTES_PER_SCORE = 14
 """The score itself, its copy in the row of one right candidate, the comparison (4 bytes each),
 and what ties take at worst."""
+_FEWEST_ROWS = 16
+"""The fewest rows in a block of scores. Matrix products of fewer rows run other code, which adds up
+in another order: the last bits of a score would depend on the size of the block."""
+_HASHED_ROWS = 1 << 14
+
+
+def score_blocks(
+    queries: Tensor, candidates: Tensor, size: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Score all candidates for ``size`` queries at a time, or for ``_FEWEST_ROWS`` if that is more.
+
+    Equal candidates have equal scores to the last bit, so that their order is that of their index.
+
+    Args:
+        queries: float32 [Q, D].
+        candidates: float32 [C, D], on the same device.
+        size: the number of queries.
+
+    Yields:
+        (start, end, scores): float32 [end - start, C] of the queries from ``start`` to ``end``,
+        in memory that the next block uses again.
+    """
+    size, total = max(size, _FEWEST_ROWS), len(queries)
+    copies, originals = _find_copies(candidates)
+    # Allocated once: allocating for each block costs as much as the matrix products
+    memory = candidates.new_empty(max(_FEWEST_ROWS, min(size, total)), len(candidates))
+    for start in range(0, total, size):
+        end = min(start + size, total)
+        first = max(0, min(start, end - _FEWEST_ROWS))  # a short rest takes rows before it along
+        some = queries[first:end]
+        if total < _FEWEST_ROWS:
+            some = some.repeat(_FEWEST_ROWS, 1)[:_FEWEST_ROWS]
+        scores = torch.matmul(some, candidates.T, out=memory[: len(some)])
+        scores = scores[start - first : end - first]
+        if len(copies):
+            scores[:, copies] = scores[:, originals]
+        yield start, end, scores
+
+
+def _find_copies(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the rows of [C, D] that repeat an earlier one, and the first row that each repeats."""
+    device, bits = rows.device, rows.float().contiguous().view(torch.int32)
+    odd = torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, rows.shape[1]) | 1)
+    keys = [(part * odd.to(device)).sum(1).cpu() for part in torch.split(bits, _HASHED_ROWS)]
+    _, first, which = np.unique(torch.cat(keys).numpy(), return_index=True, return_inverse=True)
+    original = torch.from_numpy(first[which])
+    later = (original != torch.arange(len(rows))).nonzero().flatten().to(device)
+    original = original.to(device)[later]
+    equal = (bits[later] == bits[original]).all(1)  # and not only their keys
+    return later[equal], original[equal]
 
 
 @torch.inference_mode()
@@ -28,38 +81,37 @@ def ranks_of(
         candidates: float32 [C, D], on the same device.
         rows: int64 [E], ascending.
         columns: int64 [E].
-        memory: limit in bytes of the scores held at a time; at least one query's are held.
+        memory: limit in bytes of the scores held at a time; those of ``_FEWEST_ROWS`` queries
+            always are.
 
     Returns:
-        int64 [E] on the CPU. NaN ranks last.
+        int64 [E] on the CPU.
     """
-    size = max(1, min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries)))
-    # Allocated once: allocating for each block costs as much as the matrix products
-    all_scores, all_picked, all_compared = (
-        torch.empty((size, len(candidates)), dtype=candidates.dtype, device=candidates.device)
-        for _ in range(3)
-    )
+    size = min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries))
+    size = max(size, _FEWEST_ROWS)
+    all_picked, all_compared = candidates.new_empty(2, size, len(candidates))
     index = torch.arange(len(candidates), device=candidates.device)
-    bounds = torch.searchsorted(rows.contiguous(), torch.arange(0, len(queries) + size, size))
+    all_finite = bool(torch.isfinite(queries).all() & torch.isfinite(candidates).all())
     ranks = [torch.empty(0, dtype=torch.int64)]
-    for block, start in enumerate(range(0, len(queries), size)):
-        some = queries[start : start + size]
-        scores = torch.matmul(some, candidates.T, out=all_scores[: len(some)])
-        first, last = int(bounds[block]), int(bounds[block + 1])
+    for start, end, scores in score_blocks(queries, candidates, size):
+        first, last = torch.searchsorted(rows.contiguous(), torch.tensor([start, end])).tolist()
         for at in range(first, last, size):
-            end = min(at + size, last)
-            own_row = (rows[at:end] - start).to(scores.device)
-            own_column = columns[at:end, None].to(scores.device)
-            picked = torch.index_select(scores, 0, own_row, out=all_picked[: end - at])
+            until = min(at + size, last)
+            own_row = (rows[at:until] - start).to(scores.device)
+            own_column = columns[at:until, None].to(scores.device)
+            picked = torch.index_select(scores, 0, own_row, out=all_picked[: until - at])
             own = picked.gather(1, own_column)
-            # Counted from the back: no comparison holds for NaN, so NaN ranks last. Comparisons
-            # are written as floats because torch sums floats ten times faster than booleans.
-            compared = all_compared[: end - at]
+            # Counted from the back: no comparison holds for NaN, so a NaN of its own ranks last.
+            # Comparisons are written as floats because torch sums floats ten times faster than
+            # booleans.
+            compared = all_compared[: until - at]
             behind = torch.lt(picked, own, out=compared).sum(1).long()
             tied = torch.eq(picked, own, out=compared).sum(1) > 1
             for few in torch.split(tied.nonzero().flatten(), -(-size // 4)):
                 later = (picked[few] == own[few]) & (index > own_column[few])
                 behind[few] += later.sum(1)
+            if not all_finite:  # the NaN of other candidates are behind every number
+                behind += torch.where(own.flatten().isnan(), 0, picked.isnan().sum(1))
             ranks.append((picked.shape[1] - behind).cpu())
     return torch.cat(ranks)
 

@@ -3,7 +3,8 @@
 ``clip``    softmax over all texts of the batch and over all images (Radford et al. 2021).
 ``siglip``  each image with each text on its own, with a bias (Zhai et al. 2023).
 
-A loss is a function of all logits, minus the logits of the positives. Rows of one group are never
+A loss is a function of all logits, minus the logits of the positives. The difference is taken row
+by row: the difference of the sums could fall below 0 by rounding. Rows of one group are never
 negatives of each other: ``soft`` makes them positives, in softmax with equal shares; ``mask``
 removes them from the comparison. A small matrix of logits is computed whole, by autograd, and a
 large one in blocks of rows.
@@ -132,10 +133,13 @@ class _Targets:
         return torch.mul(self.groups[own, None] == self.groups, self.weights[own, None], out=out)
 
 
-def _positive_logits(logits: Tensor, weight: Tensor | None, first: int = 0) -> Tensor:
+def _positive_logits(
+    logits: Tensor, weight: Tensor | None, first: int = 0, scratch: Tensor | None = None
+) -> Tensor:
+    """The logits of each row's positives, [rows], added up with their weights."""
     if weight is None:
-        return logits.diagonal(first).sum()
-    return torch.dot(logits.flatten(), weight.flatten())
+        return logits.diagonal(first)
+    return torch.mul(logits, weight, out=scratch).sum(1)
 
 
 _Computed = tuple[Tensor, tuple[Tensor, ...] | None]
@@ -151,7 +155,7 @@ def _whole(
         leaves = [x.detach().requires_grad_(differentiate) for x in (images, texts)]
         logits = leaves[0] @ leaves[1].T
         compared = logits if mask is None else logits.masked_fill(mask, -math.inf)
-        total = kind.whole(compared) - _positive_logits(logits, weight)
+        total = (kind.whole(compared) - _positive_logits(logits, weight)).sum()
         # Here, and not in the backward pass of the step, so that this is in full precision too
         gradients = torch.autograd.grad(total, leaves) if differentiate else None
     return total.detach(), gradients
@@ -182,7 +186,7 @@ def _streamed(
     """
     n = len(images)
     logits, scratch, weights = images.new_empty(3, size, n)
-    positive_logits = images.new_empty(-(-n // size))
+    positive_logits = images.new_empty(n)
     gradients = (torch.empty_like(images), torch.zeros_like(texts)) if differentiate else None
 
     def blocks() -> Iterator[Block]:
@@ -192,7 +196,7 @@ def _streamed(
             if (mask := targets.mask(first, count)) is not None:
                 block.masked_fill_(mask, -math.inf)
             weight = targets.weight(first, count, out=weights[:count])
-            positive_logits[first // size] = _positive_logits(block, weight, first)
+            positive_logits[rows] = _positive_logits(block, weight, first, scratch[:count])
             yield Block(block, scratch[:count], weight, rows)
 
     def add(block: Block, gradient: Tensor) -> None:
@@ -204,8 +208,8 @@ def _streamed(
         torch.mm(gradient, texts, out=gradients[0][block.rows])
         gradients[1].addmm_(gradient.T, images[block.rows])
 
-    total = kind.streamed(blocks, add if differentiate else None)
-    return total - positive_logits.sum(), gradients
+    by_row = kind.streamed(blocks, add if differentiate else None)
+    return (by_row - positive_logits).sum(), gradients
 
 
 class _Differentiable(torch.autograd.Function):
@@ -225,7 +229,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    return (logits.logsumexp(1).sum() + logits.logsumexp(0).sum()) / 2
+    return (logits.logsumexp(1) + logits.logsumexp(0)) / 2
 
 
 def _softmax_streamed(blocks: Blocks, add: Add | None) -> Tensor:
@@ -242,7 +246,7 @@ def _softmax_streamed(blocks: Blocks, add: Add | None) -> Tensor:
             gradient = torch.sub(block.logits, by_row[block.rows, None], out=block.scratch).exp_()
             gradient += block.logits.sub_(by_column).exp_()
             add(block, gradient.mul_(0.5))
-    return (by_row.sum() + by_column.sum()) / 2
+    return (by_row + by_column) / 2
 
 
 def logsumexp(block: Block, dim: int) -> Tensor:
@@ -254,27 +258,27 @@ def logsumexp(block: Block, dim: int) -> Tensor:
 
 
 def _sigmoid(logits: Tensor) -> Tensor:
-    return softplus(logits, threshold=40).sum()  # the default, 20, is too low for float64
+    return softplus(logits, threshold=40).sum(1)  # the default, 20, is too low for float64
 
 
 def _sigmoid_streamed(blocks: Blocks, add: Add | None) -> Tensor:
     totals = []
     for block in blocks():
         zero = block.logits.new_zeros(())
-        totals.append(torch.logaddexp(block.logits, zero, out=block.scratch).sum())
+        totals.append(torch.logaddexp(block.logits, zero, out=block.scratch).sum(1))
         if add:
             add(block, block.logits.sigmoid_())
-    return torch.stack(totals).sum()
+    return torch.cat(totals)
 
 
 @dataclass(frozen=True)
 class Loss:
     """The function of all logits that a loss consists of, beside the positives, in two forms.
 
-    ``whole`` maps the masked logits, [N, N], to a scalar, and ``streamed`` computes the same from
-    blocks; ``add``, if given, wants the gradient of each. In a pairwise loss every positive has a
-    weight of 1 and the bias of the model counts; otherwise the positives of a row share that
-    weight.
+    ``whole`` maps the masked logits, [N, N], to a value of each row, [N], and ``streamed`` computes
+    the same from blocks; ``add``, if given, wants the gradient of each. In a pairwise loss every
+    positive has a weight of 1 and the bias of the model counts; otherwise the positives of a row
+    share that weight.
     """
 
     whole: Callable[[Tensor], Tensor]

@@ -289,3 +289,33 @@ def test_32768_pairs_run_in_bounded_memory(name):
     used = peak.bytes - before.bytes
     assert used < whole / 32
     assert images.grad.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 70),
+    spread=st.sampled_from([0.0, 1e-3, 0.1]),
+    block=st.sampled_from([None, 1, 40, 700]),
+    name=st.sampled_from(NAMES),
+    mode=st.sampled_from([*MODES, "none"]),
+)
+def test_a_loss_of_nearly_zero_is_never_below_zero(seed, size, spread, block, name, mode):
+    """At the highest temperature a perfect model has logits of 100 and a loss of 0."""
+    draw = torch.Generator().manual_seed(seed)
+    images = functional.normalize(torch.randn(size, 128, generator=draw), dim=-1)
+    noise = spread * torch.randn(size, 128, generator=draw)
+    texts = functional.normalize(images + noise, dim=-1)
+    bias = torch.tensor([0.0, -10.0, -60.0][seed % 3])
+    case = Case(images, texts, torch.tensor(100.0).log(), bias, torch.arange(size))
+    groups = None if mode == "none" else case.groups
+    if mode == "soft" and name == "siglip":  # several positives, each of which has a loss of 0
+        case.groups //= 2
+        case.images, case.texts = (rows[torch.arange(size) // 2 * 2] for rows in (images, texts))
+    kind = "soft" if mode == "none" else mode
+    loss = case.loss(name, kind, block)(case.images, case.texts, groups)
+    exact = replace(case, images=case.images.double(), texts=case.texts.double())
+    exact.scale, exact.bias = case.scale.double(), case.bias.double()
+    expected = exact.loss(name, kind)(exact.images, exact.texts, groups)
+    assert loss >= 0
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-5, rel=1e-5)
