@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from clipft.cli.console import Output
 from clipft.config.settings import Settings
 from clipft.config.sources import S3Url, cached_bucket, parse_s3_url
-from clipft.core.errors import ClipftError, ModelError, UsageError
+from clipft.core.errors import ClipftError, ModelError, UsageError, sentences
 from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -180,7 +180,10 @@ def fetch_place(url: S3Url, settings: Settings, output_dir: Path, out: Output) -
     if manifest is None:
         raise ModelError(
             f"no checkpoint at {url}",
-            "name the prefix of --s3-checkpoint-prefix, such as s3://bucket/checkpoints",
+            sentences(
+                bucket.names_near(url.prefix),
+                "name the prefix of --s3-checkpoint-prefix, such as s3://bucket/checkpoints",
+            ),
         )
     path = output_dir / f"{store.name}.pt"
     run_dir = output_dir / store.name.removesuffix("_checkpoint")

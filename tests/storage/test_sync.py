@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from clipft.cli.app import run
 from clipft.core.errors import StorageError, UsageError
 from clipft.storage.s3.client import open_bucket
-from clipft.storage.s3.keys import RefusedKey, local_path
+from clipft.storage.s3.keys import Filter, RefusedKey, local_path
 from clipft.storage.sync.folder import JOURNAL
 from clipft.storage.sync.sync import SyncResult, download, list_bucket
 from tests.storage.conftest import refusing
@@ -178,6 +178,25 @@ def test_an_empty_train_prefix_is_an_error_and_an_empty_val_prefix_a_note(bucket
     assert "data/val" in sync(bucket.settings, quiet).notes[0]
 
 
+def test_a_misspelled_prefix_is_answered_with_what_is_there(bucket):
+    bucket.put({"shop/2024/train/a": b"a", "shop/2025/train/a": b"a", "other/b": b"b"})
+    for wrong, hint in (
+        ("shop/2024/trian", "did you mean shop/2024/train? the bucket has shop/2024/train/"),
+        ("shopp/2024/train", "did you mean shop? the bucket has other/, shop/"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            sync(bucket.but(s3_prefix=wrong), quiet)
+        assert hint in caught.value.hint
+
+
+def test_patterns_that_leave_nothing_are_named(bucket):
+    bucket.put({"data/train/a.tar": b"a", "data/train/b.tar": b"b"})
+    found = list_bucket(bucket.settings, Filter(include=("*.tarr",)))
+    with pytest.raises(StorageError, match=r"none of the 2 objects under .* --include") as caught:
+        download(found, Path("nowhere"), lambda progress: None)
+    assert "'*.tar'" in caught.value.hint
+
+
 def test_settings_that_cannot_work_are_refused(bucket):
     with pytest.raises(UsageError) as caught:
         sync(bucket.but(s3_bucket=None), quiet)
@@ -200,6 +219,14 @@ def test_missing_credentials_and_an_unknown_profile_are_errors(bucket, monkeypat
         sync(bucket.settings, quiet)
     with pytest.raises(StorageError, match="no profile absent"):
         sync(bucket.but(s3_profile="absent"), quiet)
+
+
+def test_a_misspelled_profile_is_answered_with_the_nearest(bucket, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[profile catalogue]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(StorageError, match="no profile catalog") as caught:
+        sync(bucket.but(s3_profile="catalog"), quiet)
+    assert "did you mean catalogue?" in caught.value.hint
 
 
 @pytest.mark.parametrize(

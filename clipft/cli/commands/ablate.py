@@ -14,7 +14,7 @@ from clipft.config.settings import Settings
 from clipft.config.settings_file import read_toml
 from clipft.config.sources import LoadedSettings, known_settings, refuse_unknown, validated
 from clipft.core.common import counted
-from clipft.core.errors import Interrupted, RunsFailed, UsageError
+from clipft.core.errors import Interrupted, RunsFailed, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from clipft.ablation.grid import PlannedRun
@@ -117,6 +117,13 @@ def ablate(
     origins = dict.fromkeys(AblateOptions.model_fields, f"[{_TABLE}] of {file}")
     options = validated(AblateOptions, table | typed, origins | dict.fromkeys(typed, "flag"))
 
+    for name, value in given.items():
+        if isinstance(value, dict):
+            meant = did_you_mean(name, [_TABLE], lambda table: f"[{table}]")
+            hint = (
+                meant or f"settings stand at the top of the file, and [{_TABLE}] is its only table"
+            )
+            raise UsageError(f"unknown table [{name}] in {file}", hint)
     base = known_settings(given, file or "")
     # Only what the user has set, so that each scenario can bring defaults of its own
     for name, origin in loaded.origins.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import StorageSettings
+from clipft.core.errors import did_you_mean, sentences
 from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, etag_of
 from clipft.storage.s3.errors import Changed, Corrupt, code_and_status
 from clipft.storage.s3.keys import LocalPaths, Refused, RefusedKey, RemoteObject
@@ -28,6 +29,8 @@ SMALL = 1 << 20
 """Objects of up to this many bytes are held in memory while they are fetched."""
 
 _CHUNK = 256 << 10
+_NAMES, _LISTED = 1000, 10
+"""Names asked for where a prefix does not exist, and those that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,30 @@ class Bucket:
             if next_page is None:
                 return
             request["ContinuationToken"] = next_page
+
+    def names_near(self, prefix: str) -> str:
+        """Say which prefixes there are where ``prefix`` does not exist, and which one is closest.
+
+        Returns "" if the bucket cannot tell.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        place = ""
+        for part in prefix.strip("/").split("/"):
+            try:
+                answer = self.client.list_objects(  # ListingReader takes v2's answers away
+                    Bucket=self.name, Prefix=place, Delimiter="/", MaxKeys=_NAMES
+                )
+            except (BotoCoreError, ClientError):
+                return ""
+            found = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
+            names = [name[len(place) : -1] for name in found]
+            if part not in names:
+                meant = did_you_mean(part, names, place.__add__)
+                listed = ", ".join(found[:_LISTED]) + (", ..." if len(found) > _LISTED else "")
+                return sentences(meant, f"the bucket has {listed}") if found else ""
+            place += f"{part}/"
+        return ""
 
     def get(self, wanted: RemoteObject, start: int, end: int) -> memoryview:
         """Bytes ``start`` to ``end`` of exactly the version that was listed.

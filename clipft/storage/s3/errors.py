@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from clipft.config.settings import StorageSettings
-from clipft.core.errors import StorageError
+from clipft.core.errors import StorageError, did_you_mean, sentences
 
 
 class Changed(Exception):
@@ -189,11 +189,16 @@ def explained(error: Exception, settings: StorageSettings, url: str) -> StorageE
         detail = " ".join(filter(None, (str(status or ""), code)))
     else:
         detail = detail.rpartition("Error performing ")[2] or type(error).__name__
-    message, hint = _KINDS[kind_of(error)]
+    kind = kind_of(error)
+    message, hint = _KINDS[kind]
     facts = {
         "url": url,
         "bucket": settings.s3_bucket,
         "profile": settings.s3_profile or os.environ.get("AWS_PROFILE"),
         "detail": detail,
     }
+    if kind == "profile":
+        from botocore.session import Session
+
+        hint = sentences(did_you_mean(str(facts["profile"]), Session().available_profiles), hint)
     return StorageError(message.format(**facts), hint)

@@ -53,12 +53,16 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class BucketListing:
-    """The objects of each side ("train", "val") that match the filter, and the refused keys."""
+    """The objects of each side ("train", "val") that match the filter, and the refused keys.
+
+    ``left_out`` counts the objects that do not match the filter.
+    """
 
     bucket: Bucket
     prefixes: dict[str, str]
     objects: dict[str, list[RemoteObject]]
     refused: dict[str, list[Refused]]
+    left_out: int = 0
 
 
 def list_bucket(
@@ -74,11 +78,12 @@ def list_bucket(
     """
     bucket = open_bucket(settings, note)
     prefixes = dict(zip(SIDES, folder_prefixes(settings), strict=True))
-    objects, refused = {}, {}
+    objects, refused, left_out = {}, {}, 0
     for side, prefix in prefixes.items():
         listed, refused[side] = bucket.list(prefix)
         objects[side] = [o for o in listed if chosen.matches(o.path)]
-    return BucketListing(bucket, prefixes, objects, refused)
+        left_out += len(listed) - len(objects[side])
+    return BucketListing(bucket, prefixes, objects, refused, left_out)
 
 
 def download(
@@ -144,9 +149,18 @@ def _check_not_empty(listing: BucketListing) -> list[str]:
     """Refuse to sync nothing to train on; return a note if there is nothing to validate on."""
     settings = listing.bucket.settings
     if not listing.objects["train"] and not listing.refused["train"]:
+        if listing.left_out:
+            raise StorageError(
+                f"none of the {counted(listing.left_out, 'object')} under "
+                f"{listing.bucket.url(settings.s3_prefix)} is left by --include and --exclude",
+                "patterns match whole paths below the prefix: '*.tar' or 'shoes/*'",
+            )
+        there = listing.bucket.names_near(settings.s3_prefix)
         raise StorageError(
             f"bucket {settings.s3_bucket} has nothing under the prefix {settings.s3_prefix!r}",
-            "check --s3-prefix; the objects under it become the files of the train folder",
+            f"check --s3-prefix: {there}"
+            if there
+            else "check --s3-prefix; the objects under it become the files of the train folder",
         )
     if not listing.objects["val"] and not listing.refused["val"]:
         place = listing.bucket.url(settings.s3_val_prefix)
