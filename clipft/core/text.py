@@ -50,14 +50,14 @@ def decode(data: bytes, encoding: str | None = None) -> str:
         NotText: The bytes do not fit the encoding.
     """
     marked = marked_encoding(data)
-    name, start = marked or (encoding or _unmarked(data), 0)
+    name, start = marked or (encoding or unmarked_encoding(data), 0)
     try:
         return data[start:].decode(name)
     except UnicodeDecodeError as error:
         raise NotText(f"not {name.upper()} text") from error
 
 
-def _unmarked(data: bytes) -> str:
+def unmarked_encoding(data: bytes) -> str:
     """Return UTF-8, or UTF-16 if every other byte of the first ones is NUL.
 
     Some programs write UTF-16 without a mark. Read as UTF-8, it would be text with NULs.

@@ -62,6 +62,8 @@ def pack(
     if result.skipped:
         count, file = sum(result.skipped.values()), f"skipped{options.part.suffix}.jsonl"
         out.note(f"note: skipped {counted(count, 'pair')}, see {result.out / file}.")
+    for note in result.notes:
+        out.note(f"note: {note}")
     for split, start in (("validation", "shared"), ("test", "test_shared")):
         for what, field in _SHARED.items():
             if count := getattr(result, f"{start}_{field}"):

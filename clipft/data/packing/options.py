@@ -108,6 +108,23 @@ class PackOptions(Section):
         False,
         "Follow symbolic links out of SRC, as in the cache of the Hugging Face Hub.",
     )
+    caption: str = setting(
+        "",
+        'Template of the captions, made from metadata fields: "{name}, {color}". Default: the '
+        "caption column, or the .txt files.",
+        metavar="TEMPLATE",
+    )
+    delimiter: str = setting(
+        "",
+        "Character between the cells of a table, such as ; or tab. Default: found in the first "
+        "line.",
+        metavar="CHAR",
+    )
+    encoding: str = setting(
+        "",
+        "Encoding of a table, such as cp1252. Default: UTF-8, or UTF-16 if the file starts so.",
+        metavar="NAME",
+    )
     check: bool = setting(
         False, "Decode every image, not only its header. --near decodes them in any case."
     )
@@ -119,6 +136,23 @@ class PackOptions(Section):
         metavar="I/N",
     )
     processes: int = setting(0, "Processes that share the work. 0: one for each processor.", ge=0)
+
+    @field_validator("delimiter")
+    @classmethod
+    def _parse_delimiter(cls, text: str) -> str:
+        character = {"tab": "\t", "\\t": "\t"}.get(text, text)
+        if len(character) > 1 or character in {'"', "\r", "\n"}:
+            raise ValueError("is not one character: write for example ; or | or tab")
+        return character
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, name: str) -> str:
+        try:
+            "".encode(name or "utf-8")  # LookupError also for codecs that are not of text
+        except LookupError:
+            raise ValueError("is no encoding: write for example utf-8, utf-16 or cp1252") from None
+        return name
 
     @field_validator("part", mode="before")
     @classmethod

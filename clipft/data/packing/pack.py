@@ -7,12 +7,15 @@ complete, and a pack that was interrupted keeps its complete shards when it is r
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipft.core.errors import DataError
+from clipft.core.common import counted
+from clipft.core.errors import DataError, UsageError
 from clipft.data.duplicates import (
     PerceptualHash,
     group_leaders,
@@ -21,6 +24,7 @@ from clipft.data.duplicates import (
     validation_rows,
 )
 from clipft.data.packing.download import download_images
+from clipft.data.packing.fields import check_fields
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing, PackPair, Scan
 from clipft.data.packing.scan import scan
@@ -29,7 +33,9 @@ from clipft.data.packing.target import Target
 from clipft.data.packing.worker_pool import Workers
 from clipft.data.packing.writer import content_of, plan, write_all
 from clipft.data.shards.contents import Contents, contents_of, how_to_pack
+from clipft.data.shards.dataset import parse_metadata
 from clipft.data.shards.names import SPLITS
+from clipft.data.shards.tar import ByteRange
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class PackResult:
     ``captions`` counts those of all pairs, ``skipped`` pairs by reason, and ``not_read`` holds the
     files of other kinds. The ``shared_...`` fields count validation pairs whose image,
     near-duplicate image or caption is also in the training pairs, and ``test_shared_...`` test
-    pairs. They are zero if clipft made the split.
+    pairs. They are zero if clipft made the split. ``notes`` say how the source was read.
     """
 
     out: Path
@@ -57,6 +63,7 @@ class PackResult:
     test_shared_near_photos: int
     test_shared_captions: int
     not_read: Contents
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         endings = dict(self.not_read.endings)
@@ -98,6 +105,7 @@ def pack(
     with target.explain_disk_errors(), Workers(options.processes) as workers:
         images = target.building / "pictures"
         listing = list_pairs(source, out, options, images)
+        check_fields(options, partial(_metadata_of, listing))
         _download(listing, images, progress)
 
         # Scan: the number of shards is not known yet, so the total is an upper bound until then
@@ -111,6 +119,8 @@ def pack(
             pairs[split].append(pair)
         if not pairs["train"]:
             raise _nothing_to_train_on(source, found, splits)
+        if options.group_field:
+            listing.notes += _note_groups(options.group_field, found.pairs)
 
         # Plan: every part plans all shards, and writes its own
         jobs = plan(pairs, options)
@@ -145,7 +155,32 @@ def pack(
         test_shared_near_photos=shared["test"].near,
         test_shared_captions=shared["test"].captions,
         not_read=listing.others,
+        notes=listing.notes,
     )
+
+
+def _metadata_of(listing: Listing) -> Iterator[dict[str, Any]]:
+    for candidate in listing.candidates:
+        metadata = candidate.metadata
+        with suppress(OSError):  # the pair is skipped later, with this error as the reason
+            data = metadata.read() if isinstance(metadata, ByteRange) else metadata
+            yield parse_metadata(data or b"")
+
+
+def _note_groups(field: str, pairs: Sequence[PackPair]) -> list[str]:
+    """Say how many pairs --group-field does not group.
+
+    Raises:
+        UsageError: It groups none.
+    """
+    alone = sum(not pair.group for pair in pairs)
+    if alone == len(pairs):
+        raise UsageError(
+            f"--group-field: the field {field!r} is empty in every pair",
+            "name a field that is the same in all pairs of a product",
+        )
+    ungrouped = f"{counted(alone, 'pair')} without {field}: each is a group of its own."
+    return [ungrouped] if alone else []
 
 
 def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> DataError:

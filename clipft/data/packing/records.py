@@ -26,12 +26,13 @@ class Candidate:
 
 @dataclass
 class Listing:
-    """The pairs of a source, what was skipped as ``{"file", "reason"}``, and the files that are
-    neither."""
+    """The pairs of a source, what was skipped as ``{"file", "reason"}``, the files that are
+    neither, and what the user should know of how the source was read."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     others: Contents = field(default_factory=Contents)
+    notes: list[str] = field(default_factory=list)
 
     def skip(self, where: object, reason: str) -> None:
         self.skipped.append({"file": str(where), "reason": reason})

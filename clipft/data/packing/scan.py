@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
-from clipft.data.captions.lines import fold_lines
-from clipft.data.captions.template import BadCaption, split_captions
+from clipft.data.captions.lines import fold_lines, join_lines
+from clipft.data.captions.template import BadCaption, CaptionTemplate, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
 from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
+from clipft.data.packing.fields import group_of
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
 from clipft.data.packing.worker_pool import Workers
@@ -75,6 +76,8 @@ def _read(
         metadata = metadata.read() if isinstance(metadata, ByteRange) else metadata
         if isinstance(candidate.caption, ByteRange) and options.caption_lines == "joined":
             caption = _on_one_line(caption)
+        if options.caption:
+            caption = join_lines(_parsed(options.caption).captions(caption, metadata or b""))
         captions = split_captions(caption)
         if not captions:
             raise BadCaption("empty caption")
@@ -95,9 +98,9 @@ def _read(
         return "no such file"
     except OSError as error:
         return error.strerror or type(error).__name__
-    group = None
+    group = ""
     if options.group_field:
-        group = parse_metadata(metadata or b"").get(options.group_field)
+        group = group_of(parse_metadata(metadata or b""), options.group_field)
     pair = PackPair(
         name=candidate.name,
         where=candidate.where,
@@ -108,7 +111,7 @@ def _read(
         metadata=metadata,
         image_hash=hashlib.sha256(data).hexdigest(),
         caption_keys=tuple(dict.fromkeys(text.casefold() for text in captions)),
-        group="" if group is None else str(group),
+        group=group,
         split=candidate.split,
     )
     return pair, hashed
@@ -117,3 +120,6 @@ def _read(
 def _on_one_line(caption: bytes) -> bytes:
     """Join the lines of a caption; what is not UTF-8 in it stays as it is."""
     return fold_lines(caption.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+_parsed = cache(CaptionTemplate.parse)

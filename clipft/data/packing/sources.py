@@ -15,7 +15,7 @@ from clipft.core.errors import UsageError
 from clipft.data.packing.layouts import Photos, is_layout, list_layout, split_of_file
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
-from clipft.data.packing.tables import list_table
+from clipft.data.packing.tables import list_single_table
 from clipft.data.shards.index import open_shard
 from clipft.data.shards.names import FIELDS, is_hidden, pair_up, parse_name
 from clipft.data.shards.tar import ByteRange
@@ -51,7 +51,7 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
         OSError: The disk is full, or refuses to write.
     """
     if not source.is_dir():
-        return list_table(source, options, images)
+        return list_single_table(source, options, images)
     listing = Listing()
     files = _sort_files(source, out, options, listing)
     photos = Photos(source, files.images())
@@ -64,15 +64,16 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
     unused = {*files.tables, *files.parquet}
     if files.shards:
         for path in files.shards:
-            _list_shard(path, split_of_file(path.relative_to(source)), listing)
+            _list_shard(path, split_of_file(path.relative_to(source)), options, listing)
     else:
-        found = _list_raw(files, photos)
+        found = _list_raw(files, photos, options)
         # A stray .txt beside an image does not stand for a data set
         if tables and 2 * len(found.candidates) < max(1, len(photos.paths)):
             found = _list_tables(tables, options, images, photos)
             unused -= set(tables)
         listing.candidates = found.candidates
         listing.skipped += found.skipped
+        listing.notes += found.notes
         for path in sorted(unused):
             listing.others.add(str(path.relative_to(source)))
     _drop_outside(listing)
@@ -135,12 +136,13 @@ def _regular_files(folder: Path, out: Path, follow: bool, listing: Listing) -> I
                 yield path
 
 
-def _list_raw(files: _Files, photos: Photos) -> Listing:
+def _list_raw(files: _Files, photos: Photos, options: PackOptions) -> Listing:
     """List the pairs of raw files, and skip an image or a caption without the other."""
     listing = Listing()
     for sample, parts_by_key in files.samples.items():
         for key, parts, reason in pair_up(sample, parts_by_key):
-            if reason or "caption" not in parts:
+            captioned = "caption" in parts or ("metadata" in parts and options.caption)
+            if reason or "image" not in parts or not captioned:
                 where = parts.get("image") or parts.get("caption")
                 if where or "key" in reason:  # metadata alone are the file of another tool
                     listing.skip(where or key, reason or "no caption")
@@ -151,7 +153,7 @@ def _list_raw(files: _Files, photos: Photos) -> Listing:
                     name=key.rpartition("/")[2],
                     where=where,
                     image=ByteRange(where),
-                    caption=ByteRange(parts["caption"]),
+                    caption=ByteRange(parts["caption"]) if "caption" in parts else b"",
                     metadata=ByteRange(rest) if rest else None,
                     split=photos.split_of(where),
                 )
@@ -166,6 +168,7 @@ def _list_tables(tables: list[Path], options: PackOptions, images: Path, photos:
         found = list_layout(table, options, images, photos)
         listing.candidates += found.candidates
         listing.skipped += found.skipped
+        listing.notes += found.notes
     named = {c.image.path for c in listing.candidates if isinstance(c.image, ByteRange)}
     for path in photos.paths:
         if path not in named:
@@ -173,7 +176,7 @@ def _list_tables(tables: list[Path], options: PackOptions, images: Path, photos:
     return listing
 
 
-def _list_shard(path: Path, split: str, listing: Listing) -> None:
+def _list_shard(path: Path, split: str, options: PackOptions, listing: Listing) -> None:
     """Add the pairs of a shard, which stay in the tar until they are read."""
     shard, text = open_shard(path), str(path)  # all byte ranges of a shard share one string
     for skipped in shard.skipped:
@@ -186,11 +189,12 @@ def _list_shard(path: Path, split: str, listing: Listing) -> None:
             if offset >= 0
         }
         # A shard may hold images with metadata alone; a caption template makes their captions
-        if "caption" not in ranges:
+        if "caption" not in ranges and not ("metadata" in ranges and options.caption):
             listing.skip(f"{path}:{key}", "no caption")
             continue
         name, where = key.rpartition("/")[2], f"{path}:{key}"
-        image, caption, metadata = ranges["image"], ranges["caption"], ranges.get("metadata")
+        image, metadata = ranges["image"], ranges.get("metadata")
+        caption = ranges.get("caption", b"")
         listing.candidates.append(Candidate(name, where, image, caption, metadata, split))
 
 

@@ -1,216 +1,219 @@
-"""Lists the pairs of a table: CSV, TSV, JSONL or Parquet.
+"""Lists the pairs of a table: CSV, TSV, JSON, JSONL or Parquet.
 
-One column names the image (a path relative to the table's folder, a URL or, in Parquet, its bytes)
-and one holds the caption. All others become the pair's metadata.
+One column names the image (a path, a URL or the image itself) and one holds the caption. All others
+become the pair's metadata.
 """
 
-import csv
-import hashlib
 import json
-import math
+import os
 from collections.abc import Iterator
-from datetime import date, time, timedelta
-from decimal import Decimal
-from pathlib import Path, PurePosixPath
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from clipft.core.errors import DataError, UsageError
+from clipft.core.common import counted
+from clipft.core.errors import DataError
 from clipft.data.captions.lines import join_lines
-from clipft.data.packing.download import save_image
+from clipft.data.packing.fields import check_fields
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
+from clipft.data.packing.rows import delimited, json_rows
+from clipft.data.packing.rows.columns import find_columns
+from clipft.data.packing.rows.delimited import MISSING, DelimitedTable
+from clipft.data.packing.rows.images import ImageCells, Place, row_name
+from clipft.data.packing.rows.json_rows import JsonTable
+from clipft.data.packing.rows.parquet import ParquetTable, plain_value
 from clipft.data.shards.tar import ByteRange
 
-# Usual names of the columns, the most specific first
-IMAGE_COLUMNS = (
-    "image",
-    "image_path",
-    "filepath",
-    "file_path",
-    "path",
-    "file_name",
-    "filename",
-    "image_url",
-    "url",
-)
-CAPTION_COLUMNS = ("caption", "text", "title", "description", "name")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (*_DELIMITERS, ".jsonl", ".parquet")
-_BATCH = 1024
-_SAVE_AGAIN = "save the table again, as Parquet or as CSV"
+Table = DelimitedTable | JsonTable | ParquetTable
+
+_PARQUET = (".parquet", ".pq")
+_SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+_SHOWN = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Rows that decide where the paths of a table start
+_SAMPLED = 64
+# Rows that a note names by their numbers
+_NAMED = 5
 
 
-def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
-    """List the rows that have an image and a caption. Images within the table are saved in the
-    folder ``images``.
+def list_single_table(table: Path, options: PackOptions, images: Path) -> Listing:
+    """List the pairs of a table that is the whole source.
+
+    What the user named is checked before any image is saved, and that images are there after it.
 
     Raises:
-        DataError: The file is not such a table, or cannot be read.
-        UsageError: There is no column of images or captions, or pyarrow is not installed.
+        DataError: As ``list_table``, or none of the images is there.
+        UsageError: As ``list_table``, or no row has a field that an option names.
         OSError: The disk is full, or refuses to write.
     """
-    listing, columns = Listing(), _find_columns(table, options)
-    if not columns:
-        return listing
-    image_column, caption_column = columns
-    for number, row in enumerate(_rows(table, image_column), start=1):
-        place, words = row.pop(image_column, None), row.pop(caption_column, None)
-        found = _find_image(place, table, number, images)
-        if isinstance(found, str):
-            listing.skip(place if isinstance(place, str) and place else f"{table}:{number}", found)
-        elif (texts := _texts(words)) is None:
-            listing.skip(found[1], "the caption is not text")
-        else:
-            caption = join_lines(texts)
-            # "replace", because JSON may hold half of a surrogate pair
-            rest = json.dumps(plain_value(row), ensure_ascii=False).encode("utf-8", "replace")
-            listing.candidates.append(Candidate(*found, caption, rest if row else None))
+    opened = open_table(table, options)
+    if opened.columns:
+        image, caption = find_columns(table, opened.columns, options)
+        kept = set(opened.columns) - {image, "" if options.caption else caption}
+        samples = opened.samples
+        check_fields(options, lambda: ({n: row[n] for n in kept & row.keys()} for row in samples()))
+    listing = list_table(table, options, images)
+    _check_images(table, listing)
     return listing
 
 
-def _find_columns(table: Path, options: PackOptions) -> tuple[str, str] | None:
-    """Return the columns of images and captions; None if a text table has no rows."""
+def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
+    """List the rows that have an image and a caption.
+
+    Images within the table are saved in the folder ``images``. Whether the others are there is
+    found out when they are read.
+
+    Raises:
+        DataError: The file is not such a table, cannot be read, or most of its rows cannot.
+        UsageError: There is no column of images or captions, or pyarrow is not installed.
+        OSError: The disk is full, or refuses to write.
+    """
+    listing, opened = Listing(), open_table(table, options)
+    if not opened.columns:
+        return listing
+    image, caption = find_columns(table, opened.columns, options)
+    rows = opened.rows(image, caption)
+    first = list(islice(rows, _SAMPLED))
+    cells = ImageCells(table, images, [row.get(image) for _, row in first if isinstance(row, dict)])
+    unread = dict[int, str]()
+    total = 0
+    for number, row in chain(first, rows):
+        total += 1
+        if isinstance(row, str):
+            unread[number] = row
+            listing.skip(row_name(table, number), row)
+            continue
+        found = cells.find(row.pop(image, None), number)
+        _add(listing, found, row, caption, row_name(table, number), keep=bool(options.caption))
+    _check_rows(table, opened, unread, total)
+    listing.notes += _notes(table, opened, cells, unread)
+    return listing
+
+
+def is_table(path: Path) -> bool:
+    """Return whether the name of a file is that of a table."""
+    known = {*delimited.SUFFIXES, *json_rows.SUFFIXES, *_PARQUET}
+    return path.suffix.lower() in known
+
+
+def open_table(table: Path, options: PackOptions) -> Table:
+    """Open a table by the suffix of its name.
+
+    Raises:
+        DataError: It is no table, or cannot be read.
+        UsageError: It is Parquet, and pyarrow is not installed.
+    """
     suffix = table.suffix.lower()
-    if suffix not in _SUFFIXES or not table.is_file():
-        raise DataError(
-            f"{table} is neither a folder nor a table ({', '.join(_SUFFIXES)})",
-            "name the folder with the raw files or shards, or a table of images",
-        )
-    if suffix == ".parquet":
-        columns = [str(name) for name in _open_parquet(table).schema_arrow.names]
+    if not is_table(table) or not table.is_file():
+        hint = "name the folder with the raw files or shards, or a table of images"
+        if suffix in _SHEETS:
+            hint = "export the sheet as CSV in UTF-8"
+        raise DataError(f"{table} is neither a folder nor a table ({', '.join(_SHOWN)})", hint)
+    if suffix in _PARQUET:
+        return ParquetTable(table)
+    if suffix in json_rows.SUFFIXES:
+        return JsonTable(table, options)
+    return DelimitedTable(table, options)
+
+
+def _add(
+    listing: Listing,
+    found: Place | str,
+    row: dict[str, Any],
+    column: str,
+    where: str,
+    *,
+    keep: bool,
+) -> None:
+    """Add the pair of a row. ``keep`` leaves the caption in the metadata, where a template can
+    find it under its own name."""
+    words = row.get(column) if keep else row.pop(column, None)
+    texts = _texts(words)
+    if isinstance(found, str):
+        listing.skip(where, found)
+    elif texts is None and not keep:
+        listing.skip(found[1], "the caption is not text")
     else:
-        columns = list(next(_rows(table, ""), {}))
-    if not columns:
-        return None
-    found = []
-    for option, named, usual in (
-        ("--image-column", options.image_column, IMAGE_COLUMNS),
-        ("--caption-column", options.caption_column, CAPTION_COLUMNS),
-    ):
-        column = next((name for name in ([named] if named else usual) if name in columns), None)
-        if column is None:
-            raise UsageError(
-                f"{table} has no column {named or ' or '.join(usual)}; it has {', '.join(columns)}",
-                f"name the column with {option}",
-            )
-        found.append(column)
-    return found[0], found[1]
+        # "replace", because JSON may hold half of a surrogate pair
+        rest = json.dumps(plain_value(row), ensure_ascii=False).encode("utf-8", "replace")
+        caption = join_lines(texts or [])
+        listing.candidates.append(Candidate(*found, caption, rest if row else None))
 
 
-def _texts(value: object) -> list[str] | None:
+def _texts(cell: object) -> list[str] | None:
     """Return the captions in a cell, which holds one or a list; None if it holds something else."""
-    values = value if isinstance(value, list) else [value]
-    if any(not isinstance(text, str | int | float | None) for text in values):
-        return None
-    return [str(text) for text in values if text is not None]
+    texts = []
+    for value in cell if isinstance(cell, list) else [cell]:
+        if isinstance(value, bool) or not isinstance(value, bytes | str | int | float | None):
+            return None
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        if value is not None and text not in MISSING:  # MISSING has NaN too
+            texts.append(text)
+    return texts
 
 
-def _find_image(
-    value: object, table: Path, number: int, images: Path
-) -> tuple[str, str, ByteRange | str] | str:
-    """Return the first three fields of a row's ``Candidate``, or the reason to skip it."""
-    if isinstance(value, dict):  # as Hugging Face datasets store images
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        place = images / hashlib.sha256(value).hexdigest()
-        return f"{table.stem}_{number}", f"{table}:{number}", save_image(place, value)
-    if not isinstance(value, str) or not value:
-        return "no such file"
-    if "://" in value or value.startswith("data:"):
-        if not value.lower().startswith(("http://", "https://")):
-            return "neither a path nor an http or https address"
-        try:
-            name = PurePosixPath(unquote(urlsplit(value).path)).stem
-        except ValueError:  # it is reported when the download fails
-            name = ""
-        return name, value, value
-    path = str(table.parent / value)
-    return PurePosixPath(value).stem, path, ByteRange(path)
+def _check_rows(table: Path, opened: Table, unread: dict[int, str], total: int) -> None:
+    """Check that most rows could be read: otherwise the table is not what it is taken for.
 
-
-def _rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
-    suffix = table.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_rows(table, image_column)
-            return
-        # Excel starts its UTF-8 files with a byte order mark
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if suffix in _DELIMITERS:
-                yield from csv.DictReader(file, delimiter=_DELIMITERS[suffix], restkey="_more")
-                return
-            for line in file:
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("a line is not a JSON object")
-                    yield row
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        hint = "correct the error, or save the table again as UTF-8"
-        raise DataError(f"cannot read {table}: {error}", hint) from error
-
-
-def _open_parquet(table: Path) -> Any:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UsageError(
-            f"reading {table} needs pyarrow", "run `pipx inject clipft pyarrow`"
-        ) from error
-    try:
-        return ParquetFile(table)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"cannot read {table}: {error}", _SAVE_AGAIN) from error
-
-
-def _parquet_rows(table: Path, image_column: str) -> Iterator[dict[str, Any]]:
-    file = _open_parquet(table)
-    from pyarrow import ArrowException
-
-    # Metadata is JSON, which holds no bytes: do not read columns of them only to drop them
-    columns = [
-        field.name
-        for field in file.schema_arrow
-        if field.name == image_column or not _holds_bytes(field.type)
-    ]
-    try:
-        for batch in file.iter_batches(_BATCH, columns=columns):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise DataError(f"cannot read {table}: {error}", _SAVE_AGAIN) from error
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Return whether values of this Arrow type are bytes, or contain some."""
-    from pyarrow import types
-
-    if types.is_nested(kind):
-        return any(_holds_bytes(kind.field(at).type) for at in range(kind.num_fields))
-    return bool(
-        types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    Raises:
+        DataError: More than half of the rows were skipped.
+    """
+    if 2 * len(unread) <= total:
+        return
+    number, reason = next(iter(unread.items()))
+    hint = "correct these rows, or save the table again"
+    if isinstance(opened, DelimitedTable):
+        hint = (
+            f"the cells are separated by {opened.delimiter}: put quotation marks around the texts "
+            "that contain one, or name the right --delimiter"
+        )
+    raise DataError(
+        f"{len(unread):,} of the {counted(total, 'row')} of {table} cannot be read; row {number}: "
+        f"{reason}",
+        hint,
     )
 
 
-def plain_value(value: Any) -> Any:
-    """Return ``value`` as strict JSON can hold it.
+def _check_images(table: Path, listing: Listing) -> None:
+    """Check that the table names at least one image that is there, or may be downloaded.
 
-    NaN and infinity become null, dates and times their ISO text, durations their seconds; bytes in
-    lists and objects are dropped.
+    Raises:
+        DataError: All of its images are paths, and there is no such file.
     """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float | Decimal):
-        # float() raises ValueError for a signaling NaN
-        number = math.nan if isinstance(value, Decimal) and value.is_nan() else float(value)
-        return number if math.isfinite(number) else None
-    if isinstance(value, date | time):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, dict):
-        return {str(k): plain_value(v) for k, v in value.items() if not isinstance(v, bytes)}
-    if isinstance(value, list | tuple):
-        return [plain_value(part) for part in value if not isinstance(part, bytes)]
-    return plain_value(value.tolist()) if hasattr(value, "tolist") else str(value)
+    images = [candidate.image for candidate in listing.candidates]
+    if not images or any(isinstance(at, str) or os.path.exists(at.path) for at in images):
+        return
+    assert isinstance(images[0], ByteRange)
+    raise DataError(
+        f"none of the {counted(len(images), 'image')} that {table} names is there; the first would "
+        f"be {images[0].path}",
+        "write paths that start from the folder of the table or from the working folder",
+    )
+
+
+def _notes(table: Path, opened: Table, cells: ImageCells, unread: dict[int, str]) -> Iterator[str]:
+    """Say what was done beyond plain reading."""
+    by_reason: dict[str, list[int]] = {}
+    for number, reason in unread.items():
+        by_reason.setdefault(reason.partition(" (")[0], []).append(number)
+    for reason, numbers in by_reason.items():
+        yield f"{table}: skipped {_listed(numbers)}: {reason}."
+    if isinstance(opened, DelimitedTable) and opened.repaired:
+        yield (
+            f"{table}: unmatched quotation marks in {_listed(opened.repaired)}; read up to the end "
+            "of the line."
+        )
+    if isinstance(opened, ParquetTable):
+        for name, reason in opened.left_out.items():
+            yield f"{table}: left out the column {name}, which cannot be read ({reason})."
+    if cells.prefix:
+        yield f"{table}: found the images in {cells.root}, without {cells.prefix} in their paths."
+    elif cells.root != table.parent:
+        yield f"{table}: found the images from the working folder."
+
+
+def _listed(numbers: list[int]) -> str:
+    """Name the first rows: ``row 4``, ``rows 4, 9, 12, 13, 20 and 7 more``."""
+    named = ", ".join(map(str, numbers[:_NAMED]))
+    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
+    return f"row{'' if len(numbers) == 1 else 's'} {named}{more}"

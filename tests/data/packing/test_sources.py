@@ -22,7 +22,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.data.packing import download
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
-from clipft.data.packing.tables import plain_value
+from clipft.data.packing.rows.parquet import plain_value
 from tests.conftest import add
 from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, write_pair
 
@@ -76,8 +76,8 @@ def test_tables_of_every_kind_are_packed(tmp_path, kind):
 
 
 def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path):
-    (tmp_path / "t.csv").write_text("photo,words\na.png,x\n")
-    with pytest.raises(UsageError, match="it has photo, words") as caught:
+    (tmp_path / "t.csv").write_text("thing,words\na.png,x\n")
+    with pytest.raises(UsageError, match="it has thing, words") as caught:
         packed(tmp_path / "t.csv", tmp_path / "out")
     assert "--image-column" in caught.value.hint
 

@@ -1,0 +1,306 @@
+"""Reads tables of delimited text (CSV, TSV): their encoding, delimiter, quotes and rows.
+
+Files in the world break the rules of CSV. A row counts as read only if it has as many cells as the
+header. If the plain reading of a row does not, a few others are tried on its first line: spaces
+after the delimiter, quotes escaped with a backslash, quotes inside of a quoted cell, and quotes
+that are text. A row that fits none of them is skipped with a reason, and the next line is read as
+if nothing had happened, so that one quotation mark never swallows the rest of a table.
+"""
+
+import codecs
+import csv
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from clipft.core.errors import DataError
+from clipft.core.text import marked_encoding, unmarked_encoding
+from clipft.data.packing.options import PackOptions
+from clipft.data.packing.rows.columns import caption_column, image_column, names_image
+
+SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t", ".tab": "\t"}
+"""The suffixes of delimited text, each with the delimiter that it stands for."""
+
+_DELIMITERS = (",", ";", "\t", "|")
+_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+# What pandas, R and databases write for a value that is missing
+MISSING = {"nan", "NaN", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL", "None", "\\N"}
+# Excel writes this line to say which delimiter the file has
+_SEPARATOR_LINE = re.compile(r"sep=(.)")
+_START = 64
+UNMATCHED = "a quotation mark without its partner"
+
+
+class DelimitedTable:
+    """A table of delimited text, opened at its first row.
+
+    Attributes:
+        columns: The names in the header, without spaces around them and without unnamed columns.
+        repaired: The numbers of rows whose quotation marks had to be guessed.
+    """
+
+    def __init__(self, path: Path, options: PackOptions) -> None:
+        """Read the header.
+
+        Raises:
+            DataError: The file cannot be read, or not in this encoding.
+        """
+        self.path, self.repaired = path, list[int]()
+        self.encoding = encoding_of(path, options.encoding)
+        with self._opened() as lines:
+            stated = _skip_to_header(lines)
+            self._delimiter = options.delimiter or stated or _find_delimiter(lines, path, options)
+            cells = next(csv.reader(lines, delimiter=self._delimiter), [])
+        # "image, caption": the spaces belong to the delimiter, before quotes too
+        self._spaced = len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+        self._header = _unique([cell.strip() for cell in cells])
+        self.columns = [name for name in self._header if name]
+
+    @property
+    def delimiter(self) -> str:
+        """The delimiter in words, for messages."""
+        return _NAMES.get(self._delimiter, repr(self._delimiter))
+
+    def samples(self) -> Iterator[dict[str, str]]:
+        """Yield an object that has every field of the metadata."""
+        yield dict.fromkeys(self.columns, "")
+
+    def rows(
+        self, image: str, caption: str = ""
+    ) -> Iterator[tuple[int, dict[str, str | None] | str]]:
+        """Yield the number of each row, from 1, with its values or the reason why it is skipped.
+
+        Values that are missing are None. ``image`` is the column by which rows are told apart from
+        the lines of a text.
+
+        Raises:
+            DataError: The file cannot be read, or not in this encoding.
+        """
+        self.repaired.clear()
+        with self._opened() as lines:
+            for number, cells in self._records(lines, self._header.index(image)):
+                if isinstance(cells, str):
+                    yield number, cells
+                else:
+                    named = zip(self._header, cells, strict=True)
+                    yield number, {n: None if c in MISSING else c for n, c in named if n}
+
+    def _records(self, lines: "_Lines", image: int) -> Iterator[tuple[int, list[str] | str]]:
+        _skip_to_header(lines)
+        next(csv.reader(lines, delimiter=self._delimiter))
+        width, number = len(self._header), 0
+        reader = csv.reader(
+            lines, delimiter=self._delimiter, strict=True, skipinitialspace=self._spaced
+        )
+        while True:
+            lines.taken.clear()
+            try:
+                cells = next(reader, None)
+            except csv.Error:
+                cells = []
+            else:
+                if cells is None:
+                    return
+                if not any(map(str.strip, cells)):  # a blank line, or one of delimiters alone
+                    number += bool(cells)
+                    continue
+            number += 1
+            # The plain path: as many cells as the header, on one line
+            whole = len(cells) == width
+            if whole and (len(lines.taken) == 1 or not self._swallows(lines.taken, image)):
+                yield number, cells
+            else:
+                yield number, self._repair(lines, [] if whole else cells, number)
+
+    def _swallows(self, taken: list[str], image: int) -> bool:
+        """Return whether a quoted cell of several lines holds what is a row of its own."""
+        for line in taken[1:]:
+            cells = line.rstrip("\r\n").split(self._delimiter)
+            before = "".join(cells[: image + 1])
+            if len(cells) == len(self._header) and '"' not in before and names_image(cells[image]):
+                return True
+        return False
+
+    def _repair(self, lines: "_Lines", cells: list[str], number: int) -> list[str] | str:
+        """Read a row in other ways; ``cells`` is the plain reading, empty if quotes do not match.
+
+        Only the first line is taken if quotes do not match; the others are read again.
+        """
+        width = len(self._header)
+        if len(cells) > width and not any(cells[width:]):  # delimiters at the end of the line
+            return cells[:width]
+        if cells and len(lines.taken) > 1:
+            return _wrong_width(len(cells), width)
+        lines.give_back(lines.taken[1:])
+        line = lines.taken[0].rstrip("\r\n")
+        for read in self._readings(line, literal=not cells):
+            if len(read) == width:
+                self.repaired.append(number)
+                return read
+        return _wrong_width(len(cells), width) if cells else UNMATCHED
+
+    def _readings(self, line: str, literal: bool) -> Iterator[list[str]]:
+        for escape, spaced in ((None, True), ("\\", False)):
+            with suppress(csv.Error):
+                yield next(
+                    csv.reader(
+                        [line],
+                        delimiter=self._delimiter,
+                        strict=True,
+                        escapechar=escape,
+                        skipinitialspace=spaced,
+                    )
+                )
+        yield self._lenient(line)
+        if literal:
+            yield line.split(self._delimiter)
+
+    def _lenient(self, line: str) -> list[str]:
+        """Split a line whose quoted cells may hold quotes: one ends a cell only before a
+        delimiter or at the end of the line."""
+        end = rf" *(?:{re.escape(self._delimiter)}|$)"
+        quoted = re.compile(rf' *"((?:""|\\"|[^"]|"(?!{end}))*+)"(?={end}) *')
+        cells, at = list[str](), 0
+        while True:
+            if found := quoted.match(line, at):
+                cells.append(found[1].replace('""', '"').replace('\\"', '"'))
+                at = found.end()
+            else:
+                close = line.find(self._delimiter, at)
+                cells.append(line[at : close if close >= 0 else len(line)])
+                at = close if close >= 0 else len(line)
+            if at >= len(line):
+                return cells
+            at += 1  # the delimiter
+
+    @contextmanager
+    def _opened(self) -> Iterator["_Lines"]:
+        csv.field_size_limit(sys.maxsize)  # its default is 128 KiB, and shops keep pages in a cell
+        # newline="": the line ends within quotes are kept as they are
+        with (
+            reading(self.path, self.encoding),
+            self.path.open(encoding=self.encoding, newline="") as file,
+        ):
+            yield _Lines(file)
+
+
+class _Lines:
+    """The lines of a file. ``taken`` are those since it was cleared; they can be given back."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._again, self.taken = file, deque[str](), list[str]()
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self.taken.append(line)
+        return line
+
+    def give_back(self, lines: list[str]) -> None:
+        self._again.extendleft(reversed(lines))
+
+
+def encoding_of(path: Path, named: str) -> str:
+    """Return the encoding of a text file: that of its byte-order mark, the one that the user
+    named, or what its first bytes tell.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    marked = marked_encoding(start)
+    return marked[0] if marked else named or unmarked_encoding(start)
+
+
+@contextmanager
+def reading(path: Path, encoding: str) -> Iterator[None]:
+    """Raise a ``DataError``, which says what to do, if a text cannot be read in the block."""
+    try:
+        yield
+    except UnicodeError as error:
+        line = _bad_line(path, encoding)
+        other = "cp1252" if codecs.lookup(encoding).name.startswith("utf-8") else "utf-8"
+        raise DataError(
+            f"cannot read {path} as {encoding.upper()}"
+            + (f": line {line} has other bytes" if line else f": {error}"),
+            f"name the encoding of the file, for example --encoding {other}, or save the table "
+            "again as UTF-8",
+        ) from error
+    except (OSError, csv.Error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return DataError(f"cannot read {path}: {reason}", "save the table again as UTF-8")
+
+
+def _bad_line(path: Path, encoding: str) -> int:
+    """Return the number of the first line that is not in this encoding, 0 if lines cannot tell."""
+    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
+        return 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode(encoding)
+            except UnicodeError:
+                return number
+    return 0
+
+
+def _skip_to_header(lines: _Lines) -> str | None:
+    """Move to the header; return the delimiter that a line of Excel before it states, if any."""
+    stated = None
+    for line in lines:
+        text = line.lstrip("\ufeff")
+        found = _SEPARATOR_LINE.fullmatch(text.rstrip("\r\n"))
+        if found and stated is None:
+            stated = found[1]
+        elif text.strip():
+            lines.give_back([text])
+            break
+    return stated
+
+
+def _find_delimiter(lines: _Lines, path: Path, options: PackOptions) -> str:
+    """Return the delimiter with which the header has columns that can be recognized.
+
+    If several do, the one that the suffix stands for wins.
+    """
+    line = next(lines, "")
+    lines.give_back([line] if line else [])
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+        image = image_column(names, options.image_column)
+        caption = caption_column(names, options.caption_column)
+        return (image is not None) + (caption is not None), len(names)
+
+    return max((SUFFIXES[path.suffix.lower()], *_DELIMITERS), key=fit)
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Number the columns that share a name: ``size``, ``size_2``."""
+    found = list[str]()
+    for name in names:
+        number, unique = 1, name
+        while unique and unique in found:
+            number += 1
+            unique = f"{name}_{number}"
+        found.append(unique)
+    return found
+
+
+def _wrong_width(found: int, width: int) -> str:
+    more = "more" if found > width else "fewer"
+    return f"{more} cells than the header ({found} instead of {width})"

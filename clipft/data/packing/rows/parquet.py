@@ -1,0 +1,195 @@
+"""Reads tables of Parquet, whatever types their columns have."""
+
+import math
+from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from clipft.core.errors import DataError, UsageError, first_line
+
+_BATCH = 1024
+# A batch of images is in memory as a whole
+_IMAGES = 64
+_SAVE_AGAIN = "save the table again, as Parquet or as CSV"
+# What pyarrow raises for a value that Python cannot hold, or only with pandas or tzdata:
+# OverflowError (the year 20000), ValueError (nanoseconds, bytes that are not UTF-8), KeyError (a
+# time zone), and for types that it cannot convert at all
+_NO_VALUE = (ArithmeticError, ValueError, TypeError, LookupError, ImportError, NotImplementedError)
+
+
+class ParquetTable:
+    """A table of Parquet.
+
+    Attributes:
+        columns: The names of its columns.
+        left_out: The columns that could not be read so far, with the reason.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the names of the columns.
+
+        Raises:
+            DataError: The file cannot be read.
+            UsageError: pyarrow is not installed.
+        """
+        self.path, self.left_out = path, dict[str, str]()
+        self.columns = [str(name) for name in _open(path).schema_arrow.names]
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Yield an object that has every field of the metadata."""
+        yield {field.name: _sample(field.type) for field in _open(self.path).schema_arrow}
+
+    def rows(self, image: str, caption: str = "") -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield the number of each row, from 1, with its values.
+
+        Of the columns of bytes only the images and the captions are read, because metadata cannot
+        hold bytes. Other columns that cannot be read are left out.
+
+        Raises:
+            DataError: The file, or the column of images or captions, cannot be read.
+        """
+        from pyarrow import ArrowException
+
+        file, number = _open(self.path), 0
+        held = {field.name: holds_bytes(field.type) for field in file.schema_arrow}
+        needed = (image, caption)
+        columns = [name for name, is_bytes in held.items() if name in needed or not is_bytes]
+        batch = _IMAGES if any(held[name] for name in columns) else _BATCH
+        try:
+            for part in file.iter_batches(batch, columns=columns):
+                values = {}
+                for name, column in zip(part.schema.names, part.columns, strict=True):
+                    if (read := self._values(name, column, name in needed)) is not None:
+                        values[name] = read
+                for row in range(part.num_rows):
+                    number += 1
+                    yield number, {name: column[row] for name, column in values.items()}
+        except (ArrowException, OSError) as error:
+            raise DataError(f"cannot read {self.path}: {first_line(error)}", _SAVE_AGAIN) from error
+
+    def _values(self, name: str, column: Any, needed: bool) -> list[Any] | None:
+        from pyarrow import ArrowException
+
+        try:
+            return values_of(column)
+        except (ArrowException, *_NO_VALUE) as error:
+            if needed:
+                raise DataError(
+                    f"cannot read the column {name} of {self.path}: {first_line(error)}",
+                    _SAVE_AGAIN,
+                ) from error
+            self.left_out.setdefault(name, f"{column.type}: {first_line(error)}")
+            return None
+
+
+def _open(table: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UsageError(
+            f"reading {table} needs pyarrow", "run `pipx inject clipft pyarrow`"
+        ) from error
+    try:
+        return ParquetFile(table)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"cannot read {table}: {first_line(error)}", _SAVE_AGAIN) from error
+
+
+def _sample(kind: Any) -> Any:
+    """Return an object with the fields of a struct, "" for a value of any other Arrow type."""
+    from pyarrow import types
+
+    if not types.is_struct(kind):
+        return ""
+    return {
+        part.name: _sample(part.type) for part in (kind.field(at) for at in range(kind.num_fields))
+    }
+
+
+def holds_bytes(kind: Any) -> bool:
+    """Return whether values of this Arrow type are bytes, or contain some."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
+    if types.is_nested(kind):
+        return any(holds_bytes(kind.field(at).type) for at in range(kind.num_fields))
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+    )
+
+
+def values_of(column: Any) -> list[Any]:
+    """Return the values of an Arrow array as Python objects.
+
+    Dates and times become ISO text (UTC if they have a time zone) and durations seconds, computed
+    without the limits of Python's own types (years up to 9999, microseconds) and without pandas or
+    a database of time zones, which pyarrow would need for some of them.
+
+    Raises:
+        ArrowException, or one of many others: Python cannot hold a value.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_timestamp(kind) or types.is_date(kind):
+        zone = "+00:00" if types.is_timestamp(kind) and kind.tz else ""
+        unit = "D" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit
+        return _iso_texts(column, unit, types.is_date(kind), zone)
+    if types.is_duration(kind):
+        scale = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
+        counts = column.cast(pyarrow.int64()).to_pylist()
+        return [None if count is None else count / scale for count in counts]
+    if types.is_time64(kind) and kind.unit == "ns":
+        column = column.cast(pyarrow.time64("us"), safe=False)
+    if types.is_string(kind) or types.is_large_string(kind):
+        try:
+            return list(column.to_pylist())
+        except UnicodeDecodeError:
+            wide = column.cast(pyarrow.large_binary()).to_pylist()
+            return [None if text is None else text.decode("utf-8", "replace") for text in wide]
+    return list(column.to_pylist())
+
+
+def _iso_texts(column: Any, unit: str, is_date: bool, zone: str) -> list[str | None]:
+    import numpy as np
+    import pyarrow
+
+    width = pyarrow.int32() if unit == "D" else pyarrow.int64()
+    counts = column.cast(width).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    shown = counts.astype(f"datetime64[{unit}]")
+    texts = np.datetime_as_string(shown.astype("datetime64[D]") if is_date else shown).tolist()
+    return [
+        (text.rstrip("0").rstrip(".") if "." in text else text) + zone if valid else None
+        for text, valid in zip(texts, column.is_valid().to_pylist(), strict=True)
+    ]
+
+
+def plain_value(value: Any) -> Any:
+    """Return ``value`` as strict JSON can hold it.
+
+    NaN and infinity become null, dates and times their ISO text, durations their seconds; bytes in
+    lists and objects are dropped.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float | Decimal):
+        # float() raises ValueError for a signaling NaN
+        number = math.nan if isinstance(value, Decimal) and value.is_nan() else float(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, dict):
+        return {str(k): plain_value(v) for k, v in value.items() if not isinstance(v, bytes)}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value if not isinstance(part, bytes)]
+    return plain_value(value.tolist()) if hasattr(value, "tolist") else str(value)
