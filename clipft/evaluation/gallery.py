@@ -5,11 +5,13 @@ counts as right, not only the query's own.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +29,9 @@ SHOWN = 5
 _MAX_QUERIES = 1000
 _BLOCK = 64
 """Queries scored at a time. Memory grows with this number times the number of images."""
-_GAINS, _LOSSES, _OTHERS = 5, 5, 4
+_GAINS, _LOSSES, _MISSES, _OTHERS = 5, 5, 4, 4
+_MOST_IMAGES = 240
+"""Different images of the queries that a reader can look up in a page."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,8 @@ def rank_images(embedded: Embeddings, groups: Tensor, data: str) -> Rankings:
 class Case:
     """A query and the pair numbers of the images that came first.
 
-    ``kind`` is why it is shown: ``gain``, ``loss`` or ``any``. The ranks are those of the first
-    right image; ``rank_after`` is None if there is no fine-tuned model.
+    ``kind`` is why it is shown: ``gain``, ``loss``, ``miss`` or ``any``. The ranks are those of the
+    first right image; ``rank_after`` is None if there is no fine-tuned model.
     """
 
     kind: str
@@ -119,14 +123,38 @@ class Case:
 
 
 def choose_cases(before: Rankings, after: Rankings | None) -> list[Case]:
-    """Choose the greatest gains and losses, and some other queries spread evenly.
+    """Choose the greatest gains and losses, queries that both models miss, and some others.
 
-    Gains are compared by the ratio of the ranks: from 40 to 2 is more than from 400 to 300.
-    Without rankings of the same queries in ``after``, there are neither gains nor losses.
+    Gains are compared by the ratio of the ranks: from 40 to 2 is more than from 400 to 300. A miss
+    has no right image among the first of either model. The others are spread evenly. Without
+    rankings of the same queries in ``after``, there are only others.
     """
+    cases = all_cases(before, after)
+    compared = [case for case in cases if case.rank_after]
+    ratio = sorted(compared, key=lambda case: case.rank_before / (case.rank_after or 1))
+    gains = [c for c in reversed(ratio) if (c.rank_after or 1) < c.rank_before][:_GAINS]
+    losses = [c for c in ratio if (c.rank_after or 1) > c.rank_before][:_LOSSES]
+    taken = {case.query for case in (*gains, *losses)}
+    missed = sorted(
+        (c for c in compared if min(c.rank_before, c.rank_after or 1) > SHOWN),
+        key=lambda case: -(case.rank_after or 1),
+    )
+    misses = [case for case in missed if case.query not in taken][:_MISSES]
+    taken |= {case.query for case in misses}
+    rest = [case for case in cases if case.query not in taken]
+    return [
+        *(replace(case, kind="gain") for case in gains),
+        *(replace(case, kind="loss") for case in losses),
+        *(replace(case, kind="miss") for case in misses),
+        *rest[:: max(1, len(rest) // _OTHERS)][:_OTHERS],
+    ]
+
+
+def all_cases(before: Rankings, after: Rankings | None) -> list[Case]:
+    """Return a case for every query; without the same queries in ``after``, that of one model."""
     if after and (after.data, after.queries) != (before.data, before.queries):
         after = None
-    cases = [
+    return [
         Case(
             "any",
             query,
@@ -137,16 +165,48 @@ def choose_cases(before: Rankings, after: Rankings | None) -> list[Case]:
         )
         for at, query in enumerate(before.queries)
     ]
-    chosen = list[Case]()
-    if after:
-        ratio = sorted(cases, key=lambda case: case.rank_before / (case.rank_after or 1))
-        gains = [c for c in reversed(ratio) if (c.rank_after or 1) < c.rank_before][:_GAINS]
-        losses = [c for c in ratio if (c.rank_after or 1) > c.rank_before][:_LOSSES]
-        chosen += [replace(case, kind="gain") for case in gains]
-        chosen += [replace(case, kind="loss") for case in losses]
-    taken = {case.query for case in chosen}
-    rest = [case for case in cases if case.query not in taken]
-    return [*chosen, *rest[:: max(1, len(rest) // _OTHERS)][:_OTHERS]]
+
+
+def choose_to_look_up(cases: Sequence[Case]) -> list[Case]:
+    """Choose the queries that a reader can look up in a page: as many, drawn at random, as show
+    at most ``_MOST_IMAGES`` different images."""
+    chosen, shown = list[int](), set[int]()
+    for at in np.random.default_rng(0).permutation(len(cases)).tolist():
+        images = shown | {*cases[at].first_before, *cases[at].first_after}
+        if len(images) <= _MOST_IMAGES:
+            chosen.append(at)
+            shown = images
+    return [cases[at] for at in sorted(chosen)]
+
+
+def mistaken_categories(
+    cases: Sequence[Case], labels: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """Count which category was taken for which: that of a query, and that of its first image.
+
+    ``labels`` are those of all pairs, None without a category. The most frequent come first, by
+    the fine-tuned model's count, or the pretrained model's if there is no other.
+    """
+    counts: dict[tuple[str, str], list[int]] = {}
+    asked = Counter(labels[case.query] for case in cases)
+    for case in cases:
+        for model, first in enumerate((case.first_before, case.first_after)):
+            wanted, found = labels[case.query], labels[first[0]] if first else None
+            if wanted and found and wanted != found:
+                counts.setdefault((wanted, found), [0, 0])[model] += 1
+    fine_tuned = any(case.first_after for case in cases)
+    return [
+        {
+            "category": wanted,
+            "taken_for": found,
+            "queries": asked[wanted],
+            "before": before,
+            "after": after if fine_tuned else None,
+        }
+        for (wanted, found), (before, after) in sorted(
+            counts.items(), key=lambda item: (-item[1][fine_tuned], -item[1][0], item[0])
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -208,3 +268,30 @@ def gallery_content(
             }
         )
     return found
+
+
+def lookup_content(
+    cases: Sequence[Case], read: PairReader, keep_image: Callable[[int], str]
+) -> dict[str, Any]:
+    """Return queries to look up, as JSON: ``queries`` name the numbers of their images, and
+    ``pairs`` the caption and place of each number."""
+    pairs = dict[int, dict[str, str]]()
+    for case in cases:
+        for number in (case.query, *case.first_before, *case.first_after):
+            if number not in pairs:
+                pairs[number] = {"caption": read.caption(number), "place": ""}
+        for number in (*case.first_before, *case.first_after):
+            pairs[number]["place"] = keep_image(number)
+    return {
+        "pairs": pairs,
+        "queries": [
+            {
+                "pair": case.query,
+                "rank_before": case.rank_before,
+                "rank_after": case.rank_after,
+                "before": case.first_before,
+                "after": case.first_after,
+            }
+            for case in cases
+        ],
+    }

@@ -68,15 +68,17 @@ def render(template: str, **values: Any) -> str:
     return _templates().get_template(template).render(values)
 
 
+def data_uri(jpeg: bytes) -> str:
+    """Return the address of a JPEG that holds the image itself."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
 @cache
 def _templates() -> jinja2.Environment:
     def asset(name: str) -> str:
         text = files("clipft.report").joinpath("assets", name).read_text(encoding="utf-8")
         # A page must not ask for the source map, which is not in it
         return re.sub(r"\n//# sourceMappingURL=.*", "", text)
-
-    def data_uri(jpeg: bytes) -> str:
-        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipft.report"),

@@ -1,6 +1,7 @@
 """The content of a run's report, and the files that ``train`` and ``report`` write from it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,25 +36,41 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
     records, settings = read_run(folder), run_settings(folder)
     if data_dir:
         settings = settings.model_copy(update={"data_dir": data_dir})
-    cases, images, note = _gallery(folder, settings)
-    content = run_content(records, cases, note)
-    write_page_and_json(page, run_page(content, images), content)
+    gallery = _gallery(folder, settings)
+    content = run_content(records, gallery)
+    write_page_and_json(page, run_page(content, gallery.images), content)
     return content
 
 
-def _gallery(
-    folder: Path, settings: "Settings"
-) -> tuple[list[dict[str, Any]], dict[int, bytes], str]:
-    """Return the gallery's cases, the thumbnails by pair number, and why there is no gallery."""
+@dataclass(frozen=True)
+class Gallery:
+    """What the rankings of a run show.
+
+    ``images`` are JPEGs by pair number. ``note`` says why there is nothing, or is "".
+    """
+
+    cases: Sequence[Json] = ()
+    lookup: Json | None = None
+    mistaken: Sequence[Json] = ()
+    images: Mapping[int, bytes] = field(default_factory=dict)
+    note: str = ""
+
+
+def _gallery(folder: Path, settings: "Settings") -> Gallery:
     from clipft.core.errors import DataError
+    from clipft.data.captions.metadata import describe
     from clipft.data.captions.template import CaptionTemplate
     from clipft.embedding.embed import validation_pairs
     from clipft.evaluation.gallery import (
         PairReader,
         Rankings,
+        all_cases,
         choose_cases,
+        choose_to_look_up,
         data_name,
         gallery_content,
+        lookup_content,
+        mistaken_categories,
     )
     from clipft.report.html import SIDE, thumbnail
     from clipft.runs.folder import RunPaths
@@ -61,15 +78,16 @@ def _gallery(
     paths = RunPaths(folder)
     before, after = Rankings.read(paths.rankings_before), Rankings.read(paths.rankings_best)
     if before is None:
-        return [], {}, "No gallery: the run kept no rankings."
+        return Gallery(note="No gallery: the run kept no rankings.")
     images: dict[int, bytes] = {}
     places: dict[int, str] = {}
     try:
         pairs = validation_pairs(settings)
         if data_name(pairs) != before.data:
             moved = f"the pairs in {settings.data_dir} are not those of the run"
-            return [], {}, f"No gallery: {moved}."
-        read = PairReader(pairs, CaptionTemplate.parse(settings.caption, settings.caption_lines))
+            return Gallery(note=f"No gallery: {moved}.")
+        template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        read = PairReader(pairs, template)
 
         def keep_image(number: int) -> str:
             if number not in places:
@@ -78,19 +96,20 @@ def _gallery(
                     images[number] = thumbnail(image)
             return places[number]
 
-        return gallery_content(choose_cases(before, after), read, keep_image), images, ""
+        cases = all_cases(before, after)
+        said = describe(pairs, template, settings.label_field, None)
+        return Gallery(
+            cases=gallery_content(choose_cases(before, after), read, keep_image),
+            lookup=lookup_content(choose_to_look_up(cases), read, keep_image),
+            mistaken=mistaken_categories(cases, [pair.label for pair in said]),
+            images=images,
+        )
     except DataError as error:
-        return [], {}, f"No gallery: {error.message}."
+        return Gallery(note=f"No gallery: {error.message}.")
 
 
-def run_content(records: RunRecords, gallery: Sequence[Json], gallery_note: str) -> dict[str, Any]:
-    """Return the content of report.json.
-
-    Args:
-        records: what the run left in its folder.
-        gallery: cases of ``gallery_content``.
-        gallery_note: why there is no gallery, or "".
-    """
+def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
+    """Return the content of report.json from what the run left in its folder."""
     kept = records.kept
     settings = {entry["name"]: entry["value"] for entry in records.settings}
     return {
@@ -113,8 +132,10 @@ def run_content(records: RunRecords, gallery: Sequence[Json], gallery_note: str)
         "kept": {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
         if kept
         else None,
-        "gallery": list(gallery),
-        "gallery_note": gallery_note,
+        "gallery": list(gallery.cases),
+        "gallery_note": gallery.note,
+        "lookup": gallery.lookup,
+        "mistaken": list(gallery.mistaken),
         "skipped": {"counts": records.skipped_counts, "listed": records.skipped},
         "settings": records.settings,
     }

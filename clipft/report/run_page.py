@@ -1,16 +1,20 @@
 """The page of a run's report, made from its content and thumbnails alone."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipft.core.common import duration
 from clipft.metrics.figures import RECALL_DEFINITION, Unit, figure_name, number, shown_bytes
 from clipft.report.charts import category_charts, interpolation_charts, run_charts
-from clipft.report.html import PageTable, render
+from clipft.report.html import PageTable, data_uri, render
+from clipft.report.overview import main_cases, main_figures
 
 Json = Mapping[str, Any]
 
 _FIRST = frozenset({0})
+_MISTAKEN = 12
+"""Confusions that are shown; the JSON has all."""
 
 
 def run_page(content: Json, images: Mapping[int, bytes]) -> str:
@@ -30,10 +34,26 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
         [f"{pair.get('shard', '')}:{pair.get('key', '')}", str(pair.get("reason", ""))]
         for pair in content["skipped"]["listed"]
     ]
+    mistaken = [
+        [
+            f"{m['category']} → {m['taken_for']}",
+            f"{m['before']} of {m['queries']}",
+            *([] if m["after"] is None else [f"{m['after']} of {m['queries']}"]),
+        ]
+        for m in content["mistaken"][:_MISTAKEN]
+    ]
+    models = ["pretrained", "fine-tuned"][: len(mistaken[0]) - 1] if mistaken else []
+    lookup = content["lookup"]
+    shown = {n for q in lookup["queries"] for n in (*q["before"], *q["after"])} if lookup else ()
     return render(
         "run.html",
         content=content,
         images=images,
+        dumbbell=main_figures(content["figures"], kept),
+        main_cases=main_cases(content["gallery"]),
+        lookup_images={n: data_uri(images[n]) for n in sorted(shown) if n in images},
+        mistaken=PageTable("Category of the caption, and of its first image", models, mistaken),
+        command=train_command(content["settings"]),
         figures=[_figure_tables(found) for found in content["figures"]],
         kept=[_figure_tables(found) for found in kept["figures"]] if kept else [],
         charts={title: found for title, found in charts.items() if found},
@@ -73,9 +93,11 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
     names = [row["name"] for row in rows]
     lines = list(zip(names, *columns.values(), strict=True))
     words = [[figure_name(name), text] for name, text in found["definitions"].items()]
+    if any(row["key"] == "mean_recall" for row in rows):
+        words.insert(0, RECALL_DEFINITION.split(": ", 1))
     return (
         PageTable(title, list(columns), lines),
-        PageTable(RECALL_DEFINITION, ["definition"], words, texts=_FIRST),
+        PageTable(f"Definitions: {found['title']}", ["definition"], words, texts=_FIRST),
     )
 
 
@@ -97,6 +119,21 @@ def settings_tables(settings: Sequence[Json]) -> tuple[PageTable, PageTable]:
         PageTable("Changed", ["value", "default"], changed, texts=frozenset({0, 1})),
         PageTable("At their defaults", ["value"], others, texts=_FIRST),
     )
+
+
+def train_command(settings: Sequence[Json]) -> str:
+    """Return the command that trains with the same settings, one option a line."""
+    options = []
+    for setting in settings:
+        if not setting["changed"] or setting["name"] == "resume_from_checkpoint":
+            continue
+        option, value = setting["name"].replace("_", "-"), setting["value"]
+        if isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words = value if isinstance(value, list) else [value]
+            options += [f"--{option} {shlex.quote(str(word))}" for word in words]
+    return " \\\n  ".join(["clipft train", *options])
 
 
 def environment_table(environment: Mapping[str, str]) -> PageTable:

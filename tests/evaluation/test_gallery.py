@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from clipft.embedding.embed import Embeddings
-from clipft.evaluation.gallery import Rankings, choose_cases, rank_images
+from clipft.evaluation.gallery import (
+    Rankings,
+    all_cases,
+    choose_cases,
+    choose_to_look_up,
+    mistaken_categories,
+    rank_images,
+)
 
 
 def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:
@@ -55,7 +62,38 @@ def test_the_greatest_gains_and_losses_are_chosen():
     cases = choose_cases(before, after)
     assert [case.query for case in cases if case.kind == "gain"] == [0, 1]
     assert [case.query for case in cases if case.kind == "loss"] == [2]
-    assert len([case for case in cases if case.kind == "any"]) == 4
+    assert [case.kind for case in cases].count("miss") == 4
+    assert [case.kind for case in cases].count("any") == 4
     assert len({case.query for case in cases}) == len(cases)
     other = Rankings("y", after.queries, after.ranks, after.first)
     assert {case.kind for case in choose_cases(before, other)} == {"any"}
+
+
+def test_a_miss_is_among_the_first_of_neither_model():
+    before = Rankings("x", [0, 1, 2, 3], [9, 9, 2, 6], [[n] for n in range(4)])
+    after = Rankings("x", [0, 1, 2, 3], [9, 5, 2, 6], [[n] for n in range(4)])
+    cases = choose_cases(before, after)
+    assert [case.query for case in cases if case.kind == "miss"] == [0, 3]
+
+
+def test_queries_to_look_up_show_a_bounded_number_of_images():
+    ranks, first = [1] * 900, [list(range(n, n + 5)) for n in range(900)]
+    cases = all_cases(Rankings("x", list(range(900)), ranks, first), None)
+    chosen = choose_to_look_up(cases)
+    images = {image for case in chosen for image in case.first_before}
+    assert 236 <= len(images) <= 240 and 48 <= len(chosen) < 100
+    assert [case.query for case in chosen] == sorted(case.query for case in chosen)
+    assert max(case.query for case in chosen) > 600  # they are spread over all
+    assert choose_to_look_up(cases[:40]) == cases[:40]
+
+
+def test_categories_are_counted_that_a_first_image_was_taken_for():
+    labels = ["chair", "chair", "stool", None]
+    before = Rankings("x", [0, 1, 2, 3], [2, 2, 1, 1], [[2], [2], [2], [0]])
+    after = Rankings("x", [0, 1, 2, 3], [1, 2, 1, 1], [[0], [2], [0], [0]])
+    assert mistaken_categories(all_cases(before, after), labels) == [
+        {"category": "chair", "taken_for": "stool", "queries": 2, "before": 2, "after": 1},
+        {"category": "stool", "taken_for": "chair", "queries": 1, "before": 0, "after": 1},
+    ]
+    (alone,) = mistaken_categories(all_cases(before, None), labels)
+    assert (alone["before"], alone["after"]) == (2, None)

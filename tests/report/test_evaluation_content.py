@@ -56,7 +56,7 @@ def test_each_figure_is_defined(evaluation):
 
 
 def test_categories_are_bars_with_intervals(evaluation):
-    from clipft.report.report import run_content
+    from clipft.report.report import Gallery, run_content
     from clipft.report.run_page import run_page
     from clipft.runs.records import RunRecords
 
@@ -68,7 +68,7 @@ def test_categories_are_bars_with_intervals(evaluation):
     settings.append({"name": "model", "value": "m", "default": "x", "changed": True})
     kept = {"keep_dir": "<b>general", **evaluation}
     content = run_content(
-        RunRecords("f", settings, {}, [], [epoch], {}, evaluation, None, kept, [], {}), [], ""
+        RunRecords("f", settings, {}, [], [epoch], {}, evaluation, None, kept, [], {}), Gallery()
     )
     (chart,) = category_charts(content["categories"])
     assert chart.labels == ["<i>chair (40)", "lamp (20)"]

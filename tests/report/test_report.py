@@ -79,8 +79,10 @@ class Elements(HTMLParser):
 def test_the_page_loads_nothing_from_elsewhere(page):
     elements = Elements(page).found
     assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object", "base", "form"})
-    loaded = [a[name] for _, a in elements for name in ("src", "href", "srcset") if name in a]
+    loaded = [a[name] for _, a in elements for name in ("src", "srcset") if name in a]
     assert loaded and all(address.startswith("data:image/jpeg;base64,") for address in loaded)
+    linked = {a["href"] for _, a in elements if "href" in a}
+    assert linked <= {f"#{a['id']}" for _, a in elements if "id" in a}
     assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
     style = page[page.index("<style>") : page.index("</style>")]
     assert not re.search(r"@import|url\(", style)
@@ -97,7 +99,7 @@ def test_hostile_words_are_shown_and_not_run(page):
     assert "&lt;/script&gt;&lt;script&gt;alert(1" in page
     assert not re.search(r"<script>alert|<img src=x|<b>1\d\d", page)
     scripts = re.findall(r"<script[^>]*>", page)
-    assert scripts.count("<script>") == 2  # Chart.js and ours
+    assert scripts.count("<script>") == 3  # Chart.js, the charts, and the page's own
     assert all("application/json" in tag for tag in scripts if tag != "<script>")
 
 
@@ -145,14 +147,14 @@ def test_the_gallery_marks_the_right_images(page, content):
             assert case["rank_after"] < case["rank_before"]
         if case["kind"] == "loss":
             assert case["rank_after"] > case["rank_before"]
-    gallery = page[page.index("<h2>Gallery") :]
+    gallery = page[page.index(">Gallery</h2>") : page.rindex("<script>")]
     right = sum(hit["right"] for c in cases for hit in (*c["before"], *c["after"]))
     assert gallery.count("✓ right") == right
 
 
 def test_thumbnails_are_small_and_few(page):
     thumbnails = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert 20 < len(thumbnails) <= 14 * 11
+    assert 20 < len(thumbnails) <= 18 * 11 + 12
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in thumbnails]
     assert {max(size) for size in sizes} == {96}
     assert len(page) < 1_500_000
@@ -220,3 +222,38 @@ def test_the_summary_in_wandb_has_the_figures_of_the_report(made, content, tmp_p
     for row in content["figures"][0]["rows"]:
         for kind in ("before", "after", "change"):
             assert f"{kind}/{row['key']}".encode() in sent
+
+
+def test_the_first_screen_shows_gains_and_losses(page, content):
+    from clipft.report.overview import main_cases, main_figures
+
+    chosen = [case["kind"] for _, case in main_cases(content["gallery"])]
+    kinds = [case["kind"] for case in content["gallery"]]
+    assert len(chosen) == min(6, len(kinds))
+    assert chosen.count("gain") >= min(4, kinds.count("gain"))
+    assert chosen.count("loss") >= min(2, kinds.count("loss"))
+    shown = main_figures(content["figures"], None)
+    rows = {row["name"]: row for row in content["figures"][0]["rows"]}
+    top = 100 / float(shown.ticks[-1][0].removesuffix(" %")) * 100
+    for row in shown.rows:
+        assert row.before.at == pytest.approx(rows[row.name]["before"]["value"] * top)
+        assert row.after.at == pytest.approx(rows[row.name]["after"]["value"] * top)
+        assert 0 <= row.after.at <= 100 and row.name in page
+
+
+def test_kept_captions_can_be_looked_up(page, content):
+    lookup = content["lookup"]
+    images = json.loads(re.search(r'id="lookup-images">(.*?)</script>', page)[1])
+    shown = {str(n) for q in lookup["queries"] for n in (*q["before"], *q["after"])}
+    assert len(lookup["queries"]) == 30 and set(images) == shown
+    assert lookup["pairs"][str(lookup["queries"][1]["pair"])]["caption"] == EVIL.format(n=101)
+
+
+def test_the_command_that_reproduces_a_run_is_one_that_can_be_typed(content):
+    import shlex
+
+    from clipft.report.run_page import train_command
+
+    words = shlex.split(train_command(content["settings"]).replace("\\\n", " "))
+    assert words[:2] == ["clipft", "train"]
+    assert words[words.index("--lr") + 1] == "0.001" and "--max-bad" in words
