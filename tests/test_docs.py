@@ -148,7 +148,7 @@ def test_every_command_and_setting_is_in_the_reference():
 def test_the_readme_has_the_benchmark_figures_and_stays_short():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert summarised(page) == page, "run tests/benchmarks/write_docs.py"
-    assert len(page.splitlines()) <= 250
+    assert len(page.split()) <= 800
 
 
 def _shares(page: Path) -> dict[str, str]:

@@ -21,7 +21,24 @@ _MARKED = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 _DEFINITIONS = re.compile(r"<!-- definitions -->\n.*?<!-- end definitions -->", re.DOTALL)
 
 _SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- end summary -->", re.DOTALL)
-_SYNC_GOALS = {"aws s3 sync": 3, "rclone": 1}
+_SUMMARIZED = (
+    (
+        "p1_training",
+        "exact, sentence-transformers' cached loss",
+        "training with the exact loss, against sentence-transformers' cached loss",
+    ),
+    (
+        "p2_frozen",
+        "linear_probe, transformers' Trainer",
+        "`linear_probe`, against transformers' Trainer",
+    ),
+    (
+        "p3",
+        "packed --size 256, transformers' way",
+        "reading packed shards, against webdataset with transformers' processor",
+    ),
+)
+"""File, row and task of each figure in the README."""
 
 Rows = list[dict[str, Any]]
 
@@ -104,29 +121,15 @@ def defined(text: str) -> str:
 
 
 def summarised(text: str) -> str:
-    """Return ``text`` with the figures of all benchmarks that have a peer and a goal."""
-    rows = [["", "ratio", "spread", "goal"], ["---", "---:", "---:", "---:"]]
-    for file in sorted((DOCS / "benchmarks").glob("*.json")):
-        figures = json.loads(file.read_text(encoding="utf-8"))
-        source = f"[{file.stem}](docs/benchmarks/{file.name})"
-        shown = (_summary_row(source, row) for row in figures["rows"])
-        rows += [row for row in shown if row]
+    """Return ``text`` with the figures of ``_SUMMARIZED``."""
+    rows = [["", "ratio", "spread"], ["---", "---:", "---:"]]
+    for stem, name, task in _SUMMARIZED:
+        figures = json.loads((DOCS / "benchmarks" / f"{stem}.json").read_text(encoding="utf-8"))
+        row = next(row for row in figures["rows"] if row["name"] == name)
+        low, high = row["spread"]
+        rows.append([task, f"{row['ratio']:.2f}x", f"{low:.2f}..{high:.2f}"])
     table = "\n".join(["<!-- summary -->", *map(_line, rows), "<!-- end summary -->"])
     return _SUMMARY.sub(lambda found: table, text)
-
-
-def _summary_row(source: str, row: dict[str, Any]) -> list[str] | None:
-    if row.get("goal") and "ratio" in row:
-        spread = f"{row['spread'][0]:.2f}..{row['spread'][1]:.2f}"
-        name, ratio, goal = row["name"], row["ratio"], row["goal"]
-    elif row.get("peer") in _SYNC_GOALS and "nothing to do" not in row["task"]:
-        spread = row["spread"]
-        name, ratio = f"{row['task']}, {row['peer']}", row["times_faster"]
-        goal = _SYNC_GOALS[row["peer"]]
-    else:
-        return None
-    missed = "" if ratio >= goal else ", missed"
-    return [f"{source}: {name}", f"{ratio:.2f}x", spread, f"{goal:g}x{missed}"]
 
 
 if __name__ == "__main__":
