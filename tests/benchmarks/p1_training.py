@@ -69,9 +69,10 @@ class Place:
     machine: Machine = CPU
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, config: CLIPConfig | None = None) -> None:
+    """Write a model with random weights; ViT-B/32 by default."""
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig()).save_pretrained(folder)
+    CLIPModel(config or CLIPConfig()).save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
 

@@ -36,8 +36,8 @@ class ModelledCard:
         self.memory = gib * GIB
 
     def try_size(self, size: int) -> Probe:
-        graph = int((self.image + self.text) * size)
-        peak = int(self.weights + self.trainable + 2 * graph)
+        graph = self.image + self.text
+        peak = int(self.weights + self.trainable + 2 * graph * size)
         if peak > self.memory:
             return Probe(size, fits=False)
         seconds = max(LAUNCHES, self.seconds * size)
