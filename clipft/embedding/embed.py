@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -16,12 +17,13 @@ from clipft.data.decoding import PairSource
 from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_batches
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import ChosenPairs, PairDataset, open_pairs
 from clipft.data.shards.names import tars_in
 from clipft.data.skipped import Skipped
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import in_lockstep
 from clipft.embedding.encoding import Encoding, evaluation_batch
+from clipft.embedding.finite import check_finite_rows
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
 
@@ -83,6 +85,7 @@ def embed_pairs(
 
     Raises:
         DataError: no pair can be used, or more than ``max_bad`` of them cannot.
+        NotFiniteError: an embedding is not a number.
     """
     share, device = Share(processes.rank, processes.world_size), loaded.precision.device
     options = LoaderOptions.from_settings(settings, device, share, processes.local_world_size)
@@ -101,6 +104,8 @@ def embed_pairs(
         )
     groups = None if own.groups is None else processes.gather_rows(own.groups)
     images, texts = processes.gather_rows(own.images), processes.gather_rows(own.texts)
+    for what, rows in (("image", images), ("caption", texts)):
+        check_finite_rows(rows, partial(_name_of, pairs, numbers, what))
     # Equal captions in different batches differ by rounding, which would break ties between
     # them: they all get the embedding of the first
     captions = processes.gather_rows(own.captions).numpy()
@@ -113,6 +118,11 @@ def embed_pairs(
             "run `clipft inspect` to see what is broken; fix it, or raise --max-bad",
         )
     return Embeddings(images, texts, numbers, skipped, groups)
+
+
+def _name_of(pairs: PairSource, numbers: Sequence[int], what: str, row: int) -> str:
+    pair = (pairs.pairs if isinstance(pairs, ChosenPairs) else pairs)[numbers[row]]
+    return f"the {what} of {pair.key} in {pair.shard}"
 
 
 @torch.inference_mode()
@@ -159,9 +169,15 @@ def _encode(tower: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def embed_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
-    """Embed any texts into float32 [len(texts), D] of unit length, on the CPU."""
+    """Embed any texts into float32 [len(texts), D] of unit length, on the CPU.
+
+    Raises:
+        NotFiniteError: an embedding is not a number.
+    """
     inputs, precision = loaded.base.inputs, loaded.precision
     encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
     ids = padded([encoded.ids for encoded in encoder(texts)], encoder.eos_token_id)
     with precision.autocast():
-        return loaded.model.eval().encode_texts(ids.to(precision.device)).cpu()
+        rows = loaded.model.eval().encode_texts(ids.to(precision.device)).cpu()
+    check_finite_rows(rows, lambda row: f"the text {texts[row]!r}")
+    return rows

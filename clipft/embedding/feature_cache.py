@@ -12,8 +12,9 @@ versions of the libraries that compute them. Files:
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
 from clipft.data.decoding import Preprocessing
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import PairDataset
+from clipft.embedding.finite import check_finite_rows
 from clipft.embedding.load import LoadedModel
 from clipft.models.device import instruction_set
 
@@ -60,6 +62,7 @@ def image_features(
     Raises:
         DataError: a shard was changed or removed.
         StorageError: the cache folder is full or cannot be written to.
+        NotFiniteError: the features of an image are not numbers.
     """
     inputs, device = loaded.base.inputs, loaded.precision.device
     preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
@@ -75,6 +78,7 @@ def image_features(
             if len(batch):
                 with torch.no_grad(), loaded.precision.autocast():
                     features = loaded.model.image_features(batch.pixel_values.to(device))
+                check_finite_rows(features, partial(_image_of, pairs, batch.numbers))
                 yield np.array(batch.numbers, np.uint64), features
 
     how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
@@ -83,11 +87,22 @@ def image_features(
     return _cached(loaded, decided_by, compute(), bad, len(pairs), title, progress)
 
 
+def _image_of(pairs: PairDataset, numbers: Sequence[int], row: int) -> str:
+    pair = pairs.named(numbers[row])
+    return f"the image of {pair.key} in {pair.shard}"
+
+
+def _caption_of(loaded: LoadedModel, ids: Tensor, row: int) -> str:
+    text = loaded.base.inputs.tokenizer.decode(ids[row], skip_special_tokens=True)
+    return f"the caption {text!r}"
+
+
 def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Progress) -> Features:
     """Return the text tower's features of each different caption, by ``caption_keys``.
 
     Raises:
         StorageError: the cache folder is full or cannot be written to.
+        NotFiniteError: the features of a caption are not numbers.
     """
     device, pad_token_id = loaded.precision.device, captions.pad_token_id
     dtype = captions.ids_of_all.dtype
@@ -105,6 +120,7 @@ def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Prog
             ids = stacked([batch], pad_token_id, width)
             with torch.no_grad(), loaded.precision.autocast():
                 features = loaded.model.text_features(ids.to(device))
+            check_finite_rows(features, partial(_caption_of, loaded, ids))
             yield caption_keys(ids, pad_token_id), features
 
     digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()

@@ -10,7 +10,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from clipft.data.images import BadImage, decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import RawPair, parse_metadata
 from clipft.embedding.embed import embed_texts
+from clipft.embedding.finite import check_finite_rows
 from clipft.runs.load import OpenedModel
 from clipft.search.images import ImagePart
 
@@ -118,6 +119,7 @@ def open_index(
     Raises:
         DataError: An image was changed or removed in the meantime.
         StorageError: The cache folder cannot be written to.
+        NotFiniteError: The embedding of an image is not a number.
     """
     folder, files = cache_folder() / "pictures" / _model_key(opened), list[Path]()
     for part in parts:
@@ -188,7 +190,9 @@ def _embed_parts(
             if len(batch):  # 0 if no image of the batch can be decoded
                 with precision.autocast():
                     pixels = batch.pixel_values.to(precision.device, non_blocking=True)
-                    waiting.append(model.encode_images(pixels).float().cpu())
+                    embedded = model.encode_images(pixels).float().cpu()
+                check_finite_rows(embedded, partial(_name_of, pairs, batch.numbers))
+                waiting.append(embedded)
                 numbers += batch.numbers
             done = min(done + _BATCH, len(pairs))
             report(done, len(pairs))
@@ -203,12 +207,18 @@ def _embed_parts(
         yield vectors
 
 
+def _name_of(pairs: JoinedParts, numbers: Sequence[int], row: int) -> str:
+    pair = pairs[numbers[row]]
+    return f"the image {pair.key} in {pair.shard}"
+
+
 @torch.inference_mode()
 def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
     """Embed the bytes of one image: float32 [D] of unit length, on the CPU.
 
     Raises:
         DataError: The image cannot be decoded.
+        NotFiniteError: Its embedding is not a number.
     """
     loaded, inputs = opened.loaded, opened.loaded.base.inputs
     try:
@@ -218,4 +228,5 @@ def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
     pixels = Transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
     with loaded.precision.autocast():
         vectors = loaded.model.eval().encode_images(pixels.to(loaded.precision.device))
-        return vectors[0].float().cpu()
+    check_finite_rows(vectors, lambda row: f"the image {name}")
+    return vectors[0].float().cpu()

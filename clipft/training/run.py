@@ -1,6 +1,7 @@
 """``train``: from settings to a fine-tuned model in a run folder, from scratch or resumed."""
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,9 +13,11 @@ from clipft.core.common import checked
 from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
 from clipft.core.files import replacing, write_json, write_text
 from clipft.data.captions.table import CaptionTable
+from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
+from clipft.embedding.finite import NotFiniteError, describe_broken
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import Rankings, caption_groups, data_name, rank_images
@@ -22,7 +25,7 @@ from clipft.metrics.ranking import retrieval
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
-from clipft.runs.records import Callbacks, Choices, EpochResult
+from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
 from clipft.training.checkpointing import Best, Saver, find_best, load_best
 from clipft.training.loop import fit, step_batches
 from clipft.training.resume import (
@@ -35,6 +38,7 @@ from clipft.training.resume import (
 from clipft.training.setup import RunSetup, prepare
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.state import EarlyStopping, RunState, SkippedPairs, TrainResult, TrainState
+from clipft.training.step.gradcache import Accumulation
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -210,7 +214,9 @@ class _Run:
                 accumulate.start_to_copy,
             )
             steps = fit(training, batches, accumulate)
-            while not self.state.stopping.should_stop and (result := next(steps, None)):
+            while not self.state.stopping.should_stop and (
+                result := self._next_step(steps, accumulate)
+            ):
                 self.state.validated = not training.epoch_ended
                 self.callbacks.callback.stepped(result)
                 self.state.skipped.add(result.epoch, result.step, result.skipped)
@@ -225,9 +231,40 @@ class _Run:
             self.saver.save_after(error, training)
             raise
 
+    def _next_step(
+        self, steps: Iterator[StepResult], accumulate: Accumulation
+    ) -> StepResult | None:
+        """Take a step. If its gradient is not finite, say which embedding was not a number."""
+        try:
+            result = next(steps, None)
+        except DivergedError as error:
+            broken = self._not_finite(accumulate)
+            reason = f"; in the last one, {broken}" if broken else ""
+            raise DivergedError(error.message + reason, error.hint) from error
+        if result and not result.applied and (broken := self._not_finite(accumulate)):
+            self.callbacks.note(f"warning: step {result.step} was not applied: {broken}")
+        return result
+
+    def _not_finite(self, accumulate: Accumulation) -> str:
+        """Describe what any process embedded as NaN in the last step; "" if that is nothing."""
+        found, train, first = accumulate.not_finite(), self.setup.train, ""
+        if found:
+            what, number = found[0]
+            pair = train.named(number) if isinstance(train, PairDataset) else None
+            first = f"the {what} of {f'{pair.key} in {pair.shard}' if pair else f'pair {number}'}"
+        told = [told for told in self.processes.gather_objects((len(found), first)) if told[0]]
+        return describe_broken(sum(count for count, _ in told), told[0][1]) if told else ""
+
     def _end_epoch(self, training: TrainState) -> None:
         """Validate; if the epoch is the best one so far, save its weights."""
-        measured = self._validate(training.position.epoch, training.mean_loss)
+        epoch = training.position.epoch
+        try:
+            measured = self._validate(epoch, training.mean_loss)
+        except NotFiniteError as error:
+            raise DivergedError(
+                f"after epoch {epoch}, {error.message}",
+                f"lower --lr; {self.paths.checkpoint} is the last good state, if it exists",
+            ) from error
         if not math.isfinite(measured.val_loss):
             raise DivergedError(
                 f"the validation loss is not finite after epoch {measured.epoch}",

@@ -43,8 +43,9 @@ class TrainState:
 
     @property
     def mean_loss(self) -> float:
-        """Mean training loss of the epoch's pairs: a step counts by its number of pairs."""
-        return self.epoch_loss_sum / self.epoch_pairs
+        """Mean training loss of the epoch's pairs: a step counts by its number of pairs, and not
+        at all if its loss is not a number, because it was not applied."""
+        return self.epoch_loss_sum / self.epoch_pairs if self.epoch_pairs else math.nan
 
     def advance(self, batch: StepBatch, loss: float) -> None:
         """Count the step that was just done."""
@@ -52,8 +53,9 @@ class TrainState:
         self.loss = loss
         if batch.step == 0:
             self.epoch_loss_sum, self.epoch_pairs = 0.0, 0
-        self.epoch_loss_sum += loss * batch.pairs
-        self.epoch_pairs += batch.pairs
+        if math.isfinite(loss):
+            self.epoch_loss_sum += loss * batch.pairs
+            self.epoch_pairs += batch.pairs
         last = batch.step + 1 == self.steps_per_epoch
         self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
 

@@ -16,11 +16,8 @@ def around_each_step(monkeypatch, around: Around) -> None:
         real = make(self, optimizer, note)
 
         class Around:
-            recovery = real.recovery
-
-            @property
-            def lower_bound(self):
-                return real.lower_bound
+            def __getattr__(self, name):
+                return getattr(real, name)
 
             def __call__(self, step, micro_batches, pairs):
                 return around(real, step, real.recovery.split(micro_batches))

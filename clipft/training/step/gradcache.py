@@ -24,6 +24,7 @@ from torch import Tensor
 from clipft.data.loader import Batch, StepBatch
 from clipft.data.positives import Positives
 from clipft.distributed.step_channel import ALONE, StepChannel
+from clipft.embedding.finite import not_finite_rows
 from clipft.embedding.towers import Towers
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.losses import ContrastiveLoss
@@ -55,6 +56,8 @@ class Accumulation(ABC):
     weights: Weights = WHOLE_WEIGHTS
     recovery: Recovery = field(default_factory=Recovery)
     lower_bound: float = field(default=0.0, init=False)
+    _embedded: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list, init=False)
+    """Pair numbers and embeddings of the last step, without their graphs."""
 
     @abstractmethod
     def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
@@ -67,6 +70,20 @@ class Accumulation(ABC):
         """Start to copy the first images of a step to the device, during the step before."""
         for micro_batch in batch.micro_batches[:1]:
             self.towers.images.transfer.start(micro_batch.pixel_values)
+
+    def not_finite(self) -> list[tuple[str, int]]:
+        """List what this process embedded in the last step as NaN or infinity: ``image`` or
+        ``caption``, and the number of its pair."""
+        return [
+            (what, numbers[row])
+            for numbers, images, texts in self._embedded
+            for what, rows in (("image", images), ("caption", texts))
+            for row in not_finite_rows(rows)
+        ]
+
+    def _keep_rows(self, batches: Sequence[Batch], images: Tensor, texts: Tensor) -> None:
+        numbers = [number for batch in batches for number in batch.numbers]
+        self._embedded.append((numbers, images.detach(), texts.detach()))
 
     def _passes(self, step: int) -> tuple[TowerPass, TowerPass]:
         """The passes through both towers of one step, or of one micro-batch of it."""
@@ -88,9 +105,11 @@ class ExactAccumulation(Accumulation):
     if_smaller = "the effective batch and the loss stay as they were"
 
     def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+        self._embedded.clear()
         batches = self.recovery.split(micro_batches)
         images, texts = self._passes(step)
         image_rows, text_rows = images.embed(batches), texts.embed(batches)
+        self._keep_rows(batches, image_rows, text_rows)
         everyone = self.channel.exchange(image_rows, text_rows, self._groups(batches))
         loss = self.loss(*everyone)
         self.lower_bound = self.loss.lower_bound(everyone.groups)
@@ -111,6 +130,7 @@ class LocalAccumulation(Accumulation):
     if_smaller = "each has fewer negatives, which changes the loss"
 
     def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+        self._embedded.clear()
         device = self.towers.images.precision.device
         micro_batches = self.recovery.split(micro_batches)
         pairs = pairs or sum(map(len, micro_batches))
@@ -120,6 +140,7 @@ class LocalAccumulation(Accumulation):
             images, texts = self._passes(step)
             image_rows, text_rows = images.embed(batches), texts.embed(batches)
             if batches:
+                self._keep_rows(batches, image_rows, text_rows)
                 groups, weight = self._groups([micro_batch]), len(micro_batch) / pairs
                 share = self.loss(image_rows, text_rows, groups) * weight
                 lower_bound += self.loss.lower_bound(groups) * weight

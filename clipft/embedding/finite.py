@@ -1,0 +1,41 @@
+"""Refuses embeddings that are not numbers, by the pair that they belong to.
+
+Such an embedding has no similarity to anything, and pixels and token ids are always numbers. So it
+is the model's fault: its weights come from a training that diverged, or fp16 is too narrow for it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clipft.core.errors import ModelError
+
+HINT = "try --precision fp32; if that changes nothing, the weights are broken: use another model"
+
+
+class NotFiniteError(ModelError):
+    """A model embeds an image or a text as NaN or infinity."""
+
+
+def check_finite_rows(rows: Tensor, name_of: Callable[[int], str]) -> None:
+    """Check that all rows of [N, D] are numbers; ``name_of`` says what a row is the embedding of.
+
+    Raises:
+        NotFiniteError: some are not.
+    """
+    broken = not_finite_rows(rows)
+    if broken:
+        raise NotFiniteError(describe_broken(len(broken), name_of(broken[0])), HINT)
+
+
+def not_finite_rows(rows: Tensor) -> list[int]:
+    """Return the rows of [N, D] that hold NaN or infinity."""
+    found: list[int] = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
+    return found
+
+
+def describe_broken(count: int, first: str) -> str:
+    others = f", and neither are {count - 1:,} others" if count > 2 else ""
+    others = ", and neither is 1 other" if count == 2 else others
+    return f"the embedding of {first} is not a number{others}"
