@@ -1,6 +1,5 @@
 """The labels and prompts of a zero-shot classification, checked against the labels in the data."""
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from pathlib import Path
 from clipft.core.common import counted, expand_home
 from clipft.core.errors import UsageError, did_you_mean, sentences
 from clipft.core.files import did_you_mean_path
+from clipft.core.text import NotText, folded, read_text
 from clipft.metrics.classification import TEMPLATES
 
 _MISSPELLED = 0.8
@@ -29,11 +29,11 @@ class ChosenLabels:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {_key(label): number for number, label in enumerate(self.labels)}
+        return {folded(label): number for number, label in enumerate(self.labels)}
 
     def number(self, label: str | None) -> int | None:
         """Return the position of a pair's label, or None if it is not one of these."""
-        return self._numbers.get(_key(label)) if label else None
+        return self._numbers.get(folded(label)) if label else None
 
 
 def choose_labels(
@@ -59,10 +59,10 @@ def choose_labels(
             misspelled, or a template has no {}.
     """
     prompts = _templates(templates)
-    in_data = _by_key(sorted({name for name in found if name}))
+    in_data = _byfolded(sorted({name for name in found if name}))
     if not labels:
         return ChosenLabels(tuple(in_data.values()), prompts) if in_data else None
-    chosen = _by_key(_labels(labels, in_data))
+    chosen = _byfolded(_labels(labels, in_data))
     if not in_data:
         raise UsageError(
             f"--labels cannot be used: no pair has a label in its metadata field {field!r}",
@@ -84,7 +84,7 @@ def choose_labels(
             f"{len(missing)} of {counted(len(chosen), 'label')} are on no pair: {_listed(missing)}"
         )
     if unnamed:
-        left_out = sum(_key(name) not in chosen for name in found if name)
+        left_out = sum(folded(name) not in chosen for name in found if name)
         notes.append(
             f"{counted(left_out, 'pair')} with other labels ({_listed(unnamed)}) are left out"
         )
@@ -96,7 +96,7 @@ def _labels(given: str, in_data: dict[str, str]) -> list[str]:
     if (lines := _lines("--labels", given)) is not None:
         return lines
     labels = [label.strip() for label in given.replace(",", "\n").splitlines() if label.strip()]
-    if len(labels) == 1 and _key(labels[0]) not in in_data:
+    if len(labels) == 1 and folded(labels[0]) not in in_data:
         meant = did_you_mean_path(Path(given)) or did_you_mean(given, in_data.values())
         raise UsageError(
             f"--labels {given}: there is no such file, and no pair has this label",
@@ -133,23 +133,17 @@ def _lines(option: str, given: str) -> list[str] | None:
     try:
         if not path.is_file():
             return None
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{option}: cannot read {given}: {error}", "give a UTF-8 text file"
-        ) from error
+        text = read_text(path)
+    except (OSError, NotText) as error:
+        raise UsageError(f"{option}: cannot read {given}: {error}", "save it as UTF-8") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _key(label: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
-
-
-def _by_key(labels: Iterable[str]) -> dict[str, str]:
+def _byfolded(labels: Iterable[str]) -> dict[str, str]:
     """Map the key of each label to the first of its spellings."""
     found: dict[str, str] = {}
     for label in labels:
-        found.setdefault(_key(label), label)
+        found.setdefault(folded(label), label)
     return found
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipft.core.common import shell_command
 from clipft.data.shards.names import CAPTION_SUFFIX, IMAGE_SUFFIXES, SPLITS, is_hidden, tars_in
 
 PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
@@ -66,17 +67,17 @@ def contents_of(folder: Path) -> Contents:
 def how_to_read(folder: Path, found: Contents) -> str:
     """Return a hint: the command that makes shards of what was found in ``folder``, or names those
     that are there."""
-    here, endings = shlex.quote(str(folder)), found.endings
+    packing, endings = shell_command("pack", folder, "OUT"), found.endings
     if shards := found.first.get("tar"):
         within = (folder / shards[0]).parent
         if within.name in SPLITS and tars_in(within.parent / "train"):
             return f"name the folder with train/ in it: {shlex.quote(str(within.parent))}"
-        return f"`clipft pack {here} OUT` splits these shards for training and validation"
+        return f"`{packing}` splits these shards for training and validation"
     if packed := found.first.get("gz"):
         return f"shards are not compressed: `gunzip {shlex.quote(str(folder / packed[0]))}`"
     images = sum(count for ending, count in endings.items() if ending in IMAGE_SUFFIXES)
     if (images and endings[CAPTION_SUFFIX]) or endings["parquet"]:
-        return f"`clipft pack {here} OUT` makes shards of these files"
+        return f"`{packing}` makes shards of these files"
     return how_to_pack(folder, found)
 
 
@@ -84,8 +85,9 @@ def how_to_pack(folder: Path, found: Contents) -> str:
     """Return a hint: what makes a ``folder`` that holds ``found`` readable for ``clipft pack``."""
     for ending in _TABLES:
         if found.endings[ending]:
-            table = shlex.quote(str(folder / found.first[ending][0]))
-            return f"if {found.first[ending][0]} names images: `clipft pack {table} OUT`"
+            table = found.first[ending][0]
+            packing = shell_command("pack", folder / table, "OUT")
+            return f"if {table} names images: `{packing}`"
     for ending, command in _ARCHIVES.items():
         if found.endings[ending]:
             archive = shlex.quote(str(folder / found.first[ending][0]))
