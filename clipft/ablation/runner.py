@@ -199,7 +199,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state = read_json(folder / STATE)
     if state is None or "runs" not in state:
-        raise UsageError(f"no ablation in {folder}", "name the folder of one")
+        raise UsageError(
+            f"no ablation in {folder}", "name the folder that `clipft ablate` wrote to"
+        )
     for run in state["runs"]:
         if run["state"] != "finished":
             continue

@@ -79,7 +79,9 @@ class StorageSettings(Section):
         formerly="s3_patience",
         ge=0,
     )
-    pack: bool = setting(True, "Pack raw files into shards after a sync (once).")
+    pack: bool = setting(
+        True, "Pack raw files into shards after a sync, unless the same files are packed already."
+    )
     enable_s3_checkpoints: bool = setting(False, "Upload each saved checkpoint to the bucket.")
     s3_checkpoint_prefix: str = setting("checkpoints", "Prefix of the checkpoints in the bucket.")
     keep_s3_checkpoints: int = setting(
@@ -141,12 +143,13 @@ class DataSettings(Section):
     )
     feature_cache: bool = setting(
         True,
-        "Cache the outputs of frozen towers whose inputs do not change between epochs, on disk.",
+        "Cache on disk what frozen encoders compute from inputs that are the same in every epoch.",
     )
     num_workers: int | None = setting(
         None,
         "Number of processes that decode images, for each process that trains. 0: decode in the "
-        f"main process. Default: one less than the processors for it, but 2 to {MOST_WORKERS}.",
+        "main process. Default: one less than the processors available to it, but from 2 to "
+        f"{MOST_WORKERS}.",
         unit="processes",
         ge=0,
     )
@@ -158,11 +161,15 @@ class DataSettings(Section):
         ge=0,
     )
     max_train_pairs: int = setting(
-        0, "Train only on the first pairs, up to this number. 0: all.", "fixed", unit="pairs", ge=0
+        0,
+        "Train on this many pairs at most, from the first one on. 0: on all.",
+        "fixed",
+        unit="pairs",
+        ge=0,
     )
     max_val_pairs: int = setting(
         0,
-        "Validate only on the first pairs, up to this number. 0: all.",
+        "Validate on this many pairs at most, from the first one on. 0: on all.",
         "fixed",
         unit="pairs",
         ge=0,

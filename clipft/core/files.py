@@ -15,7 +15,7 @@ from typing import Any
 
 from clipft.core.errors import StorageError, did_you_mean
 
-_UNCHANGED = "files that were there before are unchanged"
+_UNCHANGED = "existing files are unchanged"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -192,7 +192,9 @@ def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> St
 
 def disk_hint(error: OSError | RuntimeError) -> str:
     """Say what to do after a failed write; freeing space is suggested only if it can help."""
-    action = "make room or choose another place" if _may_be_full(error) else "choose another place"
+    action = (
+        "free some space or choose another place" if _may_be_full(error) else "choose another place"
+    )
     return f"{action}; {_UNCHANGED}"
 
 

@@ -148,7 +148,7 @@ def _give_up_after(
     if time.monotonic() < deadline:
         return
     raise ProcessError(
-        f"process {rank} of {world_size} waited in vain for {named(missing)} {where}",
+        f"process {rank} of {world_size} gave up waiting for {named(missing)} {where}",
         f"start all {world_size} processes, check that each machine can reach the address, or "
         "raise --process-timeout",
     )

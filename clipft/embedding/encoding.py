@@ -98,7 +98,10 @@ def open_encoding(
                 with_image_features(encoding.towers, model, features),
             )
     except StorageError as error:
-        note(f"warning: features are not cached, each epoch computes them again: {error.message}")
+        note(
+            "warning: features cannot be cached, so each epoch computes them again: "
+            f"{error.message}"
+        )
         return live
     return encoding
 
@@ -150,7 +153,7 @@ def _captions(
         fields = ", ".join(sorted(known_fields(pairs)))
         raise DataError(
             f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
-            f"under --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
+            f"with --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
             (f"their metadata has {fields}: name them in --caption, " if fields else "")
             + "fix the captions, or raise --max-bad",
         )

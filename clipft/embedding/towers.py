@@ -264,7 +264,7 @@ def _check_compiler() -> None:
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise UsageError(
             "--compile needs a C++ compiler, and there is no c++, g++ or clang++ on the PATH",
-            "install one (on Debian and Ubuntu: apt install g++), or leave --compile out",
+            "install one (on Debian and Ubuntu: apt install g++), or run without --compile",
         )
 
 

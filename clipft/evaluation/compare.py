@@ -53,8 +53,8 @@ class Request:
         """
         if at is not None and not 0 <= at <= 1:
             raise UsageError(
-                f"--save-interpolated {at:g}: not between 0 (pretrained) and 1 (fine-tuned)",
-                "take a point of --interpolate 0:1:0.1",
+                f"--save-interpolated {at:g} is not between 0 (pretrained) and 1 (fine-tuned)",
+                "choose a value from 0 to 1, such as the best point of --interpolate 0:1:0.1",
             )
         if to:
             check_writable(to)

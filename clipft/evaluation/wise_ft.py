@@ -155,7 +155,7 @@ def parse_alphas(text: str) -> list[float]:
         UsageError: it is neither, or has too many points.
     """
     wrong = UsageError(
-        f"--interpolate {text}: not points between 0 (pretrained) and 1 (fine-tuned)",
+        f"--interpolate {text} does not give points between 0 (pretrained) and 1 (fine-tuned)",
         f"write 0:1:0.1 or 0,0.5,1, with at most {_MAX_POINTS} points",
     )
     try:

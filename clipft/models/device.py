@@ -108,13 +108,14 @@ def keep_precision(settings: OptimSettings, began: str, note: Note) -> Precision
         return chosen
     if computes_in(chosen.device.type, began):
         note(
-            f"note: this run began in {began} and goes on in it; a new run would use "
+            f"note: this run began with {began} and continues with it; a new run would use "
             f"{chosen.name} on this {chosen.device.type}."
         )
         return Precision(began, chosen.device)
     note(
-        f"warning: this run began in {began}, which this {chosen.device.type} does not compute in: "
-        f"it goes on in {chosen.name}, and its figures will not be those of a run in one precision."
+        f"warning: this run began with {began}, which this {chosen.device.type} does not support. "
+        f"It continues with {chosen.name}, so its figures will differ from those of a run with a "
+        "single precision."
     )
     return chosen
 

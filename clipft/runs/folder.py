@@ -157,7 +157,7 @@ def run_settings(folder: Path) -> Settings:
         return Settings(**tomllib.loads(paths.settings.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{paths.settings} is not as the run wrote it: {first_line(error)}",
+            f"{paths.settings} was changed after the run wrote it: {first_line(error)}",
             "restore the original file",
         ) from error
 

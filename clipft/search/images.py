@@ -117,7 +117,8 @@ def _read_file(root: Path, names: Sequence[str], number: int) -> RawPair:
         image = ByteRange(str(path)).read()
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror}", "restore it, or search again without it"
+            f"cannot read {path}: {error.strerror}",
+            "restore the file, or run the search again without it",
         ) from error
     texts = []
     for suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):

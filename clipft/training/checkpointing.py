@@ -109,8 +109,8 @@ def load_best(path: Path, epoch: int) -> dict[str, Any]:
     except ModelError as error:
         raise ModelError(
             f"{error.message}: the weights of epoch {epoch}, the best one so far, are lost",
-            f"put a copy of {path.name} back; or remove it, and `clipft resume` uses the best of "
-            "the epochs from the checkpoint's on",
+            f"restore a copy of {path.name}, or remove it: `clipft resume` then keeps the best of "
+            "the remaining epochs",
         ) from error
 
 

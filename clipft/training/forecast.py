@@ -119,7 +119,7 @@ def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResu
     if not results:
         raise DataError(
             f"none of the {len(setup.train)} training pairs can be used",
-            "`clipft inspect` names what is broken",
+            "run `clipft inspect` to see what is broken",
         )
     return results
 

@@ -80,13 +80,13 @@ def micro_batch(
         fitting, each = max(kind.smallest_micro_batch, largest), per_pair * budget.over_graph
         note(
             f"warning: micro-batches of {asked} would take about {asked * each / 2**30:.1f} GiB, "
-            f"and a step may take {budget.free / 2**30:.1f} GiB: using {fitting}; "
+            f"but a step may take only {budget.free / 2**30:.1f} GiB: using {fitting}; "
             f"{kind.if_smaller}."
         )
         return fitting
     if sharding:
         note(
-            f"note: with --shard-weights no micro-batch size is searched for: using "
+            "note: clipft does not search for a micro-batch size with --shard-weights and uses "
             f"{min(FALLBACK_MICRO_BATCH, effective)}. Set another one with --micro-batch-size."
         )
         return min(FALLBACK_MICRO_BATCH, effective)

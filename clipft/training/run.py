@@ -187,7 +187,7 @@ class _Run:
         if found is Best.GONE:
             self.callbacks.note(
                 f"warning: {path} is gone: the weights of epoch {best.epoch}, the best one so far, "
-                "are lost; the best of the epochs from here on takes their place."
+                "are lost; the best of the remaining epochs replaces them."
             )
             if ended:
                 measured = self._validate(training.position.epoch, training.mean_loss)

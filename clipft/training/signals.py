@@ -40,7 +40,7 @@ class StopRequest:
             return
         said = f"stopped by {self.name} {when}"
         if checkpoint is None:
-            raise Interrupted(f"{said}; nothing was trained yet", "start it again as before")
+            raise Interrupted(f"{said}; nothing was trained yet", "run the same command again")
         raise Interrupted(
             f"{said}; the state is saved in {checkpoint}",
             f"continue with `{shell_command('resume', checkpoint)}`",

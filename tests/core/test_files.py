@@ -56,7 +56,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
 def test_a_full_disk_and_one_that_refuses_have_different_hints(tmp_path):
     full = disk_error(tmp_path, OSError(errno.ENOSPC, "No space left on device"), needed=3000)
     assert full.message.endswith("No space left on device, 3,000 bytes were needed")
-    assert full.hint.startswith("make room or choose another place")
+    assert full.hint.startswith("free some space or choose another place")
     refused = disk_error(tmp_path, PermissionError(errno.EACCES, "Permission denied"), needed=3000)
     assert refused.message.endswith(": Permission denied")
     assert refused.hint.startswith("choose another place")

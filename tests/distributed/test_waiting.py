@@ -40,7 +40,7 @@ def test_the_wait_ends_after_the_timeout_and_names_who_is_missing(rank, monkeypa
     said, port, other = list[str](), free_port(), 1 - rank
     with pytest.raises(ProcessError) as caught:
         meet("127.0.0.1", port, rank, 2, 0.01, said.append)
-    assert f"process {rank} of 2 waited in vain for process {other}" in caught.value.message
+    assert f"process {rank} of 2 gave up waiting for process {other}" in caught.value.message
     assert f"127.0.0.1:{port}" in caught.value.message and "--process-timeout" in caught.value.hint
     assert said and f"Waiting for process {other} of 2" in said[0] and "Ctrl-C" in said[0]
 

@@ -57,7 +57,7 @@ def test_weights_of_an_earlier_epoch_are_lost_and_reported(programs, whole, firs
         error, hint = run.error()
         assert f"{best} is damaged: its SHA-256 is not the one it was written with" in error
         assert error.endswith(f"the weights of epoch {lost}, the best one so far, are lost")
-        assert "put a copy of best.pt back" in hint and "remove it" in hint
+        assert "restore a copy of best.pt" in hint and "remove it" in hint
         assert checkpoint.read_bytes() == before
 
     best.unlink()  # as the hint says

@@ -152,7 +152,7 @@ def test_the_run_exits_3_and_resumes_once_the_shard_is_back(
     assert train_with_harm(tmp_path, monkeypatch, 2, harm) == 3
     error, hint = one_error(capsys)
     assert error == f"{path} was changed or removed while it was in use"
-    assert hint == "put the shard back as it was, then run `clipft resume`"
+    assert hint == "restore the shard, then run `clipft resume`"
     saved = load_checkpoint(checkpoint)
     assert (saved["step"], saved["finished"]) == (2, False)
     assert not list(tmp_path.rglob("*.part"))

@@ -65,7 +65,7 @@ def test_before_the_first_step(programs, slow_validation, undisturbed, tmp_path)
     wait_until(lambda: (tmp_path / "dual_lora" / "run.json").exists(), run)
     error, hint = stop(run)
     assert error == "stopped by SIGTERM before the first step; nothing was trained yet"
-    assert hint == "start it again as before"
+    assert hint == "run the same command again"
     assert not list(tmp_path.glob("*.pt")) and epochs(tmp_path) == []
     assert start(programs, slow_validation, tmp_path).wait() == 0
     assert_same_run(undisturbed, tmp_path)

@@ -52,12 +52,14 @@ def test_a_resumed_run_keeps_its_precision_or_says_that_it_cannot(machine, began
         assert not notes
     elif has:
         assert notes == [
-            f"note: this run began in {began} and goes on in it; a new run would use {auto} on "
-            f"this {kind}."
+            f"note: this run began with {began} and continues with it; a new run would use {auto} "
+            f"on this {kind}."
         ]
     else:
-        assert len(notes) == 1 and notes[0].startswith(f"warning: this run began in {began}, which")
-        assert f"it goes on in {auto}" in notes[0]
+        assert len(notes) == 1 and notes[0].startswith(
+            f"warning: this run began with {began}, which"
+        )
+        assert f"It continues with {auto}" in notes[0]
 
 
 def test_a_precision_that_was_asked_for_is_never_replaced(monkeypatch):

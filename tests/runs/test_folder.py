@@ -68,7 +68,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path):
     paths = RunPaths(tmp_path)
     paths.metrics.touch()
     paths.settings.write_text("epochs = 0\n")
-    with pytest.raises(UsageError, match=r"settings\.toml is not as the run wrote it"):
+    with pytest.raises(UsageError, match=r"settings\.toml was changed after the run wrote it"):
         run_settings(tmp_path)
     paths.settings.write_text("")
     paths.result.write_text("{")

@@ -192,7 +192,9 @@ def test_a_misspelled_prefix_is_answered_with_what_is_there(bucket):
 def test_patterns_that_leave_nothing_are_named(bucket):
     bucket.put({"data/train/a.tar": b"a", "data/train/b.tar": b"b"})
     found = list_bucket(bucket.settings, Filter(include=("*.tarr",)))
-    with pytest.raises(StorageError, match=r"none of the 2 objects under .* --include") as caught:
+    with pytest.raises(
+        StorageError, match=r"none of the 2 objects under .* matches --include"
+    ) as caught:
         download(found, Path("nowhere"), lambda progress: None)
     assert "'*.tar'" in caught.value.hint
 

@@ -124,10 +124,10 @@ def test_a_run_is_resumed_on_a_machine_with_and_without_bf16(
     assert load_checkpoint(tmp_path / NAME)["settings"]["precision"] == "auto"
     expected = "fp32" if "fp32" in {there, here} else "bf16"
     assert load_checkpoint(tmp_path / NAME)["choices"]["precision"] == expected
-    assert ("goes on in it; a new run would use bf16" in said) == (
+    assert ("continues with it; a new run would use bf16" in said) == (
         (there, here) == ("fp32", "bf16")
     )
-    assert ("it goes on in fp32" in said) == ((there, here) == ("bf16", "fp32"))
+    assert ("It continues with fp32" in said) == ((there, here) == ("bf16", "fp32"))
 
 
 def test_a_run_that_began_with_8_bits_is_resumed_with_them(data, tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ def settings(loaded: LoadedSettings, options: SettingsOptions, out: Output) -> N
         clipft settings --schema > clipft.schema.json
     """
     if options.template and options.schema_:
-        raise UsageError("--template and --schema exclude each other", "choose one of them")
+        raise UsageError("--template and --schema cannot be used together", "choose one of them")
     if options.schema_:
         schema = Settings.model_json_schema()
         out.raw(schema, json.dumps(schema, indent=2) + "\n")

@@ -69,7 +69,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
     if not options.up:
         result = bring_data(settings, out, wanted)
     elif parse_s3_url(settings.data_dir):
-        raise UsageError("--up uploads a local folder", "name the folder with --data-dir")
+        raise UsageError("--up needs a local folder to upload", "name the folder with --data-dir")
     else:
         with transfer_progress(out) as report:
             result = upload(settings, report, wanted, out.note)

@@ -93,5 +93,5 @@ def _refuse(option: str, field: str, pairs: WithMetadata) -> None:
     check_field(option, field, pairs)
     raise UsageError(
         f"{option} {field}: no pair has a text or a number in this field",
-        "choose another field; lists, switches and empty values do not name anything",
+        "choose another field; lists, true or false, and empty values cannot be used",
     )

@@ -131,12 +131,12 @@ class _Alternative:
                 outer.append(_Optional(tuple(inner)))
                 inner = None
             else:
-                raise ValueError(f"a {found} without its partner")
+                raise ValueError(f"{found} has no matching bracket")
         if inner is not None:
-            raise ValueError("a [ without its partner")
+            raise ValueError("[ has no matching bracket")
         outer += [text[at:]] if text[at:] else []
         if not outer:
-            raise ValueError("an empty caption")
+            raise ValueError("one of the captions is empty")
         return cls(tuple(outer), tuple(fields))
 
     def texts(self, metadata: dict[str, Any]) -> list[str]:

@@ -132,7 +132,7 @@ def _read(shard: Shard, row: int, names: Sequence[str]) -> list[bytes]:
     except (OSError, IndexError) as error:
         raise DataError(
             f"{shard.path} was changed or removed while it was in use",
-            "put the shard back as it was, then run `clipft resume`",
+            "restore the shard, then run `clipft resume`",
         ) from error
     return found
 
@@ -192,7 +192,7 @@ def shard_paths(folder: Path) -> list[Path]:
         return paths
     if re.match(r"[a-z0-9]+:", str(folder)):
         raise DataError(
-            f"{folder} is not a folder", "URLs and commands are not read: fetch the shards first"
+            f"{folder} is not a folder", "clipft reads no URLs or pipes: download the shards first"
         )
     if hint := _split_hint(folder):
         split = "training" if folder.name == "train" else "validation"

@@ -168,7 +168,7 @@ def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> Pair
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{source.place}/{file} does not map shards to numbers of pairs: {error}",
-                "remove the file, and the shards are counted instead",
+                "remove the file: clipft then counts the pairs itself",
             ) from error
         sizes |= found
     shards, skipped, left = list[StreamShard](), list[Skipped](), limit
@@ -182,7 +182,9 @@ def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> Pair
         if used:
             shards.append(StreamShard(name, used, source))
     if not shards:
-        raise DataError(f"no pair in the shards of {source.place}", "see `clipft inspect`")
+        raise DataError(
+            f"no pair in the shards of {source.place}", "run `clipft inspect` to see what is broken"
+        )
     return PairStream(shards, skipped, buffer)
 
 
@@ -205,12 +207,13 @@ def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]
                 row += 1
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"cannot read {where} to its end: {error}", "fetch it again, then `clipft resume`"
+            f"cannot read {where} to its end: {error}",
+            "fetch it again, then continue with `clipft resume`",
         ) from error
     if row < shard.pairs:
         raise DataError(
             f"{where} gave {counted(row, 'pair')} in sequence, but {shard.pairs} were expected",
-            "the files of a pair must follow each other in the shard: make it anew with "
+            "the files of a pair must follow each other in the shard: pack it again with "
             "`clipft pack`, train without --stream, or correct sizes.json beside it",
         )
 

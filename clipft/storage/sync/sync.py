@@ -152,7 +152,7 @@ def _check_not_empty(listing: BucketListing) -> list[str]:
         if listing.left_out:
             raise StorageError(
                 f"none of the {counted(listing.left_out, 'object')} under "
-                f"{listing.bucket.url(settings.s3_prefix)} is left by --include and --exclude",
+                f"{listing.bucket.url(settings.s3_prefix)} matches --include and --exclude",
                 "patterns match whole paths below the prefix: '*.tar' or 'shoes/*'",
             )
         there = listing.bucket.names_near(settings.s3_prefix)

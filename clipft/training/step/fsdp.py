@@ -55,7 +55,7 @@ def check_sharding(settings: Settings) -> None:
         raise UsageError(
             f"--shard-weights needs scenario full: the weights that {settings.scenario} trains "
             "are too few to shard",
-            "leave --shard-weights out, or use --scenario full",
+            "run without --shard-weights, or use --scenario full",
         )
     if settings.optimizer == "adamw8bit":
         raise UsageError(

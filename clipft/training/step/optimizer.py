@@ -57,8 +57,8 @@ def choose_optimizer(
     if wanted == "adamw":
         if auto and large:
             note(
-                "note: this run began with AdamW in 32 bits and goes on with it, although a new "
-                "run would use 8 bits in the memory of this device."
+                "note: this run began with AdamW in 32 bits and continues with it, although "
+                "a new run on this device would use 8-bit states."
             )
         return wanted
     fault = "sharding would cut its states" if sharded else eight_bit_fault(device)

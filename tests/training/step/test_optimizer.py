@@ -241,7 +241,7 @@ def test_8_bits_that_were_asked_for_and_do_not_run_are_an_error(monkeypatch):
 def test_a_resumed_run_keeps_its_optimizer_on_other_hardware(monkeypatch):
     small = Choice(monkeypatch, 8)
     assert small(began="adamw") == "adamw"
-    assert len(small.notes) == 1 and "goes on with it" in small.notes[0]
+    assert len(small.notes) == 1 and "continues with it" in small.notes[0]
     large = Choice(monkeypatch, 80)
     assert large(began="adamw8bit") == "adamw8bit" and large.tried == [CUDA]
     assert large(began="adamw8bit", device=CPU) == "adamw8bit"
