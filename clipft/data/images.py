@@ -1,17 +1,40 @@
 """Decodes the bytes of an image file to an upright RGB image.
 
-An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why.
+An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why. What
+a file holds besides its pixels (EXIF and text, color profiles, further frames, bytes after the end)
+is no reason to refuse it; only the orientation and transparency are used.
+
+Pixels of more than 8 bits keep their range by one rule: white is the largest value of the smallest
+even number of bits, from 8 on, that holds the brightest pixel. So an image of 12 bits in a file of
+16 is as bright as one that uses all 16. Pixels of floating point up to 2 are taken to be in [0, 1],
+and others as whole numbers. Values far below zero are refused.
 """
 
+import ctypes
+import functools
+import importlib
 import io
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from clipft.core.errors import first_line
+from clipft.data.formats import (
+    PLUGIN_EXTRA,
+    PLUGINS,
+    exif_orientation,
+    format_of,
+    name_of,
+    not_read,
+    reason_against,
+    split_side_information,
+)
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused: they may be decompression bombs."""
@@ -21,15 +44,87 @@ would take 5 GB."""
 
 WHITE = (255, 255, 255)
 _DRAFT_MARGIN = 2
+_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+# Where Pillow keeps XMP, and the EXIF data that ImageMagick writes into a PNG
+_OTHER_EXIF = {"xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Tags of TIFF
+_PHOTOMETRIC, _WHITE_IS_ZERO = 0x0106, 0
+_SAMPLE_FORMAT, _SIGNED = 0x0153, 2
+_NOISE = 0.1
+"""Pixels may be below zero by this share of the brightest one."""
+# How Pillow names the two orders of the bytes of a color; N is the order of this machine
+_SWAPPED = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B"}
+if sys.byteorder == "big":
+    _SWAPPED["RGB;16N"] = "RGB;16L"
+
+# Pillow warns of what it makes of odd files, and logs it. Both would be printed into the progress
+# display. A filter, because catch_warnings is not safe in threads
+warnings.filterwarnings("ignore", module="PIL|pillow_heif|pillow_jxl")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class BadImage(Exception):
     """An image cannot be used; the message says why its pair is skipped."""
 
 
+class OpenedImage:
+    """An image whose header was read: ``format`` (Pillow's name) and ``size`` are known, its pixels
+    are not."""
+
+    def __init__(self, data: bytes, exif: bytes = b"") -> None:
+        self._data = data
+        with _as_bad_image():
+            self._image = _open(data)
+        if exif:
+            self._image.info["exif"] = exif
+        self.format = self._image.format or ""
+        self.size = width, height = self._image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(f"{width}x{height} pixels are too many")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
+
+    def decode(self, at_least: int = 0) -> Image.Image:
+        """Decode the image, once, as ``decode_image`` does.
+
+        Raises:
+            BadImage: It is truncated or otherwise broken.
+        """
+        try:
+            with _as_bad_image():
+                return _decode(self._image, self._data, at_least)
+        except BadImage:
+            if bare := _without_side_information(self._data):
+                with suppress(BadImage):
+                    return bare.decode(at_least)
+            raise
+
+    def verify(self) -> None:
+        """Check the image without decoding it, if its format has checksums. It can no longer be
+        decoded afterwards.
+
+        Raises:
+            BadImage: It is broken.
+        """
+        try:
+            with _as_bad_image():
+                self._image.verify()
+        except BadImage:  # perhaps only what is beside the pixels is broken
+            open_image(self._data).decode()
+
+
 def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
-    """Decode to upright RGB: transparency becomes white, 16 bits become 8, and of several frames
-    the first is taken.
+    """Decode to upright RGB: transparency becomes white, more bits become 8, and of several frames
+    the first is taken. Color profiles are not applied.
 
     ``at_least`` allows JPEG to be decoded at a reduced scale whose shorter side stays above twice
     that many pixels: this is faster, and close to the full decode but not equal to it.
@@ -38,86 +133,212 @@ def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
         BadImage: It is not an image, is truncated or otherwise broken, has more than
             ``MAX_PIXELS`` or is longer than ``MAX_ASPECT``.
     """
-    return decode_opened(open_image(data), at_least)
+    return open_image(data).decode(at_least)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Read the header of an image: its format and size are then known, its pixels are not.
+def open_image(data: bytes) -> OpenedImage:
+    """Read the header of an image.
 
     Raises:
         BadImage: It is not an image, or decoding it would do harm.
     """
-    if not data:
-        raise BadImage("an empty file")
-    with _as_bad_image():
-        image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage(f"{width}x{height} pixels are too many")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
-        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-            raise BadImage("EPS is not decoded")
-        return image
+    try:
+        return OpenedImage(data)
+    except BadImage:
+        if bare := _without_side_information(data):
+            return bare
+        raise
 
 
-def decode_opened(image: Image.Image, at_least: int = 0) -> Image.Image:
-    """Decode an image whose header was read, as ``decode_image`` does.
-
-    Raises:
-        BadImage: It is truncated or otherwise broken.
-    """
-    with _as_bad_image():
-        if at_least:
-            image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def verify_opened(image: Image.Image) -> None:
-    """Check an image without decoding it, after which it can no longer be used.
-
-    Raises:
-        BadImage: It is broken, as far as its format has checksums.
-    """
-    with _as_bad_image():
-        image.verify()
+def _without_side_information(data: bytes) -> OpenedImage | None:
+    """Open an image once more, without what may have made Pillow refuse it; None if that is not
+    possible or there is no such thing."""
+    if found := split_side_information(data):
+        with suppress(BadImage):
+            return OpenedImage(*found)
+    return None
 
 
 @contextmanager
 def _as_bad_image() -> Iterator[None]:
-    """Turn whatever Pillow raises into ``BadImage``, and ignore its warnings."""
+    """Turn whatever Pillow raises into ``BadImage``."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except BadImage:
         raise
-    except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise BadImage("not an image") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than {MAX_PIXELS:,} pixels are too many") from error
     except Exception as error:  # Pillow's plug-ins raise errors of any type
-        raise BadImage(first_line(error) or type(error).__name__) from error
+        reason = first_line(error) or type(error).__name__
+        if reason.startswith("decoder error"):  # a number that Pillow has no words for
+            reason = "damaged, or compressed in an unknown way"
+        raise BadImage(reason) from error
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    if not data:
+        raise BadImage("an empty file")
+    kind = format_of(data)
+    if not kind:
+        raise BadImage(reason_against(data) or _reason_of_pillow(data))
+    _prepare(kind)
+    try:
+        # Pillow tries no other format: many of its plug-ins take almost anything
+        return Image.open(io.BytesIO(data), formats=[kind])
+    except UnidentifiedImageError as error:  # its own message names an object in memory
+        raise BadImage(f"{name_of(kind)} that is damaged, or of an unusual kind") from error
+
+
+def _reason_of_pillow(data: bytes) -> str:
+    """Say of which rarer format an image is; many have no signature, and Pillow has to try them."""
+    try:
+        return not_read(Image.open(io.BytesIO(data)).format or "such")
+    except Exception:  # of any type, as above
+        return "not an image"
+
+
+@functools.cache
+def _prepare(kind: str) -> None:
+    """Get ready to read a format: load its plug-in, or silence its library.
+
+    Raises:
+        BadImage: Pillow cannot read it, or only with a plug-in that is not installed.
+    """
+    if kind in PLUGINS:
+        try:
+            plugin: Any = importlib.import_module(PLUGINS[kind])
+        except ImportError as error:
+            raise BadImage(
+                f"to read {name_of(kind)} images: pip install '{PLUGIN_EXTRA}'"
+            ) from error
+        if kind == "HEIF":
+            plugin.register_heif_opener()
+    Image.preinit()
+    if kind not in Image.OPEN:
+        Image.init()  # all plug-ins, which takes its time
+    if kind not in Image.OPEN:
+        raise BadImage(f"this version of Pillow does not read {name_of(kind)} images")
+    if kind == "TIFF":
+        # libtiff prints errors to stderr, which Pillow raises as well. A symbol that Pillow's own
+        # module can see is the one it calls, wherever the library was installed from.
+        with suppress(OSError, AttributeError):
+            libtiff = ctypes.CDLL(_imaging.__file__)
+            libtiff.TIFFSetErrorHandler(None)
+            libtiff.TIFFSetWarningHandler(None)
+
+
+def _decode(image: ImageFile.ImageFile, data: bytes, at_least: int) -> Image.Image:
+    if at_least:
+        image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
+    high_bytes_only = _is_deep_color(image)
+    _load(image)
+    pixels = _deep_color(image, data) if high_bytes_only else _to_rgb(image)
+    method = _TO_UPRIGHT.get(_orientation(image))
+    return pixels if method is None else pixels.transpose(method)
+
+
+def _load(image: ImageFile.ImageFile) -> None:
+    if (
+        image.format == "TIFF"
+    ):  # which Pillow turns upright here, and reads all its EXIF data for it
+        with suppress(Exception):
+            exif = image.getexif()
+            for tag in set(exif) - {_ORIENTATION}:
+                del exif[tag]
+    image.load()
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """Return the orientation of loaded pixels, by EXIF or XMP; 1, which is upright, if none can be
+    read."""
+    # Pillow turns TIFF upright, and the decoder of JPEG XL does unless there is a JPEG within
+    if image.format == "TIFF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return 1
+    # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where they are odd
+    value = exif_orientation(image.info.get("exif") or b"")
+    others = _OTHER_EXIF & image.info.keys()
+    if value is None and others:
+        carrier = Image.new("1", (1, 1))
+        carrier.info = {key: image.info[key] for key in others}
+        with suppress(Exception):  # broken ones raise errors of any type
+            value = carrier.getexif().get(_ORIENTATION)
+    return value if isinstance(value, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and key is None:
         return image
     if image.mode in {"I", "F"} or image.mode.startswith("I;"):
-        # 16-bit and float grays: Pillow's own ``convert`` would clip them to white
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise BadImage("not-a-number among the pixels")
-        top = float(values.max(initial=0))
-        scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 255.0 / 65535.0
-        if values.dtype.kind == "f" and 1.0 < top <= 255.0:
-            scale = 1.0
-        gray = np.clip(np.rint(values.astype(np.float64) * scale), 0, 255).astype(np.uint8)
-        return Image.fromarray(gray).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        return _deep_gray(image)
+    if image.mode in {"RGBa", "La"} or "A" in image.getbands() or key is not None:
+        try:
+            rgba = image.convert("RGBA")
+        except Exception:  # a transparent color that the image cannot have
+            image.info.pop("transparency", None)
+            return image.convert("RGB")
         ground = Image.new("RGBA", rgba.size, (*WHITE, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _deep_gray(image: Image.Image) -> Image.Image:
+    """Reduce a gray image of 16 or 32 bits to 8. Pillow's own ``convert`` clips it to white."""
+    values, key = np.asarray(image), image.info.get("transparency")
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if values.dtype == np.int32 and tags and _SIGNED not in tags.get(_SAMPLE_FORMAT, ()):
+        values = values.view(np.uint32)  # Pillow has no mode for them
+    if not np.isfinite(values).all():
+        raise BadImage("not-a-number among the pixels")
+    gray = _to_8_bits(values)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        gray = 255 - gray
+    if isinstance(key, int):
+        gray[values == key] = WHITE[0]
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _to_8_bits(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Map the pixels of an image to uint8 by the rule above.
+
+    Raises:
+        BadImage: Some are far below zero.
+    """
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if -low > _NOISE * high:
+        raise BadImage(f"pixel values from {low:g} to {high:g}: convert it to 8 bits")
+    if values.dtype.kind == "f" and high <= 2:
+        white = 1
+    else:
+        bits = max(8, int(high).bit_length())
+        white = 2 ** (bits + bits % 2) - 1
+    return np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
+
+
+def _is_deep_color(image: ImageFile.ImageFile) -> bool:
+    """Whether it has colors of 16 bits, of which Pillow keeps the upper 8."""
+    return len(image.tile) == 1 and image.mode != "I;16" and ";16" in str(image.tile[0].args)
+
+
+def _deep_color(image: Image.Image, data: bytes) -> Image.Image:
+    """Return a loaded image with colors of 16 bits as RGB, where they may use fewer bits.
+
+    Raises:
+        BadImage: They do, and the other half of each color cannot be read.
+    """
+    high = np.asarray(image)
+    if high.max(initial=0) >= 1 << (14 - 8):  # all 16 bits are used
+        return _to_rgb(image)
+    again = Image.open(io.BytesIO(data), formats=[format_of(data) or ""])
+    tile = again.tile[0]
+    # In the other byte order, Pillow takes the lower half of each color for the upper one
+    args = tile.args if isinstance(tile.args, tuple) else (str(tile.args),)
+    if args[0] not in _SWAPPED:
+        raise BadImage("colors of 16 bits, of which few are used: convert it to 8 bits")
+    again.tile = [tile._replace(args=(_SWAPPED[args[0]], *args[1:]))]
+    _load(again)
+    values = high.astype(np.uint16) << 8 | np.asarray(again)
+    return Image.fromarray(_to_8_bits(values))
 
 
 def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:

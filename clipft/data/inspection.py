@@ -1,7 +1,6 @@
 """What is in a catalogue, and what is wrong with it, before anyone trains on it."""
 
 import hashlib
-import io
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-
-from PIL import Image
 
 from clipft.core.common import processors
 from clipft.data.captions.template import DEFAULT_TEMPLATE, BadCaption, CaptionTemplate
@@ -20,7 +17,7 @@ from clipft.data.duplicates import (
     near_duplicates,
     perceptual_hash,
 )
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images import BadImage, open_image
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
 _EXAMPLES = 5
@@ -143,15 +140,14 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
     except BadCaption as error:
         fact = replace(fact, bad_caption=str(error))
     try:
-        image = decode_image(raw.image)
+        opened = open_image(raw.image)
+        image = opened.decode()
     except BadImage as error:
         return replace(fact, broken=str(error))
-    with Image.open(io.BytesIO(raw.image)) as header:
-        kind = (header.format or "?").lower()
     return replace(
         fact,
         image_hash=hashlib.sha256(raw.image).hexdigest(),
-        kind=kind,
+        kind=opened.format.lower(),
         size=image.size,
         perceptual_hash=perceptual_hash(image),
     )

@@ -8,7 +8,8 @@ from functools import cache, partial
 from clipft.data.captions.lines import fold_lines, join_lines
 from clipft.data.captions.template import BadCaption, CaptionTemplate, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
-from clipft.data.images import BadImage, decode_opened, open_image, verify_opened
+from clipft.data.formats import FORMATS
+from clipft.data.images import BadImage, open_image
 from clipft.data.packing.fields import group_of
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
@@ -22,20 +23,6 @@ _CHUNK = 32
 # copies of an image are not recognized.
 _HASH_SIDE = 96
 _MAX_BYTES = 512 << 20
-# Pillow's names of the formats, and the suffixes of their members in a shard
-_SUFFIXES = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-    "AVIF": "avif",
-    "HEIF": "heic",
-    "JPEG2000": "jp2",
-    "JXL": "jxl",
-}
 
 
 def scan(
@@ -83,15 +70,12 @@ def _read(
             raise BadCaption("empty caption")
         data = candidate.image.read(_MAX_BYTES)
         image = open_image(data)
-        kind, shorter_side = image.format or "?", min(image.size)
-        if kind not in _SUFFIXES:
-            return f"shards cannot hold {kind} images: convert them to JPEG or PNG"
         if options.near >= 0:  # this decode also finds whatever --check would find
-            hashed = perceptual_hash(decode_opened(image, at_least=_HASH_SIDE))
+            hashed = perceptual_hash(image.decode(at_least=_HASH_SIDE))
         elif options.check:
-            decode_opened(image)
+            image.decode()
         else:
-            verify_opened(image)
+            image.verify()
     except (BadCaption, BadImage) as error:
         return str(error)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in a name
@@ -105,8 +89,8 @@ def _read(
         name=candidate.name,
         where=candidate.where,
         image=replace(candidate.image, size=len(data)),
-        suffix=_SUFFIXES[kind],
-        shorter_side=shorter_side,
+        suffix=FORMATS[image.format],
+        shorter_side=min(image.size),
         caption=caption,
         metadata=metadata,
         image_hash=hashlib.sha256(data).hexdigest(),
