@@ -4,25 +4,29 @@
 decode with ``images.py``. A file of another kind is refused with the name of what it is.
 """
 
+import os
 import re
 import struct
+from contextlib import suppress
 from typing import Literal
 
 FORMATS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "GIF": "gif",
-    "BMP": "bmp",
-    "TIFF": "tif",
-    "AVIF": "avif",
-    "JPEG2000": "jp2",
-    "PPM": "ppm",
-    "HEIF": "heic",
-    "JXL": "jxl",
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "MPO": ("jpg", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
+    "JPEG2000": ("jp2", "j2k", "jpx", "jpf"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm", "pfm"),
+    "HEIF": ("heic", "heif", "hif"),
+    "JXL": ("jxl",),
 }
-"""Pillow's names of the formats that are read, and the suffixes of their members in a shard."""
+"""The formats that are read: Pillow's name, and the suffixes of their files. The first one is that
+of a member of a shard that ``clipft pack`` writes."""
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 PLUGIN_EXTRA = "clipft[heif]"
 """What to install for the formats of ``PLUGINS``."""
@@ -71,6 +75,7 @@ _OTHER_IMAGES = [
 _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
 _ORIENTATION = 0x0112
 _SIZES = {1: 1, 3: 2, 4: 4}  # bytes of a number by its type in EXIF
+_JPEG_COLORS = re.compile(rb"(?s)JFIF\0.{9}|Adobe.{7}")
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -80,6 +85,16 @@ def format_of(head: bytes) -> str | None:
     kind of file. An MPO begins as a JPEG does, and is called one here."""
     head = head[:HEAD_BYTES]
     return next((name for name, pattern in _IMAGES if pattern.match(head)), None)
+
+
+def is_unnamed_image(path: str) -> bool:
+    """Return whether a file whose name has no ending is an image, by its first bytes."""
+    name = os.path.basename(path)
+    if "." in name or not os.path.isfile(path):
+        return False
+    with suppress(OSError), open(path, "rb") as file:
+        return format_of(file.read(HEAD_BYTES)) is not None
+    return False
 
 
 def name_of(kind: str) -> str:
@@ -148,7 +163,7 @@ def _split_jpeg(data: bytes) -> tuple[bytes, bytes]:
         segment = data[at:end]
         if segment[4:].startswith(b"Exif\0\0"):
             exif += segment[4:] if not exif else segment[10:]
-        elif segment[4:].startswith((b"JFIF", b"Adobe")) or not _is_application_data(marker):
+        elif _JPEG_COLORS.match(segment, 4) or not _is_application_data(marker):
             kept.append(segment)
         at = end
     return b"".join([*kept, data[at:]]), exif

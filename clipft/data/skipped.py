@@ -11,11 +11,11 @@ not a regular file                     a shard is opened                    ``sh
 empty caption, the caption is not      the pair is read                     ``captions/template.py``
 UTF-8 text                                                                  ``captions/table.py``
 not an image, an empty file, too many  the image is decoded                 ``images.py``
-pixels, truncated, EPS, ...
+pixels, truncated, an unusual format                                        ``formats.py``
 ====================================== ==================================== ======================
 
 ``shards/index.py`` records its reasons in ``Shard.skipped``. The other two raise ``BadCaption`` and
-``BadImage``, which ``loader.py`` turns into a ``Skipped`` in the batch. A run appends them all to
+``BadImage``, which ``decoding.py`` turns into a ``Skipped`` in the batch. A run appends them all to
 ``skipped.jsonl`` and stops if they are more than ``--max-bad`` (``SkippedPairs`` in
 ``training/state.py``). ``clipft pack`` skips files before they become pairs, and writes a
 ``skipped.jsonl`` of its own into the catalogue (``packing/scan.py``).

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
+from clipft.data.formats import IMAGE_SUFFIXES, is_unnamed_image
 from clipft.data.shards.contents import contents_of
 from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.shards.index import Shard, open_shard, stamp_of
 from clipft.data.shards.names import (
     CAPTION_SUFFIX,
-    IMAGE_SUFFIXES,
     METADATA_SUFFIX,
     SPLITS,
     is_hidden,
@@ -94,8 +94,8 @@ def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
         for name in names:
             path = Path(place) / name
             suffix = name.rpartition(".")[2].lower()
-            wanted = suffix in IMAGE_SUFFIXES and not is_hidden(name)
-            if wanted and path.is_file() and os.access(path, os.R_OK):
+            wanted = suffix in IMAGE_SUFFIXES or is_unnamed_image(str(path))
+            if wanted and not is_hidden(name) and path.is_file() and os.access(path, os.R_OK):
                 stamps[name] = stamp_of(path.stat())
         # A power of two: as the folder grows, its parts are divided again only rarely
         parts = 1 << max(0, (len(stamps) // _FILES_PER_PART).bit_length())

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipft.data.augmentation import Transform, augment
-from clipft.data.images import BadImage, decode_image, resize_shorter
+from clipft.data.images import BadImage, decode_image, open_image, resize_shorter
 
 FURNITURE = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
 needs_images = pytest.mark.skipif(
@@ -78,13 +80,14 @@ def test_exif_rotation_is_applied():
     assert decode_image(encoded(plain(), "JPEG", exif=exif)).size == (20, 40)
 
 
+def chunk(name: bytes, body: bytes) -> bytes:
+    """Make a chunk of a PNG."""
+    crc = struct.pack(">I", zlib.crc32(name + body))
+    return struct.pack(">I", len(body)) + name + body + crc
+
+
 def bomb() -> bytes:
     """Make the header of a 30,000 x 30,000 PNG with next to no data."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(name + body))
-        return struct.pack(">I", len(body)) + name + body + crc
-
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
@@ -98,6 +101,279 @@ def bomb() -> bytes:
 def test_a_file_that_is_not_an_image_is_refused_with_a_reason(data):
     with pytest.raises(BadImage, match=r"\w"):
         decode_image(data)
+
+
+NOISE = Image.effect_noise((9, 6), 80).resize((72, 48)).convert("RGB")
+
+
+def exif(*entries: tuple[int, int, int, int], ifd_at: int = 8) -> bytes:
+    """Make EXIF data of entries (tag, type, count, value), in the order they are given."""
+    table = b"".join(struct.pack("<HHLL", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", ifd_at, len(entries)) + table + bytes(4)
+
+
+ORIENTED = (0x0112, 3, 1, 6)
+BROKEN_EXIF = {
+    "a fraction over zero": exif(ORIENTED, (0x011A, 10, 1, 38)) + struct.pack("<ll", -1, 0),
+    "a text out of reach": exif((0x010E, 2, 999, 2**31), ORIENTED),
+    "cut in an entry": exif(ORIENTED, (0x011A, 5, 1, 99))[:-9],
+    "no resolution": exif(ORIENTED, (0x011A, 5, 0, 0), (0x0128, 3, 1, 2)),
+    "a broken folder within": exif(ORIENTED, (0x8769, 4, 1, 2**32 - 1), (0x8825, 4, 1, 3)),
+    "a folder within itself": exif(ORIENTED, (0x8769, 4, 1, 8)),
+    "an unknown type": exif((0x010E, 77, 1, 1), ORIENTED),
+    "written twice": b"Exif\0\0" + exif(ORIENTED),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("trouble", BROKEN_EXIF)
+def test_broken_exif_costs_neither_the_image_nor_its_orientation(kind, trouble):
+    try:
+        data = encoded(NOISE, kind, exif=BROKEN_EXIF[trouble], quality=95)
+    except Exception:
+        pytest.skip("Pillow cannot write it")
+    upright = NOISE.transpose(Image.Transpose.ROTATE_270)
+    image = decode_image(data)
+    assert image.size == upright.size
+    difference = np.asarray(image).astype(int) - np.asarray(upright)
+    assert np.abs(difference).mean() < 6
+
+
+@given(st.binary(max_size=120))
+@settings(deadline=None, max_examples=60)
+def test_no_exif_data_make_an_image_unreadable(tail):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(plain(), kind, exif=b"Exif\0\0II*\0\x08\0\0\0" + tail)
+        assert set(decode_image(data).size) == {20, 40}
+
+
+def png_with(*chunks: bytes) -> bytes:
+    """Make a PNG of noise with chunks before its pixels, and some after them."""
+    data = encoded(NOISE, "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03")],
+        [chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))],
+        [chunk(b"iTXt", b"a\0\x01\0\0\0" + zlib.compress(bytes(2 << 20)))],
+        [chunk(b"zTXt", b"a%d\0\0" % n + zlib.compress(bytes(1000_000))) for n in range(70)],
+        [chunk(b"zTXt", b"a\0\x07")],
+        [chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2 << 20)))],
+        [chunk(b"iCCP", b"x\0\x05")],
+        [chunk(b"iCCP", b"x")],
+        [chunk(b"gAMA", b"\0")],
+        [chunk(b"pHYs", b"\0")],
+        [chunk(b"acTL", b"\0")],
+        [chunk(b"acTL", struct.pack(">II", 3, 0)), chunk(b"fcTL", bytes(26))],
+        [chunk(b"tEXt", b"a\0b")[:-4] + b"\0\0\0\0"],
+    ],
+    ids="exif text-bomb itxt-bomb many-texts method icc-bomb icc-method icc gamma dpi "  # noqa: SIM905
+    "animation frame checksum".split(),
+)
+def test_broken_chunks_of_a_png_do_not_cost_its_pixels(chunks):
+    opened = open_image(png_with(*chunks))
+    assert opened.size == NOISE.size
+    assert opened.decode().tobytes() == NOISE.tobytes()
+    open_image(png_with(*chunks)).verify()
+
+
+def test_broken_pixels_of_a_png_do():
+    data = bytearray(encoded(NOISE, "PNG"))
+    at = data.index(b"IDAT") + 30
+    data[at : at + 8] = bytes(8)
+    with pytest.raises(BadImage):
+        decode_image(bytes(data))
+    with pytest.raises(BadImage):
+        open_image(bytes(data)).verify()
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    """Make a segment of a JPEG."""
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        segment(0xE0, b"JFIF\0\1"),
+        segment(0xE2, b"ICC_PROFILE\0"),
+        segment(0xE2, b"ICC_PROFILE\0\x01\x09" + bytes(50)),
+        segment(0xE2, b"MPF\0" + bytes(30)),
+        segment(0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed"),
+        segment(0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0\0\0\0\4abcd"),
+        segment(0xE1, b"Exif\0\0"),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe"),
+        segment(0xFE, b"\xff" * 300),
+    ],
+    ids="jfif icc icc-parts mpo photoshop resolution exif xmp comment".split(),  # noqa: SIM905
+)
+def test_broken_segments_of_a_jpeg_do_not_cost_its_pixels(segments):
+    data = encoded(NOISE, "JPEG")
+    broken = data[:2] + segments + data[2:] + b"trailing \xff\xd8\xff bytes"
+    assert decode_image(broken).tobytes() == decode_image(data).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
+def test_bytes_after_the_end_do_no_harm(kind):
+    data = encoded(plain(), kind)
+    assert decode_image(data + b"PK\x03\x04" * 99).tobytes() == decode_image(data).tobytes()
+
+
+def test_xmp_turns_an_image_whose_exif_is_broken():
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(NOISE, "JPEG", exif=b"Exif\0\0?", xmp=xmp)
+    assert decode_image(data).size == (48, 72)
+
+
+RAMP = np.linspace(0, 1, 256)
+
+
+def shades(values: np.ndarray, kind: str = "TIFF", **more) -> np.ndarray:
+    """Write 256 gray values, decode them, and return what became of them."""
+    image = Image.fromarray(values.reshape(16, 16))
+    return np.asarray(decode_image(encoded(image, kind, **more)))[..., 0].flatten().astype(int)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_any_number_of_bits_in_16_keeps_its_range(bits, kind):
+    values = np.rint(RAMP * (2**bits - 1)).astype(np.uint16)
+    assert np.abs(shades(values, kind) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [12, 16, 24, 32])
+def test_integers_of_32_bits_keep_their_range(bits):
+    if bits < 32:
+        found = shades(np.rint(RAMP * (2**bits - 1)).astype(np.int32))
+    else:  # Pillow has no unsigned mode: it writes and reads the bits as signed
+        values = np.rint(RAMP * (2**32 - 1)).astype(np.uint32)
+        data = encoded(Image.fromarray(values.view(np.int32).reshape(16, 16)), "TIFF")
+        data = data.replace(struct.pack("<HHLL", 339, 3, 1, 2), struct.pack("<HHLL", 339, 3, 1, 1))
+        found = np.asarray(decode_image(data))[..., 0].flatten().astype(int)
+    assert np.abs(found - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 4095.0, 65535.0])
+def test_floats_keep_their_range(white):
+    found = shades((RAMP * white).astype(np.float32))
+    assert np.abs(found - np.arange(256)).max() <= 1
+
+
+def test_floats_a_little_outside_of_their_range_are_clipped():
+    found = shades(np.where(RAMP > 0.99, 1.04, RAMP - 0.02).astype(np.float32))
+    assert found[0] == 0 and found[-1] == 255 and abs(found[128] - 123) <= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [RAMP * 2 - 1, (RAMP * 2 - 1) * np.pi, RAMP * 3000 - 1024],
+    ids=["normalized", "angles", "hounsfield"],
+)
+def test_values_far_below_zero_are_refused_by_name(values):
+    with pytest.raises(BadImage, match="pixel values from -"):
+        shades(values.astype(np.float32))
+
+
+def test_white_as_zero_is_turned_around():
+    values = np.rint(RAMP * 65535).astype(np.uint16)
+    data = encoded(Image.fromarray(values.reshape(16, 16)), "TIFF")
+    data = data.replace(struct.pack("<HHLL", 262, 3, 1, 1), struct.pack("<HHLL", 262, 3, 1, 0))
+    found = np.asarray(decode_image(data))[..., 0].flatten().astype(int)
+    assert np.abs(found - np.arange(256)[::-1]).max() <= 1
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """Make a PNG of colors [H, W, C] of 16 bits, which Pillow cannot write."""
+    height, width, channels = values.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_colors_with_few_of_16_bits_keep_their_range(bits):
+    ramp = np.rint(RAMP * (2**bits - 1)).astype(np.uint16).reshape(16, 16, 1)
+    found = np.asarray(decode_image(deep_png(np.concatenate([ramp, ramp // 2, ramp // 4], 2))))
+    want = np.arange(256).reshape(16, 16)
+    for channel, part in enumerate((1, 2, 4)):
+        assert np.abs(found[..., channel].astype(int) - want / part).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_dark_colors_of_16_bits_with_alpha_are_refused_and_others_are_read(channels):
+    values = np.full((4, 4, channels), 65535, np.uint16)
+    assert near(decode_image(deep_png(values)), (255, 255, 255), (0, 0))
+    with pytest.raises(BadImage, match="colors of 16 bits, of which few are used"):
+        decode_image(deep_png(values // 16))
+
+
+def transparent(mode: str, key, **more) -> Image.Image:
+    """Return the decoded PNG of a black image, in which the color ``key`` is transparent."""
+    return decode_image(encoded(Image.new(mode, (4, 4)), "PNG", transparency=key, **more))
+
+
+@pytest.mark.parametrize(
+    ("mode", "key"), [("L", 0), ("RGB", (0, 0, 0)), ("I;16", 0), ("P", 0), ("P", b"\0"), ("1", 0)]
+)
+def test_a_transparent_color_becomes_white(mode, key):
+    assert near(transparent(mode, key), (255, 255, 255), (0, 0))
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 0, 0)), ("I;16", 7), ("P", 7)])
+def test_other_colors_stay(mode, key):
+    assert near(transparent(mode, key), (0, 0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA"])
+def test_alpha_in_tiff_becomes_white(mode):
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    if mode == "PA":
+        pytest.skip("Pillow cannot write it")
+    assert near(decode_image(encoded(clear, "TIFF")), (255, 255, 255), (0, 0))
+
+
+def test_cmyk_is_read_the_right_way_round():
+    """Adobe's JPEGs hold it inverted, TIFFs as it is."""
+    for kind in ("JPEG", "TIFF"):
+        white = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), kind))
+        red = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind))
+        assert near(white, (255, 255, 255)) and near(red, (255, 0, 0))
+
+
+def test_libraries_print_nothing(tmp_path):
+    """libtiff prints to the file descriptor of stderr, not to Python's."""
+    tiff = encoded(Image.effect_noise((64, 64), 80), "TIFF", compression="tiff_lzw")
+    (tmp_path / "cut.tif").write_bytes(tiff[:8] + bytes(200) + tiff[208:])
+    odd = (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", 4)
+        + b"".join(
+            struct.pack("<HHLL", tag, 3, 1, value)
+            for tag, value in ((256, 4), (257, 4), (258, 16), (277, 65535))
+        )
+    )
+    (tmp_path / "odd.tif").write_bytes(odd + bytes(4))
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    code = f"""
+import pathlib, threading
+from clipft.data.images import BadImage, decode_image
+def work():
+    for path in pathlib.Path({str(tmp_path)!r}).iterdir():
+        try:
+            decode_image(path.read_bytes())
+        except BadImage:
+            print("refused")
+threads = [threading.Thread(target=work) for _ in range(3)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.count("refused") == 9
 
 
 def test_long_images_keep_their_aspect():

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
@@ -84,7 +85,7 @@ def pack(
     table.add_row("shards", f"{result.shards:,}")
     table.add_row("size", f"{result.bytes / 2**20:.1f} MiB")
     for reason, count in result.skipped.items():
-        table.add_row(f"skipped: {reason}", f"{count:,}")
+        table.add_row(Text(f"skipped: {reason}"), f"{count:,}")
     out.result(result.to_dict(), table)
     if options.part.of > 1:
         out.note(

@@ -23,10 +23,10 @@ from typing import Any
 
 from clipft.core.errors import DataError
 from clipft.data.captions.lines import join_lines
+from clipft.data.formats import IMAGE_SUFFIXES
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_table
-from clipft.data.shards.names import IMAGE_SUFFIXES
 from clipft.data.shards.tar import ByteRange
 
 SPLIT_NAMES = {

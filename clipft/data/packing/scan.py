@@ -89,7 +89,7 @@ def _read(
         name=candidate.name,
         where=candidate.where,
         image=replace(candidate.image, size=len(data)),
-        suffix=FORMATS[image.format],
+        suffix=FORMATS[image.format][0],
         shorter_side=min(image.size),
         caption=caption,
         metadata=metadata,

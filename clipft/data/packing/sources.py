@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipft.core.errors import UsageError
+from clipft.data.formats import is_unnamed_image
 from clipft.data.packing.layouts import Photos, is_layout, list_layout, split_of_file
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_single_table
 from clipft.data.shards.index import open_shard
-from clipft.data.shards.names import FIELDS, is_hidden, pair_up, parse_name
+from clipft.data.shards.names import FIELDS, FileName, is_hidden, pair_up, parse_name
 from clipft.data.shards.tar import ByteRange
 
 FOREIGN_LINK = "a link out of the folder"
@@ -91,7 +92,7 @@ def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing)
             files.tables.append(path)
         elif suffix == ".parquet":
             files.parquet.append(path)
-        elif name := parse_name(str(path)):
+        elif name := parse_name(str(path)) or _unnamed_image(str(path)):
             parts = files.samples.setdefault(name.sample, {}).setdefault(name.key, {})
             if name.kind in parts:
                 listing.skip(path, f"a second {name.kind} with the same name")
@@ -100,6 +101,11 @@ def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing)
         else:
             listing.others.add(str(path.relative_to(source)))
     return files
+
+
+def _unnamed_image(path: str) -> FileName | None:
+    """Return the name of an image without an ending, as caches have them; None for other files."""
+    return FileName(path, path, "image") if is_unnamed_image(path) else None
 
 
 def _regular_files(folder: Path, out: Path, follow: bool, listing: Listing) -> Iterator[Path]:

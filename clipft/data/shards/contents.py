@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipft.core.common import shell_command
-from clipft.data.shards.names import CAPTION_SUFFIX, IMAGE_SUFFIXES, SPLITS, is_hidden, tars_in
+from clipft.data.formats import IMAGE_SUFFIXES
+from clipft.data.shards.names import CAPTION_SUFFIX, SPLITS, is_hidden, tars_in
 
 PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
 

@@ -10,13 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
+from clipft.data.formats import IMAGE_SUFFIXES
+
 T = TypeVar("T")
 
-# Some of these are decoded only if a plug-in of Pillow is installed
-IMAGE_SUFFIXES = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"}
-    | {"avif", "heic", "heif", "jp2", "j2k", "jxl"}
-)
 CAPTION_SUFFIX = "txt"
 METADATA_SUFFIX = "json"
 FIELDS = ("image", "caption", "metadata")

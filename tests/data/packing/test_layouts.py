@@ -311,7 +311,7 @@ def test_an_avif_that_is_called_jpg_is_packed(tmp_path):
 
 def test_files_that_are_not_read_are_named(tmp_path, capsys):
     write_pairs(tmp_path / "raw", range(3))
-    (tmp_path / "raw" / "p3").write_bytes(png(3))
+    (tmp_path / "raw" / "p3").write_bytes(b"notes")
     (tmp_path / "raw" / "p3.txt").write_text("thing 3")
     (tmp_path / "raw" / "p4.psd").write_bytes(b"8BPS")
     command = ["pack", str(tmp_path / "raw"), str(tmp_path / "out"), "--val-share", "0"]

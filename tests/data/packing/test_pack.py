@@ -95,7 +95,7 @@ def test_pairs_that_cannot_be_used_are_counted_and_listed(tmp_path):
         "no caption": 1,
         "no image": 1,
         "empty caption": 1,
-        "not an image": 1,
+        "not an image but a web page": 1,
         "a link out of the folder": 1,
     }
     lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()

@@ -233,6 +233,11 @@ def test_members_are_named_after_the_format_of_the_image(tmp_path):
             ("c.jpeg", "WEBP"),
             ("d.tiff", "TIFF"),
             ("e.jpg", "PPM"),
+            ("f.jpg", "AVIF"),
+            ("g.jpg", "JPEG2000"),
+            ("h.jfif", "JPEG"),
+            ("i", "PNG"),
+            ("j.jpg", "TGA"),
         ]
     ):
         write_pair(tmp_path / "raw" / name, i, name)
@@ -240,8 +245,9 @@ def test_members_are_named_after_the_format_of_the_image(tmp_path):
     result = packed(tmp_path / "raw", tmp_path / "out", val_share=0)
     with tarfile.open(tmp_path / "out" / "train" / "00000.tar") as tar:
         names = {name for name in tar.getnames() if not name.endswith(".txt")}
-    assert names == {"a.png", "b.jpg", "c.webp", "d.tif"}
-    assert result.skipped == {"shards cannot hold PPM images: convert them to JPEG or PNG": 1}
+    named = {"e.ppm", "f.avif", "g.jp2", "h.jpg", "i.png"}
+    assert names == {"a.png", "b.jpg", "c.webp", "d.tif"} | named
+    assert result.skipped == {"TGA images are not read: convert them to JPEG or PNG": 1}
 
 
 class Server(http.server.BaseHTTPRequestHandler):
