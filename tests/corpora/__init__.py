@@ -1,0 +1,1 @@
+"""Runs clipft over files that others made to break decoders. They are brought by the caller."""
