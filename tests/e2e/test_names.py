@@ -124,6 +124,8 @@ ELSEWHERE = {
     # the columns and fields of pack
     "--image-column": "data/packing",
     "--caption-column": "data/packing",
+    "--delimiter": "data/packing",
+    "--encoding": "data/packing",
     # values with a grammar of their own, and numbers
     "--part": "data/packing",
     "--interpolate": "e2e/test_evaluate.py",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _LISTED = 5
 """Broken pairs named for each split; the JSON has all of them."""
+_SKIPPED = "Skipped by clipft pack"
 
 
 class InspectOptions(Section):
@@ -82,6 +83,7 @@ def inspect(
     from clipft.data.captions.metadata import check_fields
     from clipft.data.captions.template import CaptionTemplate
     from clipft.data.inspection import leak
+    from clipft.data.packing.target import skipped_by_pack
     from clipft.models.pretrained import load_inputs
 
     if data is None:
@@ -111,13 +113,15 @@ def inspect(
         result["against"] = asdict(leak(everything, theirs, options.near))
         shared[f"Pairs that are also in {options.against}"] = result["against"]
         everything += theirs
+    result["skipped_by_pack"] = skipped = skipped_by_pack(folder)
     if options.html:
         from clipft.report.html import write_page
 
         title = f"Data set {folder}"
-        write_page(options.html, _page(title, figures, shared, splits | others, everything))
+        page = _page(title, figures, shared, skipped, splits | others, everything)
+        write_page(options.html, page)
 
-    out.result(result, *_tables(figures, shared))
+    out.result(result, *_tables(figures, shared, skipped))
     for name, split in figures.items():
         for broken in [*split.broken[:_LISTED], *split.bad_captions[:_LISTED]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
@@ -207,7 +211,13 @@ def _shared_rows(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _tables(figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]]) -> Iterator[Table]:
+def _skipped_rows(skipped: dict[str, int]) -> list[list[str]]:
+    return [[reason, f"{count:,}"] for reason, count in skipped.items()]
+
+
+def _tables(
+    figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]], skipped: dict[str, int]
+) -> Iterator[Table]:
     table = Table(title="Data set", title_justify="left")
     table.add_column("")
     for name in figures:
@@ -223,12 +233,18 @@ def _tables(figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]])
             remark = Text(f"{match['pair']}\n= {match['other']}", overflow="fold")
             table.add_row(f"example: {match['shares']}", remark)
         yield table
+    if skipped:
+        table = Table(title=_SKIPPED, title_justify="left", show_header=False)
+        for row in _skipped_rows(skipped):
+            table.add_row(*row)
+        yield table
 
 
 def _page(
     heading: str,
     figures: "dict[str, SplitFacts]",
     shared: dict[str, dict[str, Any]],
+    skipped: dict[str, int],
     sources: "dict[str, PairDataset]",
     facts: "list[PairFacts]",
 ) -> str:
@@ -248,5 +264,7 @@ def _page(
         PageTable(title, ["pairs"], _shared_rows(found), heading=True)
         for title, found in shared.items()
     ]
+    if skipped:
+        tables.append(PageTable(_SKIPPED, ["pairs"], _skipped_rows(skipped), heading=True))
     splits = {name: asdict(split) for name, split in figures.items()}
     return findings_page(heading, tables, splits, shared, read_image)

@@ -6,10 +6,12 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from clipft.config.fields import Section, setting
-from clipft.core.errors import UsageError
+from clipft.core.errors import UsageError, did_you_mean
 
 # Default distance of perceptual hashes up to which images are near-duplicates, in bits
 NEAR_BITS = 4
+# Those that tables usually have, for suggestions; every other one of Python works too
+_ENCODINGS = ("utf-8", "utf-16", "cp1252", "cp1250", "cp1251", "latin-1", "gb18030", "shift_jis")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class PackOptions(Section):
         try:
             "".encode(name or "utf-8")  # LookupError also for codecs that are not of text
         except LookupError:
-            raise ValueError("is no encoding: write for example utf-8, utf-16 or cp1252") from None
+            meant = did_you_mean(name, _ENCODINGS) or "write for example utf-8, utf-16 or cp1252"
+            raise ValueError(f"is not an encoding: {meant}") from None
         return name
 
     @field_validator("part", mode="before")

@@ -26,7 +26,7 @@ from clipft.data.duplicates import (
 from clipft.data.packing.download import download_images
 from clipft.data.packing.fields import check_fields
 from clipft.data.packing.options import PackOptions
-from clipft.data.packing.records import Listing, PackPair, Scan
+from clipft.data.packing.records import Listing, PackPair, Scan, count_reasons
 from clipft.data.packing.scan import scan
 from clipft.data.packing.sources import FOREIGN_LINK, list_pairs
 from clipft.data.packing.target import Target
@@ -147,7 +147,7 @@ def pack(
         captions=sum(shard.captions for shard in written),
         shards=len(written),
         bytes=sum(shard.bytes for shard in written),
-        skipped=_count(skipped),
+        skipped=count_reasons(skipped),
         shared_photos=shared["val"].images,
         shared_near_photos=shared["val"].near,
         shared_captions=shared["val"].captions,
@@ -185,7 +185,7 @@ def _note_groups(field: str, pairs: Sequence[PackPair]) -> list[str]:
 
 def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> DataError:
     """Build the error for a source without training pairs; it says what is there instead."""
-    reasons = _count(found.skipped)
+    reasons = count_reasons(found.skipped)
     if splits:
         counts = " and ".join(f"{n:,} in {split}" for split, n in sorted(Counter(splits).items()))
         return DataError(
@@ -305,9 +305,3 @@ def _count_shared(found: Scan, splits: Sequence[str], split: str, near: int) -> 
         near=alike,
         captions=sum(not captions.isdisjoint(pair.caption_keys) for pair in pairs),
     )
-
-
-def _count(skipped: Sequence[dict[str, str]]) -> dict[str, int]:
-    """Count by reason, without what differs from image to image, as in "truncated (7 bytes not
-    processed)"."""
-    return dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped))

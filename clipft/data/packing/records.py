@@ -1,5 +1,7 @@
 """The records that packing hands from one step to the next."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clipft.data.duplicates import PerceptualHash
@@ -69,3 +71,9 @@ class Scan:
     pairs: list[PackPair] = field(default_factory=list)
     hashes: list[PerceptualHash | None] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def count_reasons(skipped: Iterable[dict[str, str]]) -> dict[str, int]:
+    """Count what was skipped by reason, without what differs from image to image, as in "truncated
+    (7 bytes not processed)"."""
+    return dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped))

@@ -16,6 +16,7 @@ from typing import Any
 from clipft.core.errors import StorageError, UsageError
 from clipft.core.files import read_json
 from clipft.data.packing.options import Part
+from clipft.data.packing.records import count_reasons
 from clipft.data.packing.writer import Written
 from clipft.data.shards.names import SPLITS
 
@@ -162,3 +163,16 @@ class Target:
             return suffix == "tar" or bool(re.fullmatch(r"sizes.*\.json", name))
         own = stem.isdecimal() and self.part.has(int(stem))
         return (suffix == "tar" and own) or name == f"sizes{self.part.suffix}.json"
+
+
+def skipped_by_pack(out: Path) -> dict[str, int]:
+    """Count what the pack in ``out`` skipped, by reason; empty if ``out`` is no pack."""
+    if not any(_MARK.fullmatch(path.name) for path in out.iterdir()):
+        return {}
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in sorted(out.glob("skipped*.jsonl"))]
+        return count_reasons(
+            json.loads(line) for text in texts for line in text.split("\n") if line
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # somebody changed the file
+        return {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clipft.cli.app import run
 from clipft.core.errors import DataError, UsageError
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing
@@ -279,3 +280,18 @@ def test_a_sheet_is_refused_with_what_to_do(shop):
     with pytest.raises(DataError) as caught:
         listed(shop / "t.xlsx")
     assert caught.value.hint == "export the sheet as CSV in UTF-8"
+
+
+def test_inspect_shows_what_pack_skipped(shop, capsys):
+    table = write(shop / "t.csv", "image,caption", "img/{n}.png,a chair {n}")
+    table.write_text(
+        table.read_text().replace("a chair 3", "a chair, 3").replace("a chair 5", "nan")
+    )
+    packed(table, shop / "out")
+    args = ["inspect", "out", "--model", "tiny", "--html", "page.html"]
+    assert run([*args, "--json"]) == 0
+    wanted = {"more cells than the header": 1, "empty caption": 1}
+    assert json.loads(capsys.readouterr().out)["skipped_by_pack"] == wanted
+    assert run(args) == 0
+    assert "Skipped by clipft pack" in capsys.readouterr().out
+    assert "more cells than the header" in (shop / "page.html").read_text()

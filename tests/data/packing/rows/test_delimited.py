@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -198,9 +199,16 @@ def test_another_encoding_is_an_error_that_names_the_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("encoding", "utf-9"), ("encoding", "rot13"), ("delimiter", ";;"), ("delimiter", '"')],
+    ("options", "hint"),
+    [
+        ({"encoding": "utf9"}, "did you mean utf-8?"),
+        ({"encoding": "cp152"}, "did you mean cp1252?"),
+        ({"encoding": "rot13"}, "is not an encoding"),
+        ({"encoding": "weird"}, "write for example utf-8"),
+        ({"delimiter": ";;"}, "write for example ;"),
+        ({"delimiter": '"'}, "write for example ;"),
+    ],
 )
-def test_an_impossible_encoding_or_delimiter_is_refused(option, value):
-    with pytest.raises(ValueError, match="write for example"):
-        PackOptions(**{option: value})
+def test_an_impossible_encoding_or_delimiter_is_refused(options, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        PackOptions(**options)
