@@ -75,6 +75,7 @@ _OTHER_IMAGES = [
 _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
 _ORIENTATION = 0x0112
 _SIZES = {1: 1, 3: 2, 4: 4}  # bytes of a number by its type in EXIF
+_JXL_CODESTREAM = re.compile(rb"(?s)^\xff\x0a|jxlc\xff\x0a|jxlp.{4}\xff\x0a")
 _JPEG_COLORS = re.compile(rb"(?s)JFIF\0.{9}|Adobe.{7}")
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -193,3 +194,30 @@ def exif_orientation(exif: bytes) -> int | None:
             value = number(at + 8, _SIZES.get(number(at + 2), 2))
             return value if 1 <= value <= 8 else None
     return None
+
+
+def jxl_size(data: bytes) -> tuple[int, int] | None:
+    """Return (width, height) of a JPEG XL image by its header (ISO/IEC 18181-1, SizeHeader).
+
+    The plug-in decodes an image as soon as it opens it, so this has to be known before.
+    """
+    start = _JXL_CODESTREAM.search(data)
+    if not start:
+        return None
+    bits = int.from_bytes(data[start.end() : start.end() + 10], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & (1 << count) - 1, bits >> count
+        return value
+
+    is_small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height, ratio = side(), take(3)
+    if not ratio:
+        return side(), height
+    across, down = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return height * across // down, height

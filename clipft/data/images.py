@@ -30,6 +30,7 @@ from clipft.data.formats import (
     PLUGINS,
     exif_orientation,
     format_of,
+    jxl_size,
     name_of,
     not_read,
     reason_against,
@@ -77,8 +78,8 @@ class BadImage(Exception):
 
 
 class OpenedImage:
-    """An image whose header was read: ``format`` (Pillow's name) and ``size`` are known, its pixels
-    are not."""
+    """An image whose header was read: ``format`` (Pillow's name), ``size`` and whether its pixels
+    have more than 8 bits are known, its pixels are not."""
 
     def __init__(self, data: bytes, exif: bytes = b"") -> None:
         self._data = data
@@ -86,12 +87,9 @@ class OpenedImage:
             self._image = _open(data)
         if exif:
             self._image.info["exif"] = exif
-        self.format = self._image.format or ""
-        self.size = width, height = self._image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage(f"{width}x{height} pixels are too many")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
+        self.format, self.size = self._image.format or "", self._image.size
+        _check_size(*self.size)
+        self.is_deep = _is_deep_gray(self._image) or _is_deep_color(self._image)
 
     def decode(self, at_least: int = 0) -> Image.Image:
         """Decode the image, once, as ``decode_image`` does.
@@ -182,11 +180,20 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if not kind:
         raise BadImage(reason_against(data) or _reason_of_pillow(data))
     _prepare(kind)
+    if kind == "JXL" and (size := jxl_size(data)):
+        _check_size(*size)
     try:
         # Pillow tries no other format: many of its plug-ins take almost anything
         return Image.open(io.BytesIO(data), formats=[kind])
     except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise BadImage(f"{name_of(kind)} that is damaged, or of an unusual kind") from error
+        raise BadImage(f"damaged or unusual {name_of(kind)} data") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels are too many")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{width}x{height} is more than {MAX_ASPECT} times as long as wide")
 
 
 def _reason_of_pillow(data: bytes) -> str:
@@ -269,7 +276,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and key is None:
         return image
-    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+    if _is_deep_gray(image):
         return _deep_gray(image)
     if image.mode in {"RGBa", "La"} or "A" in image.getbands() or key is not None:
         try:
@@ -280,6 +287,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", rgba.size, (*WHITE, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _is_deep_gray(image: Image.Image) -> bool:
+    return image.mode in {"I", "F"} or image.mode.startswith("I;")
 
 
 def _deep_gray(image: Image.Image) -> Image.Image:
@@ -317,7 +328,7 @@ def _to_8_bits(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, np.dtype[np.u
 
 def _is_deep_color(image: ImageFile.ImageFile) -> bool:
     """Whether it has colors of 16 bits, of which Pillow keeps the upper 8."""
-    return len(image.tile) == 1 and image.mode != "I;16" and ";16" in str(image.tile[0].args)
+    return len(image.tile) == 1 and not _is_deep_gray(image) and ";16" in str(image.tile[0].args)
 
 
 def _deep_color(image: Image.Image, data: bytes) -> Image.Image:

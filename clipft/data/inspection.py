@@ -47,6 +47,7 @@ class PairFacts:
     bad_caption: str = ""
     image_hash: str = ""
     kind: str = ""
+    is_deep: bool = False
     size: tuple[int, int] = (0, 0)
     perceptual_hash: PerceptualHash | None = None
     broken: str = ""
@@ -72,6 +73,7 @@ class SplitFacts:
     broken: list[dict[str, str]]
     bad_captions: list[dict[str, str]]
     kinds: dict[str, int]
+    more_than_8_bits: int
     shorter_side: dict[str, float]
     smaller_than_model: int
     smallest: list[str]
@@ -148,6 +150,7 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
         fact,
         image_hash=hashlib.sha256(raw.image).hexdigest(),
         kind=opened.format.lower(),
+        is_deep=opened.is_deep,
         size=image.size,
         perceptual_hash=perceptual_hash(image),
     )
@@ -200,6 +203,7 @@ def split_facts(
         broken=[{"pair": f.key, "reason": f.broken} for f in facts if f.broken],
         bad_captions=[{"pair": f.key, "reason": f.bad_caption} for f in facts if f.bad_caption],
         kinds=dict(Counter(fact.kind for fact in usable).most_common()),
+        more_than_8_bits=sum(fact.is_deep for fact in usable),
         shorter_side=_spread([min(fact.size) for fact in usable]),
         smaller_than_model=len(small),
         smallest=[fact.place for fact in small[:_LISTED]],

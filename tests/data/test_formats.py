@@ -14,6 +14,7 @@ from clipft.data.formats import (
     exif_orientation,
     format_of,
     is_unnamed_image,
+    jxl_size,
     split_side_information,
 )
 from clipft.data.images import BadImage, decode_image
@@ -53,8 +54,8 @@ def test_ppm_is_told_by_its_first_bytes(mode):
         (encoded(plain(), "ICO"), "ICO images are not read"),
         (encoded(plain(), "DDS"), "DDS images are not read"),
         (bytes(5000), "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "PNG that is damaged, or of an unusual kind"),
-        (FTYP + b"heic" + bytes(200), "HEIC that is damaged"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or unusual PNG data"),
+        (FTYP + b"heic" + bytes(200), "damaged or unusual HEIC data"),
     ],
 )
 def test_other_files_are_refused_by_the_name_of_what_they_are(data, reason):
@@ -121,3 +122,17 @@ def test_only_files_without_an_ending_are_opened(tmp_path):
     names = ("photo", "photo.dat", "notes", "folder", "nowhere")
     found = [name for name in names if is_unnamed_image(str(tmp_path / name))]
     assert found == ["photo"]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (40, 40), (300, 200), (31, 77), (9000, 2), (3, 300_000)])
+def test_the_size_of_a_jpeg_xl_is_known_before_it_is_decoded(size):
+    pytest.importorskip("pillow_jxl")
+    data = encoded(Image.new("L", size), "JXL", lossless=True)
+    assert jxl_size(data) == size
+
+
+def test_a_large_jpeg_xl_is_refused_before_it_is_decoded():
+    pytest.importorskip("pillow_jxl")
+    bits = 0 | 3 << 1 | (30_000 - 1) << 3 | 1 << 33  # the height in 30 bits, and as wide as high
+    with pytest.raises(BadImage, match="30000x30000 pixels are too many"):
+        decode_image(b"\xff\x0a" + bits.to_bytes(12, "little"))

@@ -185,6 +185,7 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
             "broken images": f"{len(split.broken):,}",
             "bad captions": f"{len(split.bad_captions):,}",
             "formats": ", ".join(f"{kind} {count:,}" for kind, count in split.kinds.items()) or "-",
+            "more than 8 bits per channel": f"{split.more_than_8_bits:,}",
             "shorter side: min/median/max": side,
             "smaller than model's input": f"{split.smaller_than_model:,}",
             "tokens: min/median/max": tokens,
