@@ -26,12 +26,13 @@ EXPLANATION = (
     "measured it, in points. Two variants are statistically indistinguishable unless the 95 % "
     "interval of their paired differences over the seeds (Student's t) lies above zero. Grouped "
     "R@10 is the share of all images with a caption (or all captions of an image) that are among "
-    "the first 10. The spread covers the seeds alone; other validation pairs would change the "
-    "figures too. Time is counted from the first batch, as the mean of the runs, and memory is the "
-    "highest peak of any run."
+    "the first 10. The test recall is the mean recall on the test pairs, by which nothing is "
+    "chosen. The spread covers the seeds alone; other validation pairs would change the figures "
+    "too. Time is counted from the first batch, as the mean of the runs, and memory is the highest "
+    "peak of any run."
 )
 
-FIGURES = ("runs", "mean recall", "gain", "text→image R@10", "image→text R@10")
+FIGURES = ("runs", "mean recall", "gain", "test recall", "text→image R@10", "image→text R@10")
 COSTS = ("parameters", "time", "memory")
 """Columns of the two tables that fit a terminal."""
 
@@ -120,6 +121,7 @@ def _cells(variant: Json) -> dict[str, str]:
         "runs": runs,
         "mean recall": amount(variant["mean_recall"]),
         "gain": amount(variant["gain"], "+") if variant["trains"] else NOTHING,
+        "test recall": amount(variant["test_mean_recall"]),
         **paired,
         **grouped,
         "parameters": NOTHING if parameters is None else f"{parameters:,}",

@@ -18,10 +18,13 @@ from clipft.config.settings import beside_defaults
 from clipft.config.sources import ENV_OTHERS, ENV_PREFIX
 from clipft.core.errors import Interrupted, UsageError
 from clipft.core.files import read_json, write_json, write_text
+from clipft.data.shards.names import tars_in
 from clipft.runs.folder import read_run
 from clipft.training.signals import stop_on_signals
 
 STATE = "ablation.json"
+TEST = "test.json"
+"""What a finished run's best epoch reaches on the test pairs, in its ``home``."""
 _ANSWER = "answer.json"
 """What a run wrote to stdout: its result or its error as JSON."""
 _POLL_SECONDS = 0.05
@@ -96,6 +99,38 @@ def run_all(
             for process in alive:
                 process.popen.kill()
     return stop.name
+
+
+def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun], None]) -> None:
+    """Measure each finished run on the test pairs, if its data set has some, and note it in its
+    ``home``. What was measured before is not measured again.
+
+    ``on_start`` is called before each of them. Nothing of this decides which run is best.
+
+    Raises:
+        ClipftError: A checkpoint or the pairs cannot be read.
+    """
+    from clipft.evaluation.compare import Request, evaluate_checkpoint
+    from clipft.runs.checkpoint import load_checkpoint
+    from clipft.runs.load import find_checkpoint
+
+    for run in runs:
+        settings = run.settings.values
+        place = run.home / TEST
+        if not run.finished or place.exists() or not tars_in(settings.data_dir / "test"):
+            continue
+        on_start(run)
+        content = load_checkpoint(find_checkpoint(run.folder, settings))
+        request = Request(None, [], None, None, "test")
+        found = evaluate_checkpoint(content, settings, request, lambda note: None)
+        before, after = found.comparison.before, found.comparison.after
+        # Without an epoch that was better, a run's result is the pretrained model
+        better = after and (read_run(run.folder).result or {}).get("after")
+        figures = {
+            "before": before.retrieval.to_dict(),
+            "after": after.retrieval.to_dict() if after and better else None,
+        }
+        write_json(place, figures)
 
 
 def _environments(jobs: int) -> list[dict[str, str]]:
@@ -192,7 +227,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read ``ablation.json``, and add to each finished run what it left in its folder.
 
     That is ``before`` and ``after`` (retrieval; None if no epoch was better), ``epochs``,
-    ``evaluation``, ``plan``, ``environment``, time and memory.
+    ``evaluation``, ``plan``, ``environment``, time, memory, and ``test`` (None without test pairs).
 
     Raises:
         UsageError: ``folder`` holds no ablation.
@@ -216,5 +251,6 @@ def read_state(folder: Path) -> dict[str, Any]:
             "environment": records.run.get("environment", {}),
             "seconds": records.run.get("seconds"),
             "peak_memory_bytes": records.run.get("peak_memory_bytes"),
+            "test": read_json((folder / run["folder"]).parent / TEST),
         }
     return state

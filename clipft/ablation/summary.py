@@ -83,6 +83,9 @@ def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
     recall = {seed: mean_recall(figures) for seed, figures in best.items()}
     pretrained = {seed: mean_recall(run["before"]) for seed, run in done.items()}
     gain = differences(recall, pretrained)
+    tested = {seed: run["test"] for seed, run in done.items() if run.get("test")}
+    test = {seed: mean_recall(t["after"] or t["before"]) for seed, t in tested.items()}
+    test_before = {seed: mean_recall(t["before"]) for seed, t in tested.items()}
     evaluations = {seed: run["evaluation"] for seed, run in done.items()}
     grouped = None
     if evaluations and all(evaluations.values()):
@@ -113,6 +116,8 @@ def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
         "failed": sum(run["state"] == "failed" for run in runs),
         "mean_recall": spread(recall),
         "gain": {**spread(gain), "interval": interval(gain)},
+        "test_mean_recall": spread(test),
+        "test_gain": spread(differences(test, test_before)),
         "figures": {
             direction: {
                 key: spread({seed: figures[direction][key] for seed, figures in best.items()})
@@ -130,11 +135,24 @@ def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
 
 
 def _verdict(variants: Sequence[Json]) -> str:
-    """Say which variant is best, and which of the others the seeds cannot tell from it."""
+    """Say which variant is best, and what it reaches on pairs that have not chosen it."""
     rated = [variant for variant in variants if variant["finished"]]
     if not rated:
         return "No run has finished."
     best = max(rated, key=lambda variant: variant["mean_recall"]["mean"])
+    chosen, test = _choice(best, rated), best["test_mean_recall"]
+    if test["mean"] is None:
+        return chosen
+    sd = f" ± {100 * test['sd']:.1f}" if test["sd"] is not None else ""
+    gain = best["test_gain"]["mean"]
+    return (
+        f"{chosen} On the test pairs, {best['name']} reaches {100 * test['mean']:.1f} %{sd}, "
+        f"{100 * gain:+.1f} points over the pretrained model."
+    )
+
+
+def _choice(best: Json, rated: Sequence[Json]) -> str:
+    """Say by how much a variant is better, and which others the seeds cannot tell from it."""
     recall = best["mean_recall"]
     sd = f" ± {100 * recall['sd']:.1f}" if recall["sd"] is not None else ""
     words = f"Best mean recall: {best['name']}, {100 * recall['mean']:.1f} %{sd}"

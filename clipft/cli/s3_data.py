@@ -8,6 +8,7 @@ from clipft.cli.console import Output
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
 from clipft.core.common import counted
+from clipft.core.errors import StorageError
 from clipft.core.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -50,6 +51,36 @@ def local_data(place: Path, settings: Settings, out: Output) -> Path:
     settings = settings.model_copy(update=settings_of_data(url))
     bring_data(settings, out)
     return settings.data_dir
+
+
+def local_source(place: Path, settings: Settings, out: Output) -> Path:
+    """Return ``place``, or for an ``s3://`` location of files to pack, the cache folder they were
+    fetched to. A table is fetched with everything beside it, as it may name images there.
+
+    Raises:
+        StorageError: nothing is there, the bucket cannot be read, or the disk cannot be written.
+    """
+    from clipft.cli.progress import transfer_progress
+    from clipft.data.shards.names import TABLE_SUFFIXES
+    from clipft.storage.sync.sync import WHOLE, SyncOptions, download, list_prefix
+
+    url = parse_s3_url(place)
+    if url is None:
+        return place
+    is_table = url.prefix.rpartition(".")[2].lower() in TABLE_SUFFIXES
+    table = url.prefix.rpartition("/")[2] if is_table else ""
+    prefix = url.prefix.removesuffix(table).strip("/")
+    target = cached_bucket(url.bucket) / ".clipft-sources" / prefix
+    found = list_prefix(settings.model_copy(update={"s3_bucket": url.bucket}), prefix, out.note)
+    if not found.objects[WHOLE]:
+        raise StorageError(f"there is nothing under {url}", "check the bucket and the prefix")
+    out.note(f"Syncing {found.bucket.url(found.prefixes[WHOLE])} to {target}.")
+    with transfer_progress(out) as report:
+        # What an earlier sync brought and the bucket no longer has must not be packed
+        result = download(found, target, report, SyncOptions(delete=True), [WHOLE])
+    for note in result.notes:
+        out.note(f"note: {note}.")
+    return target / table
 
 
 def bring_data(
@@ -96,8 +127,7 @@ def _pack_once(found: "BucketListing", data_dir: Path, out: Output) -> None:
     content, mark = {"content": digest.hexdigest()}, data_dir / _PACKED
     if read_json(mark) == content and tars_in(data_dir / "train"):
         return
-    # Without validation files of its own, pack splits the training files
-    source = data_dir / RAW if found.objects["val"] else data_dir / RAW / "train"
+    source = data_dir / RAW
     with out.progress(f"Packing {source}") as report:
         result = pack(source, data_dir, PackOptions(overwrite=True), report)
     write_json(mark, content)

@@ -56,6 +56,7 @@ class StorageSettings(Section):
     s3_bucket: str | None = setting(None, "S3 bucket to sync from. Default: use data_dir as it is.")
     s3_prefix: str = setting("data/train", "Prefix of the training pairs in the bucket.")
     s3_val_prefix: str = setting("data/val", "Prefix of the validation pairs in the bucket.")
+    s3_test_prefix: str = setting("data/test", "Prefix of the test pairs, if there are any.")
     endpoint_url: str | None = setting(None, "URL of an S3-compatible server. Default: Amazon S3.")
     s3_region: str | None = setting(
         None, "Region of the bucket. Default: the one boto3 is configured with."

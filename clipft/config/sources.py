@@ -151,7 +151,7 @@ def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str,
 
 
 def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Replace ``--data-dir s3://bucket/prefix`` by the bucket, its two prefixes, and a folder of
+    """Replace ``--data-dir s3://bucket/prefix`` by the bucket, its three prefixes, and a folder of
     the cache to download to.
 
     Raises:
@@ -178,6 +178,7 @@ def settings_of_data(url: S3Url) -> dict[str, Any]:
         "s3_bucket": url.bucket,
         "s3_prefix": url.below("train"),
         "s3_val_prefix": url.below("val"),
+        "s3_test_prefix": url.below("test"),
     }
 
 

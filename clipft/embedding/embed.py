@@ -68,6 +68,19 @@ def validation_pairs(settings: Settings) -> PairDataset:
     return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
 
 
+def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, PairDataset]:
+    """Open the pairs to report figures on: the test pairs if there are any ("auto"), otherwise the
+    validation pairs; or those of ``split``, "test" or "val". Also return which.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    test = settings.data_dir / "test"
+    if split == "test" or (split == "auto" and tars_in(test)):
+        return "test", open_pairs(test, settings.max_val_pairs)
+    return "val", validation_pairs(settings)
+
+
 def embed_pairs(
     loaded: LoadedModel,
     pairs: PairSource,

@@ -12,6 +12,7 @@ from typing import Any
 from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, write_json
+from clipft.data.shards.names import tars_in
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import Comparison, EvaluationSet, compare
 from clipft.evaluation.wise_ft import (
@@ -23,6 +24,7 @@ from clipft.evaluation.wise_ft import (
     sweep,
 )
 from clipft.metrics.ranking import Retrieval
+from clipft.models.pretrained import ModelInputs
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import load_fine_tuned
 
@@ -33,17 +35,23 @@ class Request:
 
     ``keep`` is a general data set on which to measure what fine-tuning has cost. The weights
     between the two models are evaluated at each of ``alphas``, and written to ``save_to`` at
-    ``save_at``.
+    ``save_at``. ``split`` chooses the pairs as ``evaluation_pairs`` does.
     """
 
     keep: Path | None
     alphas: list[float]
     save_at: float | None
     save_to: Path | None
+    split: str = "auto"
 
     @classmethod
     def of(
-        cls, keep: Path | None, interpolate: str | None, at: float | None, to: Path | None
+        cls,
+        keep: Path | None,
+        interpolate: str | None,
+        at: float | None,
+        to: Path | None,
+        split: str = "auto",
     ) -> "Request":
         """Check a request before the work begins; ``interpolate`` is as ``parse_alphas`` reads it.
 
@@ -58,17 +66,19 @@ class Request:
             )
         if to:
             check_writable(to)
-        return cls(keep, parse_alphas(interpolate) if interpolate else [], at, to)
+        return cls(keep, parse_alphas(interpolate) if interpolate else [], at, to, split)
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """The results of an evaluation.
 
-    ``figures`` are those of the fine-tuned model in short, as after each epoch. ``keep`` compares
+    ``split`` names the pairs they were measured on, "test" or "val". ``figures`` are those of the
+    fine-tuned model in short, as after each epoch. ``keep`` compares
     the models on the general data set in ``keep_dir``. ``points`` is empty unless asked for.
     """
 
+    split: str
     figures: Retrieval
     comparison: Comparison
     keep_dir: Path | None
@@ -83,6 +93,7 @@ class Evaluated:
         """Return the part of ``clipft evaluate --json`` that was measured."""
         return {
             **self.figures.to_dict(),
+            "split": self.split,
             "evaluation": self.comparison.to_dict(),
             "keep": self.keep.to_dict() if self.keep else None,
             "interpolation": self._interpolation() if self.points else None,
@@ -128,7 +139,8 @@ def evaluate_checkpoint(
     fine_tuned = load_fine_tuned(content, settings)
     inputs = fine_tuned.base.inputs
     # Everything that can be refused is opened before the first pair is embedded
-    own = EvaluationSet.open(inputs, settings)
+    own = EvaluationSet.open(inputs, settings, request.split)
+    note(f"Evaluating on the {own.title.lower()} pairs of {settings.data_dir}.")
     general = None
     if request.keep:
         # A general set has its own captions and labels, and no groups of products
@@ -138,6 +150,11 @@ def evaluate_checkpoint(
         }
         changed["data_dir"] = request.keep
         general = EvaluationSet.open(inputs, settings.model_copy(update=changed))
+    # Alpha is chosen by what is measured along the path, so no test pairs may take part in that
+    along, general_along = own, general
+    if request.alphas:
+        along = _for_choosing(own, inputs)
+        general_along = _for_choosing(general, inputs) if general else None
     path = None
     if request.alphas or request.save_to:
         # A model of this scenario before its first step; its seed makes the same adapters again
@@ -150,10 +167,17 @@ def evaluate_checkpoint(
     retention = compare(general, pretrained, after) if general else None
     points = []
     if path:
-        for point in sweep(fine_tuned, path, request.alphas, own, general):
+        for point in sweep(fine_tuned, path, request.alphas, along, general_along):
             points.append(point)
             note(f"alpha {point.alpha:g}: recall {point.own.recall():.1%}")
         if request.save_to and request.save_at is not None:
             save_interpolated(request.save_to, content, path, request.save_at)
     short = (comparison.after or comparison.before).retrieval
-    return Evaluated(short, comparison, request.keep, retention, points)
+    return Evaluated(own.split, short, comparison, request.keep, retention, points)
+
+
+def _for_choosing(pairs: EvaluationSet, inputs: ModelInputs) -> EvaluationSet:
+    """Return the validation pairs of the same data set, or ``pairs`` if it has none."""
+    if pairs.split == "val" or not tars_in(pairs.settings.data_dir / "val"):
+        return pairs
+    return EvaluationSet.open(inputs, pairs.settings, "val")

@@ -13,13 +13,15 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.embed import Embeddings, embed_pairs, validation_pairs
+from clipft.embedding.embed import Embeddings, embed_pairs, evaluation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, normalized, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
 from clipft.models.pretrained import ModelInputs
+
+SPLIT_TITLES = {"val": "Validation", "test": "Test"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ModelEvaluation:
 class EvaluationSet:
     """Pairs to measure on, and which of them belong together; read once for all models.
 
-    ``labels`` holds the category of each pair, None where it has none.
+    ``labels`` holds the category of each pair, None where it has none. ``split`` is "val" or
+    "test".
     """
 
     pairs: PairDataset
@@ -42,10 +45,15 @@ class EvaluationSet:
     settings: Settings
     identities: Identities
     labels: Sequence[str | None]
+    split: str = "val"
 
     @classmethod
     def of(
-        cls, pairs: PairDataset, preprocessing: Preprocessing, settings: Settings
+        cls,
+        pairs: PairDataset,
+        preprocessing: Preprocessing,
+        settings: Settings,
+        split: str = "val",
     ) -> "EvaluationSet":
         """Read from captions, images and metadata which pairs belong together.
 
@@ -60,18 +68,24 @@ class EvaluationSet:
         captions = numbered(normalized(d.caption) for d in said)
         identities = Identities(captions, same_images(pairs), groups)
         relevance(identities)  # refuses groups that are too large now, not after the training
-        return cls(pairs, preprocessing, settings, identities, [d.label for d in said])
+        return cls(pairs, preprocessing, settings, identities, [d.label for d in said], split)
 
     @classmethod
-    def open(cls, inputs: ModelInputs, settings: Settings) -> "EvaluationSet":
-        """Open the validation pairs of ``settings`` for models that take ``inputs``.
+    def open(cls, inputs: ModelInputs, settings: Settings, split: str = "auto") -> "EvaluationSet":
+        """Open the test or the validation pairs of ``settings``, as ``evaluation_pairs`` chooses
+        them, for models that take ``inputs``.
 
         Raises:
             DataError: there are no pairs, or they cannot be read.
             UsageError: as for ``of``.
         """
-        pairs = validation_pairs(settings)
-        return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings)
+        which, pairs = evaluation_pairs(settings, split)
+        return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings, which)
+
+    @property
+    def title(self) -> str:
+        """The name of the split, for people."""
+        return SPLIT_TITLES[self.split]
 
     def evaluate(
         self, loaded: LoadedModel, check: Callable[[], None] = lambda: None

@@ -115,3 +115,18 @@ def test_an_ablation_without_finished_runs_has_a_page():
     content = content_of(failed("full", 1))
     assert content["verdict"] == "No run has finished."
     assert "No run has finished." in ablation_page(content)
+
+
+def test_the_test_pairs_choose_nothing_and_are_reported():
+    runs = [a_run("full", seed, 0.5 + seed / 100) for seed in (1, 2)]
+    runs += [a_run("dual_lora", seed, 0.3) for seed in (1, 2)]
+    for run, recall in zip(runs, (0.4, 0.42, 0.9, 0.9), strict=True):
+        run["test"] = {"before": figures(0.25), "after": figures(recall)}
+    content = content_of(*runs)
+    assert content["verdict"].startswith("Best mean recall: full, 51.5 %")
+    assert content["verdict"].endswith(
+        "On the test pairs, full reaches 41.0 % ± 1.4, +16.0 points over the pretrained model."
+    )
+    rows = {row[0]: row for row in ablation_rows(content, FIGURES)}
+    assert rows["full"][1 + FIGURES.index("test recall")] == "41.0 ± 1.4"
+    assert "test recall" in ablation_page(content)

@@ -96,7 +96,8 @@ def ablate(
     Runs every combination of scenario, settings and seed, each as `clipft train` in its own
     process and its own folder in --output-dir. Run the same command again to continue after a
     stop or to retry failed runs. If you add scenarios, seeds or values, only new combinations
-    run. The exit code is 8 if some runs failed.
+    run. If there are test pairs, the runs are measured on them too; the validation pairs alone
+    decide which is best. The exit code is 8 if some runs failed.
 
     Examples:
 
@@ -154,7 +155,7 @@ def ablate(
 def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
     """Run what is not finished yet, and write the report even if not all runs end well."""
     from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
-    from clipft.ablation.runner import run_all, write_state
+    from clipft.ablation.runner import measure_on_test, run_all, write_state
     from clipft.cli.tables import rows_table
     from clipft.metrics.figures import mean_recall
     from clipft.runs.folder import read_run, run_lock
@@ -185,15 +186,19 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         write_state(folder, runs, ended)
         signal = run_all(runs, jobs, lock, started, finished)
         write_state(folder, runs, ended)
+        if not signal:
+            measure_on_test(runs, lambda run: out.note(f"{label(run)}: measuring on test pairs"))
         content = write_ablation_report(folder, folder / "report.html")
     if signal:
         raise Interrupted(
             f"stopped by {signal}; the unfinished runs have saved their state in {folder}",
             "run the same command again to continue",
         )
+    tested = any(variant["test_mean_recall"]["mean"] is not None for variant in content["variants"])
+    figures = [name for name in FIGURES if tested or name != "test recall"]
     tables = [
         rows_table(title, columns, ablation_rows(content, columns))
-        for title, columns in (("Ablation, figures in %", FIGURES), ("Costs", COSTS))
+        for title, columns in (("Ablation, figures in %", figures), ("Costs", COSTS))
     ]
     out.result(content, *tables, content["verdict"])
     end(out, {"runs": folder, "report": folder / "report.html"}, _best_run(content, folder))

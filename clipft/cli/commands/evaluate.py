@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from clipft.evaluation.compare import Evaluated
 
 
+_SPLIT = setting(
+    "auto",
+    "Pairs to measure on. auto: the test pairs if there are any, otherwise the validation pairs.",
+)
+
+
 class EvaluateOptions(Section):
     title = "Retention and interpolation"
+    split: Literal["auto", "test", "val"] = _SPLIT
     keep: Path | None = setting(
         None,
         "A second, general data set, on which to measure what fine-tuning has cost.",
@@ -64,8 +71,10 @@ def evaluate(
     Measures retrieval in both directions, for single pairs, for groups of pairs and by category,
     with 95 % intervals for both models and for their difference.
 
-    --keep measures the same on a general data set. --interpolate measures points between the
-    pretrained and the fine-tuned weights. If CHECKPOINT is a run folder, these results are also
+    A data set with a test/ folder is measured on it, because the validation pairs have chosen the
+    best epoch; otherwise on the validation pairs. --keep measures the same on a general data set.
+    --interpolate measures points between the pretrained and the fine-tuned weights, always on the
+    validation pairs. If CHECKPOINT is a run folder, these results are also
     saved in it, as kept.json and interpolation.json.
 
     Examples:
@@ -83,7 +92,7 @@ def evaluate(
     bring_named_data(loaded, out)
     place = fetched_checkpoint(checkpoint, loaded.values, out)
     alpha, file = options.save_interpolated or (None, None)
-    request = Request.of(options.keep, options.interpolate, alpha, file)
+    request = Request.of(options.keep, options.interpolate, alpha, file, options.split)
     evaluated = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
         evaluated.found.write(checkpoint, evaluated.settings)
@@ -103,9 +112,10 @@ def _comparison(found: "Evaluated") -> Iterator[Any]:
         headline,
         sweep_table,
     )
+    from clipft.evaluation.evaluator import SPLIT_TITLES
 
     compared = found.comparison.to_dict()
-    yield from comparison_tables("Validation", compared)
+    yield from comparison_tables(SPLIT_TITLES[found.split], compared)
     by_category = category_table(compared)
     if by_category:
         yield by_category
@@ -114,7 +124,8 @@ def _comparison(found: "Evaluated") -> Iterator[Any]:
     if found.points:
         yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
         loss = " without a clear loss on the general data set" if found.keep else ""
-        yield f"Highest recall{loss}: alpha {found.best_alpha:g}"
+        where = " on the validation pairs" if found.split == "test" else ""
+        yield f"Highest recall{where}{loss}: alpha {found.best_alpha:g}"
     yield definitions(compared)
     if found.comparison.after:
         yield UNCLEAR
@@ -123,6 +134,7 @@ def _comparison(found: "Evaluated") -> Iterator[Any]:
 
 class ZeroShotOptions(Section):
     title = "Classification"
+    split: Literal["auto", "test", "val"] = _SPLIT
     labels: str | None = setting(
         None,
         "Labels, separated by commas or one per line in a file. Default: the labels in the "
@@ -194,7 +206,7 @@ def zero_shot(
     place = local_model(place, loaded.values, out) if place else None
     opened = open_model(place, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
-    pairs = EvaluationSet.open(model.base.inputs, settings)
+    pairs = EvaluationSet.open(model.base.inputs, settings, options.split)
     chosen = choose_labels(options.labels, options.templates, pairs.labels, settings.label_field)
     for note in chosen.notes if chosen else ():
         out.note(f"note: {note}.")
@@ -209,10 +221,12 @@ def zero_shot(
         **evaluated.evaluation.retrieval.to_dict(),
         "model": settings.model,
         "checkpoint": opened.checkpoint,
+        "split": pairs.split,
         "evaluation": compared,
         "classification": classification,
     }
-    out.result(result, *_single_model(compared, classification, settings))
+    out.note(f"Evaluated on the {pairs.title.lower()} pairs of {settings.data_dir}.")
+    out.result(result, *_single_model(pairs.title, compared, classification, settings))
     if not labelling:
         field = settings.label_field
         why = "no image with a label can be used" if chosen else f"no pair has a field {field!r}"
@@ -228,7 +242,10 @@ def zero_shot(
 
 
 def _single_model(
-    compared: dict[str, Any], classification: dict[str, Any] | None, settings: Settings
+    title: str,
+    compared: dict[str, Any],
+    classification: dict[str, Any] | None,
+    settings: Settings,
 ) -> Iterator[Any]:
     from clipft.cli.tables import (
         classification_table,
@@ -238,7 +255,7 @@ def _single_model(
     )
 
     name = settings.scenario if settings.declared_scenario.trains else "pretrained"
-    yield from comparison_tables("Validation", compared, name)
+    yield from comparison_tables(title, compared, name)
     if classification:
         yield classification_table(f"Classification by {settings.label_field}", classification)
         if classification["confused"]:

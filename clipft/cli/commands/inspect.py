@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from clipft.data.shards.dataset import PairDataset
     from clipft.models.pretrained import ModelInputs
 
+_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 _LISTED = 5
 """Broken pairs named for each split; the JSON has all of them."""
 _SKIPPED = "Skipped by clipft pack"
@@ -73,7 +75,7 @@ def inspect(
     """Show what a data set contains, and what is wrong with it.
 
     Reports broken images, image sizes, caption lengths in tokens of --model, duplicates, pairs
-    that are in both training and validation, and the highest R@K that the duplicates allow.
+    that are in two of training, validation and test, and the highest R@K that the duplicates allow.
 
     Examples:
 
@@ -104,9 +106,9 @@ def inspect(
     figures = {name: _figures(splits[name], facts[name], model, options.near) for name in splits}
     result: dict[str, Any] = {name: asdict(split) for name, split in figures.items()}
     shared = {}
-    if {"train", "val"} <= facts.keys():
-        result["val_in_train"] = asdict(leak(facts["val"], facts["train"], options.near))
-        shared["Validation pairs that are also in training"] = result["val_in_train"]
+    for one, other in combinations(facts, 2):  # in the order train, val, test
+        found = result[f"{other}_in_{one}"] = asdict(leak(facts[other], facts[one], options.near))
+        shared[f"{_NAMES[other]} pairs that are also in {_NAMES[one].lower()}"] = found
     everything = [fact for split in facts.values() for fact in split]
     if options.against:
         theirs = [fact for name, pairs in others.items() for fact in read(name, pairs)]
@@ -133,8 +135,10 @@ def inspect(
 def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
     """The pairs by split; ``named`` puts the folder before it, to tell two data sets apart."""
     from clipft.data.shards.dataset import open_pairs
+    from clipft.data.shards.names import tars_in
 
     names = [name for name in ("train", "val") if (folder / name).is_dir()]
+    names += ["test"] if tars_in(folder / "test") else []
     if not names:
         return {str(folder) if named else folder.resolve().name: open_pairs(folder)}
     return {str(folder / name) if named else name: open_pairs(folder / name) for name in names}

@@ -9,7 +9,10 @@ from rich.text import Text
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
+from clipft.cli.s3_data import LOCATION_SETTINGS, local_source
+from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.common import counted
+from clipft.core.errors import UsageError
 from clipft.data.packing.options import PackOptions
 
 _SHARED = {
@@ -20,12 +23,15 @@ _SHARED = {
 """Endings of the fields of a ``PackResult`` that count pairs which are in training as well."""
 
 
-@command(options=PackOptions)
+@command(*LOCATION_SETTINGS, options=PackOptions)
 def pack(
+    loaded: LoadedSettings,
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="Folder of images and .txt files or of .tar shards, or a table."
+            metavar="SRC",
+            help="Folder of images and .txt files or of .tar shards, or a table; or "
+            "s3://bucket/prefix.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
@@ -50,10 +56,19 @@ def pack(
         clipft pack ./products.csv ./catalogue --size 256 --group-field product_id
         clipft pack ./old-shards ./catalogue --shard-mb 256 --val-share 0.05
         clipft pack ./photos ./catalogue --test-share 0.1
+        clipft pack s3://bucket/raw ./catalogue
         clipft pack ./photos ./catalogue --part 2/4
     """
     from clipft.data.packing.pack import pack as write_shards
+    from clipft.data.packing.target import Target
 
+    if url := parse_s3_url(target):
+        raise UsageError(
+            f"pack writes to a folder, and {url} is in a bucket",
+            "pack to a folder, then upload it with `clipft sync --up`",
+        )
+    Target(target, options.part).check(source, options.overwrite)  # before a long transfer
+    source = local_source(source, loaded.values, out)
     try:
         with out.progress(f"Packing {source}") as report:
             result = write_shards(source, target, options, report)

@@ -8,11 +8,16 @@ from pathlib import Path
 
 from clipft.core.common import shell_command
 from clipft.data.formats import IMAGE_SUFFIXES
-from clipft.data.shards.names import CAPTION_SUFFIX, SPLITS, is_hidden, tars_in
+from clipft.data.shards.names import (
+    CAPTION_SUFFIX,
+    SPLITS,
+    TABLE_SUFFIXES,
+    is_hidden,
+    tars_in,
+)
 
 PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
 
-_TABLES = ("csv", "tsv", "jsonl", "parquet")
 _ARCHIVES = {"zip": "unzip", "tgz": "tar -xf", "gz": "tar -xf", "7z": "7z x", "rar": "unrar x"}
 # Enough to know a folder; a message must not wait for the listing of a million files
 _MOST_FILES = 20_000
@@ -84,7 +89,7 @@ def how_to_read(folder: Path, found: Contents) -> str:
 
 def how_to_pack(folder: Path, found: Contents) -> str:
     """Return a hint: what makes a ``folder`` that holds ``found`` readable for ``clipft pack``."""
-    for ending in _TABLES:
+    for ending in TABLE_SUFFIXES:
         if found.endings[ending]:
             table = found.first[ending][0]
             packing = shell_command("pack", folder / table, "OUT")

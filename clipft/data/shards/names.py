@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 CAPTION_SUFFIX = "txt"
 METADATA_SUFFIX = "json"
+TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
 FIELDS = ("image", "caption", "metadata")
 SPLITS = ("train", "val", "test")
 """The folders of a data set. ``test`` is never trained on, nor is anything chosen by it."""

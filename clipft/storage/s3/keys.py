@@ -4,6 +4,7 @@ import fnmatch
 import os
 import unicodedata
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import UsageError
@@ -53,22 +54,28 @@ class Filter:
         return included and not any(fnmatch.fnmatchcase(path, p) for p in self.exclude)
 
 
-def folder_prefixes(settings: StorageSettings) -> tuple[str, str]:
-    """The prefixes of train and val. They end with a slash, so that ``data/train`` does not bring
-    ``data/training/``.
+def folder_prefixes(settings: StorageSettings) -> tuple[str, str, str]:
+    """The prefixes of train, val and test. They end with a slash, so that ``data/train`` does not
+    bring ``data/training/``.
 
     Raises:
         UsageError: one prefix contains the other.
     """
-    given = (settings.s3_prefix, settings.s3_val_prefix)
-    train, val = (f"{prefix.strip('/')}/".lstrip("/") for prefix in given)
-    if train.startswith(val) or val.startswith(train):
-        raise UsageError(
-            f"--s3-prefix {given[0]!r} and --s3-val-prefix {given[1]!r} overlap: a model would "
-            "be validated on its training pairs",
-            "give each a folder of its own in the bucket",
-        )
-    return train, val
+    given = {
+        "--s3-prefix": settings.s3_prefix,
+        "--s3-val-prefix": settings.s3_val_prefix,
+        "--s3-test-prefix": settings.s3_test_prefix,
+    }
+    train, val, test = (f"{prefix.strip('/')}/".lstrip("/") for prefix in given.values())
+    options = zip((train, val, test), given, strict=True)
+    for (one, first), (other, second) in combinations(options, 2):
+        if one.startswith(other) or other.startswith(one):
+            raise UsageError(
+                f"{first} {given[first]!r} and {second} {given[second]!r} overlap: a model would "
+                "be measured on pairs that it was trained on or chosen by",
+                "give each a folder of its own in the bucket",
+            )
+    return train, val, test
 
 
 def local_path(relative: str) -> str:

@@ -22,7 +22,9 @@ from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixe
 from clipft.storage.sync.download import Download, TransferProgress, part_name
 from clipft.storage.sync.folder import PART, Folder, local_files
 
-SIDES = ("train", "val")
+SIDES = ("train", "val", "test")
+WHOLE = "."
+"""The side of a listing that is one prefix: its folder is the target itself."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class BucketListing:
-    """The objects of each side ("train", "val") that match the filter, and the refused keys.
+    """The objects of each side ("train", "val", "test") that match the filter, and the refused
+    keys.
 
     ``left_out`` counts the objects that do not match the filter.
     """
@@ -70,7 +73,7 @@ def list_bucket(
     chosen: Filter = Filter(),  # noqa: B008 (frozen)
     note: Note = lambda message: None,
 ) -> BucketListing:
-    """List both prefixes. ``note`` is called when requests keep failing.
+    """List the prefixes of all sides. ``note`` is called when requests keep failing.
 
     Raises:
         UsageError: no bucket is set, or one prefix contains the other.
@@ -86,6 +89,22 @@ def list_bucket(
     return BucketListing(bucket, prefixes, objects, refused, left_out)
 
 
+def list_prefix(
+    settings: StorageSettings, prefix: str, note: Note = lambda message: None
+) -> BucketListing:
+    """List everything under ``prefix`` as one side, whose folder is the target of a download
+    itself. ``note`` is called when requests keep failing.
+
+    Raises:
+        UsageError: no bucket is set.
+        StorageError: the bucket cannot be listed.
+    """
+    bucket = open_bucket(settings, note)
+    inside = f"{prefix.strip('/')}/".lstrip("/")
+    objects, refused = bucket.list(inside)
+    return BucketListing(bucket, {WHOLE: inside}, {WHOLE: objects}, {WHOLE: refused})
+
+
 def download(
     listing: BucketListing,
     target: Path,
@@ -93,7 +112,9 @@ def download(
     options: SyncOptions = SyncOptions(),
     sides: Sequence[str] = SIDES,
 ) -> SyncResult:
-    """Bring the listed objects to ``target``/train and ``target``/val, or to one of them.
+    """Bring the listed objects to folders of ``target`` that are named after their sides.
+
+    A test folder is not made if there is nothing for it.
 
     ``report`` is called in the caller's thread, several times a second.
 
@@ -103,7 +124,11 @@ def download(
     """
     notes = _check_not_empty(listing) if "train" in sides else []
     start = time.monotonic()
-    folders = [Folder(target / s, listing.objects[s], list(listing.refused[s])) for s in sides]
+    folders = [
+        Folder(target / side, listing.objects[side], list(listing.refused[side]))
+        for side in sides
+        if side != "test" or listing.objects[side] or (target / side).is_dir()
+    ]
     if options.dry_run:
         return _planned(folders, options, start)
     with ExitStack() as opened:

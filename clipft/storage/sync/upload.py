@@ -32,7 +32,7 @@ def upload(
     options: SyncOptions,
     note: Note = lambda message: None,
 ) -> SyncResult:
-    """Send ``data_dir``/train and ``data_dir``/val to their prefixes.
+    """Send the folders train, val and test of ``data_dir`` to their prefixes.
 
     ``report`` is called after each file, ``note`` when requests keep failing.
 
