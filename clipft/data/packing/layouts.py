@@ -27,49 +27,15 @@ from clipft.data.formats import IMAGE_SUFFIXES
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_table
+from clipft.data.shards.splits import SPLIT_NAMES, split_named, split_of, split_of_file
 from clipft.data.shards.tar import ByteRange
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "restval": "train",  # Karpathy's: validation images of COCO that are trained on
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})(\d{{4}})?", re.IGNORECASE)
-_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?=[-_.])", re.IGNORECASE)
 _TABLE = re.compile(
     rf"(metadata|results|captions|({'|'.join(SPLIT_NAMES)})([-_.].*)?)\.(csv|tsv|jsonl|parquet)",
     re.IGNORECASE,
 )
 _COCO = re.compile(r"(captions|dataset)(_\w+)?\.json", re.IGNORECASE)
 _FLICKR = re.compile(r"captions\.txt|.*\.token(\.txt)?", re.IGNORECASE)
-
-
-def split_named(name: str) -> str:
-    """Return the split that a name such as ``validation`` or ``val2017`` stands for, or ""."""
-    found = _SPLIT.fullmatch(name.strip())
-    return SPLIT_NAMES[found[1].lower()] if found else ""
-
-
-def split_of(path: PurePath) -> str:
-    """Return the split that a file belongs to by the folders of its relative path, or ""."""
-    return next((split for part in path.parts[:-1] if (split := split_named(part))), "")
-
-
-def split_of_file(path: PurePath) -> str:
-    """Return the split of a shard or table: by its folders, or by its own name."""
-    coco = re.search(r"_([A-Za-z]+)(\d{4})?\.json$", path.name)
-    own = _SPLIT_FILE.match(path.name)
-    return (
-        split_of(path)
-        or (SPLIT_NAMES[own[1].lower()] if own else "")
-        or (split_named(coco[1]) if coco else "")
-    )
 
 
 def is_layout(name: str) -> bool:
@@ -92,9 +58,9 @@ class Photos:
             found[path.rpartition("/")[2]].append(path)
         return found
 
-    def find(self, table: Path, name: str, split: str) -> str:
+    def find(self, table: Path, name: str, split: str) -> str | None:
         """Return the path of the image that a table calls ``name``: relative to the table, or
-        anywhere in the source if only one image fits. Otherwise the path where it is missing."""
+        anywhere in the source if only one image fits. None if it is not in the source."""
         direct = str(table.parent / name)
         fitting = self._by_name.get(PurePath(name).name, [])
         if direct in fitting:
@@ -103,7 +69,7 @@ class Photos:
         for places in (fitting, below, [p for p in fitting if self.split_of(p) == split]):
             if len(places) == 1:
                 return places[0]
-        return direct
+        return None
 
     def split_of(self, path: str) -> str:
         """Return the split of an image by the folders that it is in, or ""."""
@@ -139,10 +105,12 @@ def list_layout(table: Path, options: PackOptions, images: Path, photos: Photos)
 def _located(candidate: Candidate, table: Path, photos: Photos, split: str) -> Candidate:
     """Return a row of a table with the image and the split that it has in this source."""
     image = candidate.image
-    if not isinstance(image, ByteRange) or not PurePath(image.path).is_relative_to(table.parent):
+    if not isinstance(image, ByteRange):
         return replace(candidate, split=candidate.split or split)
-    name = str(PurePath(image.path).relative_to(table.parent))
-    path = photos.find(table, name, split)
+    name = PurePath(image.path)
+    if name.is_relative_to(table.parent):
+        name = name.relative_to(table.parent)
+    path = photos.find(table, str(name), split) or image.path
     own = candidate.split or split or photos.split_of(path)
     where = candidate.where if path == image.path else path
     return replace(candidate, image=ByteRange(path), where=where, split=own)
@@ -203,7 +171,7 @@ def _candidate(
     split: str,
     metadata: dict[str, Any] | None = None,
 ) -> Candidate:
-    path = photos.find(table, name, split)
+    path = photos.find(table, name, split) or str(table.parent / name)
     text = json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")
     return Candidate(
         name=PurePath(name).stem,

@@ -13,16 +13,17 @@ from pathlib import Path
 
 from clipft.core.errors import UsageError
 from clipft.data.formats import is_unnamed_image
-from clipft.data.packing.layouts import Photos, is_layout, list_layout, split_of_file
+from clipft.data.packing.layouts import Photos, is_layout, list_layout
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_single_table
 from clipft.data.shards.index import open_shard
 from clipft.data.shards.names import FIELDS, FileName, is_hidden, pair_up, parse_name
+from clipft.data.shards.splits import SPLIT_COLUMN, split_of_file
 from clipft.data.shards.tar import ByteRange
 
 FOREIGN_LINK = "a link out of the folder"
-_OUTSIDE = "outside of the folders of the splits"
+_OUTSIDE = "in none of the splits train, val and test"
 
 
 @dataclass
@@ -52,7 +53,11 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
         OSError: The disk is full, or refuses to write.
     """
     if not source.is_dir():
-        return list_single_table(source, options, images)
+        listing = list_single_table(source, options, images)
+        if any(candidate.split for candidate in listing.candidates):
+            listing.notes.append(f"The column {SPLIT_COLUMN} of {source} decides the split.")
+        _drop_outside(listing)
+        return listing
     listing = Listing()
     files = _sort_files(source, out, options, listing)
     photos = Photos(source, files.images())

@@ -23,6 +23,7 @@ from clipft.data.packing.rows.delimited import MISSING, DelimitedTable
 from clipft.data.packing.rows.images import ImageCells, Place, row_name
 from clipft.data.packing.rows.json_rows import JsonTable
 from clipft.data.packing.rows.parquet import ParquetTable, plain_value
+from clipft.data.shards.splits import SPLIT_COLUMN, split_named
 from clipft.data.shards.tar import ByteRange
 
 Table = DelimitedTable | JsonTable | ParquetTable
@@ -137,7 +138,8 @@ def _add(
         # "replace", because JSON may hold half of a surrogate pair
         rest = json.dumps(plain_value(row), ensure_ascii=False).encode("utf-8", "replace")
         caption = join_lines(texts or [])
-        listing.candidates.append(Candidate(*found, caption, rest if row else None))
+        split = split_named(str(row.get(SPLIT_COLUMN, "")))
+        listing.candidates.append(Candidate(*found, caption, rest if row else None, split))
 
 
 def _texts(cell: object) -> list[str] | None:

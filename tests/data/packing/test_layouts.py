@@ -8,8 +8,8 @@ from PIL import Image
 
 from clipft.cli.app import run
 from clipft.core.errors import DataError
-from clipft.data.packing.layouts import split_named
 from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.splits import split_named
 from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, write_pair
 from tests.data.packing.test_sources import png, write_table
 
@@ -68,7 +68,7 @@ def test_pairs_beside_the_folders_of_the_splits_are_skipped(tmp_path):
     write_pairs(tmp_path / "raw" / "unsorted", range(20, 24))
     result = packed(tmp_path / "raw", tmp_path / "out", val_share=0.25)
     assert (result.train_pairs, result.val_pairs) == (9, 3)
-    assert result.skipped == {"outside of the folders of the splits": 4}
+    assert result.skipped == {"in none of the splits train, val and test": 4}
 
 
 def test_a_source_with_test_pairs_alone_is_an_error(tmp_path):
@@ -166,6 +166,29 @@ def test_tables_that_are_named_after_splits_are_packed(tmp_path):
     assert (result.train_pairs, result.val_pairs, result.test_pairs) == (5, 2, 2)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_the_column_split_of_a_table_decides_the_split(tmp_path, kind):
+    write_images(tmp_path / "raw", range(10))
+    splits = ["train"] * 5 + ["validation", "valid", "test", "TEST", "?"]
+    rows = [
+        {"image": f"p{n}.png", "caption": f"thing {n}", "split": split}
+        for n, split in enumerate(splits)
+    ]
+    write_table(tmp_path / "raw" / f"list.{kind}", rows)
+    result = packed(tmp_path / "raw" / f"list.{kind}", tmp_path / "out")
+    assert (result.train_pairs, result.val_pairs, result.test_pairs) == (5, 2, 2)
+    assert result.skipped == {"in none of the splits train, val and test": 1}
+    assert any("The column split of" in note for note in result.notes)
+
+
+def test_a_column_split_with_other_values_means_nothing(tmp_path):
+    write_images(tmp_path / "raw", range(10))
+    rows = [{"image": f"p{n}.png", "caption": f"t {n}", "split": n % 3} for n in range(10)]
+    write_table(tmp_path / "raw" / "list.csv", rows)
+    result = packed(tmp_path / "raw" / "list.csv", tmp_path / "out", val_share=0.2)
+    assert (result.train_pairs, result.val_pairs, result.test_pairs) == (8, 2, 0)
+
+
 def test_coco_captions_are_packed(tmp_path):
     coco = tmp_path / "coco"
     for split, numbers in (("train", range(6)), ("val", range(10, 12))):
@@ -219,6 +242,8 @@ def test_a_coco_file_without_captions_is_an_error(tmp_path):
 
 
 FLICKR = {
+    "results.csv": "image_name| comment_number| comment\n"
+    + "".join(f"p{n}.png| 0| A thing, {n}\np{n}.png| 1| It is {n}\n" for n in range(5)),
     "captions.txt": "image,caption\n"
     + "".join(f'p{n}.png,"A thing, {n}"\np{n}.png,It is {n}\n' for n in range(5)),
     "results_20130124.token": "".join(
