@@ -43,6 +43,12 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
             again,
         )
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if prefix := _common_prefix(missing, unexpected):
+        raise ModelError(
+            f"{name} is not complete: {_are(len(missing), 'of the model ')} not in the file, where "
+            f"names begin with {prefix!r}: {first_names(missing)}",
+            "save the model itself again, without what it was wrapped in",
+        )
     wrong = []
     if missing:
         of_model = _are(len(missing), "of the model ")
@@ -51,12 +57,7 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
         in_file = _are(len(unexpected), "in the file ")
         wrong.append(f"{in_file} not in the model: {first_names(unexpected)}")
     if wrong:
-        prefix = _common_prefix(missing, unexpected)
-        hint = (
-            f"all names in the file begin with {prefix!r}: save the model itself again, without "
-            "what it was wrapped in"
-        )
-        raise ModelError(f"{name} is not complete: {'; '.join(wrong)}", hint if prefix else again)
+        raise ModelError(f"{name} is not complete: {'; '.join(wrong)}", again)
 
 
 def check_finite(what: str, weights: Iterable[tuple[str, Tensor]]) -> None:

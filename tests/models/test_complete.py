@@ -73,8 +73,9 @@ def not_a_number(weights: Weights) -> Weights:
     [
         (
             lambda w: {f"module.{k}": v for k, v in w.items()},
-            "110 weights of the model are not in the file: logit_scale, ",
-            "begin with 'module.'",
+            "110 weights of the model are not in the file, where names begin with 'module.': "
+            "logit_scale, ",
+            "without what it was wrapped in",
         ),
         (
             without_layer,

@@ -106,6 +106,7 @@ def ablate(
         clipft ablate ablation.toml --jobs 2
     """
     from clipft.ablation.grid import Grid, check_same_ablation, plan_runs
+    from clipft.models.pretrained import load_pretrained
 
     given = read_toml(file) if file else {}
     table = given.pop(_TABLE, {})
@@ -139,6 +140,8 @@ def ablate(
         from clipft.cli.s3_data import bring_data
 
         bring_data(settings, out)
+    for model in sorted({run.settings.values.model for run in runs if not run.finished}):
+        load_pretrained(model)  # once, so that a broken model is refused before the first run
     outcomes = _run(runs, folder, options.jobs, out)
     failed = [outcome for outcome in outcomes if outcome.exit_code]
     if failed:
