@@ -175,6 +175,8 @@ def _parameters_of(
     told = default_text(default) != "none" and (is_setting or not switch)
     notes = [f"default: {default_text(default)}"] if told else []
     notes += [range_of(field)] if range_of(field) else []
+    if switch and is_setting and default is True:  # its twin is hidden, and nobody could know it
+        notes.append(f"turn it off with {option_of(f'no_{name}')}")
     option = typer.Option(
         option_of(name),
         metavar=None if switch else placeholder_of(field),

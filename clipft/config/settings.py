@@ -44,7 +44,9 @@ FALLBACK_MICRO_BATCH = 64
 MOST_WORKERS = 12
 """The most workers that are started unless the user sets a number. Each of them takes memory."""
 
-_SCENARIO_RATES = ", ".join(f"{s.lr:g} for {s.name}" for s in SCENARIOS.values() if s.lr)
+_SCENARIO_RATES = ". ".join(
+    f"The default of scenario {s.name} is {s.lr:g}" for s in SCENARIOS.values() if s.lr
+)
 
 
 class StorageSettings(Section):
@@ -319,7 +321,7 @@ class OptimSettings(Section):
         "micro-batch, averaged, as in most scripts.",
         "fixed",
     )
-    lr: float = setting(1e-4, f"Peak learning rate ({_SCENARIO_RATES}).", "fixed", ge=0)
+    lr: float = setting(1e-4, f"Peak learning rate. {_SCENARIO_RATES}.", "fixed", ge=0)
     lr_projections: float | None = setting(
         None, "Learning rate of the projections. Default: same as --lr.", "fixed", ge=0
     )

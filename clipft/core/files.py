@@ -171,8 +171,13 @@ def did_you_mean_path(path: Path) -> str:
     except OSError:
         return ""
     rest = path.relative_to(missing)
-    existing = [name for name in names if (missing.with_name(name) / rest).exists()]
-    return did_you_mean(missing.name, existing, lambda name: str(missing.with_name(name) / rest))
+    # Compare stems, because equal endings make any two short names alike
+    by_stem: dict[str, Path] = {}
+    for name in sorted(names, key=lambda name: Path(name).suffix == missing.suffix):
+        candidate = missing.with_name(name) / rest
+        if candidate.exists():
+            by_stem[Path(name).stem] = candidate
+    return did_you_mean(missing.stem, by_stem, lambda stem: str(by_stem[stem]))
 
 
 def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> StorageError:

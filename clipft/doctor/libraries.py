@@ -62,7 +62,7 @@ def fit(settings: Settings) -> Finding:
     if cuda_major(ours) != cuda_major(theirs):
         found = f"torch was built for {torch_build}, torchvision for {torchvision_build}"
         return Finding("error", found, _REINSTALL)
-    return Finding("ok", f"they load together, built for {torch_build}")
+    return Finding("ok", f"they load together and are built for {torch_build}")
 
 
 def cuda_major(cuda: str | int | None) -> int | None:

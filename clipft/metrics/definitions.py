@@ -41,11 +41,11 @@ DEFINITIONS: dict[str, Any] = {
         "rank all images alike and equal images rank by position",
     },
     "grouped": {
-        "protocol": "equal captions are one text and equal files are one image; every image that "
-        "any pair (or group) joins to a text is right for it, and the other way round",
+        "protocol": "equal captions count as one text, and equal files as one image; an image and "
+        "a text are right for each other if any pair (or group) has both",
         **GROUPED,
     },
-    "ties": "equal scores rank by position, the lower first",
+    "ties": "candidates with equal scores are ranked by their position in the data set",
     "interval": "95 % percentile bootstrap over clusters of pairs that share a caption, an "
     "image or a group; a difference uses the same resamples for both models",
 }

@@ -12,7 +12,7 @@ from clipft.cli.tables import FigureTable
 from clipft.runs.records import EpochResult, Plan, StepResult
 
 PLAN = Plan(
-    *("dual_lora", "tiny", "81,920 parameters train", 81920, 921, 1, 3, 15, 4, 64, 32),
+    *("dual_lora", "tiny", "training 81,920 parameters", 81920, 921, 1, 3, 15, 4, 64, 32),
     *("cpu", "fp32", "adamw"),
 )
 STEP = StepResult(2, 27, 3.5, 1e-4, 1.0, 64, 1.2, 0.1, True)

@@ -1,11 +1,13 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from clipft.core.errors import StorageError
 from clipft.core.files import (
     check_writable,
+    did_you_mean_path,
     disk_error,
     json_lines,
     read_json,
@@ -69,3 +71,29 @@ def test_a_folder_or_a_file_as_the_parent_cannot_be_written_to(tmp_path):
         check_writable(tmp_path / "new")
     with pytest.raises(StorageError, match=r"File exists|Not a directory"):
         check_writable(tmp_path / "file" / "a")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("label.txt", "did you mean labels.txt?"),
+        ("labels.csv", "did you mean labels.txt?"),
+        ("nope.txt", ""),
+        ("catlogue", "did you mean catalogue?"),
+        ("catlogue/train", "did you mean catalogue/train?"),
+        ("catlogue/test", ""),
+        ("./catalogue/trian", "did you mean catalogue/train?"),
+        ("catalogue", ""),
+        ("nowhere/at/all", ""),
+        (".", ""),
+    ],
+)
+def test_the_nearest_path_that_exists_is_offered(wrong, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "catalogue" / "train").mkdir(parents=True)
+    for name in ("labels.txt", "before.txt", "labels.bak", ".hidden"):
+        (tmp_path / name).touch()
+    assert did_you_mean_path(Path(wrong)) == meant
+    if wrong != ".":
+        absolute = meant.replace("mean ", f"mean {tmp_path}/")
+        assert did_you_mean_path(tmp_path / wrong) == absolute
