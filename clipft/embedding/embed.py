@@ -1,7 +1,7 @@
 """Embeds data sets and texts with a model."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
+from clipft.data.captions.table import CaptionTable
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.data.decoding import PairSource
 from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_batches
@@ -27,13 +28,18 @@ from clipft.embedding.finite import check_finite_rows
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
 
+_MOST_ROUNDS = 10
+"""Captions of a pair whose loss is measured in a validation; all are used for retrieval."""
+
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit embeddings of pairs, float32 [N, D] on the CPU.
+    """Unit embeddings of N pairs with T captions, float32 [N, D] and [T, D] on the CPU.
 
     ``numbers`` are the pairs' numbers in the data set; ``skipped`` pairs have no embeddings.
-    ``groups``, int64 [N], marks pairs that are not negatives of each other; None if all are.
+    ``groups``, int64 [T], marks captions that are not negatives of each other; None if all are.
+    ``owners``, int64 [T], is the row of the image of each caption, ascending; None if each pair has
+    one caption, in the row of its image.
     """
 
     images: Tensor
@@ -41,6 +47,24 @@ class Embeddings:
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     groups: Tensor | None = None
+    owners: Tensor | None = None
+
+    def rounds(self) -> "Iterator[Embeddings]":
+        """Yield all images with one caption each, until every caption has had its turn.
+
+        An image with fewer captions than others meets its own again. There are at most
+        ``_MOST_ROUNDS``.
+        """
+        if self.owners is None:
+            yield self
+            return
+        counts = torch.bincount(self.owners, minlength=len(self.images))
+        first = counts.cumsum(0) - counts
+        for nth in range(min(int(counts.max()), _MOST_ROUNDS)):
+            rows = first + nth % counts
+            groups = None if self.groups is None else self.groups[rows]
+            texts = self.texts[rows.to(self.texts.device)]
+            yield replace(self, texts=texts, groups=groups, owners=None)
 
     def where_ranked(self, device: torch.device) -> "Embeddings":
         """The same with their rows on a CUDA device, which ranks them fastest. For another device,
@@ -51,10 +75,18 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class _Share(Embeddings):
-    """What one process embedded. ``captions``, int64 [N], is equal for equal captions."""
+class _Share:
+    """What one process embedded of pairs, or of captions alone, which have no ``images``.
 
-    captions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    ``captions``, int64 [N], is equal for equal captions; the rest is as in ``Embeddings``.
+    """
+
+    images: Tensor
+    texts: Tensor
+    captions: Tensor
+    groups: Tensor | None
+    numbers: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def validation_pairs(settings: Settings) -> PairDataset:
@@ -93,6 +125,8 @@ def embed_pairs(
 ) -> Embeddings:
     """Embed all pairs with dropout off. Each process embeds its share, and all get everything.
 
+    If pairs have several captions in a table, all of them are embedded.
+
     ``batch_size`` pairs pass through the towers together; 0 chooses. ``check`` is called before
     each batch, and may end the work by raising a ``ClipftError``.
 
@@ -105,6 +139,8 @@ def embed_pairs(
     batch_size = batch_size or evaluation_batch(settings, device)
     batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
     own = _embed_share(loaded, how, in_lockstep(processes, batches, check), positives)
+    further = in_lockstep(processes, _further_captions(how, pairs, batch_size, share), check)
+    more = _embed_share(loaded, how, further, positives, with_images=False)
     skipped = tuple(chain.from_iterable(processes.gather_objects(own.skipped)))
     numbers = tuple(chain.from_iterable(processes.gather_objects(own.numbers)))
     first = ""
@@ -115,22 +151,71 @@ def embed_pairs(
             f"none of the {counted(len(skipped), 'pair')} can be used{first}",
             "run `clipft inspect` to see what is broken",
         )
-    groups = None if own.groups is None else processes.gather_rows(own.groups)
-    images, texts = processes.gather_rows(own.images), processes.gather_rows(own.texts)
-    for what, rows in (("image", images), ("caption", texts)):
-        check_finite_rows(rows, partial(_name_of, pairs, numbers, what))
-    # Equal captions in different batches differ by rounding, which would break ties between
-    # them: they all get the embedding of the first
-    captions = processes.gather_rows(own.captions).numpy()
-    _, firsts, which = np.unique(captions, return_index=True, return_inverse=True)
-    texts = texts[torch.from_numpy(firsts[which])]
     if settings.too_many_bad(len(skipped), len(pairs)):
         raise DataError(
             f"{len(skipped)} of {len(pairs)} validation pairs could not be used, more than "
             f"--max-bad {settings.max_bad:g}{first}",
             "run `clipft inspect` to see what is broken; fix it, or raise --max-bad",
         )
-    return Embeddings(images, texts, numbers, skipped, groups)
+    found = Embeddings(processes.gather_rows(own.images), torch.empty(0), numbers, skipped)
+    found = _with_captions(found, own, more, processes)
+    of_caption = range(len(numbers)) if found.owners is None else found.owners.tolist()
+    for what, rows, of_row in (
+        ("image", found.images, numbers),
+        ("caption", found.texts, [numbers[row] for row in of_caption]),
+    ):
+        check_finite_rows(rows, partial(_name_of, pairs, of_row, what))
+    return found
+
+
+def _with_captions(
+    found: Embeddings, own: _Share, more: _Share, processes: Processes
+) -> Embeddings:
+    """Add the captions of all processes: the first of each pair, and those that follow it."""
+
+    def gathered(first: Tensor, following: Tensor) -> Tensor:
+        parts = [processes.gather_rows(rows) for rows in (first, following)]
+        return torch.cat([part for part in parts if len(part)])
+
+    texts, groups = gathered(own.texts, more.texts), None
+    if own.groups is not None and more.groups is not None:
+        groups = gathered(own.groups, more.groups)
+    # Equal captions in different batches differ by rounding, which would break ties between
+    # them: they all get the embedding of the first
+    captions = gathered(own.captions, more.captions).numpy()
+    _, firsts, which = np.unique(captions, return_index=True, return_inverse=True)
+    texts = texts[torch.from_numpy(firsts[which])]
+    further = tuple(chain.from_iterable(processes.gather_objects(more.numbers)))
+    if not further:
+        return replace(found, texts=texts, groups=groups)
+    pairs, pair_of = np.array(found.numbers), np.array(found.numbers + further)
+    rows = np.flatnonzero(np.isin(pair_of, pairs))  # captions of skipped pairs are dropped
+    # Stable, so that the captions of a pair stay in their order
+    rows = rows[np.argsort(pair_of[rows], kind="stable")]
+    owners, chosen = np.searchsorted(pairs, pair_of[rows]), torch.from_numpy(rows)
+    groups = None if groups is None else groups[chosen]
+    return replace(found, texts=texts[chosen], groups=groups, owners=torch.from_numpy(owners))
+
+
+def _further_captions(
+    how: Encoding, pairs: PairSource, batch_size: int, share: Share
+) -> Iterator[Batch]:
+    """Yield this process's batches of the captions that follow the first of a pair.
+
+    They have no images. Empty batches are added, so that each process has as many as the others.
+    """
+    captions = how.preprocessing.captions
+    if not isinstance(captions, CaptionTable) or not isinstance(pairs, PairDataset):
+        return
+    further = list(captions.further(len(pairs)))
+    starts = range(0, len(further), batch_size)
+    own = share.of(len(starts))
+    for number in own:
+        some = further[starts[number] : starts[number] + batch_size]
+        ids = padded([ids for _, ids in some], captions.pad_token_id)
+        yield Batch(torch.empty(0), ids, tuple(pair for pair, _ in some))
+    for _ in range(-(-len(starts) // share.world_size) - len(own)):
+        yield EMPTY_BATCH
 
 
 def _name_of(pairs: PairSource, numbers: Sequence[int], what: str, row: int) -> str:
@@ -140,7 +225,11 @@ def _name_of(pairs: PairSource, numbers: Sequence[int], what: str, row: int) -> 
 
 @torch.inference_mode()
 def _embed_share(
-    loaded: LoadedModel, how: Encoding, batches: Iterable[Batch], positives: Positives
+    loaded: LoadedModel,
+    how: Encoding,
+    batches: Iterable[Batch],
+    positives: Positives,
+    with_images: bool = True,
 ) -> _Share:
     was_training = loaded.model.training
     loaded.model.eval()
@@ -152,7 +241,8 @@ def _embed_share(
     for batch in batches:
         skipped += batch.skipped
         numbers += batch.numbers
-        images.append(_encode(how.towers.images, batch)[0])
+        if with_images:
+            images.append(_encode(how.towers.images, batch)[0])
         rows, keys = _encode(how.towers.texts, batch)
         texts.append(rows)
         captions.append(keys)
@@ -162,10 +252,10 @@ def _embed_share(
     return _Share(
         torch.cat(images),
         torch.cat(texts),
+        torch.cat(captions),
+        torch.cat(groups) if groups else None,
         tuple(numbers),
         tuple(skipped),
-        torch.cat(groups) if groups else None,
-        torch.cat(captions),
     )
 
 

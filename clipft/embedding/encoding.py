@@ -116,7 +116,8 @@ def training_preprocessing(
         UsageError: the caption template is invalid, or names a field that no pair has.
         DataError: too many pairs have no text.
     """
-    captions = _captions(model, pairs, settings, settings.seed, note)
+    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+    captions = _captions(model, pairs, settings, template, settings.seed, note)
     return Preprocessing(
         captions, model.image_size, settings.augmentation, settings.seed, model.squashed
     )
@@ -127,17 +128,24 @@ def validation_preprocessing(
 ) -> Preprocessing:
     """Return the model's own preprocessing, with the first caption of each pair.
 
+    The table has all captions that the pairs are evaluated with.
+
     Raises:
         UsageError, DataError: as for ``training_preprocessing``.
     """
-    captions = _captions(model, pairs, settings, None, lambda note: None)
+    template = CaptionTemplate.parse(settings.caption, settings.caption_lines).for_evaluation()
+    captions = _captions(model, pairs, settings, template, None, lambda note: None)
     return Preprocessing(captions, model.image_size, "none", settings.seed, model.squashed)
 
 
 def _captions(
-    model: ModelInputs, pairs: Pairs, settings: Settings, seed: int | None, note: Note
+    model: ModelInputs,
+    pairs: Pairs,
+    settings: Settings,
+    template: CaptionTemplate,
+    seed: int | None,
+    note: Note,
 ) -> CaptionSource:
-    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
     if not isinstance(pairs, PairDataset):  # a stream: nothing can be known of it beforehand
         return LiveCaptions(template, encoder, seed)

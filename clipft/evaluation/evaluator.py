@@ -62,11 +62,13 @@ class EvaluationSet:
                 are too large.
         """
         template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        template = template.for_evaluation()
         said = describe(pairs, template, settings.label_field, settings.group_field)
         check_label_field(settings.label_field, said, pairs)
         groups = numbered(d.group for d in said) if settings.group_field else None
-        captions = numbered(normalized(d.caption) for d in said)
-        identities = Identities(captions, same_images(pairs), groups)
+        captions = numbered(normalized(text) for d in said for text in d.captions)
+        owners = np.repeat(np.arange(len(said)), [len(d.captions) for d in said])
+        identities = Identities(captions, same_images(pairs), groups, owners)
         relevance(identities)  # refuses groups that are too large now, not after the training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said], split)
 
@@ -99,14 +101,11 @@ class EvaluationSet:
             loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress=progress
         )
         embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
-        usable = np.array(embedded.numbers)  # without the skipped pairs
-        known = self.identities
-        groups = None if known.groups is None else known.groups[usable]
         ranked = embedded.where_ranked(loaded.precision.device)
         evaluation = evaluate(
             ranked.images,
             ranked.texts,
-            Identities(known.captions[usable], known.images[usable], groups),
+            self.identities.of(np.array(embedded.numbers)),  # without the skipped pairs
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),
         )

@@ -65,30 +65,41 @@ def data_name(pairs: PairDataset) -> str:
     return hashlib.sha256(pairs.identity().encode()).hexdigest()[:16]
 
 
-def caption_groups(captions: CaptionTable) -> Tensor:
-    """Number the first captions of all pairs, int64 [pairs]: equal numbers for equal captions."""
-    known: dict[bytes, int] = {}
-    groups = [
-        known.setdefault(found[0] if found else b"", number)
-        for number, found in enumerate(captions.by_pair())
-    ]
-    return torch.tensor(groups, dtype=torch.int64)
+@dataclass(frozen=True)
+class CaptionGroups:
+    """The T captions of all pairs: ``groups`` is equal for equal captions, and ``owners`` is the
+    pair of each, ascending. Both are int64 [T]."""
+
+    groups: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, captions: CaptionTable) -> "CaptionGroups":
+        known: dict[bytes, int] = {}
+        groups, owners = list[int](), list[int]()
+        for number, own in enumerate(captions.by_pair()):
+            groups += [known.setdefault(caption, len(known)) for caption in own]
+            owners += [number] * len(own)
+        return cls(torch.tensor(groups, dtype=torch.int64), torch.tensor(owners))
 
 
 @torch.inference_mode()
-def rank_images(embedded: Embeddings, groups: Tensor, data: str) -> Rankings:
-    """Rank all images for each different caption, which the first pair that has it queries.
+def rank_images(embedded: Embeddings, captions: CaptionGroups, data: str) -> Rankings:
+    """Rank all images for each different first caption, which the first pair that has it queries.
 
-    If there are too many captions, some are chosen, spread evenly. Among equal scores, right
-    images rank last.
+    Every image that has the caption, as its first or another one, is right. If there are too many
+    captions, some are chosen, spread evenly. Among equal scores, right images rank last.
 
     Args:
         embedded: embeddings of the pairs that could be used.
-        groups: ``caption_groups`` of all pairs.
+        captions: those of all pairs.
         data: ``data_name`` of the pairs.
     """
     pairs = torch.tensor(embedded.numbers)
-    group = groups[pairs]
+    groups = captions.groups[torch.isin(captions.owners, pairs)]
+    owners = torch.arange(len(pairs)) if embedded.owners is None else embedded.owners
+    own = torch.searchsorted(owners, torch.arange(len(pairs)))  # the first caption of each pair
+    group = groups[own]
     # The first row of each group, in the order of the rows
     _, which = torch.unique(group, return_inverse=True)
     firsts = torch.full((int(which.max()) + 1,), len(group))
@@ -96,9 +107,13 @@ def rank_images(embedded: Embeddings, groups: Tensor, data: str) -> Rankings:
     queries = firsts[:: max(1, -(-len(firsts) // _MAX_QUERIES))]
 
     ranks, first = list[int](), list[list[int]]()
-    for start, end, scores in score_blocks(embedded.texts[queries], embedded.images, _BLOCK):
+    asked = embedded.texts[own[queries]]
+    for start, end, scores in score_blocks(asked, embedded.images, _BLOCK):
         block = queries[start:end]
-        right = group[None] == group[block, None]
+        right = groups[None] == group[block, None]
+        if embedded.owners is not None:  # from captions to their images
+            counts = torch.zeros(len(block), len(pairs)).index_add_(1, owners, right.float())
+            right = counts > 0
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ranks += (((scores >= best) & ~right).sum(1) + 1).tolist()
         shown = scores.topk(min(SHOWN, len(embedded.images)), dim=1).indices
@@ -216,12 +231,12 @@ class PairReader:
     pairs: PairDataset
     template: CaptionTemplate
 
-    def caption(self, number: int) -> str:
-        """Return the first caption of a pair; "" if it has none."""
+    def captions(self, number: int) -> list[str]:
+        """Return the captions of a pair; only "" if it has none."""
         try:
-            return self.template.captions(*self.pairs.caption_and_metadata(number))[0]
+            return self.template.captions(*self.pairs.caption_and_metadata(number))
         except BadCaption:
-            return ""
+            return [""]
 
     def image(self, number: int, at_least: int) -> tuple[str, Image.Image | None]:
         """Return a pair's place and its image, None if it cannot be decoded.
@@ -245,17 +260,18 @@ def gallery_content(
     """
 
     def hit(number: int, wanted: str) -> dict[str, Any]:
-        caption = read.caption(number)
+        captions = read.captions(number)
+        right = wanted in captions
         return {
             "pair": number,
             "place": keep_image(number),
-            "caption": caption,
-            "right": caption == wanted,
+            "caption": wanted if right else captions[0],
+            "right": right,
         }
 
     found = []
     for case in cases:
-        words = read.caption(case.query)
+        words = read.captions(case.query)[0]
         found.append(
             {
                 "kind": case.kind,

@@ -13,7 +13,7 @@ PAIRED = {
     "mean_rank": "mean rank of the partner, counted from 1",
     "median_rank": "median rank of the partner, counted from 1",
 }
-"""Every image and every text is a query, and only its own partner is right."""
+"""Every image and every caption is a query, and only its own partner is right."""
 
 GROUPED = {
     "hit@1": "share of queries with a right candidate ranked first",
@@ -34,8 +34,9 @@ GROUPED = {
 
 DEFINITIONS: dict[str, Any] = {
     "paired": {
-        "protocol": "every image and every text is a query, and only its own partner is right (as "
-        "in the CLIP papers and open_clip)",
+        "protocol": "every image and every caption is a query, and only its own partner is right "
+        "(as in the CLIP papers and open_clip); of several captions of an image, the one that "
+        "ranks first counts",
         **PAIRED,
         "ceiling": "upper bound: the best that any model could reach, because equal captions "
         "rank all images alike and equal images rank by position",
@@ -89,32 +90,45 @@ def paired_figures(ranks: Integers) -> dict[str, Floats]:
     return {**hits, "mrr": 1 / exact, "mean_rank": exact}
 
 
-def upper_bound_ranks(captions: Integers, images: Integers) -> Integers:
-    """Return the best partner ranks, text to image, that any model could reach.
+def upper_bound_ranks(
+    captions: Integers, images: Integers, owners: Integers
+) -> tuple[Integers, Integers]:
+    """Return the best partner ranks that any model could reach, in both directions.
 
-    A pair ranks no better than its place among the copies of its image, because equal images
-    score alike and ties rank by position. Queries with one caption see the same ranking, so no
-    two of them share a rank: each rank is at least one more than the last.
+    A partner ranks no better than its place among its copies, because equal candidates score alike
+    and ties rank by position. Equal queries see the same ranking, so no two of them with different
+    partners share a rank.
 
     Args:
-        captions: int64 [N], equal numbers for equal captions.
-        images: int64 [N], equal numbers for equal images. Swap the two for image to text.
+        captions: int64 [T], equal numbers for equal captions.
+        images: int64 [N], equal numbers for equal images.
+        owners: int64 [T], the image of each caption, ascending.
 
     Returns:
-        int64 [N], counted from 1.
+        int64 [T] from text to image and int64 [N] from image to text, counted from 1.
     """
-    copy = _place_among_equals(images)
-    order = np.lexsort((copy, captions))
-    place = _place_among_equals(captions[order])
-    # rank_j = max(copy_j, rank_(j-1) + 1), so rank_j - j is a running maximum. The offset grows
-    # by more than any rank from one caption to the next, which starts the maximum afresh.
-    offset = (captions[order] - captions.min(initial=0)) * (len(captions) + 1)
-    ranks = np.empty_like(captions)
-    ranks[order] = np.maximum.accumulate(copy[order] - place + offset) - offset + place
+    # A caption that an image has twice is one query with one partner
+    (texts, partners), which = np.unique([captions, owners], axis=1, return_inverse=True)
+    to_image = _ranks_apart(texts, places_among_equals(images)[partners])[which]
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    best_of_own = np.minimum.reduceat(places_among_equals(captions), first)
+    return to_image, _ranks_apart(images, best_of_own)
+
+
+def _ranks_apart(queries: Integers, least: Integers) -> Integers:
+    """Give equal queries different ranks, as low as can be but none below its own ``least``."""
+    order = np.lexsort((least, queries))
+    place = places_among_equals(queries[order])
+    # rank_j = max(least_j, rank_(j-1) + 1), so rank_j - j is a running maximum. The offset grows
+    # by more than any rank from one query to the next, which starts the maximum afresh.
+    most = len(queries) + int(least.max(initial=0))
+    offset = (queries[order] - queries.min(initial=0)) * (most + 1)
+    ranks = np.empty_like(queries)
+    ranks[order] = np.maximum.accumulate(least[order] - place + offset) - offset + place
     return ranks
 
 
-def _place_among_equals(values: Integers) -> Integers:
+def places_among_equals(values: Integers) -> Integers:
     """Number equal values in order of appearance: 1 for the first, 2 for the second, ..."""
     order = np.argsort(values, kind="stable")
     starts = np.searchsorted(values[order], values[order], side="left")

@@ -124,7 +124,7 @@ def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Paired retrieval in both directions over ``pairs`` pairs, as measured after each epoch.
+    """Paired retrieval in both directions over ``pairs`` images, as measured after each epoch.
 
     Each direction maps ``r@1``, ``r@5``, ``r@10`` and ``mrr`` to shares in 0..1, and
     ``median_rank`` to a rank counted from 1.
@@ -139,21 +139,45 @@ class Retrieval:
         return asdict(self)
 
 
-def retrieval(images: Tensor, texts: Tensor, memory: int) -> Retrieval:
+def paired_ranks(
+    images: Tensor, texts: Tensor, owners: Tensor, memory: int
+) -> tuple[Tensor, Tensor]:
+    """Rank the image of each text, and for each image the first of its texts in the ranking.
+
+    Args:
+        images: float32 [N, D].
+        texts: float32 [T, D].
+        owners: int64 [T], the image of each text, ascending; each image has at least one.
+        memory: limit in bytes of the scores held at a time.
+
+    Returns:
+        int64 [T] from text to image and int64 [N] from image to text, counted from 1.
+    """
+    all_texts, owners = torch.arange(len(texts)), owners.cpu()
+    to_image = ranks_of(texts, images, all_texts, owners, memory)
+    to_text = ranks_of(images, texts, owners, all_texts, memory)
+    last = torch.full((len(images),), len(texts))
+    return to_image, last.scatter_reduce(0, owners, to_text, "amin")
+
+
+def retrieval(
+    images: Tensor, texts: Tensor, memory: int, owners: Tensor | None = None
+) -> Retrieval:
     """Measure paired retrieval of unit embeddings.
 
     Args:
-        images, texts: float32 [N, D]; row i of both is pair i.
+        images: float32 [N, D].
+        texts: float32 [T, D].
         memory: limit in bytes of the scores held at a time.
+        owners: int64 [T], the image of each text, ascending; None if text i belongs to image i.
     """
-    return retrieval_of_ranks(
-        partner_ranks(texts, images, memory), partner_ranks(images, texts, memory)
-    )
+    owners = torch.arange(len(texts)) if owners is None else owners
+    return retrieval_of_ranks(*paired_ranks(images, texts, owners, memory))
 
 
 def retrieval_of_ranks(text_to_image: Tensor, image_to_text: Tensor) -> Retrieval:
-    """Summarize the ranks of the partners in both directions, [N] each, counted from 1."""
-    return Retrieval(_figures(text_to_image), _figures(image_to_text), len(text_to_image))
+    """Summarize the ranks of ``paired_ranks``."""
+    return Retrieval(_figures(text_to_image), _figures(image_to_text), len(image_to_text))
 
 
 def _figures(ranks: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ unit of the bootstrap, because their queries are not independent of each other.
 
 import unicodedata
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,26 +21,42 @@ _MOST_EDGES = 50_000_000
 
 @dataclass(frozen=True)
 class Identities:
-    """What N pairs have in common, int64 [N] each.
+    """What N pairs with T captions have in common, as int64.
 
-    ``captions`` and ``images`` hold equal numbers for equal captions and images; ``groups``
-    numbers the groups, with -1 for a pair that is in none, and is None if there are no groups.
+    ``captions`` [T] and ``images`` [N] hold equal numbers for equal captions and images. ``groups``
+    [N] numbers the groups, with -1 for a pair that is in none, and is None if there are no groups.
+    ``owners`` [T] is the pair of each caption, ascending; each pair has at least one. By default
+    caption i is that of pair i.
     """
 
     captions: Integers
     images: Integers
     groups: Integers | None = None
+    owners: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.owners):
+            object.__setattr__(self, "owners", np.arange(len(self.captions)))
+
+    def of(self, pairs: Integers) -> "Identities":
+        """Keep these pairs, which are ascending, and number them from 0."""
+        kept = np.isin(self.owners, pairs)
+        groups = None if self.groups is None else self.groups[pairs]
+        owners = np.searchsorted(pairs, self.owners[kept])
+        return Identities(self.captions[kept], self.images[pairs], groups, owners)
 
 
 @dataclass(frozen=True)
 class Relevance:
     """Distinct texts [T] and images [P], and which of them belong together.
 
-    ``text_pairs`` [T] and ``image_pairs`` [P] hold the first pair with that text or image. Text
-    ``edge_texts[e]`` and image ``edge_images[e]`` are right for each other, sorted by text.
-    ``clusters`` [N] holds each pair's cluster, numbered from 0. All are int64.
+    ``text_rows`` [T] holds the first caption that is that text, and ``text_pairs`` [T] and
+    ``image_pairs`` [P] the first pair with that text or image. Text ``edge_texts[e]`` and image
+    ``edge_images[e]`` are right for each other, sorted by text. ``clusters`` [N] holds each pair's
+    cluster, numbered from 0. All are int64.
     """
 
+    text_rows: Integers
     text_pairs: Integers
     image_pairs: Integers
     edge_texts: Integers
@@ -71,27 +87,28 @@ def relevance(identities: Identities) -> Relevance:
     Raises:
         UsageError: the groups are so large that their edges would not fit in memory.
     """
-    text_pairs, texts = _distinct(identities.captions)
+    text_rows, texts = _distinct(identities.captions)
     image_pairs, images = _distinct(identities.images)
-    edges = [np.stack([texts, images])]
+    owners = identities.owners
+    edges = [np.stack([texts, images[owners]])]
     if identities.groups is not None:
-        groups = identities.groups
+        groups = identities.groups[owners]  # of each caption
         order = np.argsort(groups, kind="stable")
         cuts = np.flatnonzero(np.diff(groups[order])) + 1
         members = [m for m in np.split(order, cuts) if len(m) > 1 and groups[m[0]] >= 0]
-        if sum(len(m) ** 2 for m in members) > _MOST_EDGES:
-            largest = counted(max(map(len, members)), "pair")
+        if sum(len(m) * len(np.unique(owners[m])) for m in members) > _MOST_EDGES:
+            largest = counted(max(len(np.unique(owners[m])) for m in members), "pair")
             raise UsageError(
                 f"the groups are too large: the largest holds {largest}",
                 "choose a field that tells products apart with --group-field",
             )
         for m in members:  # every text of a group with every image of it
-            t, p = np.unique(texts[m]), np.unique(images[m])
+            t, p = np.unique(texts[m]), np.unique(images[owners[m]])
             edges.append(np.stack([np.repeat(t, len(p)), np.tile(p, len(t))]))
     joined = np.unique(np.concatenate(edges, axis=1), axis=1)
     edge_texts, edge_images = map(np.ascontiguousarray, joined)
     # The cluster of each text: the lowest number spreads along the edges until nothing changes
-    label, of_image = np.arange(len(text_pairs)), np.full(len(image_pairs), len(text_pairs))
+    label, of_image = np.arange(len(text_rows)), np.full(len(image_pairs), len(text_rows))
     while True:
         np.minimum.at(of_image, edge_images, label[edge_texts])
         spread = label.copy()
@@ -101,7 +118,10 @@ def relevance(identities: Identities) -> Relevance:
             break
         label = spread
     clusters = np.unique(label, return_inverse=True)[1].astype(np.int64)
-    return Relevance(text_pairs, image_pairs, edge_texts, edge_images, clusters[texts])
+    # All captions of a pair are in one cluster, because they share its image
+    of_pair = clusters[texts[np.flatnonzero(np.diff(owners, prepend=-1))]]
+    pairs = owners[text_rows]
+    return Relevance(text_rows, pairs, image_pairs, edge_texts, edge_images, of_pair)
 
 
 def _distinct(values: Integers) -> tuple[Integers, Integers]:

@@ -13,13 +13,14 @@ from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
 from clipft.metrics.definitions import (
     Floats,
+    Integers,
     PerQuery,
     grouped_figures,
     paired_figures,
     upper_bound_ranks,
 )
 from clipft.metrics.figures import RECALLS
-from clipft.metrics.ranking import Retrieval, partner_ranks, ranks_of, retrieval_of_ranks
+from clipft.metrics.ranking import Retrieval, paired_ranks, ranks_of, retrieval_of_ranks
 from clipft.metrics.relevance import Identities, Relevance, relevance
 
 _MOST_CATEGORIES = 50
@@ -92,11 +93,13 @@ class Category:
 class Evaluation:
     """All figures of one model on some pairs.
 
-    ``clusters`` is the number that is resampled. ``retrieval`` is the short form of the paired
+    ``clusters`` is the number that is resampled. Each of the ``captions`` belongs to one of the
+    pairs. ``retrieval`` is the short form of the paired
     figures, as measured after each epoch.
     """
 
     pairs: int
+    captions: int
     clusters: int
     parts: Parts
     categories: dict[str, Category]
@@ -112,6 +115,7 @@ class Evaluation:
         """Return the JSON values of ``before`` and ``after`` in evaluation.json."""
         return {
             "pairs": self.pairs,
+            "captions": self.captions,
             "clusters": self.clusters,
             "resamples": self.options.resamples,
             "confidence": CONFIDENCE,
@@ -173,8 +177,9 @@ def evaluate(
     """Measure paired and grouped retrieval in both directions, overall and by category.
 
     Args:
-        images, texts: unit embeddings, float32 [N, D]; row i of both is pair i.
-        identities: which captions, images and groups are equal.
+        images: unit embeddings of the pairs' images, float32 [N, D].
+        texts: unit embeddings of their captions, float32 [T, D].
+        identities: which captions, images and groups are equal, and the pair of each caption.
         labels: the category of each pair, None where it has none.
         options: memory, resamples and seed.
 
@@ -182,20 +187,18 @@ def evaluate(
         UsageError: the groups are too large (see ``relevance``).
     """
     related = relevance(identities)
-    samples = _measure(images, texts, related, options.memory)
+    samples = _measure(images, texts, identities.owners, related, options.memory)
     candidates = {
         ("paired", "text_to_image"): len(images),
-        ("paired", "image_to_text"): len(images),
+        ("paired", "image_to_text"): len(texts),
         ("grouped", "text_to_image"): len(related.image_pairs),
         ("grouped", "image_to_text"): len(related.text_pairs),
     }
-    upper_bounds = {}
-    for direction, best in (
-        ("text_to_image", upper_bound_ranks(identities.captions, identities.images)),
-        ("image_to_text", upper_bound_ranks(identities.images, identities.captions)),
-    ):
-        figures = paired_figures(best)
-        upper_bounds["paired", direction] = PerQuery(figures, identities.captions).means()
+    best = upper_bound_ranks(identities.captions, identities.images, identities.owners)
+    upper_bounds = {
+        ("paired", direction): PerQuery(paired_figures(ranks), np.zeros_like(ranks)).means()
+        for direction, ranks in zip(("text_to_image", "image_to_text"), best, strict=True)
+    }
     values = resampled(list(samples.values()), options.resamples, options.seed)
     parts: Parts = {}
     for (key, sample), own in zip(samples.items(), values, strict=True):
@@ -203,7 +206,7 @@ def evaluate(
         size, bound = len(sample.clusters), upper_bounds.get(key)
         part = Part(size, candidates[key], sample.means(), own, bound)
         parts.setdefault(protocol, {})[direction] = part
-    categories = _by_category(samples, candidates, labels, related, options)
+    categories = _by_category(samples, candidates, labels, identities.owners, related, options)
     clusters = int(related.clusters.max()) + 1
     short = retrieval_of_ranks(
         *(
@@ -211,23 +214,25 @@ def evaluate(
             for direction in ("text_to_image", "image_to_text")
         )
     )
-    return Evaluation(len(images), clusters, parts, categories, options, short)
+    return Evaluation(len(images), len(texts), clusters, parts, categories, options, short)
 
 
 Samples = dict[tuple[str, str], PerQuery]
 """(protocol, direction) -> figures per query."""
 
 
-def _measure(images: Tensor, texts: Tensor, related: Relevance, memory: int) -> Samples:
+def _measure(
+    images: Tensor, texts: Tensor, owners: Integers, related: Relevance, memory: int
+) -> Samples:
     """Rank the right candidates of every query, by both protocols in both directions."""
-    samples = {}
-    for direction, queries, candidates in (
-        ("text_to_image", texts, images),
-        ("image_to_text", images, texts),
+    samples, clusters = {}, related.clusters
+    to_image, to_text = paired_ranks(images, texts, torch.from_numpy(owners), memory)
+    for direction, ranks, own in (
+        ("text_to_image", to_image, clusters[owners]),
+        ("image_to_text", to_text, clusters),
     ):
-        ranks = partner_ranks(queries, candidates, memory).numpy()
-        samples["paired", direction] = PerQuery(paired_figures(ranks), related.clusters)
-    distinct_texts, distinct_images = texts[related.text_pairs], images[related.image_pairs]
+        samples["paired", direction] = PerQuery(paired_figures(ranks.numpy()), own)
+    distinct_texts, distinct_images = texts[related.text_rows], images[related.image_pairs]
     by_text = (related.edge_texts, related.edge_images)
     order = np.lexsort(by_text)  # by image, then by text
     by_image = (related.edge_images[order], related.edge_texts[order])
@@ -236,9 +241,8 @@ def _measure(images: Tensor, texts: Tensor, related: Relevance, memory: int) -> 
         ("image_to_text", distinct_images, distinct_texts, by_image, related.image_pairs),
     ):
         edges = torch.from_numpy(wanted), torch.from_numpy(right)
-        ranks = ranks_of(queries, candidates, *edges, memory).numpy()
-        figures = grouped_figures(wanted, ranks)
-        samples["grouped", direction] = PerQuery(figures, related.clusters[pairs])
+        figures = grouped_figures(wanted, ranks_of(queries, candidates, *edges, memory).numpy())
+        samples["grouped", direction] = PerQuery(figures, clusters[pairs])
     return samples
 
 
@@ -246,13 +250,14 @@ def _by_category(
     samples: Samples,
     candidates: dict[tuple[str, str], int],
     labels: Sequence[str | None],
+    owners: Integers,
     related: Relevance,
     options: EvaluationOptions,
 ) -> dict[str, Category]:
     """Measure the most frequent categories. A text or image takes its first pair's category."""
     of_pair = np.array([label or "" for label in labels])
     of_query = {
-        ("paired", "text_to_image"): of_pair,
+        ("paired", "text_to_image"): of_pair[owners],
         ("paired", "image_to_text"): of_pair,
         ("grouped", "text_to_image"): of_pair[related.text_pairs],
         ("grouped", "image_to_text"): of_pair[related.image_pairs],

@@ -87,7 +87,7 @@ def _gallery(folder: Path, settings: "Settings") -> Gallery:
             moved = f"the pairs in {settings.data_dir} are not those of the run"
             return Gallery(note=f"No gallery: {moved}.")
         template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
-        read = PairReader(pairs, template)
+        read = PairReader(pairs, template.for_evaluation())
 
         def keep_image(number: int) -> str:
             if number not in places:

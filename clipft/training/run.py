@@ -20,7 +20,7 @@ from clipft.embedding.embed import embed_pairs
 from clipft.embedding.finite import NotFiniteError, describe_broken
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
-from clipft.evaluation.gallery import Rankings, caption_groups, data_name, rank_images
+from clipft.evaluation.gallery import CaptionGroups, Rankings, data_name, rank_images
 from clipft.metrics.ranking import retrieval
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
@@ -127,7 +127,7 @@ class _Run:
         captions = setup.val_preprocessing.captions
         assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
         self.rank_images = partial(
-            rank_images, groups=caption_groups(captions), data=data_name(setup.val)
+            rank_images, captions=CaptionGroups.of(captions), data=data_name(setup.val)
         )
         self.rankings: Rankings | None = None  # those of the last validation
         training = None
@@ -301,10 +301,12 @@ class _Run:
         def figures() -> EpochResult:
             ranked = embedded.where_ranked(setup.loaded.precision.device)
             evaluation_bytes = setup.settings.evaluation_bytes
-            found = retrieval(ranked.images, ranked.texts, evaluation_bytes).to_dict()
+            found = retrieval(
+                ranked.images, ranked.texts, evaluation_bytes, ranked.owners
+            ).to_dict()
             self.rankings = self.rank_images(embedded)
             loss = setup.validation_loss(ranked)
-            lower_bound = setup.loss.lower_bound(embedded.groups)
+            lower_bound = setup.loss_lower_bound(embedded)
             return EpochResult(epoch, step, train_loss, loss, found, val_floor=lower_bound)
 
         return on_rank_zero(self.processes, figures)

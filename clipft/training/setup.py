@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -167,10 +168,17 @@ class RunSetup:
 
     @torch.no_grad()
     def validation_loss(self, embedded: Embeddings) -> float:
-        """The training loss over the whole validation set as one batch."""
+        """The training loss over the whole validation set as one batch. If pairs have several
+        captions, it is the mean over batches in which each of them has its turn."""
         device = self.loaded.precision.device
-        images, texts = embedded.images.to(device), embedded.texts.to(device)
-        return float(self.loss(images, texts, embedded.groups))
+        images = embedded.images.to(device)
+        return fmean(
+            float(self.loss(images, one.texts.to(device), one.groups)) for one in embedded.rounds()
+        )
+
+    def loss_lower_bound(self, embedded: Embeddings) -> float:
+        """The smallest value that ``validation_loss`` can have."""
+        return fmean(self.loss.lower_bound(one.groups) for one in embedded.rounds())
 
 
 def validation_batch(settings: Settings, loaded: LoadedModel, micro: int) -> int:

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 from clipft.embedding.embed import Embeddings
 from clipft.evaluation.gallery import (
+    CaptionGroups,
     Rankings,
     all_cases,
     choose_cases,
@@ -22,7 +23,11 @@ def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:
     numbers = tuple(n for n in range(len(groups)) if skip == 0 or n % skip)
     images = normalize(torch.randn(len(numbers), 6, generator=generator), dim=1)
     texts = normalize(torch.randn(len(numbers), 6, generator=generator), dim=1)
-    return Embeddings(images, texts, numbers, (), 100.0)
+    return Embeddings(images, texts, numbers, ())
+
+
+def one_each(groups):
+    return CaptionGroups(torch.tensor(groups), torch.arange(len(groups)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -31,7 +36,7 @@ def test_ranks_and_first_images_match_a_plain_sort(seed, groups, skip):
     if skip == 1:  # nothing left
         return
     embedded = embeddings(seed, groups, skip)
-    found = rank_images(embedded, torch.tensor(groups), "x")
+    found = rank_images(embedded, one_each(groups), "x")
     firsts = {groups[number]: number for number in reversed(embedded.numbers)}
     assert found.queries == sorted(firsts.values())
     scores = (embedded.texts @ embedded.images.T).numpy()
@@ -44,7 +49,7 @@ def test_ranks_and_first_images_match_a_plain_sort(seed, groups, skip):
 
 
 def test_queries_are_spread_over_the_set_if_there_are_many_captions():
-    found = rank_images(embeddings(1, list(range(2500)), 0), torch.arange(2500), "x")
+    found = rank_images(embeddings(1, list(range(2500)), 0), one_each(range(2500)), "x")
     assert len(found.queries) == 834 and found.queries[-1] == 2499
 
 
@@ -97,3 +102,20 @@ def test_categories_are_counted_that_a_first_image_was_taken_for():
     ]
     (alone,) = mistaken_categories(all_cases(before, None), labels)
     assert (alone["before"], alone["after"]) == (2, None)
+
+
+def test_an_image_with_the_caption_among_others_is_right():
+    """Pair 1 has the caption of pair 0 as its second; pair 2 could not be used."""
+    vectors = torch.eye(4)
+    captions = CaptionGroups(torch.tensor([7, 8, 7, 7, 9]), torch.tensor([0, 1, 1, 2, 3]))
+    embedded = Embeddings(
+        images=vectors[[3, 0, 2]],
+        texts=vectors[[0, 1, 0, 2]],
+        numbers=(0, 1, 3),
+        skipped=(),
+        owners=torch.tensor([0, 1, 1, 2]),
+    )
+    found = rank_images(embedded, captions, "x")
+    assert found.queries == [0, 1, 3]
+    assert found.ranks == [1, 3, 1]  # pair 1 is right for the caption of pair 0, and scores best
+    assert found.first[0][0] == 1

@@ -36,12 +36,12 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
 
 @dataclass(frozen=True)
 class Description:
-    """The caption that a pair is evaluated with, and two fields of its metadata.
+    """The captions of a pair, and two fields of its metadata.
 
-    The caption is "" for a pair that has none and is therefore skipped.
+    The only caption is "" for a pair that has none and is therefore skipped.
     """
 
-    caption: str
+    captions: tuple[str, ...]
     label: str | None
     group: str | None
 
@@ -59,12 +59,12 @@ def describe(
         caption, metadata = pairs.caption_and_metadata(number)
         fields = parse_metadata(metadata)
         try:
-            text = template.captions(caption, metadata)[0]
+            texts = tuple(template.captions(caption, metadata))
         except BadCaption:
-            text = ""
+            texts = ("",)
         label = _named(field_value(fields, label_field))
         group = _named(field_value(fields, group_field)) if group_field else None
-        found.append(Description(text, label, group))
+        found.append(Description(texts, label, group))
     if group_field and not any(d.group for d in found):
         _refuse("--group-field", group_field, pairs)
     return found

@@ -115,10 +115,21 @@ class CaptionTable:
         if not captions:
             clean_caption(pair.caption)  # says why if the caption is not text
             raise BadCaption("empty caption")
-        which = first + _choice(captions, self.seed, epoch, pair.number)
-        start = int(self.ends[which - 1]) if which else 0
-        found: list[int] = self.ids_of_all[start : int(self.ends[which])].tolist()
+        return self._ids(first + _choice(captions, self.seed, epoch, pair.number))
+
+    def _ids(self, caption: int) -> list[int]:
+        start = int(self.ends[caption - 1]) if caption else 0
+        found: list[int] = self.ids_of_all[start : int(self.ends[caption])].tolist()
         return found
+
+    def further(self, pairs: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield the captions after the first of each of the first ``pairs`` pairs, in order, as
+        the number of the pair and the ids."""
+        counts = np.diff(self.counts[:pairs], prepend=0)
+        for number in np.flatnonzero(counts > 1).tolist():
+            last = int(self.counts[number])
+            for caption in range(last - int(counts[number]) + 1, last):
+                yield number, self._ids(caption)
 
     def by_pair(self) -> Iterator[list[bytes]]:
         """Yield the captions of each pair as bytes, which are equal if the ids are equal."""
@@ -149,7 +160,7 @@ def caption_table(
     If the cache folder cannot be written to, the table is in memory only.
     """
     digest = hashlib.sha256(_FORMAT.encode())
-    for part in (pairs.state(), template.source, template.lines, encoder.vocabulary):
+    for part in (pairs.state(), template.state, encoder.vocabulary):
         digest.update(hashlib.sha256(part.encode()).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
     try:

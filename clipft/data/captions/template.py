@@ -13,7 +13,7 @@ always gives as many captions as the pair has, whatever text is around it.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from clipft.core.errors import UsageError
@@ -207,11 +207,15 @@ def _closed_gap(gap: "re.Match[str]") -> str:
 
 @dataclass(frozen=True)
 class CaptionTemplate:
-    """A parsed template; ``lines`` says what the lines of a ``.txt`` are."""
+    """A parsed template; ``lines`` says what the lines of a ``.txt`` are.
+
+    With ``only_first``, a pair has the captions of the first alternative that has any for it.
+    """
 
     source: str
     alternatives: tuple[_Alternative, ...]
     lines: Lines = "separate"
+    only_first: bool = False
 
     @classmethod
     def parse(cls, source: str, lines: Lines = "separate") -> "CaptionTemplate":
@@ -228,6 +232,15 @@ class CaptionTemplate:
                 'write fields of the metadata in braces: --caption "{type}, {color}. {name}"',
             ) from error
         return cls(source, tuple(parsed), lines)
+
+    @property
+    def state(self) -> str:
+        """Everything that decides the captions, as text."""
+        return "\n".join([self.source, self.lines, str(self.only_first)])
+
+    def for_evaluation(self) -> "CaptionTemplate":
+        """Return the template without the alternatives that only vary the training."""
+        return replace(self, only_first=True)
 
     @property
     def fields(self) -> list[str]:
@@ -249,7 +262,11 @@ class CaptionTemplate:
             values[CAPTION_FIELD] = own
         elif not values:
             values[CAPTION_FIELD] = _listed(metadata)
-        texts = [text for part in self.alternatives for text in part.texts(values)]
+        texts = list[str]()
+        for alternative in self.alternatives:
+            texts += alternative.texts(values)
+            if texts and self.only_first:
+                break
         if not texts:
             raise BadCaption("empty caption")
         return list(dict.fromkeys(texts))

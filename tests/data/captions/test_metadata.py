@@ -34,13 +34,14 @@ def test_pairs_are_described_by_caption_label_and_group(pairs):
     said = describe(pairs, DEFAULT_TEMPLATE, "kind", "id")
     assert [d.label for d in said] == ["sofa", None, None, None, None, None]
     assert [d.group for d in said] == ["7", None, None, None, None, None]
-    assert [d.caption for d in said[:2]] == ["caption 0", "caption 1"]
-    assert said[4].caption == ""  # not measured, and no reason to stop
+    assert [d.captions for d in said[:2]] == [("caption 0",), ("caption 1",)]
+    assert said[4].captions == ("",)  # not measured, and no reason to stop
 
 
-def test_the_first_of_several_captions_is_evaluated(pairs):
-    template = CaptionTemplate.parse("a {kind} || {caption}")
-    assert describe(pairs, template, "kind", None)[0].caption == "a sofa"
+def test_the_first_alternative_of_a_template_is_evaluated(pairs):
+    template = CaptionTemplate.parse("a {kind} || {caption}").for_evaluation()
+    said = describe(pairs, template, "kind", None)
+    assert [d.captions for d in said[:2]] == [("a sofa",), ("caption 1",)]
 
 
 def test_a_group_field_that_no_pair_has_is_refused(pairs):
