@@ -137,7 +137,7 @@ def comparison_tables(
     for protocol in ("paired", "grouped"):
         paired = protocol == "paired"
         if paired:
-            size = counted(before["pairs"], "pair")
+            size = figures.counted_pairs(before)
         else:
             part = before["grouped"]["text_to_image"]
             size = f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"

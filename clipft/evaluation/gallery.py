@@ -295,7 +295,7 @@ def lookup_content(
     for case in cases:
         for number in (case.query, *case.first_before, *case.first_after):
             if number not in pairs:
-                pairs[number] = {"caption": read.caption(number), "place": ""}
+                pairs[number] = {"caption": read.captions(number)[0], "place": ""}
         for number in (*case.first_before, *case.first_after):
             pairs[number]["place"] = keep_image(number)
     return {

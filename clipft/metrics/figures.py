@@ -46,6 +46,13 @@ def mean_recall(figures: Json) -> float:
     return float(sum(values) / len(values))
 
 
+def counted_pairs(evaluation: Json) -> str:
+    """Say how many pairs an evaluation has, and how many captions if that is another number."""
+    pairs, captions = evaluation["pairs"], evaluation.get("captions")
+    shown = counted(pairs, "pair")
+    return f"{shown}, {counted(captions, 'caption')}" if captions not in (None, pairs) else shown
+
+
 def before_and_after(metrics: Sequence[Json]) -> tuple[Json | None, Json | None]:
     """Return retrieval of the pretrained model and of the best epoch so far.
 
@@ -90,7 +97,7 @@ def _evaluated(evaluation: Json, protocol: str) -> dict[str, Any]:
     before, after, change = (evaluation[key] for key in ("before", "after", "difference"))
     rows = []
     if protocol == "paired":
-        size, prefix = counted(before["pairs"], "pair"), ""
+        size, prefix = counted_pairs(before), ""
         recall = {"value": after["recall"]} if after else None
         old, difference = {"value": before["recall"]}, change["recall"] if after else None
         rows.append(_row("mean_recall", RECALL_NAME, old, recall, difference))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
-from clipft.data.captions.lines import fold_lines, join_lines
+from clipft.data.captions.lines import join_lines
 from clipft.data.captions.template import BadCaption, CaptionTemplate, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
 from clipft.data.formats import FORMATS
@@ -61,13 +61,16 @@ def _read(
     try:
         caption = caption.read() if isinstance(caption, ByteRange) else caption
         metadata = metadata.read() if isinstance(metadata, ByteRange) else metadata
-        if isinstance(candidate.caption, ByteRange) and options.caption_lines == "joined":
-            caption = _on_one_line(caption)
+        # A table's captions are on lines of their own already
+        lines = options.caption_lines if isinstance(candidate.caption, ByteRange) else "separate"
         if options.caption:
-            caption = join_lines(_parsed(options.caption).captions(caption, metadata or b""))
-        captions = split_captions(caption)
+            captions = _parsed(options.caption, lines).captions(caption, metadata or b"")
+        else:
+            captions = split_captions(caption, lines)
         if not captions:
             raise BadCaption("empty caption")
+        if options.caption or lines == "joined":
+            caption = join_lines(captions)
         data = candidate.image.read(_MAX_BYTES)
         image = open_image(data)
         if options.near >= 0:  # this decode also finds whatever --check would find
@@ -99,11 +102,6 @@ def _read(
         split=candidate.split,
     )
     return pair, hashed
-
-
-def _on_one_line(caption: bytes) -> bytes:
-    """Join the lines of a caption; what is not UTF-8 in it stays as it is."""
-    return fold_lines(caption.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 _parsed = cache(CaptionTemplate.parse)
