@@ -9,6 +9,7 @@ from clipft.ablation.grid import Grid, plan_runs
 from clipft.ablation.runner import TEST, measure_on_test, read_state, write_state
 from clipft.cli.app import run
 from clipft.data.shards.dataset import open_pairs
+from tests.data.shards.test_names import write_tar
 from tests.tiny_run import TINY
 
 FIGURES = ("--num-workers", "0", "--precision", "fp32", "--resamples", "0")
@@ -103,6 +104,17 @@ def test_an_ablation_reports_the_test_pairs_and_chooses_by_the_others(trained, d
     found = json.loads((runs[0].home / TEST).read_text())
     assert state["test"] == found
     assert found["before"]["pairs"] == counts(data)["test"] != state["before"]["pairs"]
+
+
+def test_inspect_says_why_files_are_no_pairs(data, tmp_path, capsys):
+    shutil.copytree(data / "test", tmp_path / "train")
+    names = ["1.image.jpg", "1.mask.png", "1.caption.txt", "2.jpg"]
+    write_tar(tmp_path / "train" / "masks.tar", *names)
+    page = tmp_path / "page.html"
+    assert run(["inspect", str(tmp_path), "--model", "tiny", "--html", str(page)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for reason in ("no caption", "several image files with one key (image, mask)"):
+        assert f"- {reason}" in shown and f"- {reason}" in page.read_text()
 
 
 def test_inspect_shows_test_pairs_and_what_they_share(data, capsys):

@@ -168,6 +168,7 @@ def _figures(
 def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
     """Rows of a label and a cell for each split."""
     rows: dict[str, list[str]] = {}
+    reasons = sorted({reason for split in figures.values() for reason in split.no_pairs})
     for split in figures.values():
         # Both are empty if no pair of the split can be read
         side, tokens = (
@@ -186,6 +187,7 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
             "pairs": f"{split.pairs:,}",
             "size": f"{split.bytes / 2**20:.1f} MiB",
             "files that are not pairs": f"{sum(split.no_pairs.values()):,}",
+            **{f"- {reason}": f"{split.no_pairs.get(reason, 0):,}" for reason in reasons},
             "broken images": f"{len(split.broken):,}",
             "bad captions": f"{len(split.bad_captions):,}",
             "formats": ", ".join(f"{kind} {count:,}" for kind, count in split.kinds.items()) or "-",
