@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from clipft.core.common import shell_command
 from clipft.core.errors import ClipftError
+from clipft.core.text import visible
 
 _UNBREAKABLE = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 """A word, or a whole command in backticks with the punctuation attached to it."""
@@ -95,16 +97,27 @@ def _fill(chunks: Iterable[str], width: int, indent: str) -> list[str]:
 
 
 class _Console(Console):
-    """A console that survives a reader who goes away, as with ``clipft train | head``.
+    """A console for the words of others, which survives a reader who goes away.
 
-    rich's own console would exit at once, and a training run would lose its state. This one
-    falls silent, and the work goes on.
+    Names and captions are shown as they are: brackets and colons are not markup, and control
+    characters become visible, so that no caption can move the cursor or change a color.
+
+    When the reader goes away, as with ``clipft train | head``, rich's own console would exit at
+    once, and a training run would lose its state. This one falls silent, and the work goes on.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(highlight=False, **options)
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = _PIPED_WIDTH
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Render as rich does; everything that this console prints passes through here."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else visible(segment.text)
+            yield Segment(text, segment.style, segment.control)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -144,9 +157,17 @@ class Output:
             self.note(f"{text} ...")
             yield lambda done, total: None
             return
-        from rich.progress import Progress
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        with Progress(console=self.err, transient=True) as bar:
+        title = TextColumn("{task.description}", markup=False)  # it may name the user's folder
+        columns = (title, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(text, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -158,11 +179,11 @@ class Output:
             else:
                 self._out.print(renderable)
         if self.as_json:
-            print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+            print(_json(data), flush=True)
 
     def raw(self, data: dict[str, Any], text: str) -> None:
         """Print a result that is itself a file format, such as TOML, without any wrapping."""
-        print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, end="")
+        print(_json(data) if self.as_json else text, end="")
 
 
 def print_error(error: ClipftError, as_json: bool) -> None:
@@ -173,7 +194,17 @@ def print_error(error: ClipftError, as_json: bool) -> None:
         say(err, f"{label}: {_LINE_BREAK.sub(' ', text.strip())}")
     if as_json:
         body = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        print(json.dumps({"error": body}, ensure_ascii=False), flush=True)
+        print(_json({"error": body}), flush=True)
+
+
+def _json(data: dict[str, Any]) -> str:
+    """Format a result; what a terminal would obey is escaped, as JSON allows."""
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    shown = visible(text)
+    if shown == text:
+        return text
+    pairs = zip(text, shown, strict=True)
+    return "".join(old if old == new else f"\\u{ord(old):04x}" for old, new in pairs)
 
 
 def end(

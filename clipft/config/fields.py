@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from clipft.core.common import expand_home
+from clipft.core.text import is_unicode
 
 _KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", bool: "on|off"}
 
@@ -40,6 +41,15 @@ class Section(BaseModel):
             else value
             for name, value in current_names(cls, values).items()
         }
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_other_encodings(cls, value: Any) -> Any:
+        # A run writes its settings to a TOML file, which is UTF-8
+        if isinstance(value, str | Path) and not is_unicode(value):
+            what = "name" if isinstance(value, Path) else "text"
+            raise ValueError(f"the {what} is not UTF-8")
+        return value
 
 
 def setting(

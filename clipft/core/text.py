@@ -24,7 +24,7 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 _VISIBLE[0x7F] = 0x2421
 # C1 controls (some terminals read U+009B as the start of an escape) and bidirectional controls,
 # which reorder what stands beside them
-_HIDDEN = (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_HIDDEN = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _VISIBLE |= dict.fromkeys(_HIDDEN, 0xFFFD)
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # a byte of a name that is not UTF-8
 
@@ -53,7 +53,7 @@ def decode(data: bytes, encoding: str | None = None) -> str:
     name, start = marked or (encoding or unmarked_encoding(data), 0)
     try:
         return data[start:].decode(name)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise NotText(f"not {name.upper()} text") from error
 
 
@@ -93,6 +93,15 @@ def folded(text: str) -> str:
         text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
         return " ".join(text.split())
     return " ".join(text.casefold().split())
+
+
+def is_unicode(name: object) -> bool:
+    """Return False for a path with bytes that are not UTF-8, which no settings file can hold."""
+    try:
+        str(name).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def visible(text: str) -> str:

@@ -10,7 +10,14 @@ from functools import partial
 from typing import Any
 
 from clipft.core.common import processors
-from clipft.data.captions.template import DEFAULT_TEMPLATE, BadCaption, CaptionTemplate
+from clipft.data.captions.cleaning import compared, has_broken_characters, has_html
+from clipft.data.captions.template import (
+    DEFAULT_TEMPLATE,
+    BadCaption,
+    CaptionTemplate,
+    clean_text,
+)
+from clipft.data.captions.tokenizer import Encoded, lost_share
 from clipft.data.duplicates import (
     PerceptualHash,
     group_leaders,
@@ -18,7 +25,7 @@ from clipft.data.duplicates import (
     perceptual_hash,
 )
 from clipft.data.images import BadImage, open_image
-from clipft.data.shards.dataset import PairDataset, parse_metadata
+from clipft.data.shards.dataset import PairDataset, metadata_fault, parse_metadata
 
 _EXAMPLES = 5
 _LISTED = 12
@@ -31,9 +38,10 @@ class PairFacts:
     """What is known of one pair.
 
     ``place`` is the key with its shard and split, ``stored`` the bytes of image and caption,
-    ``words`` the caption without case, in which captions are compared. ``image_hash`` is the
-    SHA-256 of the image's bytes, ``size`` its upright (width, height), and ``labels`` are the
-    values of ``LABEL_FIELDS``. ``broken`` and ``bad_caption`` say why the pair would be skipped.
+    ``words`` the form in which captions are compared. ``image_hash`` is the SHA-256 of the image's
+    bytes, ``size`` its upright (width, height), and ``labels`` are the values of ``LABEL_FIELDS``.
+    ``broken`` and ``bad_caption`` say why the pair would be skipped, and ``bad_metadata`` why its
+    metadata cannot be used. ``html`` and ``broken_characters`` are true if a caption has some.
     """
 
     key: str
@@ -45,6 +53,9 @@ class PairFacts:
     caption: str = ""
     words: str = ""
     bad_caption: str = ""
+    html: bool = False
+    broken_characters: bool = False
+    bad_metadata: str = ""
     image_hash: str = ""
     kind: str = ""
     is_deep: bool = False
@@ -63,7 +74,8 @@ class SplitFacts:
 
     ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
     broken by the lower index: of n pairs with one caption (or image), at most K can have their own
-    partner among the first K.
+    partner among the first K. ``tokens_lost`` is the share of their tokens that truncated captions
+    lose.
     """
 
     pairs: int
@@ -77,8 +89,12 @@ class SplitFacts:
     shorter_side: dict[str, float]
     smaller_than_model: int
     smallest: list[str]
+    captions_with_html: dict[str, Any]
+    captions_with_broken_characters: dict[str, Any]
+    bad_metadata: list[dict[str, str]]
     caption_tokens: dict[str, float]
     captions_cut: int
+    tokens_lost: float
     same_photo: int
     near_photo: int
     same_caption: int
@@ -127,6 +143,7 @@ def read_facts(
 def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int) -> PairFacts:
     raw = pairs[number]
     metadata, key = parse_metadata(raw.metadata), f"{raw.shard}:{raw.key}"
+    bad_metadata = metadata_fault(raw.metadata)
     values = [metadata.get(field) for field in LABEL_FIELDS]
     fact = PairFacts(
         key,
@@ -134,11 +151,18 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
         number,
         f"{split}/{key}" if split else key,
         len(raw.image) + len(raw.caption),
-        tuple(value.strip() if isinstance(value, str) else "" for value in values),
+        tuple(clean_text(value) if isinstance(value, str) else "" for value in values),
+        bad_metadata=bad_metadata,
     )
     try:
-        caption = template.captions(raw.caption, raw.metadata)[0]
-        fact = replace(fact, caption=caption, words=caption.casefold())
+        texts = template.captions(raw.caption, raw.metadata)
+        fact = replace(
+            fact,
+            caption=texts[0],
+            words=compared(texts[0]),
+            html=any(map(has_html, texts)),
+            broken_characters=any(map(has_broken_characters, texts)),
+        )
     except BadCaption as error:
         fact = replace(fact, bad_caption=str(error))
     try:
@@ -166,13 +190,14 @@ def _near_images(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]
 def split_facts(
     pairs: PairDataset,
     facts: Sequence[PairFacts],
-    tokens: Sequence[int],
+    tokens: Sequence[Encoded],
     context: int,
     image_size: int,
     near: int,
 ) -> SplitFacts:
-    """Count what one split holds; ``tokens`` are the lengths of the usable captions before
-    truncation, and ``context`` and ``image_size`` what the model takes."""
+    """Count what one split holds; ``tokens`` are the tokenized captions of the usable pairs, and
+    ``context`` and ``image_size`` what the model takes."""
+    lengths = [caption.length for caption in tokens]
     usable = [fact for fact in facts if fact.usable]
     images, words = [f.image_hash for f in usable], [f.words for f in usable]
     alike = _near_images(usable, near)
@@ -207,8 +232,12 @@ def split_facts(
         shorter_side=_spread([min(fact.size) for fact in usable]),
         smaller_than_model=len(small),
         smallest=[fact.place for fact in small[:_LISTED]],
-        caption_tokens=_spread(tokens),
-        captions_cut=sum(length > context for length in tokens),
+        captions_with_html=_found(usable, "html"),
+        captions_with_broken_characters=_found(usable, "broken_characters"),
+        bad_metadata=[{"pair": f.key, "reason": f.bad_metadata} for f in facts if f.bad_metadata],
+        caption_tokens=_spread(lengths),
+        captions_cut=sum(length > context for length in lengths),
+        tokens_lost=lost_share(lengths, [len(caption.ids) for caption in tokens]),
         same_photo=_repeated(images),
         near_photo=sum(image in near_ones for image in images),
         same_caption=_repeated(words),
@@ -265,6 +294,12 @@ def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: int) -> Lea
         examples[:_EXAMPLES],
         matches[:_LISTED],
     )
+
+
+def _found(facts: Sequence[PairFacts], trouble: str) -> dict[str, Any]:
+    """Count the pairs with a trouble, and name the first of them."""
+    found = [fact.place for fact in facts if getattr(fact, trouble)]
+    return {"pairs": len(found), "examples": found[:_EXAMPLES]}
 
 
 def _repeated(values: Sequence[str]) -> int:

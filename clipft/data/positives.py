@@ -4,6 +4,7 @@ An id follows from its pair alone, so it is equal in any batch, process and mach
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def _group_id(metadata: dict[str, Any], field: str, number: int) -> int:
     A pair without a value is a group of its own: its id is below 0, which no hash is.
     """
     value = field_value(metadata, field)
-    text = "" if value is None else str(value).strip()
+    text = "" if value is None else unicodedata.normalize("NFC", str(value)).strip()
     if not text:
         return -1 - number
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

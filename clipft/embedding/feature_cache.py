@@ -147,7 +147,7 @@ def _cached(
     """
     tower, *inputs = decided_by
     parts = (_FORMAT, loaded.fingerprint, *_computed_with(loaded), *inputs)
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     folder = cache_folder() / "features" / f"{tower}-{name}"
     try:
         return _read(folder)

@@ -1,4 +1,5 @@
 import json
+import os
 import tomllib
 from pathlib import Path
 
@@ -166,6 +167,15 @@ def test_a_settings_file_that_is_not_utf_8_is_refused(tmp_path):
     file.write_bytes(b"data_dir = 'K\xfcche'\n")
     with pytest.raises(UsageError, match=r"latin.toml: not UTF-8 text"):
         load(config=file)
+
+
+@pytest.mark.parametrize("name", ["data_dir", "output_dir", "caption"])
+def test_names_that_are_not_utf_8_are_refused(name):
+    value = os.fsdecode(b"K\xfcche")
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}.*not UTF-8"):
+        load({name: value})
+    with pytest.raises(UsageError, match=f"CLIPFT_{name.upper()}.*not UTF-8"):
+        load(environ={f"CLIPFT_{name.upper()}": value})
 
 
 def test_a_renamed_setting_is_still_accepted_under_its_former_name(tmp_path, capsys):

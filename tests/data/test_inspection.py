@@ -88,6 +88,40 @@ def test_every_finding_is_counted(catalogue, capsys):
     assert shared["examples"] == ["0.tar:1", "0.tar:2", "0.tar:3"]
 
 
+def test_troubles_of_texts_are_counted(tmp_path, capsys):
+    captions = [
+        *("a plain chair", "Grüner Stuhl", "ÖL & FARBE", "3 < 4", "R&D; lab <3"),
+        *("<p>a chair</p>", "Tom &amp; Jerry", "a&#39;b", "<br/>"),
+        *("GrÃ¼ner Stuhl", "caf\ufffd", "\x1b[31mred"),
+        "長い" * 90,
+    ]
+    write(tmp_path / "0.tar", [(image_bytes(n), caption) for n, caption in enumerate(captions)])
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add(tar, "a.jpg", image_bytes(90))
+        add(tar, "a.txt", b"Gr\xfcner Stuhl")
+        add(tar, "a.json", b"{not json")
+        add(tar, "b.jpg", image_bytes(91))
+        add(tar, "b.txt", "grÜner stuhl".encode("utf-16"))
+        add(tar, "b.json", b"Gr\xfcn")
+    args = ["inspect", str(tmp_path), "--model", "tiny"]
+    assert run([*args, "--json"]) == 0
+    printed = capsys.readouterr()
+    (found,) = json.loads(printed.out).values()
+    assert found["captions_with_html"]["pairs"] == 4
+    assert found["captions_with_html"]["examples"][0] == f"{tmp_path.name}/0.tar:5"
+    assert found["captions_with_broken_characters"]["pairs"] == 3
+    assert found["bad_captions"] == [{"pair": "1.tar:a", "reason": "the caption is not UTF-8 text"}]
+    assert found["bad_metadata"] == [
+        {"pair": "1.tar:a", "reason": "the metadata is not JSON"},
+        {"pair": "1.tar:b", "reason": "the metadata is not UTF-8 text"},
+    ]
+    assert found["same_caption"] == 2  # Grüner Stuhl, also broken, and in UTF-16
+    assert found["captions_cut"] == 1 and 0.8 < found["tokens_lost"] < 0.9
+    assert run(args) == 0
+    shown = capsys.readouterr().out
+    assert "captions with HTML" in shown and "tokens lost by those captions" in shown
+
+
 def test_against_another_catalogue_and_tables_for_people(catalogue, tmp_path, capsys):
     write(tmp_path / "other" / "0.tar", [(image_bytes(0), "a"), (image_bytes(900), "b")])
     args = ["inspect", str(catalogue / "train"), "--against", str(tmp_path / "other")]

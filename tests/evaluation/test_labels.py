@@ -42,6 +42,21 @@ def test_a_file_below_the_home_folder_is_found(tmp_path, monkeypatch):
     assert chosen("~/labels.txt").labels == ("chair", "lamp")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_a_label_or_template(tmp_path, encoding):
+    labels, templates = tmp_path / "labels.txt", tmp_path / "templates.txt"
+    labels.write_text("chair\nlamp\n", encoding=encoding)
+    templates.write_text("a photo of a {}\n", encoding=encoding)
+    found = chosen(str(labels), str(templates))
+    assert (found.labels, found.templates) == (("chair", "lamp"), ("a photo of a {}",))
+
+
+def test_labels_that_are_not_utf_8_are_refused(tmp_path):
+    (tmp_path / "labels.txt").write_bytes(b"K\xfcche\n")
+    error = refused(str(tmp_path / "labels.txt"))
+    assert "labels.txt: not UTF-8 text" in error.message
+
+
 @pytest.mark.parametrize(
     ("labels", "wrong", "hint"),
     [

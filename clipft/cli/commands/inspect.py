@@ -125,7 +125,8 @@ def inspect(
 
     out.result(result, *_tables(figures, shared, skipped))
     for name, split in figures.items():
-        for broken in [*split.broken[:_LISTED], *split.bad_captions[:_LISTED]]:
+        listed = (split.broken, split.bad_captions, split.bad_metadata)
+        for broken in [found for each in listed for found in each[:_LISTED]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
     complete = {"train", "val"} <= splits.keys()
     following = ("zero-shot", "--data-dir", folder, *flags_given(loaded, "model"))
@@ -161,8 +162,7 @@ def _figures(
 
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
     encoded = encoder([fact.caption for fact in facts if fact.usable])
-    lengths = [caption.length for caption in encoded]
-    return split_facts(pairs, facts, lengths, model.context_length, model.image_size, near)
+    return split_facts(pairs, facts, encoded, model.context_length, model.image_size, near)
 
 
 def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
@@ -179,6 +179,8 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
             direction: "/".join(f"{100 * value:.1f}" for value in values.values())
             for direction, values in split.ceiling.items()
         }
+        lost = f"{split.tokens_lost:.0%}"
+        broken_characters = split.captions_with_broken_characters["pairs"]
         labels = "-"
         if split.categories:
             found = split.categories
@@ -196,6 +198,10 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
             "smaller than model's input": f"{split.smaller_than_model:,}",
             "tokens: min/median/max": tokens,
             "truncated captions": f"{split.captions_cut:,}",
+            "tokens lost by those captions": lost,
+            "captions with HTML": f"{split.captions_with_html['pairs']:,}",
+            "captions with broken characters": f"{broken_characters:,}",
+            "unreadable metadata": f"{len(split.bad_metadata):,}",
             "identical images": f"{split.same_photo:,}",
             "near-duplicate images": f"{split.near_photo:,}",
             "repeated captions": f"{split.same_caption:,}",

@@ -13,6 +13,7 @@ from clipft.cli.s3_data import LOCATION_SETTINGS, local_source
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
+from clipft.core.text import is_unicode
 from clipft.data.packing.options import PackOptions
 
 _SHARED = {
@@ -59,6 +60,11 @@ def pack(
         clipft pack s3://bucket/raw ./catalogue
         clipft pack ./photos ./catalogue --part 2/4
     """
+    if not is_unicode(target):
+        raise UsageError(
+            f"OUT {target}: the name is not UTF-8",
+            "name another folder: training could not write such a name to its settings file",
+        )
     from clipft.data.packing.pack import pack as write_shards
     from clipft.data.packing.target import Target
 

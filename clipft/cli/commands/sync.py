@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
 from clipft.cli.console import Output, end
@@ -83,7 +82,7 @@ def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
         planned = Table("would", title="Dry run", title_justify="left", show_header=False)
         for line in result.planned[:_LISTED]:
             # Keys may hold any character: escaped, they cannot write to the terminal
-            planned.add_row(escape(ascii(line)[1:-1]))
+            planned.add_row(ascii(line)[1:-1])
         if len(result.planned) > _LISTED:
             planned.add_row(f"... {len(result.planned):,} in total; --json lists all of them")
         yield planned
@@ -103,7 +102,7 @@ def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
     if result.refused:
         refused = Table("key", "refused because it", title="Refused", title_justify="left")
         for refusal in result.refused[:_LISTED]:
-            refused.add_row(escape(ascii(refusal.key)), escape(refusal.reason))
+            refused.add_row(ascii(refusal.key), refusal.reason)
         if len(result.refused) > _LISTED:
             refused.add_row("...", f"{len(result.refused):,} in total; --json lists all of them")
         yield refused

@@ -1,5 +1,6 @@
 """What an evaluation needs to know of each pair: its caption, its label and its group."""
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,8 @@ def _named(value: Any) -> str | None:
     """The text of a label or a group; None for what names nothing, such as a list."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return None
-    return clean_text(str(value)) or None
+    # Composed, so that a label is one label however its accents are encoded
+    return unicodedata.normalize("NFC", clean_text(str(value))) or None
 
 
 def _refuse(option: str, field: str, pairs: WithMetadata) -> None:

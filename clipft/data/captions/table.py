@@ -161,7 +161,7 @@ def caption_table(
     """
     digest = hashlib.sha256(_FORMAT.encode())
     for part in (pairs.state(), template.state, encoder.vocabulary):
-        digest.update(hashlib.sha256(part.encode()).digest())
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
     try:
         return _load(folder, encoder.eos_token_id, seed)

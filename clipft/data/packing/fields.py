@@ -1,5 +1,6 @@
 """Checks that the fields of the metadata which options name exist, before anything is written."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,4 +34,5 @@ def check_fields(options: PackOptions, metadata: Callable[[], Iterator[Mapping[s
 def group_of(metadata: Mapping[str, Any], field: str) -> str:
     """Return the value by which a pair is grouped, "" if it has none."""
     value = field_value(metadata, field)
-    return "" if value is None else clean_text(str(value))
+    # Composed, so that a name is one name however its accents are encoded
+    return "" if value is None else unicodedata.normalize("NFC", clean_text(str(value)))

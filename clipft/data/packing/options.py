@@ -124,7 +124,8 @@ class PackOptions(Section):
     )
     encoding: str = setting(
         "",
-        "Encoding of a table, such as cp1252. Default: UTF-8, or UTF-16 if the file starts so.",
+        "Encoding of the table, or of the .txt and .json files, such as cp1252. A file that starts "
+        "with a byte-order mark is read by it. Default: UTF-8.",
         metavar="NAME",
     )
     check: bool = setting(

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
+from clipft.core.text import NotText, decode
+from clipft.data.captions.cleaning import compared
 from clipft.data.captions.lines import join_lines
 from clipft.data.captions.template import BadCaption, CaptionTemplate, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
@@ -56,11 +58,12 @@ def _read(
     candidate: Candidate, options: PackOptions
 ) -> tuple[PackPair, PerceptualHash | None] | str:
     """Read and check a pair; return the reason if it cannot be used."""
-    caption, metadata, hashed = candidate.caption, candidate.metadata, None
+    hashed, metadata = None, None
     assert isinstance(candidate.image, ByteRange)
     try:
-        caption = caption.read() if isinstance(caption, ByteRange) else caption
-        metadata = metadata.read() if isinstance(metadata, ByteRange) else metadata
+        caption = _read_text(candidate.caption, "caption", options)
+        if candidate.metadata is not None:
+            metadata = _read_text(candidate.metadata, "metadata", options)
         # A table's captions are on lines of their own already
         lines = options.caption_lines if isinstance(candidate.caption, ByteRange) else "separate"
         if options.caption:
@@ -97,11 +100,26 @@ def _read(
         caption=caption,
         metadata=metadata,
         image_hash=hashlib.sha256(data).hexdigest(),
-        caption_keys=tuple(dict.fromkeys(text.casefold() for text in captions)),
+        caption_keys=tuple(dict.fromkeys(map(compared, captions))),
         group=group,
         split=candidate.split,
     )
     return pair, hashed
+
+
+def _read_text(source: ByteRange | bytes, what: str, options: PackOptions) -> bytes:
+    """Read a caption or metadata as UTF-8 without a byte-order mark.
+
+    Raises:
+        BadCaption: It is not text.
+        OSError: It cannot be read.
+    """
+    if isinstance(source, bytes):  # from a table, whose reader decoded it
+        return source
+    try:
+        return decode(source.read(), options.encoding or None).encode()
+    except NotText as error:
+        raise BadCaption(f"the {what} is {error}") from error
 
 
 _parsed = cache(CaptionTemplate.parse)

@@ -245,11 +245,20 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
         return {}
 
 
+def metadata_fault(data: bytes) -> str:
+    """Return why the ``.json`` of a pair cannot be used, or "" if it can."""
+    try:
+        read_metadata(data)
+    except ValueError as error:
+        return f"the metadata is {error}"
+    return ""
+
+
 def read_metadata(data: bytes) -> dict[str, Any]:
-    """Parse the ``.json`` of a pair; empty if there is none.
+    """Parse the ``.json`` of a pair; empty if there is none, or if it is not an object.
 
     Raises:
-        ValueError: It is not a JSON object. The message completes "the metadata is".
+        ValueError: It is not JSON. The message completes "the metadata is".
     """
     if not data:
         return {}
@@ -259,6 +268,4 @@ def read_metadata(data: bytes) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+    return value if isinstance(value, dict) else {}
