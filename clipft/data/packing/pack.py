@@ -198,6 +198,8 @@ def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> Da
         return DataError(message, "each row needs an image that can be found, and a caption")
     contents = contents_of(source)
     hint = how_to_pack(source, contents)
+    if any("is not UTF-8 text" in reason for reason in reasons):
+        hint = "name the encoding of the files with --encoding, such as --encoding cp1252"
     if FOREIGN_LINK in reasons:
         hint = "add --follow-links to read what the links point to"
     return DataError(f"{message}; found {contents}", hint)

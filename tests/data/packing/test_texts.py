@@ -50,8 +50,19 @@ def test_captions_that_are_not_text_are_skipped_by_name(tmp_path):
 def test_a_folder_without_readable_captions_is_refused(tmp_path):
     write_pair(tmp_path / "raw" / "1.png", 1)
     (tmp_path / "raw" / "1.txt").write_bytes(b"Gr\xfcner Stuhl")
-    with pytest.raises(DataError, match="1 x the caption is not UTF-8 text"):
+    with pytest.raises(DataError, match="1 x the caption is not UTF-8 text") as caught:
         packed(tmp_path / "raw", tmp_path / "out")
+    assert "--encoding cp1252" in caught.value.hint
+
+
+def test_the_encoding_of_captions_and_metadata_can_be_named(tmp_path):
+    for number, encoding in enumerate(("cp1252", "utf-16", "utf-8-sig")):
+        write_pair(tmp_path / "raw" / f"{number}.png", number)
+        (tmp_path / "raw" / f"{number}.txt").write_text(f"Stühle {number}", encoding=encoding)
+        (tmp_path / "raw" / f"{number}.json").write_text('{"a": "ü"}', encoding=encoding)
+    packed(tmp_path / "raw", tmp_path / "out", encoding="cp1252", **OPTIONS)
+    found = metadata_of(tmp_path / "out" / "train")
+    assert found == {f"Stühle {number}": {"a": "ü"} for number in range(3)}
 
 
 @pytest.mark.parametrize(
