@@ -111,7 +111,7 @@ def test_a_failed_run_is_in_the_table_and_the_exit_code(ablation):
     states = {entry["variant"]: entry for entry in content["runs"]}
     bad = states["full lr=1e+30"]
     assert (bad["state"], bad["exit_code"]) == ("failed", 6)
-    assert "not finite" in bad["error"] and "--lr" in bad["hint"]
+    assert "is not a number" in bad["error"] and "--lr" in bad["hint"]
     assert states["full lr=0.001"]["state"] == states["zero_shot"]["state"] == "finished"
 
 

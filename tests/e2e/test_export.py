@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from clipft.cli.app import run
 from clipft.config.scenarios import SCENARIOS
+from clipft.core.errors import ModelError
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs
 from clipft.embedding.embed import embed_texts
@@ -165,6 +166,19 @@ def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoint
         expected = model.encode_images(batch.pixel_values[:rows]), model.encode_texts(ids)
     assert_same(found, expected)
     assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+
+
+def test_onnx_that_gives_no_number_is_refused(exported, checkpoints):
+    from clipft.export.onnx import check_onnx, made_up_inputs
+    from clipft.models.huggingface import merged
+
+    loaded = opened(checkpoints["dual_lora"]).loaded
+    clip, inputs = merged(loaded.model), made_up_inputs(loaded.base.inputs)
+    check_onnx(exported / "onnx", clip, loaded.base, inputs)
+    with torch.no_grad():
+        clip.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="onnxruntime differs from torch by inf"):
+        check_onnx(exported / "onnx", clip, loaded.base, inputs)
 
 
 def test_sentence_transformers_computes_the_same(exported, checkpoints, image_files):
