@@ -11,7 +11,6 @@ Flickr8k, Flickr30k    ``results.csv``, ``captions.txt``, ``results_20130124.tok
 ====================== ===========================================================================
 """
 
-import csv
 import json
 import re
 from collections import defaultdict
@@ -22,6 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from clipft.core.errors import DataError
+from clipft.core.text import NotText, read_text
 from clipft.data.captions.lines import join_lines
 from clipft.data.formats import IMAGE_SUFFIXES
 from clipft.data.packing.options import PackOptions
@@ -188,10 +188,10 @@ def _list_lines(table: Path, photos: Photos, split: str) -> Listing:
     ``1000.jpg#0<tab>A dog runs`` or ``1000.jpg,A dog runs``."""
     captions = defaultdict[str, list[str]](list)
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            for name, caption in _parse_lines(file, table.name.lower() != "captions.txt"):
-                captions[name].append(caption)
-    except (OSError, ValueError, csv.Error) as error:
+        lines = read_text(table).split("\n")
+        for name, caption in _parse_lines(lines, table.name.lower() != "captions.txt"):
+            captions[name].append(caption)
+    except (OSError, NotText) as error:
         hint = "correct the error, or save the file again as UTF-8"
         raise DataError(f"cannot read {table}: {error}", hint) from error
     listing = Listing()
@@ -203,10 +203,11 @@ def _list_lines(table: Path, photos: Photos, split: str) -> Listing:
 
 def _parse_lines(lines: Iterable[str], tabs: bool) -> Iterator[tuple[str, str]]:
     """Yield the image and the caption of each line."""
-    if tabs:
-        for line in lines:
-            name, _, caption = line.rstrip("\r\n").partition("\t")
-            yield name.partition("#")[0], caption
-        return
-    for row in csv.reader(lines):
-        yield row[0] if row else "", ",".join(row[1:])
+    for line in lines:
+        name, _, caption = line.rstrip("\r").partition("\t" if tabs else ",")
+        if tabs:
+            name = name.partition("#")[0]
+        elif len(caption) > 1 and caption[0] == caption[-1] == '"':
+            # Quotes end with the line: one without its partner must not swallow the next lines
+            caption = caption[1:-1].replace('""', '"')
+        yield name, caption

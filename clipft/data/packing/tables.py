@@ -19,7 +19,7 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.rows import delimited, json_rows
 from clipft.data.packing.rows.columns import find_columns
-from clipft.data.packing.rows.delimited import MISSING, DelimitedTable
+from clipft.data.packing.rows.delimited import MISSING, UNMATCHED, DelimitedTable
 from clipft.data.packing.rows.images import ImageCells, Place, row_name
 from clipft.data.packing.rows.json_rows import JsonTable
 from clipft.data.packing.rows.parquet import ParquetTable, plain_value
@@ -54,6 +54,9 @@ def list_single_table(table: Path, options: PackOptions, images: Path) -> Listin
         samples = opened.samples
         check_fields(options, lambda: ({n: row[n] for n in kept & row.keys()} for row in samples()))
     listing = list_table(table, options, images)
+    if not listing.candidates and not listing.skipped:
+        hint = "write the names of the columns into its first line, and a row for each pair"
+        raise DataError(f"{table} has no rows", hint)
     _check_images(table, listing)
     return listing
 
@@ -164,7 +167,9 @@ def _check_rows(table: Path, opened: Table, unread: dict[int, str], total: int) 
         return
     number, reason = next(iter(unread.items()))
     hint = "correct these rows, or save the table again"
-    if isinstance(opened, DelimitedTable):
+    if reason == UNMATCHED:
+        hint = "write each quotation mark inside of a quoted cell twice"
+    elif isinstance(opened, DelimitedTable):
         hint = (
             f"the cells are separated by {opened.delimiter}: put quotation marks around the texts "
             "that contain one, or name the right --delimiter"
@@ -202,8 +207,8 @@ def _notes(table: Path, opened: Table, cells: ImageCells, unread: dict[int, str]
         yield f"{table}: skipped {_listed(numbers)}: {reason}."
     if isinstance(opened, DelimitedTable) and opened.repaired:
         yield (
-            f"{table}: unmatched quotation marks in {_listed(opened.repaired)}; read up to the end "
-            "of the line."
+            f"{table}: guessed where cells end in {_listed(opened.repaired)}, because of their "
+            "quotation marks or delimiters."
         )
     if isinstance(opened, ParquetTable):
         for name, reason in opened.left_out.items():

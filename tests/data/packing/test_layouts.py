@@ -266,6 +266,22 @@ def test_the_files_of_flickr_are_packed(tmp_path, name):
     assert captions(tmp_path / "out" / "train") == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "header", "row"),
+    [
+        ("captions.txt", "image,caption", "p{}.png,{}"),
+        ("results.csv", "image_name| comment_number| comment", "p{}.png| 0| {}"),
+    ],
+)
+def test_a_stray_quotation_mark_swallows_no_captions(tmp_path, name, header, row):
+    write_images(tmp_path / "raw" / "Images", range(4))
+    said = ['"A dog', "A cat", 'A 24" shelf', 'A "fine" chair"']
+    lines = [header, *(row.format(number, text) for number, text in enumerate(said))]
+    (tmp_path / "raw" / name).write_text("\n".join(lines))
+    packed(tmp_path / "raw", tmp_path / "out", val_share=0)
+    assert captions(tmp_path / "out" / "train") == sorted(said)
+
+
 def test_the_files_of_img2dataset_are_packed(tmp_path):
     for part in ("00000", "00001"):
         for n in range(4):

@@ -54,7 +54,8 @@ def test_a_stray_quotation_mark_swallows_no_rows(shop, delimiter):
     result = packed(shop / "t.csv", shop / "out", val_share=0)
     assert result.train_pairs == ROWS
     assert result.notes == [
-        f"{shop}/t.csv: unmatched quotation marks in row 4; read up to the end of the line."
+        f"{shop}/t.csv: guessed where cells end in row 4, because of their quotation marks or "
+        "delimiters."
     ]
     assert {'"Oslo sofa blue', '24" shelf "Alma"'} <= metadata_of(shop / "out" / "train").keys()
 
@@ -273,6 +274,16 @@ def test_pairs_without_a_group_are_counted(shop):
     table.write_text(table.read_text().replace("a chair 1,", "a chair 1,7"))
     result = packed(table, shop / "out", group_field="sku")
     assert result.notes == ["11 pairs without sku: each is a group of its own."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv", ""), ("t.csv", "image,caption\n"), ("t.jsonl", "\n"), ("t.json", "[]")],
+)
+def test_a_table_without_rows_is_refused(shop, name, text):
+    (shop / name).write_text(text)
+    with pytest.raises(DataError, match="has no rows"):
+        listed(shop / name)
 
 
 def test_a_sheet_is_refused_with_what_to_do(shop):

@@ -32,6 +32,7 @@ MISSING = {"nan", "NaN", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL", "None", "
 # Excel writes this line to say which delimiter the file has
 _SEPARATOR_LINE = re.compile(r"sep=(.)")
 _START = 64
+_ESCAPED = re.compile(r'(?<!\\)\\"')
 UNMATCHED = "a quotation mark without its partner"
 
 
@@ -114,7 +115,10 @@ class DelimitedTable:
             if whole and (len(lines.taken) == 1 or not self._swallows(lines.taken, image)):
                 yield number, cells
             else:
-                yield number, self._repair(lines, [] if whole else cells, number)
+                read = self._repair(lines, [] if whole else cells, image)
+                if isinstance(read, list):
+                    self.repaired.append(number)
+                yield number, read
 
     def _swallows(self, taken: list[str], image: int) -> bool:
         """Return whether a quoted cell of several lines holds what is a row of its own."""
@@ -125,7 +129,7 @@ class DelimitedTable:
                 return True
         return False
 
-    def _repair(self, lines: "_Lines", cells: list[str], number: int) -> list[str] | str:
+    def _repair(self, lines: "_Lines", cells: list[str], image: int) -> list[str] | str:
         """Read a row in other ways; ``cells`` is the plain reading, empty if quotes do not match.
 
         Only the first line is taken if quotes do not match; the others are read again.
@@ -133,28 +137,41 @@ class DelimitedTable:
         width = len(self._header)
         if len(cells) > width and not any(cells[width:]):  # delimiters at the end of the line
             return cells[:width]
+        if any('\\"' in line for line in lines.taken) and (read := self._unescaped(lines, image)):
+            return read
         if cells and len(lines.taken) > 1:
             return _wrong_width(len(cells), width)
         lines.give_back(lines.taken[1:])
         line = lines.taken[0].rstrip("\r\n")
         for read in self._readings(line, literal=not cells):
             if len(read) == width:
-                self.repaired.append(number)
                 return read
         return _wrong_width(len(cells), width) if cells else UNMATCHED
 
+    def _unescaped(self, lines: "_Lines", image: int) -> list[str]:
+        """Read a row whose quotes are escaped with backslashes, as MySQL and Spark write them.
+
+        If it is none, the result is empty and the lines are as before.
+        """
+        count = len(lines.taken)
+        lines.give_back(lines.taken)
+        lines.taken.clear()
+        doubled = (_ESCAPED.sub('""', line) for line in lines)
+        with suppress(csv.Error):
+            cells = next(csv.reader(doubled, delimiter=self._delimiter, strict=True), [])
+            if len(cells) == len(self._header) and not self._swallows(lines.taken, image):
+                return cells
+        lines.give_back(lines.taken)
+        lines.taken.clear()
+        for _ in range(count):
+            next(lines)
+        return []
+
     def _readings(self, line: str, literal: bool) -> Iterator[list[str]]:
-        for escape, spaced in ((None, True), ("\\", False)):
-            with suppress(csv.Error):
-                yield next(
-                    csv.reader(
-                        [line],
-                        delimiter=self._delimiter,
-                        strict=True,
-                        escapechar=escape,
-                        skipinitialspace=spaced,
-                    )
-                )
+        with suppress(csv.Error):
+            yield next(
+                csv.reader([line], delimiter=self._delimiter, strict=True, skipinitialspace=True)
+            )
         yield self._lenient(line)
         if literal:
             yield line.split(self._delimiter)
@@ -229,12 +246,11 @@ def reading(path: Path, encoding: str) -> Iterator[None]:
         yield
     except UnicodeError as error:
         line = _bad_line(path, encoding)
-        other = "cp1252" if codecs.lookup(encoding).name.startswith("utf-8") else "utf-8"
         raise DataError(
             f"cannot read {path} as {encoding.upper()}"
             + (f": line {line} has other bytes" if line else f": {error}"),
-            f"name the encoding of the file, for example --encoding {other}, or save the table "
-            "again as UTF-8",
+            "name its encoding, for example --encoding cp1252 (Western Europe), cp1251 (Cyrillic) "
+            "or shift_jis (Japanese); or save the table again as UTF-8",
         ) from error
     except (OSError, csv.Error) as error:
         raise _unreadable(path, error) from error

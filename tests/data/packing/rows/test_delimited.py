@@ -127,6 +127,16 @@ def test_quotes_that_break_the_rules_are_read_as_they_are_meant(tmp_path, line, 
     ]
 
 
+def test_quotes_escaped_with_backslashes_may_go_over_several_lines(tmp_path):
+    page = '<p class=\\"x\\">Oak,\\nC:\\dir</p>\n<p>\\"fine\\", see</p>'
+    text = f'image,html,color\n1.jpg,"{page}",red\n2.jpg,"a \\"b",blue\n3.jpg,plain,green\n'
+    assert read_text(tmp_path, text) == [
+        {"image": "1.jpg", "html": page.replace('\\"', '"'), "color": "red"},
+        {"image": "2.jpg", "html": 'a "b', "color": "blue"},
+        {"image": "3.jpg", "html": "plain", "color": "green"},
+    ]
+
+
 def test_a_quote_that_a_later_row_closes_does_not_swallow_the_rows_between(tmp_path):
     text = 'image,caption\n1.jpg,"an oak desk\n2.jpg,a chair\n3.jpg,a shelf of 24"\n4.jpg,a sofa\n'
     rows = read_text(tmp_path, text)
