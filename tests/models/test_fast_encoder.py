@@ -6,7 +6,8 @@ from transformers.activations import QuickGELUActivation
 
 from clipft.config.sources import load_settings
 from clipft.embedding.load import LoadedModel, load_model
-from clipft.models.fast_encoder import FastQuickGelu
+from clipft.models import fast_encoder
+from clipft.models.fast_encoder import QUICK_GELU, FastQuickGelu, FoldedMlp
 
 ROWS = 5
 
@@ -71,7 +72,10 @@ def as_transformers_has_it(loaded: LoadedModel) -> LoadedModel:
         ("dual_lora", {"lora_dora": True}),
     ],
 )
-def test_features_and_gradients_equal_transformers(scenario, given):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_features_and_gradients_equal_transformers(scenario, given, device, monkeypatch):
+    """As computed on a CPU, and in the way of CUDA, here on the CPU."""
+    monkeypatch.setattr(fast_encoder, "FOLDING_DEVICES", {"cpu"} if device == "cuda" else set())
     features, gradients = with_gradients(load(scenario, **given), ours)
     expected, expected_gradients = with_gradients(
         as_transformers_has_it(load(scenario, **given)), theirs
@@ -108,3 +112,23 @@ def test_the_activation_keeps_a_single_tensor():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         FastQuickGelu()(x)
     assert len(kept) == 1
+
+
+def test_the_folded_mlp_is_that_of_transformers_and_so_are_its_gradients():
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((7, 6), (24, 6), (24,), (6, 24), (6,))
+    given = [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
+    leaves = [tensor.requires_grad_() for tensor in given]
+    x, w1, b1, w2, b2 = leaves
+    inner = x @ w1.T + b1
+    expected = (inner * torch.sigmoid(QUICK_GELU * inner)) @ w2.T + b2
+    torch.testing.assert_close(FoldedMlp.apply(*leaves), expected)
+    assert torch.autograd.gradcheck(FoldedMlp.apply, leaves)
+
+
+def test_the_folded_mlp_of_frozen_weights_keeps_a_single_tensor_beside_them():
+    kept = []
+    x, w1, b1, w2, b2 = (torch.randn(s) for s in ((7, 6), (24, 6), (24,), (6, 24), (6,)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        FoldedMlp.apply(x.requires_grad_(), w1, b1, w2, b2)
+    assert [t.shape for t in kept if t is not w1 and t is not w2] == [(7, 24)]
