@@ -21,6 +21,7 @@ from clipft.runs.folder import RunPaths
 from clipft.runs.load import find_checkpoint, open_model, saved_settings
 from clipft.runs.loggers import FileLogger, WandbLogger
 from clipft.runs.records import CallbackList, Callbacks, TrainingCallback, ignore
+from clipft.training.defaults import follow_catalogue
 from clipft.training.run import train as run_training
 from clipft.training.state import TrainResult
 
@@ -64,7 +65,7 @@ def train(
         Interrupted: A signal stopped the run; its state is saved.
     """
     callbacks = watchers or callbacks
-    loaded = _loaded(settings)
+    loaded = follow_catalogue(_loaded(settings), callbacks.note, processes)
     values = loaded.values
     if values.enable_s3_checkpoints and callbacks.saved is ignore:
         raise UsageError(

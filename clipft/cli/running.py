@@ -26,6 +26,7 @@ from clipft.models.device import choose_precision
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Callbacks, Forecast
 from clipft.storage.sync.sync import SyncOptions
+from clipft.training.defaults import follow_catalogue
 from clipft.training.forecast import forecast
 from clipft.training.signals import stop_on_signals
 from clipft.training.state import TrainResult
@@ -117,7 +118,8 @@ def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> N
                 )
                 end(out, {}, ("sync", *flags_given(loaded, *StorageSettings.model_fields)))
                 return
-        expected = forecast(settings, out.note, processes, out.progress, source)
+        loaded = follow_catalogue(loaded, out.note, processes)
+        expected = forecast(loaded.values, out.note, processes, out.progress, source)
     uploads_to = None
     if settings.enable_s3_checkpoints:
         uploads_to = f"s3://{settings.s3_bucket}/{settings.s3_checkpoint_prefix.strip('/')}"

@@ -285,10 +285,18 @@ class AdaptSettings(ModelSettings, LossSettings):
 
 class OptimSettings(Section):
     title = "Optimization"
-    epochs: int = setting(10, "Passes over the training pairs.", "fixed", unit="epochs", ge=1)
+    epochs: int = setting(
+        10,
+        "Passes over the training pairs. If not set, more for a small catalogue, as a run needs "
+        "some 300 steps.",
+        "fixed",
+        unit="epochs",
+        ge=1,
+    )
     effective_batch_size: int = setting(
         1024,
-        "Pairs per optimizer step. The loss compares all of them with each other.",
+        "Pairs per optimizer step. The loss compares all of them with each other. If not set, "
+        "fewer for a small catalogue, down to 32.",
         "fixed",
         unit="pairs",
         ge=2,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clipft.core.errors import ModelError, first_line
+from clipft.core.files import read_json
 from clipft.models.adapters import base_of_adapter, merge_adapter
 from clipft.models.architectures import ARCHITECTURES, Architecture
 from clipft.models.complete import check_finite, check_tokenizer, check_weights
@@ -174,6 +175,18 @@ def model_source(name: str) -> str:
 def _base_of(name: str) -> str | None:
     missing = looks_local(name) and not Path(name).is_dir()
     return None if name == TINY or missing else base_of_adapter(name)
+
+
+def own_learning_rates(name: str) -> dict[str, float]:
+    """Return the learning rates by scenario that a model's folder has in its ``clipft.json``.
+
+    A model that was pretrained in another way than OpenAI's CLIP may need other rates.
+    """
+    said = read_json((_TINY_FOLDER if name == TINY else Path(name)) / "clipft.json")
+    rates = said.get("learning_rates") if isinstance(said, dict) else None
+    if not isinstance(rates, dict):
+        return {}
+    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, int | float)}
 
 
 def looks_local(name: str) -> bool:
