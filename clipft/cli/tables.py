@@ -115,14 +115,67 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     return table
 
 
-def headline(compared: dict[str, Any]) -> str:
-    """State the one figure to look at first; ``compared`` is ``Comparison.to_dict``."""
-    shown = f"{RECALL_DEFINITION}. Pretrained {value('recall', compared['before']['recall'])}"
+_MAIN = (
+    ("text_to_image", "r@1"),
+    ("text_to_image", "r@10"),
+    ("image_to_text", "r@1"),
+    ("image_to_text", "r@10"),
+    ("text_to_image", "median_rank"),
+)
+"""The figures that are shown first, after mean recall."""
+
+
+def verdict(compared: dict[str, Any]) -> str:
+    """Say in a sentence what fine-tuning did; ``compared`` is ``Comparison.to_dict``."""
+    before = compared["before"]["recall"]
     if not compared["after"]:
-        return f"{shown}."
-    change = signed("recall", compared["difference"]["recall"]).rstrip()
-    after = value("recall", compared["after"]["recall"])
-    return f"{shown}, fine-tuned {after}, difference {change}."
+        return f"Mean recall is {value('recall', before)}."
+    after, change = compared["after"]["recall"], compared["difference"]["recall"]
+    moved = f"from {value('recall', before)} to {value('recall', after)}"
+    points = f"{100 * change['value']:+.1f} points"
+    if change.get("low") is None:
+        return f"Mean recall went {moved} ({points})."
+    points += f", 95% interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+    if not change["clear"]:
+        return f"No clear difference: mean recall went {moved} ({points})."
+    if change["value"] > 0:
+        return f"Fine-tuning helped: mean recall rose {moved} ({points})."
+    return f"Fine-tuning did harm: mean recall fell {moved} ({points})."
+
+
+def main_table(
+    title: str, compared: dict[str, Any], model: str = "pretrained", general: Any = None
+) -> Table:
+    """Show the figures that matter most, of one model or of two and their difference.
+
+    ``general`` is the comparison on a general data set, of which mean recall is shown.
+    """
+    tuned = ["fine-tuned", "difference"] if compared["after"] else []
+    size = counted(compared["before"]["pairs"], "pair")
+    table = FigureTable(f"{title}: {size}", "figure", model, *tuned)
+
+    def add(label: str, name: str, found: dict[str, Any], *path: str) -> None:
+        def figure(of: str) -> dict[str, Any]:
+            within = found[of]
+            for key in path:
+                within = within[key]
+            return within if isinstance(within, dict) else {"value": within}
+
+        cells = [with_interval(name, figure("before"))]
+        if tuned:
+            change = found["difference"]
+            for key in path:
+                change = change if key == "figures" else change[key]
+            cells += [with_interval(name, figure("after")), signed(name, change)]
+        table.add_row(label, *cells)
+
+    add("mean recall", "recall", compared, "recall")
+    for direction, name in _MAIN:
+        label = f"{DIRECTIONS[direction]} {figure_name(name)}"
+        add(label, name, compared, "paired", direction, "figures", name)
+    if general:
+        add("mean recall, general set", "recall", general, "recall")
+    return table
 
 
 def comparison_tables(
@@ -191,6 +244,7 @@ def definitions(compared: dict[str, Any]) -> Table:
     table = FigureTable("Definitions", "figure")
     table.add_column("", ratio=1)
     words = compared["definitions"]
+    table.add_row("mean recall", RECALL_DEFINITION.split(": ", 1)[1])
     for protocol in ("paired", "grouped"):
         for name in _shown(protocol, words[protocol]):
             if name != "protocol":

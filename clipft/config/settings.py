@@ -371,13 +371,13 @@ class OptimSettings(Section):
         "auto", "Where to compute: cpu, cuda or mps. auto: a GPU if there is one."
     )
     stop_on: Literal["loss", "recall", "never"] = setting(
-        "loss",
+        "recall",
         "Validation metric for early stopping and for choosing the best epoch: loss or recall. "
         "never: do not stop early.",
         "fixed",
     )
     patience: int = setting(
-        2, "Epochs without improvement before training stops.", "fixed", unit="epochs", ge=1
+        5, "Epochs without improvement before training stops.", "fixed", unit="epochs", ge=1
     )
     min_delta: float = setting(
         0.001, "Smallest change that counts as an improvement.", "fixed", ge=0

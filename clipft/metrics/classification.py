@@ -204,16 +204,15 @@ def linear_classifier(
         members = random.permutation(np.flatnonzero(y == label))
         if len(members) > 1:
             held_out[members[: max(1, round(_HELD_OUT * len(members)))]] = True
-    kept = ~held_out
-
-    def held_out_accuracy(c: float) -> float:
-        fitted = _fit(x[kept], y[kept], c)
-        return float((fitted.predict(x[held_out]) == y[held_out]).mean())
-
-    c = _STRENGTHS[len(_STRENGTHS) // 2]
+    kept, c = ~held_out, _STRENGTHS[len(_STRENGTHS) // 2]
     if held_out.any() and len(np.unique(y[kept])) > 1:
-        c = max(_STRENGTHS, key=held_out_accuracy)  # of equals the first: the most regularized
-    fitted = _fit(x, y, c)
+        # Each fit starts from the one before it, which takes less than half the time
+        path, accuracy = _regression(warm_start=True), dict[float, float]()
+        for strength in _STRENGTHS:
+            predicted = _fit(path, x[kept], y[kept], strength).predict(x[held_out])
+            accuracy[strength] = float((predicted == y[held_out]).mean())
+        c = max(_STRENGTHS, key=accuracy.__getitem__)  # of equals the most regularized
+    fitted = _fit(_regression(), x, y, c)
     # Labels that were not trained on score below every probability
     scores = np.full((len(test.features), len(names)), -1.0)
     scores[:, fitted.classes_] = fitted.predict_proba(test.features.numpy())
@@ -221,14 +220,19 @@ def linear_classifier(
     return Linear(classification(best, test.targets, names), c, len(y))
 
 
-def _fit(features: Any, targets: Any, c: float) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
+def _regression(warm_start: bool = False) -> Any:
     from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=warm_start)
+
+
+def _fit(regression: Any, features: Any, targets: Any, c: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # A weakly regularized C may not converge; the held-out accuracy then decides against it
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(features, targets)
+        return regression.set_params(C=c).fit(features, targets)
 
 
 TEMPLATES: dict[str, tuple[str, ...]] = {

@@ -106,7 +106,7 @@ def ours(work: Work, seed: int, place: Place) -> dict[str, float]:
 
 
 def measured(model: str, place: Place) -> dict[str, float]:
-    plain = ("--linear-pairs", "0", "--resamples", "0", "--num-workers", "0")
+    plain = ("--resamples", "0", "--num-workers", "0")
     return recall(clipft_json("zero-shot", "--model", model, "--data-dir", str(place.data), *plain))
 
 

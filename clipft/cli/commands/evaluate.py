@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from clipft.evaluation.compare import Evaluated
 
 
-_SPLIT = setting(
-    "auto",
-    "Pairs to measure on. auto: the test pairs if there are any, otherwise the validation pairs.",
-)
+class Details(Section):
+    title = "Details"
+    split: Literal["auto", "test", "val"] = setting(
+        "auto",
+        "Pairs to measure on. auto: the test pairs if there are any, otherwise the validation "
+        "pairs.",
+    )
+    all: bool = setting(False, "Show every figure, and figures by category.")
+    definitions: bool = setting(False, "Explain the figures.")
 
 
-class EvaluateOptions(Section):
-    title = "Retention and interpolation"
-    split: Literal["auto", "test", "val"] = _SPLIT
+class EvaluateOptions(Details):
+    title = "Evaluation"
     keep: Path | None = setting(
         None,
         "A second, general data set, on which to measure what fine-tuning has cost.",
@@ -68,8 +72,8 @@ def evaluate(
 ) -> None:
     """Compare a fine-tuned model with its pretrained model.
 
-    Measures retrieval in both directions, for single pairs, for groups of pairs and by category,
-    with 95 % intervals for both models and for their difference.
+    Shows the main figures of retrieval with 95 % intervals. --all shows every figure: both
+    directions, for single pairs, for groups of pairs and by category.
 
     A data set with a test/ folder is measured on it, because the validation pairs have chosen the
     best epoch; otherwise on the validation pairs. --keep measures the same on a general data set.
@@ -96,45 +100,66 @@ def evaluate(
     evaluated = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
         evaluated.found.write(checkpoint, evaluated.settings)
-    out.result(evaluated.to_dict(), *_comparison(evaluated.found))
+    out.result(evaluated.to_dict(), *_comparison(evaluated.found, options))
+    report = checkpoint / "report.html" if checkpoint and checkpoint.is_dir() else None
+    _where_to_look(out, options, report)
     weights = {f"weights at {alpha:g}": file} if file else {}
     # A checkpoint in a bucket was fetched, and the next command can use the local copy
     local = checkpoint if checkpoint and checkpoint.exists() else evaluated.checkpoint
     end(out, weights, ("export", file or local, "./my-clip"))
 
 
-def _comparison(found: "Evaluated") -> Iterator[Any]:
+def _comparison(found: "Evaluated", options: Details) -> Iterator[Any]:
     from clipft.cli.tables import (
         UNCLEAR,
         category_table,
         comparison_tables,
         definitions,
-        headline,
+        main_table,
         sweep_table,
+        verdict,
     )
     from clipft.evaluation.evaluator import SPLIT_TITLES
 
     compared = found.comparison.to_dict()
-    yield from comparison_tables(SPLIT_TITLES[found.split], compared)
-    by_category = category_table(compared)
-    if by_category:
-        yield by_category
-    if found.keep:
-        yield from comparison_tables("General data set", found.keep.to_dict())
+    general = found.keep.to_dict() if found.keep else None
+    title = SPLIT_TITLES[found.split]
+    yield verdict(compared)
+    if options.all:
+        yield from comparison_tables(title, compared)
+        by_category = category_table(compared)
+        if by_category:
+            yield by_category
+        if general:
+            yield from comparison_tables("General data set", general)
+    else:
+        yield main_table(title, compared, general=general)
     if found.points:
         yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
         loss = " without a clear loss on the general data set" if found.keep else ""
         where = " on the validation pairs" if found.split == "test" else ""
         yield f"Highest recall{where}{loss}: alpha {found.best_alpha:g}"
-    yield definitions(compared)
     if found.comparison.after:
         yield UNCLEAR
-    yield headline(compared)
+    if options.definitions:
+        yield definitions(compared)
 
 
-class ZeroShotOptions(Section):
+def _where_to_look(out: Output, options: Details, report: Path | None = None) -> None:
+    """Name the ways to more than the main figures."""
+    more = [] if options.all else ["--all shows every figure"]
+    more += [] if options.definitions else ["--definitions says what they mean"]
+    more += (
+        ["report.html in the run folder shows gains and losses"]
+        if report and report.exists()
+        else []
+    )
+    if more:
+        out.note(f"More: {'; '.join(more)}.")
+
+
+class ZeroShotOptions(Details):
     title = "Classification"
-    split: Literal["auto", "test", "val"] = _SPLIT
     labels: str | None = setting(
         None,
         "Labels, separated by commas or one per line in a file. Default: the labels in the "
@@ -146,11 +171,11 @@ class ZeroShotOptions(Section):
         "Prompts with {} in place of the label: general, furniture, or a file with one per line.",
         metavar="general|furniture|FILE",
     )
+    linear: bool = setting(
+        False, "Also train a linear classifier on the features of labeled training images."
+    )
     linear_pairs: int = setting(
-        2000,
-        "Maximum number of labeled training pairs for a linear classifier on the frozen features, "
-        "as a baseline. 0: no linear classifier.",
-        ge=0,
+        2000, "Maximum number of training pairs for the linear classifier.", ge=1
     )
     save_classifier: Path | None = setting(
         None, "Write the label embeddings to this safetensors file.", metavar="FILE"
@@ -184,8 +209,7 @@ def zero_shot(
     """Evaluate a single model: retrieval and classification.
 
     The model is the pretrained one, or a checkpoint. It classifies each image by comparing it with
-    prompts for the labels; a linear classifier trained on labeled training pairs is shown for
-    comparison.
+    prompts for the labels. --linear shows a linear classifier for comparison.
 
     Examples:
 
@@ -214,7 +238,8 @@ def zero_shot(
     labelling = None
     if chosen:
         embedded = evaluated.embedded
-        labelling = label_validation(model, pairs, embedded, chosen, options.linear_pairs)
+        most = options.linear_pairs if options.linear else 0
+        labelling = label_validation(model, pairs, embedded, chosen, most)
     compared = Comparison(evaluated.evaluation, None).to_dict()
     classification = labelling.to_dict(settings) if labelling else None
     result = {
@@ -226,7 +251,9 @@ def zero_shot(
         "classification": classification,
     }
     out.note(f"Evaluated on the {pairs.title.lower()} pairs of {settings.data_dir}.")
-    out.result(result, *_single_model(pairs.title, compared, classification, settings))
+    shown = _single_model(pairs.title, compared, classification, settings, options)
+    out.result(result, *shown)
+    _where_to_look(out, options)
     if not labelling:
         field = settings.label_field
         why = "no image with a label can be used" if chosen else f"no pair has a field {field!r}"
@@ -241,23 +268,36 @@ def zero_shot(
     end(out, made, following if trainable else ())
 
 
+_CONFUSED = 3
+"""Confusions that are shown without ``--all``."""
+
+
 def _single_model(
     title: str,
     compared: dict[str, Any],
     classification: dict[str, Any] | None,
     settings: Settings,
+    options: Details,
 ) -> Iterator[Any]:
     from clipft.cli.tables import (
         classification_table,
         comparison_tables,
         confused_table,
         definitions,
+        main_table,
+        verdict,
     )
 
     name = settings.scenario if settings.declared_scenario.trains else "pretrained"
-    yield from comparison_tables(title, compared, name)
+    yield verdict(compared)
+    if options.all:
+        yield from comparison_tables(title, compared, name)
+    else:
+        yield main_table(title, compared, name)
     if classification:
         yield classification_table(f"Classification by {settings.label_field}", classification)
-        if classification["confused"]:
-            yield confused_table(classification["confused"])
-    yield definitions(compared)
+        confused = classification["confused"][: None if options.all else _CONFUSED]
+        if confused:
+            yield confused_table(confused)
+    if options.definitions:
+        yield definitions(compared)
