@@ -1,6 +1,7 @@
 """The table of commands, and the one place where errors become messages and exit codes."""
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -122,6 +123,9 @@ def app_with(wanted: Collection[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command line and exit; ``clipft.core.errors`` lists the exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal has every character
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,7 +200,8 @@ def print_error(error: ClipftError, as_json: bool) -> None:
 
 def _json(data: dict[str, Any]) -> str:
     """Format a result; what a terminal would obey is escaped, as JSON allows."""
-    text = json.dumps(data, ensure_ascii=False, default=str)
+    unicode = "utf" in (sys.stdout.encoding or "utf-8").lower()
+    text = json.dumps(data, ensure_ascii=not unicode, default=str)
     shown = visible(text)
     if shown == text:
         return text

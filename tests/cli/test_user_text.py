@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -65,6 +68,19 @@ def test_json_is_exact_but_harmless(text):
     assert json.loads(printed) == {"caption": text}
     printed.encode("utf-8")  # raises for a lone surrogate
     assert not set("\x1b\x9b\u202e") & set(printed)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_terminal_without_unicode_gets_every_character_as_an_escape(more):
+    args = [sys.executable, "-m", "clipft", "settings", "--caption", "St\xfchle \u957f", *more]
+    ended = subprocess.run(
+        args, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True
+    )
+    printed = ended.stdout.decode("ascii")
+    if more:
+        assert json.loads(printed)["settings"]["caption"] == "St\xfchle \u957f"
+    else:
+        assert "St\\xfchle \\u957f" in printed
 
 
 def test_folders_with_brackets_are_packed_and_named_as_they_are(tmp_path, capsys, monkeypatch):
