@@ -5,6 +5,7 @@ tokenizer with one that gives every letter the same id. They only log it, and al
 with such a model looks like a result.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,31 @@ def check_finite(what: str, weights: Iterable[tuple[str, Tensor]]) -> None:
             f"{_are(len(broken), f'of {what} ')} not finite (NaN or infinity): "
             f"{first_names(broken)}",
             "the training that wrote them diverged, or the file is damaged: use another checkpoint",
+        )
+
+
+def check_normalization(name: str, processor: Any) -> None:
+    """Check what an image processor's configuration says of the mean and std of each channel.
+
+    Raises:
+        ModelError: it is not a JSON object, or one of the two is not three numbers, or a std is 0.
+    """
+    known = processor if isinstance(processor, dict) else {}
+    for key in ("image_mean", "image_std"):
+        values = known.get(key, (1, 1, 1))
+        numbers = isinstance(values, list | tuple) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in values
+        )
+        if not (numbers and len(values) == 3 and (key == "image_mean" or min(values) > 0)):
+            raise ModelError(
+                f"the image processor of {name} cannot normalize images: {key} is {values}",
+                "restore preprocessor_config.json from where the model comes from",
+            )
+    if not known:
+        raise ModelError(
+            f"the image processor of {name} is not described: preprocessor_config.json is empty or "
+            "not a JSON object",
+            "restore preprocessor_config.json from where the model comes from",
         )
 
 

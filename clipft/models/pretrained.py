@@ -17,7 +17,12 @@ from clipft.core.errors import ModelError, first_line
 from clipft.core.files import read_json
 from clipft.models.adapters import base_of_adapter, merge_adapter
 from clipft.models.architectures import ARCHITECTURES, Architecture
-from clipft.models.complete import check_finite, check_tokenizer, check_weights
+from clipft.models.complete import (
+    check_finite,
+    check_normalization,
+    check_tokenizer,
+    check_weights,
+)
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
@@ -134,6 +139,7 @@ def load_inputs(name: str) -> ModelInputs:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
+        check_normalization(name, processor)
         vocab_size = config.text_config.vocab_size
         check_tokenizer(name, tokenizer, vocab_size, pools_at_end=not architecture.pads_texts)
     sides = config.vision_config.image_size

@@ -168,6 +168,21 @@ def test_a_folder_without_an_image_processor_is_refused(base):
     assert f"{IMAGES} is missing" in refusal(base, load_inputs).message
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_std": [0.0, 0.3, 0.3]}, "image_std is [0.0, 0.3, 0.3]"),
+        ({"image_mean": [0.5]}, "image_mean is [0.5]"),
+        ({"image_mean": None}, "image_mean is None"),
+        (None, "not a JSON object"),
+    ],
+)
+def test_an_image_processor_that_cannot_normalize_is_refused(base, change, message):
+    known = json.loads((base / IMAGES).read_text())
+    (base / IMAGES).write_text("[]" if change is None else json.dumps({**known, **change}))
+    assert message in refusal(base, load_inputs).message
+
+
 def test_a_siglip_without_its_tokenizer_is_refused(tmp_path):
     folder = write_siglip(tmp_path)
     for file in [*folder.glob("spiece*"), *folder.glob("tokenizer*")]:
