@@ -7,7 +7,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import DataError, StorageError
-from clipft.data.captions.fields import known_fields
+from clipft.data.captions.fields import fields_hint, known_fields
 from clipft.data.captions.metadata import check_fields
 from clipft.data.captions.table import CaptionSource, CaptionTable, LiveCaptions, caption_table
 from clipft.data.captions.template import CaptionTemplate
@@ -158,11 +158,11 @@ def _captions(
     table = caption_table(pairs, template, encoder, seed, on_build)
     without = table.figures.none
     if settings.too_many_bad(without, len(pairs)):
-        fields = ", ".join(sorted(known_fields(pairs)))
+        known = known_fields(pairs)
         raise DataError(
             f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
             f"with --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
-            (f"their metadata has {fields}: name them in --caption, " if fields else "")
+            (f"{fields_hint('', known)}: name them in --caption, " if known else "")
             + "fix the captions, or raise --max-bad",
         )
     return table

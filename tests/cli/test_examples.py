@@ -64,6 +64,8 @@ def workspace(tmp_path_factory, catalogue, server, client) -> Path:
         for shard in catalogue.rglob("*.tar"):
             key = f"{prefix}/{shard.relative_to(catalogue)}"
             client.put_object(Bucket=bucket, Key=key, Body=shard.read_bytes())
+    for file in (home / "photos").iterdir():
+        client.put_object(Bucket="bucket", Key=f"raw/{file.name}", Body=file.read_bytes())
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(home):
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
         for name, value in {**FAST, **keys, "CLIPFT_ENDPOINT_URL": server}.items():

@@ -72,6 +72,7 @@ MISTAKES = [
     (("export", "tiny", "out", "--format", "onx"), 2, "did you mean onnx", ""),
     # files and folders
     ((*TRAIN, "--data-dir", "catalog"), 3, "no folder catalog/train", "did you mean catalogue?"),
+    (("pack", "catlogue", "out"), 3, "catlogue does not exist", "did you mean catalogue?"),
     (("inspect", "catlogue"), 3, "no folder catlogue", "did you mean catalogue?"),
     ((*INSPECT, "--against", "catalog"), 3, "no folder catalog", "did you mean catalogue?"),
     ((*EVALUATE, "--keep", "catalog"), 3, "no folder catalog", "did you mean catalogue?"),
@@ -118,8 +119,9 @@ ELSEWHERE = {
     "--s3-bucket": "storage/test_sync.py",
     "--endpoint-url": "storage/test_faults.py",
     "--model": "e2e/test_bad_input.py",
-    # a missing validation prefix is a note, as the split may be made later
+    # a missing validation or test prefix is a note, as the split may be made later
     "--s3-val-prefix": "storage/test_sync.py",
+    "--s3-test-prefix": "storage/test_sync.py",
     "--include": "storage/test_sync.py",
     # the columns and fields of pack
     "--image-column": "data/packing",

@@ -73,7 +73,7 @@ def test_pairs_with_metadata_alone_train_by_template_only(tmp_path, capsys):
     assert train(tmp_path, tmp_path / "out") == 3
     printed = capsys.readouterr().err
     assert "40 of 40 pairs" in printed
-    assert "their metadata has" in printed
+    assert "the metadata has" in printed
     assert train(tmp_path, tmp_path / "out", "--caption", "{color} {category}") == 0
 
 

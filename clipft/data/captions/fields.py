@@ -76,7 +76,10 @@ def fields_hint(wrong: str, known: Iterable[str]) -> str:
     """Say which fields the metadata has, and which of them ``wrong`` probably means."""
     names = sorted(known)
     if not names:
-        return "the pairs have no metadata: it is read from a .json file beside each image"
+        return (
+            "the pairs have no metadata: add a .json file beside each image, or pack a table that "
+            "has this column"
+        )
     listed = ", ".join(names[:_LISTED])
     if len(names) > _LISTED:
         listed += f" and {len(names) - _LISTED:,} more"

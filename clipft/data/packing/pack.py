@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipft.core.common import counted
-from clipft.core.errors import DataError, UsageError
+from clipft.core.errors import DataError, UsageError, sentences
+from clipft.core.files import did_you_mean_path
 from clipft.data.duplicates import (
     PerceptualHash,
     group_leaders,
@@ -99,7 +100,8 @@ def pack(
         StorageError: The disk is full, or refuses to write. Earlier shards in ``out`` stay.
     """
     if not source.exists():
-        raise DataError(f"{source} does not exist", "name the folder of raw files, or a table")
+        hint = sentences(did_you_mean_path(source), "name the folder of raw files, or a table")
+        raise DataError(f"{source} does not exist", hint)
     target, progress = Target(out, options.part), _Progress(report)
     target.check(source, options.overwrite)
     with target.explain_disk_errors(), Workers(options.processes) as workers:
