@@ -21,6 +21,7 @@ from clipft.data.captions.tokenizer import Encoded, lost_share
 from clipft.data.duplicates import (
     PerceptualHash,
     group_leaders,
+    links_of,
     near_duplicates,
     perceptual_hash,
 )
@@ -38,7 +39,7 @@ class PairFacts:
     """What is known of one pair.
 
     ``place`` is the key with its shard and split, ``stored`` the bytes of image and caption,
-    ``words`` the form in which captions are compared. ``image_hash`` is the SHA-256 of the image's
+    ``words`` the forms in which captions are compared. ``image_hash`` is the SHA-256 of the image's
     bytes, ``size`` its upright (width, height), and ``labels`` are the values of ``LABEL_FIELDS``.
     ``broken`` and ``bad_caption`` say why the pair would be skipped, and ``bad_metadata`` why its
     metadata cannot be used. ``html`` and ``broken_characters`` are true if a caption has some.
@@ -50,8 +51,8 @@ class PairFacts:
     place: str = ""
     stored: int = 0
     labels: tuple[str, ...] = ()
-    caption: str = ""
-    words: str = ""
+    captions: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     bad_caption: str = ""
     html: bool = False
     broken_characters: bool = False
@@ -67,19 +68,25 @@ class PairFacts:
     def usable(self) -> bool:
         return not self.broken and not self.bad_caption
 
+    @property
+    def caption(self) -> str:
+        """The first caption; "" if there is none."""
+        return self.captions[0] if self.captions else ""
+
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Figures of one split.
+    """Figures of one split. ``captions`` are those of the usable pairs.
 
     ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
-    broken by the lower index: of n pairs with one caption (or image), at most K can have their own
-    partner among the first K. ``tokens_lost`` is the share of their tokens that truncated captions
+    broken by the lower index: of n pairs with one caption (or image), at most K can have a partner
+    of their own among the first K. ``tokens_lost`` is the share of their tokens that truncated captions
     lose.
     """
 
     pairs: int
     usable: int
+    captions: int
     bytes: int
     no_pairs: dict[str, int]
     broken: list[dict[str, str]]
@@ -155,13 +162,13 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
         bad_metadata=bad_metadata,
     )
     try:
-        texts = template.captions(raw.caption, raw.metadata)
+        captions = tuple(template.captions(raw.caption, raw.metadata))
         fact = replace(
             fact,
-            caption=texts[0],
-            words=compared(texts[0]),
-            html=any(map(has_html, texts)),
-            broken_characters=any(map(has_broken_characters, texts)),
+            captions=captions,
+            words=tuple(dict.fromkeys(map(compared, captions))),
+            html=any(map(has_html, captions)),
+            broken_characters=any(map(has_broken_characters, captions)),
         )
     except BadCaption as error:
         fact = replace(fact, bad_caption=str(error))
@@ -199,13 +206,14 @@ def split_facts(
     ``context`` and ``image_size`` what the model takes."""
     lengths = [caption.length for caption in tokens]
     usable = [fact for fact in facts if fact.usable]
-    images, words = [f.image_hash for f in usable], [f.words for f in usable]
+    images, words = [f.image_hash for f in usable], [word for f in usable for word in f.words]
     alike = _near_images(usable, near)
     near_ones = {image for pair in alike for image in pair}
     row_of = {fact.image_hash: row for row, fact in enumerate(usable)}
     links = [(row_of[one], row_of[other]) for one, other in alike]
+    links += links_of(fact.words for fact in usable)
     members: dict[int, list[PairFacts]] = {}
-    for row, leader in enumerate(group_leaders(len(usable), (images, words), links)):
+    for row, leader in enumerate(group_leaders(len(usable), (images,), links)):
         members.setdefault(leader, []).append(usable[row])
     groups = sorted((g for g in members.values() if len(g) > 1), key=len, reverse=True)
     small = sorted((f for f in usable if min(f.size) < image_size), key=lambda f: min(f.size))
@@ -223,6 +231,7 @@ def split_facts(
     return SplitFacts(
         pairs=len(facts),
         usable=len(usable),
+        captions=sum(len(fact.captions) for fact in usable),
         bytes=sum(fact.stored for fact in facts),
         no_pairs=dict(Counter(skipped.reason for skipped in pairs.skipped)),
         broken=[{"pair": f.key, "reason": f.broken} for f in facts if f.broken],
@@ -257,7 +266,7 @@ def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[
         shares = {
             "photo": _repeated([fact.image_hash for fact in group]) > 0,
             "near photo": any(fact.image_hash in near_ones for fact in group),
-            "caption": _repeated([fact.words for fact in group]) > 0,
+            "caption": _repeated([word for fact in group for word in fact.words]) > 0,
         }
         named = [name for name, shared in shares.items() if shared]
         into = by_caption if named == ["caption"] else by_image
@@ -271,13 +280,14 @@ def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: int) -> Lea
     ours, theirs = ([f for f in side if f.usable] for side in (one, other))
     # Reversed, so that of several pairs with one image the first is named
     images = {fact.image_hash: fact.place for fact in reversed(theirs)}
-    words = {fact.words: fact.place for fact in reversed(theirs)}
+    words = {word: fact.place for fact in reversed(theirs) for word in fact.words}
     links = [link for a, b in _near_images([*ours, *theirs], near) for link in ((a, b), (b, a))]
     near_ones = {our_image: images[image] for our_image, image in links if image in images}
     counts: Counter[str] = Counter()
     examples, matches = [], []
     for fact in ours:
-        partners = {"photo": images.get(fact.image_hash), "caption": words.get(fact.words)}
+        same_words = next((words[word] for word in fact.words if word in words), None)
+        partners = {"photo": images.get(fact.image_hash), "caption": same_words}
         if not partners["photo"]:
             partners["near photo"] = near_ones.get(fact.image_hash)
         found = {name: place for name, place in partners.items() if place}

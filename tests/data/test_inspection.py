@@ -342,3 +342,24 @@ def test_a_page_that_cannot_be_written_is_found_before_the_scan(catalogue, tmp_p
 def test_a_misspelt_field_is_an_error_and_not_a_catalogue_of_empty_captions(catalogue, capsys):
     assert run(["inspect", str(catalogue), "--model", "tiny", "--caption", "{colour}"]) == 2
     assert "no pair has a field 'colour'" in capsys.readouterr().err
+
+
+def test_all_captions_of_a_pair_are_inspected(tmp_path, capsys):
+    train = [
+        (image_bytes(0), "a red chair\nsomething to sit on\n"),
+        (image_bytes(1), "a blue chair\n\nSomething to sit on"),
+        (image_bytes(2), "word " * 100),
+    ]
+    write(tmp_path / "train" / "0.tar", train)
+    write(tmp_path / "val" / "0.tar", [(image_bytes(3), "a lamp\na blue chair")])
+    assert run(["inspect", str(tmp_path), "--model", "tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    train = found["train"]
+    assert (train["pairs"], train["captions"], found["val"]["captions"]) == (3, 5, 2)
+    assert (train["same_caption"], train["captions_cut"], train["groups"]) == (1, 1, 1)
+    assert train["duplicates"][0]["shares"] == ["caption"]
+    assert train["ceiling"]["text_to_image"]["r@1"] == pytest.approx(4 / 5)
+    (match,) = found["val_in_train"]["matches"]
+    assert match == {"pair": "val/0.tar:0", "other": "train/0.tar:1", "shares": "caption"}
+    assert run(["inspect", str(tmp_path), "--model", "tiny", "--caption-lines", "joined"]) == 0
+    assert "│ captions" not in capsys.readouterr().out

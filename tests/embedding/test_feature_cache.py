@@ -176,7 +176,7 @@ def test_both_towers_run_if_the_cache_cannot_be_written(catalogue, monkeypatch, 
     ).values.model_copy(update={"micro_batch_size": 16, "num_workers": 0})
     setup = prepare(settings, notes.append, ALONE)
     assert setup.encoding.preprocessing.read_images
-    assert any("features are not cached" in note for note in notes)
+    assert any("features cannot be cached" in note for note in notes)
 
 
 IN_A_PROCESS = """

@@ -98,6 +98,7 @@ def inspect(
     if options.html:
         check_writable(options.html)
     template = CaptionTemplate.parse(loaded.values.caption, loaded.values.caption_lines)
+    template = template.for_evaluation()
     for pairs in (splits | others).values():
         check_fields(template, pairs)
     model = load_inputs(loaded.values.model)
@@ -161,7 +162,7 @@ def _figures(
     from clipft.data.inspection import split_facts
 
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
-    encoded = encoder([fact.caption for fact in facts if fact.usable])
+    encoded = encoder([caption for fact in facts if fact.usable for caption in fact.captions])
     return split_facts(pairs, facts, encoded, model.context_length, model.image_size, near)
 
 
@@ -169,6 +170,7 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
     """Rows of a label and a cell for each split."""
     rows: dict[str, list[str]] = {}
     reasons = sorted({reason for split in figures.values() for reason in split.no_pairs})
+    several = any(split.captions != split.usable for split in figures.values())
     for split in figures.values():
         # Both are empty if no pair of the split can be read
         side, tokens = (
@@ -187,6 +189,7 @@ def _rows(figures: "dict[str, SplitFacts]") -> list[list[str]]:
             labels = f"{len(found['counts']):,} ({found['field']} of {found['labelled']:,})"
         cells = {
             "pairs": f"{split.pairs:,}",
+            **({"captions": f"{split.captions:,}"} if several else {}),
             "size": f"{split.bytes / 2**20:.1f} MiB",
             "files that are not pairs": f"{sum(split.no_pairs.values()):,}",
             **{f"- {reason}": f"{split.no_pairs.get(reason, 0):,}" for reason in reasons},

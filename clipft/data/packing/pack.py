@@ -38,6 +38,9 @@ from clipft.data.shards.dataset import parse_metadata
 from clipft.data.shards.names import SPLITS
 from clipft.data.shards.tar import ByteRange
 
+# Share of the pairs in one group, above which a shared caption is not enough to stay together
+_MOST_CHAINED = 0.5
+
 
 @dataclass(frozen=True)
 class PackResult:
@@ -46,7 +49,8 @@ class PackResult:
     ``captions`` counts those of all pairs, ``skipped`` pairs by reason, and ``not_read`` holds the
     files of other kinds. The ``shared_...`` fields count validation pairs whose image,
     near-duplicate image or caption is also in the training pairs, and ``test_shared_...`` test
-    pairs. They are zero if clipft made the split. ``notes`` say how the source was read.
+    pairs. If clipft made the split, only captions can be shared, by pairs with several. ``notes``
+    say how the source was read.
     """
 
     out: Path
@@ -136,8 +140,10 @@ def pack(
         skipped += [entry for shard in written for entry in shard.skipped]
         target.publish(content, written, skipped)
     shared = dict.fromkeys(SPLITS, _Shared())
-    if any(pair.split for pair in found.pairs):
-        shared |= {split: _count_shared(found, splits, split, options.near) for split in SPLITS[1:]}
+    given = any(pair.split for pair in found.pairs)
+    if given or any(len(pair.caption_keys) > 1 for pair in found.pairs):
+        near = options.near if given else -1  # near-duplicates are never divided
+        shared |= {split: _count_shared(found, splits, split, near) for split in SPLITS[1:]}
     counts = Counter[str]()
     for shard in written:
         counts[shard.split] += shard.pairs
@@ -252,9 +258,7 @@ def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dic
     """Return, for each way in which the pairs in ``rows`` can belong together, a value for each
     row that is equal where they do."""
     pairs = [found.pairs[row] for row in rows]
-    shared_captions = links_of(pair.caption_keys for pair in pairs)
-    same: list[Sequence[object]] = [[pair.image_hash for pair in pairs]]
-    same.append(group_leaders(len(pairs), links=shared_captions))
+    same: list[Sequence[object]] = [[pair.image_hash for pair in pairs], _by_captions(pairs)]
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:
@@ -262,6 +266,19 @@ def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dic
         leaders = group_leaders(len(kinds), links=links)
         same.append([leaders[kind] for kind in kinds])
     return [dict(zip(rows, values, strict=True)) for values in same]
+
+
+def _by_captions(pairs: Sequence[PackPair]) -> Sequence[object]:
+    """Return a value for each pair that is equal where they share a caption.
+
+    Where pairs have several captions, some that fit many images ("a man") may chain most of the
+    pairs together, and nothing would be left to draw. Then only equal sets of captions count.
+    """
+    leaders = group_leaders(len(pairs), links=links_of(pair.caption_keys for pair in pairs))
+    several = any(len(pair.caption_keys) > 1 for pair in pairs)
+    if several and max(Counter(leaders).values()) > _MOST_CHAINED * len(pairs):
+        return [frozenset(pair.caption_keys) for pair in pairs]
+    return leaders
 
 
 def _link_hashes(

@@ -25,6 +25,7 @@ _CHUNK = 32
 # copies of an image are not recognized.
 _HASH_SIDE = 96
 _MAX_BYTES = 512 << 20
+_DEFAULT_CAPTION = "{caption}"
 
 
 def scan(
@@ -66,13 +67,15 @@ def _read(
             metadata = _read_text(candidate.metadata, "metadata", options)
         # A table's captions are on lines of their own already
         lines = options.caption_lines if isinstance(candidate.caption, ByteRange) else "separate"
-        if options.caption:
-            captions = _parsed(options.caption, lines).captions(caption, metadata or b"")
+        # Without a .txt, its captions may be in the .json beside the image
+        composed = options.caption or (_in_metadata(candidate) and _DEFAULT_CAPTION)
+        if composed:
+            captions = _parsed(composed, lines).captions(caption, metadata or b"")
         else:
             captions = split_captions(caption, lines)
         if not captions:
             raise BadCaption("empty caption")
-        if options.caption or lines == "joined":
+        if composed or lines == "joined":
             caption = join_lines(captions)
         data = candidate.image.read(_MAX_BYTES)
         image = open_image(data)
@@ -82,7 +85,10 @@ def _read(
             image.decode()
         else:
             image.verify()
-    except (BadCaption, BadImage) as error:
+    except BadCaption as error:
+        missing = _in_metadata(candidate) and not options.caption
+        return "no caption" if missing else str(error)
+    except BadImage as error:
         return str(error)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in a name
         return "no such file"
@@ -120,6 +126,11 @@ def _read_text(source: ByteRange | bytes, what: str, options: PackOptions) -> by
         return decode(source.read(), options.encoding or None).encode()
     except NotText as error:
         raise BadCaption(f"the {what} is {error}") from error
+
+
+def _in_metadata(candidate: Candidate) -> bool:
+    """True if there is no .txt, but a file of metadata that may have captions."""
+    return candidate.caption == b"" and isinstance(candidate.metadata, ByteRange)
 
 
 _parsed = cache(CaptionTemplate.parse)

@@ -152,7 +152,7 @@ def _list_raw(files: _Files, photos: Photos, options: PackOptions) -> Listing:
     listing = Listing()
     for sample, parts_by_key in files.samples.items():
         for key, parts, reason in pair_up(sample, parts_by_key):
-            captioned = "caption" in parts or ("metadata" in parts and options.caption)
+            captioned = "caption" in parts or "metadata" in parts
             if reason or "image" not in parts or not captioned:
                 where = parts.get("image") or parts.get("caption")
                 if where or "key" in reason:  # metadata alone are the file of another tool
@@ -199,8 +199,7 @@ def _list_shard(path: Path, split: str, options: PackOptions, listing: Listing) 
             for name, (offset, size) in zip(FIELDS, shard.places[row].tolist(), strict=True)
             if offset >= 0
         }
-        # A shard may hold images with metadata alone; a caption template makes their captions
-        if "caption" not in ranges and not ("metadata" in ranges and options.caption):
+        if not ranges.keys() & {"caption", "metadata"}:
             listing.skip(f"{path}:{key}", "no caption")
             continue
         name, where = key.rpartition("/")[2], f"{path}:{key}"

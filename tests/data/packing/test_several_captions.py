@@ -65,5 +65,38 @@ def test_a_cell_of_text_is_one_caption_however_many_lines_it_has(tmp_path):
 def test_pairs_that_share_any_caption_stay_in_one_split(tmp_path):
     for number in range(12):  # a chain: each shares one caption with the next
         write_pair(tmp_path / "raw" / f"{number}.png", number, f"link {number}\nlink {number + 1}")
+    write_pair(tmp_path / "raw" / "x.png", 20, "another")
+    for number in range(30, 50):
+        write_pair(tmp_path / "raw" / f"{number}.png", number, f"own {number}\nmine {number}")
     result = packed(tmp_path / "raw", tmp_path / "out", val_share=0.4)
-    assert (result.train_pairs, result.val_pairs, result.captions) == (12, 0, 24)
+    assert (result.captions, result.shared_captions) == (65, 0)
+    links = [
+        caption.startswith(b"link") for caption in captions_in(tmp_path / "out" / "val").values()
+    ]
+    assert links.count(True) in (0, 12)
+
+
+def test_a_caption_of_all_images_does_not_keep_them_in_one_split(tmp_path):
+    for number in range(20):  # two images of each product, with the same captions
+        captions = f"product {number // 2}\nseen from the front\nsomething to buy"
+        write_pair(tmp_path / "raw" / f"{number}.png", number, captions)
+    result = packed(tmp_path / "raw", tmp_path / "out", val_share=0.2)
+    assert (result.train_pairs, result.val_pairs) == (16, 4)
+    assert result.shared_captions == 4  # which pack says
+    products = {caption.splitlines()[0] for caption in captions_in(tmp_path / "out/val").values()}
+    assert len(products) == 2
+
+
+def test_captions_in_a_json_are_packed_without_a_txt(tmp_path):
+    for number, metadata in enumerate(
+        (["one", "two"], {"caption": ["three", "four\nmore"]}, {"caption": "five"}, {"id": 7}, [])
+    ):
+        path = tmp_path / "raw" / f"{number}.png"
+        write_pair(path, number, None, json.dumps(metadata))
+    result = packed(tmp_path / "raw", tmp_path / "out", val_share=0)
+    assert captions_in(tmp_path / "out" / "train") == {
+        "0": b"one\ntwo",
+        "1": b"three\nfour more",
+        "2": b"five",
+    }
+    assert (result.captions, result.skipped) == (5, {"no caption": 2})
