@@ -80,8 +80,8 @@ class SplitFacts:
 
     ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
     broken by the lower index: of n pairs with one caption (or image), at most K can have a partner
-    of their own among the first K. ``tokens_lost`` is the share of their tokens that truncated captions
-    lose.
+    of their own among the first K. ``tokens_lost`` is the share of their tokens that truncated
+    captions lose.
     """
 
     pairs: int
