@@ -15,6 +15,7 @@ import functools
 import importlib
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0106, 0
 _SAMPLE_FORMAT, _SIGNED = 0x0153, 2
 _NOISE = 0.1
 """Pixels may be below zero by this share of the brightest one."""
+_DEEP = re.compile(";16[BLN]")
 # How Pillow names the two orders of the bytes of a color; N is the order of this machine
 _SWAPPED = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B"}
 if sys.byteorder == "big":
@@ -328,7 +330,10 @@ def _to_8_bits(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, np.dtype[np.u
 
 def _is_deep_color(image: ImageFile.ImageFile) -> bool:
     """Whether it has colors of 16 bits, of which Pillow keeps the upper 8."""
-    return len(image.tile) == 1 and not _is_deep_gray(image) and ";16" in str(image.tile[0].args)
+    if len(image.tile) != 1 or _is_deep_gray(image):
+        return False
+    # A letter for the order of the bytes; "BGR;16" means 16 bits for all three colors
+    return bool(_DEEP.search(str(image.tile[0].args)))
 
 
 def _deep_color(image: Image.Image, data: bytes) -> Image.Image:

@@ -304,6 +304,16 @@ def test_colors_with_few_of_16_bits_keep_their_range(bits):
         assert np.abs(found[..., channel].astype(int) - want / part).max() <= 1
 
 
+def test_colors_packed_into_16_bits_are_not_deep():
+    pixels = np.full((4, 4), 0b00011_000011_00011, "<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    data = b"BM" + struct.pack("<IHHI", 14 + len(head) + len(pixels), 0, 0, 14 + len(head))
+    opened = open_image(data + head + pixels)
+    assert not opened.is_deep
+    assert near(opened.decode(), (24, 12, 24), (0, 0))
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 def test_dark_colors_of_16_bits_with_alpha_are_refused_and_others_are_read(channels):
     values = np.full((4, 4, channels), 65535, np.uint16)
