@@ -106,7 +106,7 @@ def test_troubles_of_texts_are_counted(tmp_path, capsys):
     args = ["inspect", str(tmp_path), "--model", "tiny"]
     assert run([*args, "--json"]) == 0
     printed = capsys.readouterr()
-    (found,) = json.loads(printed.out).values()
+    found = json.loads(printed.out)[tmp_path.name]
     assert found["captions_with_html"]["pairs"] == 4
     assert found["captions_with_html"]["examples"][0] == f"{tmp_path.name}/0.tar:5"
     assert found["captions_with_broken_characters"]["pairs"] == 3

@@ -6,6 +6,7 @@ put the text into lower case. The tokenizers of transformers leave that out.
 
 import html
 import re
+import unicodedata
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,13 @@ from typing import Any
 from clipft.core.text import folded, visible
 
 _TAG = re.compile(r"</?[a-z][^<>]*>", re.IGNORECASE)
+
+# Characters that ftfy leaves alone, unless they are signs of a mistaken encoding: ASCII without &,
+# Latin letters, Greek, Cyrillic, kana, Chinese characters with their punctuation, and two dashes
+_ORDINARY = re.compile(
+    "[ -%'-~\xa1-\xac\xae-\u0131\u0134-\u0148\u014a-\u017e\u0391-\u03c9\u0400-\u045f"
+    "\u3001-\u3011\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\u2013\u2014]*"
+)
 
 
 def clip_rule() -> str:
@@ -30,8 +38,10 @@ def clean_like_clip(text: str) -> str:
     """
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
-    fix_text, config = _ftfy()
-    text = html.unescape(html.unescape(fix_text(text, config)))
+    ordinary = _ORDINARY.fullmatch(text) and unicodedata.is_normalized("NFC", text)
+    fix_text, config, is_bad = _ftfy()
+    if not ordinary or is_bad(text):  # what ftfy itself asks first, but it takes ten times as long
+        text = html.unescape(html.unescape(fix_text(text, config)))
     # Python's lower case, not the tokenizer's, which has no final sigma
     return " ".join(text.split()).lower()
 
@@ -61,7 +71,8 @@ def has_broken_characters(text: str) -> bool:
 
 
 @cache
-def _ftfy() -> tuple[Any, Any]:
+def _ftfy() -> tuple[Any, Any, Any]:
     from ftfy import TextFixerConfig, fix_text
+    from ftfy.badness import is_bad
 
-    return fix_text, TextFixerConfig(explain=False)
+    return fix_text, TextFixerConfig(explain=False), is_bad

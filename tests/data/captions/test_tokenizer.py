@@ -7,7 +7,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipft.data.captions.cleaning import clean_like_clip
@@ -78,6 +78,18 @@ def test_the_quick_path_changes_nothing_but_case(text):
 def test_cleaned_text_is_that_of_open_clip(text):
     expected = open_clip.tokenizer._clean_lower(text)
     assert " ".join(clean_like_clip(text).lower().split()) == expected
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Stühle ", "für ", "Ã", "¼", "â", "€", "\x99", "É", "ß", "à ", "ΟΔΟΣ "])
+        | st.text(st.characters(min_codepoint=32, max_codepoint=0x17F), max_size=4)
+        | st.text(st.sampled_from("長い木、椅。「子」のテーブルчёΣς½«»–—°²  "), max_size=6)
+    ).map("".join)
+)
+@settings(max_examples=300)
+def test_ordinary_letters_are_cleaned_as_by_open_clip(text):
+    assert " ".join(clean_like_clip(text).lower().split()) == open_clip.tokenizer._clean_lower(text)
 
 
 def test_other_models_keep_the_rule_of_their_own_processor(tmp_path):
