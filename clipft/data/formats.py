@@ -56,6 +56,11 @@ _NO_IMAGES = [
     ("an XML document", re.compile(_TEXT + rb"<\?xml(?!.*<svg)")),
     ("JSON", re.compile(_TEXT + rb"[{\[]\s*[\"{\[]")),
     ("a pointer of Git LFS: run `git lfs pull`", re.compile(rb"version https://git-lfs")),
+    # As Git without symbolic links, and archives of a hub's cache, leave it
+    (
+        "a symbolic link saved as text: copy the files with `cp -rL`",
+        re.compile(rb"(\.\./)+[^\0\n]+\Z"),
+    ),
     ("a PDF document", re.compile(rb"%PDF")),
     ("a ZIP archive", re.compile(rb"PK\x03\x04")),
     ("a gzip archive", re.compile(rb"\x1f\x8b")),

@@ -46,6 +46,7 @@ def test_ppm_is_told_by_its_first_bytes(mode):
         (b"<svg width='9'>", "SVG images are not read"),
         (b'{"error": "not found"}', "not an image but JSON"),
         (b"version https://git-lfs.github.com/spec/v1", "not an image but a pointer of Git LFS"),
+        (b"../../blobs/1a833a0f", "not an image but a symbolic link saved as text"),
         (b"%PDF-1.7", "not an image but a PDF document"),
         (b"PK\x03\x04....", "not an image but a ZIP archive"),
         (FTYP + b"isom" + bytes(20), "not an image but a video"),
