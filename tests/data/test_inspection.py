@@ -362,4 +362,4 @@ def test_all_captions_of_a_pair_are_inspected(tmp_path, capsys):
     (match,) = found["val_in_train"]["matches"]
     assert match == {"pair": "val/0.tar:0", "other": "train/0.tar:1", "shares": "caption"}
     assert run(["inspect", str(tmp_path), "--model", "tiny", "--caption-lines", "joined"]) == 0
-    assert "│ captions" not in capsys.readouterr().out
+    assert "│ captions  " not in capsys.readouterr().out
