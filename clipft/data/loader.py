@@ -43,7 +43,7 @@ from clipft.data.workers import (
 )
 
 if TYPE_CHECKING:
-    from clipft.data.shards.stream import PairStream
+    from clipft.data.shards.stream import PairStream  # webdataset takes its time to import
 
 CHUNK = 64
 """The most pairs that a worker decodes at a time."""

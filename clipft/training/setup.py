@@ -17,7 +17,6 @@ from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, train
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives
 from clipft.data.shards.dataset import PairDataset, open_pairs
-from clipft.data.shards.stream import open_stream
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import (
     on_all_ranks,
@@ -317,6 +316,8 @@ def _open_data(
 ) -> _Data:
     folder = settings.data_dir / "train"
     if settings.stream:
+        from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
+
         train: Pairs = open_stream(
             source or folder, settings.shuffle_buffer, settings.max_train_pairs
         )

@@ -89,8 +89,7 @@ def pair_up(
     Yields:
         A key, its files, and an empty reason if they are a pair, otherwise why they are not.
     """
-    # Nearly all samples have one name; the others are a pair together only if no two of them are
-    pairs = [key for key, parts in files.items() if is_pair(parts)] if len(files) > 1 else []
+    pairs = [key for key, parts in files.items() if is_pair(parts)]
     if len(files) == 1 or len(pairs) > 1:
         for key, parts in files.items():
             yield key, parts, _missing(parts)
