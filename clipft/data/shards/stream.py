@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
+from webdataset.tariterators import group_by_keys
 
 from clipft.core.common import counted
 from clipft.core.errors import DataError
@@ -220,25 +220,45 @@ def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]
 
 def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """The key and the contents of members that follow each other, share a key and make a pair."""
-    for sample, members in groupby(_members(file), key=lambda member: member[0].sample):
-        files = dict[str, dict[str, bytes]]()
-        for name, data in members:
-            # Of a second file of one kind, the index uses the first
+    samples = group_by_keys(
+        _members(file),
+        keys=lambda path: (_parsed(path).sample, path),
+        lcase=False,
+        handler=_pass_over_duplicate,
+    )
+    for members in samples:
+        sample, files = members.pop("__key__"), dict[str, dict[str, bytes]]()
+        del members["__url__"]
+        for path, data in members.items():
+            name = _parsed(path)  # of a second file of one kind, the index uses the first
             files.setdefault(name.key, {}).setdefault(name.kind, data)
         for key, parts, reason in pair_up(sample, files):
             if not reason:
                 yield key, parts
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[FileName, bytes]]:
+def _pass_over_duplicate(error: Exception) -> bool:
+    """Of two members of one name, use the first, as the index does."""
+    if isinstance(error, ValueError):
+        return True
+    raise error
+
+
+def _parsed(path: str) -> FileName:
+    name = parse_name(path)
+    assert name  # ``_members`` yields no other
+    return name
+
+
+def _members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """The names and contents of the files that can belong to a pair, in their order."""
-    # ignore_zeros: after the end of a tar, go on with the one that was appended to it
+    # ignore_zeros: after the end of a tar, go on with the one that was appended to it. WebDataset's
+    # own reader ends there
     with tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True) as tar:
         for info in tar:
-            name = parse_name(info.name) if info.isreg() else None
-            content = tar.extractfile(info) if name else None
-            if name and content:
-                yield name, content.read()
+            content = tar.extractfile(info) if info.isreg() and parse_name(info.name) else None
+            if content:
+                yield {"fname": info.name, "data": content.read(), "__url__": ""}
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
 
 
