@@ -139,11 +139,7 @@ def pack(
         written = write_all(target.building, own, options, workers, progress.step)
         skipped += [entry for shard in written for entry in shard.skipped]
         target.publish(content, written, skipped)
-    shared = dict.fromkeys(SPLITS, _Shared())
-    given = any(pair.split for pair in found.pairs)
-    if given or any(len(pair.caption_keys) > 1 for pair in found.pairs):
-        near = options.near if given else -1  # near-duplicates are never divided
-        shared |= {split: _count_shared(found, splits, split, near) for split in SPLITS[1:]}
+    shared = _shared_with_training(found, splits, options)
     counts = Counter[str]()
     for shard in written:
         counts[shard.split] += shard.pairs
@@ -301,6 +297,18 @@ class _Shared(NamedTuple):
     images: int = 0
     near: int = 0
     captions: int = 0
+
+
+def _shared_with_training(
+    found: Scan, splits: Sequence[str], options: PackOptions
+) -> dict[str, _Shared]:
+    """Count for each split what it has in common with the training pairs."""
+    shared = dict.fromkeys(SPLITS, _Shared())
+    given = any(pair.split for pair in found.pairs)
+    if given or any(len(pair.caption_keys) > 1 for pair in found.pairs):
+        near = options.near if given else -1  # near-duplicates are never divided
+        shared |= {split: _count_shared(found, splits, split, near) for split in SPLITS[1:]}
+    return shared
 
 
 def _count_shared(found: Scan, splits: Sequence[str], split: str, near: int) -> _Shared:
