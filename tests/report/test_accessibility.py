@@ -1,7 +1,7 @@
 """The pages have no violation that axe-core finds in a real browser, in light and dark colors.
 
 Needs Chromium, and axe-core from npm: `npm pack axe-core` and the path of its axe.min.js in
-CLIPFT_TEST_AXE, or node_modules/axe-core beside the checkout. `.ci/run` brings it.
+AXE_CORE, or node_modules/axe-core beside the checkout. `.ci/run` brings it.
 """
 
 import json
@@ -17,7 +17,7 @@ from clipft.cli.app import run
 from tests.report.test_report import made  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
-AXE = Path(os.environ.get("CLIPFT_TEST_AXE", ROOT / "build" / "axe-core" / "axe.min.js"))
+AXE = Path(os.environ.get("AXE_CORE", ROOT / "build" / "axe-core" / "axe.min.js"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 pytestmark = [

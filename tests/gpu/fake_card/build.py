@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-REQUIRED = "CLIPFT_FAKE_CARD"
+REQUIRED = "REQUIRE_FAKE_CARD"
 """Set to 1 where the fake card must not be missing, as in CI: tests then fail instead of skip."""
 
 _HERE = Path(__file__).parent
