@@ -154,7 +154,7 @@ def _environments(jobs: int) -> list[dict[str, str]]:
 
 
 def _start(run: PlannedRun, environment: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
-    write_text(run.config, run.settings.to_toml(defaults=False))
+    write_text(run.config, run.settings.to_toml())
     train = ["train", "--config", str(run.config), "--resume-from-checkpoint", "--json"]
     # The file already holds the settings of the environment, which would override the run's own
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in ENV_OTHERS}

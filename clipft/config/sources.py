@@ -79,18 +79,13 @@ class LoadedSettings:
         origin = self.origins[name]
         return origin == "default" or origin.startswith("scenario ")
 
-    def to_toml(self, defaults: bool = True) -> str:
-        """Print the settings as TOML that ``--config`` reads back, each line with its origin.
-
-        Without ``defaults``, only what was set is printed.
-        """
+    def to_toml(self) -> str:
+        """Print the settings as TOML that ``--config`` reads back, each line with its origin."""
         lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]
         dumped = self.values.model_dump(mode="json")
         for section in SECTIONS:
             lines += ["", f"# {section.title}"]
             for name in section.model_fields:
-                if not defaults and self.is_default(name):
-                    continue
                 if dumped[name] is None:  # TOML has no null
                     lines.append(f"# {name} is not set")
                 else:

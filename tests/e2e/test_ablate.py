@@ -151,7 +151,7 @@ def test_other_settings_are_refused_in_the_same_folder(ablation, tmp_path, capsy
         (["--set", "lr"], "has no values"),
         (["--set", "learn=1"], "unknown setting learn"),
         (["--seeds", "one"], "must be a whole number"),
-        (["none.toml"], "cannot read settings file"),
+        (["none.toml"], "cannot read the settings file"),
     ],
 )
 def test_wrong_usage_is_reported_before_anything_is_written(args, message, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """``clipft ablate``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +108,7 @@ def ablate(
     """
     from clipft.ablation.grid import Grid, check_same_ablation, plan_runs
     from clipft.models.pretrained import load_pretrained
+    from clipft.training.defaults import follow_catalogue
 
     given = read_toml(file) if file else {}
     table = given.pop(_TABLE, {})
@@ -134,12 +136,16 @@ def ablate(
     folder = Path(base.get("output_dir", loaded.values.output_dir))
     scenarios = list(SCENARIOS) if options.scenarios is None else options.scenarios
     runs = plan_runs(Grid(scenarios, options.seeds, options.set), base, folder)
-    check_same_ablation(runs)
     settings = runs[0].settings.values
     if settings.s3_bucket:  # once, so that every run finds the pairs
         from clipft.cli.s3_data import bring_data
 
         bring_data(settings, out)
+    notes = dict[str, None]()
+    runs = [replace(run, settings=follow_catalogue(run.settings, notes.setdefault)) for run in runs]
+    for note in notes:
+        out.note(note)
+    check_same_ablation(runs)
     for model in sorted({run.settings.values.model for run in runs if not run.finished}):
         load_pretrained(model)  # once, so that a broken model is refused before the first run
     outcomes = _run(runs, folder, options.jobs, out)
