@@ -43,7 +43,8 @@ def follow_catalogue(
     if not free or not settings.declared_scenario.trains:
         return loaded
     paths = RunPaths(settings.run_dir)
-    if settings.resume_from_checkpoint and paths.checkpoint.exists() and paths.metrics.exists():
+    left = (paths.checkpoint, paths.settings, paths.metrics)
+    if settings.resume_from_checkpoint and all(path.exists() for path in left):
         began = run_settings(paths.folder)
         return _with(loaded, {name: getattr(began, name) for name in free}, "run")
     rates = own_learning_rates(settings.model)

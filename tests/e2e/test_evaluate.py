@@ -57,7 +57,9 @@ def test_the_main_figures_fit_a_screen(trained, data, capsys):
     assert "mean recall" in printed.out and "image -> text R@10" in printed.out
     assert "grouped" not in printed.out and "share of queries" not in printed.out
     assert "--all" in printed.err and "--definitions" in printed.err
-    assert len(shown) + len(printed.err.rstrip().splitlines()) <= 24
+    # transformers may show its progress where another test has asked it to
+    said = [line for line in printed.err.splitlines() if "Loading weights" not in line]
+    assert len(shown) + len([line for line in said if line]) <= 24
 
 
 def test_the_terminal_shows_both_models_their_difference_and_definitions(trained, data, capsys):

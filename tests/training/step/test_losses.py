@@ -196,10 +196,12 @@ def test_the_loss_is_exempt_from_tf32_and_autocast(name, block, before, precisio
 @pytest.fixture
 def precision():
     """The setting of torch for matrix products, put back afterwards."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    matmul, backends = torch.backends.cuda.matmul, torch.backends
+    before = matmul.fp32_precision, backends.fp32_precision
+    backends.fp32_precision = "none"  # another test may have decided it for the process
     yield matmul
-    matmul.fp32_precision = before
+    backends.fp32_precision = before[1]
+    matmul.fp32_precision = before[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
