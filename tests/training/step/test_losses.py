@@ -178,6 +178,7 @@ def test_validation_computes_no_gradients(name, block):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_exempt_from_tf32_and_autocast(name, block, before, precision):
     precision.fp32_precision = before
+    before = precision.fp32_precision  # "none" reads as what holds for the whole process
     drawn = Case.drawn(5, 12, 2)
     floats = (drawn.images, drawn.texts, drawn.scale, drawn.bias)
     case = Case(*(x.detach().float().requires_grad_() for x in floats), drawn.groups)
@@ -196,12 +197,10 @@ def test_the_loss_is_exempt_from_tf32_and_autocast(name, block, before, precisio
 @pytest.fixture
 def precision():
     """The setting of torch for matrix products, put back afterwards."""
-    matmul, backends = torch.backends.cuda.matmul, torch.backends
-    before = matmul.fp32_precision, backends.fp32_precision
-    backends.fp32_precision = "none"  # another test may have decided it for the process
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     yield matmul
-    backends.fp32_precision = before[1]
-    matmul.fp32_precision = before[0]
+    matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("mode", MODES)
