@@ -21,6 +21,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """Starts programs in processes of their own, and ends those that are left."""
+    from tests.faults.outside import Programs
+
+    started = Programs(tmp_path_factory.mktemp("programs"))
+    yield started
+    started.close()
+
+
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

@@ -120,7 +120,10 @@ def group_leaders(
 
 
 def links_of(values: Iterable[Iterable[Hashable]]) -> Iterator[tuple[int, int]]:
-    """Link rows that share a value, where each row has several: (first such row, row)."""
+    """Yield (first row, row) for every value that a row shares with an earlier row.
+
+    Each row has any number of values.
+    """
     first: dict[Hashable, int] = {}
     for row, own in enumerate(values):
         for value in own:

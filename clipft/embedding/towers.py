@@ -79,8 +79,8 @@ class BoundedShapes(Shapes):
     again for each. The price is padding: over furniture captions it makes 17 % more tokens in
     steps of 1,024 pairs, and 26 % more in steps of 256.
 
-    ``micro`` is the size of a micro-batch, ``effective`` the number of pairs that a process has in
-    a step, and ``context`` the longest caption that the model takes, in tokens.
+    ``micro`` is the size of a micro-batch, ``effective`` is the number of pairs that a process has
+    in a step, and ``context`` is the model's context length in tokens.
     """
 
     micro: int

@@ -4,14 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_train import assert_same_run
-from tests.faults.outside import Programs, command
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    started = Programs(tmp_path_factory.mktemp("programs"))
-    yield started
-    started.close()
+from tests.faults.outside import command
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,7 @@ import os
 
 import pytest
 
-from tests.faults.outside import Programs
 from tests.gpu.fake_card import build
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    started = Programs(tmp_path_factory.mktemp("programs"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")

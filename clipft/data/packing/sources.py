@@ -109,7 +109,10 @@ def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing)
 
 
 def _unnamed_image(path: str) -> FileName | None:
-    """Return the name of an image without an ending, as caches have them; None for other files."""
+    """Parse the name of an image that has no file extension; None for other files.
+
+    Caches of downloads often name images by a hash alone.
+    """
     return FileName(path, path, "image") if is_unnamed_image(path) else None
 
 

@@ -27,7 +27,7 @@ def split_named(name: str) -> str:
 
 
 def split_of(path: PurePath) -> str:
-    """Return the split that a file belongs to by the folders of its relative path, or ""."""
+    """Return the split that a folder in the relative path of a file names, or ""."""
     return next((split for part in path.parts[:-1] if (split := split_named(part))), "")
 
 

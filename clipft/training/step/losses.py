@@ -3,9 +3,9 @@
 ``clip``    softmax over all texts of the batch and over all images (Radford et al. 2021).
 ``siglip``  each image with each text on its own, with a bias (Zhai et al. 2023).
 
-A loss is a function of all logits, minus the logits of the positives. The difference is taken row
-by row: the difference of the sums could fall below 0 by rounding. Rows of one group are never
-negatives of each other: ``soft`` makes them positives, in softmax with equal shares; ``mask``
+A loss is a function of all logits, minus the logits of the positives. The positives are subtracted
+row by row, because rounding could make the difference of two large sums negative. Rows of one group
+are never negatives of each other: ``soft`` makes them positives, in softmax with equal shares; ``mask``
 removes them from the comparison. A small matrix of logits is computed whole, by autograd, and a
 large one in blocks of rows.
 """

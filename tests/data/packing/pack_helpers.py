@@ -1,9 +1,12 @@
 """Helpers of the packing tests: sources to pack, and what a pack wrote."""
 
+import csv
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clipft.data.packing.options import PackOptions
@@ -54,3 +57,20 @@ def metadata_of(folder: Path) -> dict[str, dict[str, object]]:
     """Return the metadata of every pair in the shards of ``folder``, by its caption."""
     dataset = open_pairs(folder)
     return {dataset[n].caption.decode(): dataset.metadata(n) for n in range(len(dataset))}
+
+
+def write_table(table: Path, rows: list[dict[str, object]]) -> None:
+    table.parent.mkdir(parents=True, exist_ok=True)
+    if table.suffix == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), table)
+        return
+    with table.open("w", newline="") as file:
+        if table.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            delimiter = {".csv": ",", ".tsv": "\t"}[table.suffix]
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,28 +1,12 @@
 """Packing several captions for an image: lines, lists in tables, and the split."""
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from clipft.data.shards.dataset import open_pairs
-from tests.data.packing.pack_helpers import packed, pattern, write_pair
-
-
-def write_table(table: Path, rows: list[dict[str, object]]) -> None:
-    if table.suffix == ".parquet":
-        arrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(arrow.Table.from_pylist(rows), table)
-        return
-    with table.open("w", newline="") as file:
-        if table.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+from tests.data.packing.pack_helpers import packed, pattern, write_pair, write_table
 
 
 def captions_in(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,5 @@
 """What can be packed: tables, Parquet files, shards, and images at URLs."""
 
-import csv
 import datetime
 import decimal
 import functools
@@ -24,30 +23,20 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from clipft.data.packing.rows.parquet import plain_value
 from tests.conftest import add
-from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, write_pair
+from tests.data.packing.pack_helpers import (
+    metadata_of,
+    packed,
+    pairs_of,
+    pattern,
+    write_pair,
+    write_table,
+)
 
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
     pattern(number).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_table(table: Path, rows: list[dict[str, object]]) -> None:
-    table.parent.mkdir(parents=True, exist_ok=True)
-    if table.suffix == ".parquet":
-        arrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(arrow.Table.from_pylist(rows), table)
-        return
-    with table.open("w", newline="") as file:
-        if table.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            delimiter = {".csv": ",", ".tsv": "\t"}[table.suffix]
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
