@@ -233,7 +233,7 @@ def _check_image_processor(name: str, source: str) -> None:
     if folder.is_dir() and not any((folder / file).is_file() for file in files):
         raise ModelError(
             f"no image processor in {name}: {files[0]} is missing",
-            "copy this file from the original model: it defines how images are resized and normalized",
+            "copy this file from the original model: it defines how images are normalized",
         )
 
 

@@ -5,9 +5,9 @@
 
 A loss is a function of all logits, minus the logits of the positives. The positives are subtracted
 row by row, because rounding could make the difference of two large sums negative. Rows of one group
-are never negatives of each other: ``soft`` makes them positives, in softmax with equal shares; ``mask``
-removes them from the comparison. A small matrix of logits is computed whole, by autograd, and a
-large one in blocks of rows.
+are never negatives of each other: ``soft`` makes them positives, in softmax with equal shares;
+``mask`` removes them from the comparison. A small matrix of logits is computed whole, by autograd,
+and a large one in blocks of rows.
 """
 
 import math
