@@ -93,7 +93,7 @@ def bring_data(
         DataError: the raw files are not pairs that can be packed.
     """
     from clipft.cli.progress import transfer_progress
-    from clipft.data.formats import IMAGE_SUFFIXES
+    from clipft.data.images.formats import IMAGE_SUFFIXES
     from clipft.storage.sync.sync import SyncOptions, download, list_bucket
 
     options = options or SyncOptions()

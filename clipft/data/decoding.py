@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from torch.utils.data import Dataset
 
 from clipft.core.errors import DataError
-from clipft.data.augmentation import Shift, Transform
 from clipft.data.captions.table import CaptionSource
 from clipft.data.captions.template import BadCaption
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images.augmentation import Shift, Transform
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import BadImage
 from clipft.data.order import derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.skipped import Skipped

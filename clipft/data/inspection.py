@@ -25,7 +25,8 @@ from clipft.data.duplicates import (
     near_duplicates,
     perceptual_hash,
 )
-from clipft.data.images import BadImage, open_image
+from clipft.data.images.decode import open_image
+from clipft.data.images.formats import BadImage
 from clipft.data.shards.dataset import PairDataset, metadata_fault, parse_metadata
 
 _EXAMPLES = 5

@@ -2,17 +2,17 @@
 
 These are the reasons for which a run skips a pair, and the files that decide them:
 
-====================================== ==================================== ======================
+====================================== ==================================== =====================
 Reason                                 When                                 Where
-====================================== ==================================== ======================
+====================================== ==================================== =====================
 no image, no caption                   a shard is opened                    ``shards/index.py``
 a second image, caption or metadata    a shard is opened                    ``shards/index.py``
 not a regular file                     a shard is opened                    ``shards/index.py``
 empty caption, the caption is not      the pair is read                     ``captions/template.py``
 UTF-8 text                                                                  ``captions/table.py``
-not an image, an empty file, too many  the image is decoded                 ``images.py``
-pixels, truncated, an unusual format                                        ``formats.py``
-====================================== ==================================== ======================
+not an image, an empty file, too many  the image is decoded                 ``images/decode.py``
+pixels, truncated, an unusual format                                        ``images/formats.py``
+====================================== ==================================== =====================
 
 ``shards/index.py`` records its reasons in ``Shard.skipped``. The other two raise ``BadCaption`` and
 ``BadImage``, which ``decoding.py`` turns into a ``Skipped`` in the batch. A run appends them all to

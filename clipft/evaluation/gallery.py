@@ -19,7 +19,8 @@ from torch import Tensor
 from clipft.core.files import read_json, write_json
 from clipft.data.captions.table import CaptionTable
 from clipft.data.captions.template import BadCaption, CaptionTemplate
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import BadImage
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.embed import Embeddings
 from clipft.metrics.ranking import score_blocks

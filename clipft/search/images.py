@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
-from clipft.data.formats import IMAGE_SUFFIXES, is_unnamed_image
+from clipft.data.images.formats import IMAGE_SUFFIXES, is_unnamed_image
 from clipft.data.shards.contents import contents_of
 from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.shards.index import Shard, open_shard, stamp_of

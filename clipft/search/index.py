@@ -23,10 +23,11 @@ from clipft.config.settings import AdaptSettings
 from clipft.core.common import cache_folder
 from clipft.core.errors import DataError
 from clipft.core.files import replacing
-from clipft.data.augmentation import Transform
 from clipft.data.captions.table import NoCaptions
 from clipft.data.decoding import Preprocessing
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images.augmentation import Transform
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import BadImage
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import RawPair, parse_metadata
 from clipft.embedding.embed import embed_texts

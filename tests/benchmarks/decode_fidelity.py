@@ -18,9 +18,9 @@ from side_by_side import arguments, write_figures
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from clipft.data import images
-from clipft.data.augmentation import Transform
-from clipft.data.images import decode_image
+from clipft.data.images import decode
+from clipft.data.images.augmentation import Transform
+from clipft.data.images.decode import decode_image
 from clipft.models.pretrained import load_pretrained
 
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
@@ -61,7 +61,7 @@ def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
 
 def pixels(pictures: list[bytes], size: int, margin: float) -> Tensor:
     """Decode to uint8 [N, 3, size, size]; a ``margin`` of 0 decodes in full."""
-    images._DRAFT_MARGIN = margin  # type: ignore[assignment]
+    decode._DRAFT_MARGIN = margin  # type: ignore[assignment]
     transform = Transform("none", size)
     at_least = size if margin else 0
     return torch.stack([transform(decode_image(data, at_least), 0) for data in pictures])

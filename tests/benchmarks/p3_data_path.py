@@ -23,12 +23,12 @@ from side_by_side import Work, arguments, compare, publish
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
-from clipft.data.augmentation import Transform, resized
 from clipft.data.captions.table import caption_table
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.decoding import Preprocessing
-from clipft.data.images import decode_image, resized_size
+from clipft.data.images.augmentation import Transform, resized
+from clipft.data.images.decode import decode_image, resized_size
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.packing.options import PackOptions

@@ -17,7 +17,8 @@ GOOD = {"decoded", "refused"}
 
 def decode(path: Path) -> tuple[str, str]:
     """Decode a file in full, at a reduced scale, and as pack checks it; all must agree."""
-    from clipft.data.images import BadImage, decode_image, open_image
+    from clipft.data.images.decode import decode_image, open_image
+    from clipft.data.images.formats import BadImage
 
     data, found = path.read_bytes(), []
     for at_least in (0, 224):

@@ -8,16 +8,17 @@ import textwrap
 import pytest
 from PIL import Image
 
-from clipft.data.formats import (
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import (
     FORMATS,
     IMAGE_SUFFIXES,
+    BadImage,
     exif_orientation,
     format_of,
     is_unnamed_image,
     jxl_size,
     split_side_information,
 )
-from clipft.data.images import BadImage, decode_image
 from tests.data.test_images import encoded, plain
 
 FTYP = b"\0\0\0\x18ftyp"
@@ -74,7 +75,7 @@ def test_plugins_are_used_if_they_are_there_and_named_if_not(kind, module):
     code = f"""
         import sys
         sys.modules[{module!r}] = None  # as if it were not installed
-        from clipft.data.images import decode_image
+        from clipft.data.images.decode import decode_image
         decode_image(bytes.fromhex({data.hex()!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipft.data.augmentation import Transform, augment
-from clipft.data.images import BadImage, decode_image, open_image, resize_shorter
+from clipft.data.images.augmentation import Transform, augment
+from clipft.data.images.decode import decode_image, open_image, resize_shorter
+from clipft.data.images.formats import BadImage
 
 FURNITURE = Path(__file__).parents[2] / ".." / "shared" / "data" / "furniture" / "val"
 needs_images = pytest.mark.skipif(
@@ -371,7 +372,8 @@ def test_libraries_print_nothing(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb())
     code = f"""
 import pathlib, threading
-from clipft.data.images import BadImage, decode_image
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import BadImage
 def work():
     for path in pathlib.Path({str(tmp_path)!r}).iterdir():
         try:

@@ -9,7 +9,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.errors import DataError
 from clipft.data import loader
-from clipft.data.augmentation import augment
+from clipft.data.images.augmentation import augment
 from clipft.data.loader import (
     Batch,
     LoaderOptions,

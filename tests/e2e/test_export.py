@@ -53,7 +53,7 @@ def batch(catalogue):
 @pytest.fixture(scope="module")
 def image_files(catalogue, tmp_path_factory) -> list[Path]:
     """Write some images of the catalogue as lossless files."""
-    from clipft.data.images import decode_image
+    from clipft.data.images.decode import decode_image
 
     folder, pairs = tmp_path_factory.mktemp("images"), open_pairs(catalogue / "val", limit=4)
     for number in range(4):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.data.images import decode_image
+from clipft.data.images.decode import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import open_pairs

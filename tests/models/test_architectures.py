@@ -25,9 +25,9 @@ from transformers import (
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.data.augmentation import Transform
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.data.demo.catalogue import render_pair
+from clipft.data.images.augmentation import Transform
 from clipft.models.pretrained import PretrainedModel, load_inputs, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
 from tests.models.checkpoints import TEXTS, clip_tokenizer, write_clip, write_siglip

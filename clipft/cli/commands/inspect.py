@@ -264,7 +264,7 @@ def _page(
     sources: "dict[str, PairDataset]",
     facts: "list[PairFacts]",
 ) -> str:
-    from clipft.data.images import decode_image
+    from clipft.data.images.decode import decode_image
     from clipft.report.html import SIDE, PageImage, PageTable, thumbnail
     from clipft.report.inspection_page import findings_page
 

@@ -174,7 +174,7 @@ def _write_page(
     captions: list[str],
     query_image: bytes | None,
 ) -> None:
-    from clipft.data.images import decode_image
+    from clipft.data.images.decode import decode_image
     from clipft.report.html import thumbnail, write_page
     from clipft.search.page import SHEET_SIDE, SheetImage, contact_sheet
 

@@ -23,7 +23,7 @@ from typing import Any
 from clipft.core.errors import DataError
 from clipft.core.text import NotText, read_text
 from clipft.data.captions.lines import join_lines
-from clipft.data.formats import IMAGE_SUFFIXES
+from clipft.data.images.formats import IMAGE_SUFFIXES
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.tables import list_table

@@ -10,8 +10,8 @@ from clipft.data.captions.cleaning import compared
 from clipft.data.captions.lines import join_lines
 from clipft.data.captions.template import BadCaption, CaptionTemplate, split_captions
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
-from clipft.data.formats import FORMATS
-from clipft.data.images import BadImage, open_image
+from clipft.data.images.decode import open_image
+from clipft.data.images.formats import FORMATS, BadImage
 from clipft.data.packing.fields import group_of
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan

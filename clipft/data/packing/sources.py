@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipft.core.errors import UsageError
-from clipft.data.formats import is_unnamed_image
+from clipft.data.images.formats import is_unnamed_image
 from clipft.data.packing.layouts import Photos, is_layout, list_layout
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from clipft.core.files import read_json
-from clipft.data.images import BadImage, decode_image, resize_shorter
+from clipft.data.images.decode import decode_image, resize_shorter
+from clipft.data.images.formats import BadImage
 from clipft.data.order import derived_seed
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import PackPair

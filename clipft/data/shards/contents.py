@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipft.core.common import shell_command
-from clipft.data.formats import IMAGE_SUFFIXES
+from clipft.data.images.formats import IMAGE_SUFFIXES
 from clipft.data.shards.names import (
     CAPTION_SUFFIX,
     SPLITS,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
-from clipft.data.formats import IMAGE_SUFFIXES
+from clipft.data.images.formats import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Tells what a file is by its first bytes, whatever its name says.
 
 ``FORMATS`` lists the image formats that are read. All commands read the same ones, because they all
-decode with ``images.py``. A file of another kind is refused with the name of what it is.
+decode with ``decode.py``. A file of another kind is refused with the name of what it is.
 """
 
 import os
@@ -84,6 +84,10 @@ _JXL_CODESTREAM = re.compile(rb"(?s)^\xff\x0a|jxlc\xff\x0a|jxlp.{4}\xff\x0a")
 _JPEG_COLORS = re.compile(rb"(?s)JFIF\0.{9}|Adobe.{7}")
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+class BadImage(Exception):
+    """An image cannot be used; the message says why its pair is skipped."""
 
 
 def format_of(head: bytes) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from clipft.data.images import resized_size
+from clipft.data.images.decode import resized_size
 
 Shift: TypeAlias = tuple[int, int, int]
 """Pixels by which the content moves up and to the left, and 1 if it is then mirrored, else 0."""

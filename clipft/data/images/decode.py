@@ -3,11 +3,6 @@
 An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why. What
 a file holds besides its pixels (EXIF and text, color profiles, further frames, bytes after the end)
 is no reason to refuse it; only the orientation and transparency are used.
-
-Pixels of more than 8 bits keep their range by one rule: white is the largest value of the smallest
-even number of bits, from 8 on, that holds the brightest pixel. So an image of 12 bits in a file of
-16 is as bright as one that uses all 16. Pixels of floating point up to 2 are taken to be in [0, 1],
-and others as whole numbers. Values far below zero are refused.
 """
 
 import ctypes
@@ -15,20 +10,26 @@ import functools
 import importlib
 import io
 import logging
-import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, _imaging
+from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 
 from clipft.core.errors import first_line
-from clipft.data.formats import (
+from clipft.data.images.deep_pixels import (
+    ORIENTATION,
+    color_to_rgb,
+    gray_to_rgb,
+    is_deep_color,
+    is_deep_gray,
+    load,
+)
+from clipft.data.images.formats import (
     PLUGIN_EXTRA,
     PLUGINS,
+    BadImage,
     exif_orientation,
     format_of,
     jxl_size,
@@ -44,9 +45,7 @@ MAX_ASPECT = 100
 """Longer images are refused: once its shorter side is resized for the model, 20,000 x 1 pixels
 would take 5 GB."""
 
-WHITE = (255, 255, 255)
 _DRAFT_MARGIN = 2
-_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 # Where Pillow keeps XMP, and the EXIF data that ImageMagick writes into a PNG
 _OTHER_EXIF = {"xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _TO_UPRIGHT = {
@@ -58,25 +57,11 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Tags of TIFF
-_PHOTOMETRIC, _WHITE_IS_ZERO = 0x0106, 0
-_SAMPLE_FORMAT, _SIGNED = 0x0153, 2
-_NOISE = 0.1
-"""Pixels may be below zero by this share of the brightest one."""
-_DEEP = re.compile(";16[BLN]")
-# How Pillow names the two orders of the bytes of a color; N is the order of this machine
-_SWAPPED = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B"}
-if sys.byteorder == "big":
-    _SWAPPED["RGB;16N"] = "RGB;16L"
 
 # Pillow warns of what it makes of odd files, and logs it. Both would be printed into the progress
 # display. A filter, because catch_warnings is not safe in threads
 warnings.filterwarnings("ignore", module="PIL|pillow_heif|pillow_jxl")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-
-class BadImage(Exception):
-    """An image cannot be used; the message says why its pair is skipped."""
 
 
 class OpenedImage:
@@ -91,7 +76,7 @@ class OpenedImage:
             self._image.info["exif"] = exif
         self.format, self.size = self._image.format or "", self._image.size
         _check_size(*self.size)
-        self.is_deep = _is_deep_gray(self._image) or _is_deep_color(self._image)
+        self.is_deep = is_deep_gray(self._image) or is_deep_color(self._image)
 
     def decode(self, at_least: int = 0) -> Image.Image:
         """Decode the image, once, as ``decode_image`` does.
@@ -239,22 +224,12 @@ def _prepare(kind: str) -> None:
 def _decode(image: ImageFile.ImageFile, data: bytes, at_least: int) -> Image.Image:
     if at_least:
         image.draft("RGB", (_DRAFT_MARGIN * at_least,) * 2)
-    high_bytes_only = _is_deep_color(image)
-    _load(image)
-    pixels = _deep_color(image, data) if high_bytes_only else _to_rgb(image)
+    high_bytes_only = is_deep_color(image)
+    load(image)
+    pixels = color_to_rgb(image, data) if high_bytes_only else None
+    pixels = pixels or _to_rgb(image)
     method = _TO_UPRIGHT.get(_orientation(image))
     return pixels if method is None else pixels.transpose(method)
-
-
-def _load(image: ImageFile.ImageFile) -> None:
-    if (
-        image.format == "TIFF"
-    ):  # which Pillow turns upright here, and reads all its EXIF data for it
-        with suppress(Exception):
-            exif = image.getexif()
-            for tag in set(exif) - {_ORIENTATION}:
-                del exif[tag]
-    image.load()
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -270,7 +245,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         carrier = Image.new("1", (1, 1))
         carrier.info = {key: image.info[key] for key in others}
         with suppress(Exception):  # broken ones raise errors of any type
-            value = carrier.getexif().get(_ORIENTATION)
+            value = carrier.getexif().get(ORIENTATION)
     return value if isinstance(value, int) else 1
 
 
@@ -278,83 +253,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and key is None:
         return image
-    if _is_deep_gray(image):
-        return _deep_gray(image)
+    if is_deep_gray(image):
+        return gray_to_rgb(image)
     if image.mode in {"RGBa", "La"} or "A" in image.getbands() or key is not None:
         try:
             rgba = image.convert("RGBA")
         except Exception:  # a transparent color that the image cannot have
             image.info.pop("transparency", None)
             return image.convert("RGB")
-        ground = Image.new("RGBA", rgba.size, (*WHITE, 255))
+        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _is_deep_gray(image: Image.Image) -> bool:
-    return image.mode in {"I", "F"} or image.mode.startswith("I;")
-
-
-def _deep_gray(image: Image.Image) -> Image.Image:
-    """Reduce a gray image of 16 or 32 bits to 8. Pillow's own ``convert`` clips it to white."""
-    values, key = np.asarray(image), image.info.get("transparency")
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if values.dtype == np.int32 and tags and _SIGNED not in tags.get(_SAMPLE_FORMAT, ()):
-        values = values.view(np.uint32)  # Pillow has no mode for them
-    if not np.isfinite(values).all():
-        raise BadImage("not-a-number among the pixels")
-    gray = _to_8_bits(values)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        gray = 255 - gray
-    if isinstance(key, int):
-        gray[values == key] = WHITE[0]
-    return Image.fromarray(gray).convert("RGB")
-
-
-def _to_8_bits(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Map the pixels of an image to uint8 by the rule above.
-
-    Raises:
-        BadImage: Some are far below zero.
-    """
-    low, high = float(values.min(initial=0)), float(values.max(initial=0))
-    if -low > _NOISE * high:
-        raise BadImage(f"pixel values from {low:g} to {high:g}: convert it to 8 bits")
-    if values.dtype.kind == "f" and high <= 2:
-        white = 1
-    else:
-        bits = max(8, int(high).bit_length())
-        white = 2 ** (bits + bits % 2) - 1
-    return np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
-
-
-def _is_deep_color(image: ImageFile.ImageFile) -> bool:
-    """Whether it has colors of 16 bits, of which Pillow keeps the upper 8."""
-    if len(image.tile) != 1 or _is_deep_gray(image):
-        return False
-    # A letter for the order of the bytes; "BGR;16" means 16 bits for all three colors
-    return bool(_DEEP.search(str(image.tile[0].args)))
-
-
-def _deep_color(image: Image.Image, data: bytes) -> Image.Image:
-    """Return a loaded image with colors of 16 bits as RGB, where they may use fewer bits.
-
-    Raises:
-        BadImage: They do, and the other half of each color cannot be read.
-    """
-    high = np.asarray(image)
-    if high.max(initial=0) >= 1 << (14 - 8):  # all 16 bits are used
-        return _to_rgb(image)
-    again = Image.open(io.BytesIO(data), formats=[format_of(data) or ""])
-    tile = again.tile[0]
-    # In the other byte order, Pillow takes the lower half of each color for the upper one
-    args = tile.args if isinstance(tile.args, tuple) else (str(tile.args),)
-    if args[0] not in _SWAPPED:
-        raise BadImage("colors of 16 bits, of which few are used: convert it to 8 bits")
-    again.tile = [tile._replace(args=(_SWAPPED[args[0]], *args[1:]))]
-    _load(again)
-    values = high.astype(np.uint16) << 8 | np.asarray(again)
-    return Image.fromarray(_to_8_bits(values))
 
 
 def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:
