@@ -8,6 +8,7 @@ import numpy as np
 
 from clipft.config.settings import Settings
 from clipft.core.common import checked, silent
+from clipft.data.captions.cleaning import compared
 from clipft.data.captions.metadata import check_label_field, describe
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
@@ -17,7 +18,7 @@ from clipft.embedding.embed import Embeddings, embed_pairs, evaluation_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
 from clipft.metrics.definitions import DEFINITIONS
-from clipft.metrics.relevance import Identities, normalized, numbered, relevance
+from clipft.metrics.relevance import Identities, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
 from clipft.models.pretrained import ModelInputs
 
@@ -66,7 +67,7 @@ class EvaluationSet:
         said = describe(pairs, template, settings.label_field, settings.group_field)
         check_label_field(settings.label_field, said, pairs)
         groups = numbered(d.group for d in said) if settings.group_field else None
-        captions = numbered(normalized(text) for d in said for text in d.captions)
+        captions = numbered(compared(text) for d in said for text in d.captions)
         owners = np.repeat(np.arange(len(said)), [len(d.captions) for d in said])
         identities = Identities(captions, same_images(pairs), groups, owners)
         relevance(identities)  # refuses groups that are too large now, not after the training

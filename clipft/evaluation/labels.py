@@ -59,10 +59,10 @@ def choose_labels(
             misspelled, or a template has no {}.
     """
     prompts = _templates(templates)
-    in_data = _byfolded(sorted({name for name in found if name}))
+    in_data = _by_folded(sorted({name for name in found if name}))
     if not labels:
         return ChosenLabels(tuple(in_data.values()), prompts) if in_data else None
-    chosen = _byfolded(_labels(labels, in_data))
+    chosen = _by_folded(_labels(labels, in_data))
     if not in_data:
         raise UsageError(
             f"--labels cannot be used: no pair has a label in its metadata field {field!r}",
@@ -139,7 +139,7 @@ def _lines(option: str, given: str) -> list[str] | None:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _byfolded(labels: Iterable[str]) -> dict[str, str]:
+def _by_folded(labels: Iterable[str]) -> dict[str, str]:
     """Map the key of each label to the first of its spellings."""
     found: dict[str, str] = {}
     for label in labels:

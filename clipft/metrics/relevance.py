@@ -6,7 +6,6 @@ Texts and images that are joined, directly or in several steps, form a cluster. 
 unit of the bootstrap, because their queries are not independent of each other.
 """
 
-import unicodedata
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -62,14 +61,6 @@ class Relevance:
     edge_texts: Integers
     edge_images: Integers
     clusters: Integers
-
-
-def normalized(caption: str) -> str:
-    """Return the form in which captions are compared: NFC, lower case, single spaces.
-
-    CLIP's tokenizer normalizes in the same way, so no model can tell such captions apart.
-    """
-    return " ".join(unicodedata.normalize("NFC", caption).lower().split())
 
 
 def numbered(values: Iterable[Hashable]) -> Integers:
