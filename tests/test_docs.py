@@ -125,7 +125,7 @@ def test_all_figures_are_in_the_page():
 
 
 def test_the_documented_definitions_match_the_printed_ones():
-    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    page = (DOCS / "guides" / "evaluate.md").read_text(encoding="utf-8")
     assert defined(page) == page, "run tests/benchmarks/write_docs.py"
     assert "`map`" in page and "`top1`" in page
 
@@ -159,11 +159,11 @@ def _shares(page: Path) -> dict[str, str]:
 
 def test_readme_and_scenarios_page_agree_on_the_parameters():
     told = _shares(ROOT / "README.md")
-    assert told == _shares(DOCS / "scenarios.md") and told.keys() == SCENARIOS.keys()
+    assert told == _shares(DOCS / "guides" / "scenarios.md") and told.keys() == SCENARIOS.keys()
 
 
 def test_the_tests_that_the_page_on_failures_names_exist():
-    page = (DOCS / "faults.md").read_text(encoding="utf-8")
+    page = (ROOT / "tests" / "faults" / "README.md").read_text(encoding="utf-8")
     file = ""
     for path, name in re.findall(r"`([\w/]+\.py)?(?:::(\w+))?`", page):
         file = path or file

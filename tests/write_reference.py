@@ -4,6 +4,7 @@ Run ``python -m tests.write_reference`` after a change of an option, a help text
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from clipft.config.settings import SECTIONS, fixed_on_resume
 from clipft.config.sources import option_of
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
+_SETTINGS = re.compile(r"<!-- settings -->\n.*?<!-- end settings -->", re.DOTALL)
 
 
 def commands_page() -> str:
@@ -23,7 +25,7 @@ def commands_page() -> str:
         "",
         "Every command accepts `--config FILE` (a TOML file with settings), `--json` (print one",
         "JSON object to stdout) and `--debug` (show the traceback of an error). See also the",
-        "[exit codes](../exit-codes.md). Options that are settings are described on the page",
+        "[exit codes](output.md#exit-codes). Options that are settings are described on the page",
         "[Settings](settings.md).",
     ]
     for name in COMMANDS:
@@ -99,20 +101,17 @@ def _row(parameter: inspect.Parameter) -> str:
 
 
 def settings_page() -> str:
+    """Return the page of settings with new tables; the text around them is written by hand."""
+    page = (REFERENCE / "settings.md").read_text(encoding="utf-8")
+    tables = "\n".join(["<!-- settings -->", *_settings_tables(), "", "<!-- end settings -->"])
+    return _SETTINGS.sub(lambda found: tables, page)
+
+
+def _settings_tables() -> Iterator[str]:
     """Describe every setting: its value, range and default, and if a resumed run may change it."""
-    lines = [
-        "# Settings",
-        "",
-        "A setting is `lr` in a TOML file, `--lr` on the command line and `CLIPFT_LR` in the",
-        "environment. The page [settings](../settings.md) explains which source takes precedence,",
-        "and some settings in detail. `clipft settings --template` prints a settings file to start",
-        "with; `clipft settings --schema` prints its JSON schema.",
-        "",
-        "A resumed run keeps *fixed* settings as they were, because they decide the weights.",
-    ]
     for section in SECTIONS:
-        lines += ["", f"## {section.title}", "", "| name | meaning | value | default | |"]
-        lines += ["| --- | --- | --- | --- | --- |"]
+        yield from ("", f"## {section.title}", "", "| name | meaning | value | default | |")
+        yield "| --- | --- | --- | --- | --- |"
         for name, field in section.model_fields.items():
             value = ", ".join(f"`{c}`" for c in choices_of(field)) or kind_of(field)
             numbers = range_of(field)
@@ -120,8 +119,7 @@ def settings_page() -> str:
             fixed = "fixed" if name in fixed_on_resume() else ""
             default = f"`{default_text(field.default)}`"
             cells = (f"`{name}`", str(field.description), value, default, fixed)
-            lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    return "\n".join(lines) + "\n"
+            yield f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
 A checkpoint holds all that a run needs to resume, and of the model only the weights that train.
 It is a ``torch.save`` zip of plain values and tensors, read with ``weights_only=True``, so nothing
-in it is executed. ``checkpoint_format`` defines its bytes, and ``docs/checkpoint.md`` each key.
+in it is executed. ``checkpoint_format`` defines its bytes, and ``docs/guides/runs.md`` each key.
 
 No random state is saved: all that is random is a function of the seed and the position.
 

@@ -1,7 +1,7 @@
 """Write the generated tables of the documentation.
 
 The tables of docs/benchmarks.md and README.md come from the JSON files of the benchmarks, and that
-of docs/evaluation.md from the definitions in the code. A table is between ``<!-- NAME -->`` and
+of docs/guides/evaluate.md from the definitions in the code. A table is between ``<!-- NAME -->`` and
 ``<!-- end -->``, where NAME is the name of its file.
 
     python tests/benchmarks/write_docs.py
@@ -133,7 +133,7 @@ def summarised(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for name, make in (("benchmarks", written), ("evaluation", defined)):
+    for name, make in (("benchmarks", written), ("guides/evaluate", defined)):
         page = DOCS / f"{name}.md"
         page.write_text(make(page.read_text(encoding="utf-8")), encoding="utf-8")
     readme = DOCS.parent / "README.md"

@@ -269,7 +269,7 @@ def test_the_code_of_each_card_runs_unchanged(kind, exported, image_files, tmp_p
 
 
 def test_the_documents_show_the_same_code():
-    page = (REPOSITORY / "docs" / "export.md").read_text()
+    page = (REPOSITORY / "docs" / "guides" / "export.md").read_text()
     for kind in FORMATS:
         name = f"use_{kind.replace('-', '_')}.py.txt"
         shown = (REPOSITORY / "clipft" / "export" / "assets" / name).read_text()

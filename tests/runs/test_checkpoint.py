@@ -141,7 +141,7 @@ def test_every_truncation_is_found(saved, cut):
 
 
 def test_any_program_can_check_it(saved):
-    """The bytes are those that docs/checkpoint.md describes."""
+    """The bytes are those that docs/guides/runs.md describes."""
     data = saved.read_bytes()
     assert data[-80:-64] == b"N\0clipft sha256 "
     assert data[-64:].decode() == hashlib.sha256(data[:-80] + b"\0\0").hexdigest()

@@ -4,7 +4,7 @@
 
 Both train the tiny model on rendered pairs, some of them broken. They must end with the same
 weights and metrics, without a missing or repeated line. The memory, descriptors, threads and shared
-memory of all their processes are sampled twice a second (docs/soak.json, docs/soak.svg). The exit
+memory of all their processes are sampled twice a second (soak.json, soak.svg). The exit
 code is 1 if anything differs or grows.
 """
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--kill-every", type=int, default=100)
     parser.add_argument(
-        "--folder", type=Path, help="where soak.json and soak.svg go [default: docs]"
+        "--folder", type=Path, help="where soak.json and soak.svg go [default: tests/soak]"
     )
     given = parser.parse_args()
     seed = random.randrange(2**32)
@@ -172,7 +172,7 @@ def main() -> None:
     grown = {name: round(growth(calm.samples, name), 4) for name in FIGURES}
     result = {"seed": seed, "steps": given.steps, "kills": killed.kills, "growth": grown}
     print(json.dumps(result))
-    folder = given.folder or ROOT / "docs"
+    folder = given.folder or Path(__file__).parent
     samples = {run: [asdict(seen) for seen in soaked.samples] for run, soaked in both.items()}
     (folder / "soak.json").write_text(json.dumps(result | samples) + "\n")
     (folder / "soak.svg").write_text(plot(calm.samples, killed.samples))
