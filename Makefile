@@ -25,7 +25,7 @@ types: $(STAMP)
 
 # The pages, in build/site; a dead link or anchor is an error
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m zensical build --strict
 
 # A file's tests stay together, as they share what was trained for them
 unit: $(STAMP)

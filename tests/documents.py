@@ -4,6 +4,7 @@ The tests run a block after ``<!-- run -->``, the slow tests one after ``<!-- ru
 blocks of a page run one after another in the same folder.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -12,6 +13,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from clipft.cli.app import run
 
@@ -23,7 +27,8 @@ _BLOCK = re.compile(
     r"^(?:<!-- run(?P<slow> slow)? -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 
-_COMMAND = re.compile(r"^(srun .*|torchrun .*|until )?clipft |-m clipft ")
+_COMMAND = re.compile(r"^(srun .*|until |exec )?clipft |-m clipft ")
+_VARIABLE = re.compile(r"\$\w+")
 
 SMALL = {
     "CLIPFT_MODEL": "tiny",
@@ -57,17 +62,49 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each clipft command in a page's shell blocks, without redirections."""
+    """Yield the words of each clipft command in a page's blocks, without redirections.
+
+    A variable such as ``$SM_NUM_GPUS`` becomes a number.
+    """
     for block in blocks(page):
-        if block.kind not in SHELLS:
-            continue
-        for line in block.lines():
+        for line in shell_lines(block):
             if not _COMMAND.search(line):
                 continue
-            words = shlex.split(line, comments=True)
+            words = shlex.split(_VARIABLE.sub("8", line), comments=True)
             words = words[words.index("clipft") + 1 :]
             ends = [i for i, word in enumerate(words) if word in {">", "|", "&&", "do"}]
             yield [word.rstrip(";") for word in words[: ends[0] if ends else None]]
+
+
+def shell_lines(block: Block) -> list[str]:
+    """The lines of a block that a shell runs; also those in a manifest or a Python program."""
+    if block.kind in SHELLS:
+        return block.lines()
+    if block.kind == "yaml":
+        found = [script for part in yaml.safe_load_all(block.text) for script in _scripts(part)]
+    elif block.kind == "python":
+        values = [node.value for node in ast.walk(ast.parse(block.text)) if _is_text(node)]
+        found = [" ".join(value.split()) for value in values if "clipft train" in value]
+    else:
+        found = []
+    return [line for text in found for line in Block("sh", text, False, False).lines()]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _scripts(part: Any) -> Iterator[str]:
+    """What a SkyPilot task (setup, run) or a container of a Kubernetes manifest (args) runs."""
+    if isinstance(part, dict):
+        yield from (part[name] for name in ("setup", "run") if name in part)
+        if "args" in part:
+            yield shlex.join(part["args"])
+        for value in part.values():
+            yield from _scripts(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _scripts(value)
 
 
 def run_page(page: Path, slow: bool = False) -> int:

@@ -1,6 +1,6 @@
 """Make the images of the documents from real runs.
 
-They show the demo, a run at two widths, the help and an error in a terminal, and the demo's report
+They show the demo, a run at two widths and an error in a terminal, and the demo's report
 in a browser. This needs tmux and chromium.
 
     python docs/pictures/make.py [FOLDER]      # keeps the demo in FOLDER; default: a temporary one
@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.terminal_theme import DEFAULT_TERMINAL_THEME, MONOKAI, TerminalTheme
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 HERE = Path(__file__).parent
 HEIGHT = 70
 SERVER, SESSION = f"clipft-{os.getpid()}", "pictures"
 """A tmux server of its own, so that nobody else's session is touched."""
-DARK, LIGHT = MONOKAI, DEFAULT_TERMINAL_THEME
 TRAIN = (
     "clipft train --model tiny --data-dir clipft-demo/data --output-dir {folder} --epochs 3 "
     "--effective-batch-size 64 --lr 4e-3 --max-train-pairs 768 --max-val-pairs 200"
@@ -60,13 +59,13 @@ def watched(command: str, width: int, folder: Path, middle: str = "") -> tuple[s
         tmux("kill-session", "-t", SESSION)
 
 
-def draw(captured: str, name: str, width: int, title: str, theme: TerminalTheme = DARK) -> None:
+def draw(captured: str, name: str, width: int, title: str) -> None:
     """Write a terminal's content as an SVG file that loads nothing from the network."""
     with Path("/dev/null").open("w") as nowhere:
         console = Console(record=True, width=width, file=nowhere, force_terminal=True)
         for line in captured.splitlines():
             console.print(Text.from_ansi(line), no_wrap=True, crop=False, highlight=False)
-        svg = console.export_svg(title=title, theme=theme, unique_id=name)
+        svg = console.export_svg(title=title, theme=MONOKAI, unique_id=name)
     svg = _FONTS.sub("", svg).replace("Fira Code, monospace", "monospace")
     lines = [line.rstrip() for line in svg.splitlines()]
     (HERE / f"{name}.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -80,9 +79,6 @@ def draw_terminal(folder: Path) -> None:
         command = TRAIN.format(folder=f"runs-{width}")
         _, middle = watched(command, width, folder, middle="epoch 3/3 step")
         draw(middle, f"train-{width}", width, "clipft train")
-        if width == 80:
-            draw(middle, "train-80-light", width, "clipft train", LIGHT)
-    draw(watched("clipft --help", 80, folder)[0], "help", 80, "clipft --help", LIGHT)
     wrong = "clipft train --scenario doal_lora --lr x"
     draw(watched(wrong, 80, folder)[0], "error", 80, wrong)
 

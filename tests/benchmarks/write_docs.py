@@ -1,8 +1,8 @@
 """Write the generated tables of the documentation.
 
 The tables of docs/benchmarks.md and README.md come from the JSON files of the benchmarks, and that
-of docs/guides/evaluate.md from the definitions in the code. A table is between ``<!-- NAME -->`` and
-``<!-- end -->``, where NAME is the name of its file.
+of docs/guides/evaluate.md from the definitions in the code. A table is between ``<!-- NAME -->``
+and ``<!-- end -->``, where NAME is the name of its file.
 
     python tests/benchmarks/write_docs.py
 """
