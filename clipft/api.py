@@ -19,8 +19,9 @@ from clipft.report.report import write_run_report
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import find_checkpoint, open_model, saved_settings
-from clipft.runs.loggers import FileLogger, WandbLogger
+from clipft.runs.loggers import FileLogger, TrackerLogger
 from clipft.runs.records import CallbackList, Callbacks, TrainingCallback, ignore
+from clipft.runs.trackers import check_installed, trackers_of
 from clipft.training.defaults import follow_catalogue
 from clipft.training.run import train as run_training
 from clipft.training.state import TrainResult
@@ -72,6 +73,7 @@ def train(
             "enable_s3_checkpoints: only the command line uploads checkpoints",
             "use `clipft train`, or upload them yourself in Callbacks(saved=...)",
         )
+    check_installed(values.tracker_names)
     # One process writes and reports for all
     members = [callbacks.callback, *_loggers(values, callbacks.note)] if processes.rank == 0 else []
     told = replace(callbacks, callback=CallbackList(members))
@@ -101,10 +103,8 @@ def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
     loggers: list[TrainingCallback] = [
         FileLogger(paths, environment(device), partial(peak_memory_so_far, device))
     ]
-    if settings.wandb != "disabled":
-        config = settings.model_dump(mode="json")
-        loggers.append(WandbLogger(settings, settings.run_dir, config, note))
-    return loggers
+    trackers = trackers_of(settings, settings.model_dump(mode="json"))
+    return loggers + [TrackerLogger(tracker, note) for tracker in trackers]
 
 
 @dataclass(frozen=True)

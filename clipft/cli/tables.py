@@ -239,6 +239,20 @@ def category_table(compared: dict[str, Any]) -> Table | None:
     return table
 
 
+def dimensions_table(compared: dict[str, Any]) -> Table | None:
+    """Show the figures of embeddings that are cut off; None without ``--matryoshka``."""
+    sizes = compared["before"].get("by_dimensions")
+    if not sizes:
+        return None
+    models = ["before", "after"] if compared["after"] else ["before"]
+    titles = ["pretrained", "fine-tuned"][: len(models)]
+    table = FigureTable("Mean recall by number of dimensions", "dimensions", *titles)
+    for size in sizes:
+        found = [compared[model]["by_dimensions"][size]["recall"] for model in models]
+        table.add_row(size, *(value("recall", figure) for figure in found))
+    return table
+
+
 def definitions(compared: dict[str, Any]) -> Table:
     """Explain every figure shown; ``compared`` is ``Comparison.to_dict``."""
     table = FigureTable("Definitions", "figure")

@@ -7,7 +7,7 @@ the values come from.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator
 
@@ -15,6 +15,9 @@ from clipft.config.fields import Section, extra_of, setting
 from clipft.config.scenarios import CHECKPOINT_SUFFIX, SCENARIOS, Scenario
 from clipft.core.common import expand_home, processors
 from clipft.core.errors import unknown_choice
+
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+"""The names that ``track`` may have."""
 
 MINI_TRAIN = {
     "epochs": 1,
@@ -47,6 +50,10 @@ MOST_WORKERS = 12
 _SCENARIO_RATES = ". ".join(
     f"The default of scenario {s.name} is {s.lr:g}" for s in SCENARIOS.values() if s.lr
 )
+
+
+def _names(value: str) -> list[str]:
+    return [name for part in value.split(",") if (name := part.strip())]
 
 
 class StorageSettings(Section):
@@ -200,6 +207,16 @@ class DataSettings(Section):
         return bad > max(1.0, self.max_bad * pairs)
 
 
+class InputSizes(NamedTuple):
+    """Tokens of a text, and pixels of an image's side; 0 is what the model was published with."""
+
+    context_length: int = 0
+    image_size: int = 0
+
+
+OWN_SIZES = InputSizes()
+
+
 class ModelSettings(Section):
     title = "Model"
     model: str = setting(
@@ -207,6 +224,24 @@ class ModelSettings(Section):
         "Pretrained CLIP model: a Hugging Face Hub id, a local folder, or 'tiny' (included in "
         "the package).",
         "fixed",
+    )
+    context_length: int = setting(
+        0,
+        "Tokens of a caption that are read; the rest is cut off. 0: as many as the model was "
+        "published with. Where that is less, its position embeddings are stretched.",
+        "fixed",
+        unit="tokens",
+        ge=0,
+        le=4096,
+    )
+    image_size: int = setting(
+        0,
+        "Side of the images that the model sees. 0: as the model was published; otherwise its "
+        "position embeddings are resampled.",
+        "fixed",
+        unit="pixels",
+        ge=0,
+        le=1024,
     )
     scenario: str = setting(
         "dual_lora",
@@ -237,6 +272,11 @@ class ModelSettings(Section):
         "pissa also change the base weights.",
         "fixed",
     )
+
+    @property
+    def input_sizes(self) -> InputSizes:
+        """The sizes of texts and images."""
+        return InputSizes(self.context_length, self.image_size)
 
     @field_validator("model")
     @classmethod
@@ -277,6 +317,26 @@ class LossSettings(Section):
         "full, and when a model without a bias is trained with siglip; otherwise frozen.",
         "fixed",
     )
+    matryoshka: str = setting(
+        "",
+        "Numbers of dimensions, such as 256,128, at which embeddings that are cut off there shall "
+        "be good as well. The loss is the mean over these and all dimensions.",
+        "fixed",
+        metavar="N,...",
+    )
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _numbers_of_dimensions(cls, value: str) -> str:
+        for part in _names(value):
+            if not part.isdecimal() or int(part) < 2:
+                raise ValueError(f"{part!r} is not a number of dimensions; write it as 256,128")
+        return value
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The numbers of dimensions besides the whole, the largest first."""
+        return tuple(sorted({int(part) for part in _names(self.matryoshka)}, reverse=True))
 
 
 class AdaptSettings(ModelSettings, LossSettings):
@@ -459,6 +519,29 @@ class TrackingSettings(Section):
         "written.",
     )
     wandb_project: str = setting("clip-furniture-finetune", "Weights & Biases project.")
+    track: str = setting(
+        "",
+        "Trackers that also get the figures, separated by commas: wandb, tensorboard, mlflow, "
+        "trackio. wandb alone is the same as --wandb online.",
+        metavar="NAME,...",
+    )
+    track_project: str = setting(
+        "clipft", "MLflow experiment, and Trackio project, that the run is added to."
+    )
+
+    @field_validator("track")
+    @classmethod
+    def _known_trackers(cls, value: str) -> str:
+        for name in _names(value):
+            if name not in TRACKERS:
+                raise ValueError(unknown_choice(name, TRACKERS))
+        return value
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """The trackers that are on, each once."""
+        also = ["wandb"] if self.wandb != "disabled" else []
+        return list(dict.fromkeys(also + _names(self.track)))
 
 
 SECTIONS: tuple[type[Section], ...] = (

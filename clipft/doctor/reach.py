@@ -6,9 +6,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from clipft.config.settings import Settings
-from clipft.core.errors import first_line
+from clipft.core.errors import UsageError, first_line
 from clipft.data.shards.names import tars_in
 from clipft.doctor import Finding
+from clipft.runs.trackers import check_installed
 
 _SECONDS = 5
 
@@ -103,9 +104,15 @@ def bucket(settings: Settings) -> Finding:
 
 
 def tracking(settings: Settings) -> Finding:
-    """Check W&B. It never stops a run, so any problem is only a warning."""
-    if settings.wandb == "disabled":
-        return Finding("ok", "off")
+    """Check that the trackers are installed, and W&B. It never stops a run, so any problem with it
+    is only a warning."""
+    names = settings.tracker_names
+    try:
+        check_installed(names)
+    except UsageError as error:
+        return Finding("error", error.message, error.hint)
+    if "wandb" not in names:
+        return Finding("ok", ", ".join(names) or "off")
     try:
         import wandb
     except ImportError as error:

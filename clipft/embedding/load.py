@@ -50,10 +50,11 @@ def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
         UsageError: the device or the precision is not available.
     """
     if pretrained:
-        settings = settings.model_copy(update={"scenario": "zero_shot"})
+        own = {"scenario": "zero_shot", "context_length": 0, "image_size": 0}
+        settings = settings.model_copy(update=own)
     precision = choose_precision(settings)
     compute_fp32_exactly()
-    base = load_pretrained(settings.model)
+    base = load_pretrained(settings.model, settings.input_sizes)
     fingerprint = base.fingerprint()  # before adapt, which changes the weights
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings).to(precision.device)

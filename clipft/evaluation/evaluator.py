@@ -98,8 +98,11 @@ class EvaluationSet:
         ``check`` is called between batches, and may end the work by raising an error.
         """
         settings, progress = self.settings, checked(silent, check)
+        preprocessing = self.preprocessing
+        if loaded.base.sizes != settings.input_sizes:  # the pretrained model, as it was published
+            preprocessing = validation_preprocessing(loaded.base.inputs, self.pairs, settings)
         encoding = open_encoding(
-            loaded, self.pairs, self.preprocessing, settings, lambda note: None, progress=progress
+            loaded, self.pairs, preprocessing, settings, lambda note: None, progress=progress
         )
         embedded = embed_pairs(loaded, self.pairs, encoding, settings, check=check)
         ranked = embedded.where_ranked(loaded.precision.device)
@@ -108,7 +111,9 @@ class EvaluationSet:
             ranked.texts,
             self.identities.of(np.array(embedded.numbers)),  # without the skipped pairs
             [self.labels[number] for number in embedded.numbers],
-            EvaluationOptions(settings.evaluation_bytes, settings.resamples, settings.seed),
+            EvaluationOptions(
+                settings.evaluation_bytes, settings.resamples, settings.seed, settings.dimensions
+            ),
         )
         return ModelEvaluation(embedded, evaluation)
 

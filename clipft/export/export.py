@@ -123,21 +123,22 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
             yield OnnxInputs(batch.pixel_values, batch.input_ids)
 
 
-def chosen_formats(asked: str, has_adapter: bool, scenario: str) -> tuple[str, ...]:
+def chosen_formats(asked: str, no_adapter: str) -> tuple[str, ...]:
     """Return the formats to write for ``--format asked``, which may be ``all``.
 
+    ``no_adapter`` says why there is no adapter to export, and is empty if there is one.
+
     Raises:
-        UsageError: the scenario has no adapter to export, or a package for ONNX is missing.
+        UsageError: there is no adapter to export, or a package for ONNX is missing.
     """
-    if asked == "peft" and not has_adapter:
+    if asked == "peft" and no_adapter:
         raise UsageError(
-            f"--format peft: {scenario} trains no adapter",
-            "use --format transformers, which holds all weights",
+            f"--format peft: {no_adapter}", "use --format transformers, which holds all weights"
         )
     wanted = FORMATS if asked == "all" else (asked,)
     if "onnx" in wanted:
         check_onnx_installed()
-    return tuple(name for name in wanted if name != "peft" or has_adapter)
+    return tuple(name for name in wanted if name != "peft" or not no_adapter)
 
 
 def check_target(out: Path) -> None:

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
@@ -19,8 +20,14 @@ from clipft.metrics.definitions import (
     paired_figures,
     upper_bound_ranks,
 )
-from clipft.metrics.figures import RECALLS
-from clipft.metrics.ranking import Retrieval, paired_ranks, ranks_of, retrieval_of_ranks
+from clipft.metrics.figures import RECALLS, mean_recall
+from clipft.metrics.ranking import (
+    Retrieval,
+    paired_ranks,
+    ranks_of,
+    retrieval,
+    retrieval_of_ranks,
+)
 from clipft.metrics.relevance import Identities, Relevance, relevance
 
 _MOST_CATEGORIES = 50
@@ -30,11 +37,15 @@ _MIN_PAIRS = 5
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """``memory`` limits the bytes of scores held at a time; ``resamples`` 0 means no intervals."""
+    """``memory`` limits the bytes of scores held at a time; ``resamples`` 0 means no intervals.
+
+    Embeddings are also measured when they are cut off after each number of ``dimensions``.
+    """
 
     memory: int
     resamples: int
     seed: int
+    dimensions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,8 @@ class Evaluation:
     """All figures of one model on some pairs.
 
     ``clusters`` is the number that is resampled. Each of the ``captions`` belongs to one of the
-    pairs. ``retrieval`` is the short form of the paired
-    figures, as measured after each epoch.
+    pairs. ``retrieval`` is the short form of the paired figures, as measured after each epoch, and
+    ``by_dimensions`` the same of embeddings that are cut off after that many dimensions.
     """
 
     pairs: int
@@ -105,6 +116,7 @@ class Evaluation:
     categories: dict[str, Category]
     options: EvaluationOptions
     retrieval: Retrieval
+    by_dimensions: dict[int, Retrieval] = field(default_factory=dict)
 
     def recall(self) -> float:
         """Return the mean of paired R@1, R@5 and R@10 of both directions, in 0..1."""
@@ -124,6 +136,10 @@ class Evaluation:
             "by_category": {
                 name: {"pairs": category.pairs, **_to_dicts(category.parts)}
                 for name, category in self.categories.items()
+            },
+            "by_dimensions": {
+                str(size): {"recall": mean_recall(found.to_dict()), **found.to_dict()}
+                for size, found in self.by_dimensions.items()
             },
         }
 
@@ -214,7 +230,13 @@ def evaluate(
             for direction in ("text_to_image", "image_to_text")
         )
     )
-    return Evaluation(len(images), len(texts), clusters, parts, categories, options, short)
+    by_dimensions = {}
+    for size in (images.shape[1], *options.dimensions) if options.dimensions else ():
+        cut_images, cut_texts = (normalize(rows[:, :size], dim=1) for rows in (images, texts))
+        owners = torch.from_numpy(identities.owners)
+        by_dimensions[size] = retrieval(cut_images, cut_texts, options.memory, owners)
+    sizes = len(images), len(texts), clusters
+    return Evaluation(*sizes, parts, categories, options, short, by_dimensions)
 
 
 Samples = dict[tuple[str, str], PerQuery]

@@ -61,6 +61,11 @@ class Architecture:
         squashed=False,
     )
 
+    def embedding_size(self, clip: Any) -> int:
+        """Return the number of dimensions of the shared space."""
+        size: int = clip.config.projection_dim
+        return size
+
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         """Encode normalized pixels, float [B, 3, S, S], into features [B, W]."""
         tower = clip.vision_model
@@ -100,6 +105,10 @@ class Siglip(Architecture):
     model_class = "SiglipModel"
     processor_class = "SiglipProcessor"
     image_defaults = ImageDefaults(mean=(0.5,) * 3, std=(0.5,) * 3, squashed=True)
+
+    def embedding_size(self, clip: Any) -> int:
+        size: int = clip.config.text_config.projection_size
+        return size
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         tower = clip.vision_model

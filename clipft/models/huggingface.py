@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clipft.config.settings import OWN_SIZES
 from clipft.core.errors import UsageError
 from clipft.models.pretrained import TINY, PretrainedModel, loading_errors, model_source
 from clipft.models.trainable import TrainableModel
@@ -81,6 +82,15 @@ def license_of(name: str) -> str | None:
 
 def has_adapter(model: TrainableModel) -> bool:
     return hasattr(model.clip, "peft_config")
+
+
+def why_no_adapter(model: TrainableModel, base: PretrainedModel, scenario: str) -> str:
+    """Say why a model cannot be written as an adapter; empty if it can."""
+    if not has_adapter(model):
+        return f"{scenario} trains no adapter"
+    if base.sizes != OWN_SIZES:
+        return "an adapter would lack the positions of --context-length and --image-size"
+    return ""
 
 
 def added_bias(model: TrainableModel) -> float | None:
@@ -165,6 +175,12 @@ def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = AutoImageProcessor.from_pretrained(source)
     tokenizer.model_max_length = base.inputs.context_length
+    if side := base.sizes.image_size:
+        square = {"height": side, "width": side}
+        crops = "shortest_edge" in image_processor.size
+        image_processor.size = {"shortest_edge": side} if crops else square
+        if crops:
+            image_processor.crop_size = square
     if hasattr(tokenizer, "backend_tokenizer"):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from clipft.config.settings import OWN_SIZES, InputSizes
 from clipft.core.errors import ModelError, first_line
 from clipft.core.files import read_json
 from clipft.models.adapters import base_of_adapter, merge_adapter
@@ -23,6 +24,7 @@ from clipft.models.complete import (
     check_tokenizer,
     check_weights,
 )
+from clipft.models.positions import resize_inputs
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
@@ -63,6 +65,7 @@ class PretrainedModel:
     model: Any
     inputs: ModelInputs
     parameters_count: int
+    sizes: InputSizes = OWN_SIZES
 
     @property
     def architecture(self) -> Architecture:
@@ -87,15 +90,17 @@ class PretrainedModel:
         return digest.hexdigest()
 
 
-def load_pretrained(name: str) -> PretrainedModel:
+def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel:
     """Load the model of a hub id, of a local folder, or ``tiny``, in fp32 on the CPU.
 
-    A folder or hub id may also hold a PEFT adapter, which is merged into its base model.
+    A folder or hub id may also hold a PEFT adapter, which is merged into its base model. ``sizes``
+    change the lengths of texts and the size of images that it takes.
 
     Raises:
         ModelError: it is missing, broken, incomplete, not a CLIP, or cannot be downloaded.
+        UsageError: it cannot take images of that size.
     """
-    inputs = load_inputs(name)
+    inputs = load_inputs(name, sizes)
     import transformers
 
     with loading_errors(name):
@@ -119,11 +124,12 @@ def load_pretrained(name: str) -> PretrainedModel:
     end = tokenizer.eos_token_id
     config.eos_token_id = model.text_model.eos_token_id = end
     config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    resize_inputs(model, sizes)
     parameters = sum(p.numel() for p in model.parameters())
-    return PretrainedModel(name, model.eval(), inputs, parameters)
+    return PretrainedModel(name, model.eval(), inputs, parameters, sizes)
 
 
-def load_inputs(name: str) -> ModelInputs:
+def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
     """Load only the tokenizer and the image preprocessing of a model, without its weights.
 
     Raises:
@@ -152,8 +158,8 @@ def load_inputs(name: str) -> ModelInputs:
     size, defaults = processor.get("size"), architecture.image_defaults
     return ModelInputs(
         tokenizer=tokenizer,
-        context_length=int(config.text_config.max_position_embeddings),
-        image_size=different.pop(),
+        context_length=sizes.context_length or int(config.text_config.max_position_embeddings),
+        image_size=sizes.image_size or different.pop(),
         mean=tuple(processor.get("image_mean", defaults.mean)),
         std=tuple(processor.get("image_std", defaults.std)),
         squashed="height" in size if isinstance(size, dict) else defaults.squashed,

@@ -72,6 +72,11 @@ class TrainableModel(nn.Module):
         self.register_buffer("_shift", -mean / std, persistent=False)
 
     @property
+    def embedding_size(self) -> int:
+        """The number of dimensions of the embeddings."""
+        return self.architecture.embedding_size(self.clip)
+
+    @property
     def image_positions(self) -> int:
         """The number of positions of an image in the vision tower."""
         positions: int = self.clip.vision_model.embeddings.position_embedding.num_embeddings

@@ -52,6 +52,7 @@ class RunPaths:
         self.skipped = folder / "skipped.jsonl"
         self.record = folder / "run.json"
         self.wandb_id = folder / "wandb_id"
+        self.tracking = folder / "tracking"
         self.rankings_before = folder / "rankings-before.json"
         self.rankings_best = folder / "rankings-best.json"
         self.evaluation = folder / "evaluation.json"

@@ -1,27 +1,22 @@
-"""Callbacks that keep the figures of a run: ``metrics.jsonl``, ``run.json``, Weights & Biases."""
+"""Callbacks that keep the figures of a run: ``metrics.jsonl``, ``run.json``, and trackers."""
 
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from clipft.config.settings import TrackingSettings
 from clipft.core.common import Note
 from clipft.core.errors import first_line
 from clipft.core.files import json_lines, read_json, write_json
 from clipft.metrics.figures import DIRECTIONS, figure_tables
 from clipft.runs.folder import RunPaths, append_lines
 from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
+from clipft.runs.trackers import Figures, Tracker
 
 _CLOSING_SECONDS = 30.0
-"""How long a finished run waits for W&B to send the rest of its figures."""
+"""How long a finished run waits for a tracker to send the rest of its figures."""
 
 
 class FileLogger(TrainingCallback):
@@ -71,24 +66,22 @@ class FileLogger(TrainingCallback):
         write_json(self._paths.record, record, indent=2)
 
 
-class WandbLogger(TrainingCallback):
-    """Sends the figures to Weights & Biases, under an id that a resumed run continues.
+class TrackerLogger(TrainingCallback):
+    """Sends the figures to a tracker.
 
-    W&B runs in a thread of its own behind a queue. Training neither waits for it nor stops for it,
-    whatever happens to its server, its disk or its process.
+    The tracker runs in a thread of its own behind a queue. Training neither waits for it nor stops
+    for it, whatever happens to its server, its disk or its process.
     """
 
-    def __init__(
-        self, settings: TrackingSettings, folder: Path, config: dict[str, Any], note: Note
-    ) -> None:
-        self._settings, self._config, self._note = settings, config, note
-        self._paths = RunPaths(folder)
-        # (step, figures); step None is the summary, None instead of a tuple is the end
-        self._queue: queue.SimpleQueue[tuple[int | None, dict[str, Any]] | None]
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+    def __init__(self, tracker: Tracker, note: Note) -> None:
+        self._tracker, self._note = tracker, note
+        # (step, figures); step None is the summary, which is last
+        self._queue: queue.SimpleQueue[tuple[int | None, Figures]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=tracker.title, daemon=True)
+        self._done_steps = 0
 
     def started(self, plan: Plan, done_steps: int) -> None:
+        self._done_steps = done_steps
         self._thread.start()
 
     def stepped(self, result: StepResult) -> None:
@@ -102,16 +95,17 @@ class WandbLogger(TrainingCallback):
         self._queue.put((result.step, figures))
 
     def epoch_ended(self, result: EpochResult) -> None:
-        figures: dict[str, Any] = {"val/loss": result.val_loss, "val/epoch": result.epoch}
+        figures = {"val/loss": result.val_loss, "val/epoch": result.epoch}
         for direction in DIRECTIONS:
             for name, value in result.retrieval[direction].items():
                 figures[f"val/{direction}/{name}"] = value
         self._queue.put((result.step, figures))
 
     def closed(self) -> None:
-        """Send the figures of the report as the summary, and wait for W&B, but not forever."""
+        """Send the figures of the report as the summary, and wait for that, but not forever."""
         # From the files: another process may have measured the pretrained model
-        metrics, evaluation = json_lines(self._paths.metrics), read_json(self._paths.evaluation)
+        paths = self._tracker.paths
+        metrics, evaluation = json_lines(paths.metrics), read_json(paths.evaluation)
         summary = {
             f"{kind}/{row['key']}{'' if end == 'value' else f'/{end}'}": number
             for table in figure_tables(metrics, evaluation)
@@ -120,41 +114,24 @@ class WandbLogger(TrainingCallback):
             for end, number in (row[kind] or {}).items()
         }
         self._queue.put((None, summary))
-        self._queue.put(None)
         if not self._thread.is_alive():
             return
         self._thread.join(_CLOSING_SECONDS)
         if self._thread.is_alive():
-            self._note(f"warning: W&B has not finished after {_CLOSING_SECONDS:.0f} s.")
-            # Python would wait minutes for this process of wandb's at its own exit
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    if child.name().startswith("wandb"):
-                        child.kill()
+            self._note(
+                f"warning: {self._tracker.title} has not finished after {_CLOSING_SECONDS:.0f} s."
+            )
+            self._tracker.abandon()
 
     def _serve(self) -> None:
-        """Send what is in the queue until None arrives; runs in the thread."""
+        """Send what is in the queue, up to the summary; runs in the thread."""
         try:
-            import wandb
-
-            if not self._paths.wandb_id.exists():
-                self._paths.wandb_id.write_text(secrets.token_hex(4), encoding="utf-8")
-            run = wandb.init(
-                project=self._settings.wandb_project,
-                mode=self._settings.wandb,
-                id=self._paths.wandb_id.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                dir=str(self._paths.folder),
-                config=self._config,
-                settings=wandb.Settings(console="off", silent=True),
-            )
-            while (item := self._queue.get()) is not None:
-                step, figures = item
+            self._tracker.open(self._done_steps)
+            while True:
+                step, figures = self._queue.get()
                 if step is None:
-                    run.summary.update(figures)
-                else:
-                    run.log(figures, step=step)
-            run.finish()
+                    return self._tracker.finish(figures)
+                self._tracker.log(step, figures)
         except Exception as error:  # never a reason to stop training
             reason = f"{type(error).__name__}: {first_line(error)}"
-            self._note(f"warning: W&B is off for this run: {reason}")
+            self._note(f"warning: {self._tracker.title} is off for this run: {reason}")

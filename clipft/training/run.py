@@ -22,7 +22,7 @@ from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import CaptionGroups, Rankings, data_name, rank_images
 from clipft.metrics.ranking import retrieval
-from clipft.models.huggingface import write_adapter
+from clipft.models.huggingface import why_no_adapter, write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
@@ -348,7 +348,7 @@ class _Run:
                 loaded = load_fine_tuned(content, settings)
             else:
                 loaded.model.load_trainable_state(content["model_state_dict"])
-        if settings.declared_scenario.lora:
+        if not why_no_adapter(loaded.model, loaded.base, settings.scenario):
             with replacing(self.paths.adapter) as temporary:
                 write_adapter(loaded.model, settings.model, temporary)
         pretrained = load_model(settings, pretrained=True)

@@ -325,7 +325,7 @@ def _open_data(
         train = open_pairs(folder, settings.max_train_pairs)
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     check_chosen_fields(settings, val)
-    inputs = load_inputs(settings.model)
+    inputs = load_inputs(settings.model, settings.input_sizes)
     preprocessing = training_preprocessing(inputs, train, settings, note)
     val_preprocessing = validation_preprocessing(inputs, val, settings)
     remarks = list[str]()

@@ -155,10 +155,13 @@ def check_same(kept: dict[bool, Weights]) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg with .txt")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scenario", default="", help="only the rows of this scenario")
     chosen = parser.parse_args()
-    jobs, rounds = JOBS, 3
+    jobs = tuple(job for job in JOBS if chosen.scenario in ("", job.scenario))
+    rounds = chosen.rounds
     if chosen.quick:
-        jobs, rounds = tuple(replace(job, size=QUICK) for job in JOBS), 1
+        jobs, rounds = tuple(replace(job, size=QUICK) for job in jobs), 1
     with tempfile.TemporaryDirectory() as made:
         place = Place(Path(made) / "model", Path(made) / "data")
         make_model(place.model)

@@ -21,7 +21,7 @@ from side_by_side import arguments, write_figures
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 GIB = 1 << 30
-EFFECTIVE = 4096
+EFFECTIVE, STEP = 4096, 8
 GOAL, MOST_PROBES = 0.05, 10
 
 
@@ -89,7 +89,9 @@ def measure(name: str, quick: bool) -> Row:
         make_model(Path(folder), vision, text, patch // (2 if pixels == 64 else 1), pixels)
         true = child("exhaust", folder, limit)["largest"]
         found = child("find", folder, limit)
-    distance = found["largest"] / true - 1
+    # The exhaustive search knows the true largest only to its step
+    nearest = min(max(found["largest"], true), true + STEP - 1)
+    distance = found["largest"] / nearest - 1
     over = sum(not probe["fits"] for probe in found["probes"])
     met = abs(distance) <= GOAL and len(found["probes"]) <= MOST_PROBES
     return Row(
@@ -155,7 +157,7 @@ def exhaustive(probe: Any) -> int:
         return True
 
     largest = 0
-    for size in range(8, EFFECTIVE + 1, 8):
+    for size in range(STEP, EFFECTIVE + 1, STEP):
         fits = passes(size)
         probe.model.zero_grad(set_to_none=True)
         give_back(probe.device)

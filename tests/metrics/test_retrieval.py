@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def test_paired_figures_equal_those_of_each_epoch():
     for direction in DIRECTIONS:
         for name, value in short[direction].items():
             assert full["paired"][direction]["figures"][name]["value"] == pytest.approx(value)
+
+
+def test_figures_of_embeddings_that_are_cut_off():
+    images = unit(60, 1)
+    texts = noisy(images, 1.0, 2)
+    found = measured(options=replace(OPTIONS, dimensions=(8, 4))).to_dict()
+    assert list(found["by_dimensions"]) == [str(images.shape[1]), "8", "4"]
+    whole = found["by_dimensions"][str(images.shape[1])]
+    assert whole["recall"] == pytest.approx(found["recall"])
+    scores = (
+        functional.normalize(texts[:, :4], dim=1) @ functional.normalize(images[:, :4], dim=1).T
+    )
+    first = (scores.argmax(1) == torch.arange(60)).double().mean().item()
+    assert found["by_dimensions"]["4"]["text_to_image"]["r@1"] == pytest.approx(first)
+    assert measured().to_dict()["by_dimensions"] == {}
 
 
 def test_the_json_holds_every_defined_figure():

@@ -115,6 +115,7 @@ def _comparison(found: "Evaluated", options: Details) -> Iterator[Any]:
         category_table,
         comparison_tables,
         definitions,
+        dimensions_table,
         main_table,
         sweep_table,
         verdict,
@@ -134,6 +135,9 @@ def _comparison(found: "Evaluated", options: Details) -> Iterator[Any]:
             yield from comparison_tables("General data set", general)
     else:
         yield main_table(title, compared, general=general)
+    by_dimensions = dimensions_table(compared)
+    if by_dimensions:
+        yield by_dimensions
     if found.points:
         yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
         loss = " without a clear loss on the general data set" if found.keep else ""

@@ -70,7 +70,7 @@ def export(
         make_repository,
         push,
     )
-    from clipft.models.huggingface import has_adapter
+    from clipft.models.huggingface import why_no_adapter
     from clipft.runs.load import open_model
 
     check_target(target)
@@ -82,9 +82,10 @@ def export(
     overrides = ("model", "device", "precision")
     opened = open_model(place, LoadedSettings(on_cpu, origins), overrides)
     scenario = opened.settings.scenario
-    formats = chosen_formats(options.format, has_adapter(opened.loaded.model), scenario)
-    if options.format == "all" and "peft" not in formats:
-        out.note(f"The peft format is skipped: {scenario} trains no adapter.")
+    no_adapter = why_no_adapter(opened.loaded.model, opened.loaded.base, scenario)
+    formats = chosen_formats(options.format, no_adapter)
+    if options.format == "all" and no_adapter:
+        out.note(f"The peft format is skipped: {no_adapter}.")
     # Made before the export, so that a missing permission shows before the work
     repository = make_repository(options.push) if options.push else None
     data_given = loaded.origins["data_dir"] != "default"

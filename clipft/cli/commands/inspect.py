@@ -101,7 +101,7 @@ def inspect(
     template = template.for_evaluation()
     for pairs in (splits | others).values():
         check_fields(template, pairs)
-    model = load_inputs(loaded.values.model)
+    model = load_inputs(loaded.values.model, loaded.values.input_sizes)
     read = partial(_read, out, max(1, loaded.values.workers()), template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}
     figures = {name: _figures(splits[name], facts[name], model, options.near) for name in splits}

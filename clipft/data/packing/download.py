@@ -2,16 +2,18 @@
 in a folder. The folder outlives a pack that is killed, so no image is downloaded twice."""
 
 import hashlib
-import http.client
 import os
 import queue
 import threading
 import time
-import urllib.request
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import urllib3
+from urllib3 import exceptions as http_errors
 
 from clipft import __version__
 from clipft.data.shards.tar import ByteRange
@@ -24,7 +26,7 @@ _WAIT = 1.0
 _SILENCE, _LONGEST = 20.0, 300.0
 _MAX_BYTES = 64 << 20
 _READ = 1 << 16
-_AGENT = f"clipft/{__version__}"
+_HEADERS = {"User-Agent": f"clipft/{__version__}", "Accept": "image/*,*/*;q=0.5"}
 # HTTP status codes that may be different a little later
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 
@@ -45,7 +47,7 @@ def save_image(place: Path, data: bytes) -> ByteRange:
 
 
 def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, ByteRange | str]]:
-    """Download images into ``folder``, several at a time.
+    """Download images into ``folder``, several at a time, over connections that are kept open.
 
     Yields each URL, in the order in which they finish, with its image or with the reason why there
     is none.
@@ -55,16 +57,16 @@ def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, 
     """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[str, ByteRange | str | Exception]] = queue.SimpleQueue()
+    web = _Web()
 
     def download_waiting() -> None:
-        opener = _http_opener()
         while True:
             try:
                 url = waiting.get_nowait()
             except queue.Empty:
                 return
             try:
-                done.put((url, _download(opener, folder, url)))
+                done.put((url, _download(web, folder, url)))
             except Exception as error:  # raised below, where the result is awaited
                 done.put((url, error))
 
@@ -80,25 +82,15 @@ def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, 
         yield url, result
 
 
-def _http_opener() -> urllib.request.OpenerDirector:
-    """Return an opener without file:, ftp: and data:, which urllib's default one would open: a
-    table or a redirect could name a local file."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    opener.addheaders = [("User-Agent", _AGENT), ("Accept", "image/*,*/*;q=0.5")]
-    return opener
+class _Busy(Exception):
+    """The answer may be another one a little later; the message says what it was."""
 
 
-def _download(opener: urllib.request.OpenerDirector, folder: Path, url: str) -> ByteRange | str:
+class _Refused(Exception):
+    """There will be no image; the message says why."""
+
+
+def _download(web: "_Web", folder: Path, url: str) -> ByteRange | str:
     """Return the image at ``url``, or the reason why the last try failed."""
     place = folder / hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()
     if place.exists():
@@ -108,58 +100,99 @@ def _download(opener: urllib.request.OpenerDirector, folder: Path, url: str) -> 
         if attempt:
             time.sleep(_WAIT * 4 ** (attempt - 1))
         try:
-            data = _get(opener, url)
-        except HTTPError as error:
-            error.close()
-            if 300 <= error.code < 400:
-                return "redirected in circles, or away from http and https"
-            reason = f"HTTP status {error.code}"
-            if error.code not in _BUSY:
-                return reason
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = _reason(error)
+            data = web.get(url)
+        except _Refused as error:
+            return str(error)
+        except _Busy as error:
+            reason = str(error)
         else:
-            if len(data) > _MAX_BYTES:
-                return f"more than {_MAX_BYTES >> 20} MiB"
             # Not within the try above: a full disk ends the pack, it does not skip a pair
             return save_image(place, data)
     return reason
 
 
-def _get(opener: urllib.request.OpenerDirector, url: str) -> bytes:
-    """Return the body of the answer, or a bit more than _MAX_BYTES of a longer one.
+class _Web:
+    """Gets images by http and https, through the proxies that the environment names."""
 
-    Raises:
-        OSError, http.client.HTTPException, ValueError: The request fails, the answer is cut off,
-            or it takes too long.
-    """
-    # Catalogues write URLs with spaces and letters that HTTP does not carry
-    plain = quote(url.strip(), safe="%/:=&?~#+!$,;'@()*[]")
-    until = time.monotonic() + _LONGEST
-    with opener.open(plain, timeout=_SILENCE) as answer:
-        stated = answer.headers.get("Content-Length")
-        data = bytearray()
-        while block := answer.read(_READ):
-            data += block
-            if len(data) > _MAX_BYTES:
-                return bytes(data)
-            if time.monotonic() > until:
-                raise TimeoutError
-        # http.client reports no error if the connection ends early during such reads
-        if stated and stated.isdecimal() and len(data) != int(stated):
-            raise ConnectionError(None, "the connection was closed early")
-    return bytes(data)
+    @cached_property
+    def _direct(self) -> urllib3.PoolManager:
+        return urllib3.PoolManager(num_pools=64, maxsize=_THREADS, headers=_HEADERS)
+
+    @cached_property
+    def _proxies(self) -> dict[str, urllib3.PoolManager]:
+        found: dict[str, urllib3.PoolManager] = {}
+        for scheme, proxy in getproxies().items():
+            if scheme in {"http", "https"}:
+                parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+                login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+                found[scheme] = urllib3.ProxyManager(
+                    parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
+                    maxsize=_THREADS,
+                    headers=_HEADERS,
+                    proxy_headers=urllib3.make_headers(proxy_basic_auth=login)
+                    if parts.username
+                    else None,
+                )
+        return found
+
+    def get(self, url: str) -> bytes:
+        """Return the body of the answer.
+
+        Raises:
+            _Refused, _Busy: The request fails, the answer is cut off, too large, or takes too long.
+        """
+        try:
+            # Catalogues write URLs with spaces and letters that HTTP does not carry
+            parts = urlsplit(quote(url.strip(), safe="%/:=&?~#+!$,;'@()*[]"))
+        except ValueError as error:
+            raise _Refused("not a URL") from error
+        if parts.scheme not in {"http", "https"}:
+            raise _Refused("not an http or https address")
+        if not parts.hostname:
+            raise _Refused("not a URL")
+        try:
+            return self._read(parts)
+        except (http_errors.MaxRetryError, http_errors.LocationValueError) as error:
+            reason = getattr(error, "reason", None)
+            if reason is None or isinstance(reason, http_errors.ResponseError):
+                raise _Refused("redirected in circles, or away from http and https") from error
+            raise _Busy(_reason(reason)) from error
+        except (http_errors.HTTPError, OSError) as error:
+            raise _Busy(_reason(error)) from error
+
+    def _read(self, url: SplitResult) -> bytes:
+        pool = self._direct
+        if not proxy_bypass(url.hostname or ""):
+            pool = self._proxies.get(url.scheme, pool)
+        until = time.monotonic() + _LONGEST
+        retries = urllib3.Retry(connect=0, read=0, redirect=10, status=0, other=0)
+        answer = pool.request(
+            "GET", url.geturl(), preload_content=False, retries=retries, timeout=_SILENCE
+        )
+        try:
+            if not 200 <= answer.status < 300:
+                kind = _Busy if answer.status in _BUSY else _Refused
+                raise kind(f"HTTP status {answer.status}")
+            data = bytearray()
+            for block in answer.stream(_READ):
+                data += block
+                if len(data) > _MAX_BYTES:
+                    raise _Refused(f"more than {_MAX_BYTES >> 20} MiB")
+                if time.monotonic() > until:
+                    raise TimeoutError
+        except BaseException:
+            answer.close()  # what is left of the body would come before the next answer
+            raise
+        answer.release_conn()
+        return bytes(data)
 
 
 def _reason(error: Exception) -> str:
     """Describe an error without what differs from image to image, because reasons are counted."""
-    if isinstance(error, URLError) and isinstance(error.reason, Exception):
-        return _reason(error.reason)
-    if isinstance(error, URLError):  # urllib's own, raised before it uses the network
-        return "not an http or https address"
-    if isinstance(error, TimeoutError):
+    if isinstance(error, http_errors.TimeoutError | TimeoutError):
         return "the server did not answer in time"
-    if isinstance(error, ValueError | http.client.InvalidURL):
-        return "not a URL"
-    strerror = getattr(error, "strerror", None)
+    if isinstance(error, http_errors.ProtocolError):  # of which IncompleteRead is one
+        return "download failed: the connection was closed early"
+    cause = error.__cause__ or error.__context__
+    strerror = getattr(error, "strerror", None) or getattr(cause, "strerror", None)
     return f"download failed: {strerror or type(error).__name__}"

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from clipft.config.settings import LossSettings
+from clipft.core.errors import UsageError
 from clipft.models.trainable import TrainableModel
 
 # Logits that exist at once, by device; the work needs a few times as much. More is slower on a CPU
@@ -38,6 +39,9 @@ class ContrastiveLoss:
     masked: bool
     block_logits: int | None = None
     """Logits that exist at once; by default those of ``BLOCK_LOGITS``."""
+    dimensions: tuple[int, ...] = ()
+    """Where embeddings are also cut off (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147): the
+    loss is the mean over these and all dimensions, with equal weights."""
 
     def __call__(self, images: Tensor, texts: Tensor, groups: Tensor | None = None) -> Tensor:
         """The loss of unit embeddings, float32 [N, D] each, as a scalar tensor.
@@ -46,6 +50,14 @@ class ContrastiveLoss:
         row is its own group. Differentiable once, in the embeddings and in the model's
         ``logit_scale`` and ``logit_bias``.
         """
+        total = self._of_all_dimensions(images, texts, groups)
+        for size in self.dimensions:
+            with _full_precision(images.device):
+                cut_images, cut_texts = (normalize(x[:, :size], dim=1) for x in (images, texts))
+            total = total + self._of_all_dimensions(cut_images, cut_texts, groups)
+        return total / (1 + len(self.dimensions)) if self.dimensions else total
+
+    def _of_all_dimensions(self, images: Tensor, texts: Tensor, groups: Tensor | None) -> Tensor:
         n, device = len(images), images.device
         at_once = self.block_logits or BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"])
         targets = _Targets()
@@ -81,9 +93,20 @@ class ContrastiveLoss:
 
 
 def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
-    """The loss that ``settings`` name; ``auto`` is the one the base model was trained with."""
+    """The loss that ``settings`` name; ``auto`` is the one the base model was trained with.
+
+    Raises:
+        UsageError: the model has no more dimensions than ``matryoshka`` names.
+    """
     name = model.architecture.loss if settings.loss == "auto" else settings.loss
-    return ContrastiveLoss(model, LOSSES[name], masked=settings.positives_mode == "mask")
+    masked, cuts = settings.positives_mode == "mask", settings.dimensions
+    if cuts and cuts[0] >= model.embedding_size:
+        raise UsageError(
+            f"--matryoshka {settings.matryoshka}: the embeddings have {model.embedding_size} "
+            "dimensions",
+            "name smaller numbers; all dimensions count anyway",
+        )
+    return ContrastiveLoss(model, LOSSES[name], masked, dimensions=cuts)
 
 
 @contextmanager
@@ -224,8 +247,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: with copies, the memory of a step would grow faster with its pairs
         parts = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *(part * gradient if needed else None for part, needed in parts), None
+        return *(part.mul_(gradient) if needed else None for part, needed in parts), None
 
 
 def _softmax(logits: Tensor) -> Tensor:

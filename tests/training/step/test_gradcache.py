@@ -103,6 +103,17 @@ def test_exact_is_one_big_batch_in_transformers_own_words(scenario, micro, room,
     assert_same(gradients(loaded), expected)
 
 
+def test_exact_with_matryoshka_is_one_big_batch(pairs):
+    loaded = load("dual_lora")
+    at_once, cut_up = accumulation(loaded, room=ALL_ROOM), accumulation(loaded)
+    for step in (at_once, cut_up):
+        step.loss = replace(step.loss, dimensions=(64, 32))
+    loss = at_once(0, [pairs]).item()
+    expected = gradients(loaded)
+    assert cut_up(0, cut(pairs, 5)).item() == pytest.approx(loss, rel=1e-5)
+    assert_same(gradients(loaded), expected)
+
+
 @pytest.mark.parametrize("micro", [1, 4, 12])
 @pytest.mark.parametrize("scenario", ["dual_lora", "text_lora"])
 def test_masks_belong_to_the_pairs_whatever_the_micro_batches(scenario, micro, pairs):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipft.config.settings import LossSettings
+from clipft.core.errors import UsageError
 from clipft.core.memory import peak_memory
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 
@@ -320,3 +321,27 @@ def test_a_loss_of_nearly_zero_is_never_below_zero(seed, size, spread, block, na
     expected = exact.loss(name, kind)(exact.images, exact.texts, groups)
     assert loss >= 0
     assert loss.item() == pytest.approx(expected.item(), abs=2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("mode", ["soft", "mask"])
+def test_matryoshka_is_the_mean_of_the_losses_of_cut_embeddings(name, mode):
+    case = Case.drawn(seed=4, size=9, kinds=3, width=8)
+    ours = replace(case.loss(name, mode), dimensions=(6, 3))(case.images, case.texts, case.groups)
+
+    def cut(size: int) -> Case:
+        rows = (functional.normalize(x[:, :size], dim=1) for x in (case.images, case.texts))
+        return Case(*rows, case.scale, case.bias, case.groups)
+
+    parts = [naive(part, name, mode, case.groups) for part in (case, cut(6), cut(3))]
+    expected = sum(parts) / 3
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(case.gradients(ours), case.gradients(expected))
+
+
+def test_matryoshka_needs_fewer_dimensions_than_there_are():
+    holder = SimpleNamespace(logit_scale=None, logit_bias=None, embedding_size=128)
+    with pytest.raises(UsageError, match="the embeddings have 128 dimensions"):
+        make_loss(LossSettings(loss="clip", matryoshka="64,128"), holder)
+    with pytest.raises(ValueError, match="not a number of dimensions"):
+        LossSettings(matryoshka="64,wide")
