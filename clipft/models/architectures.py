@@ -143,5 +143,16 @@ class Siglip(Architecture):
         return projected
 
 
-ARCHITECTURES: dict[str, Architecture] = {"clip": Architecture(), "siglip": Siglip()}
+class MetaClip2(Architecture):
+    """``transformers.MetaClip2Model``: CLIP's modules under another name, with a multilingual
+    tokenizer."""
+
+    model_class = "MetaClip2Model"
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "clip": Architecture(),
+    "siglip": Siglip(),
+    "metaclip_2": MetaClip2(),
+}
 """By the ``model_type`` of a checkpoint's configuration."""

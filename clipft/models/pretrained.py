@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -35,6 +38,8 @@ _LFS_POINTER = b"version https://git-lfs"
 def quiet_libraries() -> None:
     """Silence warnings of the model libraries. Call it before the first of them is imported."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It warns of each of its tries to reach the hub; the last one ends in an error of ours
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -139,6 +144,7 @@ def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
     from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor
 
     with loading_errors(name):
+        _check_hub_is_known(name)
         source = model_source(name)
         architecture = _find_architecture(name, source)
         _check_image_processor(name, source)
@@ -182,6 +188,20 @@ def model_source(name: str) -> str:
             hint = f"it is a checkpoint of open_clip: convert it to transformers, or {hint}"
         raise ModelError(f"no model in {source}: config.json is missing", hint)
     return source
+
+
+def _check_hub_is_known(name: str) -> None:
+    """Notice at once that there is no network; the hub's own client tries for a minute.
+
+    Raises:
+        OSError: the hub's name cannot be resolved, and the model is not in the local cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if name == TINY or looks_local(name) or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
 
 
 def _base_of(name: str) -> str | None:

@@ -12,10 +12,13 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    MetaClip2Config,
+    MetaClip2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
     SiglipTokenizer,
+    XLMRobertaTokenizer,
 )
 
 TEXTS = ["a red chair", "An oak table, with 4 drawers!", "lamp", "a blue sofa in a large room"]
@@ -71,6 +74,22 @@ def write_clip(
     towers = _towers(patch, size, act, eos_token_id=end, vocab_size=49408)
     config = CLIPConfig(projection_dim=24, initializer_factor=5.0, **towers)
     CLIPModel(config).save_pretrained(str(folder))
+    square = {"height": size, "width": size}
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square).save_pretrained(str(folder))
+    return folder
+
+
+def write_metaclip_2(folder: Path, patch: int = 32, size: int = 64) -> Path:
+    """Write a MetaCLIP 2, whose tokenizer is XLM-R's; its vocabulary here is single letters."""
+    torch.manual_seed(0)
+    letters = sorted({letter for text in TEXTS for letter in text if letter != " "})
+    special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+    pieces = [*special, ("▁", -2.0), *((letter, -3.0) for letter in letters), ("<mask>", 0.0)]
+    tokenizer = XLMRobertaTokenizer(vocab=pieces)
+    tokenizer.save_pretrained(str(folder))
+    towers = _towers(patch, size, "quick_gelu", eos_token_id=2, vocab_size=len(tokenizer))
+    config = MetaClip2Config(projection_dim=24, initializer_factor=5.0, **towers)
+    MetaClip2Model(config).save_pretrained(str(folder))
     square = {"height": size, "width": size}
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square).save_pretrained(str(folder))
     return folder

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPModel,
@@ -30,7 +31,12 @@ from clipft.data.demo.catalogue import render_pair
 from clipft.data.images.augmentation import Transform
 from clipft.models.pretrained import PretrainedModel, load_inputs, load_pretrained
 from clipft.models.trainable import TrainableModel, adapt
-from tests.models.checkpoints import TEXTS, clip_tokenizer, write_clip, write_siglip
+from tests.models.checkpoints import (
+    TEXTS,
+    write_clip,
+    write_metaclip_2,
+    write_siglip,
+)
 
 Folders = Callable[[str], Path]
 
@@ -42,6 +48,7 @@ KINDS = {
     "LAION": lambda folder: write_clip(folder, 32, act="gelu"),
     "old-config": lambda folder: write_clip(folder, 32, end=2),
     "SigLIP": write_siglip,
+    "MetaCLIP-2": write_metaclip_2,
 }
 
 
@@ -91,9 +98,9 @@ def pipeline(kind: str, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         processor = SiglipProcessor(SiglipImageProcessor.from_pretrained(str(folder)), tokenizer)
         text = {"padding": "max_length", "return_attention_mask": False}
     else:
-        model = CLIPModel.from_pretrained(str(folder)).eval()
+        model = AutoModel.from_pretrained(str(folder)).eval()
         image_processor = CLIPImageProcessor.from_pretrained(str(folder))
-        processor = CLIPProcessor(image_processor, clip_tokenizer())
+        processor = CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(str(folder)))
         text = {"padding": True}
     given = processor(text=TEXTS, images=some_images(), return_tensors="pt", **text)
     with torch.no_grad():
@@ -176,21 +183,22 @@ def test_texts_are_pooled_at_their_end_despite_an_old_configuration(folders, tmp
     assert not torch.allclose(theirs.pooler_output, right)
 
 
+@pytest.mark.parametrize("kind", ["SigLIP", "MetaCLIP-2"])
 @pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if s.trains])
-def test_every_scenario_trains_siglip(name, folders):
+def test_every_scenario_trains_other_families(name, kind, folders):
     scenario = SCENARIOS[name]
-    model = tuned(folders("SigLIP"), name)
-    pixels, ids = pixels_and_ids(folders("SigLIP"))
+    model = tuned(folders(kind), name)
+    pixels, ids = pixels_and_ids(folders(kind))
     images, texts = model.train()(pixels, ids)
     assert images.requires_grad == model.images_trainable
     assert texts.requires_grad == model.texts_trainable
     (images @ texts.T).diagonal().sum().backward()
     learning = [n for n, p in model.trainable() if p.grad is not None]
-    for projection, path in (("visual", "vision_model.head.mlp."), ("text", "text_model.head.")):
-        wanted = scenario.full or f"{projection}_projection" in scenario.projections
-        assert any(path in name for name in learning) == wanted
+    for projection, path in model.architecture.projections.items():
+        wanted = scenario.full or projection in scenario.projections
+        assert any(f"{path}." in name for name in learning) == wanted
     assert any(".lora_B" in name for name in learning) == bool(scenario.lora)
-    again = tuned(folders("SigLIP"), name)
+    again = tuned(folders(kind), name)
     again.load_trainable_state(model.trainable_state())
 
 

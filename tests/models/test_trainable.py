@@ -1,5 +1,7 @@
 import json
 import math
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,13 @@ from transformers import CLIPConfig, CLIPModel
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
-from clipft.models.pretrained import ModelInputs, PretrainedModel, load_pretrained, model_source
+from clipft.models.pretrained import (
+    ModelInputs,
+    PretrainedModel,
+    load_inputs,
+    load_pretrained,
+    model_source,
+)
 from clipft.models.trainable import TrainableModel, adapt
 
 SETTINGS = load_settings({}, environ={}).values
@@ -204,6 +212,20 @@ def test_a_missing_model_is_an_error(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=message):
         load_pretrained(name)
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, tmp_path):
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("clipft.models.pretrained.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=r"cannot get model some/model: .*Name or service"):
+        load_inputs("some/model")
+    assert time.monotonic() - began < 5  # the hub's client would try for a minute
 
 
 def test_tiny_is_the_packaged_model_even_beside_a_folder_of_that_name(tmp_path, monkeypatch):
