@@ -36,18 +36,33 @@ def test_every_command_of_the_promise_is_there():
     assert promised | {"demo", "settings"} <= set(NAMES)
 
 
+HELP_OF_EACH = f"""
+import contextlib, io, json, sys
+from clipft.cli.app import COMMANDS, run
+told = {{}}
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        code = run([name, "--help"])
+    told[name] = code, [m for m in {HEAVY!r} if m in sys.modules], text.getvalue()
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[int, list[str], str]]:
+    """For each command: its exit code, what is loaded after it, and its text."""
+    done = subprocess.run([sys.executable, "-c", HELP_OF_EACH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_help_has_examples_and_loads_nothing_heavy(name):
-    code = (
-        "import sys; from clipft.cli.app import run; "
-        f"code = run([{name!r}, '--help']); "
-        f"print(code, [m for m in {HEAVY!r} if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("0 []"), done.stdout[-300:] + done.stderr
-    assert "Examples" in done.stdout
+def test_help_has_examples_and_loads_nothing_heavy(name, helps):
+    code, loaded, text = helps[name]
+    assert (code, loaded) == (0, [])
+    assert "Examples" in text
     for option in ("--json", "--debug"):
-        assert option in done.stdout
+        assert option in text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,11 +150,13 @@ def test_every_setting_is_an_option_of_train(capsys, monkeypatch):
         assert f"--{name.replace('_', '-')}" in text
 
 
-def test_help_is_readable_in_40_columns_and_without_colour():
-    done = clipft("train", "--help", env={**os.environ, "COLUMNS": "40", "NO_COLOR": "1"})
-    assert done.returncode == 0
-    assert "\x1b" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 40
+def test_help_is_readable_in_40_columns_and_without_colour(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 40
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -162,6 +179,17 @@ def test_each_kind_of_error_has_a_code_of_its_own():
     assert len(codes) == len(set(codes))
 
 
+def completions(typed: str, monkeypatch, capsys) -> list[str]:
+    """What the shell is offered for the last word of ``typed``."""
+    monkeypatch.setenv("_CLIPFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit) as ended:
+        run([])
+    assert not ended.value.code
+    return capsys.readouterr().out.split()
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -172,14 +200,16 @@ def test_each_kind_of_error_has_a_code_of_its_own():
         ("clipft export --format onn", "onnx"),
     ],
 )
-def test_the_shell_completes_commands_options_and_values(typed, offered):
-    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
-    done = clipft(env={**os.environ, **words, "_CLIPFT_COMPLETE": "complete_bash"})
-    assert offered in done.stdout.split()
+def test_the_shell_completes_commands_options_and_values(typed, offered, monkeypatch, capsys):
+    assert offered in completions(typed, monkeypatch, capsys)
 
 
-def test_the_shell_completes_folders(tmp_path):
+def test_the_shell_completes_folders(tmp_path, monkeypatch, capsys):
     (tmp_path / "catalogue").mkdir()
-    words = {"COMP_WORDS": f"clipft train --data-dir {tmp_path}/cat", "COMP_CWORD": "3"}
-    done = clipft(env={**os.environ, **words, "_CLIPFT_COMPLETE": "complete_bash"})
-    assert done.stdout.split() == [f"{tmp_path}/catalogue/"]
+    offered = completions(f"clipft train --data-dir {tmp_path}/cat", monkeypatch, capsys)
+    assert offered == [f"{tmp_path}/catalogue/"]
+
+
+def test_a_shell_asks_the_installed_program():
+    words = {"COMP_WORDS": "clipft tra", "COMP_CWORD": "1", "_CLIPFT_COMPLETE": "complete_bash"}
+    assert clipft(env={**os.environ, **words}).stdout.split() == ["train"]

@@ -15,6 +15,7 @@ from clipft.distributed import rendezvous
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero, rank_zero_first
 from clipft.distributed.rendezvous import find_rendezvous, start_processes
+from tests import warm
 from tests.training.process_helpers import (
     ROOT,
     free_port,
@@ -190,7 +191,7 @@ print([name for name in names if name.startswith(("gloo", "pt_"))])
 """
     port = free_port()
     both = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, "-c", body],
             env=torchrun_environment(rank, 2, port),
             stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ import pytest
 from clipft.core.errors import ProcessError
 from clipft.distributed import waiting
 from clipft.distributed.waiting import Waiting, meet, named
+from tests import warm
 from tests.training.process_helpers import ROOT, free_port, torchrun_environment
 
 
@@ -76,7 +77,7 @@ def test_ctrl_c_ends_the_wait():
         "from clipft.cli.app import run; import sys;"
         "sys.exit(run(['train', '--model', 'tiny', '--device', 'cpu']))"
     )
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-c", code],
         env={**torchrun_environment(0, 2, free_port()), "PYTHONUNBUFFERED": "1"},
         stderr=subprocess.PIPE,

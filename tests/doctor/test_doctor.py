@@ -16,23 +16,13 @@ from clipft.core.errors import ModelError
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.examination import CHECKS, examine, run_check
 from clipft.models.pretrained import model_source
+from tests import warm
 
 TINY = Settings(model="tiny", device="cpu")
 
 
 def but(**changed) -> Settings:
     return TINY.model_copy(update=changed)
-
-
-def doctor(*args: str, **environ: str) -> "tuple[subprocess.CompletedProcess[str], dict]":
-    """Runs ``clipft doctor`` in a process of its own, and returns its checks by name."""
-    done = subprocess.run(
-        [sys.executable, "-m", "clipft", "doctor", "--device", "cpu", "--json", *args],
-        capture_output=True,
-        text=True,
-        env=os.environ | environ,
-    )
-    return done, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
 
 def test_a_machine_that_can_train_is_ready(catalogue, tmp_path, capsys):
@@ -70,7 +60,13 @@ def test_a_torchvision_that_does_not_fit_is_found_and_the_other_checks_still_run
     (fake / "__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')"
     )
-    done, checks = doctor("--model", "tiny", PYTHONPATH=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "clipft", "doctor", "--model", "tiny", "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.returncode == 10
     assert "torchvision::nms does not exist" in checks["libraries fit"]["found"]
     assert "pip install" in checks["libraries fit"]["hint"]
@@ -78,14 +74,15 @@ def test_a_torchvision_that_does_not_fit_is_found_and_the_other_checks_still_run
     assert "Traceback" not in done.stderr
 
 
-def test_a_library_of_a_wrong_version_is_found(tmp_path):
+def test_a_library_of_a_wrong_version_is_found(tmp_path, monkeypatch):
     """Another version comes before the real one on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
     info = tmp_path / "peft-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    _, checks = doctor("--model", "tiny", PYTHONPATH=str(tmp_path))
-    assert checks["packages"]["status"] == "error"
-    assert "peft 0.1.0 is not" in checks["packages"]["found"]
+    found = run_check("packages", TINY)
+    assert found.status == "error"
+    assert "peft 0.1.0 is not" in found.found
 
 
 @pytest.mark.parametrize(
@@ -132,7 +129,7 @@ def test_a_memory_limit_of_the_process_is_respected():
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2); "
         "print(machine.memory(Settings()).status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "warning", done.stderr
 
 

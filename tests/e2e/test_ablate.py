@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clipft.cli.app import run
+from tests import warm
 
 SMALL = [
     *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "16", "--num-workers", "0"),
@@ -38,8 +39,8 @@ def ablation(catalogue, tmp_path_factory) -> dict:
     args += ["--data-dir", str(catalogue), "--output-dir", str(out)]
     environment = {**os.environ, "CLIPFT_CACHE": str(root / "cache")}
 
-    def start(*more: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+    def start(*more: str) -> warm.Popen:
+        return warm.Popen(
             [sys.executable, "-m", "clipft", *args, *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -63,7 +64,7 @@ def ablation(catalogue, tmp_path_factory) -> dict:
     }
 
 
-def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
+def wait_for(path: Path, text: str, process: warm.Popen) -> None:
     limit = time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
         if path.exists() and text in path.read_text():

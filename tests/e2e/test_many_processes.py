@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from clipft.cli.app import run
+from tests import warm
 from tests.conftest import write_shard
 from tests.training.process_helpers import free_port, torchrun_environment
 
@@ -27,9 +28,9 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
     return ["train", *SMALL, "--data-dir", str(data), "--output-dir", str(out), *more]
 
 
-def start(command: list[str], out: Path, **environment: str) -> "subprocess.Popen[str]":
+def start(command: list[str], out: Path, **environment: str) -> warm.Popen:
     out.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
+    return warm.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -47,7 +48,7 @@ def clipft(*args: str) -> list[str]:
     return [sys.executable, "-m", "clipft", *args]
 
 
-def done(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
+def done(process: warm.Popen, code: int = 0) -> tuple[str, str]:
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
@@ -194,7 +195,7 @@ def test_sigterm_to_the_launcher_stops_all(data, tmp_path):
     assert stderr.count("error: stopped by SIGTERM after step") == 1
 
 
-def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(out: Path, step: int, process: warm.Popen) -> None:
     limit = time.monotonic() + 200
     while time.monotonic() < limit and process.poll() is None:
         if any(f'"step": {step},' in path.read_text() for path in out.glob("*/metrics.jsonl")):
@@ -206,11 +207,11 @@ def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> Non
 LONG = ("--epochs", "200", *MORE)
 
 
-def workers(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers(launcher: warm.Popen) -> list[psutil.Process]:
     """The processes that train, by rank."""
     found = psutil.Process(launcher.pid).children()
-    ranked = [(child.environ().get("RANK"), child) for child in found if child.is_running()]
-    return [child for rank, child in sorted((r, c) for r, c in ranked if r is not None)]
+    ranked = {child.name(): child for child in found if child.is_running()}
+    return [ranked[name] for name in sorted(ranked) if name.startswith("rank-")]
 
 
 def assert_a_kill_is_said_and_the_state_whole(args: list[str], out: Path, victim: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from clipft.cli.app import run
+from tests import warm
 
 SMALL = [
     *("--model", "tiny", "--epochs", "3", "--effective-batch-size", "32"),
@@ -112,9 +113,9 @@ def test_the_micro_batch_size_changes_only_rounding(catalogue, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def start(catalogue: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+def start(catalogue: Path, out: Path, *more: str) -> warm.Popen:
     args = ["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more]
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-m", "clipft", *args],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -123,7 +124,7 @@ def start(catalogue: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(out: Path, step: int, process: warm.Popen) -> None:
     path, limit = out / "dual_lora" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
         if path.exists() and f'"step": {step},' in path.read_text():

@@ -1,19 +1,15 @@
-"""clipft run as a program, driven from outside with real processes, signals and limits.
+"""clipft run as a program, driven from outside with real processes, signals and limits."""
 
-``Programs`` starts one process that has all heavy packages loaded and forks it for each call, so
-that a run costs what it costs beyond its imports; everything else is as ``python -m clipft``.
-"""
-
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,59 +24,17 @@ def command(catalogue: Path, out: Path, *more: str) -> list[str]:
     return ["train", *SMALL, "--data-dir", str(catalogue), "--output-dir", str(out), *more]
 
 
-SERVER = """
-import json, os, resource, signal, sys
-import torch, transformers, peft
-import clipft.cli.running, clipft.training.run, clipft.runs.folder
-import clipft.report.run_page, clipft.export.export, clipft.report.report
-from clipft.cli.app import run
-
-def child(asked):
-    os.setsid()
-    os.environ.clear(); os.environ.update(asked["env"])
-    os.chdir(asked["cwd"])
-    for name, size in asked["limits"].items():
-        number = getattr(resource, "RLIMIT_" + name)
-        resource.setrlimit(number, (size, resource.getrlimit(number)[1]))
-    if asked["umask"] is not None:
-        os.umask(asked["umask"])
-    for path, number in ((os.devnull, 0), (asked["out"], 1), (asked["err"], 2)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(file, number)
-    sys.argv = ["clipft", *asked["args"]]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return run(asked["args"])
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    if "end" in asked:
-        break
-    if "wait" in asked:
-        _, status = os.waitpid(asked["wait"], 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if not pid:
-        try:
-            code = child(asked)
-        except SystemExit as end:
-            code = end.code
-        # As a program ends: atexit, threads, the flush of its files
-        sys.exit(code)
-    print(pid, flush=True)
-os._exit(0)
-"""
-
-
 @dataclass
 class Program:
     """A program that was started."""
 
-    pid: int
+    process: warm.Popen
     out_path: Path
     err_path: Path
-    _wait: Callable[[int], int]
-    _code: int | None = field(default=None)
+
+    @property
+    def pid(self) -> int:
+        return int(self.process.pid)
 
     @property
     def out(self) -> str:
@@ -92,28 +46,19 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """True until the program ends or was waited for."""
-        stat = Path(f"/proc/{self.pid}/stat")
-        try:
-            return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-        except FileNotFoundError:
-            return False
+        return self.process.poll() is None
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        self.process.send_signal(number)
 
     def wait(self, seconds: float = 120) -> int:
         """Wait for the exit code; negative if a signal ended the program."""
-        end = time.monotonic() + seconds
-        while self._code is None and self.running:
-            if time.monotonic() > end:
-                os.killpg(self.pid, signal.SIGKILL)
-                self._code = self._wait(self.pid)
-                raise AssertionError(f"it did not end within {seconds} s: {self.err}")
-            time.sleep(0.002)
-        if self._code is None:
-            self._code = self._wait(self.pid)
-        return self._code
+        try:
+            return int(self.process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"it did not end within {seconds} s: {self.err}") from None
 
     def error(self) -> tuple[str, str]:
         """The texts after ``error: `` and ``hint: ``, each of which must occur once."""
@@ -129,15 +74,10 @@ class Program:
 
 
 class Programs:
+    """Starts programs whose output goes to files in ``folder``, and kills those that are left."""
+
     def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
+        self._folder, self._started = folder, list[Program]()
 
     def start(
         self,
@@ -145,22 +85,25 @@ class Programs:
         env: dict[str, str | None] | None = None,
         cwd: Path | None = None,
         limits: dict[str, int] | None = None,
-        umask: int | None = None,
+        umask: int = -1,
     ) -> Program:
         """Start ``clipft ARGS``. A value of None in ``env`` removes the variable."""
-        self._count += 1
-        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        count = len(self._started)
+        out, err = (self._folder / f"{count}.{name}" for name in ("out", "err"))
         environ = {**os.environ, **(env or {})}
-        asked = {
-            "args": args,
-            "env": {name: value for name, value in environ.items() if value is not None},
-            "cwd": str(cwd or self._folder),
-            "limits": limits or {},
-            "umask": umask,
-            "out": str(out),
-            "err": str(err),
-        }
-        return Program(int(self._ask(asked)), out, err, lambda pid: int(self._ask({"wait": pid})))
+        with out.open("w") as writes, err.open("w") as errs:
+            process = warm.Popen(
+                [sys.executable, "-m", "clipft", *args],
+                env={name: value for name, value in environ.items() if value is not None},
+                cwd=cwd or self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=writes,
+                stderr=errs,
+                limits=limits,
+                umask=umask,
+            )
+        self._started.append(Program(process, out, err))
+        return self._started[-1]
 
     def run(self, *args: str, **more) -> Program:
         """Start a program and wait for its end."""
@@ -169,22 +112,9 @@ class Programs:
         return program
 
     def close(self) -> None:
-        # Told so: processes that tests have forked may hold the pipe open
-        pipe = _pipe(self._server.stdin)
-        pipe.write(json.dumps({"end": True}) + "\n")
-        pipe.close()
-        self._server.wait(60)
-
-    def _ask(self, asked: dict[str, object]) -> str:
-        pipe = _pipe(self._server.stdin)
-        pipe.write(json.dumps(asked) + "\n")
-        pipe.flush()
-        return _pipe(self._server.stdout).readline()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe
-    return pipe
+        for program in self._started:
+            program.signal(signal.SIGKILL)
+            program.wait()
 
 
 def wait_until(true: Callable[[], bool], program: Program, seconds: float = 60) -> None:

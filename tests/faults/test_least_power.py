@@ -1,13 +1,13 @@
 """Secrets are not leaked, the network is not used without need, and data is never executed."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from clipft.cli.app import run
+from tests import warm
 from tests.faults.helpers import one_error
 from tests.faults.outside import ROOT
 from tests.tiny_run import TINY
@@ -103,13 +103,8 @@ def test_a_run_on_local_data_does_not_use_the_network(catalogue, tmp_path):
     args = ["train", *TINY, "--data-dir", str(catalogue), "--output-dir", str(tmp_path)]
     environ = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environ |= {"OMP_NUM_THREADS": "1", "CLIPFT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NETWORK, *args],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", WITHOUT_NETWORK, *args]
+    done = warm.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

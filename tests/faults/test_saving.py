@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from clipft.runs.checkpoint import load_newest
+from tests import warm
 from tests.faults.outside import ROOT, command
 
 CALLS = "write,fsync,rename,link,unlink"
@@ -66,7 +67,7 @@ def strace() -> str:
 
 @pytest.fixture(scope="module")
 def saver():
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-c", SAVER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clipft.cli.app import run
+from tests import warm
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error
 from tests.faults.outside import ROOT, command, steps, wait_until
@@ -20,9 +21,7 @@ from tests.tiny_run import TINY
 
 def installed(*args: str, **more) -> "subprocess.CompletedProcess[bytes]":
     """Run ``clipft`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "clipft", *args], cwd=ROOT, stderr=subprocess.PIPE, **more
-    )
+    return warm.run([sys.executable, "-m", "clipft", *args], stderr=subprocess.PIPE, **more)
 
 
 @pytest.mark.slow
@@ -149,7 +148,7 @@ def test_a_run_survives_a_closed_stderr(catalogue, whole, tmp_path):
     env = {**os.environ, "CLIPFT_CACHE": str(whole / "cache")}
     args = [sys.executable, "-m", "clipft", *command(catalogue, tmp_path)]
     try:
-        done = subprocess.run(args, cwd=ROOT, stdout=writing, stderr=writing, env=env)
+        done = warm.run(args, stdout=writing, stderr=writing, env=env)
     finally:
         os.close(writing)
     assert done.returncode == 0

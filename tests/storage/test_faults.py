@@ -12,6 +12,7 @@ import pytest
 
 from clipft.cli.app import run
 from clipft.storage.s3 import client as opening
+from tests import warm
 from tests.faults.helpers import one_error
 from tests.storage.faulty_proxy import (
     Times,
@@ -228,7 +229,7 @@ def test_a_killed_sync_leaves_no_partial_file_and_the_next_fetches_only_the_rest
     first = Times(10**9, lambda exchange: (time.sleep(0.02), exchange.send()), contains=".jpg")
     with faulty_proxy(real_bucket.settings.endpoint_url, first) as url:
         command = [sys.executable, "-m", "clipft", *flags(real_bucket, url, 30), "--no-pack"]
-        victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        victim = warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(first.seen) < 20:
             assert victim.poll() is None
             time.sleep(0.01)

@@ -14,6 +14,7 @@ import torch
 
 from clipft.cli.app import run
 from clipft.data.demo.catalogue import render_pair
+from tests import warm
 from tests.conftest import jpeg, write_shard
 from tests.e2e.test_train import assert_same_run
 from tests.faults.helpers import one_error
@@ -56,7 +57,7 @@ def manifest(bucket) -> dict:
 
 def killed_in_mid_run(bucket, home: Path) -> None:
     """Start a run; once a few saves are in S3, kill its process and delete its folder."""
-    victim = subprocess.Popen(
+    victim = warm.Popen(
         [sys.executable, "-m", "clipft", *command(bucket, home)],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
@@ -169,7 +170,7 @@ def test_a_signal_ends_the_wait_for_a_hanging_last_upload(real_bucket, tmp_path)
     hanging = Times(10**6, hangs, "PUT")
     with faulty_proxy(real_bucket.settings.endpoint_url, hanging) as url:
         args = command(real_bucket, tmp_path, "--endpoint-url", url, "--epochs", "1")
-        process = subprocess.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "clipft", *args], stderr=subprocess.PIPE, text=True
         )
         while "Waiting for the last checkpoint" not in (line := process.stderr.readline()):

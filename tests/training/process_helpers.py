@@ -3,12 +3,13 @@
 import json
 import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests import warm
+from tests.warm import ROOT
+
 START = """
 import json, sys
 import torch
@@ -42,17 +43,15 @@ def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def start_all(
-    body: str, count: int, minutes: float = 1, device: str = "cpu"
-) -> list["subprocess.Popen[str]"]:
+def start_all(body: str, count: int, minutes: float = 1, device: str = "cpu") -> list[warm.Popen]:
     """Run ``body``, an indented block that may set ``result``, in each process."""
     port = free_port()
     return [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, "-c", START.format(body=body, minutes=minutes, device=device)],
             env=torchrun_environment(rank, count, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
             text=True,
             cwd=ROOT,
         )
