@@ -66,7 +66,7 @@ def train(
         Interrupted: A signal stopped the run; its state is saved.
     """
     callbacks = watchers or callbacks
-    loaded = follow_catalogue(_loaded(settings), callbacks.note, processes)
+    loaded = follow_catalogue(_loaded(settings), callbacks.note, processes, source)
     values = loaded.values
     if values.enable_s3_checkpoints and callbacks.saved is ignore:
         raise UsageError(

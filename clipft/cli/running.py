@@ -118,7 +118,7 @@ def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> N
                 )
                 end(out, {}, ("sync", *flags_given(loaded, *StorageSettings.model_fields)))
                 return
-        loaded = follow_catalogue(loaded, out.note, processes)
+        loaded = follow_catalogue(loaded, out.note, processes, source)
         expected = forecast(loaded.values, out.note, processes, out.progress, source)
     uploads_to = None
     if settings.enable_s3_checkpoints:

@@ -58,6 +58,6 @@ SCENARIOS: dict[str, Scenario] = {
             lora=("text",),
             projections=(TEXTUAL,),
         ),
-        Scenario("full", "every weight", full=True),
+        Scenario("full", "every weight", full=True, lr=1e-5),
     )
 }

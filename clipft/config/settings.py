@@ -47,8 +47,8 @@ FALLBACK_MICRO_BATCH = 64
 MOST_WORKERS = 12
 """The most workers that are started unless the user sets a number. Each of them takes memory."""
 
-_SCENARIO_RATES = ". ".join(
-    f"The default of scenario {s.name} is {s.lr:g}" for s in SCENARIOS.values() if s.lr
+_SCENARIO_RATES = " and ".join(
+    f"{s.lr:g} for scenario {s.name}" for s in SCENARIOS.values() if s.lr
 )
 
 
@@ -389,7 +389,13 @@ class OptimSettings(Section):
         "micro-batch, averaged, as in most scripts.",
         "fixed",
     )
-    lr: float = setting(1e-4, f"Peak learning rate. {_SCENARIO_RATES}.", "fixed", ge=0)
+    lr: float = setting(
+        1e-4,
+        f"Peak learning rate. If not set, {_SCENARIO_RATES}; a base model may bring its own in the "
+        "file clipft.json of its folder.",
+        "fixed",
+        ge=0,
+    )
     lr_projections: float | None = setting(
         None, "Learning rate of the projections. Default: same as --lr.", "fixed", ge=0
     )
@@ -437,7 +443,12 @@ class OptimSettings(Section):
         "fixed",
     )
     patience: int = setting(
-        5, "Epochs without improvement before training stops.", "fixed", unit="epochs", ge=1
+        5,
+        "Epochs without improvement before training stops. If not set, more for a small "
+        "catalogue, whose epochs have few steps.",
+        "fixed",
+        unit="epochs",
+        ge=1,
     )
     min_delta: float = setting(
         0.001, "Smallest change that counts as an improvement.", "fixed", ge=0

@@ -11,7 +11,7 @@ from typing import Any
 from clipft import __version__
 from clipft.config.settings import Settings
 from clipft.core.errors import ModelError, UsageError, first_line
-from clipft.core.files import check_writable, replacing
+from clipft.core.files import check_writable, read_json, replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.embedding.embed import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
@@ -25,7 +25,7 @@ from clipft.export.onnx import (
     write_onnx,
 )
 from clipft.models import huggingface
-from clipft.models.pretrained import PretrainedModel
+from clipft.models.pretrained import PretrainedModel, own_learning_rates
 from clipft.runs.load import OpenedModel
 
 FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
@@ -107,6 +107,7 @@ def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str
         "base_model": huggingface.public_name(opened.loaded.base.name),
         "base_fingerprint": opened.loaded.fingerprint,
         "scenario": opened.settings.scenario,
+        "learning_rates": own_learning_rates(opened.loaded.base.name),
     }
     (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
 
@@ -150,9 +151,11 @@ def check_target(out: Path) -> None:
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} is not a folder", "name a folder that does not exist yet")
-    if out.is_dir() and not (out / MARK).is_file() and any(out.iterdir()):
+    mark = read_json(out / MARK) or {}
+    exported = "format" in mark  # the file of a base model has only learning rates
+    if out.is_dir() and not exported and any(out.iterdir()):
         raise UsageError(
-            f"{out} is not empty, and it is not an earlier export because it has no {MARK}",
+            f"{out} is not empty, and no {MARK} in it says that it is an earlier export",
             "name a folder that does not exist yet",
         )
     check_writable(out.with_name(f".{out.name}.part"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import warnings
@@ -214,11 +215,16 @@ def own_learning_rates(name: str) -> dict[str, float]:
 
     A model that was pretrained in another way than OpenAI's CLIP may need other rates.
     """
-    said = read_json((_TINY_FOLDER if name == TINY else Path(name)) / "clipft.json")
-    rates = said.get("learning_rates") if isinstance(said, dict) else None
+    said = read_json((_TINY_FOLDER if name == TINY else Path(name)) / "clipft.json") or {}
+    rates = said.get("learning_rates")
     if not isinstance(rates, dict):
         return {}
-    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, int | float)}
+    return {name: float(rate) for name, rate in rates.items() if _is_rate(rate)}
+
+
+def _is_rate(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def looks_local(name: str) -> bool:

@@ -1,39 +1,49 @@
 """Defaults that follow the catalogue and the base model, where the user has set nothing.
 
 A run needs a few hundred optimizer steps to learn, so a small catalogue gets a smaller effective
-batch and, where that is not enough, more epochs. A base model may also bring its own learning
-rates, in the file ``clipft.json`` of its folder.
+batch and, where that is not enough, more epochs. Early stopping then waits for more of these
+short epochs. A base model may also bring its own learning rates, in the file ``clipft.json`` of
+its folder.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import Settings
-from clipft.config.sources import LoadedSettings
+from clipft.config.sources import LoadedSettings, option_of
 from clipft.core.common import Note, counted
 from clipft.data.order import EpochPlan
 from clipft.data.shards.dataset import open_pairs
 from clipft.distributed.collectives import ALONE, Processes
-from clipft.distributed.rank_zero import rank_zero_first
+from clipft.distributed.rank_zero import on_rank_zero
 from clipft.models.pretrained import own_learning_rates
 from clipft.runs.folder import RunPaths, run_settings
+
+if TYPE_CHECKING:
+    from clipft.data.shards.stream import ShardSource
 
 ENOUGH_STEPS = 300
 """Optimizer steps that a run should have."""
 SMALLEST_BATCH = 32
 """The smallest effective batch that is chosen: fewer pairs have too few negatives."""
 MOST_EPOCHS = 100
+PATIENT_STEPS = ENOUGH_STEPS // 2
+"""Steps without improvement that do not end a run yet, however short its epochs are."""
 
-_FOLLOW = ("effective_batch_size", "epochs", "lr")
+_FOLLOW = ("effective_batch_size", "epochs", "patience", "lr")
 
 
 def follow_catalogue(
-    loaded: LoadedSettings, note: Note, processes: Processes = ALONE
+    loaded: LoadedSettings,
+    note: Note,
+    processes: Processes = ALONE,
+    source: "ShardSource | None" = None,
 ) -> LoadedSettings:
     """Replace defaults by values that suit the training pairs and the base model.
 
     Values that were set anywhere stay as they are. A run that is resumed keeps the ones that it
-    began with. ``note`` receives a sentence that says what was chosen.
+    began with. ``note`` receives a sentence that says what was chosen. ``source`` gives the
+    training shards of a stream if they are not in ``data_dir``.
 
     Raises:
         DataError: there are no training pairs.
@@ -42,58 +52,72 @@ def follow_catalogue(
     free = {name for name in _FOLLOW if loaded.is_default(name)}
     if not free or not settings.declared_scenario.trains:
         return loaded
+    # Other machines may not have the folder of the run
+    chosen, said = on_rank_zero(processes, lambda: _choose(settings, free, source))
+    if said:
+        note(said)
+    values = {name: value for name, (value, _) in chosen.items()}
+    origins = {name: origin for name, (_, origin) in chosen.items()}
+    return replace(
+        loaded, values=settings.model_copy(update=values), origins=loaded.origins | origins
+    )
+
+
+def _choose(
+    settings: Settings, free: set[str], source: "ShardSource | None"
+) -> tuple[dict[str, tuple[Any, str]], str]:
+    """Return values by name, each with its origin, and a sentence about those that changed."""
     paths = RunPaths(settings.run_dir)
     left = (paths.checkpoint, paths.settings, paths.metrics)
     if settings.resume_from_checkpoint and all(path.exists() for path in left):
         began = run_settings(paths.folder)
-        return _with(loaded, {name: getattr(began, name) for name in free}, "run")
+        return {name: (getattr(began, name), "run") for name in free}, ""
+    chosen: dict[str, tuple[Any, str]] = {}
     rates = own_learning_rates(settings.model)
     if "lr" in free and settings.scenario in rates:
-        loaded = _with(loaded, {"lr": rates[settings.scenario]}, f"model {settings.model}")
-    if settings.stream:  # may be too large to be read for this
-        return loaded
+        chosen["lr"] = rates[settings.scenario], f"model {settings.model}"
+    pairs = _training_pairs(settings, source)
+    suited = steps_for(settings, pairs, free)
+    changed = {name: value for name, value in suited.items() if value != getattr(settings, name)}
+    if not changed:
+        return chosen, ""
+    *others, last = (f"{option_of(name)} {value}" for name, value in changed.items())
+    options = f"{', '.join(others)} and {last}" if others else last
+    steps = _steps(pairs, suited["effective_batch_size"]) * suited["epochs"]
+    return chosen | {name: (value, "catalogue") for name, value in changed.items()}, (
+        f"note: for {counted(pairs, 'training pair')}, this run uses {options} "
+        f"({counted(steps, 'step')} in all). Set these options to choose yourself."
+    )
+
+
+def _training_pairs(settings: Settings, source: "ShardSource | None") -> int:
     folder = settings.data_dir / "train"
-    pairs = rank_zero_first(processes, lambda: len(open_pairs(folder, settings.max_train_pairs)))
-    chosen = {
-        name: value
-        for name, value in steps_for(settings, pairs, free).items()
-        if value != getattr(settings, name)
-    }
-    if not chosen:
-        return loaded
-    loaded = _with(loaded, chosen, "catalogue")
-    options = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    steps = _steps(pairs, loaded.values.effective_batch_size, loaded.values.epochs)
-    note(
-        f"note: for {counted(pairs, 'training pair')} this run uses {options}, which make "
-        f"{counted(steps, 'step')}. Set these options to choose yourself."
-    )
-    return loaded
+    if not settings.stream:
+        return len(open_pairs(folder, settings.max_train_pairs))
+    from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
+
+    return len(open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs))
 
 
-def steps_for(settings: Settings, pairs: int, free: set[str]) -> dict[str, Any]:
-    """Choose effective batch and epochs for ``ENOUGH_STEPS`` steps, as far as they are ``free``.
+def steps_for(settings: Settings, pairs: int, free: set[str]) -> dict[str, int]:
+    """Choose effective batch, epochs and patience for ``pairs``, as far as they are ``free``.
 
-    The effective batch is halved first, to a power of two. Epochs are raised where the smallest
-    batch does not make enough steps.
+    The effective batch is halved first, to a power of two, until there are ``ENOUGH_STEPS``.
+    Epochs are raised where the smallest batch does not make enough steps, and patience where
+    so few epochs would have less than ``PATIENT_STEPS``.
     """
-    batch, epochs = settings.effective_batch_size, settings.epochs
+    batch, epochs, patience = settings.effective_batch_size, settings.epochs, settings.patience
     if "effective_batch_size" in free:
-        while batch > SMALLEST_BATCH and _steps(pairs, batch, epochs) < ENOUGH_STEPS:
+        while batch > SMALLEST_BATCH and _steps(pairs, batch) * epochs < ENOUGH_STEPS:
             batch //= 2
+    per_epoch = _steps(pairs, batch)
     if "epochs" in free:
-        enough = -(-ENOUGH_STEPS // _steps(pairs, batch, epochs=1))
-        epochs = max(epochs, min(MOST_EPOCHS, enough))
-    return {"effective_batch_size": batch, "epochs": epochs}
+        epochs = max(epochs, min(MOST_EPOCHS, -(-ENOUGH_STEPS // per_epoch)))
+    if "patience" in free and settings.stop_on != "never":
+        patience = max(patience, min(epochs, PATIENT_STEPS // per_epoch))
+    return {"effective_batch_size": batch, "epochs": epochs, "patience": patience}
 
 
-def _steps(pairs: int, batch: int, epochs: int) -> int:
-    return EpochPlan(pairs, min(batch, pairs), min(batch, pairs), seed=0).steps * epochs
-
-
-def _with(loaded: LoadedSettings, values: dict[str, Any], origin: str) -> LoadedSettings:
-    return replace(
-        loaded,
-        values=loaded.values.model_copy(update=values),
-        origins={**loaded.origins, **dict.fromkeys(values, origin)},
-    )
+def _steps(pairs: int, batch: int) -> int:
+    """The optimizer steps of an epoch."""
+    return EpochPlan(pairs, min(batch, pairs), min(batch, pairs), seed=0).steps

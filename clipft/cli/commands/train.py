@@ -103,23 +103,33 @@ def resume(
     run_training(LoadedSettings(settings, origins), out, ctx.obj)
 
 
-@command(ModelSettings, "effective_batch_size", "precision", "device", "seed")
+@command(ModelSettings, "data_dir", "effective_batch_size", "precision", "device", "seed")
 def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     """Find the fastest micro-batch size that fits in memory.
 
     Measures real training passes. `train` does the same if --micro-batch-size is 0, and reuses
-    the result of this command for the same --effective-batch-size.
+    the result of this command for the same effective batch: the one that suits the pairs in
+    --data-dir, unless --effective-batch-size is set.
 
     Examples:
 
-        clipft find-batch-size --scenario dual_lora
+        clipft find-batch-size --scenario dual_lora --data-dir ./catalogue
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
     from clipft.embedding.load import load_model
+    from clipft.training.defaults import follow_catalogue
     from clipft.training.plan import find_micro_batch
 
     settings = loaded.values
+    has_pairs = (settings.data_dir / "train").is_dir()
+    named = not loaded.is_default("data_dir") and not settings.s3_bucket
+    if has_pairs or named:  # a folder that was named must have pairs
+        settings = follow_catalogue(loaded, lambda said: None).values
     effective = settings.effective_batch_size
+    if effective != loaded.values.effective_batch_size:
+        out.note(
+            f"The effective batch is {effective}, which suits the pairs in {settings.data_dir}."
+        )
 
     def search(wanted: Settings) -> "SearchResult":
         how = ", gradient checkpointing" if wanted.gradient_checkpointing else ""
@@ -152,7 +162,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     if other and other.speed(effective) > found.speed(effective):
         out.note(f"--gradient-checkpointing is faster, with a micro-batch of {other.chosen}.")
     following = ("train", *flags_given(loaded), "--plan")
-    end(out, {}, following if (settings.data_dir / "train").is_dir() else ())
+    end(out, {}, following if has_pairs else ())
 
 
 def _table(found: "SearchResult", effective: int, title: str) -> Table:

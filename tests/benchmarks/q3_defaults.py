@@ -1,0 +1,215 @@
+"""Q3: what bare ``clipft train`` gains on a catalogue, and what early stopping costs.
+
+Trains the packaged tiny model in every scenario on every catalogue, with nothing set but the
+folders, and compares it with the pretrained model on the test pairs, or on the validation pairs,
+which have chosen the epoch, if there are none. A run that was stopped early is done once more to
+its last epoch, so that its curve shows what each patience would have kept. Run the same command
+again to continue: what is finished in --out is not repeated.
+
+    python tests/benchmarks/q3_defaults.py --data furniture=DIR,garments=DIR --out DIR [--json FILE]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from side_by_side import arguments, write_figures
+
+from clipft.config.scenarios import SCENARIOS
+from clipft.config.settings import Settings
+from clipft.runs.records import EpochResult
+from clipft.training.defaults import PATIENT_STEPS
+from clipft.training.state import EarlyStopping
+
+TRAINED = tuple(name for name, scenario in SCENARIOS.items() if scenario.trains)
+WITHOUT_END = 1_000_000
+PATIENCES = {"2": 2, "3": 3, "5": 5, "none": WITHOUT_END}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean recall in percent on pairs that nothing was chosen by. ``clear``: the 95 % interval of
+    the difference is above 0. ``cpu_s`` are those of training, over all cores."""
+
+    catalogue: str
+    scenario: str
+    pairs: int
+    batch: int
+    epochs: int
+    steps: int
+    cpu_s: int
+    before: str
+    after: str
+    difference: str
+    clear: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Best mean recall of the validation in percent, and the epochs that were run for it, with a
+    patience of so many epochs. ``default`` is what ``clipft train`` chooses."""
+
+    catalogue: str
+    scenario: str
+    steps_per_epoch: int
+    patience_2: str
+    patience_3: str
+    patience_5: str
+    default: str
+    none: str
+
+
+def run(*words: object) -> Any:
+    command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed with exit code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def trained(data: Path, scenario: str, out: Path, *more: object) -> Path:
+    """Train, unless that was done before; return the run folder."""
+    folder, cost = out / scenario, out / f"{scenario}_cost.json"
+    if not cost.exists():
+        before = cpu_seconds()
+        places = ("--data-dir", data, "--output-dir", out)
+        run("train", "--model", "tiny", "--scenario", scenario, *places, *more)
+        cost.write_text(json.dumps({"cpu_s": round(cpu_seconds() - before)}))
+    return folder
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def gain(catalogue: str, data: Path, scenario: str, folder: Path) -> Gain:
+    measured = folder.with_name(f"{scenario}_measured.json")
+    if not measured.exists():
+        measured.write_text(json.dumps(run("evaluate", folder, "--data-dir", data)))
+    evaluation, plan = read(measured)["evaluation"], read(folder / "run.json")["plan"]
+    change = evaluation["difference"]["recall"]
+    low, high = 100 * change["low"], 100 * change["high"]
+    return Gain(
+        catalogue,
+        scenario,
+        pairs=plan["train_pairs"],
+        batch=plan["effective_batch_size"],
+        epochs=curve(folder)[-1].epoch,
+        steps=read(folder / "result.json")["steps"],
+        cpu_s=read(folder.with_name(f"{scenario}_cost.json"))["cpu_s"],
+        before=f"{100 * evaluation['before']['recall']:.1f}",
+        after=f"{100 * evaluation['after']['recall']:.1f}",
+        difference=f"{100 * change['value']:+.1f} ({low:+.1f}..{high:+.1f})",
+        clear=change["low"] > 0,
+    )
+
+
+def curve(folder: Path) -> list[EpochResult]:
+    """The validation after each epoch that was trained."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    epochs = [line for line in map(json.loads, lines) if line.pop("kind") == "epoch"]
+    return [EpochResult(**epoch) for epoch in epochs if epoch["epoch"]]
+
+
+def until_stopped(epochs: Sequence[EpochResult], patience: int) -> tuple[float, int]:
+    """Return the best recall in percent that ``patience`` keeps, and the epochs that it runs."""
+    stopping = EarlyStopping("recall", patience, Settings().min_delta)
+    best = last = epochs[0]
+    for last in epochs:
+        if stopping.update(last):
+            best = last
+        if stopping.should_stop:
+            break
+    return 100 * best.recall(), last.epoch
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The validations of a run that was not stopped early, and what each patience makes of them."""
+
+    catalogue: str
+    scenario: str
+    steps_per_epoch: int
+    epochs: list[EpochResult]
+
+    def kept(self) -> dict[str, tuple[float, int]]:
+        default = max(Settings().patience, PATIENT_STEPS // self.steps_per_epoch)
+        patiences = {**PATIENCES, "default": default}
+        return {name: until_stopped(self.epochs, most) for name, most in patiences.items()}
+
+    def row(self) -> Kept:
+        shown = {name: f"{recall:.1f} ({ran})" for name, (recall, ran) in self.kept().items()}
+        return kept_row(self.catalogue, self.scenario, self.steps_per_epoch, shown)
+
+
+def kept_row(catalogue: str, scenario: str, steps: int, shown: dict[str, str]) -> Kept:
+    columns = {f"patience_{name}" if name.isdigit() else name: text for name, text in shown.items()}
+    return Kept(catalogue, scenario, steps, **columns)
+
+
+def mean_row(curves: Sequence[Curve]) -> Kept:
+    """What each patience loses in recall, in points, and the share of the epochs that it runs."""
+    found, shown = [curve.kept() for curve in curves], dict[str, str]()
+    for name in found[0]:
+        lost = statistics.mean(kept[name][0] - kept["none"][0] for kept in found)
+        ran = sum(kept[name][1] for kept in found) / sum(kept["none"][1] for kept in found)
+        shown[name] = f"{lost:+.2f} ({ran:.0%})"
+    steps = round(statistics.mean(curve.steps_per_epoch for curve in curves))
+    return kept_row("mean difference", "", steps, shown)
+
+
+def results(
+    catalogues: dict[str, Path], scenarios: Sequence[str], out: Path, more: Sequence[object]
+) -> Iterator[tuple[Gain, Curve]]:
+    for scenario in scenarios:
+        for catalogue, data in catalogues.items():
+            folder = trained(data, scenario, out / catalogue, *more)
+            row, whole = gain(catalogue, data, scenario, folder), folder
+            if read(folder / "result.json")["stopped_early"]:
+                patient = ("--patience", WITHOUT_END)
+                whole = trained(data, scenario, out / f"{catalogue}-to-the-end", *more, *patient)
+            steps = read(folder / "run.json")["plan"]["steps_per_epoch"]
+            yield row, Curve(catalogue, scenario, steps, curve(whole))
+
+
+def chosen() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", required=True, help="packed catalogues, as NAME=DIR,NAME=DIR")
+    parser.add_argument("--out", type=Path, required=True, help="folder that keeps the runs")
+    parser.add_argument("--scenarios", default=",".join(TRAINED), help="default: all that train")
+    return parser.parse_args()
+
+
+def main() -> None:
+    wish = chosen()
+    pairs = (text.partition("=") for text in wish.data.split(","))
+    catalogues = {name: Path(folder) for name, _, folder in pairs}
+    more = ("--mini-train",) if wish.quick else ()
+    gains, curves = list[Gain](), list[Curve]()
+    for row, whole in results(catalogues, wish.scenarios.split(","), wish.out, more):
+        print(*asdict(row).values(), sep="  ", flush=True)
+        gains.append(row)
+        curves.append(whole)
+    kept = [*(whole.row() for whole in curves), mean_row(curves)]
+    for line in kept:
+        print(*asdict(line).values(), sep="  ")
+    if wish.json:
+        packages = ("torch", "transformers", "peft")
+        write_figures(wish.json, "Q3", gains, packages)
+        write_figures(wish.json.with_name("patience.json"), "Q3", kept, packages)
+
+
+if __name__ == "__main__":
+    main()
