@@ -45,7 +45,7 @@ def test_settings_that_a_scenario_does_not_use_make_no_runs():
 
 def test_a_scenarios_own_default_applies_unless_the_user_overrides_it():
     alone = planned(["linear_probe", "full"], [1], {})
-    assert [run.settings.values.lr for run in alone] == [1e-3, 1e-4]
+    assert [run.settings.values.lr for run in alone] == [1e-3, 1e-5]
     overridden = planned(["linear_probe", "full"], [1], {}, {"lr": 5e-4})
     assert [run.settings.values.lr for run in overridden] == [5e-4, 5e-4]
 
