@@ -12,10 +12,11 @@ again to continue: what is finished in --out is not repeated.
 import argparse
 import json
 import resource
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +71,24 @@ def run(*words: object) -> Any:
     command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed with exit code {done.returncode}")
+        print(f"{' '.join(command)} failed", file=sys.stderr)
+        sys.exit(done.returncode)
     return json.loads(done.stdout)
 
 
 def trained(data: Path, scenario: str, out: Path, *more: object) -> Path:
-    """Train, unless that was done before; return the run folder."""
+    """Train, or continue, or do nothing if that is finished; return the run folder."""
     folder, cost = out / scenario, out / f"{scenario}_cost.json"
-    if not cost.exists():
-        before = cpu_seconds()
+    if (folder / "result.json").exists():
+        return folder
+    spent = read(cost)["cpu_s"] if cost.exists() else 0
+    began = ("--resume-from-checkpoint",) if cost.exists() else ()
+    before = cpu_seconds()
+    try:
         places = ("--data-dir", data, "--output-dir", out)
-        run("train", "--model", "tiny", "--scenario", scenario, *places, *more)
-        cost.write_text(json.dumps({"cpu_s": round(cpu_seconds() - before)}))
+        run("train", "--model", "tiny", "--scenario", scenario, *places, *more, *began)
+    finally:
+        cost.write_text(json.dumps({"cpu_s": round(spent + cpu_seconds() - before)}))
     return folder
 
 
@@ -170,18 +177,14 @@ def mean_row(curves: Sequence[Curve]) -> Kept:
     return kept_row("mean difference", "", steps, shown)
 
 
-def results(
-    catalogues: dict[str, Path], scenarios: Sequence[str], out: Path, more: Sequence[object]
-) -> Iterator[tuple[Gain, Curve]]:
-    for scenario in scenarios:
-        for catalogue, data in catalogues.items():
-            folder = trained(data, scenario, out / catalogue, *more)
-            row, whole = gain(catalogue, data, scenario, folder), folder
-            if read(folder / "result.json")["stopped_early"]:
-                patient = ("--patience", WITHOUT_END)
-                whole = trained(data, scenario, out / f"{catalogue}-to-the-end", *more, *patient)
-            steps = read(folder / "run.json")["plan"]["steps_per_epoch"]
-            yield row, Curve(catalogue, scenario, steps, curve(whole))
+def whole_run(row: Gain, data: Path, out: Path, more: Sequence[object]) -> Curve:
+    """The curve to the last epoch; a run that was stopped early is done once more for it."""
+    folder = out / row.catalogue / row.scenario
+    if read(folder / "result.json")["stopped_early"]:
+        again = out / f"{row.catalogue}-to-the-end"
+        folder = trained(data, row.scenario, again, *more, "--patience", WITHOUT_END)
+    steps = read(folder / "run.json")["plan"]["steps_per_epoch"]
+    return Curve(row.catalogue, row.scenario, steps, curve(folder))
 
 
 def chosen() -> argparse.Namespace:
@@ -197,11 +200,14 @@ def main() -> None:
     pairs = (text.partition("=") for text in wish.data.split(","))
     catalogues = {name: Path(folder) for name, _, folder in pairs}
     more = ("--mini-train",) if wish.quick else ()
-    gains, curves = list[Gain](), list[Curve]()
-    for row, whole in results(catalogues, wish.scenarios.split(","), wish.out, more):
-        print(*asdict(row).values(), sep="  ", flush=True)
-        gains.append(row)
-        curves.append(whole)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a training that is ended saves its state
+    gains = list[Gain]()
+    for scenario in wish.scenarios.split(","):
+        for name, data in catalogues.items():
+            folder = trained(data, scenario, wish.out / name, *more)
+            gains.append(gain(name, data, scenario, folder))
+            print(*asdict(gains[-1]).values(), sep="  ", flush=True)
+    curves = [whole_run(row, catalogues[row.catalogue], wish.out, more) for row in gains]
     kept = [*(whole.row() for whole in curves), mean_row(curves)]
     for line in kept:
         print(*asdict(line).values(), sep="  ")
