@@ -26,7 +26,7 @@ for rank in 0 1; do
   pids+=($!)
 done
 if [ ! -e requeued ]; then
-  until [ -e "$WARN_WHEN" ]; do sleep 0.05; done
+  until [ -e "$WARN_WHEN" ] || ! kill -0 "${pids[0]}"; do sleep 0.05; done
   kill -TERM "${pids[@]}"
 fi
 highest=0
@@ -118,8 +118,9 @@ def test_the_containers_have_time_to_save():
     for job in (part for part in manifests("kubernetes.md") if part["kind"] == "Job"):
         pod = job["spec"]["template"]["spec"]
         (container,) = pod["containers"]
-        waits = [int(item["value"]) for item in container.get("env", [])]
-        assert all(wait < pod["terminationGracePeriodSeconds"] for wait in waits)
+        environ = {item["name"]: int(item["value"]) for item in container.get("env", [])}
+        waits = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
+        assert waits < pod["terminationGracePeriodSeconds"]
         assert pod["restartPolicy"] == "Never", "a failure policy needs it"
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
