@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from clipft.export.onnx import (
     check_onnx,
     check_onnx_installed,
     made_up_inputs,
+    normalized,
     write_onnx,
 )
+from clipft.export.reduce import Reduced, check_loss, reduce_towers
 from clipft.models import huggingface
 from clipft.models.pretrained import PretrainedModel, own_learning_rates
 from clipft.runs.load import OpenedModel
@@ -38,10 +41,12 @@ _CHECK_BATCHES = 16
 
 @dataclass(frozen=True)
 class Written:
-    """The folder of each format, and how the ONNX towers compare with torch."""
+    """The folder of each format, how the ONNX towers compare with torch, and how those of a lower
+    precision compare with them."""
 
     folders: dict[str, Path]
     onnx: OnnxCheck | None = None
+    reduced: Reduced | None = None
 
 
 def export_model(
@@ -50,6 +55,8 @@ def export_model(
     formats: Sequence[str],
     note: Callable[[str], None],
     checked_on: Settings | None = None,
+    precision: str = "fp32",
+    max_loss: float | None = None,
 ) -> Written:
     """Write a model in some formats, each with a model card.
 
@@ -61,15 +68,18 @@ def export_model(
         formats: some of ``FORMATS``.
         note: called with what is being done.
         checked_on: settings whose validation pairs ONNX is checked with; None for made-up inputs.
+        precision: that of the ONNX towers.
+        max_loss: the most points of R@10 that a lower precision may cost.
 
     Raises:
         StorageError: the disk is full or refuses; an earlier ``out`` is unchanged.
-        ModelError: ONNX and torch give different embeddings.
+        ModelError: ONNX and torch give different embeddings, or the precision costs too much.
     """
     base, model = opened.loaded.base, opened.loaded.model
     facts = card_facts(opened)  # before merging, which removes the adapters that it counts
     several = len(formats) > 1
     check: OnnxCheck | None = None
+    reduced: Reduced | None = None
     merged: Any = None
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
@@ -87,12 +97,17 @@ def export_model(
                 huggingface.write_sentence_transformers(merged, base, folder)
             elif name == "onnx":
                 write_onnx(merged, base, folder)
-                check = check_onnx(folder, merged, base, _onnx_inputs(base, checked_on))
-            card = model_card(facts, name, check if name == "onnx" else None)
+                check = check_onnx(
+                    folder, merged, base, islice(_onnx_inputs(base, checked_on), _CHECK_BATCHES)
+                )
+                if precision != "fp32":
+                    reduced = _reduce(folder, base, precision, checked_on, note)
+                    check_loss(reduced, max_loss)
+            card = model_card(facts, name, *((check, reduced) if name == "onnx" else ()))
             _describe(folder, card, opened, name)
         if several:
             _describe(temporary, model_card(facts, ""), opened, list(formats))
-    return Written({name: out / name if several else out for name in formats}, check)
+    return Written({name: out / name if several else out for name in formats}, check, reduced)
 
 
 def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str]) -> None:
@@ -112,6 +127,19 @@ def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str
     (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
 
 
+def _reduce(
+    folder: Path,
+    base: PretrainedModel,
+    precision: str,
+    settings: Settings | None,
+    note: Callable[[str], None],
+) -> Reduced:
+    note(f"Converting the towers to {precision}, and comparing them with fp32 ...")
+    batches = _onnx_inputs(base, settings)
+    as_input = partial(normalized, base.inputs)
+    return reduce_towers(folder, precision, batches, as_input, note, settings is not None)
+
+
 def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[OnnxInputs]:
     if settings is None:
         yield from made_up_inputs(base.inputs)
@@ -119,7 +147,7 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
     pairs = validation_pairs(settings)
     preprocessing = validation_preprocessing(base.inputs, pairs, settings)
     batches = evaluation_batches(pairs, preprocessing, _CHECK_BATCH, LoaderOptions(workers=0))
-    for batch in islice(batches, _CHECK_BATCHES):
+    for batch in batches:
         if len(batch):
             yield OnnxInputs(batch.pixel_values, batch.input_ids)
 

@@ -15,6 +15,7 @@ from clipft.metrics.figures import DIRECTIONS
 
 if TYPE_CHECKING:
     from clipft.export.onnx import OnnxCheck
+    from clipft.export.reduce import Reduced
     from clipft.runs.load import OpenedModel
 
 _PIPELINES = {
@@ -125,13 +126,19 @@ def _paired(retrieval: Mapping[str, Any] | None) -> Figures | None:
     return {d: paired[d].get("figures", paired[d]) for d in DIRECTIONS}
 
 
-def model_card(facts: CardFacts, kind: str, check: "OnnxCheck | None" = None) -> str:
+def model_card(
+    facts: CardFacts,
+    kind: str,
+    check: "OnnxCheck | None" = None,
+    reduced: "Reduced | None" = None,
+) -> str:
     """Return the text of the card.
 
     Args:
         facts: from ``card_facts``.
         kind: the format of the folder, "" for one that holds several.
         check: how the ONNX towers compare with torch, for the format ``onnx``.
+        reduced: how those of a lower precision compare with them.
     """
     from huggingface_hub import ModelCardData
 
@@ -155,7 +162,7 @@ def model_card(facts: CardFacts, kind: str, check: "OnnxCheck | None" = None) ->
         f"---\n{header.to_yaml()}\n---\n",
         f"# CLIP, {name}\n",
         about,
-        _usage(facts, kind, check),
+        _usage(facts, kind, check, reduced),
         _training(facts),
         _results(facts),
         _limits(facts),
@@ -163,13 +170,17 @@ def model_card(facts: CardFacts, kind: str, check: "OnnxCheck | None" = None) ->
     return "\n".join(part for part in parts if part)
 
 
-def _usage(facts: CardFacts, kind: str, check: "OnnxCheck | None") -> str:
+def _usage(
+    facts: CardFacts, kind: str, check: "OnnxCheck | None", reduced: "Reduced | None"
+) -> str:
     if not kind:
         return "Each folder holds the model in one format and has a card of its own.\n"
     source = files("clipft.export").joinpath("assets", f"use_{kind.replace('-', '_')}.py.txt")
     code = string.Template(source.read_text(encoding="utf-8")).safe_substitute(
         base=facts.base_id or f"PATH/TO/{facts.base}"
     )
+    for name, file in reduced.files().items() if reduced else ():
+        code = code.replace(name, file)
     parts = [f"## Usage\n\n```python\n{code}```\n"]
     if kind == "peft" and facts.logit_scale is not None:
         parts.append(
@@ -189,7 +200,24 @@ def _usage(facts: CardFacts, kind: str, check: "OnnxCheck | None") -> str:
             f"{check.image_difference:.1e} per component for images and "
             f"{check.text_difference:.1e} for texts.\n"
         )
+    if reduced:
+        parts.append(_precision(reduced))
     return "\n".join(parts)
+
+
+def _precision(reduced: "Reduced") -> str:
+    lines = [
+        f"- {kind}: {tower.precision}, {tower.megabytes[1]:.1f} MB instead of "
+        f"{tower.megabytes[0]:.1f}; the cosine to fp32 is at least {tower.cosine:.4f}"
+        for kind, tower in reduced.towers.items()
+    ]
+    if recall := reduced.recall:
+        lines.append(
+            f"- R@10 over {counted(reduced.pairs, 'pair')} is {recall['after']:.1f} % instead of "
+            f"{recall['before']:.1f} % in fp32: a difference of {recall['difference']:+.1f} "
+            f"points, 95 % interval {recall['low']:+.1f} to {recall['high']:+.1f}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _training(facts: CardFacts) -> str:

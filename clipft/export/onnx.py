@@ -1,10 +1,11 @@
 """Writes both towers as ONNX and checks each against torch.
 
-``image_encoder.onnx``: pixel_values float32 [batch, 3, S, S], normalized as the image processor
-does -> image_embeds float32 [batch, D]. ``text_encoder.onnx``: input_ids int64 [batch, length]
+``onnx/vision_model.onnx``: pixel_values float32 [batch, 3, S, S], normalized as the image processor
+does -> image_embeds float32 [batch, D]. ``onnx/text_model.onnx``: input_ids int64 [batch, length]
 -> text_embeds float32 [batch, D]. Both have unit length. There is no attention mask, because what
 follows the first end token changes nothing: CLIP's text tower attends backwards only, and SigLIP's
-was trained with its padding.
+was trained with its padding. The names of files, inputs and outputs are those that transformers.js
+expects beside the configuration, the tokenizer and the image processor.
 """
 
 import importlib.util
@@ -29,11 +30,11 @@ OPSET = 18
 """Torch's exporter writes it without a conversion, and runtimes have read it since 2023."""
 
 TOLERANCE = 1e-4
-IMAGE_FILE, TEXT_FILE = "image_encoder.onnx", "text_encoder.onnx"
+IMAGE_FILE, TEXT_FILE = "onnx/vision_model.onnx", "onnx/text_model.onnx"
 
 _OTHER_VERSIONS = "use other versions of torch, onnxscript or onnxruntime, or --format transformers"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_PROTOBUF_LIMIT = 1_900_000_000
+PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of weights that fit in the file itself; protobuf limits it to 2 GiB."""
 
 
@@ -92,7 +93,7 @@ def check_onnx_installed() -> None:
 
 
 def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:
-    """Write both towers with tokenizer and image processor.
+    """Write both towers with configuration, tokenizer and image processor.
 
     Args:
         clip: the merged model in fp32.
@@ -102,7 +103,7 @@ def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:
     Raises:
         OSError: the disk is full or refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IMAGE_FILE).parent.mkdir(parents=True, exist_ok=True)
     inputs, architecture = base.inputs, base.architecture
     side, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
     batch = torch.export.Dim("batch")
@@ -112,6 +113,7 @@ def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:
     images, texts = _ImageTower(clip, architecture), _TextTower(clip, architecture)
     _trace(images, pixels, {0: batch}, "image_embeds", folder / IMAGE_FILE)
     _trace(texts, ids, {0: batch, 1: length}, "text_embeds", folder / TEXT_FILE)
+    clip.config.save_pretrained(str(folder))
     write_processors(base, folder)
 
 
@@ -137,7 +139,13 @@ def _trace(
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with this machine's paths
-    program.save(str(path), external_data=size > _PROTOBUF_LIMIT)
+    program.save(str(path), external_data=size > PROTOBUF_LIMIT)
+
+
+def normalized(inputs: ModelInputs, pixels: Tensor) -> Tensor:
+    """Turn uint8 pixels [B, 3, S, S] into what the image tower takes, float32."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (inputs.mean, inputs.std))
+    return (pixels.float() / 255 - mean) / std
 
 
 @torch.inference_mode()
@@ -151,13 +159,12 @@ def check_onnx(
             ``TOLERANCE``.
     """
     image_path, text_path = folder / IMAGE_FILE, folder / TEXT_FILE
-    images, texts = _open_session(image_path), _open_session(text_path)
+    images, texts = open_session(image_path), open_session(text_path)
     image_tower = _ImageTower(clip, base.architecture)
     text_tower = _TextTower(clip, base.architecture)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (base.inputs.mean, base.inputs.std))
     check = OnnxCheck(0, 0.0, 0.0)
     for batch in batches:
-        pixels = (batch.pixel_values.float() / 255 - mean) / std
+        pixels = normalized(base.inputs, batch.pixel_values)
         check = OnnxCheck(
             check.pairs + len(pixels),
             max(check.image_difference, _difference(images, image_path, image_tower, pixels)),
@@ -173,7 +180,12 @@ def check_onnx(
     return check
 
 
-def _open_session(path: Path) -> Any:
+def open_session(path: Path) -> Any:
+    """Open a tower in onnxruntime.
+
+    Raises:
+        ModelError: onnxruntime cannot read it.
+    """
     import onnxruntime
 
     with _runtime_errors(path):

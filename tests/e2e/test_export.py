@@ -156,8 +156,8 @@ def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoint
     ids = torch.randint(1, 2558, (rows, length), generator=torch.Generator().manual_seed(rows))
     ids[:, -1] = ids[0, length // 2 :] = tiny().tokenizer.eos_token_id
     pixels = normalized(batch)[:rows]
-    images = onnxruntime.InferenceSession(folder / "image_encoder.onnx")
-    texts = onnxruntime.InferenceSession(folder / "text_encoder.onnx")
+    images = onnxruntime.InferenceSession(folder / "onnx" / "vision_model.onnx")
+    texts = onnxruntime.InferenceSession(folder / "onnx" / "text_model.onnx")
     found = (
         images.run(None, {"pixel_values": pixels.numpy()})[0],
         texts.run(None, {"input_ids": ids.numpy()})[0],
@@ -166,6 +166,57 @@ def test_onnx_computes_the_same_for_any_shape(rows, length, exported, checkpoint
         expected = model.encode_images(batch.pixel_values[:rows]), model.encode_texts(ids)
     assert_same(found, expected)
     assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.52), ("int8", 0.36)])
+def test_a_lower_precision_is_smaller_and_its_loss_is_measured(
+    precision, share, checkpoints, catalogue, batch, tmp_path, capsys
+):
+    import onnxruntime
+
+    out = tmp_path / "onnx"
+    given = [str(checkpoints["dual_lora"]), str(out), "--format", "onnx", "--precision", precision]
+    assert run(["export", *given, "--data-dir", str(catalogue), "--max-loss", "100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["onnx_precision"]
+    assert {path.name for path in (out / "onnx").iterdir()} == {
+        f"vision_model_{precision}.onnx",
+        f"text_model_{precision}.onnx",
+    }
+    for tower in found["towers"].values():
+        before, after = tower["megabytes"]
+        assert tower["precision"] == precision and after < share * before
+        assert 0.99 < tower["cosine"] < 1
+    images, texts = (
+        onnxruntime.InferenceSession(out / "onnx" / f"{name}_model_{precision}.onnx")
+        for name in ("vision", "text")
+    )
+    pixels, ids = normalized(batch).numpy(), batch.input_ids.numpy()
+    rows = images.run(None, {"pixel_values": pixels})[0], texts.run(None, {"input_ids": ids})[0]
+    for row, expected in zip(rows, ours(checkpoints["dual_lora"], batch), strict=True):
+        assert (row * expected.numpy()).sum(1).min() > 0.99
+    recall = found["recall"]
+    assert found["pairs"] == 40 and recall["low"] <= recall["difference"] <= recall["high"]
+    assert recall["difference"] == pytest.approx(recall["after"] - recall["before"])
+    card = (out / "README.md").read_text()
+    assert f"onnx/vision_model_{precision}.onnx" in card and "R@10 over 40 pairs" in card
+
+
+def test_a_precision_that_costs_too_much_is_refused():
+    from clipft.export.reduce import Reduced, check_loss
+
+    recall = {"before": 30.0, "after": 28.5, "difference": -1.5, "low": -2.0, "high": -1.0}
+    check_loss(Reduced({}, 40, recall), 2)
+    check_loss(Reduced({}, 40, recall), None)
+    with pytest.raises(ModelError, match=r"from 30\.0 to 28\.5 points, by more than --max-loss 1"):
+        check_loss(Reduced({}, 40, recall), 1)
+
+
+@pytest.mark.parametrize(
+    "given", [("--precision", "int8"), ("--format", "onnx", "--max-loss", "1")]
+)
+def test_a_precision_without_effect_is_refused_before_the_work(given, tmp_path, capsys):
+    assert run(["export", "no-such-model", str(tmp_path / "out"), *given]) == 2
+    assert "--precision" in capsys.readouterr().err
 
 
 def test_onnx_that_gives_no_number_is_refused(exported, checkpoints):
@@ -400,7 +451,7 @@ def test_siglip_is_exported_with_the_padding_that_it_needs(tmp_path):
     texts = list(embed_texts(loaded.loaded, TEXTS))
     clip = AutoModel.from_pretrained(tmp_path / "all" / "transformers")
     assert clip.logit_bias.item() == pytest.approx(-12.9, abs=1e-4)
-    session = onnxruntime.InferenceSession(tmp_path / "all" / "onnx" / "text_encoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "all" / "onnx" / "onnx" / "text_model.onnx")
     for text, own in zip(TEXTS, texts, strict=True):
         ids = loaded.loaded.base.inputs.tokenizer(text)["input_ids"]
         found = session.run(None, {"input_ids": np.array([ids], np.int64)})[0]
