@@ -1,17 +1,26 @@
 """Every block of docs/extending.md works on a copy of the package."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
 from tests.documents import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 DIFF = re.compile(r"^```diff\n--- (\S+)\n(.*?)^```$", re.M | re.S)
 FILE = re.compile(r"^<!-- file (\S+) -->\n```python\n(.*?)^```$", re.M | re.S)
+
+TEST_THE_COPY = """
+import os, sys
+for name in [name for name in sys.modules if name.partition(".")[0] in ("clipft", "tests")]:
+    del sys.modules[name]
+sys.path.insert(0, os.getcwd())
+import clipft, pytest
+assert clipft.__file__.startswith(os.getcwd())
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests"]))
+"""
 
 
 def apply(folder: Path, file: str, change: str) -> None:
@@ -36,8 +45,7 @@ def test_the_examples_work(tmp_path):
         apply(tmp_path, file, change)
     for file, text in files:
         (tmp_path / file).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    command = [sys.executable, "-c", TEST_THE_COPY]
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "7 passed" in done.stdout, done.stdout[-500:]

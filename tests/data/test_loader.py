@@ -21,6 +21,7 @@ from clipft.data.shards.dataset import open_pairs
 from clipft.data.workers import SharedPixels
 from tests import inputs
 from tests.conftest import write_shard
+from tests.data.pixel_filler import fill
 
 EPOCHS = 2
 
@@ -206,10 +207,6 @@ def test_shared_pixels_reach_a_process_however_it_starts(method):
     child.join(120)
     assert child.exitcode == 0
     assert pixels.slots.tolist() == [[0, 0, 0], [7, 7, 7]]
-
-
-def fill(pixels: SharedPixels) -> None:
-    pixels.slots[1] = 7
 
 
 def test_shared_pixels_work_where_the_system_has_no_memory_files(monkeypatch):

@@ -98,19 +98,9 @@ def test_peft_opens_the_adapter_and_computes_the_same_features(whole):
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_the_number_of_workers_does_not_change_the_result(whole, catalogue, tmp_path, workers):
-    assert train(catalogue, tmp_path, "--num-workers", workers) == 0
+def test_the_number_of_workers_does_not_change_the_result(whole, catalogue, tmp_path):
+    assert train(catalogue, tmp_path, "--num-workers", "3") == 0
     assert_same_run(whole, tmp_path)
-
-
-def test_the_micro_batch_size_changes_only_rounding(catalogue, tmp_path):
-    losses = []
-    for micro in ("8", "32"):
-        out = tmp_path / micro
-        assert train(catalogue, out, "--micro-batch-size", micro, "--lora-dropout", "0") == 0
-        losses.append([m["loss"] for m in metrics(out / "dual_lora") if m["kind"] == "step"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def start(catalogue: Path, out: Path, *more: str) -> warm.Popen:

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +11,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
+
+from tests import warm
 
 TOKEN = "hf_secretsecretsecretsecretsecretse"
 
@@ -93,6 +94,8 @@ def hub() -> Iterator[Hub]:
 
 PUSHING = """
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]  # it reads its settings once, at import
 from pathlib import Path
 from clipft.core.errors import ClipftError
 from clipft.export.export import make_repository, push
@@ -104,11 +107,11 @@ except ClipftError as error:
 
 
 def push(endpoint: str, folder: Path, repo: str = "me/my-clip", **environment: str) -> str:
-    """In a process of its own: huggingface_hub reads its settings once, at import."""
+    """In a process with settings of its own for huggingface_hub."""
     kept = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     given = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", **environment}
     command = [sys.executable, "-c", PUSHING, str(folder), repo]
-    done = subprocess.run(command, capture_output=True, text=True, env={**kept, **given})
+    done = warm.run(command, capture_output=True, text=True, env={**kept, **given})
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout.strip()

@@ -1,14 +1,17 @@
 """Too little memory for the micro-batch asked for: a warning before, never a killed process."""
 
-import os
 import resource
 import subprocess
 import sys
 
 import pytest
 
+from tests import warm
+
 LIMITED = """
-import resource, sys
+import ctypes, resource, sys
+# One arena (M_ARENA_MAX): glibc reserves 64 MiB for each thread's, which the limit counts
+ctypes.CDLL(None).mallopt(-8, 1)
 import psutil, torch
 import clipft.training.setup, transformers, peft  # their memory counts too
 used = psutil.Process().memory_info().data
@@ -23,13 +26,8 @@ def train_within(more: int, catalogue, out, *args: str) -> "subprocess.Completed
     command = ["train", "--model", "tiny", "--epochs", "1", "--effective-batch-size", "96"]
     command += ["--num-workers", "0", "--precision", "fp32", "--device", "cpu", *args]
     command += ["--data-dir", str(catalogue), "--output-dir", str(out)]
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED.format(more=more), *command],
-        capture_output=True,
-        text=True,
-        # One arena: glibc reserves 64 MiB for each thread's, which the limit counts
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-    )
+    code = LIMITED.format(more=more)
+    return warm.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
 
 
 def test_a_micro_batch_that_a_cpu_cannot_hold_is_made_smaller_before(catalogue, tmp_path):

@@ -148,6 +148,13 @@ def test_an_error_in_each_call_leaves_a_whole_checkpoint(
             assert code == told
 
 
+WHEN_TRACED = """
+import pathlib, sys, time
+while "TracerPid:\\t0" in pathlib.Path("/proc/self/status").read_text():
+    time.sleep(0.01)
+from clipft.cli.app import run
+sys.exit(run(sys.argv[1:]))
+"""
 TRACED = re.compile(r"(write|fsync|rename|link)\((.*)\) += (-?\d+)")
 
 
@@ -165,16 +172,16 @@ def calls(trace: Path, out: Path) -> list[tuple[str, list[str]]]:
 def test_all_is_flushed_before_a_checkpoint_gets_its_name(strace, catalogue, whole, tmp_path):
     """Both its own bytes and the lines of its steps; the folder is flushed after it."""
     out, trace = tmp_path / "out", tmp_path / "trace"
-    run = [sys.executable, "-m", "clipft", *command(catalogue, out, "--epochs", "1")]
-    seen = ["--seccomp-bpf", "-f", "-y", "-qq", "-s", "8", "-o", str(trace)]
-    done = subprocess.run(
-        [strace, *seen, "-e", "trace=write,fsync,rename,link", *run],
-        cwd=ROOT,
+    run = warm.Popen(
+        [sys.executable, "-c", WHEN_TRACED, *command(catalogue, out, "--epochs", "1")],
         env={**os.environ, "CLIPFT_CACHE": str(whole / "cache")},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    seen = ["-p", str(run.pid), "-f", "-y", "-qq", "-s", "8", "-o", str(trace)]
+    with subprocess.Popen([strace, *seen, "-e", "trace=write,fsync,rename,link"]):
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
     dirty, saves, unsettled = set(), 0, False
     metrics, final = "dual_lora/metrics.jsonl", "dual_lora_checkpoint.pt"
     temporary = f".{final}.part"

@@ -19,6 +19,7 @@ def figures(name: str, *args: str, file: Path) -> list[dict[str, object]]:
     return json.loads(file.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_p1_gpu_runs_without_a_gpu(tmp_path):
     rows = figures("p1_gpu.py", "--device", "cpu", file=tmp_path / "rows.json")
     assert [row["figure"] for row in rows] == [

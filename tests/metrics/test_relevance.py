@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from clipft.core.errors import UsageError
 from clipft.metrics import relevance as module
-from clipft.metrics.relevance import Identities, normalized, numbered, relevance
+from clipft.metrics.relevance import Identities, numbered, relevance
 
 few = st.integers(0, 6)
 
@@ -68,11 +68,6 @@ def test_a_long_chain_is_one_cluster():
     captions = np.arange(2000) // 2
     images = (np.arange(2000) + 1) // 2
     assert relevance(Identities(captions, images)).clusters.max() == 0
-
-
-def test_captions_are_compared_as_the_tokenizer_reads_them():
-    assert normalized("  Oak\ttable ") == normalized("oak Table")
-    assert normalized("oak table.") != normalized("oak table")
 
 
 def test_groups_too_large_to_list_are_refused(monkeypatch):

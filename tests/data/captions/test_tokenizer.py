@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.data.captions.cleaning import clean_like_clip
+from clipft.data.captions.cleaning import clean_like_clip, compared
 from clipft.data.captions.template import clean_text
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
-from clipft.metrics.relevance import normalized
 from clipft.models.pretrained import load_inputs
 from tests.models.checkpoints import clip_tokenizer, siglip_tokenizer
 
@@ -102,8 +101,10 @@ def test_other_models_keep_the_rule_of_their_own_processor(tmp_path):
 def test_captions_called_equal_have_equal_ids():
     encoder = CaptionEncoder(clip_tokenizer(), 77)
     for one, other in (("ΟΔΟΣ", "οδος"), ("Cafe\u0301", "CAFÉ"), ("A  chair", "a chair")):
-        assert normalized(one) == normalized(other)
+        assert compared(one) == compared(other)
         assert encoder([one])[0].ids == encoder([other])[0].ids
+    assert compared("  Oak\ttable ") == compared("oak Table")
+    assert compared("oak table.") != compared("oak table")
 
 
 def test_long_captions_are_truncated_between_words(tokenizer):

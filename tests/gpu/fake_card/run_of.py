@@ -51,7 +51,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_clip(name: str) -> PretrainedModel:
+def random_clip(name: str, input_sizes: object = None) -> PretrainedModel:
     """A model of a published size, whose weights have a shape and no values."""
     config = CLIPConfig(**CONFIGURATIONS[name])
     config._attn_implementation = "sdpa"

@@ -117,9 +117,16 @@ def references():
 LENGTHS = [pytest.param(2, id="8 steps"), pytest.param(13, marks=pytest.mark.slow, id="52 steps")]
 
 
+def pairs(scenarios: list[str], sizes: list[int]) -> list[object]:
+    """Each scenario with each size, of which some for all but the usual scenario are slow."""
+    found = [(s, size) for s in scenarios for size in sizes]
+    quick = [s == "dual_lora" or i % 2 == i // len(sizes) % 2 for i, (s, _) in enumerate(found)]
+    marks = ((), pytest.mark.slow)
+    return [pytest.param(*p, marks=marks[not q]) for p, q in zip(found, quick, strict=True)]
+
+
 @pytest.mark.parametrize("epochs", LENGTHS)
-@pytest.mark.parametrize("micro", [28, 14, 7, 4])
-@pytest.mark.parametrize("scenario", TRAINED)
+@pytest.mark.parametrize(("scenario", "micro"), pairs(TRAINED, [28, 14, 7, 4]))
 def test_a_run_is_the_plain_loop(scenario, micro, epochs, catalogue, references):
     given = {"scenario": scenario, "epochs": epochs}
     key = (scenario, epochs)
@@ -129,8 +136,9 @@ def test_a_run_is_the_plain_loop(scenario, micro, epochs, catalogue, references)
 
 
 @pytest.mark.parametrize("epochs", LENGTHS)
-@pytest.mark.parametrize("micro", [14, 7, 4])
-@pytest.mark.parametrize("scenario", [n for n in TRAINED if SCENARIOS[n].lora])
+@pytest.mark.parametrize(
+    ("scenario", "micro"), pairs([n for n in TRAINED if SCENARIOS[n].lora], [14, 7, 4])
+)
 def test_with_dropout_it_is_the_run_in_one_graph(scenario, micro, epochs, catalogue, references):
     given = {"scenario": scenario, "epochs": epochs, "lora_dropout": 0.2}
     key = (scenario, epochs, "dropout")
