@@ -6,30 +6,33 @@ from typing import Any
 
 from clipft.ablation.runner import read_state
 from clipft.ablation.summary import ablation_content
-from clipft.core.common import duration
+from clipft.core.common import counted, duration
 from clipft.metrics.figures import (
     DIRECTIONS,
     NOTHING,
     RECALL_DEFINITION,
+    RECALL_NAME,
+    as_figure,
     figure_name,
     shown_bytes,
 )
 from clipft.report.charts import Chart, Series
+from clipft.report.dumbbell import Dumbbell, dumbbell
 from clipft.report.html import PageTable, render, write_page_and_json
 from clipft.report.run_page import environment_table, settings_tables
 
 Json = Mapping[str, Any]
 
 EXPLANATION = (
-    f"{RECALL_DEFINITION}. Figures are in %, measured at each run's best epoch, and given as mean "
-    "± standard deviation over the seeds. The gain is over the pretrained model as the same run "
-    "measured it, in points. Two variants are statistically indistinguishable unless the 95 % "
-    "interval of their paired differences over the seeds (Student's t) lies above zero. Grouped "
-    "R@10 is the share of all images with a caption (or all captions of an image) that are among "
-    "the first 10. The test recall is the mean recall on the test pairs, by which nothing is "
-    "chosen. The spread covers the seeds alone; other validation pairs would change the figures "
-    "too. Time is counted from the first batch, as the mean of the runs, and memory is the highest "
-    "peak of any run."
+    f"{RECALL_DEFINITION}. It is measured on the validation pairs at each run's best epoch, and "
+    "averaged over the seeds. Its difference to the pretrained model is the gain. Differences are "
+    "taken seed by seed and given in percentage points; their 95% intervals (Student's t) cover "
+    "the seeds alone, and other validation pairs would change the figures too. Two variants are "
+    "statistically indistinguishable if the interval of their difference includes 0. Grouped R@10 "
+    "is the share of all images with a caption (or all captions of an image) that are among the "
+    "first 10. The test recall is the mean recall on the test pairs, by which nothing is chosen. "
+    "Time is counted from the first batch, as the mean of the runs, and memory is the highest peak "
+    "of any run."
 )
 
 FIGURES = ("runs", "mean recall", "gain", "test recall", "text→image R@10", "image→text R@10")
@@ -55,8 +58,9 @@ def ablation_page(content: Json) -> str:
     Args:
         content: the content of report.json, from ``ablation_content``.
     """
-    ranked = _ranked(content)
-    cells = [_cells(variant) for variant in ranked]
+    variants = ranked(content)
+    finished = [variant for variant in variants if variant["finished"]]
+    cells = [_cells(variant) for variant in variants]
     columns = [name for name in cells[0] if any(row[name] != NOTHING for row in cells)]
     failures = [
         [
@@ -71,11 +75,12 @@ def ablation_page(content: Json) -> str:
     return render(
         "ablation.html",
         content=content,
+        dumbbell=_dumbbell(finished) if finished else None,
         variants=PageTable(
             "The best variant first", columns, ablation_rows(content, columns), best=frozenset({0})
         ),
         explanation=EXPLANATION,
-        charts=_charts([variant for variant in ranked if variant["finished"]]),
+        charts=_charts(finished),
         failures=PageTable(
             "They are retried when the ablation is run again",
             ["exit code", "error", "hint"],
@@ -88,12 +93,27 @@ def ablation_page(content: Json) -> str:
     )
 
 
+def _dumbbell(variants: Sequence[Json]) -> Dumbbell:
+    """Mean recall of each variant beside that of its pretrained model, the best first."""
+    rows = []
+    for variant in variants:
+        before, after = as_figure(variant["pretrained"]), as_figure(variant["mean_recall"])
+        # One evaluation of the same weights: the seeds add nothing to it
+        before = {"value": before["value"]}
+        changes = [as_figure(variant["gain"]) if variant["trains"] else None]
+        changes.append(as_figure(variant["to_best"]) if variant["to_best"] else None)
+        rows.append((variant["name"], before, after if variant["trains"] else None, changes))
+    seeds = counted(max(variant["finished"] for variant in variants), "seed")
+    title = f"Mean recall on the validation pairs, mean over {seeds}"
+    return dumbbell(title, ["to pretrained", "to the best"], rows)
+
+
 def ablation_rows(content: Json, columns: Sequence[str]) -> list[list[str]]:
     """Return a label and a cell for each of ``columns``, the best variant first."""
-    return [[v["name"], *map(_cells(v).__getitem__, columns)] for v in _ranked(content)]
+    return [[v["name"], *map(_cells(v).__getitem__, columns)] for v in ranked(content)]
 
 
-def _ranked(content: Json) -> list[Json]:
+def ranked(content: Json) -> list[Json]:
     return sorted(content["variants"], key=lambda v: -(v["mean_recall"]["mean"] or 0.0))
 
 
@@ -131,19 +151,9 @@ def _cells(variant: Json) -> dict[str, str]:
 
 
 def _charts(variants: Sequence[Json]) -> list[Chart]:
-    """Mean recall by variant, by epoch and by the number of trainable parameters."""
-    if not variants:
-        return []
-    names = [variant["name"] for variant in variants]
-    means = [variant["mean_recall"] for variant in variants]
-    intervals = [
-        None if m["sd"] is None else (m["mean"] - m["sd"], m["mean"] + m["sd"]) for m in means
-    ]
-    bars = Series("mean recall", values=[m["mean"] for m in means], intervals=intervals)
-    note = "The lines are one standard deviation over the seeds to either side."
-    title, y = "Mean recall", "mean recall"
-    charts = [Chart(title, "bars", [bars], y=y, labels=names, percent=True, note=note)]
-
+    """Mean recall by epoch and by the number of trainable parameters."""
+    charts = []
+    y = RECALL_NAME
     # Colors 1 to 7 of the page in turn; beyond those the dashes differ
     curves = [
         Series(variant["name"], variant["curve"], color=1 + at % 7, dash=at // 7)
@@ -157,12 +167,16 @@ def _charts(variants: Sequence[Json]) -> list[Chart]:
         )
 
     costs = []
-    for at, (variant, around) in enumerate(zip(variants, intervals, strict=True)):
-        parameters = variant["trainable_parameters"]
+    for at, variant in enumerate(variants):
+        parameters, recall = variant["trainable_parameters"], variant["mean_recall"]
+        around = None if recall["low"] is None else (recall["low"], recall["high"])
         if parameters:
-            point = (parameters, variant["mean_recall"]["mean"])
+            point = (parameters, recall["mean"])
             costs.append(Series(variant["name"], [point], intervals=[around], color=1 + at % 7))
     if len({series.points[0][0] for series in costs}) > 1:
         title, x = "Mean recall against trainable parameters", "trainable parameters"
-        charts.append(Chart(title, "points", costs, x, y, percent=True, log=True, zero=False))
+        note = "The lines are 95% intervals over the seeds."
+        charts.append(
+            Chart(title, "points", costs, x, y, percent=True, log=True, zero=False, note=note)
+        )
     return charts

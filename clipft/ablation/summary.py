@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from clipft.metrics.figures import DIRECTIONS, RECALLS, mean_recall
+from clipft.metrics.figures import DIRECTIONS, RECALLS, as_figure, mean_recall
 from clipft.report.report import epoch_curves
 
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
-"""The 97.5 % quantiles of Student's t for 1 to 20 degrees of freedom; beyond, the normal
+"""The 97.5% quantiles of Student's t for 1 to 20 degrees of freedom; beyond, the normal
 distribution's 1.96 is close enough."""
+_NAMED = 3
+"""Variants that are named in a sentence; of more, the number is given."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Json = Mapping[str, Any]
@@ -22,16 +24,20 @@ Values = Mapping[int, float]
 
 
 def spread(values: Values) -> dict[str, Any]:
-    """Return mean, sample standard deviation (None for fewer than two values) and the values."""
+    """Return the mean, the sample standard deviation, ``low`` and ``high`` of the mean's 95%
+    interval, and the values. Of fewer than two values there is no deviation and no interval."""
+    low, high = interval(values) or (None, None)
     return {
         "mean": fmean(values.values()) if values else None,
         "sd": stdev(values.values()) if len(values) > 1 else None,
+        "low": low,
+        "high": high,
         "values": {str(seed): value for seed, value in values.items()},
     }
 
 
 def interval(values: Values) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean by Student's t; None for fewer than two values."""
+    """Return the 95% interval of the mean by Student's t; None for fewer than two values."""
     count = len(values)
     if count < 2:
         return None
@@ -58,6 +64,10 @@ def ablation_content(folder: str, state: Json) -> dict[str, Any]:
     for run in runs:
         by_variant.setdefault(run["variant"], []).append(run)
     variants = [_variant(name, group) for name, group in by_variant.items()]
+    best = _best(variants)
+    for variant in variants:
+        other = variant["finished"] and variant is not best
+        variant["to_best"] = spread(_to_best(variant, best)) if best and other else None
     finished = [run for run in runs if run["state"] == "finished"]
     shown = ("variant", "seed", "folder", "state", "exit_code", "error", "hint", "best_epoch")
     costs = ("steps", "seconds", "peak_memory_bytes", "skipped_pairs", "before", "after")
@@ -114,8 +124,9 @@ def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
         "runs": len(runs),
         "finished": len(done),
         "failed": sum(run["state"] == "failed" for run in runs),
+        "pretrained": spread(pretrained),
         "mean_recall": spread(recall),
-        "gain": {**spread(gain), "interval": interval(gain)},
+        "gain": {**spread(gain), "interval": interval(gain)},  # the interval's former name
         "test_mean_recall": spread(test),
         "test_gain": spread(differences(test, test_before)),
         "figures": {
@@ -134,57 +145,79 @@ def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
     }
 
 
+def _best(variants: Sequence[Json]) -> Json | None:
+    """Return the variant with the highest mean recall; None before any run has finished."""
+    rated = [variant for variant in variants if variant["finished"]]
+    return max(rated, key=lambda variant: variant["mean_recall"]["mean"], default=None)
+
+
+def _to_best(variant: Json, best: Json) -> Values:
+    """Subtract the mean recall of ``best`` from that of ``variant``, seed by seed."""
+
+    def by_seed(found: Json) -> dict[int, float]:
+        return {int(seed): value for seed, value in found["mean_recall"]["values"].items()}
+
+    ours, theirs = by_seed(variant), by_seed(best)
+    if not variant["trains"]:  # measured once, because its figure does not depend on the seed
+        ours = dict.fromkeys(theirs, next(iter(ours.values())))
+    return differences(ours, theirs)
+
+
 def _verdict(variants: Sequence[Json]) -> str:
     """Say which variant is best, and what it reaches on pairs that have not chosen it."""
-    rated = [variant for variant in variants if variant["finished"]]
-    if not rated:
+    best = _best(variants)
+    if not best:
         return "No run has finished."
-    best = max(rated, key=lambda variant: variant["mean_recall"]["mean"])
-    chosen, test = _choice(best, rated), best["test_mean_recall"]
-    if test["mean"] is None:
-        return chosen
-    sd = f" ± {100 * test['sd']:.1f}" if test["sd"] is not None else ""
-    gain = best["test_gain"]["mean"]
-    return (
-        f"{chosen} On the test pairs, {best['name']} reaches {100 * test['mean']:.1f} %{sd}, "
-        f"{100 * gain:+.1f} points over the pretrained model."
-    )
-
-
-def _choice(best: Json, rated: Sequence[Json]) -> str:
-    """Say by how much a variant is better, and which others the seeds cannot tell from it."""
-    recall = best["mean_recall"]
-    sd = f" ± {100 * recall['sd']:.1f}" if recall["sd"] is not None else ""
-    words = f"Best mean recall: {best['name']}, {100 * recall['mean']:.1f} %{sd}"
-    gain = best["gain"]["mean"]
-    if gain <= 0:
-        return f"{words}. No variant is better than the pretrained model, so use that."
-    words += f", {100 * gain:+.1f} points over the pretrained model."
-    if len(rated) == 1:
+    before, after = best["pretrained"]["mean"], best["mean_recall"]["mean"]
+    if best["gain"]["mean"] <= 0:
+        return (
+            "No variant is better than the pretrained model, so use that: its mean recall is "
+            f"{100 * before:.1f}%."
+        )
+    moved = f"from {100 * before:.1f}% to {100 * after:.1f}% ({_points(best['gain'])})"
+    if _is_clear(best["gain"]) is False:
+        words = f"No clear difference: with {best['name']}, mean recall went {moved}."
+    else:
+        words = f"{best['name']} is best: mean recall rose {moved}."
+    words += _compared(best, [v for v in variants if v["to_best"]])
+    if best["test_gain"]["mean"] is None:
         return words
+    test = f"{100 * best['test_mean_recall']['mean']:.1f}%"
+    return f"{words} On the test pairs it reaches {test} ({_points(best['test_gain'])})."
+
+
+def _compared(best: Json, others: Sequence[Json]) -> str:
+    """Say which variants the seeds cannot tell from the best, and how far the next one is."""
     seeds = best["finished"]
+    if not others:
+        return ""
     if seeds < 2:
-        return f"{words} One seed says nothing about the spread, so the order may be chance."
-    close = [v["name"] for v in rated if v is not best and not _surely_better(best, v)]
+        return " One seed says nothing about the spread, so the order may be due to chance."
     number = _NUMBERS[seeds] if seeds < len(_NUMBERS) else str(seeds)
+    following = max(others, key=lambda variant: variant["mean_recall"]["mean"])
+    behind = f"{following['name']} ({_points(following['to_best'])})"
+    close = [v["name"] for v in others if not _is_clear(v["to_best"])]
     if not close:
-        return f"{words} With {number} seeds, it is clearly better than all others."
-    are = "is" if len(close) == 1 else "are"
+        return f" With {number} seeds, it is clearly better than all others; the next is {behind}."
+    if close == [following["name"]]:
+        return f" With {number} seeds, {behind} is statistically indistinguishable from it."
     names = ", ".join(close[:-1]) + " and " * (len(close) > 1) + close[-1]
+    if len(close) > _NAMED:
+        names = f"{len(close)} others"
+    are = "is" if len(close) == 1 else "are"
     return (
-        f"{words} With {number} seeds, {names} {are} statistically indistinguishable from "
-        f"{best['name']}."
+        f" With {number} seeds, {names} {are} statistically indistinguishable from it; the next "
+        f"is {behind}."
     )
 
 
-def _surely_better(best: Json, other: Json) -> bool:
-    """Whether the 95 % interval of the paired differences over the seeds lies above zero."""
+def _points(change: Json) -> str:
+    points = f"{100 * change['mean']:+.1f} points"
+    if change["low"] is None:
+        return points
+    return f"{points}, 95% interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
 
-    def by_seed(variant: Json) -> dict[int, float]:
-        return {int(seed): value for seed, value in variant["mean_recall"]["values"].items()}
 
-    ours, theirs = by_seed(best), by_seed(other)
-    if not other["trains"]:  # measured once, because its figure does not depend on the seed
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    found = interval(differences(ours, theirs))
-    return found is not None and found[0] > 0
+def _is_clear(change: Json) -> bool | None:
+    """Whether the interval of a difference leaves out 0; None without an interval."""
+    return as_figure(change).get("clear")

@@ -1,24 +1,26 @@
 """What ``train``, ``resume`` and ``demo`` share: run a training and show it, or show its plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from clipft.api import train
+from clipft.cli.answers import FigureOptions, comparison_answer, footnotes, say_more
 from clipft.cli.console import Output, end
 from clipft.cli.launch import launch_processes
 from clipft.cli.options import flags_given
 from clipft.cli.progress import make_progress, plan_lines
 from clipft.cli.s3_checkpoints import Uploads
 from clipft.cli.s3_data import bring_data, open_stream
-from clipft.cli.tables import retrieval_table
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted, duration
+from clipft.core.files import read_json
 from clipft.core.memory import memory_in_use
 from clipft.distributed.rank_zero import on_each_machine, on_rank_zero
 from clipft.distributed.rendezvous import start_processes
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
-def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
-    """Fetch the pairs if they are in a bucket, train, and show the figures before and after.
+def run_training(
+    loaded: LoadedSettings, out: Output, args: Sequence[str], options: FigureOptions
+) -> None:
+    """Fetch the pairs if they are in a bucket, train, and show what it did.
 
     With ``--processes N`` the command line ``args`` is run in N processes instead.
 
@@ -67,27 +71,39 @@ def run_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> No
                 result = train(loaded, callbacks, processes, source)
                 uploads.finished(result.checkpoint, result.steps)
             # The figures first: a failed upload must not hide what was trained
-            _show_result(result, settings, out)
+            _show_result(result, settings, out, options)
             on_rank_zero(processes, lambda: uploads.check(stop))
 
 
-def _show_result(result: TrainResult, settings: Settings, out: Output) -> None:
-    columns = {"pretrained": result.before.retrieval}
-    if result.best:
-        columns[f"fine-tuned (epoch {result.best.epoch})"] = result.best.retrieval
-    out.result(result.to_dict(), retrieval_table("Validation", columns))
+def _show_result(
+    result: TrainResult, settings: Settings, out: Output, options: FigureOptions
+) -> None:
     paths = RunPaths(result.folder)
-    if result.stopped_early:
-        out.note("Stopped early: the validation figures no longer improved.")
+    # Only the machine of rank zero has the file, and the others print nothing
+    compared = read_json(paths.evaluation)
+    out.result(result.to_dict(), *(_answer(result, compared, options) if compared else ()))
     if result.skipped_pairs:
         out.note(
             f"note: skipped {counted(result.skipped_pairs, 'bad pair')}, listed in {paths.skipped}."
         )
-    if result.best and result.best.recall() <= result.before.recall() and not settings.mini_train:
-        out.note("No gain over the pretrained model: try another --lr, or more --epochs.")
+    change = (compared or {}).get("difference")
+    has_gain = change and change["recall"]["value"] > 0 and change["recall"].get("clear", True)
+    if change and not has_gain and not settings.mini_train:
+        out.note("note: no clear gain. Try more --epochs or another --lr, or add pairs.")
+    say_more(out, options, "gains and losses", command="clipft evaluate")
     made = {"run folder": result.folder, "checkpoint": result.checkpoint, "report": paths.report}
     existing = {what: place if place.exists() else None for what, place in made.items()}
     end(out, existing, ("evaluate", result.folder, "--data-dir", settings.data_dir))
+
+
+def _answer(
+    result: TrainResult, compared: dict[str, Any], options: FigureOptions
+) -> Iterator[RenderableType]:
+    yield from comparison_answer("Validation", compared, options)
+    yield from footnotes(compared, options)
+    if result.best:
+        early = ", stopped early because mean recall no longer rose" if result.stopped_early else ""
+        yield f"Best epoch: {result.best.epoch}{early}"
 
 
 def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
-"""Evaluation figures as tables for a terminal."""
+"""Figures as tables for a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -11,33 +12,49 @@ from rich.text import Text
 
 from clipft.core.common import counted
 from clipft.metrics import figures
-from clipft.metrics.figures import RECALL_DEFINITION, RECALLS, figure_name, unit_of
+from clipft.metrics.figures import (
+    GENERAL_SET,
+    RECALL_DEFINITION,
+    RECALL_NAME,
+    Unit,
+    figure_name,
+    unit_of,
+)
 
 # "->" instead of the pages' arrow: not every terminal's font and encoding has the arrow
 DIRECTIONS = {key: label.replace("→", "->") for key, label in figures.DIRECTIONS.items()}
 """The two directions of retrieval in their order: JSON key -> label."""
 
-UNCLEAR = "~ the interval of this difference includes 0, so it may be due to chance"
+UNCLEAR = "Differences are in points; ~ may be due to chance (the interval includes 0)."
+
+Json = Mapping[str, Any]
 
 _GROUPED = frozenset(
     ("hit@1", "hit@5", "hit@10", "recall@10", "mrr", "map", "ndcg@10", "r_precision")
 )
 """The grouped figures shown; the JSON has more."""
+_HEADINGS = {**DIRECTIONS, "general": GENERAL_SET}
+"""First part of a row's key -> the heading above the row."""
 _STYLE: dict[str, Any] = {
     "box": box.SIMPLE,
     "show_edge": False,
     "pad_edge": False,
     "padding": (0, 1, 0, 0),
 }
+_GAP = 2
+"""Columns between two columns of such a table."""
 _UNLIMITED = 10_000
 """More columns than any table needs."""
+_LONGEST_WORD = 24
+"""Columns of a word, beyond which it is broken on a terminal that is too narrow."""
 
 
 class FigureTable(Table):
     """A plain table with a title above and a caption below, which may both be wider than it.
 
     The first column is aligned left, the others right. Where the terminal is too narrow for
-    cells such as ``15.4% [10.9, 19.6]``, all intervals move to a line below their values.
+    cells such as ``15.4% [10.9, 19.6]``, all intervals move to a line below their values, and
+    what is still too wide is broken between words.
     """
 
     def __init__(self, title: str, *headings: str, caption: str = "") -> None:
@@ -51,130 +68,123 @@ class FigureTable(Table):
         table: Table = self
         wanted = Measurement.get(console, options.update(max_width=_UNLIMITED), self).maximum
         if wanted > options.max_width:
-            table = Table(**_STYLE)
-            for column in self.columns:
-                table.add_column(column.header, justify=column.justify, overflow="fold")
-            cells = zip(*(column.cells for column in self.columns), strict=True)
-            for row, values in zip(self.rows, cells, strict=True):
-                broken = (v.replace(" [", "\n[") if isinstance(v, str) else v for v in values)
-                table.add_row(*broken, style=row.style)
+            table = self._narrow(options.max_width)
         yield Text(f"\n{self._above}", style="italic")
         yield from Table.__rich_console__(table, console, options)
         if self._below:
             yield Text(self._below, style="italic")
 
+    def _narrow(self, width: int) -> Table:
+        table = Table(**_STYLE, show_header=self.show_header)
+        columns = [[_broken(cell) for cell in column.cells] for column in self.columns]
+        heads = [
+            [column.header, *cells] for column, cells in zip(self.columns, columns, strict=True)
+        ]
+        fitted = _fitted(heads, width - _GAP * (len(columns) - 1))
+        for column, fit in zip(self.columns, fitted, strict=True):
+            table.add_column(column.header, justify=column.justify, width=fit, overflow="fold")
+        for row, values in zip(self.rows, zip(*columns, strict=True), strict=True):
+            table.add_row(*values, style=row.style)
+        return table
 
-def value(name: str, number: float | None, sign: str = "") -> str:
+
+def _broken(cell: Any) -> Any:
+    return cell.replace(" [", "\n[") if isinstance(cell, str) else cell
+
+
+def _fitted(columns: Sequence[Sequence[Any]], width: int) -> list[int]:
+    """Choose the columns' widths: as wide as their lines, but where all of them need more than
+    ``width``, the widest ones no wider than their longest word."""
+    texts = [[c.plain if isinstance(c, Text) else str(c) for c in cells] for cells in columns]
+    widths = [max(cell_len(line) for t in cells for line in t.split("\n")) for cells in texts]
+    words = [
+        max((cell_len(word) for t in cells for word in t.split()), default=1) for cells in texts
+    ]
+    while sum(widths) > width:
+        spare = [n for n, size in enumerate(widths) if size > min(max(1, words[n]), _LONGEST_WORD)]
+        if not spare:
+            break
+        widths[max(spare, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def value(number: float | None, unit: Unit = "percent", sign: str = "") -> str:
     """Format a figure in its unit: percent, a rank, or a decimal between 0 and 1.
 
-    With ``sign`` ``"+"`` it is a difference, and percent become percentage points.
+    With ``sign`` ``"+"`` it is a difference, and that of percentages is in points.
     """
-    shown = figures.number(number, unit_of(name), sign)
-    if number is None or unit_of(name) != "percent":
-        return shown
-    return shown + (" pp" if sign else "%")
+    shown = figures.number(number, unit, sign)
+    return f"{shown}%" if number is not None and unit == "percent" and not sign else shown
 
 
-def with_interval(name: str, figure: dict[str, Any], sign: str = "") -> str:
+def with_interval(figure: Json, unit: Unit = "percent", sign: str = "") -> str:
     """Format a figure and its interval, ``16.2% [11.3, 21.0]``; without one, the value alone."""
-    shown = value(name, figure["value"], sign)
+    shown = value(figure["value"], unit, sign)
     if figure.get("low") is None:
         return shown
-    low, high = (value(name, figure[end], sign).rstrip(" p%") for end in ("low", "high"))
+    low, high = (value(figure[end], unit, sign).rstrip("%") for end in ("low", "high"))
     return f"{shown} [{low}, {high}]"
 
 
-def signed(name: str, difference: dict[str, Any]) -> str:
+def signed(difference: Json, unit: Unit = "percent") -> str:
     """Format a difference with its interval, followed by ``~`` where that includes 0."""
     # Two spaces where there is no mark keep the right-aligned numbers below each other
     mark = " ~" if difference.get("clear") is False else "  "
-    return f"{with_interval(name, difference, '+')}{mark}"
+    return f"{with_interval(difference, unit, '+')}{mark}"
 
 
-def retrieval_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
-    """Show retrieval figures side by side; ``columns`` maps a heading to ``Retrieval.to_dict``."""
-    pairs = next(iter(columns.values()))["pairs"]
-    table = FigureTable(f"{title}: {counted(pairs, 'pair')}", "figure", *columns)
-    for direction, label in DIRECTIONS.items():
-        table.add_row(Text(label, style="bold"))
-        for name in (*RECALLS, "mrr", "median_rank"):
-            cells = (value(name, found[direction][name]) for found in columns.values())
-            table.add_row(f"  {figure_name(name)}", *cells)
-    return table
-
-
-def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Show ``rows`` of a label and one cell for each of ``columns``, without cutting any off."""
-    table = FigureTable(title)
-    table.add_column("", overflow="fold", min_width=12)
-    for column in columns:
-        heading = " -> ".join(part.strip() for part in column.split("→"))
-        table.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-_MAIN = (
-    ("text_to_image", "r@1"),
-    ("text_to_image", "r@10"),
-    ("image_to_text", "r@1"),
-    ("image_to_text", "r@10"),
-    ("text_to_image", "median_rank"),
-)
-"""The figures that are shown first, after mean recall."""
-
-
-def verdict(compared: dict[str, Any]) -> str:
-    """Say in a sentence what fine-tuning did; ``compared`` is ``Comparison.to_dict``."""
-    before = compared["before"]["recall"]
-    if not compared["after"]:
-        return f"Mean recall is {value('recall', before)}."
-    after, change = compared["after"]["recall"], compared["difference"]["recall"]
-    moved = f"from {value('recall', before)} to {value('recall', after)}"
-    points = f"{100 * change['value']:+.1f} points"
-    if change.get("low") is None:
-        return f"Mean recall went {moved} ({points})."
-    points += f", 95% interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
-    if not change["clear"]:
-        return f"No clear difference: mean recall went {moved} ({points})."
-    if change["value"] > 0:
-        return f"Fine-tuning helped: mean recall rose {moved} ({points})."
-    return f"Fine-tuning did harm: mean recall fell {moved} ({points})."
-
-
-def main_table(
-    title: str, compared: dict[str, Any], model: str = "pretrained", general: Any = None
+def rows_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    texts: Collection[int] = (),
+    label: str = "",
 ) -> Table:
+    """Show ``rows`` of a label and one cell for each of ``columns``.
+
+    Args:
+        title: what is shown.
+        columns: headings after that of the label. If all are empty, there is no line of headings.
+        rows: the cells, which may hold any characters.
+        texts: the numbers, from 0, of the columns that hold words and are aligned left.
+        label: the heading of the labels.
+    """
+    table = FigureTable(title, label)
+    table.show_header = any(columns)
+    for number, name in enumerate(columns):
+        heading = name.replace("→", "->")
+        table.add_column(heading, justify="left" if number in texts else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text, because brackets in a path are not markup
+    return table
+
+
+def main_table(title: str, rows: Sequence[Json], model: str = "pretrained") -> Table:
     """Show the figures that matter most, of one model or of two and their difference.
 
-    ``general`` is the comparison on a general data set, of which mean recall is shown.
+    Args:
+        title: what was measured, and on how many pairs.
+        rows: from ``figures.main_rows``.
+        model: the heading of the first model, the only one if nothing was fine-tuned.
     """
-    tuned = ["fine-tuned", "difference"] if compared["after"] else []
-    size = counted(compared["before"]["pairs"], "pair")
-    table = FigureTable(f"{title}: {size}", "figure", model, *tuned)
-
-    def add(label: str, name: str, found: dict[str, Any], *path: str) -> None:
-        def figure(of: str) -> dict[str, Any]:
-            within = found[of]
-            for key in path:
-                within = within[key]
-            return within if isinstance(within, dict) else {"value": within}
-
-        cells = [with_interval(name, figure("before"))]
+    tuned = ["fine-tuned", "difference"] if any(row["after"] for row in rows) else []
+    table = FigureTable(title, "figure", model, *tuned)
+    heading = ""
+    for row in rows:
+        part, _, name = row["key"].rpartition("/")
+        label = RECALL_NAME if name == "mean_recall" else figure_name(name)
+        if part and not tuned:
+            label = f"{_HEADINGS[part]} {label}"
+        elif part:  # beside three columns, there is no room for long labels
+            label = f"  {label}"
+            if part != heading:
+                heading = part
+                table.add_row(Text(_HEADINGS[part], style="bold"))
+        cells = [with_interval(row["before"], row["unit"])]
         if tuned:
-            change = found["difference"]
-            for key in path:
-                change = change if key == "figures" else change[key]
-            cells += [with_interval(name, figure("after")), signed(name, change)]
+            cells.append(with_interval(row["after"], row["unit"]))
+            cells.append(signed(row["change"], row["unit"]))
         table.add_row(label, *cells)
-
-    add("mean recall", "recall", compared, "recall")
-    for direction, name in _MAIN:
-        label = f"{DIRECTIONS[direction]} {figure_name(name)}"
-        add(label, name, compared, "paired", direction, "figures", name)
-    if general:
-        add("mean recall, general set", "recall", general, "recall")
     return table
 
 
@@ -203,12 +213,13 @@ def comparison_tables(
             table.add_row(Text(label, style="bold"))
             part = before[protocol][direction]
             for name in _shown(protocol, part["figures"]):
-                row = [f"  {figure_name(name)}", with_interval(name, part["figures"][name])]
+                unit = unit_of(name)
+                row = [f"  {figure_name(name)}", with_interval(part["figures"][name], unit)]
                 if after:
-                    row.append(with_interval(name, after[protocol][direction]["figures"][name]))
-                    row.append(signed(name, compared["difference"][protocol][direction][name]))
+                    row.append(with_interval(after[protocol][direction]["figures"][name], unit))
+                    row.append(signed(compared["difference"][protocol][direction][name], unit))
                 if paired:
-                    row.append(value(name, part["ceiling"][name]))
+                    row.append(value(part["ceiling"][name], unit))
                 table.add_row(*row)
         yield table
 
@@ -231,10 +242,10 @@ def category_table(compared: dict[str, Any]) -> Table | None:
         row: list[Any] = [Text(name), f"{category['pairs']:,}"]
         for model in ("before", "after") if tuned else ("before",):
             found = compared[model]["by_category"][name]["paired"]["text_to_image"]["figures"]
-            row.append(with_interval("r@10", found["r@10"]))
+            row.append(with_interval(found["r@10"]))
         if tuned:
             change = compared["difference"]["by_category"][name]["paired"]["text_to_image"]
-            row.append(signed("r@10", change["r@10"]))
+            row.append(signed(change["r@10"]))
         table.add_row(*row)
     return table
 
@@ -271,17 +282,16 @@ def definitions(compared: dict[str, Any]) -> Table:
 def sweep_table(points: list[dict[str, Any]], best: float) -> Table:
     """Show mean recall at each point between the pretrained and the fine-tuned weights."""
     keep = any(point["keep"] for point in points)
-    kept = ["recall, kept set", "change, kept set"] if keep else []
+    general = [f"{RECALL_NAME}, {GENERAL_SET}", "difference"] if keep else []
     table = FigureTable(
         "Between the pretrained (0) and the fine-tuned (1) weights",
-        *("alpha", "recall", "gain", *kept),
-        caption="recall: mean of paired R@1, R@5 and R@10 in both directions",
+        *("alpha", RECALL_NAME, "difference", *general),
     )
     for point in points:
-        row = [f"{point['alpha']:g}", value("r", point["recall"]), signed("r", point["gain"])]
+        row = [f"{point['alpha']:g}", value(point["recall"]), signed(point["gain"])]
         if keep:
-            row.append(value("r", point["keep"]["recall"]))
-            row.append(signed("r", point["keep"]["change"]))
+            row.append(value(point["keep"]["recall"]))
+            row.append(signed(point["keep"]["change"]))
         table.add_row(*row, style="bold" if point["alpha"] == best else None)
     return table
 
@@ -297,10 +307,10 @@ def classification_table(title: str, classified: dict[str, Any]) -> Table:
         headings.append(f"linear classifier, {counted(images, 'training image')}")
     table = FigureTable(f"{title}: {size}", "figure", *headings)
     top1 = [{"value": c["top1"], **c.get("top1_interval", {})} for c in columns]
-    table.add_row("  top-1", *(with_interval("r", figure) for figure in top1))
-    table.add_row("  top-5", *(value("r", column["top5"]) for column in columns))
-    recalls = (value("r", column["mean_per_class_recall"]) for column in columns)
-    table.add_row("  mean per-class recall", *recalls)
+    table.add_row("top-1", *map(with_interval, top1))
+    table.add_row("top-5", *(value(column["top5"]) for column in columns))
+    recalls = (value(column["mean_per_class_recall"]) for column in columns)
+    table.add_row("mean per-class recall", *recalls)
     return table
 
 
@@ -313,4 +323,34 @@ def confused_table(confused: list[dict[str, Any]]) -> Table:
     for pair in confused:
         row = (pair["label"], pair["taken_for"], f"{pair['images']:,}", f"{pair['share']:.0%}")
         table.add_row(*map(Text, row))
+    return table
+
+
+def variants_table(variants: Sequence[Json], most: int | None = None) -> Table:
+    """Show the variants of an ablation, at most ``most`` of them.
+
+    Args:
+        variants: those of the ablation's report.json, the best first.
+        most: None shows all.
+    """
+    shown = variants[:most]
+    hidden = len(variants) - len(shown)
+    seeds = max(variant["runs"] for variant in variants)
+    table = FigureTable(
+        f"Validation, {counted(len(variants), 'variant')}, {counted(seeds, 'seed')}: mean recall, "
+        "and differences of it",
+        *("variant", RECALL_NAME, "to pretrained", "to the best"),
+        caption=f"{counted(hidden, 'more variant')}: --all" if hidden else "",
+    )
+    for variant in shown:
+        cells = [""] * 3
+        if variant["finished"]:
+            cells[0] = with_interval(figures.as_figure(variant["mean_recall"]))
+            if variant["trains"]:
+                cells[1] = signed(figures.as_figure(variant["gain"]))
+            if variant["to_best"]:
+                cells[2] = signed(figures.as_figure(variant["to_best"]))
+        else:
+            cells[0] = "failed" if variant["failed"] else "not run yet"
+        table.add_row(Text(variant["name"]), *cells)
     return table

@@ -505,7 +505,7 @@ class EvaluationSettings(Section):
     )
     resamples: int = setting(
         1000,
-        "Bootstrap resamples for the 95 % intervals. 0: no intervals.",
+        "Bootstrap resamples for the 95% intervals. 0: no intervals.",
         unit="resamples",
         ge=0,
         le=100_000,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count as naturals
 from typing import Any
 
 from clipft.core.common import processors
@@ -31,6 +32,8 @@ from clipft.data.shards.dataset import PairDataset, metadata_fault, parse_metada
 
 _EXAMPLES = 5
 _LISTED = 12
+_RANGES = 12
+"""Ranges of a histogram."""
 LABEL_FIELDS = ("category", "type", "label", "class")
 """Fields of the metadata that may name what is shown, the likeliest first."""
 
@@ -79,6 +82,8 @@ class PairFacts:
 class SplitFacts:
     """Figures of one split. ``captions`` are those of the usable pairs.
 
+    The ``..._counts`` are histograms: the first and the last value of each range, and their number.
+
     ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
     broken by the lower index: of n pairs with one caption (or image), at most K can have a partner
     of their own among the first K. ``tokens_lost`` is the share of their tokens that truncated
@@ -95,12 +100,14 @@ class SplitFacts:
     kinds: dict[str, int]
     more_than_8_bits: int
     shorter_side: dict[str, float]
+    shorter_side_counts: list[list[int]]
     smaller_than_model: int
     smallest: list[str]
     captions_with_html: dict[str, Any]
     captions_with_broken_characters: dict[str, Any]
     bad_metadata: list[dict[str, str]]
     caption_tokens: dict[str, float]
+    caption_token_counts: list[list[int]]
     captions_cut: int
     tokens_lost: float
     same_photo: int
@@ -207,6 +214,7 @@ def split_facts(
     ``context`` and ``image_size`` what the model takes."""
     lengths = [caption.length for caption in tokens]
     usable = [fact for fact in facts if fact.usable]
+    sides = [min(fact.size) for fact in usable]
     images, words = [f.image_hash for f in usable], [word for f in usable for word in f.words]
     alike = _near_images(usable, near)
     near_ones = {image for pair in alike for image in pair}
@@ -239,13 +247,15 @@ def split_facts(
         bad_captions=[{"pair": f.key, "reason": f.bad_caption} for f in facts if f.bad_caption],
         kinds=dict(Counter(fact.kind for fact in usable).most_common()),
         more_than_8_bits=sum(fact.is_deep for fact in usable),
-        shorter_side=_spread([min(fact.size) for fact in usable]),
+        shorter_side=_spread(sides),
+        shorter_side_counts=histogram(sides),
         smaller_than_model=len(small),
         smallest=[fact.place for fact in small[:_LISTED]],
         captions_with_html=_found(usable, "html"),
         captions_with_broken_characters=_found(usable, "broken_characters"),
         bad_metadata=[{"pair": f.key, "reason": f.bad_metadata} for f in facts if f.bad_metadata],
         caption_tokens=_spread(lengths),
+        caption_token_counts=histogram(lengths),
         captions_cut=sum(length > context for length in lengths),
         tokens_lost=lost_share(lengths, [len(caption.ids) for caption in tokens]),
         same_photo=_repeated(images),
@@ -328,3 +338,16 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
     if not values:
         return {}
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def histogram(values: Sequence[int]) -> list[list[int]]:
+    """Count whole numbers from 0 in at most ``_RANGES`` ranges of an equal width of 1, 2 or 5
+    times a power of ten. Each range is [first, last, count]; no values give no ranges."""
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    widths = (step * 10**power for power in naturals() for step in (1, 2, 5))
+    width = next(width for width in widths if high // width - low // width < _RANGES)
+    counts = Counter(value // width for value in values)
+    ranges = range(low // width, high // width + 1)
+    return [[n * width, (n + 1) * width - 1, counts[n]] for n in ranges]

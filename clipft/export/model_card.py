@@ -243,7 +243,7 @@ def _results(facts: CardFacts) -> str:
 
     def cell(figure: Any, name: str) -> str:
         def shown(value: float) -> str:
-            return f"{100 * value:.1f} %" if name.startswith("r@") else f"{value:g}"
+            return f"{100 * value:.1f}%" if name.startswith("r@") else f"{value:g}"
 
         if not isinstance(figure, Mapping):
             return "-" if figure is None else shown(figure)
@@ -264,7 +264,7 @@ def _results(facts: CardFacts) -> str:
             "## Results\n",
             f"Retrieval over {facts.val_pairs or 0:,} validation pairs. R@K is the share of "
             "queries whose partner is among the first K. Equal scores rank by position."
-            + (" The brackets are 95 % intervals (bootstrap)." if intervals else "")
+            + (" The brackets are 95% intervals (bootstrap)." if intervals else "")
             + "\n",
             "| | " + " | ".join(columns) + " |",
             "| --- |" + " ---: |" * len(columns),

@@ -60,7 +60,7 @@ def resampled(samples: Sequence[PerQuery], resamples: int, seed: int) -> list[di
 
 
 def interval(resampled_values: Floats) -> dict[str, Any]:
-    """Return ``low`` and ``high`` of the middle 95 % of float64 [resamples], ignoring NaN.
+    """Return ``low`` and ``high`` of the middle 95% of float64 [resamples], ignoring NaN.
 
     Both are None if no value is left.
     """

@@ -47,7 +47,7 @@ DEFINITIONS: dict[str, Any] = {
         **GROUPED,
     },
     "ties": "candidates with equal scores are ranked by their position in the data set",
-    "interval": "95 % percentile bootstrap over clusters of pairs that share a caption, an "
+    "interval": "95% percentile bootstrap over clusters of pairs that share a caption, an "
     "image or a group; a difference uses the same resamples for both models",
 }
 

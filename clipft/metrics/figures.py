@@ -1,7 +1,7 @@
 """Figures before and after training as rows, shared by every table, page and logger.
 
-A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval. A change is also
-``clear`` if its interval does not include 0.
+A figure is ``{"value"}``, with ``low`` and ``high`` where it has an interval. A difference, which
+the JSON calls ``change``, is also ``clear`` if its interval does not include 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,17 @@ RECALLS = ("r@1", "r@5", "r@10")
 NOTHING = "-"
 """Shown where there is no figure."""
 RECALL_NAME = "mean recall"
+MAIN_FIGURES = (
+    "mean_recall",
+    "text_to_image/r@1",
+    "text_to_image/r@10",
+    "text_to_image/median_rank",
+    "image_to_text/r@1",
+    "image_to_text/r@10",
+)
+"""Keys of the rows that every answer and every page shows first."""
+GENERAL_SET = "general set"
+"""What the pairs of ``evaluate --keep`` are called."""
 RECALL_DEFINITION = "Mean recall: mean of R@1, R@5, R@10 of both directions"
 
 _DEFINITION = (
@@ -47,7 +58,10 @@ def mean_recall(figures: Json) -> float:
 
 
 def counted_pairs(evaluation: Json) -> str:
-    """Say how many pairs an evaluation has, and how many captions if that is another number."""
+    """Say how many pairs an evaluation has, and how many captions if that is another number.
+
+    ``evaluation`` may also be what an epoch measured.
+    """
     pairs, captions = evaluation["pairs"], evaluation.get("captions")
     shown = counted(pairs, "pair")
     return f"{shown}, {counted(captions, 'caption')}" if captions not in (None, pairs) else shown
@@ -63,6 +77,46 @@ def before_and_after(metrics: Sequence[Json]) -> tuple[Json | None, Json | None]
     pretrained = [epoch["retrieval"] for epoch in epochs if epoch["epoch"] == 0]
     improved = [epoch["retrieval"] for epoch in epochs if epoch["improved"]]
     return (pretrained or [None])[0], (improved or [None])[-1]
+
+
+def main_rows(tables: Sequence[Json], general: Sequence[Json] | None = None) -> list[Json]:
+    """Choose the rows that matter most from ``figure_tables``.
+
+    ``general`` are the tables of a general set, of which mean recall is added.
+    """
+    found = {row["key"]: row for row in tables[0]["rows"]}
+    rows = [found[key] for key in MAIN_FIGURES if key in found]
+    if general:
+        recall = general[0]["rows"][0]
+        name = f"{RECALL_NAME}, {GENERAL_SET}"
+        rows.append({**recall, "key": "general/mean_recall", "name": name})
+    return rows
+
+
+def verdict(recall: Json) -> str:
+    """Say in a sentence what fine-tuning did; ``recall`` is the row of mean recall."""
+    before, after, change = (recall[key] for key in ("before", "after", "change"))
+    if not after:
+        return f"Mean recall is {100 * before['value']:.1f}%."
+    moved = f"from {100 * before['value']:.1f}% to {100 * after['value']:.1f}%"
+    points = f"{100 * change['value']:+.1f} points"
+    if change.get("low") is None:
+        return f"Mean recall went {moved} ({points})."
+    points += f", 95% interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+    if not change["clear"]:
+        return f"No clear difference: mean recall went {moved} ({points})."
+    if change["value"] > 0:
+        return f"Fine-tuning helped: mean recall rose {moved} ({points})."
+    return f"Fine-tuning did harm: mean recall fell {moved} ({points})."
+
+
+def as_figure(spread: Json) -> dict[str, Any]:
+    """Turn a mean over seeds, as an ablation has it, into a figure with its interval."""
+    found = {"value": spread["mean"]}
+    if spread["low"] is None:
+        return found
+    low, high = spread["low"], spread["high"]
+    return {**found, "low": low, "high": high, "clear": low > 0 or high < 0}
 
 
 def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict[str, Any]]:

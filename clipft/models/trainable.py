@@ -39,7 +39,7 @@ class Parameters:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.base
-        return f"training {self.trainable:,} parameters, {share:.3f} % of the model's {self.base:,}"
+        return f"training {self.trainable:,} parameters, {share:.3f}% of the model's {self.base:,}"
 
 
 class TrainableModel(nn.Module):

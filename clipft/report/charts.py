@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from clipft.metrics.figures import DIRECTIONS, RECALL_NAME
+from clipft.metrics.figures import DIRECTIONS, GENERAL_SET, RECALL_NAME
 
 Json = Mapping[str, Any]
 Interval = tuple[float, float] | None
@@ -141,7 +141,7 @@ def category_charts(categories: Sequence[Json]) -> list[Chart]:
         if any(figures):
             values = [figure["value"] if figure else None for figure in figures]
             bars.append(Series(name, values=values, intervals=_intervals(figures), color=color))
-    note = "The lines are 95 % intervals. The number of pairs is in brackets."
+    note = "The lines are 95% intervals. The number of pairs is in brackets."
     if len(categories) > len(largest):
         note += f" {len(categories) - len(largest)} smaller categories are in the JSON."
     labels = [f"{category['name']} ({category['pairs']:,})" for category in largest]
@@ -150,10 +150,10 @@ def category_charts(categories: Sequence[Json]) -> list[Chart]:
 
 
 def interpolation_charts(found: Json | None) -> list[Chart]:
-    """Chart the change in mean recall between the pretrained and the fine-tuned weights.
+    """Chart the difference in mean recall between the pretrained and the fine-tuned weights.
 
-    ``found`` is interpolation.json: ``points`` with ``alpha``, ``gain`` and ``keep``. If general
-    pairs were measured too, a second chart shows the gain against the change on those.
+    ``found`` is interpolation.json: ``points`` with ``alpha``, ``gain`` and ``keep``. If a general
+    set was measured too, a second chart shows both differences against each other.
     """
     if not found or not found["points"]:
         return []
@@ -163,19 +163,19 @@ def interpolation_charts(found: Json | None) -> list[Chart]:
     general = [(point["alpha"], point["keep"]["change"]) for point in kept]
     lines = []
     for name, changes, color in (
-        ("on these pairs", gains, 1),
-        ("on the general pairs", general, 2),
+        ("these pairs", gains, 1),
+        (GENERAL_SET, general, 2),
     ):
         if changes:
             values = [(alpha, change["value"]) for alpha, change in changes]
             intervals = _intervals([change for _, change in changes])
             lines.append(Series(name, values, intervals=intervals, color=color))
-    title, x = "Change in mean recall by interpolation", "share of the fine-tuned weights"
+    title, x = "Difference in mean recall by interpolation", "share of the fine-tuned weights"
     note = (
         "0 is the pretrained model and 1 the fine-tuned one. The largest gain without a clear "
         f"loss is at {found['best']:g}."
     )
-    y = "change in mean recall"
+    y = "difference to pretrained"
     charts = [Chart(title, "lines", lines, x, y, percent=True, note=note)]
     if kept:
         path = [
@@ -186,7 +186,7 @@ def interpolation_charts(found: Json | None) -> list[Chart]:
             "Each point is one share of the fine-tuned weights. Points further up and to the "
             "right are better."
         )
-        title, x, y = "Gain against kept ability", "change on the general pairs", "gain"
+        title, x, y = "Both differences", f"difference, {GENERAL_SET}", "difference, these pairs"
         path_of = [Series("", path)]
         charts.append(Chart(title, "path", path_of, x, y, percent=True, percent_x=True, note=note))
     return charts

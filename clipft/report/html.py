@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from PIL import Image
 
 from clipft.core.files import write_text
@@ -68,6 +69,18 @@ def render(template: str, **values: Any) -> str:
     return _templates().get_template(template).render(values)
 
 
+def anchor(title: str) -> str:
+    """Return the id of the section with this title."""
+    return re.sub(r"[^\w-]+", "-", title.lower())
+
+
+def code(text: str) -> Markup:
+    """Escape a sentence, and set what it has in backticks as code."""
+    parts = text.split("`")
+    marked = [Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts)]
+    return Markup("").join(marked)
+
+
 def data_uri(jpeg: bytes) -> str:
     """Return the address of a JPEG that holds the image itself."""
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
@@ -88,7 +101,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.globals["asset"] = asset
-    environment.filters["data_uri"] = data_uri
+    environment.filters |= {"anchor": anchor, "code": code, "data_uri": data_uri}
     return environment
 
 

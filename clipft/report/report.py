@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipft.metrics.figures import DIRECTIONS, before_and_after, figure_tables, mean_recall
+from clipft.metrics.figures import DIRECTIONS, figure_tables, mean_recall, verdict
 from clipft.runs.records import RunRecords
 
 if TYPE_CHECKING:
@@ -112,18 +112,19 @@ def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
     """Return the content of report.json from what the run left in its folder."""
     kept = records.kept
     settings = {entry["name"]: entry["value"] for entry in records.settings}
+    tables = figure_tables(records.epochs, records.evaluation)
     return {
         "kind": "run",
         "format_version": 1,
         "title": f"{settings['scenario']} on {settings['model']}",
         "folder": records.folder,
         "finished": records.result is not None,
-        "verdict": _verdict(records),
+        "verdict": _verdict(records, tables),
         "plan": records.run.get("plan"),
         "seconds": records.run.get("seconds"),
         "peak_memory_bytes": records.run.get("peak_memory_bytes"),
         "environment": records.run.get("environment", {}),
-        "figures": figure_tables(records.epochs, records.evaluation),
+        "figures": tables,
         "steps": step_curves(records.steps),
         "epochs": epoch_curves(records.epochs),
         "categories": _categories(records.evaluation),
@@ -161,35 +162,17 @@ def _categories(evaluation: Json | None) -> list[dict[str, Any]]:
     ]
 
 
-def _verdict(records: RunRecords) -> str:
-    """Say in a sentence what the run gained, in the figures of the tables below it."""
-    before: float | None
-    after: float | None
-    around = ""
-    if records.evaluation:
-        pretrained, best = records.evaluation["before"], records.evaluation["after"]
-        before, after = pretrained["recall"], best["recall"] if best else None
-        change = (records.evaluation.get("difference") or {}).get("recall") or {}
-        if change.get("low") is not None:
-            around = f", 95 % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
-            around += "" if change["clear"] else ": it may be chance"
-    else:
-        parts = before_and_after(records.epochs)
-        before, after = (mean_recall(part) if part else None for part in parts)
-    if before is None:
+def _verdict(records: RunRecords, tables: Sequence[Json]) -> str:
+    """Say in a sentence what the run did, in the words of ``clipft evaluate``."""
+    if not tables:
         return "The pretrained model has not been measured yet."
-    last = records.epochs[-1]["epoch"]
-    if after is None:
-        why = "no epoch was better" if last else "nothing was trained"
-        return f"Mean recall of the pretrained model is {100 * before:.1f} %; {why}."
-    gain = 100 * (after - before)
-    best_epoch = [epoch["epoch"] for epoch in records.epochs if epoch["improved"]][-1:] or [last]
-    end = f"epoch {best_epoch[0]} of {last}" + ("" if records.result else " so far")
-    advice = "" if gain > 0 else " There is no gain over the pretrained model."
-    return (
-        f"Mean recall was {100 * before:.1f} % before training and {100 * after:.1f} % after "
-        f"({gain:+.1f} points{around}), at {end}.{advice}"
-    )
+    recall = tables[0]["rows"][0]
+    last, ended = records.epochs[-1]["epoch"], records.result is not None
+    if not recall["after"]:
+        return f"{verdict(recall)} {'Nothing was trained.' if ended else 'No epoch has ended yet.'}"
+    best = [epoch["epoch"] for epoch in records.epochs if epoch["improved"]][-1:] or [last]
+    of = f"of {last}" if ended else f"of {last} so far"
+    return f"{verdict(recall)} The best epoch is {best[0]} {of}."
 
 
 def step_curves(steps: Sequence[Json]) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
     def cell(figure: Json | None, unit: Unit, sign: str = "") -> str:
         if figure is None or figure["value"] is None:
             return number(None, unit)
-        # A change of a share is in percentage points, so it has no percent sign
-        percent = " %" if unit == "percent" and not sign else ""
+        # A difference of shares is in percentage points, so it has no percent sign
+        percent = "%" if unit == "percent" and not sign else ""
         value = f"{number(figure['value'], unit, sign)}{percent}"
         if figure.get("low") is None:
             return value
@@ -81,7 +81,7 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
     columns = {"pretrained": [cell(row["before"], row["unit"]) for row in rows]}
     if any(row["after"] for row in rows):
         columns["fine-tuned"] = [cell(row["after"], row["unit"]) for row in rows]
-        columns["change"] = [cell(row["change"], row["unit"], "+") for row in rows]
+        columns["difference"] = [cell(row["change"], row["unit"], "+") for row in rows]
     if any(row["ceiling"] is not None for row in rows):
         columns["upper bound"] = [
             "" if row["ceiling"] is None else cell({"value": row["ceiling"]}, row["unit"])
@@ -89,7 +89,7 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
         ]
     title = found["title"]
     if any(row["before"].get("low") is not None for row in rows):
-        title += ", with 95 % intervals"
+        title += ", with 95% intervals; differences in points"
     names = [row["name"] for row in rows]
     lines = list(zip(names, *columns.values(), strict=True))
     words = [[figure_name(name), text] for name, text in found["definitions"].items()]

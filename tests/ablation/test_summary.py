@@ -84,9 +84,13 @@ def test_the_verdict_names_the_variants_that_the_seeds_cannot_separate():
     # Lower by the same amount for every seed: clearly worse, although the ranges overlap
     runs += [a_run("text_lora", seed, r) for seed, r in ((1, 0.49), (2, 0.51), (3, 0.53))]
     content = content_of(a_run("zero_shot", 1, None), *runs)
-    assert "Best mean recall: full, 52.0 % ± 2.0, +32.0 points" in content["verdict"]
+    assert content["verdict"].startswith(
+        "full is best: mean recall rose from 20.0% to 52.0% (+32.0 points, 95% interval +27.0 to "
+        "+37.0)."
+    )
     assert content["verdict"].endswith(
-        "With three seeds, dual_lora is statistically indistinguishable from full."
+        "With three seeds, dual_lora (-0.7 points, 95% interval -4.5 to +3.1) is statistically "
+        "indistinguishable from it."
     )
     assert next(row[0] for row in ablation_rows(content, FIGURES)) == "full"
 
@@ -98,8 +102,29 @@ def test_one_seed_separates_nothing():
 
 def test_the_verdict_says_if_there_is_no_gain():
     content = content_of(a_run("zero_shot", 1, None), a_run("full", 1, 0.1))
-    assert "Best mean recall: zero_shot" in content["verdict"]
-    assert "No variant is better than the pretrained model" in content["verdict"]
+    assert content["verdict"] == (
+        "No variant is better than the pretrained model, so use that: its mean recall is 20.0%."
+    )
+
+
+def test_a_variant_that_is_clearly_better_is_told_with_the_distance_of_the_next():
+    runs = [a_run("full", seed, 0.5 + seed / 1000) for seed in (1, 2)]
+    runs += [a_run("dual_lora", seed, 0.4 + seed / 1000) for seed in (1, 2)]
+    content = content_of(a_run("zero_shot", 1, None), *runs)
+    assert content["verdict"].endswith(
+        "With two seeds, it is clearly better than all others; the next is dual_lora (-10.0 "
+        "points, 95% interval -10.0 to -10.0)."
+    )
+    by_name = {variant["name"]: variant for variant in content["variants"]}
+    assert by_name["full"]["to_best"] is None
+    assert by_name["zero_shot"]["to_best"]["values"]["2"] == pytest.approx(-0.302)
+
+
+def test_a_gain_that_the_seeds_do_not_confirm_is_no_clear_difference():
+    content = content_of(a_run("full", 1, 0.21), a_run("full", 2, 0.3), a_run("full", 3, 0.18))
+    assert content["verdict"].startswith(
+        "No clear difference: with full, mean recall went from 20.0% to 23.0% (+3.0 points, 95%"
+    )
 
 
 def test_failed_runs_are_in_the_table_and_on_the_page():
@@ -123,9 +148,9 @@ def test_the_test_pairs_choose_nothing_and_are_reported():
     for run, recall in zip(runs, (0.4, 0.42, 0.9, 0.9), strict=True):
         run["test"] = {"before": figures(0.25), "after": figures(recall)}
     content = content_of(*runs)
-    assert content["verdict"].startswith("Best mean recall: full, 51.5 %")
+    assert content["verdict"].startswith("full is best: mean recall rose from 20.0% to 51.5%")
     assert content["verdict"].endswith(
-        "On the test pairs, full reaches 41.0 % ± 1.4, +16.0 points over the pretrained model."
+        "On the test pairs it reaches 41.0% (+16.0 points, 95% interval +3.3 to +28.7)."
     )
     rows = {row[0]: row for row in ablation_rows(content, FIGURES)}
     assert rows["full"][1 + FIGURES.index("test recall")] == "41.0 ± 1.4"

@@ -286,7 +286,7 @@ def test_each_card_has_valid_metadata_and_the_facts_of_the_run(exported):
             "dual_lora",
             "96 image-text pairs",
             "R@10",
-            "30.0 %",
+            "30.0%",
             "lora_r: `16`",
             "epoch 2",
         ):
@@ -362,7 +362,7 @@ def test_the_card_of_the_best_epoch_has_the_intervals_of_the_evaluation(checkpoi
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert run(["export", str(tmp_path), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "50.0 % (40.0 % to 61.0 %)" in card and "95 % intervals" in card
+    assert "50.0% (40.0% to 61.0%)" in card and "95% intervals" in card
 
 
 def test_an_earlier_export_is_replaced_and_anything_else_is_not(checkpoints, tmp_path, capsys):

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from clipft.ablation.page import ablation_page
 from clipft.cli.app import run
+from clipft.report.html import write_page
+from tests.ablation.test_summary import a_run, content_of, failed
 from tests.report.test_report import made  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -61,14 +64,20 @@ def violations(page: Path, folder: Path, dark: bool) -> list[object]:
     )
 
 
-def test_the_pages_of_an_inspection_and_an_ablation(made, tmp_path):  # noqa: F811
-    inspection, data = tmp_path / "inspection.html", made / "data"
-    assert run(["inspect", str(data), "--model", "tiny", "--html", str(inspection)]) == 0
-    assert violations(inspection, tmp_path, dark=False) == []
-    out = tmp_path / "ablation"
-    args = ["--data-dir", str(data), "--output-dir", str(out), "--seeds", "1", "--max-bad", "0.1"]
-    assert run(["ablate", "--scenarios", "zero_shot", "--model", "tiny", *args]) == 0
-    assert violations(out / "report.html", tmp_path, dark=False) == []
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_of_an_inspection(made, tmp_path, dark):  # noqa: F811
+    page = tmp_path / "inspection.html"
+    assert run(["inspect", str(made / "data"), "--model", "tiny", "--html", str(page)]) == 0
+    assert violations(page, tmp_path, dark) == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_of_an_ablation(tmp_path, dark):
+    runs = [a_run(name, seed, 0.3 + seed / 50) for name in ("full", "dual_lora") for seed in (1, 2)]
+    content = content_of(a_run("zero_shot", 1, None), *runs, failed("linear_probe", 1))
+    page = tmp_path / "report.html"
+    write_page(page, ablation_page(content))
+    assert violations(page, tmp_path, dark) == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

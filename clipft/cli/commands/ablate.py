@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import field_validator
 
+from clipft.cli.answers import FigureOptions, ablation_answer, say_more
 from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import command
-from clipft.config.fields import Section, setting
+from clipft.config.fields import setting
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
 from clipft.config.settings_file import read_toml
@@ -32,7 +33,7 @@ def _listed(value: Any) -> list[Any]:
     return list(dict.fromkeys(value if isinstance(value, list) else [value]))
 
 
-class AblateOptions(Section):
+class AblateOptions(FigureOptions):
     """The options of an ablation, from flags or from the table ``[ablate]`` of a TOML file."""
 
     title = "Ablation"
@@ -148,7 +149,7 @@ def ablate(
     check_same_ablation(runs)
     for model in sorted({run.settings.values.model for run in runs if not run.finished}):
         load_pretrained(model)  # once, so that a broken model is refused before the first run
-    outcomes = _run(runs, folder, options.jobs, out)
+    outcomes = _run(runs, folder, options, out)
     failed = [outcome for outcome in outcomes if outcome.exit_code]
     if failed:
         first = failed[0]
@@ -161,11 +162,12 @@ def ablate(
         raise typer.Exit(error.exit_code)
 
 
-def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "list[Outcome]":
+def _run(
+    runs: "list[PlannedRun]", folder: Path, options: AblateOptions, out: Output
+) -> "list[Outcome]":
     """Run what is not finished yet, and write the report even if not all runs end well."""
-    from clipft.ablation.page import COSTS, FIGURES, ablation_rows, write_ablation_report
+    from clipft.ablation.page import write_ablation_report
     from clipft.ablation.runner import measure_on_test, run_all, write_state
-    from clipft.cli.tables import rows_table
     from clipft.metrics.figures import mean_recall
     from clipft.runs.folder import read_run, run_lock
 
@@ -193,7 +195,7 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
         out.note(f"Already finished: {done} of {counted(len(runs), 'run')}.")
     with run_lock(folder) as lock:
         write_state(folder, runs, ended)
-        signal = run_all(runs, jobs, lock, started, finished)
+        signal = run_all(runs, options.jobs, lock, started, finished)
         write_state(folder, runs, ended)
         if not signal:
             measure_on_test(runs, lambda run: out.note(f"{label(run)}: measuring on test pairs"))
@@ -203,15 +205,14 @@ def _run(runs: "list[PlannedRun]", folder: Path, jobs: int, out: Output) -> "lis
             f"stopped by {signal}; the unfinished runs have saved their state in {folder}",
             "run the same command again to continue",
         )
-    tested = any(variant["test_mean_recall"]["mean"] is not None for variant in content["variants"])
-    figures = [name for name in FIGURES if tested or name != "test recall"]
-    tables = [
-        rows_table(title, columns, ablation_rows(content, columns))
-        for title, columns in (("Ablation, figures in %", figures), ("Costs", COSTS))
-    ]
-    out.result(content, *tables, content["verdict"])
-    end(out, {"runs": folder, "report": folder / "report.html"}, _best_run(content, folder))
+    _show(content, folder, options, out)
     return list(ended.values())
+
+
+def _show(content: dict[str, Any], folder: Path, options: FigureOptions, out: Output) -> None:
+    out.result(content, *ablation_answer(content, options))
+    say_more(out, options, "the curves and each run")
+    end(out, {"runs": folder, "report": folder / "report.html"}, _best_run(content, folder))
 
 
 def _best_run(content: dict[str, Any], folder: Path) -> tuple[object, ...]:

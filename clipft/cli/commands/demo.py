@@ -50,11 +50,12 @@ def demo(loaded: LoadedSettings, options: DemoOptions, out: Output) -> None:
         following = ("train", "--mini-train", "--model", "tiny", "--data-dir", data)
         end(out, {"catalogue": data}, following)
         return
+    from clipft.cli.answers import FigureOptions
     from clipft.cli.running import run_training
 
     changes = {"data_dir": data, "output_dir": folder / "runs", "processes": 1}
     settings = loaded.values.model_copy(update=changes)
-    run_training(LoadedSettings(settings, loaded.origins), out, ())
+    run_training(LoadedSettings(settings, loaded.origins), out, (), FigureOptions())
     out.note(f"Total time: {time.perf_counter() - started:.0f} s.")
 
 

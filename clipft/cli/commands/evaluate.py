@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from clipft.cli.answers import FigureOptions, comparison_answer, footnotes, say_more
 from clipft.cli.console import Output, end
 from clipft.cli.options import command, flags_given
 from clipft.cli.s3_data import LOCATION_SETTINGS, bring_named_data
-from clipft.config.fields import Section, setting
+from clipft.config.fields import setting
 from clipft.config.settings import EVALUATION_OVERRIDES, Settings
 from clipft.config.sources import LoadedSettings
 
@@ -17,22 +18,19 @@ if TYPE_CHECKING:
     from clipft.evaluation.compare import Evaluated
 
 
-class Details(Section):
-    title = "Details"
+class Details(FigureOptions):
     split: Literal["auto", "test", "val"] = setting(
         "auto",
         "Pairs to measure on. auto: the test pairs if there are any, otherwise the validation "
         "pairs.",
     )
-    all: bool = setting(False, "Show every figure, and figures by category.")
-    definitions: bool = setting(False, "Explain the figures.")
 
 
 class EvaluateOptions(Details):
     title = "Evaluation"
     keep: Path | None = setting(
         None,
-        "A second, general data set, on which to measure what fine-tuning has cost.",
+        "A general set: other pairs, on which to measure what fine-tuning has cost.",
         metavar="DATA",
     )
     interpolate: str | None = setting(
@@ -72,11 +70,11 @@ def evaluate(
 ) -> None:
     """Compare a fine-tuned model with its pretrained model.
 
-    Shows the main figures of retrieval with 95 % intervals. --all shows every figure: both
+    Shows the main figures of retrieval with 95% intervals. --all shows every figure: both
     directions, for single pairs, for groups of pairs and by category.
 
     A data set with a test/ folder is measured on it, because the validation pairs have chosen the
-    best epoch; otherwise on the validation pairs. --keep measures the same on a general data set.
+    best epoch; otherwise on the validation pairs. --keep measures the same on a general set.
     --interpolate measures points between the pretrained and the fine-tuned weights, always on the
     validation pairs. If CHECKPOINT is a run folder, these results are also
     saved in it, as kept.json and interpolation.json.
@@ -100,66 +98,32 @@ def evaluate(
     evaluated = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
         evaluated.found.write(checkpoint, evaluated.settings)
-    out.result(evaluated.to_dict(), *_comparison(evaluated.found, options))
-    report = checkpoint / "report.html" if checkpoint and checkpoint.is_dir() else None
-    _where_to_look(out, options, report)
+    out.result(evaluated.to_dict(), *_answer(evaluated.found, options))
+    has_report = checkpoint is not None and (checkpoint / "report.html").is_file()
+    say_more(out, options, report="gains and losses" if has_report else "")
     weights = {f"weights at {alpha:g}": file} if file else {}
     # A checkpoint in a bucket was fetched, and the next command can use the local copy
     local = checkpoint if checkpoint and checkpoint.exists() else evaluated.checkpoint
     end(out, weights, ("export", file or local, "./my-clip"))
 
 
-def _comparison(found: "Evaluated", options: Details) -> Iterator[Any]:
-    from clipft.cli.tables import (
-        UNCLEAR,
-        category_table,
-        comparison_tables,
-        definitions,
-        dimensions_table,
-        main_table,
-        sweep_table,
-        verdict,
-    )
+def _answer(found: "Evaluated", options: Details) -> Iterator[Any]:
+    from clipft.cli.tables import dimensions_table, sweep_table
     from clipft.evaluation.evaluator import SPLIT_TITLES
+    from clipft.metrics.figures import GENERAL_SET
 
     compared = found.comparison.to_dict()
     general = found.keep.to_dict() if found.keep else None
-    title = SPLIT_TITLES[found.split]
-    yield verdict(compared)
-    if options.all:
-        yield from comparison_tables(title, compared)
-        by_category = category_table(compared)
-        if by_category:
-            yield by_category
-        if general:
-            yield from comparison_tables("General data set", general)
-    else:
-        yield main_table(title, compared, general=general)
+    yield from comparison_answer(SPLIT_TITLES[found.split], compared, options, general)
     by_dimensions = dimensions_table(compared)
     if by_dimensions:
         yield by_dimensions
     if found.points:
         yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
-        loss = " without a clear loss on the general data set" if found.keep else ""
+        loss = f" without a clear loss on the {GENERAL_SET}" if found.keep else ""
         where = " on the validation pairs" if found.split == "test" else ""
-        yield f"Highest recall{where}{loss}: alpha {found.best_alpha:g}"
-    if found.comparison.after:
-        yield UNCLEAR
-    if options.definitions:
-        yield definitions(compared)
-
-
-def _where_to_look(out: Output, options: Details, report: Path | None = None) -> None:
-    """Name the ways to more than the main figures."""
-    more = [] if options.all else ["--all shows every figure"]
-    more += [] if options.definitions else ["--definitions says what they mean"]
-    more += (
-        ["report.html in the run folder shows gains and losses"]
-        if report and report.exists()
-        else []
-    )
-    if more:
-        out.note(f"More: {'; '.join(more)}.")
+        yield f"Highest mean recall{where}{loss}: alpha {found.best_alpha:g}"
+    yield from footnotes(compared, options)
 
 
 class ZeroShotOptions(Details):
@@ -257,7 +221,7 @@ def zero_shot(
     out.note(f"Evaluated on the {pairs.title.lower()} pairs of {settings.data_dir}.")
     shown = _single_model(pairs.title, compared, classification, settings, options)
     out.result(result, *shown)
-    _where_to_look(out, options)
+    say_more(out, options)
     if not labelling:
         field = settings.label_field
         why = "no image with a label can be used" if chosen else f"no pair has a field {field!r}"
@@ -272,10 +236,6 @@ def zero_shot(
     end(out, made, following if trainable else ())
 
 
-_CONFUSED = 3
-"""Confusions that are shown without ``--all``."""
-
-
 def _single_model(
     title: str,
     compared: dict[str, Any],
@@ -283,25 +243,19 @@ def _single_model(
     settings: Settings,
     options: Details,
 ) -> Iterator[Any]:
-    from clipft.cli.tables import (
-        classification_table,
-        comparison_tables,
-        confused_table,
-        definitions,
-        main_table,
-        verdict,
-    )
+    from clipft.cli.tables import classification_table, confused_table
 
     name = settings.scenario if settings.declared_scenario.trains else "pretrained"
-    yield verdict(compared)
-    if options.all:
-        yield from comparison_tables(title, compared, name)
-    else:
-        yield main_table(title, compared, name)
+    yield from comparison_answer(title, compared, options, model=name)
     if classification:
         yield classification_table(f"Classification by {settings.label_field}", classification)
-        confused = classification["confused"][: None if options.all else _CONFUSED]
-        if confused:
+        confused = classification["confused"]
+        if confused and options.all:
             yield confused_table(confused)
-    if options.definitions:
-        yield definitions(compared)
+        elif confused:
+            label, taken_for = confused[0]["label"], confused[0]["taken_for"]
+            yield (
+                f"Most frequent confusion: {label} is classified as {taken_for} "
+                f"({confused[0]['share']:.0%} of its images)"
+            )
+    yield from footnotes(compared, options)

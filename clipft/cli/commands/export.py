@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
@@ -15,6 +14,8 @@ from clipft.core.common import counted
 from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clipft.export.export import Written
 
 
@@ -133,33 +134,32 @@ def export(
     end(out, {"model card": folder / "README.md"}, following if whole and data_dir.exists() else ())
 
 
-def _table(written: "Written", page: str | None) -> Table:
-    table = Table(title="Exported", title_justify="left", show_header=False)
+def _table(written: "Written", page: str | None) -> "Table":
+    from clipft.cli.tables import rows_table
+
+    rows = []
     for name, folder in written.folders.items():
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        table.add_row(name, str(folder), f"{size / 2**20:.1f} MiB")
+        rows.append([name, str(folder), f"{size / 2**20:.1f} MiB"])
     if written.onnx:
         worst = max(written.onnx.image_difference, written.onnx.text_difference)
         pairs = counted(written.onnx.pairs, "pair")
-        table.add_row("difference of onnx and torch", f"{worst:.1e} at most", pairs)
+        rows.append(["difference of onnx and torch", f"{worst:.1e} at most", pairs])
     if written.reduced:
         for kind, tower in written.reduced.towers.items():
             (before, after), (slower, faster) = tower.megabytes, tower.milliseconds
-            table.add_row(
-                f"{kind}, {tower.precision}",
-                f"{after:.1f} MB instead of {before:.1f}, {faster:.2f} ms instead of {slower:.2f}",
-                f"cosine {tower.cosine:.4f} at least",
-            )
+            found = f"{after:.1f} MB instead of {before:.1f}, {faster:.2f} ms instead of {slower:.2f}"
+            cosine = f"cosine {tower.cosine:.4f} at least"
+            rows.append([f"{kind}, {tower.precision}", found, cosine])
         if recall := written.reduced.recall:
-            table.add_row(
-                "R@10",
+            found = (
                 f"{recall['after']:.1f} instead of {recall['before']:.1f}, difference "
-                f"{recall['difference']:+.1f} [{recall['low']:+.1f}, {recall['high']:+.1f}]",
-                counted(written.reduced.pairs, "pair"),
+                f"{recall['difference']:+.1f} [{recall['low']:+.1f}, {recall['high']:+.1f}]"
             )
+            rows.append(["R@10", found, counted(written.reduced.pairs, "pair")])
     if page:
-        table.add_row("pushed to", page, "")
-    return table
+        rows.append(["pushed to", page, ""])
+    return rows_table("Exported", ["", ""], rows, texts={0})
 
 
 def _check_precision(options: ExportOptions, data_given: bool) -> None:

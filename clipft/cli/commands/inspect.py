@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command, flags_given
@@ -21,15 +19,21 @@ from clipft.core.files import check_writable
 from clipft.data.packing.options import NEAR_BITS
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clipft.data.captions.template import CaptionTemplate
     from clipft.data.inspection import PairFacts, SplitFacts
     from clipft.data.shards.dataset import PairDataset
     from clipft.models.pretrained import ModelInputs
+    from clipft.report.html import PageTable
+    from clipft.report.inspection_page import Inspected
 
 _NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 _LISTED = 5
 """Broken pairs named for each split; the JSON has all of them."""
 _SKIPPED = "Skipped by clipft pack"
+_SAMPLES = 6
+"""Pairs of each split that the page shows as examples of the data."""
 
 
 class InspectOptions(Section):
@@ -87,6 +91,7 @@ def inspect(
     from clipft.data.inspection import leak
     from clipft.data.packing.target import skipped_by_pack
     from clipft.models.pretrained import load_inputs
+    from clipft.report.findings import findings, verdict
 
     if data is None:
         bring_named_data(loaded, out)
@@ -117,18 +122,36 @@ def inspect(
         shared[f"Pairs that are also in {options.against}"] = result["against"]
         everything += theirs
     result["skipped_by_pack"] = skipped = skipped_by_pack(folder)
+    dicts = {name: result[name] for name in splits}
+    troubles = findings(dicts, shared, loaded.values.max_bad)
+    result["findings"] = [asdict(finding) for finding in troubles]
+    result["verdict"] = verdict(troubles, dicts)
     if options.html:
         from clipft.report.html import write_page
+        from clipft.report.inspection_page import Inspected
 
-        title = f"Data set {folder}"
-        page = _page(title, figures, shared, skipped, splits | others, everything)
-        write_page(options.html, page)
+        inspected = Inspected(
+            title=f"Data set {folder}",
+            verdict=result["verdict"],
+            findings=troubles,
+            tables=_page_tables(figures, shared, skipped),
+            splits=dicts,
+            leaks=shared,
+            samples={name: _samples(facts[name]) for name in splits},
+            image_size=model.image_size,
+            context=model.context_length,
+        )
+        write_page(options.html, _page(inspected, splits | others, everything))
 
     out.result(result, *_tables(figures, shared, skipped))
     for name, split in figures.items():
         listed = (split.broken, split.bad_captions, split.bad_metadata)
         for broken in [found for each in listed for found in each[:_LISTED]]:
             out.note(f"broken in {name}: {broken['pair']} ({broken['reason']})")
+    # Last, beside the cursor: the tables are longer than a screen
+    out.note(result["verdict"])
+    for finding in troubles:
+        out.note(f"- {finding.text}. {finding.advice}")
     complete = {"train", "val"} <= splits.keys()
     following = ("zero-shot", "--data-dir", folder, *flags_given(loaded, "model"))
     end(out, {"page": options.html}, following if complete else ())
@@ -233,39 +256,45 @@ def _skipped_rows(skipped: dict[str, int]) -> list[list[str]]:
 
 def _tables(
     figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]], skipped: dict[str, int]
-) -> Iterator[Table]:
-    table = Table(title="Data set", title_justify="left")
-    table.add_column("")
-    for name in figures:
-        table.add_column(name, justify="right", overflow="fold")
-    for row in _rows(figures):
-        table.add_row(*row)
-    yield table
+) -> "Iterator[Table]":
+    from clipft.cli.tables import rows_table
+
+    yield rows_table("Data set", [*figures], _rows(figures))
     for title, found in shared.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for row in _shared_rows(found):
-            table.add_row(*row)
+        rows = _shared_rows(found)
         for match in found["matches"][: len(found["examples"])]:
-            remark = Text(f"{match['pair']}\n= {match['other']}", overflow="fold")
-            table.add_row(f"example: {match['shares']}", remark)
-        yield table
+            rows.append([f"example: {match['shares']}", f"{match['pair']}\n= {match['other']}"])
+        yield rows_table(title, [""], rows)
     if skipped:
-        table = Table(title=_SKIPPED, title_justify="left", show_header=False)
-        for row in _skipped_rows(skipped):
-            table.add_row(*row)
-        yield table
+        yield rows_table(_SKIPPED, [""], _skipped_rows(skipped))
+
+
+def _page_tables(
+    figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]], skipped: dict[str, int]
+) -> "list[PageTable]":
+    from clipft.report.html import PageTable
+
+    tables = [PageTable("Figures", list(figures), _rows(figures), heading=True)]
+    tables += [
+        PageTable(title, ["pairs"], _shared_rows(found), heading=True)
+        for title, found in shared.items()
+    ]
+    if skipped:
+        tables.append(PageTable(_SKIPPED, ["pairs"], _skipped_rows(skipped), heading=True))
+    return tables
+
+
+def _samples(facts: "list[PairFacts]") -> list[str]:
+    """Places of usable pairs, spread evenly over the split."""
+    usable = [fact.place for fact in facts if fact.usable]
+    return usable[:: max(1, len(usable) // _SAMPLES)][:_SAMPLES]
 
 
 def _page(
-    heading: str,
-    figures: "dict[str, SplitFacts]",
-    shared: dict[str, dict[str, Any]],
-    skipped: dict[str, int],
-    sources: "dict[str, PairDataset]",
-    facts: "list[PairFacts]",
+    inspected: "Inspected", sources: "dict[str, PairDataset]", facts: "list[PairFacts]"
 ) -> str:
     from clipft.data.images.decode import decode_image
-    from clipft.report.html import SIDE, PageImage, PageTable, thumbnail
+    from clipft.report.html import SIDE, PageImage, thumbnail
     from clipft.report.inspection_page import findings_page
 
     by_place = {fact.place: fact for fact in facts}
@@ -275,12 +304,4 @@ def _page(
         image = decode_image(sources[fact.split][fact.number].image, at_least=SIDE)
         return PageImage(place, fact.caption, thumbnail(image))
 
-    tables = [PageTable("Figures", list(figures), _rows(figures), heading=True)]
-    tables += [
-        PageTable(title, ["pairs"], _shared_rows(found), heading=True)
-        for title, found in shared.items()
-    ]
-    if skipped:
-        tables.append(PageTable(_SKIPPED, ["pairs"], _skipped_rows(skipped), heading=True))
-    splits = {name: asdict(split) for name, split in figures.items()}
-    return findings_page(heading, tables, splits, shared, read_image)
+    return findings_page(inspected, read_image)

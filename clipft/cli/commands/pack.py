@@ -1,11 +1,9 @@
 """``clipft pack``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
@@ -15,6 +13,11 @@ from clipft.core.common import counted
 from clipft.core.errors import UsageError
 from clipft.core.text import is_unicode
 from clipft.data.packing.options import PackOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from clipft.data.packing.pack import PackResult
 
 _SHARED = {
     "same image": "photos",
@@ -96,18 +99,7 @@ def pack(
     if not result.val_pairs and options.part.of == 1:
         out.note("warning: there are no validation pairs: add images, or raise --val-share.")
 
-    table = Table(title=f"Shards in {result.out}", title_justify="left", show_header=False)
-    table.add_row("training pairs", f"{result.train_pairs:,}")
-    table.add_row("validation pairs", f"{result.val_pairs:,}")
-    if result.test_pairs:
-        table.add_row("test pairs", f"{result.test_pairs:,}")
-    if result.captions != result.train_pairs + result.val_pairs + result.test_pairs:
-        table.add_row("captions", f"{result.captions:,}")
-    table.add_row("shards", f"{result.shards:,}")
-    table.add_row("size", f"{result.bytes / 2**20:.1f} MiB")
-    for reason, count in result.skipped.items():
-        table.add_row(Text(f"skipped: {reason}"), f"{count:,}")
-    out.result(result.to_dict(), table)
+    out.result(result.to_dict(), _table(result))
     if options.part.of > 1:
         out.note(
             f"This is part {options.part}. Train when all {options.part.of} parts are in one "
@@ -115,3 +107,18 @@ def pack(
         )
     else:
         end(out, {"shards": target}, ("inspect", target))
+
+
+def _table(result: "PackResult") -> "Table":
+    from clipft.cli.tables import rows_table
+
+    counts = {"training pairs": result.train_pairs, "validation pairs": result.val_pairs}
+    if result.test_pairs:
+        counts["test pairs"] = result.test_pairs
+    if result.captions != sum(counts.values()):
+        counts["captions"] = result.captions
+    counts["shards"] = result.shards
+    rows = [[label, f"{count:,}"] for label, count in counts.items()]
+    rows.append(["size", f"{result.bytes / 2**20:.1f} MiB"])
+    rows += [[f"skipped: {reason}", f"{count:,}"] for reason, count in result.skipped.items()]
+    return rows_table(f"Shards in {result.out}", [""], rows)

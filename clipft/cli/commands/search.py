@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
@@ -17,6 +15,8 @@ from clipft.core.errors import DataError, UsageError, sentences
 from clipft.core.files import check_writable, did_you_mean_path
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clipft.data.shards.dataset import RawPair
     from clipft.runs.load import OpenedModel
     from clipft.search.index import Hit
@@ -155,15 +155,14 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
         return ""
 
 
-def _table(title: str, hits: "list[Hit]", captions: list[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("")
-    table.add_column("score", justify="right")
-    table.add_column("image", overflow="fold")
-    table.add_column("caption", overflow="fold")
-    for rank, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):
-        table.add_row(str(rank), f"{hit.score:.3f}", Text(hit.pair.key), Text(caption))
-    return table
+def _table(title: str, hits: "list[Hit]", captions: list[str]) -> "Table":
+    from clipft.cli.tables import rows_table
+
+    rows = [
+        [str(rank), f"{hit.score:.3f}", hit.pair.key, caption]
+        for rank, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1)
+    ]
+    return rows_table(title, ["score", "image", "caption"], rows, texts={1, 2})
 
 
 def _write_page(

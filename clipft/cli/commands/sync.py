@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
-from rich.table import Table
 
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
@@ -16,6 +15,8 @@ from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clipft.storage.sync.sync import SyncResult
 
 _LISTED = 20
@@ -77,15 +78,15 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
         end(out, {"pairs": settings.data_dir}, ("inspect", settings.data_dir))
 
 
-def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
+def _tables(result: "SyncResult", verb: str) -> "Iterator[Table]":
+    from clipft.cli.tables import rows_table
+
+    # Keys may hold any character: escaped, they cannot write to the terminal
     if result.planned:
-        planned = Table("would", title="Dry run", title_justify="left", show_header=False)
-        for line in result.planned[:_LISTED]:
-            # Keys may hold any character: escaped, they cannot write to the terminal
-            planned.add_row(ascii(line)[1:-1])
+        would = [[ascii(line)[1:-1]] for line in result.planned[:_LISTED]]
         if len(result.planned) > _LISTED:
-            planned.add_row(f"... {len(result.planned):,} in total; --json lists all of them")
-        yield planned
+            would.append([f"... {len(result.planned):,} in total; --json lists all of them"])
+        yield rows_table("Dry run", [], would)
     counts = {
         "objects": result.objects,
         verb: result.transferred,
@@ -93,16 +94,11 @@ def _tables(result: "SyncResult", verb: str) -> Iterator[Table]:
         "deleted": result.deleted,
         "refused": len(result.refused),
     }
-    table = Table(title="Sync", title_justify="left")
-    for heading in (*counts, "size", "seconds"):
-        table.add_column(heading, justify="right")
-    texts = (f"{count:,}" for count in counts.values())
-    table.add_row(*texts, decimal(result.bytes), f"{result.seconds:.1f}")
-    yield table
+    rows = [[label, f"{count:,}"] for label, count in counts.items()]
+    rows += [["size", decimal(result.bytes)], ["seconds", f"{result.seconds:.1f}"]]
+    yield rows_table("Sync", [""], rows)
     if result.refused:
-        refused = Table("key", "refused because it", title="Refused", title_justify="left")
-        for refusal in result.refused[:_LISTED]:
-            refused.add_row(ascii(refusal.key), refusal.reason)
+        refused = [[ascii(r.key), r.reason] for r in result.refused[:_LISTED]]
         if len(result.refused) > _LISTED:
-            refused.add_row("...", f"{len(result.refused):,} in total; --json lists all of them")
-        yield refused
+            refused.append(["...", f"{len(result.refused):,} in total; --json lists all of them"])
+        yield rows_table("Refused", ["refused because it"], refused, texts={0})

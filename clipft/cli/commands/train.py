@@ -4,23 +4,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from clipft.cli.answers import FigureOptions
 from clipft.cli.console import Output, end
 from clipft.cli.options import command, flags_given
-from clipft.config.fields import Section, setting
+from clipft.config.fields import setting
 from clipft.config.settings import SECTIONS, ModelSettings, Settings, fixed_on_resume
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clipft.training.batch_size import Probe, SearchResult
 
 _GIB = 2**30
 
 
-class TrainOptions(Section):
-    title = "Plan"
+class TrainOptions(FigureOptions):
     plan: bool = setting(
         False,
         "Show what the run would do, and how much time, memory and disk it would need. Measures a "
@@ -46,16 +47,20 @@ def train(ctx: typer.Context, loaded: LoadedSettings, options: TrainOptions, out
     """
     from clipft.cli.running import plan_training, run_training
 
-    (plan_training if options.plan else run_training)(loaded, out, ctx.obj)
+    if options.plan:
+        plan_training(loaded, out, ctx.obj)
+    else:
+        run_training(loaded, out, ctx.obj, options)
 
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
 
 
-@command(*_FREE)
+@command(*_FREE, options=FigureOptions)
 def resume(
     ctx: typer.Context,
     loaded: LoadedSettings,
+    options: FigureOptions,
     out: Output,
     checkpoint: Annotated[
         Path | None,
@@ -100,7 +105,7 @@ def resume(
             f"name the run's {settings.scenario}_checkpoint.pt (best.pt contains only weights)",
         )
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
-    run_training(LoadedSettings(settings, origins), out, ctx.obj)
+    run_training(LoadedSettings(settings, origins), out, ctx.obj, options)
 
 
 @command(ModelSettings, "data_dir", "effective_batch_size", "precision", "device", "seed")
@@ -165,12 +170,16 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
     end(out, {}, following if has_pairs else ())
 
 
-def _table(found: "SearchResult", effective: int, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("micro-batch", "fits", "pairs/s", "peak GiB"):
-        table.add_column(heading, justify="right")
-    for probe in sorted(found.probes, key=lambda probe: probe.size):
-        speed = f"{probe.pairs_per_s(effective, found.kept):.1f}" if probe.fits else ""
-        memory = f"{probe.peak_bytes / _GIB:.2f}" if probe.fits else ""
-        table.add_row(str(probe.size), "yes" if probe.fits else "no", speed, memory)
-    return table
+def _table(found: "SearchResult", effective: int, title: str) -> "Table":
+    from clipft.cli.tables import rows_table
+
+    rows = [
+        [
+            f"{probe.size:,}",
+            "yes" if probe.fits else "no",
+            f"{probe.pairs_per_s(effective, found.kept):.1f}" if probe.fits else "",
+            f"{probe.peak_bytes / _GIB:.2f}" if probe.fits else "",
+        ]
+        for probe in sorted(found.probes, key=lambda probe: probe.size)
+    ]
+    return rows_table(title, ["fits", "pairs/s", "peak GiB"], rows, label="micro-batch")

@@ -7,7 +7,7 @@
   const number = (value) => Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3)
     ? value.toExponential(1) : String(+value.toPrecision(4));
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-  const shown = (value, percent) => percent ? `${+(100 * value).toPrecision(4)} %` : number(value);
+  const shown = (value, percent) => percent ? `${+(100 * value).toPrecision(4)}%` : number(value);
   // A long label on several lines, broken between words
   const lines = (label, width) => label.split(" ").reduce((found, word) => {
     const last = found.length - 1;
