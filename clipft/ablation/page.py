@@ -1,6 +1,7 @@
 """An ablation for people: its tables for the terminal, and its page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _dumbbell(variants: Sequence[Json]) -> Dumbbell:
         rows.append((variant["name"], before, after if variant["trains"] else None, changes))
     seeds = counted(max(variant["finished"] for variant in variants), "seed")
     title = f"Mean recall on the validation pairs, mean over {seeds}"
-    return dumbbell(title, ["to pretrained", "to the best"], rows)
+    return replace(dumbbell(title, ["to pretrained", "to the best"], rows), label="variant")
 
 
 def ablation_rows(content: Json, columns: Sequence[str]) -> list[list[str]]:
@@ -114,6 +115,7 @@ def ablation_rows(content: Json, columns: Sequence[str]) -> list[list[str]]:
 
 
 def ranked(content: Json) -> list[Json]:
+    """Return the variants, the best first."""
     return sorted(content["variants"], key=lambda v: -(v["mean_recall"]["mean"] or 0.0))
 
 

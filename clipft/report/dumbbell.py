@@ -48,7 +48,7 @@ class DumbbellRow:
 class Dumbbell:
     """Shares on one axis that begins at 0.
 
-    ``columns`` are the headings of the differences. ``ticks`` are labels with their places, in
+    ``columns`` are the headings of the differences, and ``label`` that of the names. ``ticks`` are labels with their places, in
     percent of the axis's length.
     """
 
@@ -56,6 +56,7 @@ class Dumbbell:
     columns: Sequence[str]
     rows: Sequence[DumbbellRow]
     ticks: Sequence[tuple[str, float]]
+    label: str = "figure"
 
 
 def dumbbell(

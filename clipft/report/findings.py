@@ -86,7 +86,7 @@ def _unusable(name: str, split: Json, max_bad: float) -> Iterator[Finding]:
         yield Finding(
             f"{bad:,} of {counted(pairs, f'{kind} pair')} cannot be used, and --max-bad allows "
             f"{max_bad:.2g} of them",
-            "Repair them or leave them out, or raise --max-bad.",
+            "Repair them or leave them out, or raise `--max-bad`.",
             name != "test",
             section,
         )
@@ -137,7 +137,7 @@ def _leaked(title: str, leak: Json) -> Iterator[Finding]:
     parts = [f"{images:,} by their image"] if images else []
     parts += [f"{captions:,} by their caption"] if captions else []
     advice = (
-        "They make figures look better than they are. `clipft pack` keeps such pairs in one split, "
+        "These pairs make figures look better than they are. `clipft pack` keeps them in one split, "
         "unless its source is split already."
     )
     yield Finding(f"{title[0].lower()}{title[1:]}: {', '.join(parts)}", advice, section=title)
@@ -150,7 +150,7 @@ def _captions(name: str, split: Json) -> Iterator[Finding]:
             f"{counted(cut, f'{kind} caption')} {'is' if cut == 1 else 'are'} longer than the "
             f"model reads and {'loses' if cut == 1 else 'lose'} {split['tokens_lost']:.0%} of "
             f"{'its' if cut == 1 else 'their'} tokens",
-            "Put what matters first, or shorten captions with --caption.",
+            "Put what matters first, or shorten captions with `--caption`.",
         )
     html = split["captions_with_html"]["pairs"]
     if html:
@@ -162,13 +162,13 @@ def _captions(name: str, split: Json) -> Iterator[Finding]:
     if broken:
         yield Finding(
             f"the captions of {counted(broken, f'{kind} pair')} have broken characters",
-            "They come from a wrong encoding. Convert the source to UTF-8.",
+            "Their encoding is wrong. Convert the source to UTF-8.",
         )
     bound = min(figures.get("r@1", 1.0) for figures in split["ceiling"].values())
     if name != "train" and split["usable"] and bound < _CLEAR_LIMIT:
         yield Finding(
             f"equal captions or images limit paired R@1 of {kind} to {100 * bound:.1f}%",
-            "Compare grouped figures, or tell the pairs apart with --caption.",
+            "Compare grouped figures, or tell the pairs apart with `--caption`.",
             section=f"Duplicates in {name}",
         )
 
