@@ -48,8 +48,8 @@ class DumbbellRow:
 class Dumbbell:
     """Shares on one axis that begins at 0.
 
-    ``columns`` are the headings of the differences, and ``label`` that of the names. ``ticks`` are labels with their places, in
-    percent of the axis's length.
+    ``columns`` are the headings of the differences, and ``label`` that of the names. ``ticks`` are
+    labels with their places, in percent of the axis's length.
     """
 
     title: str

@@ -137,8 +137,8 @@ def _leaked(title: str, leak: Json) -> Iterator[Finding]:
     parts = [f"{images:,} by their image"] if images else []
     parts += [f"{captions:,} by their caption"] if captions else []
     advice = (
-        "These pairs make figures look better than they are. `clipft pack` keeps them in one split, "
-        "unless its source is split already."
+        "These pairs make figures look better than they are. `clipft pack` keeps them in one "
+        "split, unless its source is split already."
     )
     yield Finding(f"{title[0].lower()}{title[1:]}: {', '.join(parts)}", advice, section=title)
 
