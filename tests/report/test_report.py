@@ -234,7 +234,7 @@ def test_the_first_screen_shows_gains_and_losses(page, content):
     assert chosen.count("loss") >= min(2, kinds.count("loss"))
     shown = main_figures(content["figures"], None)
     rows = {row["name"]: row for row in content["figures"][0]["rows"]}
-    top = 100 / float(shown.ticks[-1][0].removesuffix(" %")) * 100
+    top = 100 / float(shown.ticks[-1][0].removesuffix("%")) * 100
     for row in shown.rows:
         assert row.before.at == pytest.approx(rows[row.name]["before"]["value"] * top)
         assert row.after.at == pytest.approx(rows[row.name]["after"]["value"] * top)
