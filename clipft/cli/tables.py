@@ -260,7 +260,7 @@ def dimensions_table(compared: dict[str, Any]) -> Table | None:
     table = FigureTable("Mean recall by number of dimensions", "dimensions", *titles)
     for size in sizes:
         found = [compared[model]["by_dimensions"][size]["recall"] for model in models]
-        table.add_row(size, *(value("recall", figure) for figure in found))
+        table.add_row(size, *map(value, found))
     return table
 
 

@@ -148,7 +148,8 @@ def _table(written: "Written", page: str | None) -> "Table":
     if written.reduced:
         for kind, tower in written.reduced.towers.items():
             (before, after), (slower, faster) = tower.megabytes, tower.milliseconds
-            found = f"{after:.1f} MB instead of {before:.1f}, {faster:.2f} ms instead of {slower:.2f}"
+            found = f"{after:.1f} MB instead of {before:.1f}, "
+            found += f"{faster:.2f} ms instead of {slower:.2f}"
             cosine = f"cosine {tower.cosine:.4f} at least"
             rows.append([f"{kind}, {tower.precision}", found, cosine])
         if recall := written.reduced.recall:
