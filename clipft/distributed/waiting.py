@@ -121,7 +121,8 @@ def meet(
         f"{minutes:g} minutes (--process-timeout)."
     )
     waiting = Waiting(note, world_size, ending, SPEAK_EVERY)
-    served = rank == 0 and not _agent_serves(address, port)
+    by_agent = _agent_serves(address, port)
+    served = rank == 0 and not by_agent
     while not served and not _reachable(address, port):
         _give_up_after(deadline, [0], rank, world_size, where)
         waiting.look([0])
@@ -129,8 +130,9 @@ def meet(
     whole = dist.TCPStore(  # type: ignore[attr-defined]
         address, port, world_size, served, timeout, wait_for_workers=False, multi_tenant=served
     )
-    # torchrun serves one store for all attempts of a job, so each needs keys of its own
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store of torchrun's serves all attempts of a job, so each needs keys of its own. One of rank
+    # zero's serves one attempt only, and a machine that was replaced counts them from 0 again
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
     store = dist.PrefixStore(f"clipft/{attempt}", whole)  # type: ignore[attr-defined]
     roll = Roll(store, rank, world_size)
     call = roll.arrive()

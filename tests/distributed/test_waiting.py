@@ -89,3 +89,18 @@ def test_ctrl_c_ends_the_wait():
     assert "Waiting for process 1 of 2 for" in line and "Ctrl-C" in line
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=10) == 130
+
+
+def test_a_machine_that_was_replaced_meets_one_that_counts_another_attempt(monkeypatch):
+    """Each torchrun counts its own restarts, and a new one begins at 0."""
+    port = free_port()
+    code = f"from clipft.distributed.waiting import meet; meet('127.0.0.1', {port}, 1, 2, 1, print)"
+    survivor = warm.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCHELASTIC_RESTART_COUNT": "1"},
+        cwd=ROOT,
+    )
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store, _ = meet("127.0.0.1", port, 0, 2, 0.5, print)
+    assert survivor.wait(timeout=20) == 0
+    assert store.check(["roll/1/1"])
