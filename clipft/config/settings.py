@@ -221,7 +221,8 @@ class ModelSettings(Section):
     title = "Model"
     model: str = setting(
         "openai/clip-vit-base-patch32",
-        "Pretrained CLIP model: a Hugging Face Hub id, a local folder, or 'tiny' (included in "
+        "Pretrained CLIP model: a Hugging Face Hub id, a local folder, a model of open_clip "
+        "(open_clip:NAME/PRETRAINED, hf-hub:ID, local-dir:PATH, or a file), or 'tiny' (included in "
         "the package).",
         "fixed",
     )

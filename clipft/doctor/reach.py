@@ -33,12 +33,14 @@ def pairs(settings: Settings) -> Finding:
 
 def model(settings: Settings) -> Finding:
     """Load a local or cached model. For any other, ask the hub whether it has it."""
+    from clipft.models.open_clip.names import is_open_clip
     from clipft.models.pretrained import TINY, load_pretrained, looks_local
 
     name = settings.model
-    if name == TINY or looks_local(name):
+    if name == TINY or looks_local(name) or is_open_clip(name):
         base = load_pretrained(name)
-        return Finding("ok", f"{name} loads, {base.parameters_count:,} parameters")
+        found = f"{name} loads, {base.parameters_count:,} parameters"
+        return Finding("ok", f"{found} ({base.conversion})" if base.conversion else found)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -26,12 +26,13 @@ from clipft.export.onnx import (
     normalized,
     write_onnx,
 )
+from clipft.export.open_clip import check_open_clip, open_clip_lacks, write_open_clip
 from clipft.export.reduce import Reduced, check_loss, reduce_towers
 from clipft.models import huggingface
 from clipft.models.pretrained import PretrainedModel, own_learning_rates
 from clipft.runs.load import OpenedModel
 
-FORMATS = ("transformers", "peft", "onnx", "sentence-transformers")
+FORMATS = ("transformers", "peft", "onnx", "sentence-transformers", "open_clip")
 MARK = "clipft.json"
 """Distinguishes an exported folder, which may be replaced, from any other."""
 
@@ -41,12 +42,13 @@ _CHECK_BATCHES = 16
 
 @dataclass(frozen=True)
 class Written:
-    """The folder of each format, how the ONNX towers compare with torch, and how those of a lower
-    precision compare with them."""
+    """The folder of each format, how the ONNX towers compare with torch, how those of a lower
+    precision compare with them, and the largest difference of open_clip's embeddings."""
 
     folders: dict[str, Path]
     onnx: OnnxCheck | None = None
     reduced: Reduced | None = None
+    open_clip: float | None = None
 
 
 def export_model(
@@ -73,13 +75,15 @@ def export_model(
 
     Raises:
         StorageError: the disk is full or refuses; an earlier ``out`` is unchanged.
-        ModelError: ONNX and torch give different embeddings, or the precision costs too much.
+        ModelError: ONNX or open_clip gives other embeddings than torch, or the precision costs
+            too much.
     """
     base, model = opened.loaded.base, opened.loaded.model
     facts = card_facts(opened)  # before merging, which removes the adapters that it counts
     several = len(formats) > 1
     check: OnnxCheck | None = None
     reduced: Reduced | None = None
+    difference: float | None = None
     merged: Any = None
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
@@ -103,11 +107,15 @@ def export_model(
                 if precision != "fp32":
                     reduced = _reduce(folder, base, precision, checked_on, note)
                     check_loss(reduced, max_loss)
+            elif name == "open_clip":
+                write_open_clip(merged, base, facts.logit_bias, folder)
+                difference = check_open_clip(folder, merged, base)
             card = model_card(facts, name, *((check, reduced) if name == "onnx" else ()))
             _describe(folder, card, opened, name)
         if several:
             _describe(temporary, model_card(facts, ""), opened, list(formats))
-    return Written({name: out / name if several else out for name in formats}, check, reduced)
+    folders = {name: out / name if several else out for name in formats}
+    return Written(folders, check, reduced, difference)
 
 
 def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str]) -> None:
@@ -152,22 +160,34 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
             yield OnnxInputs(batch.pixel_values, batch.input_ids)
 
 
-def chosen_formats(asked: str, no_adapter: str) -> tuple[str, ...]:
-    """Return the formats to write for ``--format asked``, which may be ``all``.
+def chosen_formats(asked: str, opened: OpenedModel) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Choose the formats to write for ``--format asked``, which may be ``all``.
 
-    ``no_adapter`` says why there is no adapter to export, and is empty if there is one.
+    Returns:
+        The formats, and why others are skipped.
 
     Raises:
-        UsageError: there is no adapter to export, or a package for ONNX is missing.
+        UsageError: the format asked for does not fit the model, or a package for ONNX is missing.
     """
-    if asked == "peft" and no_adapter:
+    base, unfit = opened.loaded.base, dict[str, str]()
+    only = base.architecture.export_formats
+    if only is not None:
+        why = "transformers has no model like this one"
+        unfit |= {name: why for name in FORMATS if name not in only}
+    if why := huggingface.why_no_adapter(opened.loaded.model, base, opened.settings.scenario):
+        unfit["peft"] = why
+    if why := open_clip_lacks(base):
+        unfit["open_clip"] = f"open_clip has no model like this one: {why}"
+    if asked in unfit:
+        instead = next(name for name in FORMATS if name not in unfit)
         raise UsageError(
-            f"--format peft: {no_adapter}", "use --format transformers, which holds all weights"
+            f"--format {asked}: {unfit[asked]}", f"use --format {instead}, which holds all weights"
         )
     wanted = FORMATS if asked == "all" else (asked,)
     if "onnx" in wanted:
         check_onnx_installed()
-    return tuple(name for name in wanted if name != "peft" or not no_adapter)
+    skipped = unfit if asked == "all" else {}
+    return tuple(name for name in wanted if name not in unfit), skipped
 
 
 def check_target(out: Path) -> None:

@@ -23,6 +23,7 @@ _PIPELINES = {
     "peft": "zero-shot-image-classification",
     "onnx": "feature-extraction",
     "sentence-transformers": "sentence-similarity",
+    "open_clip": "zero-shot-image-classification",
 }
 _FIGURES = (("R@1", "r@1"), ("R@5", "r@5"), ("R@10", "r@10"), ("median rank", "median_rank"))
 _ALWAYS_LISTED = frozenset(
@@ -188,7 +189,7 @@ def _usage(
             "not need it. For probabilities, set it after loading: "
             f"`model.logit_scale.data.fill_({facts.logit_scale:.6f})`.\n"
         )
-    if facts.logit_bias is not None:
+    if facts.logit_bias is not None and kind != "open_clip":
         parts.append(
             f"The sigmoid loss learned a bias of {facts.logit_bias:.6f}, which this model class "
             "cannot store. A pair's probability is sigmoid(exp(logit_scale) * cosine + bias).\n"

@@ -10,7 +10,8 @@ norm and its residual; for texts the linear head.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +56,10 @@ class Architecture:
     """Whether the text tower attends to padding, so that each text must fill the context."""
     model_class: ClassVar[str] = "CLIPModel"
     processor_class: ClassVar[str] = "CLIPProcessor"
+    export_formats: ClassVar[frozenset[str] | None] = None
+    """Formats that its models can be exported in; None for all."""
+    shardable: ClassVar[bool] = True
+    """Whether ``--shard-weights`` finds the layers of both towers."""
     image_defaults: ClassVar[ImageDefaults] = ImageDefaults(
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
@@ -65,6 +70,53 @@ class Architecture:
         """Return the number of dimensions of the shared space."""
         size: int = clip.config.projection_dim
         return size
+
+    def read_config(self, source: str) -> Any:
+        """Read the configuration of a folder or hub id."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source)
+
+    def load(self, source: str) -> tuple[Any, dict[str, Any]]:
+        """Load a model in fp32, and tell which of its weights were missing or unexpected."""
+        import transformers
+
+        loaded: tuple[Any, dict[str, Any]] = getattr(
+            transformers, self.model_class
+        ).from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation="sdpa",  # ``encode_pooled`` calls the layers without a mask
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_weights refuses them by name
+        )
+        return loaded
+
+    def image_positions(self, clip: Any) -> int:
+        """Return the number of positions of an image in the vision tower."""
+        positions: int = clip.vision_model.embeddings.position_embedding.num_embeddings
+        return positions
+
+    def lora_targets(
+        self, clip: Any, towers: Sequence[str], maps: Sequence[str]
+    ) -> str | list[str]:
+        """Name the modules that get adapters as PEFT's ``target_modules`` do.
+
+        ``towers`` are ``vision`` and ``text``, ``maps`` the linear maps of a layer by CLIP's names.
+        """
+        chosen = "|".join(f"{tower}_model" for tower in towers)
+        return rf".*({chosen})\.encoder\.layers\..*\.({'|'.join(maps)})"
+
+    def layers_above(self, clip: Any, name: str, part: str) -> int:
+        """Count the encoder layers from a parameter of ``vision`` or ``text`` to the tower's end.
+
+        That is one more than the number of layers for the token and patch embeddings.
+        """
+        layers: int = getattr(clip.config, f"{part}_config").num_hidden_layers
+        if inside := re.search(r"\.encoder\.layers\.(\d+)\.", name):
+            return layers - int(inside.group(1))
+        below = ".embeddings." in name or ".pre_layrnorm." in name
+        return layers + 1 if below else 0
 
     def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
         """Encode normalized pixels, float [B, 3, S, S], into features [B, W]."""
@@ -150,9 +202,72 @@ class MetaClip2(Architecture):
     model_class = "MetaClip2Model"
 
 
+class OpenClip(Architecture):
+    """A CLIP whose image tower is timm's, which open_clip runs (``models.open_clip.backed``)."""
+
+    export_formats = frozenset({"open_clip"})
+    shardable = False
+
+    def read_config(self, source: str) -> Any:
+        from clipft.models.open_clip.backed import OpenClipConfig
+
+        return OpenClipConfig.read(source)
+
+    def load(self, source: str) -> tuple[Any, dict[str, Any]]:
+        from clipft.models.open_clip.backed import load_backed
+
+        return load_backed(source)
+
+    def image_positions(self, clip: Any) -> int:
+        return max(clip.vision_model.positions.values(), default=1)
+
+    def lora_targets(
+        self, clip: Any, towers: Sequence[str], maps: Sequence[str]
+    ) -> str | list[str]:
+        from clipft.models.open_clip.backed import lora_targets
+
+        targets = list[str]()
+        if "text" in towers:
+            pattern = re.compile(str(super().lora_targets(clip, ["text"], maps)))
+            targets += [name for name, _ in clip.named_modules() if pattern.fullmatch(name)]
+        return [*targets, *(lora_targets(clip, maps) if "vision" in towers else ())]
+
+    def layers_above(self, clip: Any, name: str, part: str) -> int:
+        from clipft.models.open_clip.backed import blocks_above
+
+        if part == "text":
+            return super().layers_above(clip, name, part)
+        return blocks_above(name, clip.config.vision_config.num_hidden_layers)
+
+    def image_features(self, clip: Any, pixels: Tensor) -> Tensor:
+        features: Tensor = clip.vision_model(pixels)
+        return features
+
+
+class BidirectionalOpenClip(OpenClip):
+    """One in whose text tower tokens attend to those after them, and to padding: MobileCLIP."""
+
+    pads_texts = True
+
+    def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
+        tower, config = clip.text_model, clip.config.text_config
+        ends = (input_ids == config.eos_token_id).long()
+        after_end = ends.cumsum(1) - ends > 0
+        missing = config.max_position_embeddings - input_ids.shape[1]
+        # open_clip's tokenizer pads with 0, whatever that id stands for
+        padded = functional.pad(input_ids.masked_fill(after_end, 0), (0, missing))
+        hidden = tower.embeddings(input_ids=padded)
+        pooled: Tensor = tower.final_layer_norm(
+            encode_pooled(tower, hidden, ends.argmax(-1), causal=False)
+        )
+        return pooled
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "clip": Architecture(),
     "siglip": Siglip(),
     "metaclip_2": MetaClip2(),
+    "open_clip": OpenClip(),
+    "open_clip_bidirectional": BidirectionalOpenClip(),
 }
 """By the ``model_type`` of a checkpoint's configuration."""

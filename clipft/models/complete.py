@@ -26,20 +26,20 @@ def first_names(names: Sequence[str]) -> str:
     return f"{shown} and {rest:,} more" if rest > 0 else shown
 
 
-def check_weights(name: str, found: Mapping[str, Any]) -> None:
+def check_weights(name: str, found: Mapping[str, Any], config: str = "config.json") -> None:
     """Check that a file held all weights of a model, and no others.
 
     ``found`` is the loading info of transformers, which leaves out harmless buffers such as
-    position ids.
+    position ids. ``config`` is the file that says which weights there are.
 
     Raises:
         ModelError: some are missing, unexpected, or of another shape.
     """
-    again = "take config.json and the weights from the same model, and download or save both again"
+    again = f"take {config} and the weights from the same model, and download or save both again"
     if mismatched := sorted(found["mismatched_keys"]):
         key, stored, expected = mismatched[0]
         raise ModelError(
-            f"{_are(len(mismatched))} of another shape in the file of {name} than config.json "
+            f"{_are(len(mismatched))} of another shape in the file of {name} than {config} "
             f"says: {key} is {_shape(stored)}, not {_shape(expected)}",
             again,
         )

@@ -5,13 +5,13 @@ Weights are safetensors. Nothing that is written names a path of this machine.
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clipft.config.settings import OWN_SIZES
 from clipft.core.errors import UsageError
+from clipft.models.open_clip.names import HUB, is_open_clip, public_open_clip_name
+from clipft.models.open_clip.weights import disk_errors
 from clipft.models.pretrained import TINY, PretrainedModel, loading_errors, model_source
 from clipft.models.trainable import TrainableModel
 
@@ -52,12 +52,16 @@ _SENTENCE_FILES: dict[str, Any] = {
 
 def hub_id(name: str) -> str | None:
     """Return ``name`` if it is a model of the hub; None for a folder and for ``tiny``."""
-    local = name == TINY or Path(name).exists()
+    if name.startswith(HUB):
+        return name.removeprefix(HUB)
+    local = name == TINY or is_open_clip(name) or Path(name).exists()
     return name if not local and _HUB_ID.fullmatch(name) else None
 
 
 def public_name(name: str) -> str:
     """Return what may be published of a model's name: of a folder only its last part."""
+    if is_open_clip(name):
+        return public_open_clip_name(name)
     return hub_id(name) or (name if name == TINY else Path(name).resolve().name)
 
 
@@ -90,6 +94,8 @@ def why_no_adapter(model: TrainableModel, base: PretrainedModel, scenario: str) 
         return f"{scenario} trains no adapter"
     if base.sizes != OWN_SIZES:
         return "an adapter would lack the positions of --context-length and --image-size"
+    if base.architecture.export_formats is not None:
+        return "PEFT cannot open its base model"
     return ""
 
 
@@ -122,7 +128,7 @@ def write_adapter(model: TrainableModel, base: str, folder: Path) -> None:
         raise UsageError(
             "this scenario trains no adapter", "export it with --format transformers instead"
         )
-    with _disk_errors():
+    with disk_errors():
         model.clip.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
     # Not before saving: PEFT looks for the base model's files under the name in the config
@@ -137,7 +143,7 @@ def write_transformers(clip: Any, base: PretrainedModel, folder: Path) -> None:
     Raises:
         OSError: the disk is full or cannot be written to.
     """
-    with _disk_errors():
+    with disk_errors():
         clip.save_pretrained(str(folder))
         write_processors(base, folder)
 
@@ -146,6 +152,12 @@ def write_processors(base: PretrainedModel, folder: Path) -> None:
     """Write the pretrained model's tokenizer and image processor."""
     for processor in _load_processors(base):
         processor.save_pretrained(str(folder))
+
+
+def write_tokenizer(base: PretrainedModel, folder: Path) -> None:
+    """Write the pretrained model's tokenizer."""
+    tokenizer, _ = _load_processors(base)
+    tokenizer.save_pretrained(str(folder))
 
 
 def processor_of(base: PretrainedModel) -> Any:
@@ -219,13 +231,3 @@ def write_sentence_transformers(clip: Any, base: PretrainedModel, folder: Path) 
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:  # its own class, also when the disk is full
-        raise OSError(str(error)) from error

@@ -25,6 +25,10 @@ def resize_inputs(clip: Any, sizes: InputSizes) -> None:
         clip.config.text_config.max_position_embeddings = sizes.context_length
         _replace(embeddings, stretched(embeddings.position_embedding.weight, sizes.context_length))
     if sizes.image_size:
+        if not hasattr(clip.vision_model, "embeddings"):  # a tower that open_clip runs
+            raise UsageError(
+                "--image-size needs an image tower of transformers", "run without --image-size"
+            )
         embeddings = clip.vision_model.embeddings
         side, rest = divmod(sizes.image_size, embeddings.patch_size)
         if rest:

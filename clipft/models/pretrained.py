@@ -15,10 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import torch
-
 from clipft.config.settings import OWN_SIZES, InputSizes
-from clipft.core.errors import ModelError, first_line
+from clipft.core.errors import ClipftError, ModelError, first_line
 from clipft.core.files import read_json
 from clipft.models.adapters import base_of_adapter, merge_adapter
 from clipft.models.architectures import ARCHITECTURES, Architecture
@@ -28,6 +26,7 @@ from clipft.models.complete import (
     check_tokenizer,
     check_weights,
 )
+from clipft.models.open_clip.names import is_open_clip
 from clipft.models.positions import resize_inputs
 
 TINY = "tiny"
@@ -65,13 +64,17 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained CLIP: ``model`` is transformers' ``CLIPModel`` or ``SiglipModel``, in fp32."""
+    """A pretrained CLIP: ``model`` is transformers' ``CLIPModel`` or ``SiglipModel``, in fp32.
+
+    ``conversion`` says how it was made from a checkpoint of open_clip; it is "" for any other.
+    """
 
     name: str
     model: Any
     inputs: ModelInputs
     parameters_count: int
     sizes: InputSizes = OWN_SIZES
+    conversion: str = ""
 
     @property
     def architecture(self) -> Architecture:
@@ -107,18 +110,9 @@ def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel
         UsageError: it cannot take images of that size.
     """
     inputs = load_inputs(name, sizes)
-    import transformers
-
     with loading_errors(name):
         source = model_source(name)
-        loader = getattr(transformers, _find_architecture(name, source).model_class)
-        model, found = loader.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation="sdpa",  # ``encode_pooled`` calls the layers without a mask
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # check_weights refuses them by name
-        )
+        model, found = _find_architecture(name, source).load(source)
         check_weights(name, found)
         if _base_of(name):
             model = merge_adapter(model, name)
@@ -132,7 +126,8 @@ def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel
     config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     resize_inputs(model, sizes)
     parameters = sum(p.numel() for p in model.parameters())
-    return PretrainedModel(name, model.eval(), inputs, parameters, sizes)
+    conversion = _conversion(source)
+    return PretrainedModel(name, model.eval(), inputs, parameters, sizes, conversion)
 
 
 def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
@@ -142,14 +137,14 @@ def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
         ModelError: as for ``load_pretrained``; or the model does not take square images.
     """
     quiet_libraries()
-    from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor
+    from transformers import AutoTokenizer, CLIPImageProcessor
 
     with loading_errors(name):
         _check_hub_is_known(name)
         source = model_source(name)
         architecture = _find_architecture(name, source)
         _check_image_processor(name, source)
-        config = AutoConfig.from_pretrained(source)
+        config = architecture.read_config(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
         check_normalization(name, processor)
@@ -182,11 +177,13 @@ def model_source(name: str) -> str:
     source = _base_of(name) or name
     if source == TINY:
         return str(_TINY_FOLDER)
+    if is_open_clip(source):
+        from clipft.models.open_clip.convert import converted_folder
+
+        return str(converted_folder(source))
     folder = Path(source)
     if looks_local(source) and not (folder / "config.json").is_file():
-        hint = "name a folder written by transformers' save_pretrained, or a hub id"
-        if (folder / "open_clip_config.json").is_file():
-            hint = f"it is a checkpoint of open_clip: convert it to transformers, or {hint}"
+        hint = "name a folder written by transformers' save_pretrained or by open_clip, or a hub id"
         raise ModelError(f"no model in {source}: config.json is missing", hint)
     return source
 
@@ -199,15 +196,24 @@ def _check_hub_is_known(name: str) -> None:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if name == TINY or looks_local(name) or constants.HF_HUB_OFFLINE or getproxies():
+    local = name == TINY or looks_local(name) or is_open_clip(name)
+    if local or constants.HF_HUB_OFFLINE or getproxies():
         return
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
 
 
+def _conversion(source: str) -> str:
+    from clipft.models.open_clip.convert import read_report
+
+    return str(read_report(Path(source)) or "")
+
+
 def _base_of(name: str) -> str | None:
     missing = looks_local(name) and not Path(name).is_dir()
-    return None if name == TINY or missing else base_of_adapter(name)
+    if name == TINY or missing or is_open_clip(name):
+        return None
+    return base_of_adapter(name)
 
 
 def own_learning_rates(name: str) -> dict[str, float]:
@@ -284,7 +290,7 @@ def loading_errors(name: str) -> Iterator[None]:
     """Raise the loaders' errors, which share no base class, as ``ModelError``."""
     try:
         yield
-    except ModelError:
+    except ClipftError:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {first_line(error)}"

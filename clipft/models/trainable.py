@@ -1,7 +1,6 @@
 """Turns a pretrained model into one that trains as a scenario declares."""
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +78,7 @@ class TrainableModel(nn.Module):
     @property
     def image_positions(self) -> int:
         """The number of positions of an image in the vision tower."""
-        positions: int = self.clip.vision_model.embeddings.position_embedding.num_embeddings
-        return positions
+        return self.architecture.image_positions(self.clip)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Run the vision tower up to its projection: uint8 [B, 3, S, S] -> [B, W]."""
@@ -151,11 +149,7 @@ class TrainableModel(nn.Module):
         part = self.part_of(name)
         if part not in {"vision", "text"}:
             return 0
-        layers: int = getattr(self.clip.config, f"{part}_config").num_hidden_layers
-        if inside := re.search(r"\.encoder\.layers\.(\d+)\.", name):
-            return layers - int(inside.group(1))
-        below = ".embeddings." in name or ".pre_layrnorm." in name
-        return layers + 1 if below else 0
+        return self.architecture.layers_above(self.clip, name, part)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the names and parameters that train, in a fixed order."""
@@ -258,13 +252,12 @@ def _add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    towers = "|".join(f"{tower}_model" for tower in scenario.lora)
     maps = TARGETS[settings.lora_targets]
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=rf".*({towers})\.encoder\.layers\..*\.({'|'.join(maps)})",
+        target_modules=base.architecture.lora_targets(base.model, scenario.lora, maps),
         modules_to_save=projections,
         use_rslora=settings.lora_rslora,
         use_dora=settings.lora_dora,

@@ -21,6 +21,7 @@ from clipft.core.errors import ModelError, sentences
 from clipft.core.files import did_you_mean_path
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.models.adapters import ADAPTER_CONFIG
+from clipft.models.open_clip.names import names_weights
 from clipft.models.pretrained import looks_local
 from clipft.runs.checkpoint import check_base_model, checkpoint_exists, load_checkpoint, previous_of
 from clipft.runs.folder import RunPaths
@@ -127,7 +128,8 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
 
     Args:
         place: a checkpoint or run folder; or a pretrained model: a folder of transformers, a hub
-            id, or ``tiny``. None is the pretrained model of the settings.
+            id, a name in open_clip's notation, or ``tiny``. None is the pretrained model of the
+            settings.
         now: the settings of this command.
         anew: names of settings that a fine-tuned model takes from ``now`` rather than from its
             checkpoint.
@@ -138,7 +140,7 @@ def open_model(place: str | None, now: LoadedSettings, anew: Collection[str]) ->
     if place and place.startswith("~"):
         place = str(expand_home(place))
     path = Path(place or "")
-    if not place:
+    if not place or names_weights(place):
         pretrained = True
     elif path.is_dir():
         pretrained = any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG))

@@ -198,6 +198,8 @@ def zero_shot(
     place = local_model(place, loaded.values, out) if place else None
     opened = open_model(place, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
+    if model.base.conversion:
+        out.note(f"{model.base.name}: {model.base.conversion}.")
     pairs = EvaluationSet.open(model.base.inputs, settings, options.split)
     chosen = choose_labels(options.labels, options.templates, pairs.labels, settings.label_field)
     for note in chosen.notes if chosen else ():

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 class ExportOptions(Section):
     title = "Export"
-    format: Literal["transformers", "peft", "onnx", "sentence-transformers", "all"] = setting(
-        "transformers",
-        "Format to write: transformers, peft, onnx or sentence-transformers. all: every format, "
-        "each in a subfolder of OUT.",
-        metavar="FORMAT",
+    format: Literal["transformers", "peft", "onnx", "sentence-transformers", "open_clip", "all"] = (
+        setting(
+            "transformers",
+            "Format to write: transformers, peft, onnx, sentence-transformers or open_clip. all: "
+            "every format, each in a subfolder of OUT.",
+            metavar="FORMAT",
+        )
     )
     precision: Literal["fp32", "fp16", "int8"] = setting(
         "fp32",
@@ -68,7 +70,8 @@ def export(
 
     transformers: the whole model with adapters merged in; peft: the adapter alone; onnx: both
     encoders, compared with PyTorch on pairs of --data-dir if it is given; sentence-transformers:
-    a model for its encode(). Weights are stored as safetensors.
+    a model for its encode(); open_clip: a folder that open_clip opens as local-dir:OUT. Weights
+    are stored as safetensors.
 
     Examples:
 
@@ -86,7 +89,6 @@ def export(
         make_repository,
         push,
     )
-    from clipft.models.huggingface import why_no_adapter
     from clipft.runs.load import open_model
 
     check_target(target)
@@ -98,10 +100,9 @@ def export(
     overrides = ("model", "device", "precision")
     opened = open_model(place, LoadedSettings(on_cpu, origins), overrides)
     scenario = opened.settings.scenario
-    no_adapter = why_no_adapter(opened.loaded.model, opened.loaded.base, scenario)
-    formats = chosen_formats(options.format, no_adapter)
-    if options.format == "all" and no_adapter:
-        out.note(f"The peft format is skipped: {no_adapter}.")
+    formats, skipped = chosen_formats(options.format, opened)
+    for name, why in skipped.items():
+        out.note(f"The {name} format is skipped: {why}.")
     # Made before the export, so that a missing permission shows before the work
     repository = make_repository(options.push) if options.push else None
     checked_on = opened.settings.model_copy(update={"data_dir": loaded.values.data_dir})
@@ -122,6 +123,7 @@ def export(
         "checkpoint": str(opened.checkpoint) if opened.checkpoint else None,
         "onnx_check": written.onnx.to_dict() if written.onnx else None,
         "onnx_precision": written.reduced.to_dict() if written.reduced else None,
+        "open_clip_difference": written.open_clip,
         "pushed_to": page,
     }
     out.result(result, _table(written, page))
@@ -158,6 +160,9 @@ def _table(written: "Written", page: str | None) -> "Table":
                 f"{recall['difference']:+.1f} [{recall['low']:+.1f}, {recall['high']:+.1f}]"
             )
             rows.append(["R@10", found, counted(written.reduced.pairs, "pair")])
+    if written.open_clip is not None:
+        found = f"{written.open_clip:.1e} at most"
+        rows.append(["difference of open_clip and torch", found, ""])
     if page:
         rows.append(["pushed to", page, ""])
     return rows_table("Exported", ["", ""], rows, texts={0})

@@ -73,8 +73,18 @@ def will_shard(settings: Settings, processes: Processes) -> bool:
 def hold_weights(
     settings: Settings, loaded: LoadedModel, processes: Processes, note: Callable[[str], None]
 ) -> Weights:
-    """Shard the model's weights, in place, if ``will_shard``; otherwise leave them whole."""
+    """Shard the model's weights, in place, if ``will_shard``; otherwise leave them whole.
+
+    Raises:
+        UsageError: open_clip runs the image tower, whose layers are not known.
+    """
     if will_shard(settings, processes):
+        if not loaded.base.architecture.shardable:
+            raise UsageError(
+                f"--shard-weights: the layers of {loaded.base.name} cannot be sharded, because "
+                "open_clip runs its image tower",
+                "run without --shard-weights",
+            )
         return ShardedWeights(loaded, processes)
     if settings.shard_weights:
         note("note: --shard-weights has no effect in a run of one process.")

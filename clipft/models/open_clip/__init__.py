@@ -1,0 +1,1 @@
+"""open_clip's checkpoints and OpenAI's: found, read without running code, and converted."""

@@ -1,0 +1,168 @@
+"""Converts every configuration of open_clip with random weights, and writes the table of the docs.
+
+    python -m tests.models.open_clip.parity                  # all that fit: about half an hour
+    python -m tests.models.open_clip.parity ViT-B-32 ViT-L-14
+    python -m tests.models.open_clip.parity --table          # only writes the table again
+
+What was measured is kept in ``parity.json``. Encoders with many weights are
+checked with two layers, and models with another tokenizer than CLIP's with a small vocabulary:
+neither changes how tensors are mapped. ``--full`` leaves both as they are.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from clipft.core.errors import ModelError
+from clipft.models.open_clip.config import UnmappableError, target_of
+from clipft.models.open_clip.convert import converted_folder, read_report
+from tests.models.open_clip.folders import describe, write_word_tokenizer
+
+RESULTS = Path(__file__).with_name("parity.json")
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "open_clip.md"
+MOST_WEIGHTS = 200e6
+"""Of a model that is checked with all its layers."""
+MOST_IN_TIMM = 600e6
+"""Of a model with timm's image tower, which is made with all its layers."""
+WORDS = 1000
+"""Size of the vocabulary of another tokenizer than CLIP's."""
+
+
+def measure(name: str, full: bool) -> dict[str, Any]:
+    """Convert one configuration; return a row of the table."""
+    config = open_clip.get_model_config(name)
+    end = _end(config["text_cfg"])
+    try:
+        target = target_of(config, end)
+    except UnmappableError as why:
+        return {"refused": str(why)}
+    becomes = "open_clip" if target.backed else target.model_class
+    weights = _count(config)
+    if becomes in {"open_clip", "SiglipModel"} and weights > MOST_IN_TIMM and not full:
+        return {"becomes": becomes, "weights": weights}
+    layers = config if full or weights < MOST_WEIGHTS else _two_layers(config)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CLIPFT_CACHE"] = f"{folder}/cache"
+        report = read_report(converted_folder(_write(Path(folder) / "model", layers, end, full)))
+    assert report is not None and report.difference is not None
+    return {
+        "becomes": becomes,
+        "weights": weights,
+        "used": report.used,
+        "tensors": report.tensors,
+        "difference": report.difference,
+        # Of unit vectors a and b: 1 - |a - b|^2 / 2
+        "cosine": 1 - config["embed_dim"] * report.difference**2 / 2,
+        "layers": [layers[f"{tower}_cfg"].get("layers") for tower in ("vision", "text")],
+        "of": [config[f"{tower}_cfg"].get("layers") for tower in ("vision", "text")],
+    }
+
+
+def _end(text: dict[str, Any]) -> int:
+    """The end token of a tokenizer that cannot be loaded without the hub."""
+    if not text.get("hf_tokenizer_name"):
+        return 49407
+    return int(text["eos_id"]) if text.get("pool_type") == "eos" else 1
+
+
+def _make(config: dict[str, Any]) -> Any:
+    settings = {name: value for name, value in config.items() if name != "custom_text"}
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    return kind(**settings)
+
+
+def _count(config: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in _make(deepcopy(config)).parameters())
+
+
+def _two_layers(config: dict[str, Any]) -> dict[str, Any]:
+    shrunk = deepcopy(config)
+    for tower in ("vision_cfg", "text_cfg"):
+        if "timm_model_name" not in shrunk[tower]:
+            shrunk[tower]["layers"] = 2
+    return shrunk
+
+
+def _write(folder: Path, config: dict[str, Any], end: int, full: bool) -> str:
+    folder.mkdir()
+    if config["text_cfg"].get("hf_tokenizer_name"):
+        config = deepcopy(config)
+        size = config["text_cfg"]["vocab_size"] if full else WORDS
+        config["text_cfg"]["vocab_size"] = size
+        write_word_tokenizer(folder, end, size)
+    torch.manual_seed(0)
+    model = _make(deepcopy(config))
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    describe(folder, config)
+    return f"local-dir:{folder}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table with what it shows."""
+    rows = []
+    for name in sorted(results, key=str.lower):
+        row = results[name]
+        if "refused" in row:
+            cells = ["refused", "", "", row["refused"]]
+        elif "difference" not in row:
+            cells = [row["becomes"], "", "", f"not run: {row['weights'] / 1e6:,.0f} M weights"]
+        else:
+            layers = [
+                f"{done} of {of} layers"
+                for done, of in zip(row["layers"], row["of"], strict=True)
+                if done != of
+            ]
+            used = f"{row['used']} of {row['tensors']}"
+            difference = f"{row['difference']:.1e}"
+            cells = [row["becomes"], used, difference, "; ".join(dict.fromkeys(layers))]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    measured = [row for row in results.values() if "cosine" in row]
+    mapped = [row for row in measured if row["becomes"] != "open_clip"]
+    lowest = min(row["cosine"] for row in measured)
+    return (
+        f"open_clip 3.3 has {len(results)} configurations. With random weights, {len(mapped)} of "
+        f"them were converted to models of transformers, and {len(measured) - len(mapped)} whose "
+        "image tower open_clip runs. The difference is the largest between a component of a unit "
+        "embedding and open_clip's own, over images and texts; the lowest cosine that follows is "
+        f"{lowest:.8f}. Models of more than 200 million weights were checked with two layers, and "
+        "other tokenizers than CLIP's were replaced by a small one of words. Image towers of timm "
+        "are always whole. `python -m tests.models.open_clip.parity` makes this table.\n\n"
+        "| configuration | becomes | tensors used | largest difference | |\n"
+        "| --- | --- | ---: | ---: | --- |\n" + "\n".join(rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in [] if given.table else given.names or open_clip.list_models():
+        try:
+            results[name] = measure(name, given.full)
+        except ModelError as error:
+            results[name] = {"refused": error.message}
+        print(name, results[name], flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        shutil.rmtree(os.environ.pop("CLIPFT_CACHE", "/nowhere"), ignore_errors=True)
+    start, end = "<!-- parity -->\n", "\n<!-- end parity -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(start)
+    after = rest.partition("<!-- end parity -->")[2]
+    PAGE.write_text(before + start + table(results) + end + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
