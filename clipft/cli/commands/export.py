@@ -76,7 +76,7 @@ def export(
     Examples:
 
         clipft export ./checkpoints/dual_lora ./my-clip
-        clipft export ./checkpoints/dual_lora ./onnx --format onnx --precision int8
+        clipft export ./checkpoints/dual_lora ./web --format onnx --precision int8
         clipft export ./checkpoints/dual_lora ./all --format all --push me/my-clip
     """
     data_given = loaded.origins["data_dir"] != "default"
