@@ -28,7 +28,7 @@ SMALLEST_BATCH = 32
 """The smallest effective batch that is chosen: fewer pairs have too few negatives."""
 MOST_EPOCHS = 100
 PATIENT_STEPS = ENOUGH_STEPS // 2
-"""Steps without improvement that do not end a run yet, however short its epochs are."""
+"""About so many steps without improvement do not end a run yet, however short its epochs are."""
 
 _FOLLOW = ("effective_batch_size", "epochs", "patience", "lr")
 
