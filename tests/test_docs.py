@@ -92,6 +92,8 @@ def test_options_named_in_the_documents_exist(page):
             continue
         context = group.commands[words[0]].make_context(words[0], list(words[1:]))
         settings = {k: v for k, v in context.params.items() if k in Settings.model_fields}
+        if words[0] == "export":
+            settings.pop("precision", None)  # that of ONNX, an option of its own
         load_settings({k: v for k, v in settings.items() if isinstance(v, str)}, environ={})
 
 
