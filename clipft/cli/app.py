@@ -43,6 +43,7 @@ COMMANDS = {
     "report": "Write a page about a run or an ablation.",
     "export": "Export a model for other libraries, with a model card.",
     "search": "Find images by words or by another image.",
+    "embed": "Write the embeddings of a data set as Parquet files.",
     "settings": "Print the settings as TOML, each with its source.",
 }
 """Every command with the first sentence of its help, so that ``clipft --help`` imports none."""

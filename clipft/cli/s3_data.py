@@ -54,16 +54,22 @@ def local_data(place: Path, settings: Settings, out: Output) -> Path:
 
 
 def local_source(place: Path, settings: Settings, out: Output) -> Path:
-    """Return ``place``, or for an ``s3://`` location of files to pack, the cache folder they were
-    fetched to. A table is fetched with everything beside it, as it may name images there.
+    """Return ``place``, or for an ``s3://`` or ``hf://`` location of files to pack, the folder that
+    they were fetched to. A table in a bucket is fetched with everything beside it, as it may name
+    images there.
 
     Raises:
         StorageError: nothing is there, the bucket cannot be read, or the disk cannot be written.
+        ModelError: the hub has no such data set, or cannot be reached.
     """
     from clipft.cli.progress import transfer_progress
     from clipft.data.shards.names import TABLE_SUFFIXES
+    from clipft.storage.hub import download_dataset, parse_hub_url
     from clipft.storage.sync.sync import WHOLE, SyncOptions, download, list_prefix
 
+    if dataset := parse_hub_url(place):
+        out.note(f"Downloading {dataset}.")
+        return download_dataset(dataset)
     url = parse_s3_url(place)
     if url is None:
         return place

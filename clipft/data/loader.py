@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -224,6 +225,26 @@ def evaluation_batches(
     yield from _batches(dataset, preprocessing, in_order, batch_size, ahead, options)
     for _ in range(-(-len(starts) // share.world_size) - len(mine)):
         yield EMPTY_BATCH
+
+
+def chosen_batches(
+    dataset: PairSource,
+    preprocessing: Preprocessing,
+    numbers: Iterable[int],
+    batch_size: int,
+    options: LoaderOptions,
+) -> Iterator[Batch]:
+    """Yield the batches of these pairs. Each number is asked for only when a worker is free to read
+    the pair, so they can be found meanwhile.
+
+    Raises:
+        DataError: A shard was changed, or a worker died or hung.
+    """
+    places = ((0, number) for number in numbers)
+    micro_batches = iter(lambda: list(islice(places, batch_size)), [])
+    plan = EpochPlan(len(dataset), batch_size, batch_size, 0)
+    ahead = prefetch_factor(plan, preprocessing.image_size, options)
+    return _batches(dataset, preprocessing, micro_batches, batch_size, ahead, options)
 
 
 def _batches(

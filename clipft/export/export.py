@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,7 +10,7 @@ from typing import Any
 
 from clipft import __version__
 from clipft.config.settings import Settings
-from clipft.core.errors import ModelError, UsageError, first_line
+from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, read_json, replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.embedding.embed import validation_pairs
@@ -207,55 +206,3 @@ def check_target(out: Path) -> None:
             "name a folder that does not exist yet",
         )
     check_writable(out.with_name(f".{out.name}.part"))
-
-
-def make_repository(repo: str) -> str:
-    """Create a private model repository unless it exists; return its full name.
-
-    Raises:
-        UsageError: the name is not valid.
-        ModelError: there is no network, no token, or no permission.
-    """
-    from huggingface_hub import HfApi
-
-    with _hub_errors(repo):
-        return str(HfApi().create_repo(repo, private=True, exist_ok=True).repo_id)
-
-
-def push(folder: Path, repo: str) -> str:
-    """Upload all files of ``folder`` in one commit; return the repository's page.
-
-    Raises:
-        ModelError: there is no network, no token, or no permission.
-    """
-    from huggingface_hub import HfApi
-
-    with _hub_errors(repo):
-        api = HfApi()
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from clipft")
-        return f"{api.endpoint}/{repo}"
-
-
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn the hub's errors into ours."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(
-            f"--push {repo}: not a valid repository name", "write it as in me/my-clip"
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise ModelError(f"cannot push to {repo}: no token", login) from error
-    except Exception as error:  # the transport raises its own kinds
-        response = error.response if isinstance(error, HfHubHTTPError) else None
-        status = response.status_code if response is not None else 0
-        if status in {401, 403}:
-            raise ModelError(f"cannot push to {repo}: the hub answers {status}", login) from error
-        raise ModelError(
-            f"cannot push to {repo}: {type(error).__name__}: {first_line(error)}",
-            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; leave out --push to export locally",
-        ) from error

@@ -1,1 +1,1 @@
-"""``clipft search``: an index of image embeddings, queried with text or an image."""
+"""``clipft search`` and ``clipft embed``: embeddings, queried or written to files."""

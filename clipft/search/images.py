@@ -1,16 +1,17 @@
-"""The images to search among: pairs in shards, or loose files in a folder.
+"""The images to search among or to embed: pairs in shards, or loose files in a folder.
 
 They are divided into parts: some pairs of one shard, or some files of one folder. A part is
-embedded and cached as a whole, so a changed image costs only the embedding of its own part again.
+embedded and stored as a whole, so a changed image costs only the work on its own part again.
 """
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
@@ -25,46 +26,55 @@ from clipft.data.shards.names import (
     is_hidden,
     tars_in,
 )
+from clipft.data.shards.splits import split_named, split_of
 from clipft.data.shards.tar import ByteRange
 
 _PAIRS_PER_PART = 4096
 """This bounds how many pairs have to be embedded again after a kill."""
-_FILES_PER_PART = 256
+FILES_PER_PART = 256
 """Roughly how many files have to be embedded again after one of them changed."""
 _MAX_TEXT_BYTES = 1 << 20
+_LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Images that are embedded and cached together.
+    """Images that are embedded and stored together.
 
     Attributes:
         state: Changes whenever one of the images does, and only then.
         count: The number of images.
         read: Returns the image of a number below ``count`` as a pair, with an empty caption if it
             has none. It raises a DataError if the shard or file was changed or removed.
+        read_texts: The same without the bytes of the image, which are not read.
+        name: Tells the part from all others, and can be a file name.
+        split: The split that the images are in, "" if the folders do not say.
     """
 
     state: str
     count: int
     read: Callable[[int], RawPair]
+    read_texts: Callable[[int], RawPair]
+    name: str = ""
+    split: str = ""
 
 
-def open_images(source: Path) -> list[ImagePart]:
+def open_images(source: Path, files_per_part: int = FILES_PER_PART) -> list[ImagePart]:
     """Find the images in a folder.
 
     If the folder, or train/, val/ or test/ in it, holds ``*.tar`` files, these are read as shards.
-    Otherwise the folder and those below it are searched for image files, except hidden ones.
+    Otherwise the folder and those below it are searched for image files, except hidden ones; a part
+    then has about ``files_per_part`` of them.
 
     Raises:
         DataError: There is no such folder or no image in it, or a shard is damaged.
     """
-    folders = [source, *(source / split for split in SPLITS)]
-    shards = [path for folder in folders for path in tars_in(folder)]
+    folders = {source: split_named(source.name), **{source / split: split for split in SPLITS}}
+    shards = [(path, split) for folder, split in folders.items() for path in tars_in(folder)]
     if shards:
-        parts = [part for path in shards for part in _parts_of_shard(open_shard(path))]
+        parts = [part for path, split in shards for part in _parts_of_shard(path, split)]
     else:
-        parts = list(_parts_of_folder(source))
+        parts = list(_parts_of_folder(source, files_per_part))
     if not parts:
         found = f"no folder {source}"
         if source.is_dir():
@@ -74,18 +84,40 @@ def open_images(source: Path) -> list[ImagePart]:
     return parts
 
 
-def _parts_of_shard(shard: Shard) -> Iterator[ImagePart]:
+def _parts_of_shard(path: Path, split: str) -> Iterator[ImagePart]:
+    shard = open_shard(path)
     for first in range(0, len(shard), _PAIRS_PER_PART):
         last = min(first + _PAIRS_PER_PART, len(shard))
-        state = f"{shard.path.resolve()} {shard.stamp} {first} {last}"
-        yield ImagePart(state, last - first, partial(_read_pair, shard, first))
+        yield ImagePart(
+            state=f"{path.resolve()} {shard.stamp} {first} {last}",
+            count=last - first,
+            read=partial(_read_pair, shard, first),
+            read_texts=partial(_read_texts_of_pair, shard, first),
+            name=_name(split, f"{path.stem}-{first // _PAIRS_PER_PART:04d}"),
+            split=split,
+        )
+
+
+def _name(split: str, rest: str) -> str:
+    """Return a name that sorts by split and can be a file name; ``rest`` differs in each part."""
+    plain = re.sub(r"[^\w-]", "_", rest, flags=re.ASCII)[:_LONGEST_NAME]
+    if plain != rest:  # several names may have become one
+        plain += f"-{zlib.crc32(rest.encode('utf-8', 'surrogateescape')):08x}"
+    return f"{split or 'data'}-{plain}"
 
 
 def _read_pair(shard: Shard, first: int, number: int) -> RawPair:
     return PairDataset([shard])[first + number]
 
 
-def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
+def _read_texts_of_pair(shard: Shard, first: int, number: int) -> RawPair:
+    pairs, number = PairDataset([shard]), first + number
+    texts = pairs.caption_and_metadata(number)
+    named = pairs.named(number)
+    return RawPair(number, named.key, named.shard, b"", *texts)
+
+
+def _parts_of_folder(root: Path, files_per_part: int) -> Iterator[ImagePart]:
     """Divide the images of each folder by a hash of their names, so that an added or changed file
     affects one part alone."""
     for place, folders, names in os.walk(root):
@@ -98,16 +130,30 @@ def _parts_of_folder(root: Path) -> Iterator[ImagePart]:
             if wanted and not is_hidden(name) and path.is_file() and os.access(path, os.R_OK):
                 stamps[name] = stamp_of(path.stat())
         # A power of two: as the folder grows, its parts are divided again only rarely
-        parts = 1 << max(0, (len(stamps) // _FILES_PER_PART).bit_length())
+        parts = 1 << max(0, (len(stamps) // files_per_part).bit_length())
         buckets: dict[int, list[str]] = {}
         for name in sorted(stamps):
             buckets.setdefault(zlib.crc32(os.fsencode(name)) % parts, []).append(name)
-        for _, members in sorted(buckets.items()):
-            paths = tuple(str((Path(place) / name).relative_to(root)) for name in members)
+        within = PurePath(place).relative_to(root)
+        for bucket, members in sorted(buckets.items()):
+            paths = tuple(str(within / name) for name in members)
             listed = "\0".join(map(str, (*paths, *(stamps[name] for name in members))))
             digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-            state = f"{root.resolve()} {digest}"
-            yield ImagePart(state, len(paths), partial(_read_file, root, paths))
+            split = split_of(within / "file")
+            # A slash would have to be replaced, so that no folder has the name of the root
+            name = "files-" if within == PurePath() else f"{within.as_posix()}/"
+            yield ImagePart(
+                state=f"{root.resolve()} {digest}",
+                count=len(paths),
+                read=partial(_read_file, root, paths),
+                read_texts=partial(_read_texts_of_file, root, paths),
+                name=_name(split, f"{name}{bucket:04d}"),
+                split=split,
+            )
+
+
+def _read_texts_of_file(root: Path, names: Sequence[str], number: int) -> RawPair:
+    return RawPair(number, names[number], str(root), b"", *_texts_beside(root / names[number]))
 
 
 def _read_file(root: Path, names: Sequence[str], number: int) -> RawPair:
@@ -120,10 +166,15 @@ def _read_file(root: Path, names: Sequence[str], number: int) -> RawPair:
             f"cannot read {path}: {error.strerror}",
             "restore the file, or run the search again without it",
         ) from error
+    return RawPair(number, names[number], str(root), image, *_texts_beside(path))
+
+
+def _texts_beside(image: Path) -> tuple[bytes, bytes]:
+    """Read the caption and the metadata of an image file; usually there are none."""
     texts = []
     for suffix in (CAPTION_SUFFIX, METADATA_SUFFIX):
         try:
-            texts.append(ByteRange(str(path.with_suffix(f".{suffix}"))).read(_MAX_TEXT_BYTES))
-        except OSError:  # usually there is none
+            texts.append(ByteRange(str(image.with_suffix(f".{suffix}"))).read(_MAX_TEXT_BYTES))
+        except OSError:
             texts.append(b"")
-    return RawPair(number, names[number], str(root), image, *texts)
+    return texts[0], texts[1]

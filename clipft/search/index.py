@@ -7,62 +7,31 @@ float16 would halve them but made a query slower, because it has to be converted
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clipft.config.settings import AdaptSettings
 from clipft.core.common import cache_folder
-from clipft.core.errors import DataError
 from clipft.core.files import replacing
-from clipft.data.captions.table import NoCaptions
-from clipft.data.decoding import Preprocessing
-from clipft.data.images.augmentation import Transform
-from clipft.data.images.decode import decode_image
-from clipft.data.images.formats import BadImage
-from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import RawPair, parse_metadata
-from clipft.embedding.embed import embed_texts
-from clipft.embedding.finite import check_finite_rows
+from clipft.data.loader import LoaderOptions
+from clipft.data.shards.dataset import RawPair
 from clipft.runs.load import OpenedModel
 from clipft.search.images import ImagePart
+from clipft.search.vectors import (
+    JoinedParts,
+    Vectors,
+    embed_images,
+    embedding_width,
+    preprocessing_of,
+    weights_digest,
+)
 
-_FORMAT = "1"
-_BATCH = 64
-
-Vectors = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True)
-class JoinedParts:
-    """Several parts with one numbering, as the loader reads them."""
-
-    parts: Sequence[ImagePart]
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """The number after the last image of each part."""
-        return list(accumulate(part.count for part in self.parts))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.parts else 0
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        which = bisect_right(self.ends, number)
-        pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
-        return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
-
-    def metadata(self, number: int, /) -> dict[str, Any]:
-        """Read the metadata of an image; empty if there is none."""
-        return parse_metadata(self[number].metadata)
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -151,27 +120,21 @@ def _load(file: Path, rows: int) -> Vectors | None:
 
 def _model_key(opened: OpenedModel) -> str:
     """Hash all that determines the embedding of an image, except for the image."""
-    loaded, inputs = opened.loaded, opened.loaded.base.inputs
-    digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
-    # Not the model's name: its fingerprint says more, and a copy of a model shares the cache
+    precision = opened.loaded.precision
+    # Not the model's name: its weights say more, and a copy of a model shares the cache
     adapted = {name: getattr(opened.settings, name) for name in AdaptSettings.model_fields}
     adapted.pop("model")
-    seen = (
-        inputs.image_size,
-        inputs.squashed,
-        inputs.mean,
-        inputs.std,
-        loaded.precision.name,
-        loaded.fingerprint,
+    decided_by = (
+        _FORMAT,
+        str(adapted),
+        preprocessing_of(opened),
+        weights_digest(opened),
+        precision.name,
+        precision.device.type,
     )
-    digest.update(f"{adapted} {seen} {loaded.precision.device.type}".encode())
-    for name, weight in loaded.model.trainable_state().items():
-        digest.update(name.encode())
-        digest.update(weight.contiguous().numpy().data)
-    return digest.hexdigest()
+    return hashlib.blake2b("\n".join(decided_by).encode(), digest_size=16).hexdigest()
 
 
-@torch.inference_mode()
 def _embed_parts(
     opened: OpenedModel,
     pairs: JoinedParts,
@@ -179,55 +142,12 @@ def _embed_parts(
     report: Callable[[int, int], None],
 ) -> Iterator[Vectors]:
     """Yield the embeddings [images, D] of one part after the other; batches run across parts."""
-    inputs, precision = opened.loaded.base.inputs, opened.loaded.precision
-    model = opened.loaded.model.eval()
-    preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
-    batches = evaluation_batches(pairs, preprocessing, _BATCH, options)
-    # Rows that are embedded but not yielded yet, and the numbers of their images
-    waiting, numbers, done = list[Tensor](), list[int](), 0
-    for start, end in zip([0, *pairs.ends], pairs.ends, strict=False):
-        while done < end:
-            batch = next(batches)
-            if len(batch):  # 0 if no image of the batch can be decoded
-                with precision.autocast():
-                    pixels = batch.pixel_values.to(precision.device, non_blocking=True)
-                    embedded = model.encode_images(pixels).float().cpu()
-                check_finite_rows(embedded, partial(_name_of, pairs, batch.numbers))
-                waiting.append(embedded)
-                numbers += batch.numbers
-            done = min(done + _BATCH, len(pairs))
-            report(done, len(pairs))
-        if waiting:
-            rows = torch.cat(waiting)
-        else:  # no image can be decoded: a text says how wide embeddings are
-            rows = torch.empty(0, len(embed_texts(opened.loaded, ["a"])[0]))
-        own = bisect_right(numbers, end - 1)
-        vectors = np.full((end - start, rows.shape[1]), np.nan, np.float32)
-        vectors[np.array(numbers[:own], np.int64) - start] = rows[:own].numpy()
-        waiting, numbers = [rows[own:]], numbers[own:]
-        yield vectors
-
-
-def _name_of(pairs: JoinedParts, numbers: Sequence[int], row: int) -> str:
-    pair = pairs[numbers[row]]
-    return f"the image {pair.key} in {pair.shard}"
-
-
-@torch.inference_mode()
-def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
-    """Embed the bytes of one image: float32 [D] of unit length, on the CPU.
-
-    Raises:
-        DataError: The image cannot be decoded.
-        NotFiniteError: Its embedding is not a number.
-    """
-    loaded, inputs = opened.loaded, opened.loaded.base.inputs
-    try:
-        image = decode_image(data)
-    except BadImage as error:
-        raise DataError(f"{name}: {error}", "choose another image") from error
-    pixels = Transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
-    with loaded.precision.autocast():
-        vectors = loaded.model.eval().encode_images(pixels.to(loaded.precision.device))
-    check_finite_rows(vectors, lambda row: f"the image {name}")
-    return vectors[0].float().cpu()
+    embedded = embed_images(opened, pairs, range(len(pairs)), options)
+    for part in pairs.parts:
+        rows = list[Vectors | str]()
+        for number, row in islice(embedded, part.count):
+            rows.append(row)
+            report(number + 1, len(pairs))
+        width = next((len(row) for row in rows if not isinstance(row, str)), 0)
+        undecodable = np.full(width or embedding_width(opened), np.nan, np.float32)
+        yield np.stack([undecodable if isinstance(row, str) else row for row in rows])

@@ -1,1 +1,1 @@
-"""Moves files between S3 and a local folder."""
+"""Moves files between a local folder and S3 or the Hugging Face Hub."""

@@ -246,7 +246,7 @@ def test_sentence_transformers_computes_the_same(exported, checkpoints, image_fi
 
 
 def test_our_preprocessing_gives_nearly_the_same_embeddings_as_the_folders(exported, image_files):
-    from clipft.search.index import embed_image
+    from clipft.search.vectors import embed_image
 
     model = opened(exported / "transformers")
     from sentence_transformers import SentenceTransformer

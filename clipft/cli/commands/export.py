@@ -82,14 +82,9 @@ def export(
     data_given = loaded.origins["data_dir"] != "default"
     _check_precision(options, data_given)
     from clipft.cli.s3_checkpoints import local_model
-    from clipft.export.export import (
-        check_target,
-        chosen_formats,
-        export_model,
-        make_repository,
-        push,
-    )
+    from clipft.export.export import check_target, chosen_formats, export_model
     from clipft.runs.load import open_model
+    from clipft.storage.hub import make_repository, push
 
     check_target(target)
     bring_named_data(loaded, out)
@@ -104,7 +99,7 @@ def export(
     for name, why in skipped.items():
         out.note(f"The {name} format is skipped: {why}.")
     # Made before the export, so that a missing permission shows before the work
-    repository = make_repository(options.push) if options.push else None
+    repository = make_repository(options.push, "model") if options.push else None
     checked_on = opened.settings.model_copy(update={"data_dir": loaded.values.data_dir})
     written = export_model(
         opened,
@@ -115,7 +110,7 @@ def export(
         options.precision,
         options.max_loss,
     )
-    page = push(target, repository) if repository else None
+    page = push(target, repository, "model") if repository else None
     result = {
         "folders": {name: str(folder) for name, folder in written.folders.items()},
         "base_model": opened.loaded.base.name,

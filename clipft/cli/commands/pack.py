@@ -35,7 +35,7 @@ def pack(
         typer.Argument(
             metavar="SRC",
             help="Folder of images and .txt files or of .tar shards, or a table; or "
-            "s3://bucket/prefix.",
+            "s3://bucket/prefix, or hf://datasets/ORG/NAME.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
@@ -46,9 +46,9 @@ def pack(
 
     A pair is an image with a caption: chair.jpg and chair.txt, optionally with metadata in
     chair.json. Each line of the .txt is a caption of the image. The files may be in folders or
-    in .tar shards. A table (CSV, TSV, JSONL or Parquet) has one pair in each row, with the caption
+    in .tar shards. A table (CSV, TSV, JSONL, Parquet) has one pair in each row, with the caption
     or a list of captions, and the path or URL of the image. A folder may also be laid out as data
-    sets of the Hugging Face Hub, COCO or Flickr30k are.
+    sets of the Hugging Face Hub, COCO or Flickr30k are, or as save_to_disk of datasets leaves it.
 
     If SRC has folders for training, validation (val, validation, valid, dev) or test, the pairs
     keep that split. Otherwise clipft splits them so that no image, near-duplicate image or caption
@@ -61,6 +61,7 @@ def pack(
         clipft pack ./old-shards ./catalogue --shard-mb 256 --val-share 0.05
         clipft pack ./photos ./catalogue --test-share 0.1
         clipft pack s3://bucket/raw ./catalogue
+        clipft pack hf://datasets/me/furniture ./catalogue
         clipft pack ./photos ./catalogue --part 2/4
     """
     if not is_unicode(target):
@@ -70,6 +71,7 @@ def pack(
         )
     from clipft.data.packing.pack import pack as write_shards
     from clipft.data.packing.target import Target
+    from clipft.storage.hub import parse_hub_url
 
     if url := parse_s3_url(target):
         raise UsageError(
@@ -77,7 +79,9 @@ def pack(
             "pack to a folder, then upload it with `clipft sync --up`",
         )
     Target(target, options.part).check(source, options.overwrite)  # before a long transfer
-    source = local_source(source, loaded.values, out)
+    given, source = source, local_source(source, loaded.values, out)
+    if parse_hub_url(given):  # the hub's cache consists of links
+        options = options.model_copy(update={"follow_links": True})
     try:
         with out.progress(f"Packing {source}") as report:
             result = write_shards(source, target, options, report)

@@ -92,7 +92,8 @@ def search(
     from clipft.embedding.embed import embed_texts
     from clipft.runs.load import open_model
     from clipft.search.images import open_images
-    from clipft.search.index import JoinedParts, embed_image, open_index
+    from clipft.search.index import open_index
+    from clipft.search.vectors import JoinedParts, embed_image
 
     image = _read(options.image) if options.image else None
     parts = open_images(local_data(data, loaded.values, out))

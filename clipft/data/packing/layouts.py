@@ -5,7 +5,7 @@ captions of the images beside them.
 Split                  a folder (``train/``, ``validation/``, ``val2017/``), or the beginning of a
                        file's name (``test-00000-of-00001.parquet``)
 Hugging Face           ``metadata.csv``, ``.jsonl`` or ``.parquet`` beside the images; Parquet files
-                       that hold the images
+                       that hold the images; what ``save_to_disk`` of datasets leaves
 COCO                   ``captions_val2017.json``, and Karpathy's ``dataset_coco.json``
 Flickr8k, Flickr30k    ``results.csv``, ``captions.txt``, ``results_20130124.token``
 ====================== ===========================================================================
@@ -26,6 +26,7 @@ from clipft.data.captions.lines import join_lines
 from clipft.data.images.formats import IMAGE_SUFFIXES
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
+from clipft.data.packing.rows.arrow import saved_split
 from clipft.data.packing.tables import list_table
 from clipft.data.shards.splits import SPLIT_NAMES, split_named, split_of, split_of_file
 from clipft.data.shards.tar import ByteRange
@@ -89,7 +90,7 @@ def list_layout(table: Path, options: PackOptions, images: Path, photos: Photos)
         UsageError: It lacks a column.
         OSError: The disk is full, or refuses to write.
     """
-    split = split_of_file(table.relative_to(photos.root))
+    split = split_of_file(table.relative_to(photos.root)) or split_named(saved_split(table))
     if _COCO.fullmatch(table.name):
         listing = _list_coco(table, photos, split)
     elif _FLICKR.fullmatch(table.name):

@@ -98,7 +98,8 @@ class PackOptions(Section):
     )
     caption_column: str = setting(
         "",
-        "Column of the table with captions. Default: guessed from the names.",
+        "Column of the table with captions; or several, with commas between them. Default: guessed "
+        "from the names.",
         metavar="NAME",
     )
     caption_lines: Literal["separate", "joined"] = setting(

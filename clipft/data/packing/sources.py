@@ -16,6 +16,7 @@ from clipft.data.images.formats import is_unnamed_image
 from clipft.data.packing.layouts import Photos, is_layout, list_layout
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
+from clipft.data.packing.rows.arrow import is_saved_part
 from clipft.data.packing.tables import list_single_table
 from clipft.data.shards.index import open_shard
 from clipft.data.shards.names import FIELDS, FileName, is_hidden, pair_up, parse_name
@@ -95,7 +96,7 @@ def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing)
             files.shards.append(path)
         elif is_layout(path.name):
             files.tables.append(path)
-        elif suffix == ".parquet":
+        elif suffix == ".parquet" or (suffix == ".arrow" and is_saved_part(path)):
             files.parquet.append(path)
         elif name := parse_name(str(path)) or _unnamed_image(str(path)):
             parts = files.samples.setdefault(name.sample, {}).setdefault(name.key, {})

@@ -1,12 +1,12 @@
-"""Lists the pairs of a table: CSV, TSV, JSON, JSONL or Parquet.
+"""Lists the pairs of a table: CSV, TSV, JSON, JSONL, Parquet or Arrow.
 
-One column names the image (a path, a URL or the image itself) and one holds the caption. All others
-become the pair's metadata.
+One column names the image (a path, a URL or the image itself) and one or several hold captions. All
+others become the pair's metadata.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from clipft.data.packing.fields import check_fields
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing
 from clipft.data.packing.rows import delimited, json_rows
+from clipft.data.packing.rows.arrow import ArrowTable, plain_value
 from clipft.data.packing.rows.columns import find_columns
 from clipft.data.packing.rows.delimited import MISSING, UNMATCHED, DelimitedTable
 from clipft.data.packing.rows.images import ImageCells, Place, row_name
 from clipft.data.packing.rows.json_rows import JsonTable
-from clipft.data.packing.rows.parquet import ParquetTable, plain_value
 from clipft.data.shards.splits import SPLIT_COLUMN, split_named
 from clipft.data.shards.tar import ByteRange
 
-Table = DelimitedTable | JsonTable | ParquetTable
+Table = DelimitedTable | JsonTable | ArrowTable
 
-_PARQUET = (".parquet", ".pq")
+_ARROW = (".parquet", ".pq", ".arrow")
 _SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _SHOWN = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 # Rows that decide where the paths of a table start
@@ -49,8 +49,8 @@ def list_single_table(table: Path, options: PackOptions, images: Path) -> Listin
     """
     opened = open_table(table, options)
     if opened.columns:
-        image, caption = find_columns(table, opened.columns, options)
-        kept = set(opened.columns) - {image, "" if options.caption else caption}
+        image, captions = _columns(table, opened, options)
+        kept = set(opened.columns) - {image, *(() if options.caption else captions)}
         samples = opened.samples
         check_fields(options, lambda: ({n: row[n] for n in kept & row.keys()} for row in samples()))
     listing = list_table(table, options, images)
@@ -75,8 +75,8 @@ def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
     listing, opened = Listing(), open_table(table, options)
     if not opened.columns:
         return listing
-    image, caption = find_columns(table, opened.columns, options)
-    rows = opened.rows(image, caption)
+    image, captions = _columns(table, opened, options)
+    rows = opened.rows(image, *captions)
     first = list(islice(rows, _SAMPLED))
     cells = ImageCells(table, images, [row.get(image) for _, row in first if isinstance(row, dict)])
     unread = dict[int, str]()
@@ -88,15 +88,20 @@ def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
             listing.skip(row_name(table, number), row)
             continue
         found = cells.find(row.pop(image, None), number)
-        _add(listing, found, row, caption, row_name(table, number), keep=bool(options.caption))
+        _add(listing, found, row, captions, row_name(table, number), keep=bool(options.caption))
     _check_rows(table, opened, unread, total)
     listing.notes += _notes(table, opened, cells, unread)
     return listing
 
 
+def _columns(table: Path, opened: Table, options: PackOptions) -> tuple[str, tuple[str, ...]]:
+    by_type = opened.image_columns if isinstance(opened, ArrowTable) else ()
+    return find_columns(table, opened.columns, options, by_type)
+
+
 def is_table(path: Path) -> bool:
     """Return whether the name of a file is that of a table."""
-    known = {*delimited.SUFFIXES, *json_rows.SUFFIXES, *_PARQUET}
+    known = {*delimited.SUFFIXES, *json_rows.SUFFIXES, *_ARROW}
     return path.suffix.lower() in known
 
 
@@ -113,8 +118,8 @@ def open_table(table: Path, options: PackOptions) -> Table:
         if suffix in _SHEETS:
             hint = "export the sheet as CSV in UTF-8"
         raise DataError(f"{table} is neither a folder nor a table ({', '.join(_SHOWN)})", hint)
-    if suffix in _PARQUET:
-        return ParquetTable(table)
+    if suffix in _ARROW:
+        return ArrowTable(table)
     if suffix in json_rows.SUFFIXES:
         return JsonTable(table, options)
     return DelimitedTable(table, options)
@@ -124,15 +129,14 @@ def _add(
     listing: Listing,
     found: Place | str,
     row: dict[str, Any],
-    column: str,
+    columns: Sequence[str],
     where: str,
     *,
     keep: bool,
 ) -> None:
-    """Add the pair of a row. ``keep`` leaves the caption in the metadata, where a template can
-    find it under its own name."""
-    words = row.get(column) if keep else row.pop(column, None)
-    texts = _texts(words)
+    """Add the pair of a row. ``keep`` leaves the captions in the metadata, where a template can
+    find them under their own names."""
+    texts = _texts([row.get(column) if keep else row.pop(column, None) for column in columns])
     if isinstance(found, str):
         listing.skip(where, found)
     elif texts is None and not keep:
@@ -145,15 +149,19 @@ def _add(
         listing.candidates.append(Candidate(*found, caption, rest if row else None, split))
 
 
-def _texts(cell: object) -> list[str] | None:
-    """Return the captions in a cell, which holds one or a list; None if it holds something else."""
+def _texts(cells: Sequence[object]) -> list[str] | None:
+    """Return the captions in some cells, each of which holds one or a list; None if a cell holds
+    something else."""
     texts = []
-    for value in cell if isinstance(cell, list) else [cell]:
-        if isinstance(value, bool) or not isinstance(value, bytes | str | int | float | None):
-            return None
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-        if value is not None and text not in MISSING:  # MISSING has NaN too
-            texts.append(text)
+    for cell in cells:
+        for value in cell if isinstance(cell, list) else [cell]:
+            if isinstance(value, dict):  # as COCO's captions are in many data sets of the hub
+                value = value.get("raw") or value.get("caption") or value.get("text") or value
+            if isinstance(value, bool) or not isinstance(value, bytes | str | int | float | None):
+                return None
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+            if value is not None and text not in MISSING:  # MISSING has NaN too
+                texts.append(text)
     return texts
 
 
@@ -210,7 +218,7 @@ def _notes(table: Path, opened: Table, cells: ImageCells, unread: dict[int, str]
             f"{table}: guessed where cells end in {_listed(opened.repaired)}, because of their "
             "quotation marks or delimiters."
         )
-    if isinstance(opened, ParquetTable):
+    if isinstance(opened, ArrowTable):
         for name, reason in opened.left_out.items():
             yield f"{table}: left out the column {name}, which cannot be read ({reason})."
     if cells.prefix:

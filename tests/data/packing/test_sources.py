@@ -22,7 +22,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.data.packing import download
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
-from clipft.data.packing.rows.parquet import plain_value
+from clipft.data.packing.rows.arrow import plain_value
 from tests.conftest import add
 from tests.data.packing.pack_helpers import (
     metadata_of,

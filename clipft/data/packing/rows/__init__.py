@@ -1,1 +1,1 @@
-"""The rows of a table: delimited text, JSON or Parquet, each as a dictionary with its number."""
+"""The rows of a table: delimited text, JSON, Parquet or Arrow, as numbered dictionaries."""

@@ -22,6 +22,8 @@ IMAGE_COLUMNS = (
     "img_path",
     "photo",
     "picture",
+    "jpg",
+    "png",
     "image_url",
     "url",
 )
@@ -33,9 +35,14 @@ CAPTION_COLUMNS = (
     "description",
     "comment",
     "sentence",
+    "sentences",
+    "alt_text",
     "prompt",
+    "txt",
     "name",
 )
+# caption_0, caption_1 ...: each holds a caption of the same image
+_NUMBERED = re.compile(r"(caption|text|description|sentence)s?[\s_-]?\d+", re.IGNORECASE)
 _LISTED = 30
 _LONGEST = 60
 _IMAGE = re.compile(
@@ -58,26 +65,37 @@ def image_column(columns: Sequence[str], named: str) -> str | None:
     return _first(columns, [named] if named else IMAGE_COLUMNS)
 
 
-def caption_column(columns: Sequence[str], named: str) -> str | None:
-    """Return the column of captions: the one the user named, or the first with a usual name."""
-    return _first(columns, [named] if named else CAPTION_COLUMNS)
+def caption_columns(columns: Sequence[str], named: str) -> tuple[str, ...]:
+    """Return the columns of captions: those the user named, with commas between them; or the first
+    with a usual name; or those with a usual name and a number. Empty if one is missing."""
+    if found := _first(columns, [named] if named else CAPTION_COLUMNS):
+        return (found,)
+    if not named:
+        return tuple(column for column in columns if _NUMBERED.fullmatch(column))
+    each = [_first(columns, [name.strip()]) for name in named.split(",")]
+    return tuple(column for column in each if column) if all(each) else ()
 
 
-def find_columns(table: Path, columns: Sequence[str], options: PackOptions) -> tuple[str, str]:
-    """Return the columns of images and captions.
+def find_columns(
+    table: Path, columns: Sequence[str], options: PackOptions, by_type: Sequence[str] = ()
+) -> tuple[str, tuple[str, ...]]:
+    """Return the column of images, and those of captions.
 
-    The second is "" if the table has none and a caption template makes the captions.
+    There are none of captions if a caption template makes them. ``by_type`` are columns that hold
+    images whatever they are called.
 
     Raises:
         UsageError: There is no such column.
     """
     image = image_column(columns, options.image_column)
-    caption = caption_column(columns, options.caption_column)
+    if not options.image_column:
+        image = image or next(iter(by_type), None)
+    captions = caption_columns(columns, options.caption_column)
     if image is None:
         raise _missing(table, columns, "--image-column", options.image_column, "images")
-    if caption is None and (options.caption_column or not options.caption):
+    if not captions and (options.caption_column or not options.caption):
         raise _missing(table, columns, "--caption-column", options.caption_column, "captions")
-    return image, caption or ""
+    return image, captions
 
 
 def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:

@@ -20,7 +20,7 @@ from typing import TextIO
 from clipft.core.errors import DataError
 from clipft.core.text import marked_encoding, unmarked_encoding
 from clipft.data.packing.options import PackOptions
-from clipft.data.packing.rows.columns import caption_column, image_column, names_image
+from clipft.data.packing.rows.columns import caption_columns, image_column, names_image
 
 SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t", ".tab": "\t"}
 """The suffixes of delimited text, each with the delimiter that it stands for."""
@@ -70,9 +70,7 @@ class DelimitedTable:
         """Yield an object that has every field of the metadata."""
         yield dict.fromkeys(self.columns, "")
 
-    def rows(
-        self, image: str, caption: str = ""
-    ) -> Iterator[tuple[int, dict[str, str | None] | str]]:
+    def rows(self, image: str, *captions: str) -> Iterator[tuple[int, dict[str, str | None] | str]]:
         """Yield the number of each row, from 1, with its values or the reason why it is skipped.
 
         Values that are missing are None. ``image`` is the column by which rows are told apart from
@@ -299,8 +297,8 @@ def _find_delimiter(lines: _Lines, path: Path, options: PackOptions) -> str:
     def fit(delimiter: str) -> tuple[int, int]:
         names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
         image = image_column(names, options.image_column)
-        caption = caption_column(names, options.caption_column)
-        return (image is not None) + (caption is not None), len(names)
+        captions = caption_columns(names, options.caption_column)
+        return (image is not None) + bool(captions), len(names)
 
     return max((SUFFIXES[path.suffix.lower()], *_DELIMITERS), key=fit)
 

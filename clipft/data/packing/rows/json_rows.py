@@ -39,9 +39,7 @@ class JsonTable:
         """Yield objects that together have every field of the metadata."""
         return (row for _, row in self.rows() if isinstance(row, dict))
 
-    def rows(
-        self, image: str = "", caption: str = ""
-    ) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    def rows(self, image: str = "", *captions: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yield the number of each row, from 1, with its values or the reason why it is skipped.
 
         The names of the ``columns`` of images and captions make no difference here.

@@ -1,13 +1,20 @@
-"""Reads tables of Parquet, whatever types their columns have."""
+"""Reads tables of Parquet and of Arrow, whatever types their columns have.
 
+Arrow files are what ``save_to_disk`` of ``datasets`` leaves. Their schema says which columns hold
+images, and has the names behind the numbers of class labels.
+"""
+
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import DataError, UsageError, first_line
+from clipft.core.files import read_json
 
 _BATCH = 1024
 # A batch of images is in memory as a whole
@@ -19,11 +26,12 @@ _SAVE_AGAIN = "save the table again, as Parquet or as CSV"
 _NO_VALUE = (ArithmeticError, ValueError, TypeError, LookupError, ImportError, NotImplementedError)
 
 
-class ParquetTable:
-    """A table of Parquet.
+class ArrowTable:
+    """A table of Parquet or of Arrow.
 
     Attributes:
         columns: The names of its columns.
+        image_columns: Those that hold images or their paths by their type.
         left_out: The columns that could not be read so far, with the reason.
     """
 
@@ -35,13 +43,20 @@ class ParquetTable:
             UsageError: pyarrow is not installed.
         """
         self.path, self.left_out = path, dict[str, str]()
-        self.columns = [str(name) for name in _open(path).schema_arrow.names]
+        schema = _open(path).schema_arrow
+        self.columns = [str(name) for name in schema.names]
+        self._features = _features(schema)
+        self.image_columns = [
+            str(field.name)
+            for field in schema
+            if _type_of(self._features.get(field.name)) == "Image" or _holds_image(field.type)
+        ]
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """Yield an object that has every field of the metadata."""
         yield {field.name: _sample(field.type) for field in _open(self.path).schema_arrow}
 
-    def rows(self, image: str, caption: str = "") -> Iterator[tuple[int, dict[str, Any] | str]]:
+    def rows(self, image: str, *captions: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yield the number of each row, from 1, with its values.
 
         Of the columns of bytes only the images and the captions are read, because metadata cannot
@@ -54,7 +69,7 @@ class ParquetTable:
 
         file, number = _open(self.path), 0
         held = {field.name: holds_bytes(field.type) for field in file.schema_arrow}
-        needed = (image, caption)
+        needed = (image, *captions)
         columns = [name for name, is_bytes in held.items() if name in needed or not is_bytes]
         batch = _IMAGES if any(held[name] for name in columns) else _BATCH
         try:
@@ -73,7 +88,7 @@ class ParquetTable:
         from pyarrow import ArrowException
 
         try:
-            return values_of(column)
+            return _named(values_of(column), self._features.get(name))
         except (ArrowException, *_NO_VALUE) as error:
             if needed:
                 raise DataError(
@@ -82,6 +97,41 @@ class ParquetTable:
                 ) from error
             self.left_out.setdefault(name, f"{column.type}: {first_line(error)}")
             return None
+
+
+class _ArrowFile:
+    """A file of Arrow, with the methods of ``ParquetFile`` that are used here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._opened() as reader:
+            self.schema_arrow = reader.schema
+
+    def iter_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[Any]:
+        """Yield the rows in batches; a batch of the file may be larger."""
+        with self._opened() as reader:
+            parts = (
+                reader
+                if not hasattr(reader, "get_batch")
+                else map(reader.get_batch, range(reader.num_record_batches))
+            )
+            for part in parts:
+                chosen = part.select(list(columns))
+                for start in range(0, chosen.num_rows, batch_size):
+                    yield chosen.slice(start, batch_size)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """Open a stream, as datasets writes it, or a file with an index of its batches."""
+        from pyarrow import ArrowInvalid, ipc, memory_map
+
+        with memory_map(str(self._path)) as source:
+            try:
+                reader = ipc.open_stream(source)
+            except ArrowInvalid:
+                reader = ipc.open_file(source)
+            with reader:
+                yield reader
 
 
 def _open(table: Path) -> Any:
@@ -93,9 +143,56 @@ def _open(table: Path) -> Any:
             f"reading {table} needs pyarrow", "run `pipx inject clipft pyarrow`"
         ) from error
     try:
-        return ParquetFile(table)
+        return _ArrowFile(table) if table.suffix.lower() == ".arrow" else ParquetFile(table)
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read {table}: {first_line(error)}", _SAVE_AGAIN) from error
+
+
+def is_saved_part(path: Path) -> bool:
+    """Return whether an Arrow file belongs to a data set that was saved with ``save_to_disk``, or
+    is one by itself; not so the caches that ``datasets`` leaves beside them."""
+    state = read_json(path.with_name("state.json"))
+    if state is None:
+        return not path.name.startswith("cache-")
+    parts = state.get("_data_files")
+    return any(isinstance(at, dict) and at.get("filename") == path.name for at in parts or ())
+
+
+def saved_split(path: Path) -> str:
+    """Return the split that ``save_to_disk`` has noted beside an Arrow file, or ""."""
+    state = read_json(path.with_name("state.json")) if path.suffix.lower() == ".arrow" else None
+    return str((state or {}).get("_split") or "")
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Return what datasets has noted of the columns; empty if it has not written the table."""
+    try:
+        noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _type_of(feature: object) -> str:
+    return str(feature.get("_type")) if isinstance(feature, dict) else ""
+
+
+def _holds_image(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_struct(kind)) and kind.get_field_index("bytes") >= 0
+
+
+def _named(values: list[Any], feature: object) -> list[Any]:
+    """Replace the numbers of class labels by their names; others stay as they are."""
+    if isinstance(feature, dict) and _type_of(feature) in {"List", "LargeList", "Sequence"}:
+        inner = feature.get("feature")
+        return [_named(v, inner) if isinstance(v, list) else v for v in values]
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if _type_of(feature) != "ClassLabel" or not isinstance(names, list):
+        return values
+    # datasets has -1 for a label that nobody knows
+    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
 
 
 def _sample(kind: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from clipft.core.errors import DataError
 from clipft.data.packing.rows import parquet
-from clipft.data.packing.rows.parquet import ParquetTable, plain_value
+from clipft.data.packing.rows.arrow import ArrowTable, plain_value
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -20,10 +20,10 @@ pq = pytest.importorskip("pyarrow.parquet")
 NOON = datetime.datetime(2020, 1, 2, 12, 30)
 
 
-def read(folder: Path, **columns: Any) -> tuple[ParquetTable, list[dict[str, Any]]]:
+def read(folder: Path, **columns: Any) -> tuple[ArrowTable, list[dict[str, Any]]]:
     path = folder / "t.parquet"
     pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], **columns}), path)
-    table = ParquetTable(path)
+    table = ArrowTable(path)
     return table, [plain_value(row) for _, row in table.rows("image", "caption")]
 
 
@@ -103,6 +103,6 @@ def test_batches_of_images_are_small(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_IMAGES", 2)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": [bytes([n]) for n in range(5)]}), path)
-    assert [row["image"] for _, row in ParquetTable(path).rows("image")] == [
+    assert [row["image"] for _, row in ArrowTable(path).rows("image")] == [
         bytes([n]) for n in range(5)
     ]

@@ -1,0 +1,154 @@
+"""Writes the embeddings of a data set to Parquet files.
+
+The data are divided into parts of up to 4,096 pairs, and each part becomes one file of a table. A
+file whose part has not changed is kept. Of a changed part, an image or a caption is embedded only
+if no file has the vector of the same bytes yet. Only a few parts are in memory at a time.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipft import __version__
+from clipft.core.common import Progress, counted
+from clipft.core.errors import DataError, UsageError
+from clipft.models.huggingface import public_name
+from clipft.runs.load import OpenedModel
+from clipft.search.images import ImagePart
+from clipft.search.tables.card import card
+from clipft.search.tables.faiss_index import write_faiss
+from clipft.search.tables.folder import EmbeddingsFolder
+from clipft.search.tables.part_file import count_rows, read_about
+from clipft.search.tables.rows import fields_of
+from clipft.search.tables.table import EmbeddedTable
+from clipft.search.vectors import embedding_width, preprocessing_of, weights_digest
+
+FILES_PER_PART = 4096
+"""Loose image files in a part. A search has fewer, because it embeds all files of a changed part
+again."""
+
+
+@dataclass(frozen=True)
+class EmbedChoices:
+    """What is written: some of ``folder.TABLES``, with vectors of ``dtype`` and ``dim`` dimensions
+    (0: all), and with ``index`` a FAISS index of each table."""
+
+    tables: tuple[str, ...]
+    dtype: str = "float32"
+    dim: int = 0
+    index: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """The rows of each table, how many images or captions were embedded now, and how many images
+    were skipped, by reason. ``bytes`` is the size of the tables."""
+
+    out: Path
+    model: str
+    dtype: str
+    dim: int
+    rows: dict[str, int]
+    embedded_now: dict[str, int]
+    skipped: dict[str, int]
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out)}
+
+
+def embed_dataset(
+    opened: OpenedModel,
+    parts: Sequence[ImagePart],
+    out: Path,
+    choices: EmbedChoices,
+    progress: Progress,
+) -> EmbedResult:
+    """Write the embeddings of all parts to ``out``, or bring those that are there up to date.
+
+    Raises:
+        UsageError: ``out`` holds the embeddings of another model or other options; or the model
+            has fewer dimensions than ``choices.dim``.
+        DataError: An image was changed or removed in the meantime, or there is nothing to embed.
+        NotFiniteError: An embedding is not a number.
+        StorageError: The disk is full, or refuses to write.
+    """
+    made_with, folder = _made_with(opened, choices), EmbeddingsFolder(out)
+    folder.begin(made_with, choices.overwrite)
+    tables = [EmbeddedTable(name, opened, parts, folder, made_with) for name in choices.tables]
+    fields = {name: about.fields for table in tables for name, about in table.known.items()}
+    unread = [part for part in parts if part.name not in fields]
+    if unread:
+        with progress(f"Reading the fields of {counted(len(unread), 'part')}") as report:
+            for done, part in enumerate(unread, 1):
+                fields[part.name] = fields_of(part)
+                report(done, len(unread))
+    embedded = dict[str, int]()
+    for table in tables:
+        changed = table.choose_columns(fields)
+        pairs = counted(sum(part.count for part in changed), "pair")
+        with progress(f"Embedding the {table.name} of {pairs}") as report:
+            embedded[table.name] = table.write(changed, report)
+    files = {table.name: [table.file(part) for part in parts] for table in tables}
+    rows = {name: sum(map(count_rows, paths)) for name, paths in files.items()}
+    abouts = [about for paths in files.values() for path in paths if (about := read_about(path))]
+    skipped = [entry for about in abouts for entry in about.skipped]
+    if not any(rows.values()):
+        folder.discard()
+        raise _nothing(choices.tables, skipped)
+    names = [part.name for part in parts]
+    for table in tables:
+        folder.publish(table.name, names)
+        if choices.index:
+            write_faiss(out / table.name, made_with["dim"], out / f"{table.name}.faiss")
+    folder.finish(made_with, skipped, card(made_with, rows, names))
+    return EmbedResult(
+        out=out,
+        model=made_with["model"],
+        dtype=made_with["dtype"],
+        dim=made_with["dim"],
+        rows=rows,
+        embedded_now=embedded,
+        skipped=dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped)),
+        bytes=sum(path.stat().st_size for name in rows for path in (out / name).glob("*.parquet")),
+    )
+
+
+def _made_with(opened: OpenedModel, choices: EmbedChoices) -> dict[str, Any]:
+    """Everything that decides the vectors, besides the data; and for the record, the version."""
+    width = embedding_width(opened)
+    if choices.dim > width:
+        raise UsageError(
+            f"--dim {choices.dim}: the embeddings of this model have {width} dimensions",
+            f"choose at most {width}, or leave out --dim",
+        )
+    settings = opened.settings
+    return {
+        "clipft": __version__,
+        "model": public_name(opened.loaded.base.name),
+        "scenario": settings.scenario,
+        "weights": weights_digest(opened),
+        "preprocessing": preprocessing_of(opened),
+        "precision": opened.loaded.precision.name,
+        "caption": settings.caption,
+        "caption_lines": settings.caption_lines,
+        "tables": " and ".join(choices.tables),
+        "dtype": choices.dtype,
+        "dim": choices.dim or width,
+        "normalized": True,
+    }
+
+
+def _nothing(tables: Sequence[str], skipped: Sequence[dict[str, str]]) -> DataError:
+    if tables == ("texts",):
+        return DataError(
+            "no pair has a caption", "leave out --texts, or name captions with --caption"
+        )
+    reason = f", the first with the reason: {skipped[0]['reason']}" if skipped else ""
+    return DataError(
+        f"none of the {counted(len(skipped), 'image')} can be used{reason}",
+        "run `clipft inspect` to see what is broken",
+    )

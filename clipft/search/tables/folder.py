@@ -1,0 +1,147 @@
+"""The folder that embeddings are written to: what it may hold, and how new files get there.
+
+    images/*.parquet, texts/*.parquet   a file for each part of the data
+    embeddings.json                     how all of them were made; it marks a complete folder
+    skipped.jsonl                       pairs that could not be embedded
+    README.md                           a card with the configurations that ``datasets`` reads
+    images.faiss, texts.faiss           exact indexes, if they were asked for; ``*.ids.parquet``
+                                        have the keys of their rows
+
+New files are made in a hidden folder inside it, and moved when all of them are complete. If the
+work is interrupted, the next run finds there what was made.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from clipft.core.errors import UsageError
+from clipft.core.files import check_writable, disk_error, read_json, write_json, write_text
+
+TABLES = ("images", "texts")
+OWN_FILES = ("images/*.parquet", "texts/*.parquet", "*.ids.parquet", "*.faiss", "skipped.jsonl")
+"""Patterns of the files that an update may remove."""
+
+_MARK = "embeddings.json"
+_MODEL = {"model", "scenario", "weights", "preprocessing"}
+_ANOTHER = "name another folder"
+
+
+class EmbeddingsFolder:
+    """The folder ``out``; ``building`` is the hidden folder inside it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.building = out, out / ".clipft-building"
+
+    def check(self) -> None:
+        """Check, before long work, that ``out`` can be written and holds nothing of the user's.
+
+        Raises:
+            UsageError: It is not a folder, or it has other files.
+            StorageError: It cannot be written.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is not a folder", _ANOTHER)
+        known = (self.out / _MARK).is_file() or self.building.is_dir()
+        if self.out.is_dir() and not known and any(self.out.iterdir()):
+            raise UsageError(f"{self.out} is not empty, and it holds no embeddings", _ANOTHER)
+        # A folder that does not exist yet is not made before there is something to put in
+        check_writable(self.out / _MARK if self.out.is_dir() else self.out)
+
+    def begin(self, made_with: Mapping[str, Any], overwrite: bool) -> None:
+        """Check that what is there was made in the same way; ``overwrite`` allows any other.
+
+        Raises:
+            UsageError: It was made with another model or other options.
+            StorageError: The disk is full, or refuses to write.
+        """
+        for folder in (self.building, self.out):
+            there = read_json(folder / _MARK) or {}
+            differing = {name for name in there if there[name] != made_with.get(name)}
+            differing -= {"clipft"}  # a newer version goes on with what an older one began
+            if differing and not overwrite:
+                raise UsageError(
+                    f"{self.out} holds embeddings of {_difference(differing, there, made_with)}",
+                    f"add --overwrite to make all of them again, or {_ANOTHER}",
+                )
+            if differing:
+                shutil.rmtree(self.building, ignore_errors=True)
+        write_json(self.building / _MARK, dict(made_with))
+
+    def discard(self) -> None:
+        """Remove what was made, and ``out`` if nothing else is in it."""
+        shutil.rmtree(self.building, ignore_errors=True)
+        with suppress(OSError):
+            self.out.rmdir()
+
+    def files(self, table: str, name: str) -> tuple[Path, Path]:
+        """Return where the new and the earlier file of a part are."""
+        within = Path(table) / f"{name}.parquet"
+        return self.building / within, self.out / within
+
+    def complete(self, table: str) -> Iterator[Path]:
+        """Yield the part files of a table: those of an interrupted run, then the earlier ones."""
+        for folder in (self.building / table, self.out / table):
+            yield from sorted(folder.glob("*.parquet"))
+
+    def publish(self, table: str, names: Iterable[str]) -> bool:
+        """Move new part files of a table to ``out``, and remove those that are not in ``names``.
+
+        Returns:
+            Whether the table has changed.
+
+        Raises:
+            StorageError: The disk refuses.
+        """
+        folder, kept = self.out / table, {f"{name}.parquet" for name in names}
+        with _disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            old = [path for path in folder.glob("*.parquet") if path.name not in kept]
+            new = sorted((self.building / table).glob("*.parquet"))
+            if old or new:  # it no longer fits
+                for index in (self.out / f"{table}.faiss", self.out / f"{table}.ids.parquet"):
+                    index.unlink(missing_ok=True)
+            for path in old:
+                path.unlink()
+            for path in new:
+                os.replace(path, folder / path.name)
+        return bool(old or new)
+
+    def finish(
+        self, made_with: Mapping[str, Any], skipped: Iterable[Mapping[str, str]], card: str
+    ) -> None:
+        """Write the files that describe the tables. The mark is last.
+
+        Raises:
+            StorageError: The disk is full, or refuses to write.
+        """
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
+        if lines:
+            write_text(self.out / "skipped.jsonl", "".join(lines))
+        else:
+            (self.out / "skipped.jsonl").unlink(missing_ok=True)
+        write_text(self.out / "README.md", card)
+        write_json(self.out / _MARK, dict(made_with), indent=2)
+        shutil.rmtree(self.building, ignore_errors=True)
+
+
+def _difference(
+    differing: Collection[str], there: Mapping[str, Any], now: Mapping[str, Any]
+) -> str:
+    """Name the first difference, and a change of the model before one of an option."""
+    if _MODEL & set(differing):
+        return f"another model, or of another state of it: {there['scenario']} of {there['model']}"
+    name = next(name for name in there if name in differing)
+    return f"{there['model']} with {name} {there[name]}, and not {now.get(name)}"
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(folder, error) from error
