@@ -4,7 +4,7 @@ import json
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipft.search.tables.columns import add_kinds, columns_of, converted, merged
@@ -63,6 +63,7 @@ def test_only_so_many_fields_become_columns():
     assert len(columns_of({f"product{n}": "int" for n in range(2000)})) == 500
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), max_size=5))
 def test_every_metadata_fits_into_the_columns(several):
     """Whatever JSON holds, in whichever order the parts are read."""

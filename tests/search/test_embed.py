@@ -127,7 +127,7 @@ def test_polars_and_duckdb_open_the_files(dtype, written, tiny, catalogue, tmp_p
     frame = polars.read_parquet(out / "images" / "*.parquet")
     assert isinstance(frame.schema["vector"], polars.Array)
     rows = read(out)
-    assert frame["key"].to_list() == rows["key"].to_list()
+    assert frame["key"].to_list() == rows["key"].to_pylist()
     np.testing.assert_array_equal(frame["vector"].to_numpy().astype(np.float32), vectors(rows))
     similar = "array_cosine_similarity(vector::FLOAT[128], ?::FLOAT[128])"
     query = vectors(rows)[7].tolist()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clipft.core.errors import DataError
-from clipft.data.packing.rows import parquet
+from clipft.data.packing.rows import arrow
 from clipft.data.packing.rows.arrow import ArrowTable, plain_value
 
 pa = pytest.importorskip("pyarrow")
@@ -100,7 +100,7 @@ def test_uuids_are_text(tmp_path):
 
 
 def test_batches_of_images_are_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "_IMAGES", 2)
+    monkeypatch.setattr(arrow, "_IMAGES", 2)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": [bytes([n]) for n in range(5)]}), path)
     assert [row["image"] for _, row in ArrowTable(path).rows("image")] == [
