@@ -297,6 +297,24 @@ def test_a_data_set_with_several_configurations_needs_a_folder(online, tmp_path,
     assert sum(pairs) == 4
 
 
+def test_embeddings_are_uploaded_as_a_private_data_set(online, catalogue, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    out, given = tmp_path / "out", ["--texts", "--push", "me/my-clip", "--num-workers", "0"]
+    assert run(["embed", "tiny", str(catalogue / "val"), str(out), *given]) == 0
+    made = online.created[0]
+    assert made["type"] == "dataset"
+    assert made.get("private") is True or made.get("visibility") == "private"
+    assert online.files == {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
+    monkeypatch.delenv("HF_TOKEN")
+    online.refuses, online.files = 401, {}
+    assert run(["embed", "tiny", str(catalogue / "val"), str(tmp_path / "other"), *given]) == 5
+    assert not (tmp_path / "other").exists(), "it is refused before the work"
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [

@@ -33,8 +33,8 @@ class EmbedOptions(Section):
     )
     dim: int = setting(
         0,
-        "Keep the first N dimensions of each vector, at unit length. 0: all of them. Only a model "
-        "that was trained for it (matryoshka) keeps most of its quality.",
+        "Keep the first N dimensions of each vector, at unit length. 0: all of them. A model that "
+        "was not trained with --matryoshka loses much by it.",
         metavar="N",
         ge=0,
     )

@@ -59,7 +59,7 @@ class EmbeddedTable:
         self._format = VectorFormat(made_with["dim"], made_with["dtype"])
         decides = {key: value for key, value in made_with.items() if key != "clipft"}
         self._made = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-        self._columns = dict[str, list[str]]()
+        self._columns, self._fields = dict[str, list[str]](), dict[str, Fields]()
         self.known = dict[str, About]()
         for part in parts:
             about = read_about(self.file(part))
@@ -76,7 +76,7 @@ class EmbeddedTable:
         because they have changed or their file has other columns."""
         columns = columns_of(merged(fields.values()))
         self._columns = {field: list(column) for field, column in columns.items()}
-        self._fields = fields
+        self._fields = dict(fields)
         return [
             part
             for part in self._parts
