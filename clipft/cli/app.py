@@ -48,7 +48,12 @@ COMMANDS = {
 }
 """Every command with the first sentence of its help, so that ``clipft --help`` imports none."""
 
-_MODULES = {"resume": "train", "find-batch-size": "train", "zero-shot": "evaluate"}
+_MODULES = {
+    "resume": "train",
+    "find-batch-size": "train",
+    "zero-shot": "evaluate",
+    "embed": "search",
+}
 """Commands in the module of a related one; the others have a module of their own name."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}

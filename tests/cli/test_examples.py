@@ -15,7 +15,9 @@ from clipft.data.demo.catalogue import render_pair
 from tests.conftest import jpeg, write_shard
 
 SLOW = ("clipft ablate", "clipft demo", "--processes", "find-batch-size", "--format onnx")
-NEEDS_MORE = {"--push": "a repository on the hub: tests/export/test_hub.py has a server for it"}
+NEEDS_MORE = dict.fromkeys(
+    ("--push", "hf://"), "the hub: tests/storage/test_hub.py has a server that stands in for it"
+)
 FAST = {
     "CLIPFT_MODEL": "tiny",
     "CLIPFT_MINI_TRAIN": "1",

@@ -293,8 +293,7 @@ def test_a_data_set_with_several_configurations_needs_a_folder(online, tmp_path,
     assert pack(tmp_path / "out") == 2
     assert "has several configurations: en, de" in capsys.readouterr().err
     assert pack(tmp_path / "out", "hf://datasets/me/furniture/en") == 0
-    pairs = [len(open_pairs(tmp_path / "out" / split)) for split in ("train", "val")]
-    assert sum(pairs) == 4
+    assert len(open_pairs(tmp_path / "out" / "train")) == 4
 
 
 def test_embeddings_are_uploaded_as_a_private_data_set(online, catalogue, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ _TABLE = re.compile(
     rf"(metadata|results|captions|({'|'.join(SPLIT_NAMES)})([-_.].*)?)\.(csv|tsv|jsonl|parquet)",
     re.IGNORECASE,
 )
-_COCO = re.compile(r"(captions|dataset)(_\w+)?\.json", re.IGNORECASE)
+_COCO = re.compile(r"(captions|dataset)(?!_info\.|_dict\.)(_\w+)?\.json", re.IGNORECASE)
 _FLICKR = re.compile(r"captions\.txt|.*\.token(\.txt)?", re.IGNORECASE)
 
 

@@ -88,7 +88,9 @@ def embed_dataset(
                 report(done, len(unread))
     embedded = dict[str, int]()
     for table in tables:
-        changed = table.choose_columns(fields)
+        changed, embedded[table.name] = table.choose_columns(fields), 0
+        if not changed:
+            continue
         pairs = counted(sum(part.count for part in changed), "pair")
         with progress(f"Embedding the {table.name} of {pairs}") as report:
             embedded[table.name] = table.write(changed, report)
