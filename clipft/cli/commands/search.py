@@ -292,16 +292,16 @@ def embed(
     end(out, {name: target / name for name in result.rows})
 
 
-def _embedded_table(result: "EmbedResult", page: str | None) -> Table:
-    title = Text(f"Embeddings in {result.out}")
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, rows in result.rows.items():
-        now = result.embedded_now[name]
-        table.add_row(name, f"{rows:,}", f"{now:,} embedded now")
-    table.add_row("vectors", f"{result.dim} x {result.dtype}", f"of {result.model}")
-    table.add_row("size", f"{result.bytes / 2**20:.1f} MiB", "")
-    for reason, count in result.skipped.items():
-        table.add_row(Text(f"skipped: {reason}"), f"{count:,}", "")
+def _embedded_table(result: "EmbedResult", page: str | None) -> "Table":
+    from clipft.cli.tables import rows_table
+
+    rows = [
+        [name, f"{count:,}", f"{result.embedded_now[name]:,} embedded now"]
+        for name, count in result.rows.items()
+    ]
+    rows.append(["vectors", f"{result.dim} x {result.dtype}", f"of {result.model}"])
+    rows.append(["size", f"{result.bytes / 2**20:.1f} MiB", ""])
+    rows += [[f"skipped: {why}", f"{count:,}", ""] for why, count in result.skipped.items()]
     if page:
-        table.add_row("pushed to", page, "")
-    return table
+        rows.append(["pushed to", page, ""])
+    return rows_table(f"Embeddings in {result.out}", ["", ""], rows, texts={0, 1})
