@@ -12,6 +12,7 @@ PACKAGE = Path(clipft.__file__).parent
 FLOORS = (
     {"cli"},
     {"api"},
+    {"browse"},
     {"search", "ablation", "doctor"},
     {"report"},
     {"training"},

@@ -44,6 +44,7 @@ COMMANDS = {
     "export": "Export a model for other libraries, with a model card.",
     "search": "Find images by words or by another image.",
     "embed": "Write the embeddings of a data set as Parquet files.",
+    "browse": "Search with both models of a run, and judge them blind.",
     "settings": "Print the settings as TOML, each with its source.",
 }
 """Every command with the first sentence of its help, so that ``clipft --help`` imports none."""
@@ -53,6 +54,7 @@ _MODULES = {
     "find-batch-size": "train",
     "zero-shot": "evaluate",
     "embed": "search",
+    "settings": "doctor",
 }
 """Commands in the module of a related one; the others have a module of their own name."""
 

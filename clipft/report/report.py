@@ -133,6 +133,7 @@ def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
         "kept": {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
         if kept
         else None,
+        "judgments": records.judgments.to_dict() if records.judgments.judged else None,
         "gallery": list(gallery.cases),
         "gallery_note": gallery.note,
         "lookup": gallery.lookup,

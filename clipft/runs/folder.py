@@ -11,6 +11,7 @@
                         run.json         the plan, versions and device, time and memory
                         rankings-before.json, rankings-best.json   top images of some captions
                         kept.json, interpolation.json   what `clipft evaluate` was asked to add
+                        judgments.jsonl  what people judged blind in `clipft browse`
                         report.html, report.json   all of it for people, and for programs
 {output_dir}/{scenario}.earlier-1/       an earlier run that a new one replaced
 """
@@ -33,6 +34,7 @@ from clipft.config.scenarios import CHECKPOINT_SUFFIX
 from clipft.config.settings import SECTIONS, Settings, beside_defaults
 from clipft.core.errors import StorageError, UsageError, first_line
 from clipft.core.files import did_you_mean_path, disk_error, json_lines, read_json, write_text
+from clipft.runs.judgments import Tally, read_judgments
 from clipft.runs.records import RunRecords
 
 _MAX_SKIPPED = 50
@@ -60,6 +62,7 @@ class RunPaths:
         self.result = folder / "result.json"
         self.kept = folder / "kept.json"
         self.interpolation = folder / "interpolation.json"
+        self.judgments = folder / "judgments.jsonl"
         self.report = folder / "report.html"
 
     def contents(self) -> list[Path]:
@@ -172,6 +175,8 @@ def read_run(folder: Path) -> RunRecords:
     settings, paths = run_settings(folder), RunPaths(folder)
     values = settings.model_dump(mode="json")
     metrics, skipped = json_lines(paths.metrics), json_lines(paths.skipped)
+    epochs = [line for line in metrics if line.get("kind") == "epoch"]
+    improved = [line["epoch"] for line in epochs if line.get("improved")]
 
     def read(path: Path) -> dict[str, Any] | None:
         content = read_json(path)
@@ -188,11 +193,12 @@ def read_run(folder: Path) -> RunRecords:
         ],
         run=read(paths.record) or {},
         steps=[line for line in metrics if line.get("kind") == "step"],
-        epochs=[line for line in metrics if line.get("kind") == "epoch"],
+        epochs=epochs,
         result=read(paths.result),
         evaluation=read(paths.evaluation),
         interpolation=read(paths.interpolation),
         kept=read(paths.kept),
+        judgments=Tally.of(read_judgments(paths.judgments, improved[-1] if improved else 0)),
         skipped=skipped[:_MAX_SKIPPED],
         skipped_counts=dict(Counter(str(entry.get("split", "train")) for entry in skipped)),
     )

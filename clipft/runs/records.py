@@ -8,6 +8,7 @@ from typing import Any
 from clipft.core.common import Note, Progress, silent
 from clipft.core.files import finite
 from clipft.metrics.figures import mean_recall
+from clipft.runs.judgments import Tally
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class RunRecords:
     changed. ``run`` is what ``loggers.FileLogger`` writes. ``result`` and ``evaluation`` are None
     until the run has ended, ``interpolation`` and ``kept`` until ``clipft evaluate`` was asked for
     them. ``skipped`` has the first pairs that could not be used, ``skipped_counts`` the number of
-    all of them by split.
+    all of them by split. ``judgments`` are those of the best epoch, made in ``clipft browse``.
     """
 
     folder: str
@@ -240,3 +241,4 @@ class RunRecords:
     kept: dict[str, Any] | None
     skipped: list[dict[str, Any]]
     skipped_counts: dict[str, int]
+    judgments: Tally = field(default_factory=Tally)

@@ -1,14 +1,16 @@
 """Make the images of the documents from real runs.
 
 They show the demo, a run at two widths and an error in a terminal, and the demo's report
-in a browser. This needs tmux and chromium.
+and `clipft browse` in a browser. This needs tmux and chromium.
 
     python docs/pictures/make.py [FOLDER]      # keeps the demo in FOLDER; default: a temporary one
 """
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,6 +95,37 @@ def draw_report(page: Path) -> None:
              "--virtual-time-budget=5000", f"--screenshot={shot}", page.as_uri()],
             check=True, capture_output=True,
         )  # fmt: skip
+    _shrink(shot)
+
+
+def draw_browse(run: Path) -> None:
+    """Write a screenshot of a search in `clipft browse`."""
+    from playwright.sync_api import sync_playwright
+
+    shot = HERE / "browse.png"
+    data = run.parent.parent / "data"
+    command = [sys.executable, "-m", "clipft", "browse", run, data, "--no-open", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            url = json.loads(server.stdout.readline())["url"]
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(
+                    executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+                )
+                page = browser.new_page(viewport={"width": 1000, "height": 900})
+                page.goto(url)
+                page.fill("#words", "a green armchair")
+                page.press("#words", "Enter")
+                page.wait_for_selector("#list-1 li")
+                page.wait_for_load_state("networkidle")
+                page.screenshot(path=shot)
+        finally:
+            server.terminate()
+    _shrink(shot)
+
+
+def _shrink(shot: Path) -> None:
     from PIL import Image
 
     Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
@@ -104,4 +137,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     draw_terminal(folder)
-    draw_report(folder / "clipft-demo" / "runs" / "dual_lora" / "report.html")
+    run = folder / "clipft-demo" / "runs" / "dual_lora"
+    draw_report(run / "report.html")
+    draw_browse(run)

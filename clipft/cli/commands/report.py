@@ -65,4 +65,6 @@ def report(
         content = write_run_report(folder, page, moved)
     out.result({**content, "page": str(page)})
     out.note(content["verdict"])
+    if content.get("judgments"):
+        out.note(content["judgments"]["sentence"])
     end(out, {"report": page, "the same as JSON": page.with_suffix(".json")})

@@ -1,0 +1,1 @@
+"""``clipft browse``: a local page that searches with both models of a run, and judges them."""

@@ -1,0 +1,215 @@
+"""Searches the same images with the pretrained and the fine-tuned model of a run."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from clipft.core.common import Progress, counted
+from clipft.core.errors import DataError, UsageError
+from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
+from clipft.data.captions.tokenizer import CaptionEncoder
+from clipft.data.images.decode import decode_image
+from clipft.data.images.formats import BadImage
+from clipft.data.loader import LoaderOptions
+from clipft.data.shards.dataset import RawPair
+from clipft.embedding.embed import embed_texts
+from clipft.embedding.load import load_model
+from clipft.report.html import thumbnail
+from clipft.runs.load import OpenedModel
+from clipft.search.images import ImagePart
+from clipft.search.index import ImageIndex, open_index
+from clipft.search.vectors import Vectors, embed_image
+
+THUMBNAIL_SIDE = 240
+"""Longer side in pixels of an image on the page."""
+_KEPT_THUMBNAILS = 4096
+"""About 40 MB; others are made again."""
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image that a model found. Ranks count from 1; ``other_rank`` is the other model's."""
+
+    number: int
+    rank: int
+    other_rank: int
+    score: float
+    key: str
+    source: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """What was searched for.
+
+    Attributes:
+        name: The words, or ``image:`` and a hash; equal for equal queries.
+        words: The words; "" for an image.
+        image: A small JPEG of the image; b"" for words.
+        note: What the person should know of it, such as that it was truncated.
+        own: The number of the image that the words are the caption of, or None.
+    """
+
+    name: str
+    words: str = ""
+    image: bytes = b""
+    note: str = ""
+    own: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best images of both models, best first."""
+
+    query: Query
+    pretrained: Sequence[ListedImage]
+    fine_tuned: Sequence[ListedImage]
+
+    @cached_property
+    def same(self) -> bool:
+        """True if both models found the same images in the same order."""
+        return [i.number for i in self.pretrained] == [i.number for i in self.fine_tuned]
+
+    def summary(self) -> str:
+        """Say how much the two lists differ."""
+        if self.same:
+            return "Both models find the same images in the same order."
+        shared = {i.number for i in self.pretrained} & {i.number for i in self.fine_tuned}
+        only = len(self.fine_tuned) - len(shared)
+        if not only:
+            return "Both models find the same images, in another order."
+        return f"{only} of {counted(len(self.fine_tuned), 'image')} are found by one model only."
+
+
+@dataclass(frozen=True)
+class SearchedModel:
+    """A model with the index of the images that it embedded."""
+
+    opened: OpenedModel
+    index: ImageIndex
+
+
+class Comparison:
+    """The two models of a run over the same images. Any number of threads may use it.
+
+    ``top`` is the number of images that each model lists.
+    """
+
+    def __init__(self, pretrained: SearchedModel, fine_tuned: SearchedModel, top: int) -> None:
+        self.top, self.images = top, fine_tuned.index.images
+        self._models = pretrained, fine_tuned
+        self._encoding = threading.Lock()
+        settings = fine_tuned.opened.settings
+        self._template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        inputs = fine_tuned.opened.loaded.base.inputs
+        self._encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
+        self.thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._thumbnail)
+
+    def by_words(self, words: str, own: int | None = None) -> Found:
+        """Find the images that fit the words best.
+
+        Raises:
+            UsageError: No word is left once the text is cleaned.
+            DataError: An image was changed or removed in the meantime.
+        """
+        text = clean_text(words)
+        if not text:
+            raise UsageError("there are no words to search for", "type a description of an image")
+        with self._encoding:  # the tokenizer is not safe in threads either
+            length, note = self._encoder([text])[0].length, ""
+            vectors = [embed_texts(model.opened.loaded, [text])[0] for model in self._models]
+        if length > self._encoder.context:
+            note = f"The models read {self._encoder.context} tokens; the rest of the query is cut."
+        return self._ranked(Query(text, text, note=note, own=own), vectors)
+
+    def by_image(self, data: bytes) -> Found:
+        """Find the images that are most similar to an image.
+
+        Raises:
+            DataError: The image cannot be decoded, or one was changed or removed in the meantime.
+        """
+        small = self._small(data)
+        name = f"image:{hashlib.sha256(data).hexdigest()[:16]}"
+        with self._encoding:
+            vectors = [embed_image(model.opened, data, "the image") for model in self._models]
+        return self._ranked(Query(name, image=small), vectors)
+
+    def _ranked(self, query: Query, vectors: Sequence[Tensor]) -> Found:
+        before, after = (
+            model.index.scores(vector) for model, vector in zip(self._models, vectors, strict=True)
+        )
+        return Found(query, self._listed(0, before, after), self._listed(1, after, before))
+
+    def _listed(self, which: int, scores: Vectors, others: Vectors) -> list[ListedImage]:
+        return [
+            ListedImage(
+                hit.number,
+                rank,
+                rank_of(hit.number, others),
+                hit.score,
+                hit.pair.key,
+                hit.pair.shard,
+                self.caption(hit.pair),
+            )
+            for rank, hit in enumerate(self._models[which].index.best(scores, self.top), 1)
+        ]
+
+    def caption(self, pair: RawPair) -> str:
+        """Return the pair's first caption under the run's template; "" if it has none."""
+        try:
+            return self._template.captions(pair.caption, pair.metadata)[0]
+        except BadCaption:
+            return ""
+
+    def _thumbnail(self, number: int) -> bytes:
+        """Return an image as a small JPEG.
+
+        Raises:
+            DataError: It cannot be decoded, or was changed or removed in the meantime.
+        """
+        return self._small(self.images[number].image)
+
+    @staticmethod
+    def _small(data: bytes) -> bytes:
+        try:
+            image = decode_image(data, at_least=THUMBNAIL_SIDE)
+        except BadImage as error:
+            raise DataError(f"the image cannot be used: {error}", "choose another one") from error
+        return thumbnail(image, THUMBNAIL_SIDE)
+
+
+def rank_of(number: int, scores: Vectors) -> int:
+    """Return the rank of an image, from 1; equal scores rank by number, as in ``best``."""
+    score = scores[number]
+    above, before = np.count_nonzero(scores > score), np.count_nonzero(scores[:number] == score)
+    return 1 + int(above) + int(before)
+
+
+def open_comparison(
+    fine_tuned: OpenedModel, parts: Sequence[ImagePart], top: int, progress: Progress
+) -> Comparison:
+    """Load the pretrained model beside the fine-tuned one, and embed all images with both.
+
+    Embeddings are kept in the cache of ``clipft search``.
+
+    Raises:
+        DataError: An image was changed or removed in the meantime.
+        ModelError: The pretrained model cannot be loaded.
+        StorageError: The cache folder cannot be written to.
+    """
+    # Otherwise as the fine-tuned one, so that only the weights differ
+    settings = fine_tuned.settings.model_copy(update={"scenario": "zero_shot"})
+    pretrained = OpenedModel(load_model(settings), settings)
+
+    def searched(opened: OpenedModel, name: str) -> SearchedModel:
+        how = LoaderOptions.from_settings(opened.settings, opened.loaded.precision.device)
+        with progress(f"Embedding with the {name} model") as report:
+            return SearchedModel(opened, open_index(opened, parts, how, report))
+
+    return Comparison(searched(pretrained, "pretrained"), searched(fine_tuned, "fine-tuned"), top)

@@ -1,0 +1,81 @@
+"""Serves the page on this machine until Ctrl-C, SIGTERM or the end of the terminal."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import webbrowser
+from typing import TYPE_CHECKING
+
+from clipft.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
+HOST = "127.0.0.1"
+
+
+def bind(port: int) -> socket.socket:
+    """Take a port of this machine; 0 is any that is free.
+
+    Raises:
+        UsageError: The port is taken or not allowed.
+    """
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        raise UsageError(
+            f"cannot use port {port}: {error.strerror}",
+            "choose another --port, or leave it out to get a free one",
+        ) from error
+
+
+def serve(app: "ASGIApp", listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM. SIGHUP, which the end of the terminal sends, ends the process
+    itself: there is nobody left to say goodbye to."""
+    server = make_server(app)
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    # In a thread of its own, because in the main thread uvicorn raises the signals once more
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        thread.start()
+        while thread.is_alive():  # a signal that another thread receives does not end a join
+            thread.join(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_server(app: "ASGIApp") -> "uvicorn.Server":
+    """Return a server that says nothing: the page shows errors, and addresses with the token must
+    not be logged."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+
+def open_browser(url: str) -> bool:
+    """Open the page in a browser; False if there is none. A browser in the terminal is not used:
+    it could not show images."""
+    graphical = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in graphical):
+        return False
+    return webbrowser.open(url)

@@ -1,0 +1,115 @@
+"""``clipft browse``."""
+
+import secrets
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipft.cli.console import Output
+from clipft.cli.options import command
+from clipft.cli.s3_data import LOCATION_SETTINGS, local_data
+from clipft.config.fields import Section, setting
+from clipft.config.sources import LoadedSettings
+from clipft.core.errors import UsageError
+
+_OVERRIDES = ("num_workers", "precision", "device", "caption", "caption_lines")
+"""Settings that this command may set; the others come from the run."""
+_NEEDED = ("starlette", "uvicorn")
+
+
+class BrowseOptions(Section):
+    title = "Browse"
+    top: int = setting(8, "Number of images that each model shows.", metavar="K", ge=1, le=200)
+    port: int = setting(
+        0, "Port of the page on this machine; 0 takes a free one.", metavar="PORT", ge=0, le=65535
+    )
+    no_open: bool = setting(False, "Print the address of the page, but open no browser.")
+
+
+@command(*_OVERRIDES, *LOCATION_SETTINGS, options=BrowseOptions)
+def browse(
+    place: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder; the best epoch is used.")
+    ],
+    loaded: LoadedSettings,
+    options: BrowseOptions,
+    out: Output,
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DATA",
+            help="Folder of images or of shards; train/ and val/ are searched as well. Default: "
+            "the data of the run.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Search with both models of a run, and judge them blind.
+
+    Opens a page in the browser that searches the images by words or by a picture, with the
+    pretrained and the fine-tuned model, and marks what only one of them finds. Judged blind, the
+    two lists are shown as A and B in random order; the run folder keeps the tally. Only this
+    machine can reach the page. Ctrl-C or closing the terminal ends it.
+
+    Examples:
+
+        clipft browse ./checkpoints/dual_lora
+        clipft browse ./checkpoints/dual_lora ./other-photos --top 12
+        clipft browse ./checkpoints/dual_lora --no-open --port 8000
+    """
+    _check_installed()
+    from clipft.browse.server import bind, open_browser, serve
+    from clipft.runs.folder import RunPaths, read_run, run_settings
+    from clipft.search.images import open_images
+
+    settings = run_settings(place)
+    if settings.scenario == "zero_shot":
+        raise UsageError(
+            f"the run in {place} has no fine-tuned model to compare with",
+            "choose the run of another scenario",
+        )
+    listener = bind(options.port)
+    data = local_data(data or settings.data_dir, loaded.values, out)
+    parts = open_images(data)
+    from clipft.browse.app import Subject, make_app
+    from clipft.browse.comparison import open_comparison
+    from clipft.browse.judging import Judging, held_out_numbers
+    from clipft.report.report import Gallery, run_content
+    from clipft.runs.load import open_model
+
+    opened = open_model(str(place), loaded, _OVERRIDES)
+    comparison = open_comparison(opened, parts, options.top, out.progress)
+    assert opened.content, "the model of a run comes from a checkpoint"
+    held_out, images = held_out_numbers(parts, data), len(comparison.images)
+    judgments = RunPaths(place).judgments
+    judging = Judging(
+        comparison, judgments, opened.content["epoch"], data, held_out or range(images)
+    )
+    subject = Subject(
+        title=f"{settings.scenario} on {settings.model}",
+        run=str(place),
+        verdict=run_content(read_run(place), Gallery())["verdict"],
+        images=images,
+        held_out=len(held_out),
+    )
+    token = secrets.token_urlsafe(16)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
+    app = make_app(token, subject, comparison, judging)
+    shown = f"Open {url}\nOnly this machine can reach it. Press Ctrl-C to end it."
+    out.result({"url": url, "images": images, "judgments": str(judgments)}, shown)
+    if not options.no_open and not open_browser(url):
+        out.note("note: no browser was found here; open the address yourself.")
+    serve(app, listener)
+    out.note(judging.tally.sentence())
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"clipft browse needs {' and '.join(missing)}",
+            "install them: pip install 'clipft[browse]', or pipx inject clipft "
+            + " ".join(missing),
+        )
