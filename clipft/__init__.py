@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipft.config.settings import Settings
     from clipft.config.sources import load_settings
     from clipft.core.errors import ClipftError
-    from clipft.evaluation.compare import Request
+    from clipft.evaluation.request import Request
     from clipft.runs.records import Callbacks, TrainingCallback
     from clipft.training.state import TrainResult
 
@@ -43,7 +43,7 @@ __all__ = [
 _MODULES = {
     "Callbacks": "clipft.runs.records",
     "ClipftError": "clipft.core.errors",
-    "Request": "clipft.evaluation.compare",
+    "Request": "clipft.evaluation.request",
     "Settings": "clipft.config.settings",
     "TrainResult": "clipft.training.state",
     "TrainingCallback": "clipft.runs.records",

@@ -13,13 +13,15 @@ from clipft.core.errors import ClipftError, UsageError
 from clipft.core.memory import peak_memory_so_far
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import on_rank_zero
-from clipft.evaluation.compare import Evaluated, Request, evaluate_checkpoint
+from clipft.evaluation.compare import Evaluated, evaluate_checkpoint
+from clipft.evaluation.request import Request
 from clipft.models.device import choose_precision, environment
 from clipft.report.report import write_run_report
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
-from clipft.runs.load import find_checkpoint, open_model, saved_settings
+from clipft.runs.load import open_model
 from clipft.runs.loggers import FileLogger, TrackerLogger
+from clipft.runs.places import find_checkpoint, saved_settings
 from clipft.runs.records import CallbackList, Callbacks, TrainingCallback, ignore
 from clipft.runs.trackers import check_installed, trackers_of
 from clipft.training.defaults import follow_catalogue

@@ -110,9 +110,10 @@ def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun],
     Raises:
         ClipftError: A checkpoint or the pairs cannot be read.
     """
-    from clipft.evaluation.compare import Request, evaluate_checkpoint
+    from clipft.evaluation.compare import evaluate_checkpoint
+    from clipft.evaluation.request import Request
     from clipft.runs.checkpoint import load_checkpoint
-    from clipft.runs.load import find_checkpoint
+    from clipft.runs.places import find_checkpoint
 
     for run in runs:
         settings = run.settings.values

@@ -38,8 +38,7 @@ def launch_processes(processes: int, args: Sequence[str]) -> bool:
         ProcessError: one of them was killed.
         typer.Exit: a signal ended them before there was anything to save.
     """
-    started = os.environ.get("RANK") or os.environ.get("SLURM_STEP_NUM_TASKS")
-    if processes == 1 or started:
+    if processes == 1 or one_of_several():
         if _launched():
             _end_with_launcher()
         return False
@@ -74,6 +73,11 @@ def launch_processes(processes: int, args: Sequence[str]) -> bool:
         except ChildFailedError as failed:
             raise _first_error(Path(folder), processes, failed.failures) from failed
     return True
+
+
+def one_of_several() -> bool:
+    """Return True in a process that is one of several of the same run, whoever started them."""
+    return bool(os.environ.get("RANK") or os.environ.get("SLURM_STEP_NUM_TASKS"))
 
 
 def _launched() -> bool:

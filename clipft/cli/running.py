@@ -1,6 +1,6 @@
 """What ``train``, ``resume`` and ``demo`` share: run a training and show it, or show its plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from rich.text import Text
 from clipft.api import train
 from clipft.cli.answers import FigureOptions, comparison_answer, footnotes, say_more
 from clipft.cli.console import Output, end
-from clipft.cli.launch import launch_processes
 from clipft.cli.options import flags_given
 from clipft.cli.progress import make_progress, plan_lines
 from clipft.cli.s3_checkpoints import Uploads
@@ -39,19 +38,13 @@ if TYPE_CHECKING:
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
-def run_training(
-    loaded: LoadedSettings, out: Output, args: Sequence[str], options: FigureOptions
-) -> None:
+def run_training(loaded: LoadedSettings, out: Output, options: FigureOptions) -> None:
     """Fetch the pairs if they are in a bucket, train, and show what it did.
-
-    With ``--processes N`` the command line ``args`` is run in N processes instead.
 
     Raises:
         StorageError: training has ended, but its last checkpoint did not reach the bucket.
         Interrupted: a signal came while that checkpoint was uploaded.
     """
-    if launch_processes(loaded.values.processes, args):
-        return
     settings = loaded.values
     source: ShardSource | None = None
     with start_processes(settings, out.note) as processes:
@@ -106,14 +99,12 @@ def _answer(
         yield f"Best epoch: {result.best.epoch}{early}"
 
 
-def plan_training(loaded: LoadedSettings, out: Output, args: Sequence[str]) -> None:
+def plan_training(loaded: LoadedSettings, out: Output) -> None:
     """Show what a run would do, and the time, memory and disk space it would take.
 
     Pairs that are still in a bucket are counted but not fetched. No step can be measured
     without them, so the forecast is left out then.
     """
-    if launch_processes(loaded.values.processes, args):
-        return
     settings = loaded.values
     source: ShardSource | None = None
     with start_processes(settings, out.note) as processes:

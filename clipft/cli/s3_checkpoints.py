@@ -52,11 +52,7 @@ class Uploads:
         from clipft.storage.s3.client import open_bucket
         from clipft.storage.s3.uploader import Uploader
 
-        if not settings.s3_bucket:
-            raise UsageError(
-                "--enable-s3-checkpoints needs a bucket",
-                "name one with --s3-bucket, or drop --enable-s3-checkpoints",
-            )
+        check_bucket_named(settings)
         store = CheckpointStore(
             open_bucket(settings, out.note),
             settings.s3_checkpoint_prefix.strip("/"),
@@ -116,6 +112,19 @@ class Uploads:
             stop.check("while its checkpoint was uploaded", self._settings.checkpoint_path)
         if self._uploader.error:
             raise self._uploader.error
+
+
+def check_bucket_named(settings: Settings) -> None:
+    """Check that there is a bucket to upload checkpoints to, if they are to be uploaded.
+
+    Raises:
+        UsageError: no bucket is set.
+    """
+    if settings.enable_s3_checkpoints and not settings.s3_bucket:
+        raise UsageError(
+            "--enable-s3-checkpoints needs a bucket",
+            "name one with --s3-bucket, or drop --enable-s3-checkpoints",
+        )
 
 
 def _fetch_if_newer(store: "CheckpointStore", settings: Settings, out: Output) -> None:

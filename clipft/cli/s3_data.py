@@ -38,9 +38,14 @@ def bring_named_data(loaded: LoadedSettings, out: Output) -> None:
 
     The settings then name a folder of the cache as ``data_dir``, which is filled here.
     """
-    settings = loaded.values
-    if settings.s3_bucket and settings.data_dir.is_relative_to(cached_bucket(settings.s3_bucket)):
-        bring_data(settings, out)
+    if in_bucket(loaded.values):
+        bring_data(loaded.values, out)
+
+
+def in_bucket(settings: StorageSettings) -> bool:
+    """Return True if ``--data-dir`` was an ``s3://`` location, and so names a cache folder now."""
+    bucket = settings.s3_bucket
+    return bool(bucket) and settings.data_dir.is_relative_to(cached_bucket(bucket or ""))
 
 
 def local_data(place: Path, settings: Settings, out: Output) -> Path:

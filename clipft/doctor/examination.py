@@ -5,7 +5,7 @@ from collections.abc import Callable
 from clipft.config.settings import Settings
 from clipft.core.errors import ClipftError, first_line
 from clipft.doctor import Finding, libraries, machine, reach
-from clipft.models.pretrained import quiet_libraries
+from clipft.models.source import quiet_libraries
 
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "Python": machine.python,

@@ -34,7 +34,8 @@ def pairs(settings: Settings) -> Finding:
 def model(settings: Settings) -> Finding:
     """Load a local or cached model. For any other, ask the hub whether it has it."""
     from clipft.models.open_clip.names import is_open_clip
-    from clipft.models.pretrained import TINY, load_pretrained, looks_local
+    from clipft.models.pretrained import load_pretrained
+    from clipft.models.source import TINY, looks_local
 
     name = settings.model
     if name == TINY or looks_local(name) or is_open_clip(name):

@@ -18,8 +18,7 @@ from clipft.data.decoding import PairSource
 from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_batches
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
-from clipft.data.shards.dataset import ChosenPairs, PairDataset, open_pairs
-from clipft.data.shards.names import tars_in
+from clipft.data.shards.dataset import ChosenPairs, PairDataset
 from clipft.data.skipped import Skipped
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import in_lockstep
@@ -87,30 +86,6 @@ class _Share:
     groups: Tensor | None
     numbers: tuple[int, ...]
     skipped: tuple[Skipped, ...]
-
-
-def validation_pairs(settings: Settings) -> PairDataset:
-    """Open ``{data_dir}/val``, or ``data_dir`` itself if the shards are directly in it.
-
-    Raises:
-        DataError: there are no pairs.
-    """
-    nested = settings.data_dir / "val"
-    flat = not nested.exists() and tars_in(settings.data_dir)
-    return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
-
-
-def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, PairDataset]:
-    """Open the pairs to report figures on: the test pairs if there are any ("auto"), otherwise the
-    validation pairs; or those of ``split``, "test" or "val". Also return which.
-
-    Raises:
-        DataError: there are no pairs.
-    """
-    test = settings.data_dir / "test"
-    if split == "test" or (split == "auto" and tars_in(test)):
-        return "test", open_pairs(test, settings.max_val_pairs)
-    return "val", validation_pairs(settings)
 
 
 def embed_pairs(

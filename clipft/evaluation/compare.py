@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from clipft.config.settings import Settings
-from clipft.core.errors import UsageError
-from clipft.core.files import check_writable, write_json
+from clipft.core.files import write_json
 from clipft.data.shards.names import tars_in
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import Comparison, EvaluationSet, compare
+from clipft.evaluation.request import Request, general_settings
 from clipft.evaluation.wise_ft import (
     Interpolation,
     Point,
     best_point,
-    parse_alphas,
     save_interpolated,
     sweep,
 )
@@ -27,46 +26,6 @@ from clipft.metrics.ranking import Retrieval
 from clipft.models.pretrained import ModelInputs
 from clipft.runs.folder import RunPaths
 from clipft.runs.load import load_fine_tuned
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to do besides the comparison.
-
-    ``keep`` is a general data set on which to measure what fine-tuning has cost. The weights
-    between the two models are evaluated at each of ``alphas``, and written to ``save_to`` at
-    ``save_at``. ``split`` chooses the pairs as ``evaluation_pairs`` does.
-    """
-
-    keep: Path | None
-    alphas: list[float]
-    save_at: float | None
-    save_to: Path | None
-    split: str = "auto"
-
-    @classmethod
-    def of(
-        cls,
-        keep: Path | None,
-        interpolate: str | None,
-        at: float | None,
-        to: Path | None,
-        split: str = "auto",
-    ) -> "Request":
-        """Check a request before the work begins; ``interpolate`` is as ``parse_alphas`` reads it.
-
-        Raises:
-            UsageError: ``interpolate`` or ``at`` is not between 0 and 1.
-            StorageError: ``to`` cannot be written.
-        """
-        if at is not None and not 0 <= at <= 1:
-            raise UsageError(
-                f"--save-interpolated {at:g} is not between 0 (pretrained) and 1 (fine-tuned)",
-                "choose a value from 0 to 1, such as the best point of --interpolate 0:1:0.1",
-            )
-        if to:
-            check_writable(to)
-        return cls(keep, parse_alphas(interpolate) if interpolate else [], at, to, split)
 
 
 @dataclass(frozen=True)
@@ -143,13 +102,7 @@ def evaluate_checkpoint(
     note(f"Evaluating on the {own.title.lower()} pairs of {settings.data_dir}.")
     general = None
     if request.keep:
-        # A general set has its own captions and labels, and no groups of products
-        changed = {
-            name: Settings.model_fields[name].default
-            for name in ("caption", "caption_lines", "label_field", "group_field")
-        }
-        changed["data_dir"] = request.keep
-        general = EvaluationSet.open(inputs, settings.model_copy(update=changed))
+        general = EvaluationSet.open(inputs, general_settings(settings, request.keep))
     # Alpha is chosen by what is measured along the path, so no test pairs may take part in that
     along, general_along = own, general
     if request.alphas:

@@ -1,7 +1,7 @@
-"""Rankings of images for some queries, and the cases that the report's gallery shows of them.
+"""The rankings that a run keeps, and the cases that the report's gallery shows of them.
 
-A run writes the rankings while it has the embeddings. Every image with the query's caption
-counts as right, not only the query's own.
+``evaluation.rankings`` makes them while a run has the embeddings. Nothing here needs torch, so that
+a report is written at once.
 """
 
 import hashlib
@@ -12,24 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from clipft.core.files import read_json, write_json
-from clipft.data.captions.table import CaptionTable
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.images.decode import decode_image
 from clipft.data.images.formats import BadImage
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.embed import Embeddings
-from clipft.metrics.ranking import score_blocks
 
 SHOWN = 5
 """Images kept for each query."""
-_MAX_QUERIES = 1000
-_BLOCK = 64
-"""Queries scored at a time. Memory grows with this number times the number of images."""
 _GAINS, _LOSSES, _MISSES, _OTHERS = 5, 5, 4, 4
 _MOST_IMAGES = 240
 """Different images of the queries that a reader can look up in a page."""
@@ -64,62 +56,6 @@ class Rankings:
 def data_name(pairs: PairDataset) -> str:
     """Return a short name of some pairs that is equal for equal pairs."""
     return hashlib.sha256(pairs.identity().encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class CaptionGroups:
-    """The T captions of all pairs: ``groups`` is equal for equal captions, and ``owners`` is the
-    pair of each, ascending. Both are int64 [T]."""
-
-    groups: Tensor
-    owners: Tensor
-
-    @classmethod
-    def of(cls, captions: CaptionTable) -> "CaptionGroups":
-        known: dict[bytes, int] = {}
-        groups, owners = list[int](), list[int]()
-        for number, own in enumerate(captions.by_pair()):
-            groups += [known.setdefault(caption, len(known)) for caption in own]
-            owners += [number] * len(own)
-        return cls(torch.tensor(groups, dtype=torch.int64), torch.tensor(owners))
-
-
-@torch.inference_mode()
-def rank_images(embedded: Embeddings, captions: CaptionGroups, data: str) -> Rankings:
-    """Rank all images for each different first caption, which the first pair that has it queries.
-
-    Every image that has the caption, as its first or another one, is right. If there are too many
-    captions, some are chosen, spread evenly. Among equal scores, right images rank last.
-
-    Args:
-        embedded: embeddings of the pairs that could be used.
-        captions: those of all pairs.
-        data: ``data_name`` of the pairs.
-    """
-    pairs = torch.tensor(embedded.numbers)
-    groups = captions.groups[torch.isin(captions.owners, pairs)]
-    owners = torch.arange(len(pairs)) if embedded.owners is None else embedded.owners
-    own = torch.searchsorted(owners, torch.arange(len(pairs)))  # the first caption of each pair
-    group = groups[own]
-    # The first row of each group, in the order of the rows
-    _, which = torch.unique(group, return_inverse=True)
-    firsts = torch.full((int(which.max()) + 1,), len(group))
-    firsts = firsts.scatter_reduce(0, which, torch.arange(len(group)), "amin").sort().values
-    queries = firsts[:: max(1, -(-len(firsts) // _MAX_QUERIES))]
-
-    ranks, first = list[int](), list[list[int]]()
-    asked = embedded.texts[own[queries]]
-    for start, end, scores in score_blocks(asked, embedded.images, _BLOCK):
-        block = queries[start:end]
-        right = groups[None] == group[block, None]
-        if embedded.owners is not None:  # from captions to their images
-            counts = torch.zeros(len(block), len(pairs)).index_add_(1, owners, right.float())
-            right = counts > 0
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks += (((scores >= best) & ~right).sum(1) + 1).tolist()
-        shown = scores.topk(min(SHOWN, len(embedded.images)), dim=1).indices
-        first += pairs[shown].tolist()
-    return Rankings(data, pairs[queries].tolist(), ranks, first)
 
 
 @dataclass(frozen=True)

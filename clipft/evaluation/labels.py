@@ -9,7 +9,6 @@ from clipft.core.common import counted, expand_home
 from clipft.core.errors import UsageError, did_you_mean, sentences
 from clipft.core.files import did_you_mean_path
 from clipft.core.text import NotText, folded, read_text
-from clipft.metrics.classification import TEMPLATES
 
 _MISSPELLED = 0.8
 """How similar (0 to 1) a label that no pair has must be to one of the data to be called a typo.
@@ -17,6 +16,27 @@ _MISSPELLED = 0.8
 A list may well have labels that no pair has: ``armchair`` beside a catalogue's ``chair``.
 """
 _LISTED = 5
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "general": (
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a good photo of a {}.",
+        "a close-up photo of a {}.",
+        "a bright photo of a {}.",
+        "a picture of a {}.",
+        "itap of a {}.",
+    ),
+    "furniture": (
+        "a photo of a {}.",
+        "a product photo of a {}.",
+        "a {} on a white background.",
+        "a {} in a room.",
+        "a {}, furniture.",
+        "a catalogue picture of a {}.",
+        "{}",
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.core.errors import ModelError, UsageError
+from clipft.core.errors import ModelError
 from clipft.embedding.load import LoadedModel
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.metrics.figures import DIRECTIONS
@@ -23,7 +23,6 @@ from clipft.runs.checkpoint import save_checkpoint
 
 _LORA_OUT = ("lora_B", "lora_embedding_B")
 _LORA_IN = ("lora_A", "lora_embedding_A")
-_MAX_POINTS = 101
 _HINT = "name a run that trained something"
 _TRAINING_KEYS = frozenset(
     {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
@@ -146,31 +145,6 @@ def best_point(points: Sequence[Point]) -> Point:
         return not change or not change.get("clear") or change["value"] > 0
 
     return max([p for p in points if retains(p)] or points, key=lambda point: point.own.recall())
-
-
-def parse_alphas(text: str) -> list[float]:
-    """Read ``START:STOP:STEP`` (both ends included), or values in 0..1 separated by commas.
-
-    Raises:
-        UsageError: it is neither, or has too many points.
-    """
-    wrong = UsageError(
-        f"--interpolate {text} does not give points between 0 (pretrained) and 1 (fine-tuned)",
-        f"write 0:1:0.1 or 0,0.5,1, with at most {_MAX_POINTS} points",
-    )
-    try:
-        alphas = [float(part) for part in text.replace(":", ",").split(",")]
-        if ":" in text:
-            start, stop, step = alphas
-            if step <= 0 or (stop - start) / step > _MAX_POINTS:
-                raise wrong
-            whole_steps = int((stop - start) / step + 1e-9)  # 1 / 0.1 may fall just below 10
-            alphas = [round(start + step * number, 10) for number in range(whole_steps + 1)]
-    except (ValueError, OverflowError) as error:
-        raise wrong from error
-    if not all(0 <= alpha <= 1 for alpha in alphas) or not 0 < len(alphas) <= _MAX_POINTS:
-        raise wrong
-    return alphas
 
 
 def save_interpolated(

@@ -10,30 +10,26 @@ from typing import Any
 
 from clipft import __version__
 from clipft.config.settings import Settings
-from clipft.core.errors import UsageError
-from clipft.core.files import check_writable, read_json, replacing
+from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.embedding.embed import validation_pairs
+from clipft.data.shards.dataset import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
 from clipft.export.model_card import card_facts, model_card
 from clipft.export.onnx import (
     OnnxCheck,
     OnnxInputs,
     check_onnx,
-    check_onnx_installed,
     made_up_inputs,
     normalized,
     write_onnx,
 )
 from clipft.export.open_clip import check_open_clip, open_clip_lacks, write_open_clip
 from clipft.export.reduce import Reduced, check_loss, reduce_towers
+from clipft.export.target import FORMATS, MARK, unfit_for
 from clipft.models import huggingface
-from clipft.models.pretrained import PretrainedModel, own_learning_rates
+from clipft.models.pretrained import PretrainedModel
+from clipft.models.source import own_learning_rates
 from clipft.runs.load import OpenedModel
-
-FORMATS = ("transformers", "peft", "onnx", "sentence-transformers", "open_clip")
-MARK = "clipft.json"
-"""Distinguishes an exported folder, which may be replaced, from any other."""
 
 _CHECK_BATCH = 16
 _CHECK_BATCHES = 16
@@ -159,50 +155,14 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
             yield OnnxInputs(batch.pixel_values, batch.input_ids)
 
 
-def chosen_formats(asked: str, opened: OpenedModel) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Choose the formats to write for ``--format asked``, which may be ``all``.
-
-    Returns:
-        The formats, and why others are skipped.
-
-    Raises:
-        UsageError: the format asked for does not fit the model, or a package for ONNX is missing.
-    """
+def unfit_formats(opened: OpenedModel) -> dict[str, str]:
+    """Say of each format in which a model cannot be exported why not."""
     base, unfit = opened.loaded.base, dict[str, str]()
     only = base.architecture.export_formats
     if only is not None:
         why = "transformers has no model like this one"
         unfit |= {name: why for name in FORMATS if name not in only}
-    if why := huggingface.why_no_adapter(opened.loaded.model, base, opened.settings.scenario):
-        unfit["peft"] = why
+    unfit |= unfit_for(opened.settings, only)
     if why := open_clip_lacks(base):
         unfit["open_clip"] = f"open_clip has no model like this one: {why}"
-    if asked in unfit:
-        instead = next(name for name in FORMATS if name not in unfit)
-        raise UsageError(
-            f"--format {asked}: {unfit[asked]}", f"use --format {instead}, which holds all weights"
-        )
-    wanted = FORMATS if asked == "all" else (asked,)
-    if "onnx" in wanted:
-        check_onnx_installed()
-    skipped = unfit if asked == "all" else {}
-    return tuple(name for name in wanted if name not in unfit), skipped
-
-
-def check_target(out: Path) -> None:
-    """Check, before long work, that ``out`` can be written and holds nothing of the user's.
-
-    Raises:
-        UsageError: it is not a folder, or it is neither empty nor an earlier export.
-        StorageError: it cannot be written.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out} is not a folder", "name a folder that does not exist yet")
-    mark = read_json(out / MARK) or {}
-    exported = "format" in mark  # the file of a base model has only learning rates
-    if out.is_dir() and not exported and any(out.iterdir()):
-        raise UsageError(
-            f"{out} is not empty, and no {MARK} in it says that it is an earlier export",
-            "name a folder that does not exist yet",
-        )
-    check_writable(out.with_name(f".{out.name}.part"))
+    return unfit

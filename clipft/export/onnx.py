@@ -8,7 +8,6 @@ was trained with its padding. The names of files, inputs and outputs are those t
 expects beside the configuration, the tokenizer and the image processor.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipft.core.errors import ModelError, UsageError, first_line
+from clipft.core.errors import ModelError, first_line
 from clipft.models.architectures import Architecture
 from clipft.models.huggingface import write_processors
 from clipft.models.pretrained import ModelInputs, PretrainedModel
@@ -33,7 +32,6 @@ TOLERANCE = 1e-4
 IMAGE_FILE, TEXT_FILE = "onnx/vision_model.onnx", "onnx/text_model.onnx"
 
 _OTHER_VERSIONS = "use other versions of torch, onnxscript or onnxruntime, or --format transformers"
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of weights that fit in the file itself; protobuf limits it to 2 GiB."""
 
@@ -76,20 +74,6 @@ class _TextTower(_Tower):
     def forward(self, input_ids: Tensor) -> Tensor:
         features = self.architecture.text_features(self.clip, input_ids)
         return functional.normalize(self.architecture.project_texts(self.clip, features), dim=-1)
-
-
-def check_onnx_installed() -> None:
-    """Check for the packages that writing and checking ONNX need.
-
-    Raises:
-        UsageError: one of them is missing.
-    """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--format onnx needs {' and '.join(missing)}",
-            "install them: pip install 'clipft[onnx]', or pipx inject clipft " + " ".join(missing),
-        )
 
 
 def write_onnx(clip: Any, base: PretrainedModel, folder: Path) -> None:

@@ -233,25 +233,3 @@ def _fit(regression: Any, features: Any, targets: Any, c: float) -> Any:
         # A weakly regularized C may not converge; the held-out accuracy then decides against it
         warnings.simplefilter("ignore", ConvergenceWarning)
         return regression.set_params(C=c).fit(features, targets)
-
-
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "general": (
-        "a photo of a {}.",
-        "a photo of the {}.",
-        "a good photo of a {}.",
-        "a close-up photo of a {}.",
-        "a bright photo of a {}.",
-        "a picture of a {}.",
-        "itap of a {}.",
-    ),
-    "furniture": (
-        "a photo of a {}.",
-        "a product photo of a {}.",
-        "a {} on a white background.",
-        "a {} in a room.",
-        "a {}, furniture.",
-        "a catalogue picture of a {}.",
-        "{}",
-    ),
-}

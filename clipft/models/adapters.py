@@ -1,53 +1,41 @@
 """Opens PEFT adapters as models: the adapter is merged into the base model that it names."""
 
-import json
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from clipft.core.errors import ModelError
 from clipft.models.complete import first_names
+from clipft.models.source import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Keep PEFT from importing bitsandbytes in the block, which takes a second.
 
-def base_of_adapter(source: str) -> str | None:
-    """Return the name of the base model of an adapter; None for a model that is no adapter.
-
-    Args:
-        source: a folder or a hub id.
-
-    Raises:
-        ModelError: it holds both an adapter and a whole model, or the adapter names no base.
+    PEFT needs it for quantized weights only, which clipft refuses.
     """
-    from transformers import PretrainedConfig
-    from transformers.utils import find_adapter_config_file
-
-    path = find_adapter_config_file(source)
-    if path is None:
-        return None
-    folder = Path(source)
-    if folder.is_dir():
-        whole = (folder / "config.json").is_file()
-    else:
-        try:
-            whole = bool(PretrainedConfig.get_config_dict(source)[0])
-        except OSError:
-            whole = False
-    if whole:
-        raise ModelError(
-            f"{source} holds a whole model and a PEFT adapter: it is not clear whether the "
-            "adapter is already merged",
-            f"keep {ADAPTER_CONFIG} and the adapter's weights in a folder of their own",
-        )
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"the PEFT adapter in {source} does not say to which model it belongs",
-            f"write the model into base_model_name_or_path of {ADAPTER_CONFIG}",
-        )
-    return str(base)
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    _look_for_bitsandbytes_again()
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        _look_for_bitsandbytes_again()
 
 
+def _look_for_bitsandbytes_again() -> None:
+    """Let PEFT forget whether bitsandbytes is installed, which it looks up once."""
+    if peft := sys.modules.get("peft.import_utils"):
+        peft.is_bnb_available.cache_clear()
+        peft.is_bnb_4bit_available.cache_clear()
+
+
+@without_bitsandbytes()
 def merge_adapter(clip: Any, source: str) -> Any:
     """Merge the adapter of a folder or hub id into its base model.
 

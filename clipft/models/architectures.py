@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
 from clipft.models.fast_encoder import encode_pooled
+from clipft.models.source import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -263,11 +264,11 @@ class BidirectionalOpenClip(OpenClip):
         return pooled
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "clip": Architecture(),
-    "siglip": Siglip(),
-    "metaclip_2": MetaClip2(),
-    "open_clip": OpenClip(),
-    "open_clip_bidirectional": BidirectionalOpenClip(),
-}
+ARCHITECTURES: dict[str, Architecture] = dict(
+    zip(
+        FAMILIES,
+        (Architecture(), Siglip(), MetaClip2(), OpenClip(), BidirectionalOpenClip()),
+        strict=True,
+    )
+)
 """By the ``model_type`` of a checkpoint's configuration."""

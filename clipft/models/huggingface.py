@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipft.config.settings import OWN_SIZES
 from clipft.core.errors import UsageError
 from clipft.models.open_clip.names import HUB, is_open_clip, public_open_clip_name
 from clipft.models.open_clip.weights import disk_errors
-from clipft.models.pretrained import TINY, PretrainedModel, loading_errors, model_source
+from clipft.models.pretrained import PretrainedModel
+from clipft.models.source import TINY, loading_errors, model_source
 from clipft.models.trainable import TrainableModel
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
@@ -86,17 +86,6 @@ def license_of(name: str) -> str | None:
 
 def has_adapter(model: TrainableModel) -> bool:
     return hasattr(model.clip, "peft_config")
-
-
-def why_no_adapter(model: TrainableModel, base: PretrainedModel, scenario: str) -> str:
-    """Say why a model cannot be written as an adapter; empty if it can."""
-    if not has_adapter(model):
-        return f"{scenario} trains no adapter"
-    if base.sizes != OWN_SIZES:
-        return "an adapter would lack the positions of --context-length and --image-size"
-    if base.architecture.export_formats is not None:
-        return "PEFT cannot open its base model"
-    return ""
 
 
 def added_bias(model: TrainableModel) -> float | None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from clipft.config.scenarios import TEXTUAL, VISUAL, Scenario
 from clipft.config.settings import AdaptSettings, ModelSettings
 from clipft.core.errors import ModelError
+from clipft.models.adapters import without_bitsandbytes
 from clipft.models.complete import check_finite
 from clipft.models.fast_encoder import check_attention, use_fast_activations
 from clipft.models.pretrained import PretrainedModel
@@ -238,6 +239,7 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     return model
 
 
+@without_bitsandbytes()
 def _add_lora(
     base: PretrainedModel, scenario: Scenario, projections: list[str], settings: ModelSettings
 ) -> Any:

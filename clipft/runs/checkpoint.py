@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from clipft.core.errors import ClipftError, ModelError
+from clipft.config.settings import Settings, fixed_on_resume
+from clipft.core.errors import ClipftError, ModelError, UsageError
 from clipft.core.files import did_you_mean_path, replacing
-from clipft.runs.checkpoint_format import FORMAT_VERSION, Damaged, check_file, write_file
+from clipft.runs.checkpoint_format import (
+    FORMAT_VERSION,
+    Damaged,
+    Weight,
+    check_file,
+    read_values,
+    write_file,
+)
 
 _CHECKSUM_SINCE = 2
 """Files of this format and later end with a checksum."""
@@ -111,44 +116,89 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ModelError: The file does not exist, was written by another program or a newer clipft, or
             holds anything but plain values and tensors.
     """
-    if not path.is_file():
-        hint = did_you_mean_path(path) or "check the path, or start a run with `clipft train`"
-        raise ModelError(f"no checkpoint {path}", hint)
-    previous = previous_of(path)
-    hint = "use another checkpoint, or train again"
-    if previous.is_file():
-        hint = f"remove {path.name}: `clipft resume` then uses the one before it, {previous}"
-    foreign = ModelError(f"{path} is not a checkpoint of clipft", hint)
+    import torch
+
+    _check_exists(path)
+    has_checksum = _check_bytes(path)
     try:
-        has_checksum = check_file(path)
-    except (OSError, Damaged) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: {error}", hint) from error
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler may raise anything on foreign bytes
         raise ModelError(
             f"{path} holds code or other objects besides weights and plain values; "
             "nothing in it was executed",
-            hint,
+            _hint(path),
         ) from error
+    return _checked(path, content, torch.Tensor, has_checksum)
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """Check a checkpoint as far as that is possible in a moment and without torch.
+
+    Returns:
+        Its content with a ``Weight`` for each tensor; empty if only torch can read it.
+
+    Raises:
+        ModelError: As for ``load_checkpoint``. Altered weights are not noticed here.
+    """
+    _check_exists(path)
+    content = read_values(path)
+    try:
+        if content is not None:
+            return _checked(path, content, Weight)
+    except ModelError:
+        _check_bytes(path)  # what is damaged is refused as damaged, whatever it looks like
+        raise
+    _check_bytes(path)
+    return {}
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        hint = did_you_mean_path(path) or "check the path, or start a run with `clipft train`"
+        raise ModelError(f"no checkpoint {path}", hint)
+
+
+def _hint(path: Path) -> str:
+    """Say what to do about a checkpoint that cannot be used."""
+    previous = previous_of(path)
+    if previous.is_file():
+        return f"remove {path.name}: `clipft resume` then uses the one before it, {previous}"
+    return "use another checkpoint, or train again"
+
+
+def _check_bytes(path: Path) -> bool:
+    """Check that a file is as it was written; return True if it has a checksum."""
+    try:
+        return check_file(path)
+    except (OSError, Damaged) as error:
+        raise DamagedCheckpoint(f"{path} is damaged: {error}", _hint(path)) from error
+
+
+def _checked(path: Path, content: Any, weight: type, has_checksum: bool = True) -> dict[str, Any]:
+    """Check the content of a checkpoint, and bring it to the newest format.
+
+    ``weight`` is the class that stands for a tensor.
+    """
+    foreign = ModelError(f"{path} is not a checkpoint of clipft", _hint(path))
     if not isinstance(content, dict) or _missing(content, _REQUIRED):
         raise foreign
     weights, base, version = (
         content[key] for key in ("model_state_dict", "base_model", "format_version")
     )
-    named = all(isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items())
+    named = all(isinstance(n, str) and isinstance(w, weight) for n, w in weights.items())
     known = all(isinstance(base.get(key), str) for key in ("name", "fingerprint"))
     if not named or not known or version < 1:
         raise foreign
     if version > FORMAT_VERSION:
-        raise ModelError(f"{path} was written by a newer clipft", hint)
+        raise ModelError(f"{path} was written by a newer clipft", _hint(path))
     if version >= _CHECKSUM_SINCE and not has_checksum:
-        raise DamagedCheckpoint(f"{path} is damaged: its checksum is missing", hint)
+        raise DamagedCheckpoint(f"{path} is damaged: its checksum is missing", _hint(path))
+    current: dict[str, Any] = content
     for older in range(version, FORMAT_VERSION):
-        content = _MIGRATIONS[older](content)
-    return content
+        current = _MIGRATIONS[older](current)
+    return current
 
 
 def check_resumable(path: Path, content: dict[str, Any]) -> None:
@@ -240,8 +290,12 @@ class NewestCheckpoint:
     damage: ModelError | None = None
 
 
-def load_newest(checkpoint: Path) -> NewestCheckpoint:
+def load_newest(
+    checkpoint: Path, load: Callable[[Path], dict[str, Any]] = load_checkpoint
+) -> NewestCheckpoint:
     """Load a checkpoint, or the one before it if it is damaged or gone.
+
+    ``load`` is ``load_checkpoint``, or ``check_checkpoint`` to do without the weights.
 
     Raises:
         ModelError: Neither of the two is whole, or the newest was refused for its content.
@@ -249,13 +303,13 @@ def load_newest(checkpoint: Path) -> NewestCheckpoint:
     previous = previous_of(checkpoint)
     if not checkpoint.exists() and previous.exists():
         gone = ModelError(f"no checkpoint {checkpoint}", "")
-        return NewestCheckpoint(load_checkpoint(previous), previous, gone)
+        return NewestCheckpoint(load(previous), previous, gone)
     try:
-        return NewestCheckpoint(load_checkpoint(checkpoint), checkpoint)
+        return NewestCheckpoint(load(checkpoint), checkpoint)
     except DamagedCheckpoint as damage:
         if not previous.exists():
             raise
-        return NewestCheckpoint(load_checkpoint(previous), previous, damage)
+        return NewestCheckpoint(load(previous), previous, damage)
 
 
 def restore_previous(checkpoint: Path) -> Path | None:
@@ -268,3 +322,23 @@ def restore_previous(checkpoint: Path) -> Path | None:
         checkpoint.replace(aside)
     previous_of(checkpoint).replace(checkpoint)
     return aside if aside.exists() else None
+
+
+def check_unchanged(whole: NewestCheckpoint, settings: Settings) -> None:
+    """Check that ``settings`` continue the run of a checkpoint.
+
+    Raises:
+        ModelError: It holds weights alone.
+        UsageError: A setting that decides the weights was changed.
+    """
+    if not whole.content:  # only torch can read it
+        return
+    check_resumable(whole.path, whole.content)
+    saved, now = whole.content["settings"], settings.model_dump(mode="json")
+    changed = [name for name in fixed_on_resume() if name in saved and saved[name] != now[name]]
+    if changed:
+        listed = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in changed)
+        raise UsageError(
+            f"these settings decide the weights and cannot change on resume: {listed}",
+            "set them back, or start a new run with another --output-dir",
+        )

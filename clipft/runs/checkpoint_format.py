@@ -11,12 +11,12 @@ comment. The layout is:
 
 import hashlib
 import os
+import pickle
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
-
-import torch
 
 FORMAT_VERSION = 3
 _MARK = b"clipft sha256 "
@@ -64,6 +64,8 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 def checkpoint_size(content: dict[str, Any]) -> int:
     """Return how many bytes ``write_file`` would write, without writing any."""
+    import torch
+
     counter = _HashingWriter()
     torch.save({**content, "format_version": FORMAT_VERSION}, cast("IO[bytes]", counter))
     return counter.size + _COMMENT
@@ -76,6 +78,8 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
         OSError: The disk is full, refuses to write, or returns other bytes than were written. The
             text of the first two says how many bytes were needed.
     """
+    import torch
+
     # Unbuffered, so that an error is raised by the write that caused it
     with path.open("wb", buffering=0) as file:
         writer = _HashingWriter(file)
@@ -142,3 +146,44 @@ def _verify_checksum(path: Path) -> bool:
     if comment.removeprefix(_MARK) != digest.hexdigest().encode():
         raise Damaged("its SHA-256 is not the one it was written with")
     return True
+
+
+class Weight:
+    """Stands for a tensor, or for anything else of torch, in what ``read_values`` returns."""
+
+    def __init__(self, *given: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _ValuesUnpickler(pickle.Unpickler):
+    """Reads plain values; what torch would build becomes a ``Weight``, and nothing is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module.partition(".")[0] == "torch":
+            return Weight
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+    def persistent_load(self, identity: Any) -> Any:
+        return None  # the numbers of a tensor are in a record of their own
+
+
+def read_values(path: Path) -> Any:
+    """Read what a checkpoint holds besides the numbers of its tensors, without importing torch.
+
+    Returns None for a file that cannot be read in this way; ``torch.load`` may say why. The bytes
+    are not verified.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [i for i in archive.infolist() if i.filename.endswith("/data.pkl")]
+            if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:
+                return None
+            with archive.open(found[0]) as file:
+                return _ValuesUnpickler(file).load()
+    except MemoryError:
+        raise
+    except Exception:  # the unpickler may raise anything on foreign bytes
+        return None

@@ -37,6 +37,7 @@ from clipft.core.files import did_you_mean_path, disk_error, json_lines, read_js
 from clipft.runs.judgments import Tally, read_judgments
 from clipft.runs.records import RunRecords
 
+_LOCK = ".lock"
 _MAX_SKIPPED = 50
 """How many skipped pairs a report lists."""
 
@@ -87,7 +88,7 @@ def run_lock(folder: Path) -> Iterator[int]:
         StorageError: The folder cannot be made or written to.
         UsageError: Another run holds the lock.
     """
-    path = folder / ".lock"
+    path = folder / _LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
@@ -110,6 +111,17 @@ def run_lock(folder: Path) -> Iterator[int]:
         file.write(f"process {os.getpid()}, started {time.strftime('%F %T')}")
         file.flush()
         yield file.fileno()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Check that no other run is in progress in ``folder``. Nothing is made.
+
+    Raises:
+        UsageError: Another run holds the lock.
+    """
+    if (folder / _LOCK).exists():
+        with run_lock(folder):
+            pass
 
 
 def append_lines(path: Path, records: list[dict[str, Any]], ascii_only: bool = False) -> None:

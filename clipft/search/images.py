@@ -8,16 +8,19 @@ import hashlib
 import os
 import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path, PurePath
+from typing import Any
 
 from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
 from clipft.data.images.formats import IMAGE_SUFFIXES, is_unnamed_image
 from clipft.data.shards.contents import contents_of
-from clipft.data.shards.dataset import PairDataset, RawPair
+from clipft.data.shards.dataset import PairDataset, RawPair, parse_metadata
 from clipft.data.shards.index import Shard, open_shard, stamp_of
 from clipft.data.shards.names import (
     CAPTION_SUFFIX,
@@ -57,6 +60,30 @@ class ImagePart:
     read_texts: Callable[[int], RawPair]
     name: str = ""
     split: str = ""
+
+
+@dataclass(frozen=True)
+class JoinedParts:
+    """Several parts with one numbering, as the loader reads them."""
+
+    parts: Sequence[ImagePart]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number after the last image of each part."""
+        return list(accumulate(part.count for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.parts else 0
+
+    def __getitem__(self, number: int, /) -> RawPair:
+        which = bisect_right(self.ends, number)
+        pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
+        return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
+
+    def metadata(self, number: int, /) -> dict[str, Any]:
+        """Read the metadata of an image; empty if there is none."""
+        return parse_metadata(self[number].metadata)
 
 
 def open_images(source: Path, files_per_part: int = FILES_PER_PART) -> list[ImagePart]:

@@ -21,9 +21,8 @@ from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions
 from clipft.data.shards.dataset import RawPair
 from clipft.runs.load import OpenedModel
-from clipft.search.images import ImagePart
+from clipft.search.images import ImagePart, JoinedParts
 from clipft.search.vectors import (
-    JoinedParts,
     Vectors,
     embed_images,
     embedding_width,

@@ -1,12 +1,9 @@
 """Embeds images one after the other, and says what else decides their embeddings."""
 
 import hashlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,41 +17,16 @@ from clipft.data.images.augmentation import Transform
 from clipft.data.images.decode import decode_image
 from clipft.data.images.formats import BadImage
 from clipft.data.loader import LoaderOptions, chosen_batches
-from clipft.data.shards.dataset import RawPair, parse_metadata
 from clipft.embedding.embed import embed_texts
 from clipft.embedding.encoding import evaluation_batch
 from clipft.embedding.finite import check_finite_rows
 from clipft.runs.load import OpenedModel
-from clipft.search.images import ImagePart
+from clipft.search.images import JoinedParts
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 """One embedding, float32 [D] of unit length."""
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 """Several of them, float32 [N, D]."""
-
-
-@dataclass(frozen=True)
-class JoinedParts:
-    """Several parts with one numbering, as the loader reads them."""
-
-    parts: Sequence[ImagePart]
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """The number after the last image of each part."""
-        return list(accumulate(part.count for part in self.parts))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.parts else 0
-
-    def __getitem__(self, number: int, /) -> RawPair:
-        which = bisect_right(self.ends, number)
-        pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
-        return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
-
-    def metadata(self, number: int, /) -> dict[str, Any]:
-        """Read the metadata of an image; empty if there is none."""
-        return parse_metadata(self[number].metadata)
 
 
 def preprocessing_of(opened: OpenedModel) -> str:

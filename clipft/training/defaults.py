@@ -16,7 +16,7 @@ from clipft.data.order import EpochPlan
 from clipft.data.shards.dataset import open_pairs
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import on_rank_zero
-from clipft.models.pretrained import own_learning_rates
+from clipft.models.source import own_learning_rates
 from clipft.runs.folder import RunPaths, run_settings
 
 if TYPE_CHECKING:

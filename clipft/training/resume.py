@@ -4,14 +4,14 @@ its folder stays."""
 import shutil
 from typing import Any
 
-from clipft.config.settings import Settings, fixed_on_resume
+from clipft.config.settings import Settings
 from clipft.core.common import Note
 from clipft.core.errors import UsageError
 from clipft.core.files import disk_error
 from clipft.runs.checkpoint import (
     NewestCheckpoint,
     check_base_model,
-    check_resumable,
+    check_unchanged,
     checkpoint_exists,
     load_newest,
     previous_of,
@@ -36,15 +36,7 @@ def checkpoint_to_resume(
         note(f"warning: no checkpoint {paths.checkpoint}: starting at epoch 0.")
         return None
     whole = load_newest(paths.checkpoint)
-    check_resumable(whole.path, whole.content)
-    saved, now = whole.content["settings"], settings.model_dump(mode="json")
-    changed = [name for name in fixed_on_resume() if name in saved and saved[name] != now[name]]
-    if changed:
-        listed = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in changed)
-        raise UsageError(
-            f"these settings decide the weights and cannot change on resume: {listed}",
-            "set them back, or start a new run with another --output-dir",
-        )
+    check_unchanged(whole, settings)
     return whole
 
 

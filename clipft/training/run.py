@@ -20,9 +20,11 @@ from clipft.embedding.embed import embed_pairs
 from clipft.embedding.finite import NotFiniteError, describe_broken
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
-from clipft.evaluation.gallery import CaptionGroups, Rankings, data_name, rank_images
+from clipft.evaluation.gallery import Rankings, data_name
+from clipft.evaluation.rankings import CaptionGroups, rank_images
+from clipft.export.target import why_no_adapter
 from clipft.metrics.ranking import retrieval
-from clipft.models.huggingface import why_no_adapter, write_adapter
+from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
@@ -348,7 +350,7 @@ class _Run:
                 loaded = load_fine_tuned(content, settings)
             else:
                 loaded.model.load_trainable_state(content["model_state_dict"])
-        if not why_no_adapter(loaded.model, loaded.base, settings.scenario):
+        if not why_no_adapter(settings, loaded.base.architecture.export_formats):
             with replacing(self.paths.adapter) as temporary:
                 write_adapter(loaded.model, settings.model, temporary)
         pretrained = load_model(settings, pretrained=True)

@@ -10,6 +10,7 @@ import pytest
 from clipft.cli.app import COMMANDS, command_of, run
 from clipft.config.settings import Settings
 from clipft.core.errors import ClipftError
+from tests.cli.forks import in_forks
 
 NAMES = list(COMMANDS)
 HEAVY = (
@@ -22,6 +23,8 @@ HEAVY = (
     "jinja2",
     "torchvision",
     "PIL",
+    "numpy",
+    "huggingface_hub",
 )
 
 
@@ -36,33 +39,12 @@ def test_every_command_of_the_promise_is_there():
     assert promised | {"demo", "settings"} <= set(NAMES)
 
 
-HELP_OF_EACH = f"""
-import contextlib, io, json, sys
-from clipft.cli.app import COMMANDS, run
-told = {{}}
-for name in COMMANDS:
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        code = run([name, "--help"])
-    told[name] = code, [m for m in {HEAVY!r} if m in sys.modules], text.getvalue()
-print(json.dumps(told))
-"""
-
-
-@pytest.fixture(scope="module")
-def helps() -> dict[str, tuple[int, list[str], str]]:
-    """For each command: its exit code, what is loaded after it, and its text."""
-    done = subprocess.run([sys.executable, "-c", HELP_OF_EACH], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_help_has_examples_and_loads_nothing_heavy(name, helps):
-    code, loaded, text = helps[name]
-    assert (code, loaded) == (0, [])
-    assert "Examples" in text
-    for option in ("--json", "--debug"):
-        assert option in text
+def test_help_has_examples_and_loads_nothing_heavy(tmp_path):
+    lines = [[name, "--help"] for name in NAMES]
+    for name, ended in zip(NAMES, in_forks(lines, HEAVY, tmp_path), strict=True):
+        assert (ended.code, ended.imported) == (0, []), name
+        for part in ("Examples", "--json", "--debug"):
+            assert part in ended.output, name
 
 
 @pytest.mark.parametrize("name", NAMES)

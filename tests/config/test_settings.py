@@ -14,7 +14,7 @@ from clipft.config.settings import Settings, fixed_on_resume
 from clipft.config.settings_file import template
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
-from clipft.runs.load import saved_settings
+from clipft.runs.places import saved_settings
 
 
 def load(flags=None, config=None, environ=None):

@@ -15,7 +15,7 @@ from clipft.config.settings import Settings
 from clipft.core.errors import ModelError
 from clipft.doctor import libraries, machine, reach
 from clipft.doctor.examination import CHECKS, examine, run_check
-from clipft.models.pretrained import model_source
+from clipft.models.source import model_source
 from tests import warm
 
 TINY = Settings(model="tiny", device="cpu")

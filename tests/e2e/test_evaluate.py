@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from clipft.cli.app import run
 from clipft.core.errors import UsageError
-from clipft.evaluation.wise_ft import parse_alphas
+from clipft.evaluation.request import parse_alphas
 from clipft.runs.checkpoint import load_checkpoint
 from tests.conftest import write_shard
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clipft.cli.app import run
-from clipft.models.pretrained import model_source
+from clipft.models.source import model_source
 
 SMALL = ["--epochs", "1", "--mini-train", "--num-workers", "0", "--device", "cpu"]
 SMALL += ["--scenario", "text_lora"]

@@ -82,7 +82,8 @@ def test_peft_opens_the_adapter_and_computes_the_same_features(whole):
     from clipft.config.sources import load_settings
     from clipft.models.pretrained import load_pretrained
     from clipft.runs.checkpoint import load_checkpoint
-    from clipft.runs.load import load_fine_tuned, saved_settings
+    from clipft.runs.load import load_fine_tuned
+    from clipft.runs.places import saved_settings
 
     content = load_checkpoint(whole / "dual_lora" / "best.pt")
     settings = saved_settings(content, load_settings({}, environ={}), ())

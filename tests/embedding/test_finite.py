@@ -16,7 +16,8 @@ from clipft.embedding.embed import embed_texts
 from clipft.embedding.finite import NotFiniteError, check_finite_rows
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import EvaluationSet
-from clipft.models.pretrained import load_inputs, model_source
+from clipft.models.pretrained import load_inputs
+from clipft.models.source import model_source
 from tests.conftest import jpeg
 from tests.faults.helpers import write_tar
 

@@ -7,14 +7,13 @@ from torch.nn.functional import normalize
 
 from clipft.embedding.embed import Embeddings
 from clipft.evaluation.gallery import (
-    CaptionGroups,
     Rankings,
     all_cases,
     choose_cases,
     choose_to_look_up,
     mistaken_categories,
-    rank_images,
 )
+from clipft.evaluation.rankings import CaptionGroups, rank_images
 
 
 def embeddings(seed: int, groups: list[int], skip: int) -> Embeddings:

@@ -5,8 +5,7 @@ import unicodedata
 import pytest
 
 from clipft.core.errors import UsageError
-from clipft.evaluation.labels import choose_labels
-from clipft.metrics.classification import TEMPLATES
+from clipft.evaluation.labels import TEMPLATES, choose_labels
 
 DATA = ["chair", "Table", None, "lamp", "chair", "sofa bed"]
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from clipft.cli.app import run
 from clipft.core.errors import ModelError, UsageError
 from clipft.data.demo.catalogue import render_pair
-from clipft.export.export import chosen_formats
+from clipft.export.export import unfit_formats
 from clipft.export.open_clip import check_open_clip, open_clip_lacks, write_open_clip
+from clipft.export.target import chosen_formats
 from clipft.models.huggingface import merged
 from clipft.models.pretrained import load_pretrained
 from tests.exports import opened, write_checkpoint
@@ -94,8 +95,8 @@ def test_what_open_clip_lacks_is_refused_or_skipped(tmp_path):
     why = "timm has no image tower of SigLIP with 2 layers of width 32 for 64 pixels in patches"
     assert open_clip_lacks(found.loaded.base).startswith(why)
     with pytest.raises(UsageError, match="open_clip has no model like this one: timm has no"):
-        chosen_formats("open_clip", found)
-    formats, skipped = chosen_formats("all", found)
+        chosen_formats("open_clip", unfit_formats(found))
+    formats, skipped = chosen_formats("all", unfit_formats(found))
     assert "open_clip" not in formats and set(skipped) == {"peft", "open_clip"}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clipft.core.errors import UsageError
-from clipft.export.export import MARK, check_target
+from clipft.export.target import MARK, check_target
 
 
 @pytest.mark.parametrize("left", [None, {}, {"format": "transformers", "clipft": "0.1.0"}])

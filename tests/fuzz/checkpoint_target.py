@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from clipft.core.errors import ModelError
 from clipft.runs.checkpoint import load_checkpoint
-from clipft.runs.load import saved_settings
+from clipft.runs.places import saved_settings
 from tests.fuzz.targets import in_a_file
 from tests.loaded_settings import loaded_settings
 

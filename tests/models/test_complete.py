@@ -16,7 +16,8 @@ from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
 from clipft.doctor.examination import run_check
 from clipft.models.huggingface import write_adapter
-from clipft.models.pretrained import load_inputs, load_pretrained, model_source
+from clipft.models.pretrained import load_inputs, load_pretrained
+from clipft.models.source import model_source
 from clipft.models.trainable import adapt
 from clipft.runs.load import open_model
 from tests.models.checkpoints import write_siglip

@@ -16,8 +16,8 @@ from clipft.models.pretrained import (
     PretrainedModel,
     load_inputs,
     load_pretrained,
-    model_source,
 )
+from clipft.models.source import model_source
 from clipft.models.trainable import TrainableModel, adapt
 
 SETTINGS = load_settings({}, environ={}).values
@@ -218,7 +218,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, tmp
     def unknown(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr("clipft.models.pretrained.getproxies", dict)
+    monkeypatch.setattr("clipft.models.source.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("socket.getaddrinfo", unknown)

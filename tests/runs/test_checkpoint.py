@@ -12,6 +12,7 @@ from clipft.core.errors import ModelError, StorageError
 from clipft.runs import checkpoint as checkpoint_pair
 from clipft.runs.checkpoint import (
     DamagedCheckpoint,
+    check_checkpoint,
     check_resumable,
     load_checkpoint,
     load_newest,
@@ -20,6 +21,7 @@ from clipft.runs.checkpoint import (
     save_checkpoint,
     save_newest,
 )
+from clipft.runs.checkpoint_format import Weight
 
 CONTENT = {
     "epoch": 1,
@@ -74,6 +76,52 @@ def test_a_damaged_or_foreign_file_is_refused(saved, harm, message):
         load_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, "damaged"),
+        (lambda path: path.write_text("{}"), "damaged"),
+        (lambda path: path.unlink(), "no checkpoint"),
+        (lambda path: torch.save({"epoch": 1}, path), "not a checkpoint of clipft"),
+        (lambda path: torch.save([1], path), "not a checkpoint of clipft"),
+        (lambda path: torch.save({**CONTENT, "format_version": 99}, path), "newer clipft"),
+    ],
+)
+def test_what_can_be_told_without_torch_is_refused_in_the_same_words(saved, harm, message):
+    harm(saved)
+    with pytest.raises(ModelError, match=message) as expected:
+        load_checkpoint(saved)
+    with pytest.raises(ModelError) as refused:
+        check_checkpoint(saved)
+    assert (refused.value.message, refused.value.hint) == (
+        expected.value.message,
+        expected.value.hint,
+    )
+
+
+def test_without_torch_everything_but_the_weights_is_read(saved):
+    content, checked = load_checkpoint(saved), check_checkpoint(saved)
+    assert isinstance(checked["model_state_dict"].pop("w"), Weight)
+    assert checked == {**content, "model_state_dict": {}}
+    save_newest(saved, {**CONTENT, "epoch": 2, "optimizer_state_dict": some_optimizer_state()})
+    assert check_checkpoint(saved)["optimizer_state_dict"]["param_groups"][0]["lr"] == 0.5
+
+
+def some_optimizer_state():
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter], lr=0.5)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_a_damaged_file_is_passed_over_without_torch_as_with_it(saved):
+    save_newest(saved, {**CONTENT, "epoch": 2})
+    truncate(saved)
+    whole = load_newest(saved, check_checkpoint)
+    assert (whole.content["epoch"], whole.path) == (1, previous_of(saved))
+
+
 class Bomb:
     def __init__(self, target):
         self.target = target
@@ -85,6 +133,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     target = tmp_path / "executed"
     torch.save({**CONTENT, "format_version": 1, "bomb": Bomb(target)}, saved)
+    assert check_checkpoint(saved) == {}, "only torch can say what is wrong with it"
     with pytest.raises(ModelError, match="holds code"):
         load_checkpoint(saved)
     assert not target.exists()

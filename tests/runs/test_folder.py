@@ -3,7 +3,15 @@ import json
 import pytest
 
 from clipft.core.errors import UsageError
-from clipft.runs.folder import RunPaths, append_lines, cut_lines, read_run, run_lock, run_settings
+from clipft.runs.folder import (
+    RunPaths,
+    append_lines,
+    check_unlocked,
+    cut_lines,
+    read_run,
+    run_lock,
+    run_settings,
+)
 
 
 def test_every_file_of_a_run_has_its_documented_name(tmp_path):
@@ -46,6 +54,14 @@ def test_one_run_at_a_time(tmp_path):
         pass
     with run_lock(tmp_path / "run"):
         pass
+
+
+def test_looking_for_another_run_makes_nothing(tmp_path):
+    check_unlocked(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="already in progress"):
+        check_unlocked(tmp_path / "run")
+    check_unlocked(tmp_path / "run")
 
 
 def test_a_run_is_read_from_its_folder(tmp_path):

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipft.search.images import ImagePart
+from clipft.search.images import ImagePart, JoinedParts
 from clipft.search.index import ImageIndex
-from clipft.search.vectors import JoinedParts
 
 
 @settings(max_examples=40, deadline=None)

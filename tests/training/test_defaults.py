@@ -19,7 +19,7 @@ from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan
 from clipft.data.shards.stream import ShardFolder
 from clipft.distributed.collectives import Processes
-from clipft.models.pretrained import own_learning_rates
+from clipft.models.source import own_learning_rates
 from clipft.training.defaults import (
     ENOUGH_STEPS,
     MOST_EPOCHS,

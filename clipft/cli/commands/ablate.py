@@ -108,8 +108,7 @@ def ablate(
         clipft ablate ablation.toml --jobs 2
     """
     from clipft.ablation.grid import Grid, check_same_ablation, plan_runs
-    from clipft.models.pretrained import load_pretrained
-    from clipft.training.defaults import follow_catalogue
+    from clipft.cli.preflight import check_ablation, import_libraries
 
     given = read_toml(file) if file else {}
     table = given.pop(_TABLE, {})
@@ -137,11 +136,16 @@ def ablate(
     folder = Path(base.get("output_dir", loaded.values.output_dir))
     scenarios = list(SCENARIOS) if options.scenarios is None else options.scenarios
     runs = plan_runs(Grid(scenarios, options.seeds, options.set), base, folder)
+    check_ablation(folder, [run.settings.values for run in runs if not run.finished])
     settings = runs[0].settings.values
     if settings.s3_bucket:  # once, so that every run finds the pairs
         from clipft.cli.s3_data import bring_data
 
         bring_data(settings, out)
+    import_libraries()
+    from clipft.models.pretrained import load_pretrained
+    from clipft.training.defaults import follow_catalogue
+
     notes = dict[str, None]()
     runs = [replace(run, settings=follow_catalogue(run.settings, notes.setdefault)) for run in runs]
     for note in notes:

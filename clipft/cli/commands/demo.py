@@ -42,6 +42,10 @@ def demo(loaded: LoadedSettings, options: DemoOptions, out: Output) -> None:
         clipft demo
         clipft demo --scenario vision_lora --epochs 4
     """
+    from clipft.cli.preflight import import_libraries
+    from clipft.models.source import check_model
+
+    check_model(loaded.values.model)
     started = time.perf_counter()
     folder = loaded.values.output_dir
     data = _make_catalogue(folder, options.pairs, loaded.values.seed, out)
@@ -50,12 +54,13 @@ def demo(loaded: LoadedSettings, options: DemoOptions, out: Output) -> None:
         following = ("train", "--mini-train", "--model", "tiny", "--data-dir", data)
         end(out, {"catalogue": data}, following)
         return
+    import_libraries()
     from clipft.cli.answers import FigureOptions
     from clipft.cli.running import run_training
 
     changes = {"data_dir": data, "output_dir": folder / "runs", "processes": 1}
     settings = loaded.values.model_copy(update=changes)
-    run_training(LoadedSettings(settings, loaded.origins), out, (), FigureOptions())
+    run_training(LoadedSettings(settings, loaded.origins), out, FigureOptions())
     out.note(f"Total time: {time.perf_counter() - started:.0f} s.")
 
 

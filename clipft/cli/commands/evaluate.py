@@ -87,14 +87,18 @@ def evaluate(
         clipft evaluate --save-interpolated 0.6 ./dual_lora_0.6.pt
         clipft evaluate s3://bucket/checkpoints --data-dir s3://bucket/catalogue
     """
-    from clipft.api import evaluate as evaluate_place
+    from clipft.cli.preflight import check_evaluation, import_libraries
     from clipft.cli.s3_checkpoints import fetched_checkpoint
-    from clipft.evaluation.compare import Request
+    from clipft.evaluation.request import Request
 
-    bring_named_data(loaded, out)
-    place = fetched_checkpoint(checkpoint, loaded.values, out)
     alpha, file = options.save_interpolated or (None, None)
     request = Request.of(options.keep, options.interpolate, alpha, file, options.split)
+    place = fetched_checkpoint(checkpoint, loaded.values, out)
+    check_evaluation(place, loaded, request)
+    bring_named_data(loaded, out)
+    import_libraries()
+    from clipft.api import evaluate as evaluate_place
+
     evaluated = evaluate_place(place, loaded, request, out.note)
     if checkpoint and checkpoint.is_dir():
         evaluated.found.write(checkpoint, evaluated.settings)
@@ -185,17 +189,23 @@ def zero_shot(
         clipft zero-shot --model tiny --labels chair,table,lamp --label-field type
         clipft zero-shot ./checkpoints/dual_lora --save-classifier my.safetensors
     """
+    from clipft.cli.preflight import check_labels, check_place, import_libraries
     from clipft.cli.s3_checkpoints import local_model
     from clipft.core.files import check_writable
-    from clipft.evaluation.evaluator import Comparison, EvaluationSet
     from clipft.evaluation.labels import choose_labels
-    from clipft.evaluation.zero_shot import label_validation, save_classifier
-    from clipft.runs.load import open_model
 
-    bring_named_data(loaded, out)
     if options.save_classifier:
         check_writable(options.save_classifier)
     place = local_model(place, loaded.values, out) if place else None
+    checked = check_place(place, loaded, _ZERO_SHOT_SETTINGS)
+    if checked:
+        check_labels(options.labels, options.templates, checked, options.split)
+    bring_named_data(loaded, out)
+    import_libraries()
+    from clipft.evaluation.evaluator import Comparison, EvaluationSet
+    from clipft.evaluation.zero_shot import label_validation, save_classifier
+    from clipft.runs.load import open_model
+
     opened = open_model(place, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
     if model.base.conversion:

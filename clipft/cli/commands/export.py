@@ -81,21 +81,29 @@ def export(
     """
     data_given = loaded.origins["data_dir"] != "default"
     _check_precision(options, data_given)
+    from clipft.cli.preflight import check_place, import_libraries
     from clipft.cli.s3_checkpoints import local_model
-    from clipft.export.export import check_target, chosen_formats, export_model
-    from clipft.runs.load import open_model
-    from clipft.storage.hub import make_repository, push
+    from clipft.export.target import check_target, chosen_formats, unfit_for
 
     check_target(target)
-    bring_named_data(loaded, out)
     place = local_model(place, loaded.values, out)
     # Weights are copied, not trained: fp32 on the CPU, whatever they were trained with
     on_cpu = loaded.values.model_copy(update={"device": "cpu", "precision": "fp32"})
     origins = {**loaded.origins, "device": "command", "precision": "command"}
     overrides = ("model", "device", "precision")
-    opened = open_model(place, LoadedSettings(on_cpu, origins), overrides)
+    now = LoadedSettings(on_cpu, origins)
+    checked = check_place(place, now, overrides)
+    if checked:
+        chosen_formats(options.format, unfit_for(checked))
+    bring_named_data(loaded, out)
+    import_libraries()
+    from clipft.export.export import export_model, unfit_formats
+    from clipft.runs.load import open_model
+    from clipft.storage.hub import make_repository, push
+
+    opened = open_model(place, now, overrides)
     scenario = opened.settings.scenario
-    formats, skipped = chosen_formats(options.format, opened)
+    formats, skipped = chosen_formats(options.format, unfit_formats(opened))
     for name, why in skipped.items():
         out.note(f"The {name} format is skipped: {why}.")
     # Made before the export, so that a missing permission shows before the work

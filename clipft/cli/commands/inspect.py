@@ -86,12 +86,10 @@ def inspect(
         clipft inspect ./catalogue --html findings.html
         clipft inspect ./catalogue --against ./general --json
     """
+    from clipft.cli.preflight import import_libraries
     from clipft.data.captions.metadata import check_fields
     from clipft.data.captions.template import CaptionTemplate
-    from clipft.data.inspection import leak
-    from clipft.data.packing.target import skipped_by_pack
-    from clipft.models.pretrained import load_inputs
-    from clipft.report.findings import findings, verdict
+    from clipft.models.source import check_model
 
     if data is None:
         bring_named_data(loaded, out)
@@ -106,6 +104,13 @@ def inspect(
     template = template.for_evaluation()
     for pairs in (splits | others).values():
         check_fields(template, pairs)
+    check_model(loaded.values.model)
+    import_libraries("AutoTokenizer")
+    from clipft.data.inspection import leak
+    from clipft.data.packing.target import skipped_by_pack
+    from clipft.models.pretrained import load_inputs
+    from clipft.report.findings import findings, verdict
+
     model = load_inputs(loaded.values.model, loaded.values.input_sizes)
     read = partial(_read, out, max(1, loaded.values.workers()), template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}

@@ -47,9 +47,7 @@ def report(
         clipft report ./checkpoints/dual_lora
         clipft report ./checkpoints/dual_lora --html dual_lora.html
     """
-    from clipft.ablation.page import write_ablation_report
     from clipft.ablation.runner import STATE
-    from clipft.report.report import write_run_report
     from clipft.runs.folder import run_settings
 
     folder = place or loaded.values.run_dir
@@ -60,8 +58,12 @@ def report(
     check_writable(page)
     moved = loaded.values.data_dir if loaded.origins["data_dir"] != "default" else None
     if is_ablation:
+        from clipft.ablation.page import write_ablation_report
+
         content = write_ablation_report(folder, page)
     else:
+        from clipft.report.report import write_run_report
+
         content = write_run_report(folder, page, moved)
     out.result({**content, "page": str(page)})
     out.note(content["verdict"])

@@ -86,21 +86,26 @@ def search(
         )
     if options.html:
         check_writable(options.html)
+    from clipft.cli.preflight import check_place, import_libraries
     from clipft.cli.s3_checkpoints import local_model
     from clipft.data.captions.metadata import check_fields
     from clipft.data.captions.template import CaptionTemplate, clean_text
-    from clipft.data.loader import LoaderOptions
-    from clipft.embedding.embed import embed_texts
-    from clipft.runs.load import open_model
-    from clipft.search.images import open_images
-    from clipft.search.index import open_index
-    from clipft.search.vectors import JoinedParts, embed_image
+    from clipft.search.images import JoinedParts, open_images
 
     image = _read(options.image) if options.image else None
     parts = open_images(local_data(data, loaded.values, out))
     if loaded.origins["caption"] != "default":
         check_fields(CaptionTemplate.parse(loaded.values.caption), JoinedParts(parts))
-    opened = open_model(local_model(place, loaded.values, out), loaded, _OVERRIDES)
+    place = local_model(place, loaded.values, out)
+    check_place(place, loaded, _OVERRIDES)
+    import_libraries()
+    from clipft.data.loader import LoaderOptions
+    from clipft.embedding.embed import embed_texts
+    from clipft.runs.load import open_model
+    from clipft.search.index import open_index
+    from clipft.search.vectors import embed_image
+
+    opened = open_model(place, loaded, _OVERRIDES)
     if image is None:
         vector = embed_texts(opened.loaded, [clean_text(query or "")])[0]
     else:
@@ -264,9 +269,8 @@ def embed(
     from clipft.data.captions.metadata import check_fields
     from clipft.data.captions.template import CaptionTemplate
     from clipft.runs.load import open_model
-    from clipft.search.images import open_images
+    from clipft.search.images import JoinedParts, open_images
     from clipft.search.tables.embed import FILES_PER_PART, EmbedChoices, embed_dataset
-    from clipft.search.vectors import JoinedParts
     from clipft.storage.hub import make_repository, push
 
     parts = open_images(local_data(data, loaded.values, out), FILES_PER_PART)

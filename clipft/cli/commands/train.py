@@ -1,5 +1,6 @@
 """``clipft train``, ``clipft resume`` and ``clipft find-batch-size``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,12 +46,32 @@ def train(ctx: typer.Context, loaded: LoadedSettings, options: TrainOptions, out
         clipft train --processes 2 --data-dir ./catalogue
         clipft train --mini-train --model tiny --data-dir ./catalogue
     """
+    from clipft.cli.preflight import check_training
+
+    check_training(loaded.values)
+    _start(loaded, out, ctx.obj, options, options.plan)
+
+
+def _start(
+    loaded: LoadedSettings,
+    out: Output,
+    args: Sequence[str],
+    options: FigureOptions,
+    plan: bool = False,
+) -> None:
+    """Train, or show the plan; with ``--processes N`` in N processes that run ``clipft ARGS``."""
+    from clipft.cli.launch import launch_processes
+    from clipft.cli.preflight import import_libraries
+
+    if launch_processes(loaded.values.processes, args):
+        return
+    import_libraries()
     from clipft.cli.running import plan_training, run_training
 
-    if options.plan:
-        plan_training(loaded, out, ctx.obj)
+    if plan:
+        plan_training(loaded, out)
     else:
-        run_training(loaded, out, ctx.obj, options)
+        run_training(loaded, out, options)
 
 
 _FREE = set(Settings.model_fields) - {*fixed_on_resume(), "resume_from_checkpoint"}
@@ -85,10 +106,10 @@ def resume(
         clipft resume ./checkpoints/dual_lora_checkpoint.pt --num-workers 8
         clipft resume s3://bucket/checkpoints --endpoint-url http://localhost:9000
     """
-    from clipft.cli.running import run_training
+    from clipft.cli.preflight import check_training
     from clipft.cli.s3_checkpoints import fetch_place
-    from clipft.runs.checkpoint import load_newest
-    from clipft.runs.load import resumable_checkpoint, saved_settings
+    from clipft.runs.checkpoint import check_checkpoint, load_newest
+    from clipft.runs.places import resumable_checkpoint, saved_settings
 
     url = parse_s3_url(checkpoint) if checkpoint else None
     now = loaded.values
@@ -96,7 +117,8 @@ def resume(
         path = fetch_place(url, now, now.output_dir, out)
     else:
         path = resumable_checkpoint(checkpoint, now.output_dir)
-    saved = saved_settings(load_newest(path).content, loaded, _FREE)
+    content = load_newest(path, check_checkpoint).content or load_newest(path).content
+    saved = saved_settings(content, loaded, _FREE)
     settings = saved.model_copy(update={"output_dir": path.parent, "resume_from_checkpoint": True})
     if path != settings.checkpoint_path:
         raise UsageError(
@@ -104,8 +126,9 @@ def resume(
             "checkpoint",
             f"name the run's {settings.scenario}_checkpoint.pt (best.pt contains only weights)",
         )
+    check_training(settings)
     origins = dict.fromkeys(Settings.model_fields, "checkpoint")
-    run_training(LoadedSettings(settings, origins), out, ctx.obj, options)
+    _start(LoadedSettings(settings, origins), out, ctx.obj, options)
 
 
 @command(ModelSettings, "data_dir", "effective_batch_size", "precision", "device", "seed")
@@ -121,14 +144,22 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         clipft find-batch-size --scenario dual_lora --data-dir ./catalogue
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
-    from clipft.embedding.load import load_model
-    from clipft.training.defaults import follow_catalogue
-    from clipft.training.plan import find_micro_batch
+    from clipft.cli.preflight import import_libraries
+    from clipft.data.shards.dataset import shard_paths
+    from clipft.models.source import check_model
 
     settings = loaded.values
     has_pairs = (settings.data_dir / "train").is_dir()
     named = not loaded.is_default("data_dir") and not settings.s3_bucket
-    if has_pairs or named:  # a folder that was named must have pairs
+    if named:  # a folder that was named must have pairs
+        shard_paths(settings.data_dir / "train")
+    check_model(settings.model)
+    import_libraries()
+    from clipft.embedding.load import load_model
+    from clipft.training.defaults import follow_catalogue
+    from clipft.training.plan import find_micro_batch
+
+    if has_pairs or named:
         settings = follow_catalogue(loaded, lambda said: None).values
     effective = settings.effective_batch_size
     if effective != loaded.values.effective_batch_size:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from clipft.config.settings import Settings
 from clipft.core.common import counted, shell_command
 from clipft.core.errors import DataError
 from clipft.core.files import did_you_mean_path
@@ -163,6 +164,30 @@ def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
     if not len(dataset):
         raise _no_pair(folder, dataset)
     return dataset
+
+
+def validation_pairs(settings: Settings) -> PairDataset:
+    """Open ``{data_dir}/val``, or ``data_dir`` itself if the shards are directly in it.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    nested = settings.data_dir / "val"
+    flat = not nested.exists() and tars_in(settings.data_dir)
+    return open_pairs(settings.data_dir if flat else nested, settings.max_val_pairs)
+
+
+def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, PairDataset]:
+    """Open the pairs to report figures on: the test pairs if there are any ("auto"), otherwise the
+    validation pairs; or those of ``split``, "test" or "val". Also return which.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    test = settings.data_dir / "test"
+    if split == "test" or (split == "auto" and tars_in(test)):
+        return "test", open_pairs(test, settings.max_val_pairs)
+    return "val", validation_pairs(settings)
 
 
 def _no_pair(folder: Path, dataset: PairDataset) -> DataError:

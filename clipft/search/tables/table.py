@@ -15,13 +15,13 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.loader import LoaderOptions
 from clipft.embedding.embed import embed_texts
 from clipft.runs.load import OpenedModel
-from clipft.search.images import ImagePart
+from clipft.search.images import ImagePart, JoinedParts
 from clipft.search.tables.columns import Fields, columns_of, merged
 from clipft.search.tables.folder import EmbeddingsFolder
 from clipft.search.tables.part_file import About, VectorFormat, read_about, write_part
 from clipft.search.tables.rows import Rows, image_row, text_rows
 from clipft.search.tables.stored import StoredVectors
-from clipft.search.vectors import JoinedParts, embed_images
+from clipft.search.vectors import embed_images
 
 _TEXTS = 64
 """Captions per forward pass."""

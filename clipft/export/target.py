@@ -1,0 +1,95 @@
+"""What an export is asked to write, and where: checked before the work begins and without torch."""
+
+import importlib.util
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from clipft.config.settings import OWN_SIZES, Settings
+from clipft.core.errors import UsageError
+from clipft.core.files import check_writable, read_json
+
+FORMATS = ("transformers", "peft", "onnx", "sentence-transformers", "open_clip")
+MARK = "clipft.json"
+"""Distinguishes an exported folder, which may be replaced, from any other."""
+
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_target(out: Path) -> None:
+    """Check, before long work, that ``out`` can be written and holds nothing of the user's.
+
+    Raises:
+        UsageError: it is not a folder, or it is neither empty nor an earlier export.
+        StorageError: it cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out} is not a folder", "name a folder that does not exist yet")
+    mark = read_json(out / MARK) or {}
+    exported = "format" in mark  # the file of a base model has only learning rates
+    if out.is_dir() and not exported and any(out.iterdir()):
+        raise UsageError(
+            f"{out} is not empty, and no {MARK} in it says that it is an earlier export",
+            "name a folder that does not exist yet",
+        )
+    check_writable(out.with_name(f".{out.name}.part"))
+
+
+def chosen_formats(
+    asked: str, unfit: Mapping[str, str]
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Choose the formats to write for ``--format asked``, which may be ``all``.
+
+    Args:
+        asked: one of ``FORMATS``, or ``all``.
+        unfit: why the model cannot be exported in a format, by the format.
+
+    Returns:
+        The formats, and why others are skipped.
+
+    Raises:
+        UsageError: the format asked for does not fit the model, or a package for ONNX is missing.
+    """
+    if asked in unfit:
+        instead = next(name for name in FORMATS if name not in unfit)
+        raise UsageError(
+            f"--format {asked}: {unfit[asked]}", f"use --format {instead}, which holds all weights"
+        )
+    wanted = FORMATS if asked == "all" else (asked,)
+    if "onnx" in wanted:
+        check_onnx_installed()
+    skipped = unfit if asked == "all" else {}
+    return tuple(name for name in wanted if name not in unfit), skipped
+
+
+def unfit_for(settings: Settings, only: Collection[str] | None = None) -> dict[str, str]:
+    """Say why a model of these settings cannot be exported as an adapter; empty if it can.
+
+    ``only`` are the formats of the model's architecture, where they are known and limited.
+    """
+    why = why_no_adapter(settings, only)
+    return {"peft": why} if why else {}
+
+
+def why_no_adapter(settings: Settings, only: Collection[str] | None = None) -> str:
+    """Say why a model cannot be written as an adapter, as in ``unfit_for``; empty if it can."""
+    if not settings.declared_scenario.lora:
+        return f"{settings.scenario} trains no adapter"
+    if settings.input_sizes != OWN_SIZES:
+        return "an adapter would lack the positions of --context-length and --image-size"
+    if only is not None:
+        return "PEFT cannot open its base model"
+    return ""
+
+
+def check_onnx_installed() -> None:
+    """Check for the packages that writing and checking ONNX need.
+
+    Raises:
+        UsageError: one of them is missing.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"--format onnx needs {' and '.join(missing)}",
+            "install them: pip install 'clipft[onnx]', or pipx inject clipft " + " ".join(missing),
+        )
