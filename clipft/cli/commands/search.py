@@ -265,18 +265,25 @@ def embed(
 
     check_installed(faiss=options.index is not None)
     EmbeddingsFolder(target).check()
+    from clipft.cli.preflight import check_place, import_libraries
     from clipft.cli.s3_checkpoints import local_model
     from clipft.data.captions.metadata import check_fields
     from clipft.data.captions.template import CaptionTemplate
-    from clipft.runs.load import open_model
     from clipft.search.images import JoinedParts, open_images
+
+    folder = local_data(data, loaded.values, out)
+    open_images(folder)  # refuses a folder without images, before torch is imported
+    place = local_model(place, loaded.values, out)
+    check_place(place, loaded, _OVERRIDES)
+    import_libraries()
+    from clipft.runs.load import open_model
     from clipft.search.tables.embed import FILES_PER_PART, EmbedChoices, embed_dataset
     from clipft.storage.hub import make_repository, push
 
-    parts = open_images(local_data(data, loaded.values, out), FILES_PER_PART)
+    parts = open_images(folder, FILES_PER_PART)
     if loaded.origins["caption"] != "default":
         check_fields(CaptionTemplate.parse(loaded.values.caption), JoinedParts(parts))
-    opened = open_model(local_model(place, loaded.values, out), loaded, _OVERRIDES)
+    opened = open_model(place, loaded, _OVERRIDES)
     # Made before the work, so that a missing permission shows first
     repository = make_repository(options.push, "dataset") if options.push else None
     asked = tuple(name for name in TABLES if getattr(options, name)) or TABLES
