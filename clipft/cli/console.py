@@ -30,14 +30,15 @@ _PIPED_WIDTH = 120
 """Columns of a table that is written to a file or read by another program."""
 
 
-def say(console: Console, text: str) -> None:
+def say(console: Console, text: str, fit: bool = False) -> None:
     """Print ``text``, its label (``note:``, ``error:``) highlighted.
 
-    Long lines are wrapped on a terminal only; files and pipes get them whole. Brackets in the
-    text are printed as they are, not read as rich markup.
+    Long lines are wrapped on a terminal only; files and pipes get them whole, unless ``fit`` is
+    set and COLUMNS says how wide they are. Brackets in the text are printed as they are, not read
+    as rich markup.
     """
     lines = text.splitlines() or [""]
-    if console.is_terminal:
+    if console.is_terminal or (fit and "COLUMNS" in os.environ):
         lines = [part for line in lines for part in wrapped(line, console.width)]
     shown = Text("\n".join(lines))
     label = _LABEL.match(text)
@@ -176,7 +177,7 @@ class Output:
         """Print the command's result: ``shown`` for people and, with ``--json``, ``data``."""
         for renderable in shown:
             if isinstance(renderable, str):
-                say(self._out, renderable)
+                say(self._out, renderable, fit=True)
             else:
                 self._out.print(renderable)
         if self.as_json:

@@ -132,10 +132,14 @@ ELSEWHERE = {
     "--part": "data/packing",
     "--interpolate": "e2e/test_evaluate.py",
     "--seeds": "ablation/test_grid.py",
+    "--matryoshka": "training/step/test_losses.py",
+    "--track": "runs/test_trackers.py",
     **dict.fromkeys(("--encoding", "--delimiter"), "data/packing"),
     # what clipft makes itself, or what only others can check
     **dict.fromkeys(("--output-dir", "--html", "--save-classifier", "--save-interpolated"), "made"),
-    **dict.fromkeys(("--push", "--s3-checkpoint-prefix", "--wandb-project"), "made"),
+    **dict.fromkeys(
+        ("--push", "--s3-checkpoint-prefix", "--wandb-project", "--track-project"), "made"
+    ),
     **dict.fromkeys(("--s3-region", "--exclude"), "free"),
 }
 
