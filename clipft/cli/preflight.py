@@ -36,8 +36,13 @@ from clipft.runs.places import (
 )
 
 
-def check_training(settings: Settings) -> None:
+def check_training(
+    settings: Settings, following: Collection[str] = (), only_plan: bool = False
+) -> None:
     """Check what a run needs: its folder, its checkpoint, its pairs and its model.
+
+    A resumed run keeps the values that it began with of the settings named in ``following``. With
+    ``only_plan``, another run may be in progress in the folder.
 
     One of several processes checks nothing here, because the others would wait for it in vain.
 
@@ -48,10 +53,13 @@ def check_training(settings: Settings) -> None:
         return
     check_bucket_named(settings)
     paths = RunPaths(settings.run_dir)
-    check_unlocked(paths.folder)
+    if not only_plan:
+        check_unlocked(paths.folder)
     if settings.resume_from_checkpoint and checkpoint_exists(paths.checkpoint):
         whole = load_newest(paths.checkpoint, check_checkpoint)
-        check_unchanged(whole, settings)
+        began = (whole.content or {}).get("settings", {})
+        kept = {name: began[name] for name in following if name in began}
+        check_unchanged(whole, settings.model_copy(update=kept))
         if whole.content.get("finished"):  # it needs neither pairs nor a model
             return
     if not settings.s3_bucket:

@@ -19,6 +19,9 @@ from clipft.core.errors import unknown_choice
 TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 """The names that ``track`` may have."""
 
+FOLLOWING = ("effective_batch_size", "epochs", "patience", "lr")
+"""Settings that follow the catalogue and the base model where the user has set nothing."""
+
 MINI_TRAIN = {
     "epochs": 1,
     "effective_batch_size": 32,

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -97,14 +97,7 @@ def run_lock(folder: Path) -> Iterator[int]:
             f"cannot write to {folder}: {error.strerror}", "choose a writable --output-dir"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = path.read_text(encoding="utf-8") or "another process"
-            raise UsageError(
-                f"a run is already in progress in {folder} ({holder})",
-                "wait for it, stop it, or choose another --output-dir",
-            ) from None
+        _take_lock(file, path)
         # Decoding processes outlive a killed run by seconds and must not keep its lock
         os.register_at_fork(after_in_child=file.close)
         file.truncate(0)
@@ -119,9 +112,21 @@ def check_unlocked(folder: Path) -> None:
     Raises:
         UsageError: Another run holds the lock.
     """
-    if (folder / _LOCK).exists():
-        with run_lock(folder):
-            pass
+    path = folder / _LOCK
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            _take_lock(file, path)
+
+
+def _take_lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8") or "another process"
+        raise UsageError(
+            f"a run is already in progress in {path.parent} ({holder})",
+            "wait for it, stop it, or choose another --output-dir",
+        ) from None
 
 
 def append_lines(path: Path, records: list[dict[str, Any]], ascii_only: bool = False) -> None:

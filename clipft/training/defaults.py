@@ -9,7 +9,7 @@ its folder.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from clipft.config.settings import Settings
+from clipft.config.settings import FOLLOWING, Settings
 from clipft.config.sources import LoadedSettings, option_of
 from clipft.core.common import Note, counted
 from clipft.data.order import EpochPlan
@@ -30,8 +30,6 @@ MOST_EPOCHS = 100
 PATIENT_STEPS = ENOUGH_STEPS // 2
 """About so many steps without improvement do not end a run yet, however short its epochs are."""
 
-_FOLLOW = ("effective_batch_size", "epochs", "patience", "lr")
-
 
 def follow_catalogue(
     loaded: LoadedSettings,
@@ -49,7 +47,7 @@ def follow_catalogue(
         DataError: there are no training pairs.
     """
     settings = loaded.values
-    free = {name for name in _FOLLOW if loaded.is_default(name)}
+    free = {name for name in FOLLOWING if loaded.is_default(name)}
     if not free or not settings.declared_scenario.trains:
         return loaded
     # Other machines may not have the folder of the run

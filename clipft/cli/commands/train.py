@@ -10,7 +10,7 @@ from clipft.cli.answers import FigureOptions
 from clipft.cli.console import Output, end
 from clipft.cli.options import command, flags_given
 from clipft.config.fields import setting
-from clipft.config.settings import SECTIONS, ModelSettings, Settings, fixed_on_resume
+from clipft.config.settings import FOLLOWING, SECTIONS, ModelSettings, Settings, fixed_on_resume
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 
@@ -48,7 +48,7 @@ def train(ctx: typer.Context, loaded: LoadedSettings, options: TrainOptions, out
     """
     from clipft.cli.preflight import check_training
 
-    check_training(loaded.values)
+    check_training(loaded.values, list(filter(loaded.is_default, FOLLOWING)), options.plan)
     _start(loaded, out, ctx.obj, options, options.plan)
 
 
