@@ -188,8 +188,11 @@ def _explained(error: Exception) -> ClipftError:
         )
     foreign = isinstance(error, ImportError) and not (error.name or "").startswith("clipft")
     if foreign or "operator torchvision::" in str(error):
+        cause = error
+        while isinstance(cause.__cause__, Exception):  # transformers names only its own module
+            cause = cause.__cause__
         return NotReady(
-            f"a library cannot be loaded: {first_line(error)}",
+            f"a library cannot be loaded: {first_line(cause)}",
             "`clipft doctor` shows which one, and how to repair the installation",
         )
     bug = ClipftError(

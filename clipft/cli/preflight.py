@@ -178,8 +178,7 @@ def import_libraries(*classes: str) -> None:
     """Import torch and classes of transformers, by default the model, which takes seconds.
 
     No garbage is collected meanwhile: modules make millions of objects but hardly any garbage, and
-    looking through them again and again would take a fifth of the time. Nor are these objects
-    looked through later.
+    looking through them again and again would take a fifth of the time.
     """
     if "torch" in sys.modules:
         return
@@ -192,5 +191,4 @@ def import_libraries(*classes: str) -> None:
         for name in classes or ("AutoTokenizer", "CLIPModel"):
             getattr(transformers, name)
     finally:
-        gc.freeze()
         gc.enable()
