@@ -66,11 +66,12 @@ def test_an_archive_of_openai_is_a_model(archive, tmp_path):
     assert base.fingerprint() == load_pretrained(f"local-dir:{tmp_path}").fingerprint()
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+def test_code_in_a_checkpoint_is_not_run(catalogue, tmp_path, capsys):
     trap = tmp_path / "trap"
     describe(tmp_path, CONFIG)
     torch.save({"state_dict": {"a": Trap(trap)}}, tmp_path / "model.bin")
-    assert run(["zero-shot", f"local-dir:{tmp_path}"]) == 5
+    given = ["zero-shot", f"local-dir:{tmp_path}", "--data-dir", str(catalogue)]
+    assert run(given) == 5
     printed = capsys.readouterr().err
     assert "clipft runs no code from a checkpoint: it asks for" in printed
     assert len([line for line in printed.splitlines() if line.startswith("error:")]) == 1
