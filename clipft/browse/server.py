@@ -21,7 +21,7 @@ def bind(port: int) -> socket.socket:
     """Take a port of this machine; 0 is any that is free.
 
     Raises:
-        UsageError: The port is taken or not allowed.
+        UsageError: Another program uses the port, or the system does not allow it.
     """
     try:
         return socket.create_server((HOST, port))

@@ -211,7 +211,7 @@ class DataSettings(Section):
 
 
 class InputSizes(NamedTuple):
-    """Tokens of a text, and pixels of an image's side; 0 is what the model was published with."""
+    """The most tokens of a text, and the pixels along a side of an image; 0 keeps the model's own."""
 
     context_length: int = 0
     image_size: int = 0

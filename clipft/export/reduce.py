@@ -1,8 +1,8 @@
 """Makes exported ONNX towers smaller and faster, and measures what that costs.
 
-fp16 halves the weights; a tower that changes too much by it stays fp32. int8 quantizes the weights
-of all matrix products and tables, and activations while they are computed (dynamic quantization of
-onnxruntime). The suffixes of the files are those that transformers.js looks for.
+fp16 takes half the space; a tower whose embeddings change too much stays fp32. int8 quantizes the
+weights of all matrix products and tables, and activations while they are computed (dynamic
+quantization of onnxruntime). The suffixes of the files are those that transformers.js looks for.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Figures before and after training on one axis: two dots a row, joined by a line."""
+"""Draws figures before and after training on one axis, as two dots that a line joins."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -86,7 +86,7 @@ class Wandb(Tracker):
 
 
 class TensorBoard(Tracker):
-    """TensorBoard, whose files are in the run folder."""
+    """Writes TensorBoard's files into the run folder."""
 
     title = "TensorBoard"
 

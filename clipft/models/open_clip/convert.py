@@ -43,8 +43,11 @@ _RESAMPLE = {"bicubic": 3, "bilinear": 2}
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a checkpoint. ``difference`` is the largest between a component of a unit
-    embedding and open_clip's own, None if it was not compared."""
+    """What was read from a checkpoint.
+
+    ``difference`` is the largest difference between a component of a unit embedding here and in
+    open_clip; None if the two were not compared.
+    """
 
     name: str
     used: int
