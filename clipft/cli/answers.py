@@ -70,7 +70,8 @@ def footnotes(compared: dict[str, Any], options: FigureOptions) -> Iterator[Rend
 def ablation_answer(content: dict[str, Any], options: FigureOptions) -> Iterator[RenderableType]:
     """Answer which variant is best; ``content`` is that of the ablation's report.json."""
     from clipft.ablation.page import COSTS, EXPLANATION, FIGURES, ablation_rows, ranked
-    from clipft.cli.tables import UNCLEAR, rows_table, variants_table
+    from clipft.cli.plain_table import rows_table
+    from clipft.cli.tables import UNCLEAR, variants_table
 
     yield content["verdict"]
     variants = ranked(content)

@@ -211,7 +211,7 @@ class DataSettings(Section):
 
 
 class InputSizes(NamedTuple):
-    """The most tokens of a text, and the pixels along a side of an image; 0 keeps the model's own."""
+    """The most tokens of a text, and pixels along a side of an image; 0 keeps the model's own."""
 
     context_length: int = 0
     image_size: int = 0

@@ -11,8 +11,8 @@ from clipft.ablation.summary import ablation_content
 from clipft.cli.answers import FigureOptions, ablation_answer, comparison_answer, footnotes
 from clipft.cli.commands import ablate, evaluate
 from clipft.cli.console import Output, say
+from clipft.cli.plain_table import FigureTable, rows_table
 from clipft.cli.running import _show_result
-from clipft.cli.tables import FigureTable, rows_table
 from clipft.config.settings import Settings
 from clipft.core.files import write_json
 from clipft.metrics.figures import MAIN_FIGURES, figure_tables, main_rows, verdict

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from clipft.cli.console import say, say_command, wrapped
+from clipft.cli.plain_table import FigureTable
 from clipft.cli.progress import make_progress
-from clipft.cli.tables import FigureTable
 from clipft.runs.records import EpochResult, Plan, StepResult
 
 PLAN = Plan(

@@ -140,7 +140,7 @@ def export(
 
 
 def _table(written: "Written", page: str | None) -> "Table":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     rows = []
     for name, folder in written.folders.items():

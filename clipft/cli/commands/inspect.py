@@ -262,7 +262,7 @@ def _skipped_rows(skipped: dict[str, int]) -> list[list[str]]:
 def _tables(
     figures: "dict[str, SplitFacts]", shared: dict[str, dict[str, Any]], skipped: dict[str, int]
 ) -> "Iterator[Table]":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     yield rows_table("Data set", [*figures], _rows(figures))
     for title, found in shared.items():

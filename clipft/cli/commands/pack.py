@@ -114,7 +114,7 @@ def pack(
 
 
 def _table(result: "PackResult") -> "Table":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     counts = {"training pairs": result.train_pairs, "validation pairs": result.val_pairs}
     if result.test_pairs:

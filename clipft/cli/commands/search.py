@@ -163,7 +163,7 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
 
 
 def _table(title: str, hits: "list[Hit]", captions: list[str]) -> "Table":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     rows = [
         [str(rank), f"{hit.score:.3f}", hit.pair.key, caption]
@@ -304,7 +304,7 @@ def embed(
 
 
 def _embedded_table(result: "EmbedResult", page: str | None) -> "Table":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     rows = [
         [name, f"{count:,}", f"{result.embedded_now[name]:,} embedded now"]

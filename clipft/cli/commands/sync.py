@@ -79,7 +79,7 @@ def sync(loaded: LoadedSettings, options: SyncCommandOptions, out: Output) -> No
 
 
 def _tables(result: "SyncResult", verb: str) -> "Iterator[Table]":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     # Keys may hold any character: escaped, they cannot write to the terminal
     if result.planned:

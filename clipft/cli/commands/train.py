@@ -202,7 +202,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
 
 
 def _table(found: "SearchResult", effective: int, title: str) -> "Table":
-    from clipft.cli.tables import rows_table
+    from clipft.cli.plain_table import rows_table
 
     rows = [
         [
