@@ -11,12 +11,12 @@ from clipft.data.order import EpochPlan
 from clipft.embedding.load import LoadedModel
 from clipft.runs.records import Plan
 from clipft.training.batch_size import Probe, SearchResult, cached_result, keep_result
+from clipft.training.defaults import ENOUGH_STEPS, SMALLEST_BATCH
 from clipft.training.probe import ModelProbe, measure
 from clipft.training.step.gradcache import ACCUMULATIONS
 from clipft.training.step.optimizer import warmup_steps
 
 _FEW_STEPS = 50
-_ENOUGH_STEPS = 200
 _LESS_MEMORY = 0.9
 
 
@@ -166,8 +166,8 @@ def step_remarks(settings: Settings, plan: EpochPlan) -> list[str]:
 
 
 def smaller_batch(plan: EpochPlan, epochs: int) -> str:
-    """The option for an effective batch, a power of two, that makes about ``_ENOUGH_STEPS``
-    steps; empty if it would not be smaller."""
-    wanted = max(8, plan.pairs * epochs // _ENOUGH_STEPS)
+    """The option for an effective batch, a power of two, that makes about ``ENOUGH_STEPS``
+    steps, as the default would be; empty if it would not be smaller."""
+    wanted = max(SMALLEST_BATCH, plan.pairs * epochs // ENOUGH_STEPS)
     power = 1 << (wanted.bit_length() - 1)
     return f"--effective-batch-size {power} or " if power < plan.effective else ""
