@@ -45,6 +45,7 @@ COMMANDS = {
     "search": "Find images by words or by another image.",
     "embed": "Write the embeddings of a data set as Parquet files.",
     "browse": "Search with both models of a run, and judge them blind.",
+    "cache": "Show what the cache holds, and prune it.",
     "settings": "Print the settings as TOML, each with its source.",
 }
 """Every command with the first sentence of its help, so that ``clipft --help`` imports none."""
@@ -54,6 +55,7 @@ _MODULES = {
     "find-batch-size": "train",
     "zero-shot": "evaluate",
     "embed": "search",
+    "cache": "doctor",
     "settings": "doctor",
 }
 """Commands in the module of a related one; the others have a module of their own name."""

@@ -27,7 +27,8 @@ from clipft.config.fields import (
 )
 from clipft.config.settings import SECTIONS
 from clipft.config.sources import LoadedSettings, load_settings, option_of, validated
-from clipft.core.common import expand_home
+from clipft.core.common import counted, expand_home
+from clipft.core.errors import StorageError
 
 Config = Annotated[
     Path | None,
@@ -93,7 +94,11 @@ class Command:
                 given["loaded"] = load_settings(chosen, config, profile=self._profile)
             if model:
                 given["options"] = validated(model, selected, dict.fromkeys(own, "flag"))
-            self._function(**given, out=Output(as_json))
+            out = Output(as_json)
+            self._function(**given, out=out)
+            loaded = given.get("loaded")
+            if loaded and loaded.values.cache_limit is not None:
+                _bound_cache(loaded.values.cache_limit, out)
 
         handed = {"loaded", "options", "out"}
         parameters = [p for name, p in signature.items() if name not in handed]
@@ -141,6 +146,20 @@ def flags_given(loaded: LoadedSettings, *names: str) -> list[str]:
         else:
             words += [option_of(name), str(value)]
     return words
+
+
+def _bound_cache(limit: float, out: Output) -> None:
+    from clipft.core.cache import keep_within
+
+    try:
+        removed = keep_within(int(limit * 2**30))
+    except StorageError as error:  # the command itself has done its work
+        out.note(f"note: {error}")
+        return
+    if removed:
+        freed = f"{sum(entry.bytes for entry in removed) / 2**30:.2f} GiB"
+        count = counted(len(removed), "cached result")
+        out.note(f"Removed {count} ({freed}) to keep the cache within {limit:g} GiB.")
 
 
 def _taken(given: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

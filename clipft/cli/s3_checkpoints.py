@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from clipft.cli.console import Output
 from clipft.config.settings import Settings
 from clipft.config.sources import S3Url, cached_bucket, parse_s3_url
+from clipft.core.cache import mark_used
 from clipft.core.errors import ClipftError, ModelError, UsageError, sentences
 from clipft.core.files import read_json, write_json
 
@@ -225,6 +226,7 @@ def fetched_checkpoint(place: Path | None, settings: Settings, out: Output) -> P
         return place
     folder = cached_bucket(url.bucket) / (url.prefix or "checkpoints")
     path = fetch_place(url, settings, folder, out)
+    mark_used(cached_bucket(url.bucket))
     return path.with_name(path.stem.removesuffix("_checkpoint"))
 
 

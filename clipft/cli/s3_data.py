@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clipft.cli.console import Output
 from clipft.config.settings import Settings, StorageSettings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
+from clipft.core.cache import mark_used
 from clipft.core.common import counted
 from clipft.core.errors import StorageError
 from clipft.core.files import read_json, write_json
@@ -107,6 +108,7 @@ def bring_data(
     from clipft.data.images.formats import IMAGE_SUFFIXES
     from clipft.storage.sync.sync import SyncOptions, download, list_bucket
 
+    mark_used(cached_bucket(settings.s3_bucket or ""))  # it may not lie there
     options = options or SyncOptions()
     found = list_bucket(settings, options.filter, out.note)
     names = [o.path.lower() for side in found.objects.values() for o in side]

@@ -158,6 +158,13 @@ class DataSettings(Section):
         True,
         "Cache on disk what frozen encoders compute from inputs that are the same in every epoch.",
     )
+    cache_limit: float | None = setting(
+        None,
+        "Largest size of what is computed and cached, in GiB. When a command ends, what was last "
+        "used longest ago is removed. Default: no limit; see `clipft cache`.",
+        unit="GiB",
+        ge=0,
+    )
     num_workers: int | None = setting(
         None,
         "Number of processes that decode images, for each process that trains. 0: decode in the "

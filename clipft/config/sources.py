@@ -18,7 +18,7 @@ from clipft.config.fields import Section, choices_of, current_names
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import MINI_TRAIN, SECTIONS, Settings
 from clipft.config.settings_file import read_toml, toml_value
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder
 from clipft.core.errors import UsageError, did_you_mean, unknown_choice
 
 ENV_PREFIX = "CLIPFT_"

@@ -71,13 +71,6 @@ def processors() -> int:
         return os.cpu_count() or 1
 
 
-def cache_folder() -> Path:
-    """Return ``CLIPFT_CACHE``, or ``clipft`` in the user's cache folder. It may not exist yet."""
-    if given := os.environ.get("CLIPFT_CACHE", "").strip():
-        return expand_home(given)
-    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "clipft"
-
-
 def expand_home(path: str | Path) -> Path:
     """Replace a ``~`` at the beginning by the user's home folder.
 

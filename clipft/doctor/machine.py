@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from clipft.config.settings import Settings
-from clipft.core.common import cache_folder, processors
+from clipft.core.cache import cache_folder
+from clipft.core.common import processors
 from clipft.core.files import nearest_folder
 from clipft.doctor import Finding
 

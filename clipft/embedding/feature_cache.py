@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.core.common import Progress, cache_folder, counted
+from clipft.core.cache import cache_folder, mark_used
+from clipft.core.common import Progress, counted
 from clipft.core.files import replacing
 from clipft.data.captions.table import CaptionTable, NoCaptions
 from clipft.data.captions.tokenizer import Keys, caption_keys, padded, stacked
@@ -184,6 +185,7 @@ def _read(folder: Path) -> Features:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     keys, places = (np.load(folder / f"{name}.npy") for name in ("keys", "places"))
     values = np.empty((0, 1), np.float32)
+    mark_used(folder)
     if len(keys):
         mapped = np.memmap(folder / "values", np.float32, mode="r")
         values = np.asarray(mapped).reshape(len(keys), about["width"])

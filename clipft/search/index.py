@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from clipft.config.settings import AdaptSettings
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder, mark_used
 from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions
 from clipft.data.shards.dataset import RawPair
@@ -104,6 +104,7 @@ def open_index(
         found[at] = _load(files[at], parts[at].count)  # mapped, so that memory does not fill up
     complete = [vectors for vectors in found if vectors is not None]
     assert len(complete) == len(parts), "a part that was just saved cannot be read"
+    mark_used(folder)
     return ImageIndex(JoinedParts(parts), complete, len(to_embed))
 
 

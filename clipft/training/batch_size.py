@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder
 from clipft.core.errors import StorageError
 from clipft.core.files import read_json, write_json
 from clipft.core.memory import MemoryBudget

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from clipft.cli.app import run
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder
 from clipft.data.images.decode import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs

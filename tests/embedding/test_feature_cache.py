@@ -12,7 +12,8 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
-from clipft.core.common import cache_folder, silent
+from clipft.core.cache import cache_folder
+from clipft.core.common import silent
 from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE

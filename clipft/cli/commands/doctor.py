@@ -1,6 +1,7 @@
-"""``clipft doctor`` and ``clipft settings``: what a run would find here, and what it would use."""
+"""``clipft doctor``, ``cache``, ``settings``: what this machine has, and what a run would use."""
 
 import json
+import time
 from dataclasses import asdict
 
 import typer
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import command, flags_given
+from clipft.cli.plain_table import rows_table
 from clipft.config.fields import Section, setting
 from clipft.config.settings import (
     SECTIONS,
@@ -21,8 +23,9 @@ from clipft.config.settings import (
 )
 from clipft.config.settings_file import template
 from clipft.config.sources import LoadedSettings
-from clipft.core.common import counted
-from clipft.core.errors import NotReady, UsageError
+from clipft.core.cache import CACHES, CacheEntry, cache_entries, cache_folder, remove, to_prune
+from clipft.core.common import counted, duration
+from clipft.core.errors import NotReady, UsageError, did_you_mean
 
 _COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -108,3 +111,92 @@ def settings(loaded: LoadedSettings, options: SettingsOptions, out: Output) -> N
     else:
         values = loaded.values.model_dump(mode="json")
         out.raw({"settings": values, "origins": loaded.origins}, loaded.to_toml())
+
+
+class CacheOptions(Section):
+    title = "Cache"
+    all: bool = setting(False, "Show every item, not only the kinds.")
+    prune: bool = setting(
+        False,
+        "Remove what the options below choose: all that they do not spare. What is removed is "
+        "made or downloaded again when it is needed.",
+    )
+    kind: tuple[str, ...] = setting(
+        (), "Only items of this kind. May be repeated.", metavar="KIND", choices=tuple(CACHES)
+    )
+    unused_days: float = setting(
+        0, "Only items that were not used for so many days.", unit="days", ge=0
+    )
+    keep: float | None = setting(
+        None,
+        "Only as much as is needed for the cache to have at most this size, in GiB, beginning "
+        "with what was last used longest ago.",
+        unit="GiB",
+        ge=0,
+    )
+
+
+@command(options=CacheOptions)
+def cache(options: CacheOptions, out: Output) -> None:
+    """Show what the cache holds, and prune it.
+
+    The cache keeps what is slow to compute or to download: features of frozen encoders, embeddings
+    of images, tokens of captions, converted models, pairs from buckets. Without --prune, nothing
+    is removed, and the options choose what is shown. The folder is CLIPFT_CACHE, or clipft in the
+    user's cache folder. The setting cache_limit bounds what is computed.
+
+    Examples:
+
+        clipft cache
+        clipft cache --all --unused-days 30
+        clipft cache --prune --unused-days 30
+        clipft cache --prune --kind features --kind pictures
+        clipft cache --prune --keep 20
+    """
+    if unknown := [kind for kind in options.kind if kind not in CACHES]:
+        raise UsageError(
+            f"there is no kind of cache {unknown[0]!r}",
+            did_you_mean(unknown[0], CACHES) or f"choose from {', '.join(CACHES)}",
+        )
+    keep = None if options.keep is None else int(options.keep * 2**30)
+    chosen = to_prune(cache_entries(), options.kind, options.unused_days, keep)
+    if options.prune:
+        for entry in chosen:
+            remove(entry)
+    size = f"{sum(entry.bytes for entry in chosen) / 2**30:.2f} GiB"
+    summary = f"{counted(len(chosen), 'item')}, {size}, in {cache_folder()}"
+    content = {
+        "folder": str(cache_folder()),
+        "removed" if options.prune else "entries": [entry.to_dict() for entry in chosen],
+    }
+    heading = f"Removed {summary}" if options.prune else f"Cache: {summary}"
+    shown = _entry_rows(chosen) if options.all else _kind_rows(chosen)
+    columns = ("size", "last used", "content")
+    out.result(content, rows_table(heading, columns, shown, texts=(2,)))
+
+
+def _entry_rows(entries: list[CacheEntry]) -> list[tuple[str, ...]]:
+    return [
+        (entry.kind, *_size_and_age(entry.bytes, entry.last_used), _name(entry))
+        for entry in reversed(entries)
+    ]
+
+
+def _name(entry: CacheEntry) -> str:
+    return f"{entry.path.name}, unfinished" if entry.unfinished else entry.path.name
+
+
+def _kind_rows(entries: list[CacheEntry]) -> list[tuple[str, ...]]:
+    rows = []
+    for kind, (_, content) in CACHES.items():
+        found = [entry for entry in entries if entry.kind == kind]
+        if found:
+            size, latest = sum(e.bytes for e in found), max(e.last_used for e in found)
+            rows.append((kind, *_size_and_age(size, latest), f"{len(found):,}: {content}"))
+    return rows
+
+
+def _size_and_age(size: int, last_used: float) -> tuple[str, str]:
+    age = max(0.0, time.time() - last_used)
+    days = round(age / 86400)
+    return f"{size / 2**20:,.1f} MiB", f"{duration(age) if days < 2 else f'{days} days'} ago"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder, mark_used
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_caption
 from clipft.data.captions.tokenizer import CaptionEncoder, lost_share
 from clipft.data.order import derived_seed
@@ -163,6 +163,7 @@ def caption_table(
     for part in (pairs.state(), template.state, encoder.vocabulary):
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
+    mark_used(folder)
     try:
         return _load(folder, encoder.eos_token_id, seed)
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder, mark_used
 from clipft.core.errors import DataError, StorageError
 from clipft.core.files import replacing
 from clipft.data.shards.contents import PACK_HINT
@@ -101,7 +101,9 @@ def open_shard(path: Path) -> Shard:
         stamp = stamp_of(path.stat())
     except OSError as error:
         raise _unreadable(path, error) from error
-    for place in index_places(path):
+    beside, cached = index_places(path)
+    mark_used(cached)
+    for place in (beside, cached):
         try:
             return load_index(place, path, stamp)
         except (OSError, ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder, mark_used
 from clipft.core.errors import ModelError
 from clipft.core.files import read_json, replacing
 from clipft.models.complete import check_finite, check_weights
@@ -76,6 +76,7 @@ def converted_folder(name: str) -> Path:
     if not (folder / REPORT).is_file():
         with replacing(folder, shared=True) as temporary:
             _convert(source, temporary)
+    mark_used(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from clipft.core.common import cache_folder
+from clipft.core.cache import cache_folder
 from clipft.data.captions.table import LiveCaptions, caption_table
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
