@@ -102,9 +102,8 @@ def _loaded(given: Given) -> LoadedSettings:
 def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
     """Return the callbacks that write the figures of a run down."""
     device, paths = choose_precision(settings).device, RunPaths(settings.run_dir)
-    loggers: list[TrainingCallback] = [
-        FileLogger(paths, environment(device), partial(peak_memory_so_far, device))
-    ]
+    memory, price = partial(peak_memory_so_far, device), settings.price_per_hour
+    loggers: list[TrainingCallback] = [FileLogger(paths, environment(device), memory, price)]
     trackers = trackers_of(settings, settings.model_dump(mode="json"))
     return loggers + [TrackerLogger(tracker, note) for tracker in trackers]
 

@@ -25,7 +25,7 @@ from clipft.distributed.rank_zero import on_each_machine, on_rank_zero
 from clipft.distributed.rendezvous import start_processes
 from clipft.models.device import choose_precision
 from clipft.runs.folder import RunPaths
-from clipft.runs.records import Callbacks, Forecast
+from clipft.runs.records import Callbacks, Forecast, Usage
 from clipft.storage.sync.sync import SyncOptions
 from clipft.training.defaults import follow_catalogue
 from clipft.training.forecast import forecast
@@ -130,14 +130,15 @@ def plan_training(loaded: LoadedSettings, out: Output) -> None:
     uploads_to = None
     if settings.enable_s3_checkpoints:
         uploads_to = f"s3://{settings.s3_bucket}/{settings.s3_checkpoint_prefix.strip('/')}"
-    figures = {**asdict(expected), "seconds": expected.seconds}
+    usage = Usage(expected.plan, expected.seconds, settings.price_per_hour)
+    figures = {**asdict(expected), "seconds": expected.seconds, **usage.to_dict()}
     data = {"forecast": figures, "uploads_to": uploads_to, "to_fetch": None}
-    table = _forecast_table(expected, str(settings.output_dir), uploads_to)
+    table = _forecast_table(expected, usage, str(settings.output_dir), uploads_to)
     out.result(data, *plan_lines(expected.plan), table)
     end(out, {}, ("train", *flags_given(loaded)))
 
 
-def _forecast_table(f: Forecast, folder: str, uploads_to: str | None) -> Table:
+def _forecast_table(f: Forecast, usage: Usage, folder: str, uploads_to: str | None) -> Table:
     """Show what a run that writes to ``folder`` would take; ``uploads_to`` is an S3 location."""
     time = f"about {duration(f.seconds)}: "
     if f.measured_steps:
@@ -178,6 +179,7 @@ def _forecast_table(f: Forecast, folder: str, uploads_to: str | None) -> Table:
     unusable = f"{counted(f.unusable, 'pair')}, skipped" if f.unusable else "none found so far"
     table.add_row("unusable", unusable)
     table.add_row("time", time)
+    table.add_row("cost", f"about {usage}")
     if f.measured_steps:
         waiting = f"{f.data_share:.0%} of the time waiting for data"
         table.add_row("speed", f"{f.pairs_per_s:.1f} pairs/s, {waiting}")

@@ -491,6 +491,13 @@ class RunSettings(Section):
         "Shard weights, gradients and optimizer states over the processes (FSDP), for scenario "
         "full.",
     )
+    price_per_hour: float | None = setting(
+        None,
+        "Price of an hour of one GPU, or of this machine if it trains without one. The plan and "
+        "the report then say what the run costs.",
+        metavar="PRICE",
+        ge=0,
+    )
     process_timeout: float = setting(
         10,
         "How long a process may be silent before it is considered lost, in minutes.",

@@ -122,6 +122,8 @@ def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
         "verdict": _verdict(records, tables),
         "plan": records.run.get("plan"),
         "seconds": records.run.get("seconds"),
+        "device_hours": records.run.get("device_hours"),
+        "cost": records.run.get("cost"),
         "peak_memory_bytes": records.run.get("peak_memory_bytes"),
         "environment": records.run.get("environment", {}),
         "figures": tables,

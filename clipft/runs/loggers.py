@@ -12,7 +12,7 @@ from clipft.core.errors import first_line
 from clipft.core.files import json_lines, read_json, write_json
 from clipft.metrics.figures import DIRECTIONS, figure_tables
 from clipft.runs.folder import RunPaths, append_lines
-from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback
+from clipft.runs.records import EpochResult, Plan, StepResult, TrainingCallback, Usage
 from clipft.runs.trackers import Figures, Tracker
 
 _CLOSING_SECONDS = 30.0
@@ -23,15 +23,21 @@ class FileLogger(TrainingCallback):
     """Keeps ``metrics.jsonl`` and ``run.json`` in the run folder.
 
     ``metrics.jsonl`` gets a line for each step and each epoch. ``run.json`` has the plan, the
-    versions of libraries, and what the run took. Its ``seconds`` count from the first batch of each
-    process, so that a resumed run adds to its earlier parts; the time between the last epoch and a
-    kill is lost. Its ``peak_memory_bytes`` is the highest of all parts.
+    versions of libraries, and what the run took. Its ``seconds`` (and what follows
+    from them, see ``Usage``) count from the first batch of each process, so that a resumed run
+    adds to its earlier parts; the time between the last epoch and a kill is lost. Its
+    ``peak_memory_bytes`` is the highest of all parts.
     """
 
     def __init__(
-        self, paths: RunPaths, environment: dict[str, str], peak_memory: Callable[[], int]
+        self,
+        paths: RunPaths,
+        environment: dict[str, str],
+        peak_memory: Callable[[], int],
+        price_per_hour: float | None = None,
     ) -> None:
         self._paths, self._environment, self._peak_memory = paths, environment, peak_memory
+        self._price_per_hour = price_per_hour
         self._plan: Plan | None = None
         self._earlier: dict[str, Any] = {}
         self._began = 0.0
@@ -57,10 +63,12 @@ class FileLogger(TrainingCallback):
     def _write_record(self) -> None:
         assert self._plan
         earlier_peak = self._earlier.get("peak_memory_bytes", 0)
+        seconds = self._earlier.get("seconds", 0.0) + time.monotonic() - self._began
         record = {
             "plan": asdict(self._plan),
             "environment": self._environment,
-            "seconds": self._earlier.get("seconds", 0.0) + time.monotonic() - self._began,
+            "seconds": seconds,
+            **Usage(self._plan, seconds, self._price_per_hour).to_dict(),
             "peak_memory_bytes": max(earlier_peak, self._peak_memory()),
         }
         write_json(self._paths.record, record, indent=2)

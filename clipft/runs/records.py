@@ -38,6 +38,34 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What ``seconds`` of a run take: hours of all its devices and, if a price is known, money."""
+
+    plan: Plan
+    seconds: float
+    price_per_hour: float | None = None
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all GPUs. Processes without a GPU share one machine, whose hours these are."""
+        devices = self.plan.processes if self.plan.device.startswith("cuda") else 1
+        return self.seconds / 3600 * devices
+
+    def to_dict(self) -> dict[str, float]:
+        """Return ``device_hours`` and, if a price is known, ``cost``."""
+        hours = self.device_hours
+        priced = {} if self.price_per_hour is None else {"cost": hours * self.price_per_hour}
+        return {"device_hours": hours, **priced}
+
+    def __str__(self) -> str:
+        kind = "GPU" if self.plan.device.startswith("cuda") else "machine"
+        hours = f"{self.device_hours:.2g} {kind} hours"
+        if self.price_per_hour is None:
+            return hours
+        return f"{hours}, {self.to_dict()['cost']:,.2f} at {self.price_per_hour:g} an hour"
+
+
+@dataclass(frozen=True)
 class Choices:
     """What a run decided for itself when it began, and keeps when it is resumed elsewhere.
 
