@@ -1,5 +1,6 @@
 """Figures per query from ranks, and the sentences that define them for the user."""
 
+import heapq
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +108,22 @@ def upper_bound_ranks(
     Returns:
         int64 [T] from text to image and int64 [N] from image to text, counted from 1.
     """
-    # A caption that an image has twice is one query with one partner
-    (texts, partners), which = np.unique([captions, owners], axis=1, return_inverse=True)
-    to_image = _ranks_apart(texts, places_among_equals(images)[partners])[which]
+    # A caption that an image has twice is one query with one partner, which counts twice
+    (texts, partners), which, counts = np.unique(
+        [captions, owners], axis=1, return_inverse=True, return_counts=True
+    )
+    to_image = _ranks_apart(texts, places_among_equals(images)[partners], counts)[which]
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     best_of_own = np.minimum.reduceat(places_among_equals(captions), first)
-    return to_image, _ranks_apart(images, best_of_own)
+    return to_image, _ranks_apart(images, best_of_own, np.ones_like(images))
 
 
-def _ranks_apart(queries: Integers, least: Integers) -> Integers:
-    """Give equal queries different ranks, as low as can be but none below its own ``least``."""
+def _ranks_apart(queries: Integers, least: Integers, weights: Integers) -> Integers:
+    """Give equal queries different ranks, as low as can be but none below its own ``least``.
+
+    Of two that could have a rank, the one with the larger weight gets it. As what is not chosen
+    can still be chosen for the next rank, this is best for every cutoff and for the mean.
+    """
     order = np.lexsort((least, queries))
     place = places_among_equals(queries[order])
     # rank_j = max(least_j, rank_(j-1) + 1), so rank_j - j is a running maximum. The offset grows
@@ -125,6 +132,25 @@ def _ranks_apart(queries: Integers, least: Integers) -> Integers:
     offset = (queries[order] - queries.min(initial=0)) * (most + 1)
     ranks = np.empty_like(queries)
     ranks[order] = np.maximum.accumulate(least[order] - place + offset) - offset + place
+    starts = np.flatnonzero(place == 1)
+    if len(starts):  # where the weights are equal, so are all orders of the queries
+        lightest, heaviest = (f.reduceat(weights[order], starts) for f in (np.minimum, np.maximum))
+        groups = np.split(order, starts[1:])
+        for group in np.flatnonzero(lightest < heaviest):
+            ranks[groups[group]] = _heaviest_first(least[groups[group]], weights[groups[group]])
+    return ranks
+
+
+def _heaviest_first(least: Integers, weights: Integers) -> list[int]:
+    """Give each of n queries a rank of its own; ``least``, ascending, is the first it may have."""
+    ranks, waiting, rank, following = [0] * len(least), list[tuple[int, int]](), 0, 0
+    while following < len(least) or waiting:
+        rank += 1
+        while following < len(least) and least[following] <= rank:
+            heapq.heappush(waiting, (-int(weights[following]), following))
+            following += 1
+        if waiting:
+            ranks[heapq.heappop(waiting)[1]] = rank
     return ranks
 
 

@@ -163,6 +163,8 @@ def _facts(content: Json) -> list[list[str]]:
     if content["seconds"] is not None:
         rows.append(["time", duration(content["seconds"])])
         if content["cost"] is not None:
-            rows.append(["cost", f"{content['cost']:,.2f}, for {content['device_hours']:.2g} hours"])
+            rows.append(
+                ["cost", f"{content['cost']:,.2f}, for {content['device_hours']:.2g} hours"]
+            )
         rows.append(["peak memory", shown_bytes(content["peak_memory_bytes"])])
     return rows
