@@ -187,7 +187,7 @@ def _name(entry: CacheEntry) -> str:
 
 
 def _kind_rows(entries: list[CacheEntry]) -> list[tuple[str, ...]]:
-    rows = []
+    rows = list[tuple[str, ...]]()
     for kind, (_, content) in CACHES.items():
         found = [entry for entry in entries if entry.kind == kind]
         if found:
