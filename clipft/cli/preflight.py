@@ -15,7 +15,12 @@ from clipft.cli.s3_checkpoints import check_bucket_named
 from clipft.cli.s3_data import in_bucket
 from clipft.config.settings import EVALUATION_OVERRIDES, Settings
 from clipft.config.sources import LoadedSettings
-from clipft.data.captions.metadata import check_chosen_fields, check_fields, describe
+from clipft.data.captions.metadata import (
+    check_chosen_fields,
+    check_fields,
+    check_photo_pairs,
+    describe,
+)
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.shards.dataset import PairDataset, evaluation_pairs, open_pairs, shard_paths
 from clipft.evaluation.labels import choose_labels
@@ -75,6 +80,7 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
     """
     check_unlocked(folder)
     on_pairs = ("data_dir", "stream", "caption", "caption_lines", "group_field", "label_field")
+    on_pairs += ("scenario", "photo_pairs")
     of_pairs = {tuple(str(getattr(run, name)) for name in on_pairs): run for run in runs}
     for run in of_pairs.values():
         if not run.s3_bucket:
@@ -92,9 +98,12 @@ def check_training_pairs(settings: Settings) -> None:
     """
     train, template = settings.data_dir / "train", _template(settings)
     if settings.stream:  # may have too many shards to open them all
+        check_photo_pairs(settings, None)
         shard_paths(train)
     else:
-        check_fields(template, open_pairs(train, settings.max_train_pairs))
+        pairs = open_pairs(train, settings.max_train_pairs)
+        check_fields(template, pairs)
+        check_photo_pairs(settings, pairs)
     validation = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     check_fields(template.for_evaluation(), validation)
     check_chosen_fields(settings, validation)

@@ -19,7 +19,8 @@ from clipft.metrics.figures import (
 )
 
 # "->" instead of the pages' arrow: not every terminal's font and encoding has the arrow
-DIRECTIONS = {key: label.replace("→", "->") for key, label in figures.DIRECTIONS.items()}
+_LABELS = {key: label.replace("→", "->") for key, label in figures.ALL_DIRECTIONS.items()}
+DIRECTIONS = {key: _LABELS[key] for key in figures.DIRECTIONS}
 """The two directions of retrieval in their order: JSON key -> label."""
 
 UNCLEAR = "Differences are in points; ~ may be due to chance (the interval includes 0)."
@@ -97,20 +98,15 @@ def comparison_tables(
     """
     before, after = compared["before"], compared["after"]
     tuned = ["fine-tuned", "difference"] if after else []
-    for protocol in ("paired", "grouped"):
+    for protocol in (name for name in figures.PROTOCOLS if name in before):
         paired = protocol == "paired"
-        if paired:
-            size = figures.counted_pairs(before)
-        else:
-            part = before["grouped"]["text_to_image"]
-            size = f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"
         table = FigureTable(
-            f"{title}, {protocol}: {size}",
+            f"{title}, {protocol}: {figures.protocol_size(before, protocol)}",
             *("figure", model, *tuned, *(["upper bound"] if paired else [])),
             caption=compared["definitions"][protocol]["protocol"],
         )
-        for direction, label in DIRECTIONS.items():
-            table.add_row(Text(label, style="bold"))
+        for direction, _ in figures.directions_of(before[protocol]):
+            table.add_row(Text(_LABELS[direction], style="bold"))
             part = before[protocol][direction]
             for name in _shown(protocol, part["figures"]):
                 unit = unit_of(name)
@@ -125,7 +121,7 @@ def comparison_tables(
 
 
 def _shown(protocol: str, names: dict[str, Any]) -> list[str]:
-    return [name for name in names if protocol == "paired" or name in _GROUPED]
+    return [name for name in names if protocol != "grouped" or name in _GROUPED]
 
 
 def category_table(compared: dict[str, Any]) -> Table | None:
@@ -170,7 +166,7 @@ def definitions(compared: dict[str, Any]) -> Table:
     table.add_column("", ratio=1)
     words = compared["definitions"]
     table.add_row("mean recall", RECALL_DEFINITION.split(": ", 1)[1])
-    for protocol in ("paired", "grouped"):
+    for protocol in (name for name in figures.PROTOCOLS if name in compared["before"]):
         for name in _shown(protocol, words[protocol]):
             if name != "protocol":
                 table.add_row(f"{protocol} {figure_name(name)}", words[protocol][name])

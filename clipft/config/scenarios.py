@@ -34,6 +34,11 @@ class Scenario:
     def trains(self) -> bool:
         return self.full or bool(self.lora or self.projections)
 
+    @property
+    def trains_images(self) -> bool:
+        """True if training changes the embeddings of images."""
+        return self.full or "vision" in self.lora or VISUAL in self.projections
+
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario

@@ -133,7 +133,7 @@ class DataSettings(Section):
     group_field: str | None = setting(
         None,
         "Metadata field that identifies pairs of the same thing, such as a product id. Used in "
-        "evaluation, and in training with --positives group.",
+        "evaluation, and in training with --positives group and --photo-pairs.",
         "fixed",
     )
     augmentation: Literal["none", "simple", "advanced"] = setting(
@@ -321,6 +321,14 @@ class LossSettings(Section):
         "How the rows chosen by --positives count. soft: as positives with equal shares; mask: not "
         "at all.",
         "fixed",
+    )
+    photo_pairs: float = setting(
+        0.0,
+        "Weight of a second contrastive loss, between the images alone: photos of one product, "
+        "which have the same value of group_field, attract each other. Each step then holds at "
+        "least two photos of a product that has several. 0: no such loss.",
+        "fixed",
+        ge=0,
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(
         "auto",

@@ -4,15 +4,17 @@ Workers, processes and micro-batches take their share of this order; they never 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 Place = TypeVar("Place")
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def derived_seed(*parts: int) -> int:
@@ -49,6 +51,8 @@ class EpochPlan:
     """How the pairs of an epoch fall into optimizer steps and micro-batches.
 
     Fewer pairs than ``smallest`` are no step of their own; 0 stands for a quarter of ``effective``.
+    With ``products``, int64 [pairs], a step that holds a photo of a product holds another one of
+    it, wherever the product has several and the size of the step allows it.
     """
 
     pairs: int
@@ -56,6 +60,7 @@ class EpochPlan:
     micro: int
     seed: int
     smallest: int = 0
+    products: Integers | None = field(default=None, compare=False, repr=False)
 
     @property
     def smallest_step(self) -> int:
@@ -85,7 +90,10 @@ class EpochPlan:
 
     def order(self, epoch: int, first: int = 0) -> Iterator[int]:
         """Iterate over the permutation of one epoch, from its ``first``-th pair on."""
-        permuted = np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+        random = np.random.default_rng([self.seed, epoch])
+        permuted = random.permutation(self.pairs)
+        if self.products is not None:
+            permuted = photos_together(permuted, self.products, self.bounds, random)
         return map(int, permuted[first:])
 
     def from_position(
@@ -112,3 +120,47 @@ class EpochPlan:
                         yield [(epoch, place) for place in taken]
                     else:
                         deque(taken, maxlen=0)  # skips the places of another process
+
+
+def photos_together(
+    permuted: Integers,
+    products: Integers,
+    bounds: Iterable[tuple[int, int]],
+    random: np.random.Generator,
+) -> Integers:
+    """Rearrange an epoch so that photos of one product fall into one step.
+
+    The photos of each product are joined in twos, of an odd number the last three, and these
+    blocks are spread over the epoch at random, as single photos are. A block that does not fit
+    into what is left of a step waits for the next one; it is cut only where no other fits either.
+
+    Args:
+        permuted: int64 [pairs], the numbers of the pairs in random order.
+        products: int64 [pairs], equal for photos of one product, by the number of the pair.
+        bounds: first and last-plus-one place of each step.
+        random: draws the order of the blocks.
+    """
+    sorted_pairs = permuted[np.argsort(products[permuted], kind="stable")]
+    begins, sizes = np.unique(products[sorted_pairs], return_index=True, return_counts=True)[1:]
+    nth, of = np.arange(len(permuted)) - np.repeat(begins, sizes), np.repeat(sizes, sizes)
+    starts = np.flatnonzero((nth % 2 == 0) & ((nth < of - 1) | (of == 1)))
+    lengths = np.diff(starts, append=len(permuted))
+
+    ranks = random.permutation(len(starts))
+    waiting: dict[int, deque[tuple[int, int]]] = {length: deque() for length in (1, 2, 3)}
+    for block in np.argsort(ranks).tolist():
+        waiting[int(lengths[block])].append((int(ranks[block]), int(starts[block])))
+    laid = list[Integers]()
+    for first, last in bounds:
+        room = last - first
+        while room:
+            lengths_left = [length for length, blocks in waiting.items() if blocks]
+            fitting = [length for length in lengths_left if length <= room] or lengths_left
+            length = min(fitting, key=lambda length: waiting[length][0])
+            rank, start = waiting[length].popleft()
+            taken = min(length, room)
+            laid.append(sorted_pairs[start : start + taken])
+            if taken < length:
+                waiting[length - taken].appendleft((rank, start + taken))
+            room -= taken
+    return np.concatenate(laid)

@@ -16,7 +16,8 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
-from clipft.data.captions.fields import check_field, field_value, fields_hint, known_fields
+from clipft.data.captions.fields import field_value
+from clipft.data.captions.metadata import check_group_field, check_photo_pairs
 from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
@@ -77,15 +78,32 @@ def make_positives(
             "--positives group cannot be used with --stream: groups are looked up by pair",
             "remove --stream, or use --positives caption",
         )
-    field = settings.group_field
-    if not field:
-        hint = f"name the field that tells products apart; {fields_hint('', known_fields(pairs))}"
-        raise UsageError("--positives group needs --group-field", hint)
-    check_field("--group-field", field, pairs)
+    return GroupPositives(_group_ids("--positives group", settings.group_field, pairs, note))
+
+
+def product_ids(settings: Settings, pairs: Pairs, note: Callable[[str], None]) -> Tensor | None:
+    """Return the product of each pair, int64 [pairs], if its photos shall attract each other.
+
+    None without ``settings.photo_pairs``, and in a scenario that trains nothing.
+
+    Raises:
+        UsageError: No pair has the field, or the settings do not fit each other.
+    """
+    indexed = pairs if isinstance(pairs, PairDataset) else None
+    check_photo_pairs(settings, indexed)
+    if not settings.photo_pairs or not settings.declared_scenario.trains or not indexed:
+        return None
+    return _group_ids("--photo-pairs", settings.group_field, indexed, note)
+
+
+def _group_ids(
+    option: str, field: str | None, pairs: PairDataset, note: Callable[[str], None]
+) -> Tensor:
+    field = check_group_field(option, field, pairs)
     if len(pairs) > _MANY:
         note(f"Reading {field} of {counted(len(pairs), 'pair')} ...")
     ids = [_group_id(pairs.metadata(number), field, number) for number in range(len(pairs))]
-    return GroupPositives(torch.tensor(ids, dtype=torch.int64))
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _group_id(metadata: dict[str, Any], field: str, number: int) -> int:

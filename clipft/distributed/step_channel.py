@@ -46,11 +46,13 @@ class StepAbandonedError(Exception):
 
 
 class Rows(NamedTuple):
-    """The rows of a step: unit embeddings float32 [N, D] and, if there are groups, int64 [N]."""
+    """The rows of a step: unit embeddings float32 [N, D] and, if there are groups or products,
+    their ids, int64 [N]."""
 
     images: Tensor
     texts: Tensor
     groups: Tensor | None
+    products: Tensor | None = None
 
 
 class StepChannel:
@@ -62,7 +64,13 @@ class StepChannel:
     because it is out of memory calls ``abandon`` instead of the next one, or after one has failed.
     """
 
-    def exchange(self, images: Tensor, texts: Tensor, groups: Tensor | None = None) -> Rows:
+    def exchange(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        groups: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> Rows:
         """Collect the rows of all processes, in the order of their ranks.
 
         Args:
@@ -71,6 +79,7 @@ class StepChannel:
             texts: the same for the texts of the same pairs.
             groups: int64 [n_i] on the CPU, or None if each pair is a group of its own; on all
                 processes alike, except that one without pairs may give None.
+            products: the same for the products that the images show.
 
         Returns:
             The rows of all. Gradients flow to this process's own rows only.
@@ -80,7 +89,7 @@ class StepChannel:
             ProcessError: another process ended or did not answer in time.
             MemoryShortage: NCCL itself ran out of memory, where the others wait for it.
         """
-        return Rows(images, texts, groups)
+        return Rows(images, texts, groups, products)
 
     def sum(
         self,
@@ -139,21 +148,28 @@ class DistributedStepChannel(StepChannel):
         self._header_length = 1 + _FIGURES + len(_packed([False] * self.parameters))
         self._next_length = self._header_length
 
-    def exchange(self, images: Tensor, texts: Tensor, groups: Tensor | None = None) -> Rows:
+    def exchange(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        groups: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> Rows:
         own = len(images)
         width = images.shape[1] if own else 0
-        headers = self._agree([own, width, int(groups is not None)])
+        headers = self._agree([own, width, *(int(ids is not None) for ids in (groups, products))])
         counts = [header[0] for header in headers]
-        grouped, most = any(header[2] for header in headers), max(counts)
+        grouped, with_products = (any(header[at] for header in headers) for at in (2, 3))
+        most = max(counts)
 
         # All processes send equally many rows: the longest part is the measure
-        self._next_length = 1 + (most if grouped else 0)
+        self._next_length = 1 + most * (grouped + with_products)
         width = max(header[1] for header in headers)
         sent = images.new_zeros(most, 2 * width)
         received = images.new_empty(len(counts) * most, 2 * width)
 
-        known = [] if groups is None else groups.tolist()
-        ids = self._agree(known)  # on the CPU anyway, and int64, so they pass with the agreement
+        known = [i for ids in (groups, products) if ids is not None for i in ids.tolist()]
+        told = self._agree(known)  # on the CPU anyway, and int64, so they pass with the agreement
         self._next_length = self._header_length
 
         with torch.no_grad(), _moving():
@@ -162,11 +178,17 @@ class DistributedStepChannel(StepChannel):
                 sent[:own, width:].copy_(texts)
             dist.all_gather_into_tensor(received, sent, group=self.devices)
         parts = received.view(len(counts), most, 2 * width)
-        all_groups = [i for count, part in zip(counts, ids, strict=True) for i in part[:count]]
+
+        def ids_of_all(nth: int) -> Tensor:
+            parts = zip(counts, told, strict=True)
+            ids = [i for count, part in parts for i in part[nth * count : (nth + 1) * count]]
+            return torch.tensor(ids, dtype=torch.int64)
+
         return Rows(
             self._with_own(images, [p[:n, :width] for p, n in zip(parts, counts, strict=True)]),
             self._with_own(texts, [p[:n, width:] for p, n in zip(parts, counts, strict=True)]),
-            torch.tensor(all_groups, dtype=torch.int64) if grouped else None,
+            ids_of_all(0) if grouped else None,
+            ids_of_all(int(grouped)) if with_products else None,
         )
 
     def sum(

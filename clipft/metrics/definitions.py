@@ -33,6 +33,9 @@ GROUPED = {
 }
 """Each distinct caption and image counts once; everything that belongs together is right."""
 
+PHOTOS = {name: GROUPED[name] for name in ("hit@1", "hit@5", "hit@10", "map")}
+"""Each distinct image of a product that has several is a query for the other ones."""
+
 DEFINITIONS: dict[str, Any] = {
     "paired": {
         "protocol": "every image and every caption is a query, and only its own partner is right "
@@ -46,6 +49,11 @@ DEFINITIONS: dict[str, Any] = {
         "protocol": "equal captions count as one text, and equal files as one image; an image and "
         "a text are right for each other if any pair (or group) has both",
         **GROUPED,
+    },
+    "photos": {
+        "protocol": "another photo of the same product: each distinct image of a group that has "
+        "several is a query among all other images, and those of its group are right",
+        **PHOTOS,
     },
     "ties": "candidates with equal scores are ranked by their position in the data set",
     "interval": "95% percentile bootstrap over clusters of pairs that share a caption, an "

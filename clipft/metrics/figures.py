@@ -11,6 +11,11 @@ from clipft.core.common import counted
 
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 """The two directions of retrieval in their order: JSON key -> label."""
+ALL_DIRECTIONS = {**DIRECTIONS, "image_to_image": "image → image"}
+"""The same, with that between photos of a product."""
+PROTOCOLS = ("paired", "grouped", "photos")
+"""The protocols of an evaluation in their order. ``photos`` is only there for products that have
+several photos."""
 RECALLS = ("r@1", "r@5", "r@10")
 NOTHING = "-"
 """Shown where there is no figure."""
@@ -126,7 +131,8 @@ def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict
     epochs in ``metrics`` measured.
     """
     if evaluation:
-        return [_evaluated(evaluation, "paired"), _evaluated(evaluation, "grouped")]
+        there = [protocol for protocol in PROTOCOLS if protocol in evaluation["before"]]
+        return [_evaluated(evaluation, protocol) for protocol in there]
     before, after = before_and_after(metrics)
     if before is None:
         return []
@@ -147,18 +153,15 @@ def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict
 
 
 def _evaluated(evaluation: Json, protocol: str) -> dict[str, Any]:
-    """The table of one protocol, ``paired`` or ``grouped``, of evaluation.json."""
+    """The table of one of the ``PROTOCOLS`` of evaluation.json."""
     before, after, change = (evaluation[key] for key in ("before", "after", "difference"))
     rows = []
+    prefix = "" if protocol == "paired" else f"{protocol}/"
     if protocol == "paired":
-        size, prefix = counted_pairs(before), ""
         recall = {"value": after["recall"]} if after else None
         old, difference = {"value": before["recall"]}, change["recall"] if after else None
         rows.append(_row("mean_recall", RECALL_NAME, old, recall, difference))
-    else:
-        part, prefix = before["grouped"]["text_to_image"], "grouped/"
-        size = f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"
-    for direction, label in DIRECTIONS.items():
+    for direction, label in directions_of(before[protocol]):
         part = before[protocol][direction]
         for name, figure in part["figures"].items():
             row = _row(
@@ -171,8 +174,27 @@ def _evaluated(evaluation: Json, protocol: str) -> dict[str, Any]:
             rows.append({**row, "ceiling": part.get("ceiling", {}).get(name)})
     definitions = evaluation.get("definitions") or before["definitions"]
     words = {**definitions[protocol], **{name: definitions[name] for name in ("ties", "interval")}}
-    title = f"{protocol.capitalize()} retrieval, {size}"
+    title = f"{protocol.capitalize()} retrieval"
+    if protocol == "photos":
+        title = "Another photo of the same product"
+    title += f", {protocol_size(before, protocol)}"
     return {"title": title, "definitions": words, "rows": rows}
+
+
+def directions_of(protocol: Json) -> list[tuple[str, str]]:
+    """The directions in which a protocol was measured, in their order, with their labels."""
+    return [(key, label) for key, label in ALL_DIRECTIONS.items() if key in protocol]
+
+
+def protocol_size(evaluation: Json, protocol: str) -> str:
+    """Say on how much a protocol was measured."""
+    if protocol == "paired":
+        return counted_pairs(evaluation)
+    if protocol == "photos":
+        part = evaluation["photos"]["image_to_image"]
+        return f"{part['queries']:,} of {counted(part['candidates'] + 1, 'image')}"
+    part = evaluation["grouped"]["text_to_image"]
+    return f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"
 
 
 def _row(

@@ -21,6 +21,7 @@ from clipft.metrics.definitions import (
     upper_bound_ranks,
 )
 from clipft.metrics.figures import RECALLS, mean_recall
+from clipft.metrics.photos import photo_figures
 from clipft.metrics.ranking import (
     Retrieval,
     paired_ranks,
@@ -190,7 +191,8 @@ def evaluate(
     labels: Sequence[str | None],
     options: EvaluationOptions,
 ) -> Evaluation:
-    """Measure paired and grouped retrieval in both directions, overall and by category.
+    """Measure paired and grouped retrieval in both directions, overall and by category; and
+    retrieval of other photos of a product, where groups have several.
 
     Args:
         images: unit embeddings of the pairs' images, float32 [N, D].
@@ -204,11 +206,15 @@ def evaluate(
     """
     related = relevance(identities)
     samples = _measure(images, texts, identities.owners, related, options.memory)
+    photos = photo_figures(images, identities, related, options.memory)
+    if photos:
+        samples["photos", "image_to_image"] = photos
     candidates = {
         ("paired", "text_to_image"): len(images),
         ("paired", "image_to_text"): len(texts),
         ("grouped", "text_to_image"): len(related.image_pairs),
         ("grouped", "image_to_text"): len(related.text_pairs),
+        ("photos", "image_to_image"): len(related.image_pairs) - 1,
     }
     best = upper_bound_ranks(identities.captions, identities.images, identities.owners)
     upper_bounds = {
@@ -286,12 +292,12 @@ def _by_category(
     }
     found = {}
     for label, pairs in Counter(label for label in labels if label).most_common(_MOST_CATEGORIES):
-        chosen = {key: of_query[key] == label for key in samples}
+        chosen = {key: own == label for key, own in of_query.items()}
         if pairs < _MIN_PAIRS or not all(queries.any() for queries in chosen.values()):
             continue
         parts: Parts = {}
-        for (protocol, direction), sample in samples.items():
-            queries = chosen[protocol, direction]
+        for (protocol, direction), queries in chosen.items():
+            sample = samples[protocol, direction]
             figures = {name: values[queries] for name, values in sample.figures.items()}
             # The bootstrap wants the clusters of this category numbered from 0
             numbers = np.unique(sample.clusters[queries], return_inverse=True)[1]

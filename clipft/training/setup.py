@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
@@ -15,7 +16,7 @@ from clipft.data.captions.metadata import check_chosen_fields
 from clipft.data.decoding import Preprocessing
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Position, Share
-from clipft.data.positives import Positives, make_positives
+from clipft.data.positives import Positives, make_positives, product_ids
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import (
@@ -71,6 +72,8 @@ class RunSetup:
     val_preprocessing: Preprocessing
     positives: Positives
     val_positives: Positives
+    products: Tensor | None
+    val_products: Tensor | None
     loss: ContrastiveLoss
     epoch_plan: EpochPlan
     plan: Plan
@@ -154,6 +157,7 @@ class RunSetup:
             towers=self.encoding.towers,
             loss=self.loss,
             positives=self.positives,
+            products=self.products,
             channel=channel,
             scaler=optimizer.scaler,
             graphs=graphs,
@@ -171,14 +175,19 @@ class RunSetup:
         """The training loss over the whole validation set as one batch. If pairs have several
         captions, it is the mean over batches in which each of them has its turn."""
         device = self.loaded.precision.device
-        images = embedded.images.to(device)
+        images, products = embedded.images.to(device), self._products_of(embedded)
         return fmean(
-            float(self.loss(images, one.texts.to(device), one.groups)) for one in embedded.rounds()
+            float(self.loss(images, one.texts.to(device), one.groups, products))
+            for one in embedded.rounds()
         )
 
     def loss_lower_bound(self, embedded: Embeddings) -> float:
         """The smallest value that ``validation_loss`` can have."""
-        return fmean(self.loss.lower_bound(one.groups) for one in embedded.rounds())
+        products = self._products_of(embedded)
+        return fmean(self.loss.lower_bound(one.groups, products) for one in embedded.rounds())
+
+    def _products_of(self, embedded: Embeddings) -> Tensor | None:
+        return None if self.val_products is None else self.val_products[list(embedded.numbers)]
 
 
 def validation_batch(settings: Settings, loaded: LoadedModel, micro: int) -> int:
@@ -220,7 +229,10 @@ def prepare(
     _check_same_everywhere(processes, loaded, train)
     if loaded.base.conversion:
         note(f"{loaded.base.name}: {loaded.base.conversion}.")
+    products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
+    if products is not None:
+        epoch_plan = replace(epoch_plan, products=products.numpy())
     notes = list[str]()
     if settings.declared_scenario.trains:
         notes = [*step_remarks(settings, epoch_plan), *data.remarks]
@@ -254,6 +266,8 @@ def prepare(
         val_preprocessing=data.val_preprocessing,
         positives=make_positives(settings, train, pad_token_id, note),
         val_positives=make_positives(settings, val, pad_token_id, note),
+        products=products,
+        val_products=product_ids(settings, val, note),
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, optimizer),

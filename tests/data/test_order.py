@@ -1,3 +1,6 @@
+from collections import Counter
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,3 +104,40 @@ def test_epochs_and_seeds_differ():
     orders = {tuple(EpochPlan(50, 8, 4, s).order(e)) for s in (1, 2) for e in (0, 1)}
     assert len(orders) == 4
     assert len({derived_seed(1, 2, 3), derived_seed(3, 2, 1), derived_seed(1, 2)}) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes, kinds=st.integers(1, 80), epoch=st.integers(0, 2), data=st.data())
+def test_photos_of_a_product_meet_in_a_step(pairs, effective, micro, seed, kinds, epoch, data):
+    products = np.random.default_rng(seed).integers(-kinds, kinds, pairs)
+    plan = EpochPlan(pairs, effective, micro, seed, products=products)
+    order = list(plan.order(epoch))
+    assert sorted(order) == list(range(pairs)) and order == list(plan.order(epoch))
+    first = data.draw(st.integers(0, pairs))
+    assert list(plan.order(epoch, first)) == order[first:]
+    several = Counter(products.tolist())
+    for start, end in plan.bounds:
+        held = Counter(products[order[start:end]].tolist())
+        lonely = sum(count == 1 and several[product] > 1 for product, count in held.items())
+        # At most a photo at each end of a step, where no block of photos fits into what is left
+        assert lonely <= 2
+
+
+def test_with_single_photos_to_fill_up_no_photo_is_without_its_partner():
+    products = np.array([*range(20), *range(20), *range(100, 140)])
+    plan = EpochPlan(80, 7, 7, seed=3, products=products)
+    for epoch in range(3):
+        order = list(plan.order(epoch))
+        for start, end in plan.bounds[:-3]:
+            held = Counter(products[order[start:end]].tolist())
+            assert all(held[product] == 2 for product in held if product < 100)
+
+
+def test_single_photos_and_pairs_of_photos_are_spread_evenly():
+    products = np.array([*range(300), *range(300), *range(1000, 1600)])
+    plan = EpochPlan(1200, 100, 50, seed=1, products=products)
+    order = np.array(list(plan.order(0)))
+    singles = [int((products[order[a:b]] >= 1000).sum()) for a, b in plan.bounds]
+    assert min(singles) > 30 and max(singles) < 70
+    assert list(plan.order(1)) != order.tolist()
+    assert list(EpochPlan(1200, 100, 50, 2, products=products).order(0)) != order.tolist()

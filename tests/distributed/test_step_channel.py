@@ -34,6 +34,8 @@ def test_rows_and_gradients_of_three_processes():
     ids = torch.arange(pairs) + (rank + 1 << 61) if pairs else None
     plain = channel.exchange(own, own * 10)
     grouped = channel.exchange(own, own * 10, ids)
+    products = channel.exchange(own, own * 10, None, ids)
+    both = channel.exchange(own, own * 10, ids, None if ids is None else -ids)
     if pairs:
         (plain.images.sum() * 2 + plain.texts[:, 0].sum()).backward()
     a, b, c, d = (nn.Parameter(torch.zeros(2)) for _ in range(4))
@@ -52,7 +54,9 @@ def test_rows_and_gradients_of_three_processes():
     result = {
         "images": plain.images.tolist(), "texts": plain.texts.tolist(), "none": plain.groups,
         "same": torch.equal(plain.images, grouped.images),
-        "groups": grouped.groups.tolist(),
+        "groups": grouped.groups.tolist(), "unknown": grouped.products,
+        "products": [products.groups, products.products.tolist()],
+        "both": [both.groups.tolist(), both.products.tolist()],
         "gradients": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)],
         "sums": sums, "many": sorted({p.grad.item() for p in many}),
         "uneven": [p.grad.unique().tolist() for p in uneven],
@@ -67,6 +71,8 @@ def test_rows_and_gradients_of_three_processes():
     assert ours["none"] is None and ours["same"]
     first, third = 1 << 61, 3 << 61
     assert ours["groups"] == [first, first + 1, third, third + 1, third + 2]
+    assert ours["unknown"] is None and ours["products"] == [None, ours["groups"]]
+    assert ours["both"] == [ours["groups"], [-i for i in ours["groups"]]]
     assert ours["gradients"] == [[6.0, 6.0], [5.0, 5.0], [7.0, 7.0], None]
     assert ours["sums"] == [3.75, -3e300] and ours["many"] == [6.0]
     assert ours["uneven"] == [[6.0], [6.0], [6.0], [], [6.0], [6.0], [3.0]]

@@ -6,7 +6,13 @@ from typing import Any
 
 from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
-from clipft.data.captions.fields import WithMetadata, check_field, field_value
+from clipft.data.captions.fields import (
+    WithMetadata,
+    check_field,
+    field_value,
+    fields_hint,
+    known_fields,
+)
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
 from clipft.data.shards.dataset import PairDataset, parse_metadata
 
@@ -33,6 +39,44 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
         check_field("--group-field", settings.group_field, pairs)
     if settings.label_field != _DEFAULT_LABEL_FIELD:
         check_field("--label-field", settings.label_field, pairs)
+
+
+def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> str:
+    """Check, and return, the field that an option needs to tell products apart.
+
+    Raises:
+        UsageError: None is named, or no pair has it.
+    """
+    if not field:
+        hint = f"name the field that tells products apart; {fields_hint('', known_fields(pairs))}"
+        raise UsageError(f"{option} needs --group-field", hint)
+    check_field("--group-field", field, pairs)
+    return field
+
+
+def check_photo_pairs(settings: Settings, pairs: WithMetadata | None) -> None:
+    """Check that a run with ``photo_pairs`` can tell products apart and changes the images.
+
+    ``pairs`` are None if they are a stream.
+
+    Raises:
+        UsageError: It cannot, or it does not.
+    """
+    scenario = settings.declared_scenario
+    if not settings.photo_pairs or not scenario.trains:
+        return
+    if not scenario.trains_images:
+        raise UsageError(
+            f"--photo-pairs changes nothing in scenario {scenario.name}, which trains "
+            f"{scenario.summary}",
+            "use a scenario that trains the vision encoder or its projection, such as dual_lora",
+        )
+    if pairs is None:
+        raise UsageError(
+            "--photo-pairs cannot be used with --stream: the photos of a product are looked up",
+            "remove --stream",
+        )
+    check_group_field("--photo-pairs", settings.group_field, pairs)
 
 
 @dataclass(frozen=True)

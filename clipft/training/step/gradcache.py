@@ -52,6 +52,8 @@ class Accumulation(ABC):
     positives: Positives
     scaler: "torch.amp.GradScaler"
     graphs: GraphMemory
+    products: Tensor | None = None
+    """The product of each training pair, int64 [pairs], if its photos attract each other."""
     channel: StepChannel = ALONE
     weights: Weights = WHOLE_WEIGHTS
     recovery: Recovery = field(default_factory=Recovery)
@@ -92,10 +94,13 @@ class Accumulation(ABC):
         images, texts = (TowerPass(tower, self.graphs, step) for tower in towers)
         return images, texts
 
-    def _groups(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Group ids of this process's pairs, int64 [pairs]; None if each pair is its own group."""
+    def _groups(self, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor | None]:
+        """Ids of the groups and of the products of this process's pairs, int64 [pairs] each; None
+        if each pair is its own group."""
         known = [i for i in map(self.positives.ids, batches) if i is not None]
-        return torch.cat(known) if known else None
+        numbers = [number for batch in batches for number in batch.numbers]
+        products = None if self.products is None else self.products[numbers]
+        return torch.cat(known) if known else None, products
 
 
 class ExactAccumulation(Accumulation):
@@ -110,9 +115,9 @@ class ExactAccumulation(Accumulation):
         images, texts = self._passes(step)
         image_rows, text_rows = images.embed(batches), texts.embed(batches)
         self._keep_rows(batches, image_rows, text_rows)
-        everyone = self.channel.exchange(image_rows, text_rows, self._groups(batches))
+        everyone = self.channel.exchange(image_rows, text_rows, *self._groups(batches))
         loss = self.loss(*everyone)
-        self.lower_bound = self.loss.lower_bound(everyone.groups)
+        self.lower_bound = self.loss.lower_bound(everyone.groups, everyone.products)
         if loss.requires_grad:  # not if both towers are frozen
             torch.autograd.backward(self.scaler.scale(loss))
         backward(images, texts)
@@ -142,8 +147,8 @@ class LocalAccumulation(Accumulation):
             if batches:
                 self._keep_rows(batches, image_rows, text_rows)
                 groups, weight = self._groups([micro_batch]), len(micro_batch) / pairs
-                share = self.loss(image_rows, text_rows, groups) * weight
-                lower_bound += self.loss.lower_bound(groups) * weight
+                share = self.loss(image_rows, text_rows, *groups) * weight
+                lower_bound += self.loss.lower_bound(*groups) * weight
                 if share.requires_grad:
                     torch.autograd.backward(self.scaler.scale(share))
                 mean += share.detach()

@@ -6,7 +6,8 @@
 A loss is a function of all logits, minus the logits of the positives. The positives are subtracted
 row by row, because rounding could make the difference of two large sums negative. Rows of one group
 are never negatives of each other: ``soft`` makes them positives, in softmax with equal shares;
-``mask`` removes them from the comparison. A small matrix of logits is computed whole, by autograd,
+``mask`` removes them from the comparison. The photos of a product may attract each other as well
+(see ``photo_pairs``). A small matrix of logits is computed whole, by autograd,
 and a large one in blocks of rows.
 """
 
@@ -25,6 +26,7 @@ from torch.nn.functional import normalize, softplus
 from clipft.config.settings import LossSettings
 from clipft.core.errors import UsageError
 from clipft.models.trainable import TrainableModel
+from clipft.training.step.photo_pairs import group_sizes, photo_losses, with_partner
 
 # Logits that exist at once, by device; the work needs a few times as much. More is slower on a CPU
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -42,29 +44,63 @@ class ContrastiveLoss:
     dimensions: tuple[int, ...] = ()
     """Where embeddings are also cut off (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147): the
     loss is the mean over these and all dimensions, with equal weights."""
+    photo_pairs: float = 0.0
+    """The weight of the loss between photos of one product."""
 
-    def __call__(self, images: Tensor, texts: Tensor, groups: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        groups: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> Tensor:
         """The loss of unit embeddings, float32 [N, D] each, as a scalar tensor.
 
         ``groups``, int64 [N]: rows with equal ids are not negatives of each other; without it each
-        row is its own group. Differentiable once, in the embeddings and in the model's
-        ``logit_scale`` and ``logit_bias``.
+        row is its own group. ``products``, int64 [N]: images with equal ids attract each other.
+        Differentiable once, in the embeddings and in the model's ``logit_scale`` and
+        ``logit_bias``.
         """
-        total = self._of_all_dimensions(images, texts, groups)
+        total = self._of_all_dimensions(images, texts, groups, products)
         for size in self.dimensions:
             with _full_precision(images.device):
                 cut_images, cut_texts = (normalize(x[:, :size], dim=1) for x in (images, texts))
-            total = total + self._of_all_dimensions(cut_images, cut_texts, groups)
+            total = total + self._of_all_dimensions(cut_images, cut_texts, groups, products)
         return total / (1 + len(self.dimensions)) if self.dimensions else total
 
-    def _of_all_dimensions(self, images: Tensor, texts: Tensor, groups: Tensor | None) -> Tensor:
+    def _of_all_dimensions(
+        self, images: Tensor, texts: Tensor, groups: Tensor | None, products: Tensor | None
+    ) -> Tensor:
+        total = self._between_images_and_texts(images, texts, groups)
+        if products is not None and self.photo_pairs:
+            total = total + self.photo_pairs * self._between_photos(images, products)
+        return total
+
+    def _between_photos(self, images: Tensor, products: Tensor) -> Tensor:
+        """The mean over all pairs of the loss of ``photo_pairs``, 0 for a photo without partner.
+
+        The temperature is the model's, and stays what images and texts make it.
+        """
+        device = images.device
+        at_once = self.block_logits or BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"])
+        rows = with_partner(products).to(device, non_blocking=True)
+        if not len(rows):
+            return images.new_zeros(())
+        compute = partial(photo_losses, products.to(device, non_blocking=True), rows, at_once)
+        with _full_precision(device):
+            queries = images[rows] * self.model.logit_scale.detach().to(device).exp()
+            return _computed(compute, queries, images) / len(images)
+
+    def _between_images_and_texts(
+        self, images: Tensor, texts: Tensor, groups: Tensor | None
+    ) -> Tensor:
         n, device = len(images), images.device
         at_once = self.block_logits or BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"])
         targets = _Targets()
         if groups is not None:
             targets = _Targets(groups.to(device, non_blocking=True))
             if not self.masked:
-                sizes = _group_sizes(groups).to(images, non_blocking=True)
+                sizes = group_sizes(groups).to(images, non_blocking=True)
                 targets.weights = torch.ones_like(sizes) if self.kind.pairwise else 1 / sizes
         with _full_precision(device):
             images = images * self.model.logit_scale.to(device).exp()
@@ -76,20 +112,20 @@ class ContrastiveLoss:
             compute = partial(_whole, self.kind, targets)
             if n * n > at_once:
                 compute = partial(_streamed, self.kind, targets, max(1, at_once // n))
-            if torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad):
-                total: Tensor = _Differentiable.apply(images, texts, compute)
-            else:
-                total, _ = compute(images, texts, differentiate=False)
-            return total / n
+            return _computed(compute, images, texts) / n
 
-    def lower_bound(self, groups: Tensor | None) -> float:
-        """The smallest value that the loss can have for these groups.
+    def lower_bound(self, groups: Tensor | None, products: Tensor | None = None) -> float:
+        """The smallest value that the loss can have for these groups and products.
 
         For softmax with shared targets this is the targets' entropy, in nats; otherwise 0.
         """
-        if groups is None or self.masked or self.kind.pairwise:
-            return 0.0
-        return float(_group_sizes(groups.cpu()).double().log().mean())
+        bound = 0.0
+        if groups is not None and not self.masked and not self.kind.pairwise:
+            bound += float(group_sizes(groups.cpu()).double().log().mean())
+        if products is not None and self.photo_pairs:
+            partners = (group_sizes(products.cpu()) - 1).clamp(min=1)
+            bound += self.photo_pairs * float(partners.double().log().mean())
+        return bound
 
 
 def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
@@ -106,7 +142,8 @@ def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
             "dimensions",
             "name smaller numbers; all dimensions count anyway",
         )
-    return ContrastiveLoss(model, LOSSES[name], masked, dimensions=cuts)
+    weight = settings.photo_pairs
+    return ContrastiveLoss(model, LOSSES[name], masked, dimensions=cuts, photo_pairs=weight)
 
 
 @contextmanager
@@ -119,13 +156,6 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.fp32_precision = before
-
-
-def _group_sizes(groups: Tensor) -> Tensor:
-    """How many rows the group of each row has, int64 [N]."""
-    ordered = groups.sort().values  # unlike torch.unique, this does not wait for a GPU
-    ends = torch.searchsorted(ordered, groups, right=True)
-    return ends - torch.searchsorted(ordered, groups)
 
 
 @dataclass
@@ -233,6 +263,14 @@ def _streamed(
 
     by_row = kind.streamed(blocks, add if differentiate else None)
     return (by_row - positive_logits).sum(), gradients
+
+
+def _computed(compute: Callable[..., _Computed], left: Tensor, right: Tensor) -> Tensor:
+    """The value of a loss, which can be differentiated if that is wanted."""
+    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        total: Tensor = _Differentiable.apply(left, right, compute)
+        return total
+    return compute(left, right, differentiate=False)[0]
 
 
 class _Differentiable(torch.autograd.Function):

@@ -54,6 +54,10 @@ def accumulation(
 
 @pytest.fixture(scope="module")
 def pairs() -> Batch:
+    return make_pairs()
+
+
+def make_pairs() -> Batch:
     """Captions of different lengths; the fifth and the ninth are the same."""
     base = load_pretrained("tiny")
     generator = torch.Generator().manual_seed(3)
