@@ -106,7 +106,7 @@ class Comparison:
         self._models = pretrained, fine_tuned
         self._encoding = threading.Lock()
         settings = fine_tuned.opened.settings
-        self._template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        self._template = CaptionTemplate.of(settings)
         inputs = fine_tuned.opened.loaded.base.inputs
         self._encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
         self.thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._thumbnail)

@@ -80,7 +80,7 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
     """
     check_unlocked(folder)
     on_pairs = ("data_dir", "stream", "caption", "caption_lines", "group_field", "label_field")
-    on_pairs += ("scenario", "photo_pairs")
+    on_pairs += ("scenario", "photo_pairs", "fields")
     of_pairs = {tuple(str(getattr(run, name)) for name in on_pairs): run for run in runs}
     for run in of_pairs.values():
         if not run.s3_bucket:
@@ -180,7 +180,7 @@ def check_place(
 
 
 def _template(settings: Settings) -> CaptionTemplate:
-    return CaptionTemplate.parse(settings.caption, settings.caption_lines)
+    return CaptionTemplate.of(settings)
 
 
 def import_libraries(*classes: str) -> None:

@@ -5,6 +5,7 @@ section it needs (``OptimSettings``) and accept the whole. ``clipft.config.sourc
 the values come from.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,6 +58,18 @@ _SCENARIO_RATES = " and ".join(
 
 def _names(value: str) -> list[str]:
     return [name for part in value.split(",") if (name := part.strip())]
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """Split ``name:0.5``; without a number after the last colon, the weight is 1, and a weight of
+    0 stands for one that is not a number."""
+    name, colon, weight = part.rpartition(":")
+    if not colon:
+        return part, 1.0
+    try:
+        return name.strip(), float(weight)
+    except ValueError:
+        return name.strip(), 0.0
 
 
 class StorageSettings(Section):
@@ -123,6 +136,14 @@ class DataSettings(Section):
         "fields of its .json file, as in '{type}, {color}. {name}'. Separate alternatives with "
         "||: each epoch draws one of them.",
         "fixed",
+    )
+    fields: str = setting(
+        "",
+        "Metadata fields to train on instead of --caption, each with a weight, as in "
+        "name:1,description:0.5. Each epoch draws the caption of a pair from one of its fields, in "
+        "proportion to the weights. An evaluation uses the first field that the pair has.",
+        "fixed",
+        metavar="NAME:WEIGHT,...",
     )
     caption_lines: Literal["separate", "joined"] = setting(
         "separate",
@@ -201,6 +222,22 @@ class DataSettings(Section):
         ge=0,
         le=1,
     )
+
+    @field_validator("fields")
+    @classmethod
+    def _weighted_fields(cls, value: str) -> str:
+        for part in _names(value):
+            name, weight = _weighted(part)
+            if not name or not 0 < weight < math.inf:
+                raise ValueError(
+                    f"{part!r} is not a field and a weight above 0; write it as name:1"
+                )
+        return value
+
+    @property
+    def weighted_fields(self) -> dict[str, float]:
+        """The fields that captions are drawn from, with their weights; empty without ``fields``."""
+        return dict(map(_weighted, _names(self.fields)))
 
     def workers(self, sharers: int = 1) -> int:
         """The number of workers, where ``sharers`` processes share the processors.

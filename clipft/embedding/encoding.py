@@ -116,7 +116,7 @@ def training_preprocessing(
         UsageError: the caption template is invalid, or names a field that no pair has.
         DataError: too many pairs have no text.
     """
-    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+    template = CaptionTemplate.of(settings)
     captions = _captions(model, pairs, settings, template, settings.seed, note)
     return Preprocessing(
         captions, model.image_size, settings.augmentation, settings.seed, model.squashed
@@ -133,7 +133,7 @@ def validation_preprocessing(
     Raises:
         UsageError, DataError: as for ``training_preprocessing``.
     """
-    template = CaptionTemplate.parse(settings.caption, settings.caption_lines).for_evaluation()
+    template = CaptionTemplate.of(settings).for_evaluation()
     captions = _captions(model, pairs, settings, template, None, lambda note: None)
     return Preprocessing(captions, model.image_size, "none", settings.seed, model.squashed)
 
@@ -161,8 +161,8 @@ def _captions(
         known = known_fields(pairs)
         raise DataError(
             f"{without} of {len(pairs)} pairs in {pairs.shards[0].path.parent} have no text "
-            f"with --caption {settings.caption!r}, more than --max-bad {settings.max_bad:g}",
-            (f"{fields_hint('', known)}: name them in --caption, " if known else "")
+            f"with {template.option} {template.source!r}, more than --max-bad {settings.max_bad:g}",
+            (f"{fields_hint('', known)}: name them in {template.option}, " if known else "")
             + "fix the captions, or raise --max-bad",
         )
     return table

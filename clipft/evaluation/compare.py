@@ -99,7 +99,8 @@ def evaluate_checkpoint(
     inputs = fine_tuned.base.inputs
     # Everything that can be refused is opened before the first pair is embedded
     own = EvaluationSet.open(inputs, settings, request.split)
-    note(f"Evaluating on the {own.title.lower()} pairs of {settings.data_dir}.")
+    by = f", with {own.caption} as captions" if settings.fields else ""
+    note(f"Evaluating on the {own.title.lower()} pairs of {settings.data_dir}{by}.")
     general = None
     if request.keep:
         general = EvaluationSet.open(inputs, general_settings(settings, request.keep))

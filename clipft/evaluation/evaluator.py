@@ -10,7 +10,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import checked, silent
 from clipft.data.captions.cleaning import compared
 from clipft.data.captions.metadata import check_label_field, describe
-from clipft.data.captions.template import CaptionTemplate
+from clipft.data.captions.template import DEFAULT_TEMPLATE, CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.overlap import same_images
 from clipft.data.shards.dataset import PairDataset, evaluation_pairs
@@ -62,7 +62,7 @@ class EvaluationSet:
             UsageError: no pair has ``group_field`` or the chosen ``label_field``, or the groups
                 are too large.
         """
-        template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        template = CaptionTemplate.of(settings)
         template = template.for_evaluation()
         said = describe(pairs, template, settings.label_field, settings.group_field)
         check_label_field(settings.label_field, said, pairs)
@@ -84,6 +84,11 @@ class EvaluationSet:
         """
         which, pairs = evaluation_pairs(settings, split)
         return cls.of(pairs, validation_preprocessing(inputs, pairs, settings), settings, which)
+
+    @property
+    def caption(self) -> str:
+        """The template of the captions, or the field, that is measured."""
+        return CaptionTemplate.of(self.settings).first
 
     @property
     def title(self) -> str:
@@ -122,15 +127,17 @@ class EvaluationSet:
 class Comparison:
     """The pretrained and the fine-tuned model on the same pairs.
 
-    ``after`` is None if nothing was trained.
+    ``after`` is None if nothing was trained. ``caption`` is the template of the captions.
     """
 
     before: Evaluation
     after: Evaluation | None
+    caption: str = DEFAULT_TEMPLATE.source
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of evaluation.json, with the definitions of its figures."""
         return {
+            "caption": self.caption,
             "definitions": DEFINITIONS,
             "before": self.before.to_dict(),
             "after": self.after.to_dict() if self.after else None,
@@ -146,4 +153,5 @@ def compare(
 ) -> Comparison:
     """Evaluate both models on the same pairs; ``check`` as in ``EvaluationSet.evaluate``."""
     before = pairs.evaluate(pretrained, check).evaluation
-    return Comparison(before, pairs.evaluate(fine_tuned, check).evaluation if fine_tuned else None)
+    after = pairs.evaluate(fine_tuned, check).evaluation if fine_tuned else None
+    return Comparison(before, after, pairs.caption)

@@ -90,7 +90,7 @@ def _linear(
     if not tars_in(folder):
         return None
     pairs = open_pairs(folder, settings.max_train_pairs)
-    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+    template = CaptionTemplate.of(settings)
     said = describe(pairs, template, settings.label_field, None)
     targets = [chosen.number(description.label) for description in said]
     rows = [i for i, target in enumerate(targets) if target is not None]

@@ -86,7 +86,7 @@ def _gallery(folder: Path, settings: "Settings") -> Gallery:
         if data_name(pairs) != before.data:
             moved = f"the pairs in {settings.data_dir} are not those of the run"
             return Gallery(note=f"No gallery: {moved}.")
-        template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        template = CaptionTemplate.of(settings)
         read = PairReader(pairs, template.for_evaluation())
 
         def keep_image(number: int) -> str:

@@ -13,6 +13,7 @@ from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
 from clipft.data.captions.metadata import check_chosen_fields
+from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Position, Share
@@ -348,6 +349,11 @@ def _open_data(
     if settings.declared_scenario.trains and processes.rank == 0:
         captions = (preprocessing.captions, val_preprocessing.captions)
         remarks = data_remarks(train, val, captions, inputs.context_length)
+        if settings.fields:
+            field = CaptionTemplate.of(settings).first
+            remarks.append(
+                f"captions are drawn from {settings.fields}; validation measures {field}"
+            )
     return _Data(train, val, preprocessing, val_preprocessing, remarks)
 
 

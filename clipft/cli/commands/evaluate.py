@@ -220,7 +220,7 @@ def zero_shot(
         embedded = evaluated.embedded
         most = options.linear_pairs if options.linear else 0
         labelling = label_validation(model, pairs, embedded, chosen, most)
-    compared = Comparison(evaluated.evaluation, None).to_dict()
+    compared = Comparison(evaluated.evaluation, None, pairs.caption).to_dict()
     classification = labelling.to_dict(settings) if labelling else None
     result = {
         **evaluated.evaluation.retrieval.to_dict(),

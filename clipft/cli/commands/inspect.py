@@ -100,7 +100,7 @@ def inspect(
     others = _splits(options.against, named=True) if options.against else {}
     if options.html:
         check_writable(options.html)
-    template = CaptionTemplate.parse(loaded.values.caption, loaded.values.caption_lines)
+    template = CaptionTemplate.of(loaded.values)
     template = template.for_evaluation()
     for pairs in (splits | others).values():
         check_fields(template, pairs)

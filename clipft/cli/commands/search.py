@@ -155,7 +155,7 @@ def _caption(opened: "OpenedModel", pair: "RawPair") -> str:
     from clipft.data.captions.template import BadCaption, CaptionTemplate
 
     settings = opened.settings
-    template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+    template = CaptionTemplate.of(settings)
     try:
         return template.captions(pair.caption, pair.metadata)[0]
     except BadCaption:

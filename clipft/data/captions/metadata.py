@@ -26,7 +26,7 @@ def check_fields(template: CaptionTemplate, pairs: WithMetadata) -> None:
         UsageError: No pair has one of the fields.
     """
     for field in template.fields:
-        check_field(f"--caption {template.source!r}", field, pairs)
+        check_field(f"{template.option} {template.source!r}", field, pairs)
 
 
 def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:

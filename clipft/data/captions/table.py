@@ -4,7 +4,8 @@ The table is made once and kept in the cache folder. It is opened through memory
 processes share one copy. The name of its folder is a hash of everything that decides its content:
 the shards with their sizes and times, the caption template and the tokenizer. Its files are ``ids``
 (all captions in a row), ``ends`` (where each caption ends) and ``counts`` [pairs] (the number of
-captions of the pairs up to and including this one).
+captions of the pairs up to and including this one); and ``weights`` [captions], if captions are
+drawn by their weight.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from clipft.data.shards.dataset import PairDataset, RawPair
 
 _FORMAT = "2"  # part of the folder's name: another number makes all tables anew
 _ARRAYS = ("ids", "ends", "counts")
+_WEIGHTS = "weights"
 _CHUNK = 4096
 # In the seed of a caption's draw, so that it is independent of the augmentation's
 _CAPTION = 1
@@ -36,11 +38,17 @@ _CAPTION = 1
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
-def _choice(captions: int, seed: int | None, epoch: int, number: int) -> int:
+def _choice(
+    captions: int, seed: int | None, epoch: int, number: int, weights: Numbers | None
+) -> int:
     """Draw which of its captions a pair has in an epoch; without a seed it is the first."""
     if captions == 1 or seed is None:
         return 0
-    return derived_seed(seed, epoch, number, _CAPTION) % captions
+    drawn = derived_seed(seed, epoch, number, _CAPTION)
+    if weights is None:
+        return drawn % captions
+    ends = np.cumsum(weights)
+    return int(np.searchsorted(ends[:-1], drawn / 2**63 * ends[-1], side="right"))
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ class LiveCaptions:
         Raises:
             BadCaption: The pair has no text.
         """
-        texts = self.template.captions(pair.caption, pair.metadata)
-        text = texts[_choice(len(texts), self.seed, epoch, pair.number)]
+        found = self.template.weighted_captions(pair.caption, pair.metadata)
+        weights = np.array([*found.values()]) if self.template.weights else None
+        text = [*found][_choice(len(found), self.seed, epoch, pair.number, weights)]
         return self.encoder([text])[0].ids
 
 
@@ -102,6 +111,7 @@ class CaptionTable:
     ids_of_all: Numbers
     ends: Numbers
     counts: Numbers
+    weights: Numbers | None = None
     folder: Path | None = None
 
     def ids(self, pair: RawPair, epoch: int) -> list[int]:
@@ -115,7 +125,8 @@ class CaptionTable:
         if not captions:
             clean_caption(pair.caption)  # says why if the caption is not text
             raise BadCaption("empty caption")
-        return self._ids(first + _choice(captions, self.seed, epoch, pair.number))
+        weights = None if self.weights is None else self.weights[first : first + captions]
+        return self._ids(first + _choice(captions, self.seed, epoch, pair.number, weights))
 
     def _ids(self, caption: int) -> list[int]:
         start = int(self.ends[caption - 1]) if caption else 0
@@ -141,7 +152,7 @@ class CaptionTable:
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned (not forked) worker maps the files itself instead of receiving a copy
         if self.folder:
-            return _load, (self.folder, self.pad_token_id, self.seed)
+            return _load, (self.folder, self.pad_token_id, self.seed, self.weights is not None)
         return super().__reduce__()  # type: ignore[return-value]
 
 
@@ -164,14 +175,15 @@ def caption_table(
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
     folder = cache_folder() / "captions" / digest.hexdigest()[:32]
     mark_used(folder)
+    weighted = template.weights is not None
     try:
-        return _load(folder, encoder.eos_token_id, seed)
+        return _load(folder, encoder.eos_token_id, seed, weighted)
     except (OSError, ValueError, KeyError, TypeError):
         building()
     table = _build(pairs, template, encoder, seed)
     try:
         _save(table, folder)
-        return _load(folder, encoder.eos_token_id, seed)
+        return _load(folder, encoder.eos_token_id, seed, weighted)
     except (OSError, ValueError):  # the disk is full, or another run was faster
         return table
 
@@ -180,15 +192,17 @@ def _build(
     pairs: PairDataset, template: CaptionTemplate, encoder: CaptionEncoder, seed: int | None
 ) -> CaptionTable:
     counts, ids, ends, lengths = list[int](), list[Numbers](), list[Numbers](), list[int]()
+    weights = list[float]()
     for start in range(0, len(pairs), _CHUNK):
         texts = list[str]()
         for number in range(start, min(start + _CHUNK, len(pairs))):
             try:
-                captions = template.captions(*pairs.caption_and_metadata(number))
+                captions = template.weighted_captions(*pairs.caption_and_metadata(number))
             except BadCaption:
-                captions = []
+                captions = {}
             counts.append(len(captions))
             texts += captions
+            weights += captions.values()
         encoded = encoder(texts)
         lengths += [caption.length for caption in encoded]
         ids.append(np.array([token for caption in encoded for token in caption.ids], np.uint32))
@@ -211,6 +225,7 @@ def _build(
         ids_of_all.astype(dtype),
         np.cumsum(np.concatenate(ends)),
         np.cumsum(counts),
+        np.array(weights) if template.weights else None,
     )
 
 
@@ -221,6 +236,8 @@ def _save(table: CaptionTable, folder: Path) -> None:
         arrays = (table.ids_of_all, table.ends, table.counts)
         for name, array in zip(_ARRAYS, arrays, strict=True):
             np.save(temporary / f"{name}.npy", array)
+        if table.weights is not None:
+            np.save(temporary / f"{_WEIGHTS}.npy", table.weights)
         (temporary / "figures.json").write_text(json.dumps(asdict(table.figures)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged table may be there
         os.replace(temporary, folder)
@@ -228,15 +245,19 @@ def _save(table: CaptionTable, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(folder: Path, pad_token_id: int, seed: int | None) -> CaptionTable:
+def _load(folder: Path, pad_token_id: int, seed: int | None, weighted: bool) -> CaptionTable:
     """
     Raises:
         OSError, ValueError, KeyError, TypeError: There is no table, or it is damaged.
     """
     figures = CaptionFigures(**json.loads((folder / "figures.json").read_text()))
     # Indexing a memmap is several times as slow as indexing a plain array over the same memory
-    mapped = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-    ids, ends, counts = map(np.asarray, mapped)
+    names = (*_ARRAYS, _WEIGHTS) if weighted else _ARRAYS
+    mapped = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
+    ids, ends, counts, *rest = map(np.asarray, mapped)
+    weights = rest[0] if rest else None
+    if weights is not None and len(weights) != len(ends):
+        raise ValueError("the weights do not belong to the captions")
     if (len(counts) and int(counts[-1]) != len(ends)) or (len(ends) and int(ends[-1]) != len(ids)):
         raise ValueError("the arrays do not belong together")
-    return CaptionTable(figures, pad_token_id, seed, ids, ends, counts, folder)
+    return CaptionTable(figures, pad_token_id, seed, ids, ends, counts, weights, folder)

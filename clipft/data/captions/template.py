@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from clipft.config.settings import DataSettings
 from clipft.core.errors import UsageError
 from clipft.core.text import NotText, decode
 from clipft.data.captions.fields import field_value
@@ -209,13 +210,37 @@ def _closed_gap(gap: "re.Match[str]") -> str:
 class CaptionTemplate:
     """A parsed template; ``lines`` says what the lines of a ``.txt`` are.
 
-    With ``only_first``, a pair has the captions of the first alternative that has any for it.
+    With ``only_first``, a pair has the captions of the first alternative that has any for it. With
+    ``weights``, one for each alternative, captions are drawn in proportion to them; otherwise all
+    captions of a pair are equally likely. ``option`` is how the user gave the template.
     """
 
     source: str
     alternatives: tuple[_Alternative, ...]
     lines: Lines = "separate"
     only_first: bool = False
+    weights: tuple[float, ...] | None = None
+    option: str = "--caption"
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> "CaptionTemplate":
+        """Return the template that settings describe, by ``caption`` or by ``fields``.
+
+        Raises:
+            UsageError: As for ``parse``, or both are given.
+        """
+        weighted = settings.weighted_fields
+        if not weighted:
+            return cls.parse(settings.caption, settings.caption_lines)
+        if settings.caption != DEFAULT_TEMPLATE.source:
+            raise UsageError(
+                "--caption and --fields cannot be used together",
+                "--caption composes captions, and --fields draws them from single fields: leave "
+                "one of the two out",
+            )
+        fields = tuple(_Alternative((_Field(name),), (_Field(name),)) for name in weighted)
+        weights = tuple(weighted.values())
+        return cls(settings.fields, fields, settings.caption_lines, False, weights, "--fields")
 
     @classmethod
     def parse(cls, source: str, lines: Lines = "separate") -> "CaptionTemplate":
@@ -236,11 +261,19 @@ class CaptionTemplate:
     @property
     def state(self) -> str:
         """Everything that decides the captions, as text."""
-        return "\n".join([self.source, self.lines, str(self.only_first)])
+        weights = [str(self.weights)] if self.weights else []
+        return "\n".join([self.source, self.lines, str(self.only_first), *weights])
 
     def for_evaluation(self) -> "CaptionTemplate":
         """Return the template without the alternatives that only vary the training."""
         return replace(self, only_first=True)
+
+    @property
+    def first(self) -> str:
+        """The first alternative as text, which is what an evaluation measures."""
+        if self.weights:
+            return f"{{{self.alternatives[0].fields[0].name}}}"
+        return re.split(r"\s*\|\|\s*", self.source.strip())[0]
 
     @property
     def fields(self) -> list[str]:
@@ -254,6 +287,14 @@ class CaptionTemplate:
         Raises:
             BadCaption: There is none.
         """
+        return list(self.weighted_captions(caption, metadata))
+
+    def weighted_captions(self, caption: bytes, metadata: bytes) -> dict[str, float]:
+        """Return the same, each with its weight: 1, or its share of the weight of its alternative.
+
+        Raises:
+            BadCaption: There is none.
+        """
         own = self._own_texts(caption)
         values = parse_metadata(metadata) if self.fields or not own else {}
         if len(own) == 1:
@@ -262,14 +303,17 @@ class CaptionTemplate:
             values[CAPTION_FIELD] = own
         elif not values:
             values[CAPTION_FIELD] = _listed(metadata)
-        texts = list[str]()
-        for alternative in self.alternatives:
-            texts += alternative.texts(values)
-            if texts and self.only_first:
+        found: dict[str, float] = {}
+        for nth, alternative in enumerate(self.alternatives):
+            texts = alternative.texts(values)
+            for text in texts:
+                share = self.weights[nth] / len(texts) if self.weights else 0.0
+                found[text] = found.get(text, 0.0) + share if self.weights else 1.0
+            if found and self.only_first:
                 break
-        if not texts:
+        if not found:
             raise BadCaption("empty caption")
-        return list(dict.fromkeys(texts))
+        return found
 
     def _own_texts(self, caption: bytes) -> list[str]:
         """Decode the ``.txt``; it need not be text if the template does not use it.

@@ -54,7 +54,7 @@ class EmbeddedTable:
         self.name, self._parts, self._folder = name, parts, folder
         self._opened, self._made_with = opened, made_with
         settings = opened.settings
-        template = CaptionTemplate.parse(settings.caption, settings.caption_lines)
+        template = CaptionTemplate.of(settings)
         self._template = template.for_evaluation()
         self._format = VectorFormat(made_with["dim"], made_with["dtype"])
         decides = {key: value for key, value in made_with.items() if key != "clipft"}

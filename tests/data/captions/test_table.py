@@ -7,6 +7,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from clipft.config.settings import Settings
 from clipft.core.cache import cache_folder
 from clipft.data.captions.table import LiveCaptions, caption_table
 from clipft.data.captions.template import BadCaption, CaptionTemplate
@@ -99,3 +100,40 @@ def test_without_a_cache_folder_it_is_kept_in_memory(pairs, encoder, tmp_path, m
     table = caption_table(pairs, TEMPLATE, encoder, 1, Builds())
     assert ids(table, pairs, 0) == ids(LiveCaptions(TEMPLATE, encoder, 1), pairs, 0)
     assert ids(pickle.loads(pickle.dumps(table)), pairs, 0)
+
+
+WEIGHTED = CaptionTemplate.of(Settings(fields="names:3,caption:1"))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_fields_are_drawn_by_their_weights_from_the_table_as_live(pairs, encoder, seed):
+    table = caption_table(pairs, WEIGHTED, encoder, seed, Builds())
+    again = caption_table(pairs, WEIGHTED, encoder, seed, Builds())
+    live = LiveCaptions(WEIGHTED, encoder, seed)
+    sent = pickle.loads(pickle.dumps(table))
+    for epoch in range(6):
+        expected = ids(live, pairs, epoch)
+        assert all(ids(each, pairs, epoch) == expected for each in (table, again, sent))
+    if seed is None:
+        return
+    # Pair 3 has three names, which share a weight of 3, and a .txt with a weight of 1
+    own = tuple(encoder(["long " * 15])[0].ids)
+    drawn = [tuple(table.ids(pairs[3], epoch)) for epoch in range(2000)]
+    assert len(set(drawn)) == 4
+    assert drawn.count(own) / 2000 == pytest.approx(0.25, abs=0.04)
+    # Pair 8 has no names: what it has is drawn always
+    assert len({tuple(table.ids(pairs[8], epoch)) for epoch in range(20)}) == 1
+
+
+def test_a_table_that_lost_its_weights_is_made_again(pairs, encoder):
+    builds = Builds()
+    table = caption_table(pairs, WEIGHTED, encoder, 1, builds)
+    (table.folder / "weights.npy").unlink()
+    again = caption_table(pairs, WEIGHTED, encoder, 1, builds)
+    assert len(builds) == 2 and again.weights.tolist() == table.weights.tolist()
+
+
+def test_other_weights_are_another_table(pairs, encoder):
+    other = CaptionTemplate.of(Settings(fields="names:1,caption:1"))
+    one, two = (caption_table(pairs, t, encoder, 1, Builds()) for t in (WEIGHTED, other))
+    assert one.folder != two.folder

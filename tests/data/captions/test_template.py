@@ -1,9 +1,12 @@
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 
@@ -110,3 +113,44 @@ def test_any_text_is_parsed_or_refused(source):
         assert all(parsed.captions(b"a", b'{"a": 1}'))
     except BadCaption:
         return
+
+
+def fields(given: str, **metadata: Any) -> dict[str, float]:
+    template = CaptionTemplate.of(Settings(fields=given))
+    return template.weighted_captions(b"text", json.dumps(metadata).encode())
+
+
+def test_fields_are_captions_with_weights():
+    assert fields("name:1,description:0.5", name="Sofa", description="Soft.") == {
+        "Sofa": 1.0,
+        "Soft.": 0.5,
+    }
+    assert fields("name, size.width :2,caption:3", name="Sofa", size={"width": 80}) == {
+        "Sofa": 1.0,
+        "80": 2.0,
+        "text": 3.0,
+    }
+
+
+def test_values_of_a_field_share_its_weight_and_equal_texts_add_theirs():
+    found = fields("colors:1,name:0.5,empty:9", colors=["red", "blue"], name="red", empty=" ")
+    assert found == {"red": 1.0, "blue": 0.5}
+
+
+def test_an_evaluation_measures_the_first_field_that_a_pair_has():
+    template = CaptionTemplate.of(Settings(fields="name:1,description:5")).for_evaluation()
+    assert template.first == "{name}"
+    assert template.captions(b"", b'{"name": "Sofa", "description": "Soft."}') == ["Sofa"]
+    assert template.captions(b"", b'{"name": "", "description": "Soft."}') == ["Soft."]
+    assert CaptionTemplate.parse("a {name} || {caption}").first == "a {name}"
+
+
+@pytest.mark.parametrize("given", ["name:0", "name:-1", "name:x", ":1", "name:inf", "name:nan"])
+def test_a_weight_that_is_none_is_refused(given):
+    with pytest.raises(ValidationError, match="is not a field and a weight above 0"):
+        Settings(fields=given)
+
+
+def test_fields_and_a_caption_cannot_be_combined():
+    with pytest.raises(UsageError, match="--caption and --fields cannot be used together"):
+        CaptionTemplate.of(Settings(fields="name:1", caption="{name}"))
