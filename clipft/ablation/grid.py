@@ -23,7 +23,16 @@ OWN = frozenset(
 would have the same name in the bucket."""
 
 _WITHOUT_TRAINING = frozenset(
-    {"model", "caption", "caption_lines", "fields", "data_dir", "max_val_pairs", "precision"}
+    {
+        "model",
+        "caption",
+        "caption_lines",
+        "fields",
+        "label_prompts",
+        "data_dir",
+        "max_val_pairs",
+        "precision",
+    }
 )
 """Settings that can change the figures of a model that is not trained."""
 

@@ -40,12 +40,20 @@ def comparison_answer(
         general: the same on a general set.
         model: the heading of the first model, the only one if nothing was fine-tuned.
     """
-    from clipft.cli.tables import category_table, comparison_tables, main_table
+    from clipft.cli.tables import (
+        accuracy_table,
+        category_table,
+        comparison_tables,
+        main_table,
+    )
     from clipft.metrics.figures import GENERAL_SET, counted_pairs, figure_tables, main_rows, verdict
 
     other = figure_tables([], general) if general else None
     rows = main_rows(figure_tables([], compared), other)
     yield verdict(rows[0])
+    accuracies = accuracy_table(compared)
+    if accuracies:
+        yield accuracies
     if not options.all:
         yield main_table(f"{title}: {counted_pairs(compared['before'])}", rows, model)
         return

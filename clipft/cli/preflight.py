@@ -19,9 +19,11 @@ from clipft.data.captions.metadata import (
     check_chosen_fields,
     check_fields,
     check_photo_pairs,
+    check_stopping,
     describe,
 )
 from clipft.data.captions.template import CaptionTemplate
+from clipft.data.few_shot import training_pairs
 from clipft.data.shards.dataset import PairDataset, evaluation_pairs, open_pairs, shard_paths
 from clipft.evaluation.labels import choose_labels
 from clipft.evaluation.request import Request, general_settings
@@ -80,7 +82,7 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
     """
     check_unlocked(folder)
     on_pairs = ("data_dir", "stream", "caption", "caption_lines", "group_field", "label_field")
-    on_pairs += ("scenario", "photo_pairs", "fields")
+    on_pairs += ("scenario", "photo_pairs", "fields", "label_prompts", "shots", "seed")
     of_pairs = {tuple(str(getattr(run, name)) for name in on_pairs): run for run in runs}
     for run in of_pairs.values():
         if not run.s3_bucket:
@@ -96,12 +98,13 @@ def check_training_pairs(settings: Settings) -> None:
         DataError: there are no pairs, or a shard cannot be read.
         UsageError: no pair has one of the fields.
     """
+    check_stopping(settings)
     train, template = settings.data_dir / "train", _template(settings)
     if settings.stream:  # may have too many shards to open them all
         check_photo_pairs(settings, None)
         shard_paths(train)
     else:
-        pairs = open_pairs(train, settings.max_train_pairs)
+        pairs = training_pairs(settings)
         check_fields(template, pairs)
         check_photo_pairs(settings, pairs)
     validation = open_pairs(settings.data_dir / "val", settings.max_val_pairs)

@@ -203,6 +203,8 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
     for direction, label in DIRECTIONS.items():
         figures = result.retrieval[direction]
         recalls += f"  {label} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
+    if result.accuracy is not None:
+        recalls += f"  accuracy {result.accuracy:.1%}"
     best = "  best so far" if result.improved else ""
     return (
         f"{_epoch_label(result, epochs)}:{train} val loss {result.val_loss:.4f}{bound}"
@@ -218,6 +220,9 @@ def epoch_row(result: EpochResult, epochs: int) -> str:
         figures = result.retrieval[direction]
         recalls += f"  {figures['r@1']:>7.1%}{figures['r@10']:>7.1%}"
     best = "  best so far" if result.improved else ""
+    if result.accuracy is not None:  # all within 80 columns
+        recalls += f"  acc {result.accuracy:.1%}"
+        best = "  best" if result.improved else ""
     return f"{_epoch_label(result, epochs):15}{train:>9}{result.val_loss:>9.4f}{recalls}{best}"
 
 

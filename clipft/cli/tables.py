@@ -124,6 +124,22 @@ def _shown(protocol: str, names: dict[str, Any]) -> list[str]:
     return [name for name in names if protocol != "grouped" or name in _GROUPED]
 
 
+def accuracy_table(compared: dict[str, Any]) -> Table | None:
+    """Show the accuracy of a model that is trained on labels, beside that of other classifiers."""
+    found = compared.get("classification")
+    if not found:
+        return None
+    tuned = ["fine-tuned", "difference"] if found["after"] else []
+    title = f"Accuracy by {found['field']}: {figures.accuracy_size(found)}"
+    table = FigureTable(title, "compared with", "accuracy", *tuned)
+    for name, figure in found["before"].items():
+        row = [figures.CLASSIFIERS[name], with_interval(figure)]
+        if tuned:
+            row += [with_interval(found["after"]), signed(found["difference"][name])]
+        table.add_row(*row)
+    return table
+
+
 def category_table(compared: dict[str, Any]) -> Table | None:
     """Show R@10 from text to image for each category; None where pairs have no category."""
     categories = compared["before"]["by_category"]

@@ -23,6 +23,9 @@ TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 FOLLOWING = ("effective_batch_size", "epochs", "patience", "lr")
 """Settings that follow the catalogue and the base model where the user has set nothing."""
 
+LABELS = {"positives": "label", "stop_on": "accuracy"}
+"""Defaults under ``--label-prompts``: images of one label belong together, and accuracy counts."""
+
 MINI_TRAIN = {
     "epochs": 1,
     "effective_batch_size": 32,
@@ -144,6 +147,21 @@ class DataSettings(Section):
         "proportion to the weights. An evaluation uses the first field that the pair has.",
         "fixed",
         metavar="NAME:WEIGHT,...",
+    )
+    label_prompts: str = setting(
+        "",
+        "Train on the labels in label_field instead of captions: prompts with {} in place of the "
+        "label, separated by ||, or a file with one per line, or general or furniture. Each epoch "
+        "draws one. If not set otherwise, --positives is label and --stop-on is accuracy.",
+        "fixed",
+        metavar="PROMPTS|FILE",
+    )
+    shots: int = setting(
+        0,
+        "Train on this many pairs of each label in label_field, chosen by the seed. 0: on all.",
+        "fixed",
+        unit="pairs",
+        ge=0,
     )
     caption_lines: Literal["separate", "joined"] = setting(
         "separate",
@@ -347,10 +365,11 @@ class LossSettings(Section):
         "auto: the loss the model was pretrained with.",
         "fixed",
     )
-    positives: Literal["pair", "caption", "group"] = setting(
+    positives: Literal["pair", "caption", "group", "label"] = setting(
         "pair",
         "Which rows do not count as negatives of a pair. pair: only the pair itself; caption: rows "
-        "with the same caption; group: rows with the same value of group_field.",
+        "with the same caption; group: rows with the same value of group_field; label: rows with "
+        "the same value of label_field.",
         "fixed",
     )
     positives_mode: Literal["soft", "mask"] = setting(
@@ -492,10 +511,10 @@ class OptimSettings(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto", "Where to compute: cpu, cuda or mps. auto: a GPU if there is one."
     )
-    stop_on: Literal["loss", "recall", "never"] = setting(
+    stop_on: Literal["loss", "recall", "accuracy", "never"] = setting(
         "recall",
-        "Validation metric for early stopping and for choosing the best epoch: loss or recall. "
-        "never: do not stop early.",
+        "Validation metric for early stopping and for choosing the best epoch: loss, recall, or "
+        "with --label-prompts the accuracy of classification. never: do not stop early.",
         "fixed",
     )
     patience: int = setting(
@@ -564,7 +583,10 @@ class RunSettings(Section):
 class EvaluationSettings(Section):
     title = "Evaluation"
     label_field: str = setting(
-        "category", "Metadata field with a pair's label, for metrics by label and classification."
+        "category",
+        "Metadata field with a pair's label, for metrics by label, for classification, and for "
+        "training with --label-prompts, --shots and --positives label.",
+        "fixed",
     )
     resamples: int = setting(
         1000,

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from clipft.config.fields import Section, choices_of, current_names
+from clipft.config.prompts import SEPARATOR, lines_of
 from clipft.config.scenarios import SCENARIOS
-from clipft.config.settings import MINI_TRAIN, SECTIONS, Settings
+from clipft.config.settings import LABELS, MINI_TRAIN, SECTIONS, Settings
 from clipft.config.settings_file import read_toml, toml_value
 from clipft.core.cache import cache_folder
 from clipft.core.errors import UsageError, did_you_mean, unknown_choice
@@ -123,6 +124,7 @@ def load_settings(
             if name not in values:
                 values[name], origins[name] = value, origin
     _expand_data_url(values, origins)
+    _read_prompts(values)
     return LoadedSettings(validated(Settings, values, origins), origins)
 
 
@@ -149,10 +151,23 @@ def _profiles(sources: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str,
     # Values are not validated yet, so a flag or a variable is still text
     if str(chosen("mini_train")).lower() in {"true", "1", "yes", "on"}:
         profiles.append((dict(MINI_TRAIN), "mini_train"))
+    if chosen("label_prompts"):
+        profiles.append((dict(LABELS), "label_prompts"))
     scenario = SCENARIOS.get(chosen("scenario"))
     if scenario and scenario.lr is not None:
         profiles.append(({"lr": scenario.lr}, f"scenario {scenario.name}"))
     return profiles
+
+
+def _read_prompts(values: dict[str, Any]) -> None:
+    """Replace a file of prompts by its content, which the run then keeps in its settings.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    given = str(values.get("label_prompts", ""))
+    if given and (prompts := lines_of("--label-prompts", given)):
+        values["label_prompts"] = f" {SEPARATOR} ".join(prompts)
 
 
 def _expand_data_url(values: dict[str, Any], origins: dict[str, str]) -> None:

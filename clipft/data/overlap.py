@@ -21,7 +21,7 @@ def shared_images(val: PairDataset, train: PairDataset) -> int:
 
     The index knows the sizes in bytes, so only images whose size occurs on both sides are read.
     """
-    val_sizes, train_sizes = _image_sizes(val), _image_sizes(train)
+    val_sizes, train_sizes = val.image_sizes, train.image_sizes
     in_val = np.flatnonzero(np.isin(val_sizes, train_sizes))
     in_train = np.flatnonzero(np.isin(train_sizes, val_sizes))
     if len(in_val) + len(in_train) > _MOST_READ:
@@ -38,7 +38,7 @@ def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
 
 def same_images(pairs: PairDataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Number the images, int64 [pairs]: equal for images that are equal byte for byte."""
-    _, which, counts = np.unique(_image_sizes(pairs), return_inverse=True, return_counts=True)
+    _, which, counts = np.unique(pairs.image_sizes, return_inverse=True, return_counts=True)
     numbers = np.arange(len(pairs))
     # An image whose size no other has needs no reading
     doubtful: Sequence[int] = np.flatnonzero(counts[which] > 1).tolist()
@@ -46,11 +46,6 @@ def same_images(pairs: PairDataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
     for number, digest in zip(doubtful, _image_hashes(pairs, doubtful), strict=True):
         numbers[number] = first.setdefault(digest, number)
     return numbers
-
-
-def _image_sizes(pairs: PairDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    sizes = np.concatenate([shard.places[:, 0, 1] for shard in pairs.shards])
-    return sizes[: len(pairs)]
 
 
 def _image_hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:

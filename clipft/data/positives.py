@@ -73,12 +73,14 @@ def make_positives(
         return NO_GROUPS
     if settings.positives == "caption":
         return CaptionPositives(pad_token_id)
+    option = f"--positives {settings.positives}"
     if not isinstance(pairs, PairDataset):
         raise UsageError(
-            "--positives group cannot be used with --stream: groups are looked up by pair",
+            f"{option} cannot be used with --stream: groups are looked up by pair",
             "remove --stream, or use --positives caption",
         )
-    return GroupPositives(_group_ids("--positives group", settings.group_field, pairs, note))
+    field = settings.label_field if settings.positives == "label" else settings.group_field
+    return GroupPositives(_group_ids(option, field, pairs, note))
 
 
 def product_ids(settings: Settings, pairs: Pairs, note: Callable[[str], None]) -> Tensor | None:

@@ -29,6 +29,8 @@ from clipft.embedding.towers import Tower
 
 _MOST_ROUNDS = 10
 """Captions of a pair whose loss is measured in a validation; all are used for retrieval."""
+_TEXTS = 64
+"""Prompts that pass through the text tower together."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,30 @@ def _encode(tower: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
     own_keys = [chunk.keys[: chunk.rows] for chunk in made.chunks]
     keys = torch.from_numpy(np.concatenate(own_keys).astype(np.int64))
     return torch.cat(rows).cpu()[made.order], keys[made.order]
+
+
+@torch.inference_mode()
+def embed_in_tower(loaded: LoadedModel, tower: Tower, texts: Sequence[str]) -> Tensor:
+    """Embed texts with a tower of a run, whose weights may be sharded: float32 [len(texts), D].
+
+    All processes embed the same texts. Whether the model is in training stays as it is.
+
+    Raises:
+        NotFiniteError: an embedding is not a number.
+    """
+    inputs = loaded.base.inputs
+    encoder = CaptionEncoder(inputs.tokenizer, inputs.context_length)
+    encoded = [encoded.ids for encoded in encoder(texts)]
+    was_training = loaded.model.training
+    loaded.model.eval()
+    rows = list[Tensor]()
+    for start in range(0, len(encoded), _TEXTS):
+        ids = padded(encoded[start : start + _TEXTS], encoder.eos_token_id)
+        rows.append(_encode(tower, Batch(torch.empty(0), ids, tuple(range(len(ids)))))[0])
+    loaded.model.train(was_training)
+    found = torch.cat(rows)
+    check_finite_rows(found, lambda row: f"the text {texts[row]!r}")
+    return found
 
 
 @torch.inference_mode()

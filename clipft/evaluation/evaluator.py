@@ -17,6 +17,7 @@ from clipft.data.shards.dataset import PairDataset, evaluation_pairs
 from clipft.embedding.embed import Embeddings, embed_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel
+from clipft.evaluation.accuracy import Accuracies, compare_accuracy
 from clipft.metrics.definitions import DEFINITIONS
 from clipft.metrics.relevance import Identities, numbered, relevance
 from clipft.metrics.retrieval import Evaluation, EvaluationOptions, difference, evaluate
@@ -127,12 +128,14 @@ class EvaluationSet:
 class Comparison:
     """The pretrained and the fine-tuned model on the same pairs.
 
-    ``after`` is None if nothing was trained. ``caption`` is the template of the captions.
+    ``after`` is None if nothing was trained. ``caption`` is the template of the captions, and
+    ``accuracy`` that of a model that is trained on labels.
     """
 
     before: Evaluation
     after: Evaluation | None
     caption: str = DEFAULT_TEMPLATE.source
+    accuracy: Accuracies | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of evaluation.json, with the definitions of its figures."""
@@ -142,6 +145,7 @@ class Comparison:
             "before": self.before.to_dict(),
             "after": self.after.to_dict() if self.after else None,
             "difference": difference(self.after, self.before) if self.after else None,
+            **({"classification": self.accuracy.to_dict()} if self.accuracy else {}),
         }
 
 
@@ -152,6 +156,12 @@ def compare(
     check: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Evaluate both models on the same pairs; ``check`` as in ``EvaluationSet.evaluate``."""
-    before = pairs.evaluate(pretrained, check).evaluation
-    after = pairs.evaluate(fine_tuned, check).evaluation if fine_tuned else None
-    return Comparison(before, after, pairs.caption)
+    before = pairs.evaluate(pretrained, check)
+    after = pairs.evaluate(fine_tuned, check) if fine_tuned else None
+    accuracy = compare_accuracy(
+        pairs.settings,
+        pairs.labels,
+        (pretrained, before.embedded),
+        (fine_tuned, after.embedded) if fine_tuned and after else None,
+    )
+    return Comparison(before.evaluation, after and after.evaluation, pairs.caption, accuracy)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from clipft.core.common import counted, expand_home
+from clipft.config.prompts import lines_of, prompt_templates
+from clipft.core.common import counted
 from clipft.core.errors import UsageError, did_you_mean, sentences
 from clipft.core.files import did_you_mean_path
-from clipft.core.text import NotText, folded, read_text
+from clipft.core.text import folded
 
 _MISSPELLED = 0.8
 """How similar (0 to 1) a label that no pair has must be to one of the data to be called a typo.
@@ -16,27 +17,6 @@ _MISSPELLED = 0.8
 A list may well have labels that no pair has: ``armchair`` beside a catalogue's ``chair``.
 """
 _LISTED = 5
-
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "general": (
-        "a photo of a {}.",
-        "a photo of the {}.",
-        "a good photo of a {}.",
-        "a close-up photo of a {}.",
-        "a bright photo of a {}.",
-        "a picture of a {}.",
-        "itap of a {}.",
-    ),
-    "furniture": (
-        "a photo of a {}.",
-        "a product photo of a {}.",
-        "a {} on a white background.",
-        "a {} in a room.",
-        "a {}, furniture.",
-        "a catalogue picture of a {}.",
-        "{}",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -78,7 +58,7 @@ def choose_labels(
         UsageError: there is no such file, no pair has one of the labels, one of them is
             misspelled, or a template has no {}.
     """
-    prompts = _templates(templates)
+    prompts = prompt_templates("--templates", templates)
     in_data = _by_folded(sorted({name for name in found if name}))
     if not labels:
         return ChosenLabels(tuple(in_data.values()), prompts) if in_data else None
@@ -113,7 +93,7 @@ def choose_labels(
 
 def _labels(given: str, in_data: dict[str, str]) -> list[str]:
     """Read ``--labels``. A text without a comma is a file, unless pairs have it as their label."""
-    if (lines := _lines("--labels", given)) is not None:
+    if (lines := lines_of("--labels", given)) is not None:
         return lines
     labels = [label.strip() for label in given.replace(",", "\n").splitlines() if label.strip()]
     if len(labels) == 1 and folded(labels[0]) not in in_data:
@@ -123,40 +103,6 @@ def _labels(given: str, in_data: dict[str, str]) -> list[str]:
             sentences(meant, "give labels separated by commas, or a file with one label per line"),
         )
     return labels
-
-
-def _templates(given: str) -> tuple[str, ...]:
-    if given in TEMPLATES:
-        return tuple(TEMPLATES[given])
-    templates = _lines("--templates", given)
-    if templates is None and "{}" not in given:
-        meant = did_you_mean(given, TEMPLATES) or did_you_mean_path(Path(given))
-        names = " or ".join(TEMPLATES)
-        raise UsageError(
-            f"--templates {given}: there is no such set of templates and no such file",
-            sentences(meant, f"name {names}, or a file with one template per line"),
-        )
-    templates = [given] if templates is None else templates
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise UsageError(
-            f"--templates {given}: "
-            + (f"there is no {{}} in {wrong[0]!r}" if wrong else "the file has no templates"),
-            "write {} where the label belongs, as in: a photo of a {}",
-        )
-    return tuple(templates)
-
-
-def _lines(option: str, given: str) -> list[str] | None:
-    """Read a file with one entry per line; None if there is no such file."""
-    path = expand_home(given)
-    try:
-        if not path.is_file():
-            return None
-        text = read_text(path)
-    except (OSError, NotText) as error:
-        raise UsageError(f"{option}: cannot read {given}: {error}", "save it as UTF-8") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _by_folded(labels: Iterable[str]) -> dict[str, str]:

@@ -6,21 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clipft.config.settings import Settings
 from clipft.core.files import replacing
-from clipft.data.captions.metadata import describe
-from clipft.data.captions.template import CaptionTemplate
-from clipft.data.shards.dataset import ChosenPairs, open_pairs
 from clipft.data.shards.names import tars_in
-from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
-from clipft.embedding.encoding import live_encoding, validation_preprocessing
+from clipft.embedding.embed import Embeddings, embed_texts
 from clipft.embedding.load import LoadedModel
 from clipft.evaluation.evaluator import EvaluationSet
 from clipft.evaluation.labels import ChosenLabels
+from clipft.evaluation.training_features import training_features
 from clipft.metrics.classification import (
     Classification,
     Labelled,
@@ -72,38 +68,15 @@ def label_validation(
     if not rows:
         return None
     targets = torch.tensor([number for number in numbers if number is not None])
-    vectors = label_embeddings(chosen.labels, chosen.templates, partial(embed_texts, loaded))
+    names = chosen.labels
+    vectors = label_embeddings(names, chosen.templates, partial(embed_texts, loaded))
     test = Labelled(embedded.images[rows], targets)
-    prompts = classify(test.features, targets, vectors, chosen.labels)
-    linear = _linear(loaded, pairs.settings, test, chosen, linear_pairs) if linear_pairs else None
+    prompts = classify(test.features, targets, vectors, names)
+    linear = None
+    if linear_pairs and tars_in(pairs.settings.data_dir / "train"):
+        train = training_features(loaded, pairs.settings, chosen, linear_pairs)
+        linear = linear_classifier(train, test, names, pairs.settings.seed) if train else None
     return Labelling(chosen.labels, chosen.templates, vectors, prompts, linear)
-
-
-def _linear(
-    loaded: LoadedModel, settings: Settings, test: Labelled, chosen: ChosenLabels, most: int
-) -> Linear | None:
-    """Train a linear classifier on at most ``most`` training pairs and measure it on ``test``.
-
-    Returns None without training pairs that have one of the labels.
-    """
-    folder = settings.data_dir / "train"
-    if not tars_in(folder):
-        return None
-    pairs = open_pairs(folder, settings.max_train_pairs)
-    template = CaptionTemplate.of(settings)
-    said = describe(pairs, template, settings.label_field, None)
-    targets = [chosen.number(description.label) for description in said]
-    rows = [i for i, target in enumerate(targets) if target is not None]
-    if not rows:
-        return None
-    drawn = np.random.default_rng(settings.seed).permutation(rows)[:most]
-    preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
-    numbers = sorted(drawn.tolist())
-    # Not cached: a cache of a random choice of pairs would hardly be used again
-    encoding = live_encoding(loaded, preprocessing, settings)
-    embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
-    train = Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))
-    return linear_classifier(train, test, chosen.labels, settings.seed)
 
 
 def save_classifier(

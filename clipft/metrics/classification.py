@@ -199,18 +199,14 @@ def linear_classifier(
     x, y = train.features.numpy(), train.targets.numpy()
     if len(np.unique(y)) < 2:
         return None
-    random, held_out = np.random.default_rng(seed), np.zeros(len(y), bool)
-    for label in np.unique(y):
-        members = random.permutation(np.flatnonzero(y == label))
-        if len(members) > 1:
-            held_out[members[: max(1, round(_HELD_OUT * len(members)))]] = True
-    kept, c = ~held_out, _STRENGTHS[len(_STRENGTHS) // 2]
-    if held_out.any() and len(np.unique(y[kept])) > 1:
+    out = held_out(y, seed)
+    kept, c = ~out, _STRENGTHS[len(_STRENGTHS) // 2]
+    if out.any() and len(np.unique(y[kept])) > 1:
         # Each fit starts from the one before it, which takes less than half the time
         path, accuracy = _regression(warm_start=True), dict[float, float]()
         for strength in _STRENGTHS:
-            predicted = _fit(path, x[kept], y[kept], strength).predict(x[held_out])
-            accuracy[strength] = float((predicted == y[held_out]).mean())
+            predicted = _fit(path, x[kept], y[kept], strength).predict(x[out])
+            accuracy[strength] = float((predicted == y[out]).mean())
         c = max(_STRENGTHS, key=accuracy.__getitem__)  # of equals the most regularized
     fitted = _fit(_regression(), x, y, c)
     # Labels that were not trained on score below every probability
@@ -218,6 +214,16 @@ def linear_classifier(
     scores[:, fitted.classes_] = fitted.predict_proba(test.features.numpy())
     best = torch.from_numpy(np.argsort(-scores, axis=1, kind="stable")[:, :5].copy())
     return Linear(classification(best, test.targets, names), c, len(y))
+
+
+def held_out(targets: Integers, seed: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Draw a fifth of each label's images, at least one of a label that has two: bool [N]."""
+    random, out = np.random.default_rng(seed), np.zeros(len(targets), bool)
+    for label in np.unique(targets):
+        members = random.permutation(np.flatnonzero(targets == label))
+        if len(members) > 1:
+            out[members[: max(1, round(_HELD_OUT * len(members)))]] = True
+    return out
 
 
 def _regression(warm_start: bool = False) -> Any:

@@ -55,6 +55,13 @@ DEFINITIONS: dict[str, Any] = {
         "several is a query among all other images, and those of its group are right",
         **PHOTOS,
     },
+    "classification": {
+        "protocol": "an image is given the label whose prompts are nearest to it, on average; the "
+        "fine-tuned model is compared with classifiers on the features of the pretrained one",
+        "zero_shot": "the same prompts, with the pretrained model",
+        "linear": "logistic regression on the training images",
+        "tip_adapter": "prompts, and votes of the training images (Tip-Adapter, Zhang et al. 2022)",
+    },
     "ties": "candidates with equal scores are ranked by their position in the data set",
     "interval": "95% percentile bootstrap over clusters of pairs that share a caption, an "
     "image or a group; a difference uses the same resamples for both models",

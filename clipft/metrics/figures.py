@@ -50,6 +50,8 @@ _NAMES = {
     "ndcg@10": "nDCG@10",
     "r_precision": "R-precision",
     "ceiling": "upper bound",
+    "tip_adapter": "Tip-Adapter",
+    "zero_shot": "zero-shot",
 }
 
 
@@ -132,7 +134,8 @@ def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict
     """
     if evaluation:
         there = [protocol for protocol in PROTOCOLS if protocol in evaluation["before"]]
-        return [_evaluated(evaluation, protocol) for protocol in there]
+        tables = [_evaluated(evaluation, protocol) for protocol in there]
+        return [*tables, _accuracies(evaluation)] if "classification" in evaluation else tables
     before, after = before_and_after(metrics)
     if before is None:
         return []
@@ -179,6 +182,37 @@ def _evaluated(evaluation: Json, protocol: str) -> dict[str, Any]:
         title = "Another photo of the same product"
     title += f", {protocol_size(before, protocol)}"
     return {"title": title, "definitions": words, "rows": rows}
+
+
+CLASSIFIERS = {
+    "zero_shot": "pretrained, same prompts",
+    "linear": "pretrained, linear classifier",
+    "tip_adapter": "pretrained, Tip-Adapter",
+}
+"""What the accuracy of a model that is trained on labels is compared with: JSON key -> label."""
+
+
+def _accuracies(evaluation: Json) -> dict[str, Any]:
+    """The table of accuracies: each row compares another classifier with the fine-tuned model."""
+    found, definitions = evaluation["classification"], evaluation["definitions"]
+    rows = [
+        _row(
+            f"classification/{name}/top1",
+            CLASSIFIERS[name],
+            figure,
+            found["after"],
+            found["difference"][name] if found["after"] else None,
+        )
+        for name, figure in found["before"].items()
+    ]
+    words = {**definitions["classification"], "interval": definitions["interval"]}
+    return {"title": f"Accuracy, {accuracy_size(found)}", "definitions": words, "rows": rows}
+
+
+def accuracy_size(classification: Json) -> str:
+    """Say on how much accuracy was measured."""
+    images, labels = classification["images"], classification["labels"]
+    return f"{counted(images, 'image')} of {counted(labels, 'label')}"
 
 
 def directions_of(protocol: Json) -> list[tuple[str, str]]:

@@ -75,7 +75,7 @@ def saved_settings(content: dict[str, Any], now: LoadedSettings, anew: Collectio
     current = now.values.model_dump()
     changed = {name: current[name] for name in anew if now.origins[name] != "default"}
     if "caption" in changed:  # other texts than those that the checkpoint drew from fields
-        changed = {"fields": "", **changed}
+        changed = {"fields": "", "label_prompts": "", **changed}
     saved = current_names(Settings, content["settings"])
     known = {name: value for name, value in saved.items() if name in Settings.model_fields}
     try:

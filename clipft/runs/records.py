@@ -155,7 +155,8 @@ class EpochResult:
     """The validation after an epoch. Epoch 0 is the pretrained model, before any training.
 
     ``retrieval`` is what ``metrics.retrieval.Retrieval.to_dict`` returns. ``val_floor`` is the
-    lowest ``val_loss`` that any model could reach.
+    lowest ``val_loss`` that any model could reach. ``accuracy`` is that of a run that is trained on
+    labels.
     """
 
     epoch: int
@@ -165,6 +166,7 @@ class EpochResult:
     retrieval: dict[str, Any]
     improved: bool = False
     val_floor: float = 0.0
+    accuracy: float | None = None
 
     def recall(self) -> float:
         """Return the mean of R@1, R@5 and R@10 of both directions, in 0..1."""
@@ -173,6 +175,7 @@ class EpochResult:
     def metrics(self) -> dict[str, Any]:
         """Return the line for ``metrics.jsonl``."""
         omitted = set() if self.val_floor else {"val_floor"}
+        omitted |= set() if self.accuracy is not None else {"accuracy"}
         values = {k: v for k, v in asdict(self).items() if k not in omitted}
         return {"kind": "epoch", **finite(values)}
 

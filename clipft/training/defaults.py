@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from clipft.config.settings import FOLLOWING, Settings
 from clipft.config.sources import LoadedSettings, option_of
 from clipft.core.common import Note, counted
+from clipft.data.few_shot import training_pairs
 from clipft.data.order import EpochPlan
-from clipft.data.shards.dataset import open_pairs
 from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.models.source import own_learning_rates
@@ -91,7 +91,7 @@ def _choose(
 def _training_pairs(settings: Settings, source: "ShardSource | None") -> int:
     folder = settings.data_dir / "train"
     if not settings.stream:
-        return len(open_pairs(folder, settings.max_train_pairs))
+        return len(training_pairs(settings))
     from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
 
     return len(open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs))

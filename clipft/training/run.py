@@ -19,6 +19,7 @@ from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
 from clipft.embedding.embed import embed_pairs
 from clipft.embedding.finite import NotFiniteError, describe_broken
 from clipft.embedding.load import load_model
+from clipft.evaluation.accuracy import PromptClassifier
 from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import Rankings, data_name
 from clipft.evaluation.rankings import CaptionGroups, rank_images
@@ -132,6 +133,9 @@ class _Run:
             rank_images, captions=CaptionGroups.of(captions), data=data_name(setup.val)
         )
         self.rankings: Rankings | None = None  # those of the last validation
+        self.classifier = PromptClassifier.of(
+            settings, self.evaluation_set.labels, setup.text_tower()
+        )
         training = None
         if setup.plan.epochs:
             steps_per_epoch = setup.epoch_plan.steps
@@ -300,6 +304,8 @@ class _Run:
         if not epoch:  # later epochs meet the same ones again
             self.state.skipped.write("val", step, map(asdict, embedded.skipped))
 
+        vectors = self.classifier.label_vectors(setup.loaded) if self.classifier else None
+
         def figures() -> EpochResult:
             ranked = embedded.where_ranked(setup.loaded.precision.device)
             evaluation_bytes = setup.settings.evaluation_bytes
@@ -309,7 +315,12 @@ class _Run:
             self.rankings = self.rank_images(embedded)
             loss = setup.validation_loss(ranked)
             lower_bound = setup.loss_lower_bound(embedded)
-            return EpochResult(epoch, step, train_loss, loss, found, val_floor=lower_bound)
+            accuracy = None
+            if self.classifier and vectors is not None:
+                accuracy = self.classifier.accuracy(embedded, vectors)
+            return EpochResult(
+                epoch, step, train_loss, loss, found, val_floor=lower_bound, accuracy=accuracy
+            )
 
         return on_rank_zero(self.processes, figures)
 

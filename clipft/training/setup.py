@@ -12,9 +12,10 @@ from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
-from clipft.data.captions.metadata import check_chosen_fields
+from clipft.data.captions.metadata import check_chosen_fields, check_stopping
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
+from clipft.data.few_shot import training_pairs
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives, make_positives, product_ids
@@ -37,7 +38,7 @@ from clipft.embedding.encoding import (
     validation_preprocessing,
 )
 from clipft.embedding.load import LoadedModel, load_model
-from clipft.embedding.towers import choose_shapes
+from clipft.embedding.towers import Tower, choose_shapes, make_towers
 from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
 from clipft.runs.records import NEW_RUN, Choices, Plan
@@ -166,6 +167,12 @@ class RunSetup:
             recovery=recovery,
         )
 
+    def text_tower(self) -> Tower:
+        """The text tower itself, where ``val_encoding`` may know the features of captions only."""
+        pad_token_id = self.val_preprocessing.captions.pad_token_id
+        towers = make_towers(self.loaded, self.settings.seed, pad_token_id)
+        return self.weights.wrap_towers(towers).texts
+
     @property
     def validation_batch(self) -> int:
         """The number of validation pairs that pass through the towers together."""
@@ -221,6 +228,7 @@ def prepare(
         UsageError: settings do not fit each other or the data.
     """
     check_sharding(settings)
+    check_stopping(settings)
     data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
     train, val = data.train, data.val
 
@@ -339,7 +347,7 @@ def _open_data(
             source or folder, settings.shuffle_buffer, settings.max_train_pairs
         )
     else:
-        train = open_pairs(folder, settings.max_train_pairs)
+        train = training_pairs(settings)
     val = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     check_chosen_fields(settings, val)
     inputs = load_inputs(settings.model, settings.input_sizes)

@@ -93,8 +93,8 @@ class TrainState:
 class EarlyStopping:
     """Stops after ``patience`` epochs that did not improve by more than ``min_delta``.
 
-    ``watches`` is ``loss`` (of validation), ``recall`` (its mean), or ``never``: then only the
-    epoch with the lowest loss is remembered. Not-a-number counts as the worst value.
+    ``watches`` is ``loss`` (of validation), ``recall`` (its mean), ``accuracy``, or ``never``: then
+    only the epoch with the lowest loss is remembered. Not-a-number counts as the worst value.
     """
 
     watches: str
@@ -105,7 +105,11 @@ class EarlyStopping:
 
     def update(self, result: EpochResult) -> bool:
         """Take an epoch into account; True if it is better than the best one so far."""
-        value = -result.recall() if self.watches == "recall" else result.val_loss
+        value = result.val_loss
+        if self.watches == "recall":
+            value = -result.recall()
+        elif self.watches == "accuracy":
+            value = math.nan if result.accuracy is None else -result.accuracy
         improved = value < self.best - self.min_delta  # False for not-a-number
         if improved:
             self.best, self.waited = value, 0

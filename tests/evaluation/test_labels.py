@@ -4,8 +4,9 @@ import unicodedata
 
 import pytest
 
+from clipft.config.prompts import TEMPLATES
 from clipft.core.errors import UsageError
-from clipft.evaluation.labels import TEMPLATES, choose_labels
+from clipft.evaluation.labels import choose_labels
 
 DATA = ["chair", "Table", None, "lamp", "chair", "sofa bed"]
 

@@ -143,3 +143,32 @@ def test_a_run_that_began_with_8_bits_is_resumed_with_them(data, tmp_path, monke
         assert f"this run began with does not run here: {fault}" in capsys.readouterr().err
     assert resume(tmp_path) == 0
     assert load_checkpoint(tmp_path / NAME)["choices"]["optimizer"] == "adamw8bit"
+
+
+TEXTS_AND_PHOTOS = {
+    "photo pairs": ("--photo-pairs", "0.5", "--group-field", "type"),
+    "fields": ("--fields", "name:1,caption:0.5"),
+    "labels": ("--label-prompts", "general", "--label-field", "type", "--shots", "9"),
+}
+
+
+@pytest.mark.parametrize("options", TEXTS_AND_PHOTOS.values(), ids=TEXTS_AND_PHOTOS)
+def test_a_run_is_resumed_to_the_same_bits(options, data, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(data, whole, *options, "--precision", "fp32") == 0
+    kill_after(3, data, cut, monkeypatch, *options, "--precision", "fp32")
+    assert resume(cut) == 0
+    assert same_bits(cut, whole)
+    assert epoch_losses(cut) == epoch_losses(whole)
+
+
+def test_two_processes_train_alike_with_each_of_these_options(data, tmp_path):
+    """The pairs of each step, their texts and their products are those of one process."""
+    options = ("--photo-pairs", "0.5", "--group-field", "type", "--fields", "name:1,caption:0.5")
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    precise = (*options, "--precision", "fp32", "--epochs", "1")
+    assert train(data, alone, *precise) == 0
+    command = ["train", *SMALL, "--data-dir", str(data), "--output-dir", str(both), *precise]
+    assert run([*command, "--processes", "2"]) == 0
+    assert pairs_of_steps(both) == pairs_of_steps(alone)
+    assert epoch_losses(both) == pytest.approx(epoch_losses(alone), rel=1e-4)

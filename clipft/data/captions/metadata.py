@@ -41,6 +41,23 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
         check_field("--label-field", settings.label_field, pairs)
 
 
+def check_stopping(settings: Settings) -> None:
+    """Check that a run can measure what ends it, and can choose the pairs that it asks for.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if settings.stop_on == "accuracy" and not settings.label_prompts:
+        raise UsageError(
+            "--stop-on accuracy needs --label-prompts: accuracy is measured by prompts of labels",
+            "add --label-prompts general, or use --stop-on recall",
+        )
+    if settings.shots and settings.stream:
+        raise UsageError(
+            "--shots cannot be used with --stream: labels are looked up by pair", "remove --stream"
+        )
+
+
 def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> str:
     """Check, and return, the field that an option needs to tell products apart.
 
@@ -107,8 +124,8 @@ def describe(
             texts = tuple(template.captions(caption, metadata))
         except BadCaption:
             texts = ("",)
-        label = _named(field_value(fields, label_field))
-        group = _named(field_value(fields, group_field)) if group_field else None
+        label = as_name(field_value(fields, label_field))
+        group = as_name(field_value(fields, group_field)) if group_field else None
         found.append(Description(texts, label, group))
     if group_field and not any(d.group for d in found):
         _refuse("--group-field", group_field, pairs)
@@ -127,8 +144,8 @@ def check_label_field(field: str, said: list[Description], pairs: PairDataset) -
         _refuse("--label-field", field, pairs)
 
 
-def _named(value: Any) -> str | None:
-    """The text of a label or a group; None for what names nothing, such as a list."""
+def as_name(value: Any) -> str | None:
+    """Return the text of a label or a group; None for what names nothing, such as a list."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return None
     # Composed, so that a label is one label however its accents are encoded

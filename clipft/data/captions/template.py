@@ -16,7 +16,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from clipft.config.settings import DataSettings
+from clipft.config.prompts import prompt_templates
+from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.core.text import NotText, decode
 from clipft.data.captions.fields import field_value
@@ -171,6 +172,12 @@ class _Alternative:
         return [text] if text else []
 
 
+def _part_as_text(part: str | _Field | _Optional) -> str:
+    if isinstance(part, _Optional):
+        return f"[{''.join(map(_part_as_text, part.parts))}]"
+    return f"{{{part.name}}}" if isinstance(part, _Field) else part
+
+
 def _as_text(value: Any) -> str:
     """A value of the metadata as it appears in a caption; "" for objects, booleans and null."""
     if isinstance(value, list):
@@ -223,21 +230,27 @@ class CaptionTemplate:
     option: str = "--caption"
 
     @classmethod
-    def of(cls, settings: DataSettings) -> "CaptionTemplate":
-        """Return the template that settings describe, by ``caption`` or by ``fields``.
+    def of(cls, settings: Settings) -> "CaptionTemplate":
+        """Return the template that settings describe, by ``caption``, ``fields`` or
+        ``label_prompts``.
 
         Raises:
-            UsageError: As for ``parse``, or both are given.
+            UsageError: As for ``parse`` and ``prompt_templates``, or several of them are given.
         """
+        standard = settings.caption == DEFAULT_TEMPLATE.source
+        given = {"--caption": not standard, "--fields": bool(settings.fields)}
+        given["--label-prompts"] = bool(settings.label_prompts)
+        options = [option for option, there in given.items() if there]
+        if len(options) > 1:
+            raise UsageError(
+                f"{' and '.join(options)} cannot be used together",
+                "each of them says which texts a pair is trained with: choose one",
+            )
+        if settings.label_prompts:
+            return cls._of_labels(settings)
         weighted = settings.weighted_fields
         if not weighted:
             return cls.parse(settings.caption, settings.caption_lines)
-        if settings.caption != DEFAULT_TEMPLATE.source:
-            raise UsageError(
-                "--caption and --fields cannot be used together",
-                "--caption composes captions, and --fields draws them from single fields: leave "
-                "one of the two out",
-            )
         fields = tuple(_Alternative((_Field(name),), (_Field(name),)) for name in weighted)
         weights = tuple(weighted.values())
         return cls(settings.fields, fields, settings.caption_lines, False, weights, "--fields")
@@ -258,6 +271,16 @@ class CaptionTemplate:
             ) from error
         return cls(source, tuple(parsed), lines)
 
+    @classmethod
+    def _of_labels(cls, settings: Settings) -> "CaptionTemplate":
+        field = _Field(settings.label_field)
+        prompts = list[_Alternative]()
+        for prompt in prompt_templates("--label-prompts", settings.label_prompts):
+            parts = [part for text in prompt.split("{}") for part in (text, field)][:-1]
+            prompts.append(_Alternative(tuple(filter(None, parts)), (field,)))
+        source = f"{settings.label_prompts} of {field.name}"
+        return cls(source, tuple(prompts), settings.caption_lines, option="--label-prompts")
+
     @property
     def state(self) -> str:
         """Everything that decides the captions, as text."""
@@ -271,9 +294,8 @@ class CaptionTemplate:
     @property
     def first(self) -> str:
         """The first alternative as text, which is what an evaluation measures."""
-        if self.weights:
-            return f"{{{self.alternatives[0].fields[0].name}}}"
-        return re.split(r"\s*\|\|\s*", self.source.strip())[0]
+        parts = self.alternatives[0].parts
+        return "".join(map(_part_as_text, parts))
 
     @property
     def fields(self) -> list[str]:

@@ -46,10 +46,14 @@ class RawPair:
 
 @dataclass(frozen=True)
 class PairDataset:
-    """All pairs of some shards, numbered from 0 in the order of the shards; ``limit`` 0 is none."""
+    """The pairs of some shards, numbered from 0 in the order of the shards.
+
+    These are the first ``limit`` pairs, or all with 0; or of these, the ones that are ``chosen``.
+    """
 
     shards: Sequence[Shard]
     limit: int = 0
+    chosen: tuple[int, ...] | None = None
     _starts: "np.ndarray[Any, np.dtype[np.int64]]" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class PairDataset:
         object.__setattr__(self, "_starts", np.concatenate([[0], np.cumsum(counts)]))
 
     def __len__(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen)
         total = int(self._starts[-1])
         return min(total, self.limit) if self.limit else total
 
@@ -100,14 +106,26 @@ class PairDataset:
     def identity(self) -> str:
         """A text that is equal for equal names, keys and sizes, whatever folder they are in."""
         shards = (f"{s.path.name}:{len(s)}:{s.digest}" for s in self.shards)
-        return ";".join(shards) + f";{len(self)}"
+        return ";".join(shards) + f";{len(self)}{self._choice}"
 
     def state(self) -> str:
         """A text that changes with the path, size or time of any of the shards."""
         shards = (f"{s.path.resolve()}:{s.stamp}:{len(s)}" for s in self.shards)
-        return ";".join(shards) + f";{len(self)}"
+        return ";".join(shards) + f";{len(self)}{self._choice}"
+
+    @property
+    def _choice(self) -> str:
+        return "" if self.chosen is None else f";{','.join(map(str, self.chosen))}"
+
+    @property
+    def image_sizes(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """How many bytes the image of each pair has, int64 [pairs]."""
+        sizes = np.concatenate([shard.places[:, 0, 1] for shard in self.shards])
+        return sizes[: len(self)] if self.chosen is None else sizes[list(self.chosen)]
 
     def _locate(self, number: int) -> tuple[Shard, int]:
+        if self.chosen is not None:
+            number = self.chosen[number]
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.shards[which], number - int(self._starts[which])
 

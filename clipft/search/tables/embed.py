@@ -135,7 +135,7 @@ def _made_with(opened: OpenedModel, choices: EmbedChoices) -> dict[str, Any]:
         "weights": weights_digest(opened),
         "preprocessing": preprocessing_of(opened),
         "precision": opened.loaded.precision.name,
-        "caption": settings.fields or settings.caption,
+        "caption": settings.label_prompts or settings.fields or settings.caption,
         "caption_lines": settings.caption_lines,
         "tables": " and ".join(choices.tables),
         "dtype": choices.dtype,

@@ -1,0 +1,205 @@
+"""Q6: photos of a product, several fields, and labels, on real catalogues.
+
+Garments: does ``--photo-pairs`` find another photo of the same product more often, and at what cost
+from text to image; and what do ``--fields`` gain and cost beside name and color alone? Groceries:
+the accuracy of training on labels, beside the same prompts, a linear classifier and Tip-Adapter on
+the pretrained model. All start from the packaged tiny model and are measured on a test split that
+chose nothing, over three seeds; intervals are those of the bootstrap over products (or images), with
+the same resamples for both sides.
+
+GARMENTS holds products.csv (image, product_id, name, color, material, description), and GROCERIES
+train/ and val/ with a metadata.csv (file_name, label).
+
+    python tests/benchmarks/q6_products.py --garments DIR --groceries DIR [--quick] [--json FILE]
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side import arguments, write_figures
+
+from clipft.config.sources import load_settings
+from clipft.evaluation.evaluator import EvaluationSet
+from clipft.metrics.bootstrap import interval
+from clipft.metrics.retrieval import Evaluation, Part
+from clipft.runs.checkpoint import load_checkpoint
+from clipft.runs.load import load_fine_tuned
+from clipft.runs.places import saved_settings
+
+PLAIN = ("--caption", "{name}, {color}")
+GARMENTS = {
+    "name and color": PLAIN,
+    "photo pairs 0.25": (*PLAIN, "--photo-pairs", "0.25"),
+    "photo pairs 1": (*PLAIN, "--photo-pairs", "1"),
+    "fields": ("--fields", "name:1,description:0.5,material:0.2"),
+}
+LABELS = {
+    "all images": (),
+    "16 shots": ("--shots", "16"),
+    "4 shots": ("--shots", "4"),
+}
+QUERIES = ("{name}, {color}", "{name}", "{description}")
+GARMENT_RECIPE = {"epochs": 20, "effective_batch_size": 64, "lr": 1e-3}
+LABEL_RECIPE = {"epochs": 20, "effective_batch_size": 64, "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of two sides in percent, and their difference in points with its interval."""
+
+    data: str
+    variant: str
+    figure: str
+    other: str
+    theirs: float
+    ours: float
+    difference: float
+    low: float
+    high: float
+
+
+def clipft(*arguments: object) -> None:
+    command = [sys.executable, "-m", "clipft", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+def train(data: Path, out: Path, options: Sequence[str], recipe: dict[str, Any], seed: int) -> Path:
+    """Train once, and return the run folder; a finished run is not repeated."""
+    recipe = {"model": "tiny", "precision": "fp32", "num_workers": 0, "seed": seed, **recipe}
+    given = [str(part) for name, value in recipe.items() for part in (option(name), value)]
+    clipft("train", "--data-dir", data, "--output-dir", out, *given, *options)
+    return out / "dual_lora"
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def measured(run: Path, data: Path, caption: str) -> Evaluation:
+    """Evaluate the best epoch of a run on the test pairs, with these captions as queries."""
+    content = load_checkpoint(run / "best.pt")
+    given = {"data_dir": str(data), "caption": caption, "group_field": "product_id"}
+    now = load_settings(given, environ={})
+    settings = saved_settings(content, now, tuple(given))
+    fine_tuned = load_fine_tuned(content, settings)
+    pairs = EvaluationSet.open(fine_tuned.base.inputs, settings, "test")
+    return pairs.evaluate(fine_tuned).evaluation
+
+
+Figure = tuple[str, str, str]
+"""Protocol, direction and name of a figure."""
+
+
+def mean_of(parts: Sequence[Part], name: str) -> tuple[float, Any]:
+    """The mean over seeds, of the figure and of each resample."""
+    values = np.mean([part.resampled[name] for part in parts], axis=0)
+    return float(np.mean([part.means[name] for part in parts])), values
+
+
+def compared(
+    data: str, variant: str, other: str, figure: Figure, ours: list[Part], theirs: list[Part]
+) -> Row:
+    name = figure[2]
+    (value, resampled), (base, base_resampled) = mean_of(ours, name), mean_of(theirs, name)
+    around = interval(resampled - base_resampled)
+    numbers = (base, value, value - base, around["low"], around["high"])
+    return Row(data, variant, " ".join(figure), other, *(round(100 * n, 1) for n in numbers))
+
+
+def garments(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row]:
+    data = place / "garments"
+    split = ("--group-field", "product_id", "--val-share", "0.2", "--test-share", "0.3")
+    clipft("pack", source / "products.csv", data, "--caption", "{name}, {color}", *split)
+    recipe = GARMENT_RECIPE | ({"epochs": 2} if quick else {})
+    found: dict[str, dict[str, list[Evaluation]]] = {}
+    for variant, options in GARMENTS.items():
+        queries: dict[str, list[Evaluation]] = {query: [] for query in QUERIES}
+        for seed in range(1, seeds + 1):
+            out = place / f"{variant}-{seed}"
+            run = train(data, out, (*options, "--group-field", "product_id"), recipe, seed)
+            for query in QUERIES:
+                queries[query].append(measured(run, data, query))
+        found[variant] = queries
+    plain = "name and color"
+    for variant in list(GARMENTS)[1:]:
+        for query in QUERIES if variant == "fields" else QUERIES[:1]:
+            for figure in (
+                ("photos", "image_to_image", "hit@1"),
+                ("photos", "image_to_image", "map"),
+                ("grouped", "text_to_image", "hit@1"),
+                ("grouped", "text_to_image", "map"),
+                ("paired", "text_to_image", "r@10"),
+            ):
+                ours, theirs = (
+                    [e.parts[figure[0]][figure[1]] for e in found[name][query]]
+                    for name in (variant, plain)
+                )
+                row = compared(f"garments, {query}", variant, plain, figure, ours, theirs)
+                print(row)
+                yield row
+
+
+def groceries(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row]:
+    raw, data = place / "groceries-raw", place / "groceries"
+    raw.mkdir()
+    (raw / "train").symlink_to(source / "train")
+    (raw / "test").symlink_to(source / "val")
+    clipft("pack", raw, data, "--val-share", "0.2")
+    recipe = LABEL_RECIPE | ({"epochs": 2} if quick else {})
+    labeled = ("--label-field", "label", "--label-prompts", "general")
+    for variant, options in LABELS.items():
+        runs = []
+        for seed in range(1, seeds + 1):
+            out = place / f"labels-{variant}-{seed}"
+            run = train(data, out, (*labeled, *options), recipe, seed)
+            clipft("evaluate", run, "--data-dir", data, "--split", "test", "--json")
+            runs.append(accuracies(run, data))
+        for other in ("zero_shot", "linear", "tip_adapter"):
+            ours, theirs = [r["after"] for r in runs], [r[other] for r in runs]
+            figure = ("classification", "prompts", "top1")
+            row = compared("groceries", variant, other, figure, ours, theirs)
+            print(row)
+            yield row
+
+
+def accuracies(run: Path, data: Path) -> dict[str, Part]:
+    """Classify the test images with the best epoch of a run, and by the classifiers beside it."""
+    from clipft.embedding.load import load_model
+    from clipft.evaluation.evaluator import compare
+
+    content = load_checkpoint(run / "best.pt")
+    given = {"data_dir": str(data)}
+    settings = saved_settings(content, load_settings(given, environ={}), tuple(given))
+    fine_tuned = load_fine_tuned(content, settings)
+    pairs = EvaluationSet.open(fine_tuned.base.inputs, settings, "test")
+    found = compare(pairs, load_model(settings, pretrained=True), fine_tuned).accuracy
+    assert found and found.after
+    return {**found.parts, "after": found.after}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--garments", type=Path, help="folder with products.csv")
+    parser.add_argument("--groceries", type=Path, help="folder with train/ and val/")
+    args = parser.parse_args()
+    seeds = 1 if args.quick else 3
+    rows = list[Row]()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.garments:
+            rows += garments(args.garments, Path(folder), seeds, args.quick)
+        if args.groceries:
+            rows += groceries(args.groceries, Path(folder), seeds, args.quick)
+    if args.json:
+        write_figures(args.json, "Q6", rows, ("torch", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    main()
