@@ -63,7 +63,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything that a run is made of, except its state."""
+    """Everything that a run is made of, except its state.
+
+    ``products`` and ``val_products`` hold the product of each pair, int64 [pairs], if its photos
+    attract each other.
+    """
 
     settings: Settings
     loaded: LoadedModel
@@ -74,13 +78,13 @@ class RunSetup:
     val_preprocessing: Preprocessing
     positives: Positives
     val_positives: Positives
-    products: Tensor | None
-    val_products: Tensor | None
     loss: ContrastiveLoss
     epoch_plan: EpochPlan
     plan: Plan
     processes: Processes
     weights: Weights
+    products: Tensor | None = None
+    val_products: Tensor | None = None
 
     @property
     def choices(self) -> Choices:

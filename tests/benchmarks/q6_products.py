@@ -4,7 +4,7 @@ Garments: does ``--photo-pairs`` find another photo of the same product more oft
 from text to image; and what do ``--fields`` gain and cost beside name and color alone? Groceries:
 the accuracy of training on labels, beside the same prompts, a linear classifier and Tip-Adapter on
 the pretrained model. All start from the packaged tiny model and are measured on a test split that
-chose nothing, over three seeds; intervals are those of the bootstrap over products (or images), with
+chose nothing, over three seeds. Intervals are those of the bootstrap over products, or images, with
 the same resamples for both sides.
 
 GARMENTS holds products.csv (image, product_id, name, color, material, description), and GROCERIES
