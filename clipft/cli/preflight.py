@@ -18,7 +18,7 @@ from clipft.config.sources import LoadedSettings
 from clipft.data.captions.metadata import (
     check_chosen_fields,
     check_fields,
-    check_photo_pairs,
+    check_products,
     check_stopping,
     describe,
 )
@@ -82,7 +82,15 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
     """
     check_unlocked(folder)
     on_pairs = ("data_dir", "stream", "caption", "caption_lines", "group_field", "label_field")
-    on_pairs += ("scenario", "photo_pairs", "fields", "label_prompts", "shots", "seed")
+    on_pairs += (
+        "scenario",
+        "photo_pairs",
+        "hard_negatives",
+        "fields",
+        "label_prompts",
+        "shots",
+        "seed",
+    )
     of_pairs = {tuple(str(getattr(run, name)) for name in on_pairs): run for run in runs}
     for run in of_pairs.values():
         if not run.s3_bucket:
@@ -101,12 +109,12 @@ def check_training_pairs(settings: Settings) -> None:
     check_stopping(settings)
     train, template = settings.data_dir / "train", _template(settings)
     if settings.stream:  # may have too many shards to open them all
-        check_photo_pairs(settings, None)
+        check_products(settings, None)
         shard_paths(train)
     else:
         pairs = training_pairs(settings)
         check_fields(template, pairs)
-        check_photo_pairs(settings, pairs)
+        check_products(settings, pairs)
     validation = open_pairs(settings.data_dir / "val", settings.max_val_pairs)
     check_fields(template.for_evaluation(), validation)
     check_chosen_fields(settings, validation)

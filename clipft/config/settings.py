@@ -172,7 +172,8 @@ class DataSettings(Section):
     group_field: str | None = setting(
         None,
         "Metadata field that identifies pairs of the same thing, such as a product id. Used in "
-        "evaluation, and in training with --positives group and --photo-pairs.",
+        "evaluation, and in training with --positives group, --photo-pairs and "
+        "--hard-negatives.",
         "fixed",
     )
     augmentation: Literal["none", "simple", "advanced"] = setting(
@@ -385,6 +386,16 @@ class LossSettings(Section):
         "least two photos of a product that has several. 0: no such loss.",
         "fixed",
         ge=0,
+    )
+    hard_negatives: int = setting(
+        0,
+        "Number of look-alikes that join an image in its step: the nearest images of other "
+        "products by the pretrained model. Products are told apart by group_field. 0: steps are "
+        "drawn at random.",
+        "fixed",
+        unit="images",
+        ge=0,
+        le=16,
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(
         "auto",

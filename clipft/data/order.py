@@ -52,7 +52,9 @@ class EpochPlan:
 
     Fewer pairs than ``smallest`` are no step of their own; 0 stands for a quarter of ``effective``.
     With ``products``, int64 [pairs], a step that holds a photo of a product holds another one of
-    it, wherever the product has several and the size of the step allows it.
+    it, wherever the product has several and the size of the step allows it. With ``look_alikes``,
+    int64 [pairs, any], as ``with_look_alikes`` takes them, a step is made of pairs with up to
+    ``hard_negatives`` look-alikes each.
     """
 
     pairs: int
@@ -61,6 +63,8 @@ class EpochPlan:
     seed: int
     smallest: int = 0
     products: Integers | None = field(default=None, compare=False, repr=False)
+    look_alikes: Integers | None = field(default=None, compare=False, repr=False)
+    hard_negatives: int = 0
 
     @property
     def smallest_step(self) -> int:
@@ -92,9 +96,16 @@ class EpochPlan:
         """Iterate over the permutation of one epoch, from its ``first``-th pair on."""
         random = np.random.default_rng([self.seed, epoch])
         permuted = random.permutation(self.pairs)
+        if self.products is None and self.look_alikes is None:
+            return map(int, permuted[first:])
+        blocks = [[number] for number in permuted.tolist()]
         if self.products is not None:
-            permuted = photos_together(permuted, self.products, self.bounds, random)
-        return map(int, permuted[first:])
+            blocks = photos_in_twos(permuted, self.products)
+            blocks = [blocks[place] for place in random.permutation(len(blocks)).tolist()]
+        if self.look_alikes is not None:
+            blocks = with_look_alikes(blocks, self.look_alikes, self.hard_negatives)
+            blocks = [blocks[place] for place in random.permutation(len(blocks)).tolist()]
+        return iter(laid_out(blocks, self.bounds)[first:])
 
     def from_position(
         self,
@@ -122,45 +133,76 @@ class EpochPlan:
                         deque(taken, maxlen=0)  # skips the places of another process
 
 
-def photos_together(
-    permuted: Integers,
-    products: Integers,
-    bounds: Iterable[tuple[int, int]],
-    random: np.random.Generator,
-) -> Integers:
-    """Rearrange an epoch so that photos of one product fall into one step.
+Blocks = list[list[int]]
+"""Numbers of pairs that shall fall into one step."""
 
-    The photos of each product are joined in twos, of an odd number the last three, and these
-    blocks are spread over the epoch at random, as single photos are. A block that does not fit
-    into what is left of a step waits for the next one; it is cut only where no other fits either.
+
+def photos_in_twos(permuted: Integers, products: Integers) -> Blocks:
+    """Join the photos of each product in twos, in the order that they have in ``permuted``.
+
+    Of an odd number, the last three are joined. A single photo is a block of its own.
 
     Args:
         permuted: int64 [pairs], the numbers of the pairs in random order.
         products: int64 [pairs], equal for photos of one product, by the number of the pair.
-        bounds: first and last-plus-one place of each step.
-        random: draws the order of the blocks.
     """
-    sorted_pairs = permuted[np.argsort(products[permuted], kind="stable")]
-    begins, sizes = np.unique(products[sorted_pairs], return_index=True, return_counts=True)[1:]
-    nth, of = np.arange(len(permuted)) - np.repeat(begins, sizes), np.repeat(sizes, sizes)
+    grouped = permuted[np.argsort(products[permuted], kind="stable")]
+    begins, sizes = np.unique(products[grouped], return_index=True, return_counts=True)[1:]
+    nth, of = np.arange(len(grouped)) - np.repeat(begins, sizes), np.repeat(sizes, sizes)
     starts = np.flatnonzero((nth % 2 == 0) & ((nth < of - 1) | (of == 1)))
-    lengths = np.diff(starts, append=len(permuted))
+    ends, numbers = [*starts[1:].tolist(), len(grouped)], grouped.tolist()
+    return [numbers[start:end] for start, end in zip(starts.tolist(), ends, strict=True)]
 
-    ranks = random.permutation(len(starts))
-    waiting: dict[int, deque[tuple[int, int]]] = {length: deque() for length in (1, 2, 3)}
-    for block in np.argsort(ranks).tolist():
-        waiting[int(lengths[block])].append((int(ranks[block]), int(starts[block])))
-    laid = list[Integers]()
+
+def with_look_alikes(blocks: Blocks, look_alikes: Integers, most: int) -> Blocks:
+    """Join each block with those of the ``most`` first look-alikes that no other block has yet.
+
+    Args:
+        blocks: each pair in one of them.
+        look_alikes: int64 [pairs, any], the look-alikes of a pair, the nearest first; -1 for none.
+        most: the largest number of look-alikes that are added to a block.
+    """
+    block_of = {number: place for place, block in enumerate(blocks) for number in block}
+    joined, used = list[list[int]](), bytearray(len(blocks))
+    for place, block in enumerate(blocks):
+        if used[place]:
+            continue
+        used[place] = True
+        found = list(block)
+        wanted = len(found) + most
+        for near in look_alikes[block[0]].tolist():
+            if len(found) >= wanted:
+                break
+            if near >= 0 and not used[block_of[near]]:
+                used[block_of[near]] = True
+                found += blocks[block_of[near]]
+        joined.append(found)
+    return joined
+
+
+def laid_out(blocks: Blocks, bounds: Iterable[tuple[int, int]]) -> list[int]:
+    """Fill the steps with blocks, in their order.
+
+    A block that does not fit into what is left of a step waits for the next one. It is cut only
+    where no other block fits either.
+
+    Args:
+        blocks: together as many pairs as all steps.
+        bounds: first and last-plus-one place of each step.
+    """
+    waiting: dict[int, deque[tuple[int, list[int]]]] = {}
+    for place, block in enumerate(blocks):
+        waiting.setdefault(len(block), deque()).append((place, block))
+    laid = list[int]()
     for first, last in bounds:
         room = last - first
         while room:
-            lengths_left = [length for length, blocks in waiting.items() if blocks]
-            fitting = [length for length in lengths_left if length <= room] or lengths_left
-            length = min(fitting, key=lambda length: waiting[length][0])
-            rank, start = waiting[length].popleft()
-            taken = min(length, room)
-            laid.append(sorted_pairs[start : start + taken])
-            if taken < length:
-                waiting[length - taken].appendleft((rank, start + taken))
-            room -= taken
-    return np.concatenate(laid)
+            lengths = [length for length, queue in waiting.items() if queue]
+            fitting = [length for length in lengths if length <= room] or lengths
+            length = min(fitting, key=lambda length: waiting[length][0][0])
+            place, block = waiting[length].popleft()
+            laid += block[:room]
+            if rest := block[room:]:
+                waiting.setdefault(len(rest), deque()).appendleft((place, rest))
+            room -= len(block) - len(rest)
+    return laid

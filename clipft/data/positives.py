@@ -17,7 +17,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
 from clipft.data.captions.fields import field_value
-from clipft.data.captions.metadata import check_group_field, check_photo_pairs
+from clipft.data.captions.metadata import check_group_field, check_products
 from clipft.data.captions.tokenizer import caption_keys
 from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
@@ -84,18 +84,19 @@ def make_positives(
 
 
 def product_ids(settings: Settings, pairs: Pairs, note: Callable[[str], None]) -> Tensor | None:
-    """Return the product of each pair, int64 [pairs], if its photos shall attract each other.
+    """Return the product of each pair, int64 [pairs], if a run needs to know it.
 
-    None without ``settings.photo_pairs``, and in a scenario that trains nothing.
+    None without ``photo_pairs`` and ``hard_negatives``, and in a scenario that trains nothing.
 
     Raises:
         UsageError: No pair has the field, or the settings do not fit each other.
     """
     indexed = pairs if isinstance(pairs, PairDataset) else None
-    check_photo_pairs(settings, indexed)
-    if not settings.photo_pairs or not settings.declared_scenario.trains or not indexed:
+    check_products(settings, indexed)
+    asked = settings.photo_pairs or settings.hard_negatives
+    if not asked or not settings.declared_scenario.trains or not indexed:
         return None
-    return _group_ids("--photo-pairs", settings.group_field, indexed, note)
+    return _group_ids("--group-field", settings.group_field, indexed, note)
 
 
 def _group_ids(

@@ -71,11 +71,14 @@ class Choices:
 
     ``precision`` and ``optimizer`` are what ``auto`` chose for the hardware ("" is unknown), and
     ``smallest_step`` is the fewest pairs that were a step of their own (0: not decided yet).
+    ``look_alikes`` are those of each training image, int32 [pairs, any], with
+    ``hard_negatives``: on other hardware, rounding could make them others.
     """
 
     precision: str = ""
     optimizer: str = ""
     smallest_step: int = 0
+    look_alikes: Any = None
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any] | None) -> "Choices":

@@ -17,7 +17,7 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.few_shot import training_pairs
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
-from clipft.data.order import EpochPlan, Position, Share
+from clipft.data.order import EpochPlan, Integers, Position, Share
 from clipft.data.positives import Positives, make_positives, product_ids
 from clipft.data.shards.dataset import PairDataset, open_pairs
 from clipft.distributed.collectives import Processes
@@ -38,6 +38,7 @@ from clipft.embedding.encoding import (
     validation_preprocessing,
 )
 from clipft.embedding.load import LoadedModel, load_model
+from clipft.embedding.look_alikes import look_alikes
 from clipft.embedding.towers import Tower, choose_shapes, make_towers
 from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
@@ -89,8 +90,13 @@ class RunSetup:
     @property
     def choices(self) -> Choices:
         """What a resumed run keeps of what this one decided for itself."""
-        plan = self.plan
-        return Choices(plan.precision, plan.optimizer, self.epoch_plan.smallest_step)
+        plan, look_alikes = self.plan, self.epoch_plan.look_alikes
+        return Choices(
+            plan.precision,
+            plan.optimizer,
+            self.epoch_plan.smallest_step,
+            None if look_alikes is None else torch.from_numpy(look_alikes),
+        )
 
     @property
     def loader_options(self) -> LoaderOptions:
@@ -245,7 +251,13 @@ def prepare(
     products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     if products is not None:
-        epoch_plan = replace(epoch_plan, products=products.numpy())
+        found = _look_alikes(settings, train, products, processes, began, progress)
+        epoch_plan = replace(
+            epoch_plan,
+            products=products.numpy() if settings.photo_pairs else None,
+            look_alikes=found,
+            hard_negatives=settings.hard_negatives,
+        )
     notes = list[str]()
     if settings.declared_scenario.trains:
         notes = [*step_remarks(settings, epoch_plan), *data.remarks]
@@ -279,8 +291,8 @@ def prepare(
         val_preprocessing=data.val_preprocessing,
         positives=make_positives(settings, train, pad_token_id, note),
         val_positives=make_positives(settings, val, pad_token_id, note),
-        products=products,
-        val_products=product_ids(settings, val, note),
+        products=products if settings.photo_pairs else None,
+        val_products=product_ids(settings, val, note) if settings.photo_pairs else None,
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
         plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, optimizer),
@@ -307,6 +319,25 @@ def _plan_epochs(
         )
         micro = even_micro_batch(effective, found, processes.world_size)
     return EpochPlan(len(train), effective, micro, settings.seed, began.smallest_step)
+
+
+def _look_alikes(
+    settings: Settings,
+    train: Pairs,
+    products: Tensor,
+    processes: Processes,
+    began: Choices,
+    progress: Progress,
+) -> Integers | None:
+    """The look-alikes of each training image: those that the run began with, or new ones."""
+    if not settings.hard_negatives:
+        return None
+    found = began.look_alikes
+    if found is None:
+        assert isinstance(train, PairDataset)
+        found = on_rank_zero(processes, lambda: look_alikes(settings, train, products, progress))
+    known: Integers = found.numpy()
+    return known
 
 
 def _agreed_optimizer(

@@ -141,3 +141,42 @@ def test_single_photos_and_pairs_of_photos_are_spread_evenly():
     assert min(singles) > 30 and max(singles) < 70
     assert list(plan.order(1)) != order.tolist()
     assert list(EpochPlan(1200, 100, 50, 2, products=products).order(0)) != order.tolist()
+
+
+def drawn_look_alikes(pairs: int, seed: int) -> np.ndarray:
+    """Up to five other pairs for each, some of them missing."""
+    random = np.random.default_rng(seed)
+    found = random.integers(0, pairs, (pairs, 5))
+    found[(found == np.arange(pairs)[:, None]) | (random.random((pairs, 5)) < 0.2)] = -1
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes, most=st.integers(1, 4), photos=st.booleans())
+def test_an_epoch_with_look_alikes_has_every_pair_once(pairs, effective, micro, seed, most, photos):
+    plan = EpochPlan(
+        pairs,
+        effective,
+        micro,
+        seed,
+        products=np.arange(pairs) // 3 if photos else None,
+        look_alikes=drawn_look_alikes(pairs, seed),
+        hard_negatives=most,
+    )
+    order = list(plan.order(1))
+    assert sorted(order) == list(range(pairs))
+    assert list(plan.order(1, pairs // 2)) == order[pairs // 2 :]
+
+
+def test_look_alikes_are_in_the_same_step_and_others_are_as_before():
+    """Ten families of six look-alikes each; a step of twelve holds two families."""
+    family = np.arange(60) // 6
+    near = np.array(
+        [[m for m in range(60) if family[m] == family[n] and m != n] for n in range(60)]
+    )
+    plan = EpochPlan(60, 12, 4, seed=3, look_alikes=near, hard_negatives=5)
+    orders = [list(plan.order(epoch)) for epoch in range(2)]
+    for order in orders:
+        held = [Counter(family[order[start:end]].tolist()) for start, end in plan.bounds]
+        assert all(set(counts.values()) == {6} for counts in held)
+    assert orders[0] != orders[1]

@@ -147,6 +147,7 @@ def test_a_run_that_began_with_8_bits_is_resumed_with_them(data, tmp_path, monke
 
 TEXTS_AND_PHOTOS = {
     "photo pairs": ("--photo-pairs", "0.5", "--group-field", "type"),
+    "hard negatives": ("--hard-negatives", "2", "--group-field", "type"),
     "fields": ("--fields", "name:1,caption:0.5"),
     "labels": ("--label-prompts", "general", "--label-field", "type", "--shots", "9"),
 }
@@ -164,7 +165,8 @@ def test_a_run_is_resumed_to_the_same_bits(options, data, tmp_path, monkeypatch)
 
 def test_two_processes_train_alike_with_each_of_these_options(data, tmp_path):
     """The pairs of each step, their texts and their products are those of one process."""
-    options = ("--photo-pairs", "0.5", "--group-field", "type", "--fields", "name:1,caption:0.5")
+    options = ("--photo-pairs", "0.5", "--hard-negatives", "1", "--group-field", "type")
+    options += ("--fields", "name:1,caption:0.5")
     alone, both = tmp_path / "alone", tmp_path / "both"
     precise = (*options, "--precision", "fp32", "--epochs", "1")
     assert train(data, alone, *precise) == 0

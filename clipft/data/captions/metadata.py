@@ -71,8 +71,9 @@ def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> st
     return field
 
 
-def check_photo_pairs(settings: Settings, pairs: WithMetadata | None) -> None:
-    """Check that a run with ``photo_pairs`` can tell products apart and changes the images.
+def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
+    """Check that a run with ``photo_pairs`` or ``hard_negatives`` can tell products apart, and with
+    the first that it changes the images.
 
     ``pairs`` are None if they are a stream.
 
@@ -80,9 +81,10 @@ def check_photo_pairs(settings: Settings, pairs: WithMetadata | None) -> None:
         UsageError: It cannot, or it does not.
     """
     scenario = settings.declared_scenario
-    if not settings.photo_pairs or not scenario.trains:
+    option = "--photo-pairs" if settings.photo_pairs else "--hard-negatives"
+    if not (settings.photo_pairs or settings.hard_negatives) or not scenario.trains:
         return
-    if not scenario.trains_images:
+    if settings.photo_pairs and not scenario.trains_images:
         raise UsageError(
             f"--photo-pairs changes nothing in scenario {scenario.name}, which trains "
             f"{scenario.summary}",
@@ -90,10 +92,10 @@ def check_photo_pairs(settings: Settings, pairs: WithMetadata | None) -> None:
         )
     if pairs is None:
         raise UsageError(
-            "--photo-pairs cannot be used with --stream: the photos of a product are looked up",
+            f"{option} cannot be used with --stream: the photos of a product are looked up",
             "remove --stream",
         )
-    check_group_field("--photo-pairs", settings.group_field, pairs)
+    check_group_field(option, settings.group_field, pairs)
 
 
 @dataclass(frozen=True)
