@@ -278,14 +278,16 @@ class CaptionTemplate:
         for prompt in prompt_templates("--label-prompts", settings.label_prompts):
             parts = [part for text in prompt.split("{}") for part in (text, field)][:-1]
             prompts.append(_Alternative(tuple(filter(None, parts)), (field,)))
-        source = f"{settings.label_prompts} of {field.name}"
-        return cls(source, tuple(prompts), settings.caption_lines, option="--label-prompts")
+        source, lines = settings.label_prompts, settings.caption_lines
+        return cls(source, tuple(prompts), lines, option="--label-prompts")
 
     @property
     def state(self) -> str:
         """Everything that decides the captions, as text."""
-        weights = [str(self.weights)] if self.weights else []
-        return "\n".join([self.source, self.lines, str(self.only_first), *weights])
+        parts = [self.source, self.lines, str(self.only_first)]
+        if self.option != "--caption":  # the source alone names no field, and no set of prompts
+            parts += [str(self.alternatives), str(self.weights)]
+        return "\n".join(parts)
 
     def for_evaluation(self) -> "CaptionTemplate":
         """Return the template without the alternatives that only vary the training."""
