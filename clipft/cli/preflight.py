@@ -43,6 +43,13 @@ from clipft.runs.places import (
 )
 
 
+_ON_PAIRS = (
+    *("data_dir", "stream", "caption", "caption_lines", "fields", "label_prompts"),
+    *("group_field", "label_field", "photo_pairs", "hard_negatives", "scenario", "shots", "seed"),
+)
+"""Settings that decide what is checked of the pairs of a run."""
+
+
 def check_training(
     settings: Settings, following: Collection[str] = (), only_plan: bool = False
 ) -> None:
@@ -81,17 +88,7 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
         ClipftError: as one of the runs would raise it.
     """
     check_unlocked(folder)
-    on_pairs = ("data_dir", "stream", "caption", "caption_lines", "group_field", "label_field")
-    on_pairs += (
-        "scenario",
-        "photo_pairs",
-        "hard_negatives",
-        "fields",
-        "label_prompts",
-        "shots",
-        "seed",
-    )
-    of_pairs = {tuple(str(getattr(run, name)) for name in on_pairs): run for run in runs}
+    of_pairs = {tuple(str(getattr(run, name)) for name in _ON_PAIRS): run for run in runs}
     for run in of_pairs.values():
         if not run.s3_bucket:
             check_training_pairs(run)
