@@ -42,7 +42,6 @@ from clipft.runs.places import (
     saved_settings,
 )
 
-
 _ON_PAIRS = (
     *("data_dir", "stream", "caption", "caption_lines", "fields", "label_prompts"),
     *("group_field", "label_field", "photo_pairs", "hard_negatives", "scenario", "shots", "seed"),

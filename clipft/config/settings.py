@@ -599,6 +599,11 @@ class EvaluationSettings(Section):
         "training with --label-prompts, --shots and --positives label.",
         "fixed",
     )
+    grade_field: str | None = setting(
+        None,
+        "Metadata field with a number that says how relevant an image is to its caption, 0 if it is "
+        "not. Adds nDCG@10 by grades to the figures.",
+    )
     resamples: int = setting(
         1000,
         "Bootstrap resamples for the 95% intervals. 0: no intervals.",

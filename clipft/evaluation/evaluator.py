@@ -65,12 +65,14 @@ class EvaluationSet:
         """
         template = CaptionTemplate.of(settings)
         template = template.for_evaluation()
-        said = describe(pairs, template, settings.label_field, settings.group_field)
+        fields = (settings.label_field, settings.group_field, settings.grade_field)
+        said = describe(pairs, template, *fields)
         check_label_field(settings.label_field, said, pairs)
         groups = numbered(d.group for d in said) if settings.group_field else None
         captions = numbered(compared(text) for d in said for text in d.captions)
         owners = np.repeat(np.arange(len(said)), [len(d.captions) for d in said])
-        identities = Identities(captions, same_images(pairs), groups, owners)
+        grades = np.array([d.grade for d in said]) if settings.grade_field else None
+        identities = Identities(captions, same_images(pairs), groups, owners, grades)
         relevance(identities)  # refuses groups that are too large now, not after the training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said], split)
 

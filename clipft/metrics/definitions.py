@@ -36,6 +36,12 @@ GROUPED = {
 PHOTOS = {name: GROUPED[name] for name in ("hit@1", "hit@5", "hit@10", "map")}
 """Each distinct image of a product that has several is a query for the other ones."""
 
+GRADED = {
+    "ndcg@10": "DCG of the first 10 (gain: the grade, discount log2(rank + 1)) divided by the DCG of "
+    "a perfect ranking, mean over queries",
+}
+"""By grades, where a field of the metadata gives them."""
+
 DEFINITIONS: dict[str, Any] = {
     "paired": {
         "protocol": "every image and every caption is a query, and only its own partner is right "
@@ -54,6 +60,11 @@ DEFINITIONS: dict[str, Any] = {
         "protocol": "another photo of the same product: each distinct image of a group that has "
         "several is a query among all other images, and those of its group are right",
         **PHOTOS,
+    },
+    "graded": {
+        "protocol": "each distinct caption and image with a grade above 0 is a query; the grade of a "
+        "pair says how relevant its image is to its captions",
+        **GRADED,
     },
     "classification": {
         "protocol": "an image is given the label whose prompts are nearest to it, on average; the "

@@ -13,9 +13,9 @@ DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → tex
 """The two directions of retrieval in their order: JSON key -> label."""
 ALL_DIRECTIONS = {**DIRECTIONS, "image_to_image": "image → image"}
 """The same, with that between photos of a product."""
-PROTOCOLS = ("paired", "grouped", "photos")
-"""The protocols of an evaluation in their order. ``photos`` is only there for products that have
-several photos."""
+PROTOCOLS = ("paired", "grouped", "graded", "photos")
+"""The protocols of an evaluation in their order. ``graded`` is only there for pairs with grades, and
+``photos`` for products that have several."""
 RECALLS = ("r@1", "r@5", "r@10")
 NOTHING = "-"
 """Shown where there is no figure."""
@@ -227,7 +227,7 @@ def protocol_size(evaluation: Json, protocol: str) -> str:
     if protocol == "photos":
         part = evaluation["photos"]["image_to_image"]
         return f"{part['queries']:,} of {counted(part['candidates'] + 1, 'image')}"
-    part = evaluation["grouped"]["text_to_image"]
+    part = evaluation[protocol]["text_to_image"]
     return f"{counted(part['queries'], 'caption')}, {counted(part['candidates'], 'image')}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
-from clipft.metrics.definitions import Integers
+from clipft.metrics.definitions import Floats, Integers
 
 _MOST_EDGES = 50_000_000
 
@@ -25,13 +25,15 @@ class Identities:
     ``captions`` [T] and ``images`` [N] hold equal numbers for equal captions and images. ``groups``
     [N] numbers the groups, with -1 for a pair that is in none, and is None if there are no groups.
     ``owners`` [T] is the pair of each caption, ascending; each pair has at least one. By default
-    caption i is that of pair i.
+    caption i is that of pair i. ``grades``, float64 [N], says how relevant the image of a pair is to
+    its captions, 0 if it is not; None if that is not known.
     """
 
     captions: Integers
     images: Integers
     groups: Integers | None = None
     owners: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    grades: Floats | None = None
 
     def __post_init__(self) -> None:
         if not len(self.owners):
@@ -42,7 +44,8 @@ class Identities:
         kept = np.isin(self.owners, pairs)
         groups = None if self.groups is None else self.groups[pairs]
         owners = np.searchsorted(pairs, self.owners[kept])
-        return Identities(self.captions[kept], self.images[pairs], groups, owners)
+        grades = None if self.grades is None else self.grades[pairs]
+        return Identities(self.captions[kept], self.images[pairs], groups, owners, grades)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ def relevance(identities: Identities) -> Relevance:
     Raises:
         UsageError: the groups are so large that their edges would not fit in memory.
     """
-    text_rows, texts = _distinct(identities.captions)
-    image_pairs, images = _distinct(identities.images)
+    text_rows, texts = distinct(identities.captions)
+    image_pairs, images = distinct(identities.images)
     owners = identities.owners
     edges = [np.stack([texts, images[owners]])]
     if identities.groups is not None:
@@ -115,9 +118,9 @@ def relevance(identities: Identities) -> Relevance:
     return Relevance(text_rows, pairs, image_pairs, edge_texts, edge_images, of_pair)
 
 
-def _distinct(values: Integers) -> tuple[Integers, Integers]:
-    """The first position of each distinct value in order of appearance, and each value's number
-    in that order."""
+def distinct(values: Integers) -> tuple[Integers, Integers]:
+    """Return the first position of each distinct value in order of appearance, and each value's
+    number in that order."""
     _, first, number = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)
     place = np.empty_like(order)

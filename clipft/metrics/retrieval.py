@@ -21,6 +21,7 @@ from clipft.metrics.definitions import (
     upper_bound_ranks,
 )
 from clipft.metrics.figures import RECALLS, mean_recall
+from clipft.metrics.graded import graded_figures
 from clipft.metrics.photos import photo_figures
 from clipft.metrics.ranking import (
     Retrieval,
@@ -192,7 +193,8 @@ def evaluate(
     options: EvaluationOptions,
 ) -> Evaluation:
     """Measure paired and grouped retrieval in both directions, overall and by category; and
-    retrieval of other photos of a product, where groups have several.
+    retrieval of other photos of a product, where groups have several; and by grades, if there are
+    any.
 
     Args:
         images: unit embeddings of the pairs' images, float32 [N, D].
@@ -209,12 +211,18 @@ def evaluate(
     photos = photo_figures(images, identities, related, options.memory)
     if photos:
         samples["photos", "image_to_image"] = photos
+    for direction, graded in graded_figures(
+        images, texts, identities, related, options.memory
+    ).items():
+        samples["graded", direction] = graded
     candidates = {
         ("paired", "text_to_image"): len(images),
         ("paired", "image_to_text"): len(texts),
         ("grouped", "text_to_image"): len(related.image_pairs),
         ("grouped", "image_to_text"): len(related.text_pairs),
         ("photos", "image_to_image"): len(related.image_pairs) - 1,
+        ("graded", "text_to_image"): len(related.image_pairs),
+        ("graded", "image_to_text"): len(related.text_pairs),
     }
     best = upper_bound_ranks(identities.captions, identities.images, identities.owners)
     upper_bounds = {

@@ -107,6 +107,7 @@ def defined(text: str) -> str:
     groups = {
         "paired": DEFINITIONS["paired"],
         "grouped": DEFINITIONS["grouped"],
+        "graded": DEFINITIONS["graded"],
         "photos": DEFINITIONS["photos"],
         "classification": CLASSIFICATION,
     }

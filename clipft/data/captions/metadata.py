@@ -1,5 +1,6 @@
 """What an evaluation needs to know of each pair: its caption, its label and its group."""
 
+import math
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +31,15 @@ def check_fields(template: CaptionTemplate, pairs: WithMetadata) -> None:
 
 
 def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
-    """Check the fields of groups and labels, before anything is made or measured.
+    """Check the fields of groups, grades and labels, before anything is made or measured.
 
     Raises:
         UsageError: No pair has ``group_field``, or a ``label_field`` other than the default.
     """
     if settings.group_field:
         check_field("--group-field", settings.group_field, pairs)
+    if settings.grade_field:
+        check_field("--grade-field", settings.grade_field, pairs)
     if settings.label_field != _DEFAULT_LABEL_FIELD:
         check_field("--label-field", settings.label_field, pairs)
 
@@ -100,7 +103,7 @@ def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
 
 @dataclass(frozen=True)
 class Description:
-    """The captions of a pair, and two fields of its metadata.
+    """The captions of a pair, and three fields of its metadata.
 
     The only caption is "" for a pair that has none and is therefore skipped.
     """
@@ -108,15 +111,20 @@ class Description:
     captions: tuple[str, ...]
     label: str | None
     group: str | None
+    grade: float = 0.0
 
 
 def describe(
-    pairs: PairDataset, template: CaptionTemplate, label_field: str, group_field: str | None
+    pairs: PairDataset,
+    template: CaptionTemplate,
+    label_field: str,
+    group_field: str | None,
+    grade_field: str | None = None,
 ) -> list[Description]:
     """Describe every pair, in order.
 
     Raises:
-        UsageError: No pair has ``group_field``.
+        UsageError: No pair has ``group_field``, or a number above 0 in ``grade_field``.
     """
     found = []
     for number in range(len(pairs)):
@@ -128,10 +136,26 @@ def describe(
             texts = ("",)
         label = as_name(field_value(fields, label_field))
         group = as_name(field_value(fields, group_field)) if group_field else None
-        found.append(Description(texts, label, group))
+        grade = _grade(field_value(fields, grade_field)) if grade_field else 0.0
+        found.append(Description(texts, label, group, grade))
     if group_field and not any(d.group for d in found):
         _refuse("--group-field", group_field, pairs)
+    if grade_field and not any(d.grade for d in found):
+        check_field("--grade-field", grade_field, pairs)
+        raise UsageError(
+            f"--grade-field {grade_field}: no pair has a number above 0 in this field",
+            "choose the field that says how relevant an image is to its caption",
+        )
     return found
+
+
+def _grade(value: Any) -> float:
+    """The number in a field; 0 for what is no number above 0."""
+    try:
+        grade = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return grade if 0 < grade < math.inf else 0.0
 
 
 def check_label_field(field: str, said: list[Description], pairs: PairDataset) -> None:
