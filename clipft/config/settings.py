@@ -601,8 +601,8 @@ class EvaluationSettings(Section):
     )
     grade_field: str | None = setting(
         None,
-        "Metadata field with a number that says how relevant an image is to its caption, 0 if it is "
-        "not. Adds nDCG@10 by grades to the figures.",
+        "Metadata field with a number that says how relevant an image is to its caption, 0 if it "
+        "is not. Adds nDCG@10 by grades to the figures.",
     )
     resamples: int = setting(
         1000,

@@ -37,8 +37,8 @@ PHOTOS = {name: GROUPED[name] for name in ("hit@1", "hit@5", "hit@10", "map")}
 """Each distinct image of a product that has several is a query for the other ones."""
 
 GRADED = {
-    "ndcg@10": "DCG of the first 10 (gain: the grade, discount log2(rank + 1)) divided by the DCG of "
-    "a perfect ranking, mean over queries",
+    "ndcg@10": "DCG of the first 10 (gain: the grade, discount log2(rank + 1)) divided by the DCG "
+    "of a perfect ranking, mean over queries",
 }
 """By grades, where a field of the metadata gives them."""
 
@@ -62,8 +62,8 @@ DEFINITIONS: dict[str, Any] = {
         **PHOTOS,
     },
     "graded": {
-        "protocol": "each distinct caption and image with a grade above 0 is a query; the grade of a "
-        "pair says how relevant its image is to its captions",
+        "protocol": "each distinct caption and image with a grade above 0 is a query; the grade of "
+        "a pair says how relevant its image is to its captions",
         **GRADED,
     },
     "classification": {

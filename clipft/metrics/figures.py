@@ -14,8 +14,8 @@ DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → tex
 ALL_DIRECTIONS = {**DIRECTIONS, "image_to_image": "image → image"}
 """The same, with that between photos of a product."""
 PROTOCOLS = ("paired", "grouped", "graded", "photos")
-"""The protocols of an evaluation in their order. ``graded`` is only there for pairs with grades, and
-``photos`` for products that have several."""
+"""The protocols of an evaluation in their order. ``graded`` is only there for pairs with grades,
+and ``photos`` for products that have several."""
 RECALLS = ("r@1", "r@5", "r@10")
 NOTHING = "-"
 """Shown where there is no figure."""

@@ -29,7 +29,7 @@ def graded_figures(
         memory: limit in bytes of the scores held at a time.
 
     Returns:
-        By direction; empty without grades.
+        By direction; empty without a grade above 0.
     """
     if identities.grades is None:
         return {}
@@ -39,6 +39,8 @@ def graded_figures(
     gains = np.zeros(edges.shape[1])
     np.maximum.at(gains, which.ravel(), identities.grades[owners])
     kept = gains > 0
+    if not kept.any():
+        return {}
     by_text = _Graded(edges[0, kept], edges[1, kept], gains[kept])
     by_image = _Graded(edges[1, kept], edges[0, kept], gains[kept])
     rows, columns = texts[related.text_rows], images[related.image_pairs]
@@ -51,8 +53,8 @@ def graded_figures(
 
 @dataclass(frozen=True)
 class _Graded:
-    """Right candidates with their gains: query ``queries[e]`` and ``candidates[e]``, int64 [E] each,
-    and ``gains``, float64 [E], above 0."""
+    """Right candidates with their gains: ``candidates[e]`` for ``queries[e]``, int64 [E] each, with
+    ``gains``, float64 [E], above 0."""
 
     queries: Integers
     candidates: Integers
@@ -72,7 +74,7 @@ class _Graded:
 
         def dcg(places: Integers) -> Floats:
             counted = np.where(places <= _FIRST, gains / np.log2(places + 1), 0.0)
-            total: Floats = np.add.reduceat(counted, starts) if len(starts) else counted
+            total: Floats = np.add.reduceat(counted, starts)
             return total
 
         return PerQuery({"ndcg@10": dcg(ranks) / dcg(ideal)}, clusters[asked])

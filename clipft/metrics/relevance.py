@@ -25,8 +25,8 @@ class Identities:
     ``captions`` [T] and ``images`` [N] hold equal numbers for equal captions and images. ``groups``
     [N] numbers the groups, with -1 for a pair that is in none, and is None if there are no groups.
     ``owners`` [T] is the pair of each caption, ascending; each pair has at least one. By default
-    caption i is that of pair i. ``grades``, float64 [N], says how relevant the image of a pair is to
-    its captions, 0 if it is not; None if that is not known.
+    caption i is that of pair i. ``grades``, float64 [N], says how relevant the image of a pair is
+    to its captions, 0 if it is not; None if that is not known.
     """
 
     captions: Integers

@@ -31,6 +31,9 @@ def test_it_is_the_ndcg_of_scikit_learn(seed, rows, texts, images):
     )
     judged = np.zeros((texts, images))
     np.maximum.at(judged, (of_text, of_image), grades)
+    if not grades.any():
+        assert found == {}
+        return
     known_texts, known_images = (
         np.array(list(dict.fromkeys(kind.tolist()))) for kind in (of_text, of_image)
     )
