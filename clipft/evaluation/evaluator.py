@@ -166,4 +166,5 @@ def compare(
         (pretrained, before.embedded),
         (fine_tuned, after.embedded) if fine_tuned and after else None,
     )
-    return Comparison(before.evaluation, after and after.evaluation, pairs.caption, accuracy)
+    fine = after.evaluation if after else None
+    return Comparison(before.evaluation, fine, pairs.caption, accuracy)

@@ -55,8 +55,8 @@ def general_settings(settings: Settings, folder: Path) -> Settings:
 
     It has its own captions and labels, and no groups of products.
     """
-    own = ("caption", "caption_lines", "fields", "label_prompts", "label_field", "group_field")
-    own = (*own, "grade_field")
+    texts = ("caption", "caption_lines", "fields", "label_prompts")
+    own = (*texts, "label_field", "group_field", "grade_field")
     changed = {name: Settings.model_fields[name].default for name in own}
     return settings.model_copy(update={**changed, "data_dir": folder})
 

@@ -33,7 +33,7 @@ def test_a_run_measures_other_photos_of_a_product(catalogue, tmp_path):
         (["--photo-pairs", "1", "--group-field", "typ"], "no pair has a field 'typ'"),
         ([*PRODUCTS, "--scenario", "text_lora"], "changes nothing in scenario text_lora"),
         ([*PRODUCTS, "--stream"], "--photo-pairs cannot be used with --stream"),
-        (["--photo-pairs", "-1"], "photo_pairs"),
+        (["--photo-pairs", "-1"], "must be at least 0"),
     ],
 )
 def test_mistakes_are_refused(given, message, catalogue, tmp_path, capsys):
