@@ -124,7 +124,7 @@ class LoaderOptions:
         """Take the options from the settings; the processes of one machine share its processors."""
         workers = settings.workers(local_world_size)
         on_cuda, where = device.type == "cuda", settings.augment_on
-        # No GPU has measured this yet; of resizing and augmenting, the shift takes 4 to 9 %
+        # No GPU has measured this yet; of resizing and augmenting, the shift takes 4 to 9%
         leave_shift = where == "device" or (where == "auto" and on_cuda)
         return cls(workers, on_cuda, share, settings.worker_timeout, leave_shift)
 

@@ -76,8 +76,8 @@ class BoundedShapes(Shapes):
     """At most 16 shapes in a whole run: 4 of images, and 12 of captions.
 
     CUDA's attention kernels prepare themselves for each new shape, and a compiled tower is compiled
-    again for each. The price is padding: over furniture captions it makes 17 % more tokens in
-    steps of 1,024 pairs, and 26 % more in steps of 256.
+    again for each. The price is padding: over furniture captions it makes 17% more tokens in
+    steps of 1,024 pairs, and 26% more in steps of 256.
 
     ``micro`` is the size of a micro-batch, ``effective`` is the number of pairs that a process has
     in a step, and ``context`` is the model's context length in tokens.

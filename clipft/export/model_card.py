@@ -214,9 +214,9 @@ def _precision(reduced: "Reduced") -> str:
     ]
     if recall := reduced.recall:
         lines.append(
-            f"- R@10 over {counted(reduced.pairs, 'pair')} is {recall['after']:.1f} % instead of "
-            f"{recall['before']:.1f} % in fp32: a difference of {recall['difference']:+.1f} "
-            f"points, 95 % interval {recall['low']:+.1f} to {recall['high']:+.1f}"
+            f"- R@10 over {counted(reduced.pairs, 'pair')} is {recall['after']:.1f}% instead of "
+            f"{recall['before']:.1f}% in fp32: a difference of {recall['difference']:+.1f} "
+            f"points, 95% interval {recall['low']:+.1f} to {recall['high']:+.1f}"
         )
     return "\n".join(lines) + "\n"
 

@@ -44,7 +44,7 @@ class ReducedTower:
 @dataclass(frozen=True)
 class Reduced:
     """Both towers; and R@10 over ``pairs`` pairs, the mean of both directions, in points: before,
-    after, their difference and its 95 % interval. It is None where there were no pairs."""
+    after, their difference and its 95% interval. It is None where there were no pairs."""
 
     towers: dict[str, ReducedTower]
     pairs: int

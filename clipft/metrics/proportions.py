@@ -3,11 +3,11 @@
 from math import comb, sqrt
 
 _Z = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
+"""The 97.5% quantile of the normal distribution."""
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share, in 0..1 (Wilson 1927). Without trials it is all of 0..1.
+    """Return the 95% interval of a share, in 0..1 (Wilson 1927). Without trials it is all of 0..1.
 
     Unlike the usual ``p ± 1.96 s``, it holds for a handful of trials, and near 0 and 1.
     """

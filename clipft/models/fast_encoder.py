@@ -1,7 +1,7 @@
 """Computes what CLIP computes with less work and less memory: the same numbers.
 
 Only one position of a tower's last layer is ever read: the one that is pooled. So only that
-position goes through the layer's attention query and its MLP, which saves nearly 7 % of the
+position goes through the layer's attention query and its MLP, which saves nearly 7% of the
 multiplications in twelve layers. The gradients are the same, because the outputs at the other
 positions reach no loss.
 """

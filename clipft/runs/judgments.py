@@ -103,7 +103,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts; the share of the decided ones that preferred the fine-tuned model
-        with its 95 % interval, in 0..1; and the p-value of the sign test. None without any."""
+        with its 95% interval, in 0..1; and the p-value of the sign test. None without any."""
         low, high = wilson_interval(self.fine_tuned, self.decided)
         any_decided = bool(self.decided)
         return {

@@ -20,7 +20,7 @@ from clipft.core.memory import MemoryBudget
 
 MAX_PROBES = 10
 SMALLEST = 4
-# On a CPU, growing ends when a size twice as large is less than 5 % faster
+# On a CPU, growing ends when a size twice as large is less than 5% faster
 _GROWTH_THAT_PAYS = 1.05
 # Of two sizes so close in speed the smaller is chosen, because it leaves memory
 _AS_FAST = 1.02

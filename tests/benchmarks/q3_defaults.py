@@ -36,7 +36,7 @@ PATIENCES = {"2": 2, "3": 3, "5": 5, "none": WITHOUT_END}
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean recall in percent on pairs that nothing was chosen by. ``clear``: the 95 % interval of
+    """Mean recall in percent on pairs that nothing was chosen by. ``clear``: the 95% interval of
     the difference is above 0. ``cpu_s`` are those of training, over all cores."""
 
     catalogue: str

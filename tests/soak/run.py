@@ -31,7 +31,7 @@ from tests.e2e.test_train import assert_same_run, metrics
 ROOT = Path(__file__).parents[2]
 PAIRS, BATCH = 320, 16
 BAD = range(7, PAIRS, 40)
-"""2.5 % of the pairs, which is below --max-bad."""
+"""2.5% of the pairs, which is below --max-bad."""
 GROWTH = 1.05
 """How much higher the median of the last quarter may be than that of the second."""
 

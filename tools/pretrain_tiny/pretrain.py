@@ -100,7 +100,7 @@ def pretrain(
 ) -> None:
     """Train contrastively for that many minutes; the learning rate follows the clock.
 
-    It warms up over the first 5 % of the time and then falls along half a cosine.
+    It warms up over the first 5% of the time and then falls along half a cosine.
     """
     flat = [caption for texts in scenes.captions for caption in texts]
     encoded = tokenizer(
