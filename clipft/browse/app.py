@@ -13,7 +13,7 @@ show the images. Errors are {"error": ..., "hint": ...}.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
@@ -28,7 +28,6 @@ from clipft.browse.comparison import Comparison, Found
 from clipft.browse.guard import Guard
 from clipft.browse.judging import Judging, Trial
 from clipft.core.errors import ClipftError, StorageError, UsageError
-from clipft.data.images.decode import MAX_PIXELS
 from clipft.report.html import data_uri
 
 MOST_CHARACTERS = 1000
@@ -50,7 +49,8 @@ class Subject:
     """What the page is about.
 
     ``verdict`` says what the run gained. ``held_out`` is the number of ``images`` that it was not
-    trained on; captions are drawn from them, or from all images if it is 0.
+    trained on; captions are drawn from them, or from all images if it is 0. ``examples`` are some
+    captions to begin with.
     """
 
     title: str
@@ -58,10 +58,13 @@ class Subject:
     verdict: str
     images: int
     held_out: int
+    examples: Sequence[str] = ()
 
 
-def make_app(token: str, subject: Subject, comparison: Comparison, judging: Judging) -> Guard:
-    """Return the ASGI application; all its paths begin with the token."""
+def make_app(
+    token: str, ticket: str, subject: Subject, comparison: Comparison, judging: Judging
+) -> Guard:
+    """Return the ASGI application; all its paths begin with the token. /TICKET leads there once."""
     pages = _Pages(subject, comparison, judging)
     routes = [
         *(Route(f"/{path}", _asset(*asset)) for path, asset in _ASSETS.items()),
@@ -74,7 +77,7 @@ def make_app(token: str, subject: Subject, comparison: Comparison, judging: Judg
     ]
     handlers: Mapping[Any, Any] = {ClipftError: _known_error, Exception: _bug}
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=handlers)
-    return Guard(app, token)
+    return Guard(app, token, ticket)
 
 
 class _Pages:
@@ -84,8 +87,7 @@ class _Pages:
         self._subject, self._comparison, self._judging = subject, comparison, judging
 
     async def state(self, request: Request) -> Response:
-        limits = {"characters": MOST_CHARACTERS, "bytes": MOST_BYTES, "pixels": MAX_PIXELS}
-        tally = self._judging.tally.to_dict()
+        tally, limits = self._judging.tally.to_dict(), {"bytes": MOST_BYTES}
         return _json({**asdict(self._subject), "tally": tally, "limits": limits})
 
     async def image(self, request: Request) -> Response:

@@ -29,6 +29,7 @@ THUMBNAIL_SIDE = 240
 """Longer side in pixels of an image on the page."""
 _KEPT_THUMBNAILS = 4096
 """About 40 MB; others are made again."""
+_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -147,21 +148,26 @@ class Comparison:
         return Found(query, self._listed(0, before, after), self._listed(1, after, before))
 
     def _listed(self, which: int, scores: Vectors, others: Vectors) -> list[ListedImage]:
-        return [
-            ListedImage(
-                hit.number,
-                rank,
-                rank_of(hit.number, others),
-                hit.score,
-                hit.pair.key,
-                hit.pair.shard,
-                self.caption(hit.pair),
+        listed = []
+        for rank, number in enumerate(self._models[which].index.ranked(scores, self.top), 1):
+            pair, other, score = self.images.texts(number), rank_of(number, others), scores[number]
+            caption = self._caption(pair)
+            listed.append(
+                ListedImage(number, rank, other, float(score), pair.key, pair.shard, caption)
             )
-            for rank, hit in enumerate(self._models[which].index.best(scores, self.top), 1)
-        ]
+        return listed
 
-    def caption(self, pair: RawPair) -> str:
-        """Return the pair's first caption under the run's template; "" if it has none."""
+    def caption(self, number: int) -> str:
+        """Return the first caption of an image under the run's template; "" if it has none."""
+        return self._caption(self.images.texts(number))
+
+    def examples(self, numbers: Sequence[int]) -> list[str]:
+        """Return some different captions of the images with these numbers, far apart in them."""
+        spread = numbers[:: max(1, len(numbers) // _EXAMPLES)]
+        captions = dict.fromkeys(self.caption(number) for number in spread)
+        return [caption for caption in captions if caption][:_EXAMPLES]
+
+    def _caption(self, pair: RawPair) -> str:
         try:
             return self._template.captions(pair.caption, pair.metadata)[0]
         except BadCaption:

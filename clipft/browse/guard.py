@@ -9,7 +9,7 @@ which no other page can send without being asked for it first.
 from secrets import compare_digest
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_HEADER = "x-clipft-token"  # noqa: S105 (a name, not a token)
@@ -26,10 +26,15 @@ _HEADERS = {
 
 
 class Guard:
-    """Refuses requests with 403 unless they have the token and a local Host header."""
+    """Refuses requests with 403 unless they have the token and a local Host header.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token
+    The browser is started with ``/TICKET``, which leads to ``/TOKEN/`` once and is worthless then:
+    all users of a machine can see the arguments that its programs were started with. A file that
+    leads to the page would be out of reach for browsers in a sandbox, such as those of snap.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, ticket: str) -> None:
+        self._app, self._token, self._ticket = app, token, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -39,22 +44,28 @@ class Guard:
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
-        refusal = self._reason_against(scope)
-        app = PlainTextResponse(f"{refusal}\n", 403) if refusal else self._app
-        await app(scope, receive, send_with_headers)
+        await self._choose(scope)(scope, receive, send_with_headers)
 
-    def _reason_against(self, scope: Scope) -> str:
-        headers = Headers(scope=scope)
+    def _choose(self, scope: Scope) -> ASGIApp:
+        """Return what answers a request: the app, the way to it, or a refusal."""
+        headers, changes = Headers(scope=scope), scope["method"] not in {"GET", "HEAD"}
+        name = scope["path"].lstrip("/").partition("/")[0]
         # Not the port: it differs where the page is reached through a tunnel of ssh
         if headers.get("host", "").partition(":")[0] not in _LOCAL:
-            return "The page is only for this machine."
-        if not self._is_token(scope["path"].lstrip("/").partition("/")[0]):
-            return "Open the address that clipft browse has printed."
-        if scope["method"] not in {"GET", "HEAD"} and not self._is_token(
-            headers.get(TOKEN_HEADER, "")
-        ):
-            return f"The request needs the token in {TOKEN_HEADER}."
-        return ""
+            return _refuse("The page is only for this machine.")
+        if self._ticket and scope["method"] == "GET" and _equal(name, self._ticket):
+            self._ticket = ""
+            return RedirectResponse(f"/{self._token}/", 303)
+        if not _equal(name, self._token):
+            return _refuse("Open the address that clipft browse has printed.")
+        if changes and not _equal(headers.get(TOKEN_HEADER, ""), self._token):
+            return _refuse(f"The request needs the token in {TOKEN_HEADER}.")
+        return self._app
 
-    def _is_token(self, text: str) -> bool:
-        return compare_digest(text.encode(), self._token.encode())
+
+def _refuse(reason: str) -> ASGIApp:
+    return PlainTextResponse(f"{reason}\n", 403)
+
+
+def _equal(text: str, secret: str) -> bool:
+    return compare_digest(text.encode(), secret.encode())

@@ -12,9 +12,8 @@ from typing import Literal
 
 from clipft.browse.comparison import Comparison, Found, ListedImage
 from clipft.core.errors import UsageError
-from clipft.data.shards.names import tars_in
 from clipft.runs.judgments import Judgment, Outcome, Tally, append_judgment, read_judgments
-from clipft.search.images import ImagePart, open_images
+from clipft.search.images import ImagePart
 
 HELD_OUT = ("val", "test")
 """The folders of a data set that no run is trained on."""
@@ -125,7 +124,7 @@ class Judging:
                 known = self._judged.keys() | self._shown
             if number is None:
                 break
-            caption = self._comparison.caption(self._comparison.images[number])
+            caption = self._comparison.caption(number)
             if not caption or caption in known:
                 continue
             found = self._comparison.by_words(caption, own=number)
@@ -166,14 +165,12 @@ class Judging:
 
 def held_out_numbers(parts: Sequence[ImagePart], data: Path) -> list[int]:
     """Return the numbers of the images that no run is trained on: those in val/ and test/ of
-    ``data``, or all if it is such a folder itself. Empty if there are none."""
+    ``data``, or all if it is such a folder itself."""
     if data.resolve().name in HELD_OUT:
         return list(range(sum(part.count for part in parts)))
-    folders = [data / split for split in HELD_OUT if tars_in(data / split)]
-    held_out = {part.state for folder in folders for part in open_images(folder)}
     numbers, start = list[int](), 0
     for part in parts:
-        if part.state in held_out:
+        if part.split in HELD_OUT:
             numbers += range(start, start + part.count)
         start += part.count
     return numbers

@@ -58,6 +58,11 @@ class Dumbbell:
     ticks: Sequence[tuple[str, float]]
     label: str = "figure"
 
+    @property
+    def trained(self) -> bool:
+        """True if a figure was measured after training too."""
+        return any(row.after for row in self.rows)
+
 
 def dumbbell(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, Json, Json | None, Sequence[Any]]]

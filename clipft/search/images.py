@@ -81,6 +81,12 @@ class JoinedParts:
         pair = self.parts[which].read(number - (self.ends[which - 1] if which else 0))
         return RawPair(number, pair.key, pair.shard, pair.image, pair.caption, pair.metadata)
 
+    def texts(self, number: int, /) -> RawPair:
+        """Read the caption and the metadata of an image, without the bytes of the image."""
+        which = bisect_right(self.ends, number)
+        pair = self.parts[which].read_texts(number - (self.ends[which - 1] if which else 0))
+        return RawPair(number, pair.key, pair.shard, b"", pair.caption, pair.metadata)
+
     def metadata(self, number: int, /) -> dict[str, Any]:
         """Read the metadata of an image; empty if there is none."""
         return parse_metadata(self[number].metadata)

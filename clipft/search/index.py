@@ -61,18 +61,25 @@ class ImageIndex:
         return np.concatenate([np.vecdot(np.asarray(rows), vector) for rows in self.vectors])
 
     def best(self, scores: Vectors, count: int) -> list[Hit]:
-        """Return the ``count`` images with the highest scores; equal scores rank by number.
+        """Read the ``count`` images with the highest scores, in the order of ``ranked``.
 
         Raises:
             DataError: An image was changed or removed in the meantime.
         """
+        found = self.ranked(scores, count)
+        return [Hit(number, float(scores[number]), self.images[number]) for number in found]
+
+    @staticmethod
+    def ranked(scores: Vectors, count: int) -> list[int]:
+        """Return the numbers of the ``count`` images with the highest scores; equal scores rank by
+        number, and images without a score are left out."""
         usable = np.flatnonzero(~np.isnan(scores))
         if count < len(usable):
             # Sorting only those that can win: a partition of millions takes milliseconds
             least = np.partition(scores[usable], -count)[-count]
             usable = usable[scores[usable] >= least]
-        ranked = usable[np.argsort(-scores[usable], kind="stable")][:count]
-        return [Hit(int(n), float(scores[n]), self.images[int(n)]) for n in ranked]
+        best = usable[np.argsort(-scores[usable], kind="stable")][:count]
+        return [int(number) for number in best]
 
 
 def open_index(

@@ -14,7 +14,8 @@ import pytest
 from clipft.cli.app import run
 from clipft.runs.folder import RunPaths
 
-TOKEN = "token-of-the-tests"
+TOKEN, TICKET = "token-of-the-tests", "ticket-of-the-tests"
+EXAMPLES = ("a red <b>chair</b>", "a lamp")
 HEADERS = {"Host": "127.0.0.1:80", "X-Clipft-Token": TOKEN}
 TRAINED = [
     *("--model", "tiny", "--epochs", "2", "--effective-batch-size", "16", "--lr", "4e-3"),
@@ -91,10 +92,13 @@ def served(trained, catalogue, comparison, tmp_path_factory) -> Iterator[Served]
     shutil.copytree(trained, folder)
     paths = RunPaths(folder)
     judging = Judging(comparison, paths.judgments, 2, catalogue, range(96, 136))
-    subject = Subject("dual_lora on tiny", "dual_lora\udcff", "Mean recall rose.", 136, 40)
+    subject = Subject(
+        "dual_lora on tiny", "dual_lora\udcff", "Mean recall rose.", 136, 40, EXAMPLES
+    )
     listener = bind(0)
     port = listener.getsockname()[1]
-    server = make_server(make_app(TOKEN, subject, comparison, judging))
+    app = make_app(TOKEN, TICKET, subject, comparison, judging)
+    server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield Served(port, folder, paths.judgments, comparison, judging)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipft.browse.app import MOST_BYTES, MOST_CHARACTERS
 from clipft.data.demo.catalogue import render_pair
-from tests.browse.conftest import HEADERS, TOKEN
+from tests.browse.conftest import HEADERS, TICKET, TOKEN
 from tests.conftest import jpeg
 
 
@@ -25,6 +25,17 @@ def test_what_changes_something_needs_the_token_in_a_header(served, path):
     for headers in ({"Host": "localhost"}, {"Host": "localhost", "X-Clipft-Token": "wrong"}):
         status, content, _ = served.ask("POST", f"/{TOKEN}/{path}", "{}", headers)
         assert (status, b"x-clipft-token" in content) == (403, True)
+
+
+def test_the_ticket_of_the_browser_leads_to_the_page_once(served):
+    def ask(method, host="127.0.0.1"):
+        return served.ask(method, f"/{TICKET}", headers={"Host": host})
+
+    assert ask("HEAD")[0] == ask("POST")[0] == ask("GET", "evil.example")[0] == 403
+    status, _, reply = ask("GET")
+    assert (status, reply.headers["location"]) == (303, f"/{TOKEN}/")
+    status, content, _ = ask("GET")
+    assert status == 403 and TOKEN.encode() not in content
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])

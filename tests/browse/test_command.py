@@ -3,11 +3,13 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from clipft.browse.judging import Judging
 from clipft.cli.app import run
 from clipft.runs.folder import RunPaths
+from tests import warm
 from tests.browse.conftest import TRAINED
 
 
@@ -31,6 +34,58 @@ def test_a_folder_without_a_run(tmp_path, capsys):
 def test_data_that_is_not_there(trained, tmp_path, capsys):
     code, said = refused(capsys, trained, tmp_path / "nowhere")
     assert code == 3 and "no folder" in said
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+def test_the_images_of_the_run_are_gone(trained, tmp_path, monkeypatch, capsys, relative):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    was = Path("shop/data") if relative else tmp_path / "shop" / "data"
+    text = (folder / "settings.toml").read_text()
+    line = re.search("^data_dir = .*$", text, re.M)[0]
+    (folder / "settings.toml").write_text(text.replace(line, f'data_dir = "{was}"'))
+    code, said = refused(capsys, folder)
+    said = " ".join(said.split())
+    assert code == 3 and f"the run was trained on {was}, and there is no such folder here" in said
+    assert ("go to the folder where it was trained" in said) == relative
+    assert f"`clipft browse {folder} DATA`" in said
+
+
+BROWSER = """#!{python}
+import http.client, json, os, pathlib, signal, sys, urllib.parse
+address = urllib.parse.urlsplit(sys.argv[1])
+def get(path):
+    connection = http.client.HTTPConnection(address.netloc, timeout=30)
+    connection.request("GET", path)
+    reply = connection.getresponse()
+    return reply.status, reply.headers["location"], reply.read().decode()
+first = get(address.path)
+found = [sys.argv[1], first, get(first[1]), get(address.path)]
+pathlib.Path({seen!r}).write_text(json.dumps(found))
+os.kill(os.getppid(), signal.SIGINT)
+"""
+"""Goes where it is sent, and once more; then it ends clipft, which has started it."""
+
+
+def test_the_browser_is_opened_with_an_address_that_works_once(trained, tmp_path):
+    """This one returns only at its end, as some do, and the page is served meanwhile."""
+    browser, seen = tmp_path / "browser", tmp_path / "seen"
+    browser.write_text(BROWSER.format(python=sys.executable, seen=str(seen)))
+    browser.chmod(0o755)
+    done = warm.run(
+        [sys.executable, "-m", "clipft", "browse", str(trained), "--json"],
+        env={**os.environ, "BROWSER": f"{browser} %s"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)["url"]
+    address, first, page, again = json.loads(seen.read_text())
+    assert (first[0], page[0], again[0]) == (303, 200, 403)
+    assert printed.endswith(first[1]) and first[1].strip("/") not in address
+    assert "<title>clipft browse</title>" in page[2]
 
 
 def test_a_run_that_trained_nothing(catalogue, tmp_path, capsys):

@@ -9,7 +9,7 @@ from clipft.browse.comparison import rank_of
 from clipft.browse.judging import held_out_numbers
 from clipft.core.errors import DataError, UsageError
 from clipft.data.demo.catalogue import render_pair
-from clipft.search.images import open_images
+from clipft.search.images import JoinedParts, open_images
 from tests.conftest import jpeg
 
 
@@ -51,6 +51,15 @@ def test_a_query_is_cut_where_the_models_stop_reading_and_it_is_said(comparison)
     assert "tokens" in comparison.by_words("chair " * 200).query.note
 
 
+def test_examples_are_captions_from_all_over_the_images(comparison):
+    found = comparison.examples(range(96, 136))
+    captions = [comparison.caption(number) for number in range(96, 136)]
+    places = [captions.index(caption) for caption in found]
+    assert len(found) == len(set(found)) == 4
+    assert places == sorted(places) and places[-1] > 20
+    assert comparison.examples([]) == [] and len(comparison.examples([100])) == 1
+
+
 @pytest.mark.parametrize("words", ["", " \n", "\x00"])
 def test_no_words_are_no_query(comparison, words):
     with pytest.raises(UsageError, match="no words"):
@@ -68,3 +77,12 @@ def test_captions_are_drawn_from_what_no_run_is_trained_on(catalogue):
     assert held_out_numbers(open_images(val), val) == list(range(40))
     train = catalogue / "train"
     assert held_out_numbers(open_images(train), train) == []
+
+
+def test_loose_images_in_val_are_held_out_too(tmp_path):
+    for path in ("train/a.jpg", "train/b.jpg", "val/c.jpg"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(jpeg(render_pair(7, 1)))
+    parts = open_images(tmp_path)
+    keys = [JoinedParts(parts)[number].key for number in held_out_numbers(parts, tmp_path)]
+    assert keys == ["val/c.jpg"]

@@ -44,7 +44,7 @@ def test_drawn_captions_are_of_the_given_images_and_never_twice(judging, compari
     owns = [found.query.own for found in drawn]
     assert set(owns) <= set(range(96, 136)) and len(set(owns)) == len(owns) > 10
     for found in drawn:
-        assert found.query.words == comparison.caption(comparison.images[found.query.own])
+        assert found.query.words == comparison.caption(found.query.own)
         assert not found.same
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.browse.conftest import Served
+from tests.browse.conftest import EXAMPLES, Served
 from tests.conftest import jpeg
 from tests.report.test_accessibility import AXE, BROWSER
 
@@ -61,7 +61,7 @@ def drop(page, data: bytes, name: str) -> None:
 def test_words_are_searched_with_both_models_side_by_side(page, served):
     search(page, "a red chair")
     found = served.comparison.by_words("a red chair")
-    expect(page.locator("#summary")).to_have_text(found.summary())
+    expect(page.locator("#status")).to_have_text(found.summary())
     for at, (name, images) in enumerate(
         {"Pretrained": found.pretrained, "Fine-tuned": found.fine_tuned}.items()
     ):
@@ -109,12 +109,42 @@ def test_judging_with_keys_hides_the_models_and_counts_after_a_reload(page, serv
         expect(page.locator("#status")).to_contain_text("Saved")
         expect(page.locator("#judge")).to_be_hidden()
         expect(page.locator("#name-0")).to_have_text(re.compile("^A: (pretrained|fine-tuned)$"))
+        expect(page.locator("#next")).to_be_visible()
     assert served.judging.tally.judged == before.judged + 2
     assert served.judging.tally.same == before.same + 1
     assert len(served.judgments.read_text().splitlines()) >= 2
     page.reload()
     expect(page.locator("#count-same")).to_have_text(str(before.same + 1))
     expect(page.locator("#sentence")).to_have_text(served.judging.tally.sentence())
+
+
+def test_a_verdict_that_is_given_twice_at_once_counts_once(page, served):
+    before = served.judging.tally.judged
+    page.check("[name=mode][value=blind]")
+    page.click("#draw")
+    expect(page.locator("#judge")).to_be_visible()
+    page.evaluate("""() => {
+        const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
+        press("1"); press("1"); press("2");
+    }""")
+    expect(page.locator("#status")).to_contain_text("Saved: A is better")
+    assert served.judging.tally.judged == before + 1
+    page.click("#next")
+    expect(page.locator("#judge")).to_be_visible()
+    expect(page.locator("#next")).to_be_hidden()
+
+
+def test_a_caption_of_the_data_can_be_tried(page):
+    examples = page.locator("#examples button")
+    expect(examples).to_have_count(2)
+    examples.first.click()
+    expect(page.locator("#asked")).to_have_text(EXAMPLES[0])
+    expect(page.locator("#words")).to_have_value(EXAMPLES[0])
+    expect(page.locator("#list-1 li")).to_have_count(8)
+    expect(page.locator("#examples")).to_be_hidden()
+    page.check("[name=mode][value=blind]")
+    expect(page.locator("#about")).to_contain_text("from the 40 images")
+    expect(page.locator("#examples")).to_be_hidden()
 
 
 def test_a_digit_typed_into_the_words_is_no_verdict(page, served):

@@ -76,6 +76,15 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def test_a_run_that_trained_nothing_has_no_empty_columns(made, tmp_path):
+    args = ["--data-dir", str(made / "data"), "--output-dir", str(tmp_path), "--max-bad", "0.1"]
+    assert run(["train", *SMALL, "--scenario", "zero_shot", *args]) == 0
+    page = (tmp_path / "zero_shot" / "report.html").read_text(encoding="utf-8")
+    table = page.partition('<table class="dumbbell">')[2].partition("</table>")[0]
+    assert "pretrained</th>" in table and "difference" not in table
+    assert "fine-tuned" not in table and 'class="c1"' not in table
+
+
 def test_the_page_loads_nothing_from_elsewhere(page):
     elements = Elements(page).found
     assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object", "base", "form"})

@@ -9,7 +9,7 @@
     element.append(...children);
     return element;
   };
-  let limits = null, trial = null, asking = null, last = null;
+  let state = null, trial = null, asking = null, last = null;
 
   const blind = () => document.querySelector("[name=mode]:checked").value === "blind";
 
@@ -20,9 +20,15 @@
 
   const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
+  const cancel = () => {
+    asking?.abort();
+    asking = null;
+    document.body.removeAttribute("aria-busy");
+  };
+
   // The page shows the newest reply only: an earlier one that is still under way is dropped
   const ask = async (path, body, waiting) => {
-    asking?.abort();
+    cancel();
     const own = asking = new AbortController();
     say(waiting);
     document.body.setAttribute("aria-busy", "true");
@@ -77,8 +83,10 @@
     $("asked").textContent = query.words || "Your picture";
     $("asked-picture").hidden = !query.picture;
     if (query.picture) $("asked-picture").src = query.picture;
-    $("summary").textContent = [query.note, content.summary].filter(Boolean).join(" ");
+    $("note").textContent = query.note;
+    $("examples").hidden = true;
     $("judge").hidden = !trial;
+    $("judged").hidden = true;
     lists.forEach((list, at) => {
       $(`name-${at}`).textContent = list.name;
       $(`list-${at}`).dataset.model = list.model || "";
@@ -96,7 +104,7 @@
   const found = (content) => {
     if (!content) return;
     show(content);
-    say(trial ? "Which list fits better, A or B? Press 1, 2, 3 or 4." : "Found.");
+    say(trial ? "Which list fits the query better, A or B?" : content.summary);
     // Away from the field, so that the keys of the verdicts are not typed into it
     if (trial) $("results").focus({ preventScroll: true });
   };
@@ -109,35 +117,43 @@
 
   const searchPicture = async (file) => {
     if (!file) return;
-    if (file.size > limits.bytes) return say(`The picture is larger than ${limits.bytes >> 20} MiB: choose a smaller one.`, true);
+    if (file.size > state.limits.bytes) return say(`The picture is larger than ${state.limits.bytes >> 20} MiB: choose a smaller one.`, true);
     found(await ask(`picture?blind=${blind() ? 1 : 0}`, file, "Searching with the picture ..."));
   };
 
   const draw = async () => found(await ask("draw", "", "Drawing a caption ..."));
 
   const judge = async (choice) => {
-    const content = await ask("judge", JSON.stringify({ trial, choice }), "Saving ...");
-    if (!content) return;
+    const judged = trial;
+    trial = null; // a second press is no second verdict
+    const content = await ask("judge", JSON.stringify({ trial: judged, choice }), "Saving ...");
+    if (!content) {
+      trial ??= judged;
+      return;
+    }
     const said = { a: "A is better", b: "B is better", same: "both are as good", neither: "neither is useful" };
     show(content);
     showTally(content.tally);
     $("results").focus({ preventScroll: true });
-    say(`Saved: ${said[choice]}. ${content.lists.map((list) => list.name).join(", ")}. Press D for the next caption.`);
+    $("judged").hidden = false;
+    say(`Saved: ${said[choice]}. ${content.lists.map((list) => list.name).join(", ")}.`);
   };
 
   $("search").addEventListener("submit", (event) => { event.preventDefault(); searchWords(); });
   $("choose").addEventListener("click", () => $("picture").click());
   $("picture").addEventListener("change", () => { searchPicture($("picture").files[0]); $("picture").value = ""; });
-  $("draw").addEventListener("click", draw);
+  for (const name of ["draw", "next"]) $(name).addEventListener("click", draw);
   for (const button of document.querySelectorAll("[data-choice]")) {
     button.addEventListener("click", () => judge(button.dataset.choice));
   }
   for (const mode of document.querySelectorAll("[name=mode]")) {
     mode.addEventListener("change", () => {
+      cancel();
       $("draw").hidden = !blind();
       $("results").hidden = true;
       trial = null;
-      say(blind() ? "The models are hidden until you have judged." : "");
+      begin();
+      say("");
     });
   }
 
@@ -177,18 +193,29 @@
   };
   document.addEventListener("pointerover", point);
 
-  fetch("state").then((reply) => reply.json()).then((state) => {
-    limits = state.limits;
+  // What to do, before there are results
+  const begin = () => {
+    if (!state) return;
+    const drawn = state.held_out
+      ? `captions are drawn from the ${number.format(state.held_out)} images that the run was not trained on`
+      : "captions are drawn from all images, and the run may have been trained on some of them";
+    $("about").textContent = blind()
+      ? `You see the lists as A and B, and which model is which once you have judged; ${drawn}.`
+      : `Searches ${number.format(state.images)} images. You can also drop a picture anywhere on this page.`;
+    $("examples").hidden = blind() || !state.examples.length;
+  };
+
+  fetch("state").then((reply) => reply.json()).then((content) => {
+    state = content;
     document.title = `Browse: ${state.title}`;
     document.querySelector("h1").textContent = state.title;
     $("verdict").textContent = state.verdict;
-    $("words").maxLength = limits.characters;
-    const from = state.held_out
-      ? `Captions are drawn from the ${number.format(state.held_out)} images that the run was not trained on.`
-      : "Captions are drawn from all images; the run may have been trained on some of them.";
-    $("limits").textContent = `${number.format(state.images)} images are searched. Words: at most ` +
-      `${number.format(limits.characters)} characters. You can also drop a picture anywhere on this page: at most ` +
-      `${limits.bytes >> 20} MiB and ${limits.pixels / 1e6} million pixels. ${from}`;
+    for (const words of state.examples) {
+      const example = make("button", { type: "button", textContent: words, title: words });
+      example.addEventListener("click", () => { $("words").value = words; searchWords(); });
+      $("examples").append(example);
+    }
+    begin();
     showTally(state.tally);
   }).catch(() => say("There is no answer. Is clipft browse still running in the terminal?", true));
 })();

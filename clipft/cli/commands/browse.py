@@ -1,9 +1,10 @@
 """``clipft browse``."""
 
 import secrets
+import threading
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +13,12 @@ from clipft.cli.options import command
 from clipft.cli.s3_data import LOCATION_SETTINGS, local_data
 from clipft.config.fields import Section, setting
 from clipft.config.sources import LoadedSettings
-from clipft.core.errors import UsageError
+from clipft.core.common import shell_command
+from clipft.core.errors import DataError, UsageError, sentences
+from clipft.core.files import did_you_mean_path
+
+if TYPE_CHECKING:
+    from clipft.config.settings import Settings
 
 _OVERRIDES = ("num_workers", "precision", "device", "caption", "caption_lines")
 """Settings that this command may set; the others come from the run."""
@@ -60,9 +66,12 @@ def browse(
         clipft browse ./checkpoints/dual_lora --no-open --port 8000
     """
     _check_installed()
-    from clipft.browse.server import bind, open_browser, serve
+    from clipft.browse.server import HOST, bind, open_browser, serve
+    from clipft.cli.preflight import check_place, import_libraries
+    from clipft.data.captions.metadata import check_fields
+    from clipft.data.captions.template import CaptionTemplate
     from clipft.runs.folder import RunPaths, read_run, run_settings
-    from clipft.search.images import open_images
+    from clipft.search.images import JoinedParts, open_images
 
     settings = run_settings(place)
     if settings.scenario == "zero_shot":
@@ -70,9 +79,13 @@ def browse(
             f"the run in {place} has no fine-tuned model to compare with",
             "choose the run of another scenario",
         )
-    listener = bind(options.port)
-    data = local_data(data or settings.data_dir, loaded.values, out)
+    data = local_data(data or _images_of(settings, place), loaded.values, out)
     parts = open_images(data)
+    if loaded.origins["caption"] != "default":
+        check_fields(CaptionTemplate.parse(loaded.values.caption), JoinedParts(parts))
+    check_place(str(place), loaded, _OVERRIDES)
+    listener = bind(options.port)
+    import_libraries()
     from clipft.browse.app import Subject, make_app
     from clipft.browse.comparison import open_comparison
     from clipft.browse.judging import Judging, held_out_numbers
@@ -83,26 +96,52 @@ def browse(
     comparison = open_comparison(opened, parts, options.top, out.progress)
     assert opened.content, "the model of a run comes from a checkpoint"
     held_out, images = held_out_numbers(parts, data), len(comparison.images)
-    judgments = RunPaths(place).judgments
-    judging = Judging(
-        comparison, judgments, opened.content["epoch"], data, held_out or range(images)
-    )
+    queries, judgments = held_out or range(images), RunPaths(place).judgments
+    judging = Judging(comparison, judgments, opened.content["epoch"], data, queries)
     subject = Subject(
         title=f"{settings.scenario} on {settings.model}",
         run=str(place),
         verdict=run_content(read_run(place), Gallery())["verdict"],
         images=images,
         held_out=len(held_out),
+        examples=comparison.examples(queries),
     )
-    token = secrets.token_urlsafe(16)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
-    app = make_app(token, subject, comparison, judging)
+    token, ticket = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+    origin = f"http://{HOST}:{listener.getsockname()[1]}"
+    url = f"{origin}/{token}/"
+    app = make_app(token, ticket, subject, comparison, judging)
     shown = f"Open {url}\nOnly this machine can reach it. Press Ctrl-C to end it."
     out.result({"url": url, "images": images, "judgments": str(judgments)}, shown)
-    if not options.no_open and not open_browser(url):
-        out.note("note: no browser was found here; open the address yourself.")
+
+    def open_page() -> None:
+        if not open_browser(f"{origin}/{ticket}"):
+            out.note("note: no browser was found here; open the address yourself.")
+
+    if not options.no_open:
+        # Some browsers return only when they are closed, and the page is served meanwhile
+        threading.Thread(target=open_page, daemon=True).start()
     serve(app, listener)
     out.note(judging.tally.sentence())
+
+
+def _images_of(settings: "Settings", run: Path) -> Path:
+    """Return the folder of images that a run was trained on.
+
+    Raises:
+        DataError: It is not there; a relative path may lead elsewhere from another folder.
+    """
+    folder = settings.data_dir
+    if folder.is_dir():
+        return folder
+    relative = "" if folder.is_absolute() else "go to the folder where it was trained, or"
+    raise DataError(
+        f"the run was trained on {folder}, and there is no such folder here",
+        sentences(
+            did_you_mean_path(folder),
+            relative,
+            f"name the folder of its images: `{shell_command('browse', run, 'DATA')}`",
+        ),
+    )
 
 
 def _check_installed() -> None:
