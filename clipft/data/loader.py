@@ -37,6 +37,7 @@ from clipft.data.skipped import Skipped
 from clipft.data.workers import (
     SharedPixels,
     UnderWay,
+    end_workers,
     ignore_signals,
     kill_workers,
     next_batch,
@@ -284,14 +285,17 @@ def _batches(
     reader = started(iter(chunks))
     pad_token_id = preprocessing.captions.pad_token_id
     join = _Join(shared.slots, free, most, pad_token_id, options.pin_memory)
-    while True:
-        try:
-            chunk: DecodedChunk = next_batch(reader, under_way)
-        except StopIteration:
-            return
-        join.add(chunk)
-        if chunk.ends:
-            yield join.batch()
+    try:
+        while True:
+            try:
+                chunk: DecodedChunk = next_batch(reader, under_way)
+            except StopIteration:
+                return
+            join.add(chunk)
+            if chunk.ends:
+                yield join.batch()
+    finally:
+        end_workers(reader)
 
 
 def _tasks(micro_batches: Iterable[Places], free: deque[int]) -> Iterator[DecodingTask]:

@@ -139,6 +139,20 @@ def next_batch(batches: Iterator[Any], under_way: UnderWay) -> Any:
     return batch
 
 
+def end_workers(batches: Iterator[Any]) -> None:
+    """End the workers of an iterator at once, whatever they are doing.
+
+    torch does so when the iterator is collected. If that happens together with its queues, such as
+    after an error whose traceback refers to them, the workers are no longer reached through these,
+    and torch waits for each in vain for ten seconds.
+    """
+    workers = [w for w in getattr(batches, "_workers", ()) if w._parent_pid == os.getpid()]
+    for worker in workers:
+        worker.kill()
+    if workers:
+        batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def ignore_signals(worker: int) -> None:
     """Make a worker ignore Ctrl-C, which reaches the whole process group: when to stop is for the
     main process to decide."""

@@ -85,6 +85,7 @@ def test_type_checkers_see_the_names(tmp_path):
     assert 'has incompatible type "int"' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_same_files_as_one_of_the_command_line(trained, catalogue, tmp_path):
     from clipft.cli.app import run
 

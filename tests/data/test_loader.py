@@ -261,6 +261,7 @@ next(held)
 """
 
 
+@pytest.mark.slow
 def test_workers_that_are_still_wanted_do_not_keep_the_program_from_ending(dataset):
     script = (
         LEFT_OVER.format(folder=str(dataset.shards[0].path.parent)) + "import sys\nsys.x = held"

@@ -53,6 +53,7 @@ def test_an_error_sets_the_exit_code_and_is_named(tmp_path, capsys):
     assert "--output-dir" in said.err
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_is_found_and_the_other_checks_still_run(tmp_path):
     """The error of a CPU-only torch beside a torchvision for CUDA."""
     fake = tmp_path / "torchvision"

@@ -93,6 +93,7 @@ def test_the_same_command_keeps_finished_runs_and_resumes_the_rest(ablation):
     assert "Resuming after step" in log
 
 
+@pytest.mark.slow
 def test_the_resumed_run_equals_a_run_of_train(ablation, tmp_path):
     """It has the same weights as ``clipft train`` with the run's settings."""
     config = ablation["out"] / FULL / "run.toml"

@@ -327,6 +327,7 @@ def test_the_documents_show_the_same_code():
         assert shown.replace("$base", "openai/clip-vit-base-patch32") in page, kind
 
 
+@pytest.mark.slow
 def test_cards_give_the_temperature_and_bias_that_a_format_cannot_store(tmp_path, batch):
     from peft import PeftModel
     from transformers import CLIPModel
@@ -428,6 +429,7 @@ def test_unknown_models_and_formats_are_refused(tmp_path, capsys):
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_siglip_is_exported_with_the_padding_that_it_needs(tmp_path, capsys):
     import onnxruntime
     from sentence_transformers import SentenceTransformer

@@ -20,6 +20,7 @@ def streamed(catalogue, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_stream_killed_and_resumed_with_other_workers_is_the_same_run(
     streamed, catalogue, tmp_path
 ):

@@ -70,6 +70,7 @@ def test_a_run_writes_every_promised_file(whole):
     assert (kinds.count("step"), kinds.count("epoch")) == (9, 4)
 
 
+@pytest.mark.slow
 def test_the_saved_settings_start_the_same_run_again(whole, catalogue, tmp_path):
     toml = whole / "dual_lora" / "settings.toml"
     assert run(["train", "--config", str(toml), "--output-dir", str(tmp_path)]) == 0

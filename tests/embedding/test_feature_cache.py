@@ -202,6 +202,7 @@ def figures(catalogue: str, cache: str) -> list[list[object]]:
     return found
 
 
+@pytest.mark.slow
 def test_runs_that_compute_their_own_features_are_equal_bit_for_bit(catalogue, tmp_path):
     """In each process the strings of a set have another order."""
     ours = figures(str(catalogue), str(tmp_path / "ours"))

@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 from clipft.cli.app import run
 from tests.faults.outside import command
 from tests.training.steps import around_each_step
@@ -15,6 +17,7 @@ def shape(model) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
     return modules, adapters, {name: tuple(p.shape) for name, p in model.trainable()}
 
 
+@pytest.mark.slow
 def test_peft_wraps_once_however_often_a_run_is_resumed(catalogue, tmp_path, monkeypatch):
     seen = []
 

@@ -3,6 +3,7 @@
 The run must notice it, and never train on the wrong pairs.
 """
 
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -132,10 +133,12 @@ def test_workers_notice_a_changed_shard(tmp_path, harm, workers):
         1,
         LoaderOptions(workers),
     )
+    others = multiprocessing.active_children()
     next(batches)
     harm(tmp_path / "a.tar")
     with pytest.raises(DataError, match=r"a\.tar was changed or removed"):
         list(batches)
+    assert multiprocessing.active_children() == others
 
 
 @pytest.mark.parametrize(

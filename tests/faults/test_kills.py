@@ -46,6 +46,7 @@ def test_kill_9_at_any_moment_loses_nothing(programs, catalogue, whole, tmp_path
     print(f"seed {seed}: {kills} kills in {runs} runs, all ended as the run that was not killed")
 
 
+@pytest.mark.slow
 def test_five_kills_in_one_epoch(programs, catalogue, whole, tmp_path):
     """A run that was resumed once must be able to resume again."""
     env = {"CLIPFT_CACHE": str(whole / "cache")}

@@ -83,6 +83,7 @@ def cut_off(programs, data: Path, out: Path) -> None:
     assert (saved["step"], saved["epoch"], saved["validated"]) == (2, 1, False)
 
 
+@pytest.mark.slow
 def test_in_the_validation_after_an_epoch(programs, slow_validation, undisturbed, tmp_path):
     """Stopped again while that validation is repeated, the run still ends as an undisturbed one."""
     cut_off(programs, slow_validation, tmp_path)

@@ -89,6 +89,7 @@ def test_a_umask_of_077_and_a_read_only_home(programs, catalogue, tmp_path):
     assert made and all(path.stat().st_mode & 0o077 == 0 for path in made)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_while_training(catalogue, tmp_path, programs, whole):
     """The clock jumps back an hour in the middle of the run, set by libfaketime."""
     library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
@@ -123,6 +124,7 @@ def test_a_checkpoint_from_the_future_is_resumed(programs, catalogue, whole, tmp
     assert_same_run(whole / "runs", out)
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_closed_stdout(programs, catalogue, whole, tmp_path):
     """``clipft train | head -1``: the run goes to its end without an error."""
     reading, writing = os.pipe()

@@ -61,6 +61,7 @@ def test_many_in_a_row_end_the_run_with_the_last_good_state(
     assert run(["evaluate", str(tmp_path / "dual_lora"), "--data-dir", str(catalogue)]) == 0
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_never_replaces_a_good_state(catalogue, tmp_path, capsys):
     code = train(catalogue, tmp_path, "--lr", "1000", "--epochs", "3", "--scenario", "full")
     said = capsys.readouterr().err

@@ -72,6 +72,7 @@ sys.exit(run(sys.argv[1:]))
 """In a mount namespace (CLONE_NEWNS) of its own."""
 
 
+@pytest.mark.slow
 def test_a_small_shared_memory_file_system_is_enough(catalogue, tmp_path):
     """As in a container, only smaller: images of 48 training pairs take more than 256 KiB."""
     train = ["train", "--num-workers", "2", "--epochs", "2", "--json", "--model", "tiny"]

@@ -37,6 +37,7 @@ def test_p1_gpu_runs_without_a_gpu(tmp_path):
     assert all(row["ours"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_roofline_counts_operators(fake_card, tmp_path):
     (row,) = figures("roofline.py", file=tmp_path / "rows.json")
     assert row["model"] == "B/32 dual_lora"
@@ -44,6 +45,7 @@ def test_the_roofline_counts_operators(fake_card, tmp_path):
     assert 0 < row["elementwise_us"] < 57 and 0 < row["launches"] < 1900
 
 
+@pytest.mark.slow
 def test_the_table_of_budgets_keeps_what_it_promises(tmp_path):
     for row in figures("budget_table.py", file=tmp_path / "rows.json"):
         promised, kept = (int(str(row[name]).rstrip("%")) for name in ("promised", "kept"))

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from clipft.cli.app import run
 from tests.storage.test_training import command, put_raw
 
@@ -16,6 +18,7 @@ def test_plan_counts_missing_pairs_without_fetching_them(bucket, tmp_path, capsy
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_plan_measures_pairs_that_are_already_fetched(bucket, tmp_path, capsys):
     put_raw(bucket)
     where = command(bucket, tmp_path)[1:7]

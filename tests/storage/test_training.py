@@ -187,6 +187,7 @@ def test_a_signal_ends_the_wait_for_a_hanging_last_upload(real_bucket, tmp_path)
     assert manifest(real_bucket)["saves"][0]["step"] == 5
 
 
+@pytest.mark.slow
 def test_streaming_from_the_bucket_trains_the_same_weights(real_bucket, tmp_path, capsys):
     """Train with --stream, and compare with a run on a local copy."""
     for which in range(3):

@@ -83,6 +83,7 @@ def write_as_format_2(path: Path, monkeypatch) -> None:
     save_checkpoint(path, content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_run_of_an_older_version_goes_on_with_its_own_steps(step, data, tmp_path, monkeypatch):
     """It cut an epoch into steps of 12, 12 and 2 pairs; a new run makes that 12 and 14."""

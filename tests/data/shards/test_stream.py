@@ -135,14 +135,13 @@ def test_a_shard_that_is_truncated_meanwhile_is_an_error(tmp_path):
 
 
 def test_the_reading_thread_ends_with_its_reader(tmp_path):
-    before = threading.active_count()
+    before, others = threading.active_count(), set(threading.enumerate())
     pairs = open_stream(write(tmp_path / "s", [50]), 4).order(EpochPlan(50, 4, 4, 1))(0, 0)
     next(pairs)
     assert threading.active_count() == before + 1
     pairs.close()
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and thread.daemon:
-            thread.join(2)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(2)
     assert threading.active_count() == before
 
 

@@ -89,6 +89,7 @@ def test_a_tower_is_made_by_timm_alone_and_not_taken_from_the_hub(tmp_path):
         load_pretrained(f"local-dir:{tmp_path}")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_bits(folders, tmp_path, monkeypatch):
     """Batch norms included, whose statistics no checkpoint holds."""
     write_shard(tmp_path / "data" / "train" / "00000.tar", range(26))
@@ -142,6 +143,7 @@ def test_adapters_are_where_rows_have_positions(folders):
         )
 
 
+@pytest.mark.slow
 def test_a_trained_one_is_exported_for_open_clip_alone(folders, catalogue, tmp_path, capsys):
     run_folder, out = tmp_path / "run", tmp_path / "out"
     train(folders["transformer"], catalogue, run_folder, "dual_lora", "--lr", "1e-2")

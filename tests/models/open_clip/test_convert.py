@@ -105,6 +105,7 @@ def test_texts_are_read_and_pooled_as_by_another_tokenizer(end, family, clean, t
     )
 
 
+@pytest.mark.slow
 def test_preprocessing_follows_the_configuration(tmp_path):
     given = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "resize_mode": "squash"}
     name = f"local-dir:{write(tmp_path, preprocess={**given, 'interpolation': 'bilinear'})}"
@@ -183,6 +184,7 @@ def test_training_checkpoints_and_halves_are_read(tmp_path):
     assert one.model.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_the_same_model_in_either_library(catalogue, tmp_path):
     """The tiny model, exported for open_clip and read again: the run is the same to the bit."""
     folder = tmp_path / "exported"
@@ -213,6 +215,7 @@ def test_the_same_weights_are_the_same_model_in_either_library(catalogue, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_converted_model(catalogue, tmp_path, capsys):
     """Which says once how it was converted."""
     folder, out = tmp_path / "exported", tmp_path / "out"

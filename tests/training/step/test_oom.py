@@ -89,6 +89,7 @@ def test_halved_until_it_fits_and_the_gradient_is_that_of_one_pass(loaded, model
     assert device.tried[-1] == [3, 3, 3, 3] and len(said) == 3
 
 
+@pytest.mark.slow
 def test_a_local_loss_needs_two_pairs_and_the_warning_says_that_it_changes(model):
     said: list[str] = []
     recovery = smaller_pieces(model, 8, said, LocalAccumulation)
