@@ -28,12 +28,14 @@ EXPLANATION = (
     f"{RECALL_DEFINITION}. It is measured on the validation pairs at each run's best epoch, and "
     "averaged over the seeds. Its difference to the pretrained model is the gain. Differences are "
     "taken seed by seed and given in percentage points; their 95% intervals (Student's t) cover "
-    "the seeds alone, and other validation pairs would change the figures too. Two variants are "
-    "statistically indistinguishable if the interval of their difference includes 0. Grouped R@10 "
-    "is the share of all images with a caption (or all captions of an image) that are among the "
-    "first 10. The test recall is the mean recall on the test pairs, by which nothing is chosen. "
-    "Time is counted from the first batch, as the mean of the runs, and memory is the highest peak "
-    "of any run."
+    "the seeds alone, and other validation pairs would change the figures too. The more variants "
+    "are compared, the more often one of them looks different by chance: a difference to the "
+    "pretrained model, or to the best variant, is clear if the p-value of the paired t-test, "
+    "adjusted by Holm's method for the number of variants, is below 0.05. Grouped R@10 is the "
+    "share of all images with a caption (or all captions of an image) that are among the first 10. "
+    "The test recall is the mean recall on the test pairs, by which nothing is chosen. Time is "
+    "counted from the first batch, as the mean of the runs, and memory is the highest peak of any "
+    "run."
 )
 
 FIGURES = ("runs", "mean recall", "gain", "test recall", "text→image R@10", "image→text R@10")

@@ -1,55 +1,23 @@
 """The content of an ablation's report: a table of the variants, and which of them to choose."""
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
+from clipft.metrics.comparisons import (
+    Values,
+    against_reference,
+    differences,
+    interval,
+    spread,
+)
 from clipft.metrics.figures import DIRECTIONS, RECALLS, as_figure, mean_recall
 from clipft.report.report import epoch_curves
 
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-"""The 97.5% quantiles of Student's t for 1 to 20 degrees of freedom; beyond, the normal
-distribution's 1.96 is close enough."""
 _NAMED = 3
 """Variants that are named in a sentence; of more, the number is given."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Json = Mapping[str, Any]
-Values = Mapping[int, float]
-"""Seed -> value."""
-
-
-def spread(values: Values) -> dict[str, Any]:
-    """Return the mean, the sample standard deviation, ``low`` and ``high`` of the mean's 95%
-    interval, and the values. Of fewer than two values there is no deviation and no interval."""
-    low, high = interval(values) or (None, None)
-    return {
-        "mean": fmean(values.values()) if values else None,
-        "sd": stdev(values.values()) if len(values) > 1 else None,
-        "low": low,
-        "high": high,
-        "values": {str(seed): value for seed, value in values.items()},
-    }
-
-
-def interval(values: Values) -> tuple[float, float] | None:
-    """Return the 95% interval of the mean by Student's t; None for fewer than two values."""
-    count = len(values)
-    if count < 2:
-        return None
-    t = _T[count - 2] if count - 2 < len(_T) else 1.96
-    reach = t * stdev(values.values()) / math.sqrt(count)
-    mean = fmean(values.values())
-    return mean - reach, mean + reach
-
-
-def differences(one: Values, other: Values) -> dict[int, float]:
-    """Subtract ``other`` from ``one`` for each seed that both have."""
-    return {seed: one[seed] - other[seed] for seed in one if seed in other}
 
 
 def ablation_content(folder: str, state: Json) -> dict[str, Any]:
@@ -65,9 +33,13 @@ def ablation_content(folder: str, state: Json) -> dict[str, Any]:
         by_variant.setdefault(run["variant"], []).append(run)
     variants = [_variant(name, group) for name, group in by_variant.items()]
     best = _best(variants)
+    others = [v for v in variants if v["finished"] and v is not best]
+    to_best = against_reference({v["name"]: _to_best(v, best) for v in others if best})
+    trained = {v["name"]: _by_seed(v["gain"]) for v in variants if v["trains"]}
+    gains = against_reference(trained)
     for variant in variants:
-        other = variant["finished"] and variant is not best
-        variant["to_best"] = spread(_to_best(variant, best)) if best and other else None
+        variant["to_best"] = to_best.get(variant["name"])
+        variant["gain"] |= gains.get(variant["name"], {})
     finished = [run for run in runs if run["state"] == "finished"]
     shown = ("variant", "seed", "folder", "state", "exit_code", "error", "hint", "best_epoch")
     costs = ("steps", "seconds", "peak_memory_bytes", "skipped_pairs", "before", "after")
@@ -154,13 +126,14 @@ def _best(variants: Sequence[Json]) -> Json | None:
 def _to_best(variant: Json, best: Json) -> Values:
     """Subtract the mean recall of ``best`` from that of ``variant``, seed by seed."""
 
-    def by_seed(found: Json) -> dict[int, float]:
-        return {int(seed): value for seed, value in found["mean_recall"]["values"].items()}
-
-    ours, theirs = by_seed(variant), by_seed(best)
+    ours, theirs = _by_seed(variant["mean_recall"]), _by_seed(best["mean_recall"])
     if not variant["trains"]:  # measured once, because its figure does not depend on the seed
         ours = dict.fromkeys(theirs, next(iter(ours.values())))
     return differences(ours, theirs)
+
+
+def _by_seed(spread: Json) -> dict[int, float]:
+    return {int(seed): value for seed, value in spread["values"].items()}
 
 
 def _verdict(variants: Sequence[Json]) -> str:
@@ -219,5 +192,5 @@ def _points(change: Json) -> str:
 
 
 def _is_clear(change: Json) -> bool | None:
-    """Whether the interval of a difference leaves out 0; None without an interval."""
+    """Whether a difference is beyond chance; None for a single seed."""
     return as_figure(change).get("clear")

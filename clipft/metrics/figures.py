@@ -118,12 +118,16 @@ def verdict(recall: Json) -> str:
 
 
 def as_figure(spread: Json) -> dict[str, Any]:
-    """Turn a mean over seeds, as an ablation has it, into a figure with its interval."""
+    """Turn a mean over seeds, as an ablation has it, into a figure with its interval.
+
+    If it is one of several differences to the same reference, it is ``clear`` only if it still is
+    when their number is taken into account.
+    """
     found = {"value": spread["mean"]}
     if spread["low"] is None:
         return found
     low, high = spread["low"], spread["high"]
-    return {**found, "low": low, "high": high, "clear": low > 0 or high < 0}
+    return {**found, "low": low, "high": high, "clear": spread.get("clear", low > 0 or high < 0)}
 
 
 def figure_tables(metrics: Sequence[Json], evaluation: Json | None) -> list[dict[str, Any]]:

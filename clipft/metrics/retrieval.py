@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from clipft.core.files import finite
 from clipft.metrics.bootstrap import CONFIDENCE, interval, resampled
+from clipft.metrics.comparisons import paired_difference
 from clipft.metrics.definitions import (
     Floats,
     Integers,
@@ -81,11 +82,11 @@ class Part:
         """
         found = {}
         for name, mean in self.means.items():
-            difference: dict[str, Any] = {"value": mean - other.means[name]}
+            change = mean - other.means[name]
+            difference: dict[str, Any] = {"value": change}
             if name in self.resampled:
-                difference |= interval(self.resampled[name] - other.resampled[name])
-                low, high = difference["low"], difference["high"]
-                difference["clear"] = None if low is None else low > 0 or high < 0
+                ours, theirs = self.resampled[name], other.resampled[name]
+                difference = paired_difference(change, ours, theirs)
             found[name] = finite(difference)
         return found
 
@@ -124,6 +125,12 @@ class Evaluation:
         """Return the mean of paired R@1, R@5 and R@10 of both directions, in 0..1."""
         paired = self.parts["paired"].values()
         return float(np.mean([part.means[name] for part in paired for name in RECALLS]))
+
+    def resampled_recall(self) -> Floats:
+        """Return ``recall`` in each resample, float64 [resamples]; there must be some."""
+        paired = self.parts["paired"].values()
+        found: Floats = np.mean([p.resampled[name] for p in paired for name in RECALLS], axis=0)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON values of ``before`` and ``after`` in evaluation.json."""
@@ -173,15 +180,10 @@ def difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
 
 def recall_difference(after: Evaluation, before: Evaluation) -> dict[str, Any]:
     """Return ``value``, ``low``, ``high`` and ``clear`` of the difference in mean recall."""
-    found: dict[str, Any] = {"value": after.recall() - before.recall()}
+    change = after.recall() - before.recall()
     if not (after.options.resamples and before.options.resamples):
-        return found
-    ours, theirs = (
-        np.mean([p.resampled[name] for p in e.parts["paired"].values() for name in RECALLS], axis=0)
-        for e in (after, before)
-    )
-    around = interval(ours - theirs)
-    return {**found, **around, "clear": around["low"] > 0 or around["high"] < 0}
+        return {"value": change}
+    return paired_difference(change, after.resampled_recall(), before.resampled_recall())
 
 
 @torch.inference_mode()
