@@ -11,6 +11,7 @@ import clipft
 PACKAGE = Path(clipft.__file__).parent
 FLOORS = (
     {"cli"},
+    {"tune"},
     {"api"},
     {"browse"},
     {"search", "ablation", "doctor"},

@@ -73,7 +73,7 @@ def run_all(
     """
     waiting = deque(run for run in runs if not run.finished)
     alive: list[_Process] = []
-    environments = _environments(jobs)
+    of_slots = environments(jobs)
     with stop_on_signals() as stop:
         asked = False
         try:
@@ -82,7 +82,7 @@ def run_all(
                     slot = min(set(range(jobs)) - {process.slot for process in alive})
                     run = waiting.popleft()
                     on_start(run)
-                    alive.append(_Process(run, _start(run, environments[slot], lock), slot))
+                    alive.append(_Process(run, _start(run, of_slots[slot], lock), slot))
                 time.sleep(_POLL_SECONDS)
                 if stop.name and not asked:
                     asked = True
@@ -134,7 +134,7 @@ def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun],
         write_json(place, figures)
 
 
-def _environments(jobs: int) -> list[dict[str, str]]:
+def environments(jobs: int) -> list[dict[str, str]]:
     """Environment variables for each of ``jobs`` processes that run at the same time.
 
     GPUs are assigned in turn. Without a GPU each process gets a share of the processors, unless

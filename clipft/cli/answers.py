@@ -1,4 +1,4 @@
-"""What train, evaluate, zero-shot and ablate answer on one screen of 24 lines and 80 columns.
+"""What train, evaluate, zero-shot, ablate and tune answer on one screen of 24 lines and 80 columns.
 
 Each says its verdict in a sentence, shows the figures that matter, and names where to find more.
 """
@@ -14,6 +14,9 @@ from clipft.config.fields import Section, setting
 _VARIANTS, _LONG_VARIANTS, _LONG = 6, 4, 16
 """Variants of an ablation that have room on the screen: fewer if their names have more characters
 than can stand beside three figures, which then take two lines."""
+
+_TRIALS, _MATTERED = 6, 5
+"""Trials of a search, and settings that mattered in it, that have room on the screen."""
 
 
 class FigureOptions(Section):
@@ -79,13 +82,13 @@ def ablation_answer(content: dict[str, Any], options: FigureOptions) -> Iterator
     """Answer which variant is best; ``content`` is that of the ablation's report.json."""
     from clipft.ablation.page import COSTS, EXPLANATION, FIGURES, ablation_rows, ranked
     from clipft.cli.plain_table import rows_table
-    from clipft.cli.tables import UNCLEAR, variants_table
+    from clipft.cli.tables import UNCLEAR, UNCLEAR_AMONG_SEVERAL, variants_table
 
     yield content["verdict"]
     variants = ranked(content)
     most = _VARIANTS if max(len(v["name"]) for v in variants) <= _LONG else _LONG_VARIANTS
     yield variants_table(variants, None if options.all else most)
-    yield UNCLEAR
+    yield UNCLEAR_AMONG_SEVERAL if len(variants) > 2 else UNCLEAR
     if options.all:
         tested = any(v["test_mean_recall"]["mean"] is not None for v in content["variants"])
         shown = [name for name in FIGURES if tested or name != "test recall"]
@@ -94,6 +97,18 @@ def ablation_answer(content: dict[str, Any], options: FigureOptions) -> Iterator
             yield rows_table(title, columns, ablation_rows(content, columns))
     if options.definitions:
         yield EXPLANATION
+
+
+def tune_answer(content: dict[str, Any], all_trials: bool) -> Iterator[RenderableType]:
+    """Answer what a search found; ``content`` is that of tune.json."""
+    from clipft.cli.tables import trials_table
+    from clipft.tune.summary import ranked
+
+    yield content["verdict"]
+    yield trials_table(ranked(content["trials"]), None if all_trials else _TRIALS)
+    if content["mattered"]:
+        shares = [f"{name} {share:.0%}" for name, share in content["mattered"].items()]
+        yield f"What mattered (PED-ANOVA): {', '.join(shares[:_MATTERED])}."
 
 
 def say_more(out: Output, options: FigureOptions, report: str = "", command: str = "") -> None:

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import typer
 
 from clipft.core.common import processors
 from clipft.core.errors import ClipftError, ProcessError
+from clipft.training.signals import end_with_parent
 
 _RUN_ID = "clipft-"
 _SECONDS_TO_SAVE = 300
@@ -40,7 +40,7 @@ def launch_processes(processes: int, args: Sequence[str]) -> bool:
     """
     if processes == 1 or one_of_several():
         if _launched():
-            _end_with_launcher()
+            end_with_parent()
         return False
     import psutil
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -82,18 +82,6 @@ def one_of_several() -> bool:
 
 def _launched() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID)
-
-
-def _end_with_launcher() -> None:
-    """End this process, its state saved, once its launcher is gone: killed, it can tell nobody."""
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def told_launcher(error: ClipftError) -> bool:

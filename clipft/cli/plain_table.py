@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-_STYLE: dict[str, Any] = {
+PLAIN_STYLE: dict[str, Any] = {
     "box": box.SIMPLE,
     "show_edge": False,
     "pad_edge": False,
@@ -33,7 +33,7 @@ class FigureTable(Table):
     """
 
     def __init__(self, title: str, *headings: str, caption: str = "") -> None:
-        super().__init__(**_STYLE)
+        super().__init__(**PLAIN_STYLE)
         # Not rich's own title and caption: those are wrapped at the width of the table
         self._above, self._below = title, caption
         for number, heading in enumerate(headings):
@@ -50,7 +50,7 @@ class FigureTable(Table):
             yield Text(self._below, style="italic")
 
     def _narrow(self, width: int) -> Table:
-        table = Table(**_STYLE, show_header=self.show_header)
+        table = Table(**PLAIN_STYLE, show_header=self.show_header)
         columns = [[_broken(cell) for cell in column.cells] for column in self.columns]
         heads = [
             [column.header, *cells] for column, cells in zip(self.columns, columns, strict=True)

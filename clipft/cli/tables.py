@@ -1,12 +1,13 @@
 """Shows figures as tables in a terminal."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.plain_table import FigureTable
+from clipft.cli.plain_table import PLAIN_STYLE, FigureTable
 from clipft.core.common import counted
 from clipft.metrics import figures
 from clipft.metrics.figures import (
@@ -17,6 +18,7 @@ from clipft.metrics.figures import (
     figure_name,
     unit_of,
 )
+from clipft.tune.space import described
 
 # "->" instead of the pages' arrow: not every terminal's font and encoding has the arrow
 _LABELS = {key: label.replace("→", "->") for key, label in figures.ALL_DIRECTIONS.items()}
@@ -24,6 +26,9 @@ DIRECTIONS = {key: _LABELS[key] for key in figures.DIRECTIONS}
 """The two directions of retrieval in their order: JSON key -> label."""
 
 UNCLEAR = "Differences are in points; ~ may be due to chance (the interval includes 0)."
+UNCLEAR_AMONG_SEVERAL = (
+    "Differences are in points; ~ may be due to chance (Holm's method, several comparisons)."
+)
 
 Json = Mapping[str, Any]
 
@@ -265,4 +270,31 @@ def variants_table(variants: Sequence[Json], most: int | None = None) -> Table:
         else:
             cells[0] = "failed" if variant["failed"] else "not run yet"
         table.add_row(Text(variant["name"]), *cells)
+    return table
+
+
+def trials_table(trials: Sequence[Json], most: int | None = None) -> Table:
+    """Show the trials of a search with what they change, a line for each.
+
+    Args:
+        trials: those of tune.json, the best first.
+        most: None shows all, each with everything that it changes.
+    """
+    shown = trials[:most]
+    states = Counter(trial["state"] for trial in trials)
+    words = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}
+    ended = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
+    table = Table(**PLAIN_STYLE, title=f"Validation: {counted(len(trials), 'trial')}, {ended}")
+    table.title_justify = "left"
+    for heading in ("trial", RECALL_NAME, "epochs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("changes")
+    for trial in shown:
+        ran, planned = trial["epochs_run"], trial["epochs"]
+        epochs = str(ran or 0) if ran == planned else f"{ran or 0} of {planned}"
+        changes = trial["error"] or described(trial["changes"])
+        recall = value(trial["recall"]) if trial["state"] != "failed" else "failed"
+        # The column may shrink, but without --all each trial keeps to one line
+        shown_changes = Text(changes, no_wrap=most is not None, overflow="ellipsis")
+        table.add_row(str(trial["number"]), recall, epochs, shown_changes)
     return table

@@ -80,6 +80,15 @@ class LoadedSettings:
         origin = self.origins[name]
         return origin == "default" or origin.startswith("scenario ")
 
+    def given(self) -> dict[str, Any]:
+        """The settings that the user has set, wherever it was, by name."""
+        places = {"flag", "environment"}
+        return {
+            name: getattr(self.values, name)
+            for name, origin in self.origins.items()
+            if origin in places or origin.startswith("file ")
+        }
+
     def to_toml(self) -> str:
         """Print the settings as TOML that ``--config`` reads back, each line with its origin."""
         lines = ["# clipft settings: flags > CLIPFT_... > file > profile > default"]

@@ -74,7 +74,7 @@ def _choose(
     rates = own_learning_rates(settings.model)
     if "lr" in free and settings.scenario in rates:
         chosen["lr"] = rates[settings.scenario], f"model {settings.model}"
-    pairs = _training_pairs(settings, source)
+    pairs = count_training_pairs(settings, source)
     suited = steps_for(settings, pairs, free)
     changed = {name: value for name, value in suited.items() if value != getattr(settings, name)}
     if not changed:
@@ -88,7 +88,12 @@ def _choose(
     )
 
 
-def _training_pairs(settings: Settings, source: "ShardSource | None") -> int:
+def count_training_pairs(settings: Settings, source: "ShardSource | None" = None) -> int:
+    """Count the pairs of ``data_dir`` to train on, or those of ``source``.
+
+    Raises:
+        DataError: there are none.
+    """
     folder = settings.data_dir / "train"
     if not settings.stream:
         return len(training_pairs(settings))

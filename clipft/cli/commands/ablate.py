@@ -1,22 +1,25 @@
-"""``clipft ablate``."""
+"""``clipft ablate`` and ``clipft tune``."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import field_validator
 
-from clipft.cli.answers import FigureOptions, ablation_answer, say_more
+from clipft.cli.answers import FigureOptions, ablation_answer, say_more, tune_answer
 from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import command
-from clipft.config.fields import setting
+from clipft.config.fields import Section, setting
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
 from clipft.config.settings_file import read_toml
 from clipft.config.sources import LoadedSettings, known_settings, refuse_unknown, validated
 from clipft.core.common import counted
 from clipft.core.errors import Interrupted, RunsFailed, UsageError, did_you_mean
+from clipft.tune.budget import Budget
+from clipft.tune.space import SEARCHED, check_searchable
 
 if TYPE_CHECKING:
     from clipft.ablation.grid import PlannedRun
@@ -128,11 +131,8 @@ def ablate(
                 meant or f"settings stand at the top of the file, and [{_TABLE}] is its only table"
             )
             raise UsageError(f"unknown table [{name}] in {file}", hint)
-    base = known_settings(given, file or "")
     # Only what the user has set, so that each scenario can bring defaults of its own
-    for name, origin in loaded.origins.items():
-        if origin in {"flag", "environment"} or origin.startswith("file "):
-            base[name] = getattr(loaded.values, name)
+    base = known_settings(given, file or "") | loaded.given()
     folder = Path(base.get("output_dir", loaded.values.output_dir))
     scenarios = list(SCENARIOS) if options.scenarios is None else options.scenarios
     runs = plan_runs(Grid(scenarios, options.seeds, options.set), base, folder)
@@ -229,3 +229,109 @@ def _best_run(content: dict[str, Any], folder: Path) -> tuple[object, ...]:
         return ()
     best = max(found, key=lambda r: (means[r["variant"]]["mean"], mean_recall(r["after"])))
     return ("evaluate", folder / best["folder"])
+
+
+_NOT_TUNED = frozenset(
+    ("resume_from_checkpoint", "enable_s3_checkpoints", "processes", "shard_weights")
+)
+
+
+class TuneOptions(Section):
+    title = "Search"
+    budget: str = setting(
+        "1h",
+        "How long to search, as a time for everything (30m, 2h), or as a number of trials (20).",
+        metavar="TIME|N",
+    )
+    search: list[str] = setting(
+        [],
+        "Settings to search, separated by commas. Default: those of "
+        f"{', '.join(SEARCHED)} that you have not set.",
+        metavar="A,B",
+    )
+    confirm: int = setting(
+        3,
+        "Number of seeds with which the best trial is compared with the defaults.",
+        unit="seeds",
+        ge=1,
+    )
+    workers: int = setting(
+        1,
+        "Number of trials at the same time. Several GPUs are used in turn.",
+        unit="processes",
+        ge=1,
+    )
+    all: bool = setting(False, "Show every trial, not only the best ones.")
+
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, value: str) -> str:
+        Budget.parse(value)
+        return value
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        words = value.split(",") if isinstance(value, str) else value
+        return [word.strip().removeprefix("--").replace("-", "_") for word in words if word.strip()]
+
+
+@command(
+    *(name for name in Settings.model_fields if name not in _NOT_TUNED),
+    options=TuneOptions,
+    profile={"output_dir": "./tune"},
+)
+def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
+    """Search for better settings within a budget.
+
+    The first trial is what `clipft train` would do; the others change what you have not set, as
+    Optuna chooses. Trials that fall behind are stopped early. At the end, the best one and the
+    defaults are trained with several seeds, the validation pairs decide between them, and the
+    test pairs say by how much it is better. Each trial is a normal run, in --output-dir. Run the
+    same command again to continue after a stop, or with a larger --budget. Needs Optuna:
+    pip install 'clipft[tune]'.
+
+    Examples:
+
+        clipft tune --data-dir ./catalogue --budget 2h
+        clipft tune --data-dir ./catalogue --budget 20 --scenario dual_lora
+        clipft tune --data-dir ./catalogue --search lr,epochs --workers 2
+        clipft train --config ./tune/best.toml
+    """
+    from clipft.cli.preflight import check_ablation, import_libraries
+
+    _check_optuna()
+    settings = loaded.values
+    check_searchable(options.search, loaded.given())
+    if not settings.declared_scenario.trains:
+        raise UsageError(
+            f"scenario {settings.scenario} trains nothing, so there is nothing to search",
+            "leave --scenario out, or choose another one",
+        )
+    check_ablation(settings.output_dir, [settings])
+    if settings.s3_bucket:
+        from clipft.cli.s3_data import bring_data
+
+        bring_data(settings, out)
+    import_libraries()
+    from clipft.tune.session import open_session, run_session
+
+    budget = Budget.parse(options.budget)
+    session, notes = open_session(loaded, options.search, budget, options.confirm, options.workers)
+    for note in notes:
+        out.note(note)
+    content = run_session(session, out.note)
+    out.result(content, *tune_answer(content, options.all))
+    if not options.all:
+        out.note("More: --all shows every trial, and tune.json has their settings in full.")
+    folder = settings.output_dir
+    best = folder / "best.toml"
+    end(out, {"settings": best, "trials": folder / "trials"}, ("train", "--config", best))
+
+
+def _check_optuna() -> None:
+    if find_spec("optuna") is None:
+        raise UsageError(
+            "clipft tune needs optuna",
+            "install it: pip install 'clipft[tune]', or pipx inject clipft optuna",
+        )

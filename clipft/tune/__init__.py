@@ -1,0 +1,1 @@
+"""Searches for the settings that suit a catalogue best, within a budget."""

@@ -1,0 +1,108 @@
+"""Q4: ``clipft tune`` with a third of a grid's steps, against the best cell of the grid.
+
+Runs a small grid with ``clipft ablate``, one seed, and then ``clipft tune`` over the same settings
+until it has taken a third of the grid's steps. The best mean recall on the validation pairs is
+compared, which is what both search for. Run the same command again to continue.
+
+    python tests/benchmarks/q4_tune.py --data DIR --out DIR [--quick] [--json FILE]
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from side_by_side import arguments, write_figures
+
+GRID: dict[str, tuple[Any, ...]] = {
+    "lr": (2.5e-4, 1e-3, 4e-3),
+    "lora_targets": ("qv", "all"),
+    "lora_dropout": (0.05, 0.3),
+    "wd": (0.1, 0.3),
+}
+QUICK: dict[str, tuple[Any, ...]] = {"lr": (1e-3, 4e-3), "lora_targets": ("qv", "all")}
+SHARE, GOAL = 1 / 3, 0.99
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Mean recall in percent on the validation pairs, and the steps that were trained for it.
+
+    ``met``: with at most a third of the steps, ``tune`` reaches 99 % of the best cell.
+    """
+
+    way: str
+    runs: int
+    steps: int
+    best: str
+    share_of_the_best_cell: str
+    met: str
+
+
+def clipft_json(*words: object) -> Any:
+    command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def fixed(wish: argparse.Namespace) -> list[object]:
+    more = ["--mini-train"] if wish.quick else []
+    places = ["--model", "tiny", "--data-dir", wish.data, "--resamples", 0, "--precision", "fp32"]
+    return [*places, "--stop-on", "never", "--scenario", "dual_lora", *more]
+
+
+def grid(wish: argparse.Namespace, cells: dict[str, tuple[Any, ...]]) -> tuple[int, int, float]:
+    """Train every cell; return the number of runs, their steps, and the best recall."""
+    varied = (("--set", f"{name}={','.join(map(str, vs))}") for name, vs in cells.items())
+    where = ("--output-dir", wish.out / "grid", "--seeds", 42, "--scenarios", "dual_lora")
+    plain = [word for word in fixed(wish) if word not in ("--scenario", "dual_lora")]
+    content = clipft_json("ablate", *plain, *where, *itertools.chain(*varied))
+    best = max(variant["mean_recall"]["mean"] for variant in content["variants"])
+    return len(content["runs"]), sum(run["steps"] for run in content["runs"]), best
+
+
+def search(
+    wish: argparse.Namespace, cells: dict[str, tuple[Any, ...]], most: float
+) -> tuple[int, int, float]:
+    """Try one more trial at a time while another whole one would still be within the steps."""
+    where = ("--output-dir", wish.out / "tune", "--confirm", 1, "--search", ",".join(cells))
+    found, tried = (0, 0, 0.0), 1
+    while True:
+        content = clipft_json("tune", *fixed(wish), *where, "--budget", tried)
+        trials = content["trials"]
+        steps = sum(trial["steps"] for trial in trials)
+        longest = max(trial["steps"] for trial in trials)
+        best = max(trial["recall"] for trial in trials if trial["state"] == "finished")
+        found = (len(trials), steps, best)
+        if steps + longest > most:
+            return found
+        tried += 1
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a packed catalogue")
+    parser.add_argument("--out", type=Path, required=True, help="folder that keeps the runs")
+    wish = parser.parse_args()
+    cells = QUICK if wish.quick else GRID
+    runs, steps, best = grid(wish, cells)
+    tried, taken, reached = search(wish, cells, max(steps * SHARE, steps / runs))
+    met = "yes" if reached >= GOAL * best and taken <= max(steps * SHARE, steps / runs) else "no"
+    rows = [
+        Searched(f"ablate, {runs} cells", runs, steps, f"{100 * best:.2f}", "100%", ""),
+        Searched("tune", tried, taken, f"{100 * reached:.2f}", f"{reached / best:.1%}", met),
+    ]
+    for row in rows:
+        print(row)
+    if wish.json:
+        write_figures(wish.json, "Q4", rows, ("torch", "transformers", "peft", "optuna"))
+
+
+if __name__ == "__main__":
+    main()
