@@ -18,8 +18,8 @@ from clipft.config.sources import LoadedSettings
 from clipft.data.captions.metadata import (
     check_chosen_fields,
     check_fields,
+    check_label_options,
     check_products,
-    check_stopping,
     describe,
 )
 from clipft.data.captions.template import CaptionTemplate
@@ -102,7 +102,7 @@ def check_training_pairs(settings: Settings) -> None:
         DataError: there are no pairs, or a shard cannot be read.
         UsageError: no pair has one of the fields.
     """
-    check_stopping(settings)
+    check_label_options(settings)
     train, template = settings.data_dir / "train", _template(settings)
     if settings.stream:  # may have too many shards to open them all
         check_products(settings, None)

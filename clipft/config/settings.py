@@ -144,7 +144,7 @@ class DataSettings(Section):
         "",
         "Metadata fields to train on instead of --caption, each with a weight, as in "
         "name:1,description:0.5. Each epoch draws the caption of a pair from one of its fields, in "
-        "proportion to the weights. An evaluation uses the first field that the pair has.",
+        "proportion to the weights. An evaluation uses the first of them that a pair has.",
         "fixed",
         metavar="NAME:WEIGHT,...",
     )

@@ -12,7 +12,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
-from clipft.data.captions.metadata import check_chosen_fields, check_stopping
+from clipft.data.captions.metadata import check_chosen_fields, check_label_options
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.few_shot import training_pairs
@@ -238,7 +238,7 @@ def prepare(
         UsageError: settings do not fit each other or the data.
     """
     check_sharding(settings)
-    check_stopping(settings)
+    check_label_options(settings)
     data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
     train, val = data.train, data.val
 

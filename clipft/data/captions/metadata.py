@@ -34,7 +34,8 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
     """Check the fields of groups, grades and labels, before anything is made or measured.
 
     Raises:
-        UsageError: No pair has ``group_field``, or a ``label_field`` other than the default.
+        UsageError: No pair has ``group_field``, ``grade_field``, or a ``label_field`` other than the
+            default.
     """
     if settings.group_field:
         check_field("--group-field", settings.group_field, pairs)
@@ -44,11 +45,11 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
         check_field("--label-field", settings.label_field, pairs)
 
 
-def check_stopping(settings: Settings) -> None:
-    """Check that a run can measure what ends it, and can choose the pairs that it asks for.
+def check_label_options(settings: Settings) -> None:
+    """Check the settings that need labels, before any label is read.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: Accuracy shall end a run without prompts, or shots be chosen from a stream.
     """
     if settings.stop_on == "accuracy" and not settings.label_prompts:
         raise UsageError(
