@@ -34,8 +34,8 @@ def check_chosen_fields(settings: Settings, pairs: WithMetadata) -> None:
     """Check the fields of groups, grades and labels, before anything is made or measured.
 
     Raises:
-        UsageError: No pair has ``group_field``, ``grade_field``, or a ``label_field`` other than the
-            default.
+        UsageError: No pair has ``group_field``, ``grade_field``, or a ``label_field`` that is not
+            the default.
     """
     if settings.group_field:
         check_field("--group-field", settings.group_field, pairs)
