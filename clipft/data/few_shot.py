@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from clipft.config.settings import Settings
+from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.captions.fields import check_field, field_value
 from clipft.data.captions.metadata import as_name
@@ -47,3 +48,25 @@ def few_shot(pairs: PairDataset, settings: Settings) -> PairDataset:
             "name the field that holds the labels with --label-field",
         )
     return replace(pairs, chosen=tuple(sorted(chosen)))
+
+
+def label_remarks(train: PairDataset, val: PairDataset, field: str) -> list[str]:
+    """Say how many labels of the validation pairs no training pair has, if there are any.
+
+    Such a split measures labels that the run never sees. It comes from pairs that share a caption
+    with all pairs of their label, because ``pack`` keeps equal captions in one split.
+    """
+    known, wanted = (_labels(pairs, field) for pairs in (train, val))
+    wanted = {label for label in wanted if label}
+    unknown = len(wanted.difference(known))
+    if not unknown:
+        return []
+    return [
+        f"{unknown} of {counted(len(wanted), 'label')} of the validation pairs are on no training "
+        "pair: split the pairs so that each label is on both sides"
+    ]
+
+
+def _labels(pairs: PairDataset, field: str) -> set[str | None]:
+    numbers = range(len(pairs))
+    return {as_name(field_value(pairs.metadata(number), field)) for number in numbers}

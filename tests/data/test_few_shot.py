@@ -1,13 +1,15 @@
 """Which pairs of each label a few-shot run has."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from clipft.config.settings import Settings
 from clipft.core.errors import ClipftError
-from clipft.data.few_shot import training_pairs
+from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.overlap import same_images
+from clipft.data.shards.dataset import open_pairs
 
 
 def chosen(catalogue, shots, seed=1, **given):
@@ -67,3 +69,13 @@ def test_a_field_that_no_pair_has_is_refused_by_name(catalogue, field):
     assert caught.value.exit_code == 2
     assert f"no pair has a field '{field}'" in caught.value.message
     assert "type" in caught.value.hint
+
+
+def test_labels_that_training_lacks_are_counted(catalogue):
+    train, val = chosen(catalogue, 0), open_pairs(catalogue / "val")
+    assert label_remarks(train, train, "type") == []
+    few = replace(train, chosen=(0,))
+    (remark,) = label_remarks(few, val, "type")
+    kinds = labels(val).keys()
+    unknown = len(kinds - labels(few).keys())
+    assert f"{unknown} of {len(kinds)} labels of the validation pairs are on no" in remark
