@@ -397,6 +397,8 @@ def _open_data(
             remarks.append(
                 f"captions are drawn from {settings.fields}; validation measures {field}"
             )
+        if settings.label_prompts and isinstance(train, PairDataset):
+            remarks += label_remarks(train, val, settings.label_field)
     return _Data(train, val, preprocessing, val_preprocessing, remarks)
 
 
