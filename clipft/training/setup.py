@@ -15,7 +15,7 @@ from clipft.core.memory import MemoryBudget
 from clipft.data.captions.metadata import check_chosen_fields, check_label_options
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
-from clipft.data.few_shot import training_pairs
+from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Integers, Position, Share
 from clipft.data.positives import Positives, make_positives, product_ids

@@ -39,9 +39,8 @@ from clipft.runs.places import saved_settings
 PLAIN = ("--caption", "{name}, {color}")
 GARMENTS = {
     "name and color": PLAIN,
-    "photo pairs 1": (*PLAIN, "--photo-pairs", "1"),
+    "photo pairs 0.3": (*PLAIN, "--photo-pairs", "0.3"),
     "fields": ("--fields", "name:1,description:0.5,material:0.2"),
-    "hard negatives 3": (*PLAIN, "--hard-negatives", "3"),
 }
 LABELS = {
     "4 shots": ("--shots", "4", "--epochs", "20"),
