@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import StorageSettings
 from clipft.core.errors import did_you_mean, sentences
-from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, etag_of
+from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, checksum_in, etag_of, has_checksum
 from clipft.storage.s3.errors import Changed, Corrupt, code_and_status
 from clipft.storage.s3.keys import LocalPaths, Refused, RefusedKey, RemoteObject
 from clipft.storage.s3.listing import Entry, ListingReader
@@ -73,7 +73,9 @@ class Bucket:
                 continue
             try:
                 path = paths.take(entry.key)
-                objects.append(RemoteObject(entry.key, path, entry.size, entry.etag))
+                objects.append(
+                    RemoteObject(entry.key, path, entry.size, entry.etag, entry.has_checksum)
+                )
             except RefusedKey as refusal:
                 refused.append(Refused(entry.key, str(refusal)))
         return objects, refused
@@ -216,8 +218,11 @@ class Bucket:
             if answer["e_tag"] == expected:
                 return expected
             # Some servers give no ETag in answer to an upload in parts
-            head = self.client.head_object(Bucket=self.name, Key=key)
-            same = head["ETag"] == expected or has_opaque_etag(head)
+            head = self.client.head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
+            same = head["ETag"] == expected
+            if not same and has_opaque_etag(head):
+                checksum = checksum_in(head)
+                same = checksum is None or has_checksum(file, checksum) is not False
             if head["ContentLength"] != size or not same:
                 raise Corrupt("the server received something else than what was sent")
             return str(head["ETag"])

@@ -1,7 +1,7 @@
 """Read the listings of a bucket faster than botocore does.
 
 botocore's parser takes most of the time of a listing of many thousand keys. ``ListingReader``
-takes the XML away from it and reads only the four fields that clipft needs.
+takes the XML away from it and reads only the fields that clipft needs.
 """
 
 import threading
@@ -13,12 +13,14 @@ _EMPTY = b"<ListBucketResult></ListBucketResult>"
 
 
 class Entry(NamedTuple):
-    """One object as listed: ``size`` in bytes, ``modified`` in ISO format."""
+    """One object as listed: ``size`` in bytes, ``modified`` in ISO format, and whether the server
+    has a checksum of the whole object."""
 
     key: str
     size: int
     etag: str
     modified: str
+    has_checksum: bool
 
 
 class ListingReader:
@@ -56,7 +58,9 @@ class ListingReader:
             if encoded and ("%" in key or "+" in key):
                 key = unquote(key.replace("+", " "))
             modified = found.get("LastModified", "")
-            entries.append(Entry(key, int(found["Size"]), found["ETag"], modified))
+            # The other type, COMPOSITE, is a checksum of the checksums of the parts
+            has_checksum = found.get("ChecksumType") == "FULL_OBJECT"
+            entries.append(Entry(key, int(found["Size"]), found["ETag"], modified, has_checksum))
         if root.findtext(f"{namespace}IsTruncated") != "true":
             return entries, None
         return entries, root.findtext(f"{namespace}NextContinuationToken")

@@ -11,18 +11,18 @@ import hashlib
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
-from clipft.core.errors import StorageError
 from clipft.core.files import disk_error
-from clipft.storage.s3.bucket import RANGE, SMALL, Bucket, has_opaque_etag
-from clipft.storage.s3.checksums import matches, md5, plain_md5
-from clipft.storage.s3.errors import Corrupt, Stopped
+from clipft.storage.s3.bucket import RANGE, SMALL, Bucket
+from clipft.storage.s3.errors import Changed, Corrupt, Stopped, explained
 from clipft.storage.s3.keys import Refused, RefusedKey, RemoteObject
+from clipft.storage.s3.verification import check_bytes
 from clipft.storage.sync.folder import PART, Folder
 
 _FLUSH_EVERY = 5.0
@@ -45,7 +45,8 @@ class TransferProgress:
 class _Job:
     """One object on its way. ``part`` is the temporary file that it is written to, ``starts``
     holds the offsets of its ranges, ``arrived`` counts those that have arrived, and ``done``
-    holds the offsets of those that an earlier sync left in the part file."""
+    holds the offsets of those that an earlier sync left in the part file. ``unverified`` is the
+    algorithm of a checksum that could not be computed."""
 
     folder: Folder
     wanted: RemoteObject
@@ -55,6 +56,7 @@ class _Job:
     begun: bool = False
     needed: bool = True
     refusal: str = ""
+    unverified: str = ""
     done: set[int] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,7 +75,8 @@ def part_name(wanted: RemoteObject) -> str:
 class Download:
     """Fetch ``work``: threads of its own fetch, and the caller's thread records and reports.
 
-    After ``run``, ``fetched`` and ``bytes`` count what was really transferred.
+    After ``run``, ``fetched`` and ``bytes`` count what was really transferred, and ``unverified``
+    the objects whose checksum could not be computed, by its algorithm.
     """
 
     def __init__(self, bucket: Bucket, work: list[tuple[Folder, RemoteObject]]) -> None:
@@ -91,6 +94,7 @@ class Download:
         self._failed: list[BaseException] = []
         self._total = sum(wanted.size for _, wanted in work)
         self._files_done = self._bytes_done = self.fetched = self.bytes = 0
+        self.unverified = Counter[str]()
 
     def run(self, report: Callable[[TransferProgress], None]) -> None:
         """Fetch everything, calling ``report`` ten times a second.
@@ -134,6 +138,8 @@ class Download:
                 job.folder.record(job.wanted)
                 self.fetched += job.needed
                 self.bytes += job.wanted.size if job.needed else 0
+                if job.unverified:
+                    self.unverified[job.unverified] += 1
             self._files_done += 1
         return TransferProgress(self._files_done, len(self._work), self._bytes_done, self._total)
 
@@ -203,11 +209,8 @@ class Download:
         wanted, bucket = job.wanted, self._bucket
 
         def get_checked() -> memoryview:
-            body, expected = bucket.get_once(wanted, 0, wanted.size), plain_md5(wanted.etag)
-            if expected and md5(body).hexdigest() != expected:
-                head = bucket.client.head_object(Bucket=bucket.name, Key=wanted.key)
-                if not has_opaque_etag(head):
-                    raise Corrupt("its bytes do not have the md5 that its ETag names")
+            body = bucket.get_once(wanted, 0, wanted.size)
+            job.unverified = check_bytes(bucket, wanted, BytesIO(body))
             return body
 
         body = bucket.retry(get_checked, bucket.url(wanted.key))
@@ -228,23 +231,14 @@ class Download:
         """Check the bytes of a large object, all of whose ranges are there, and publish it."""
         wanted, bucket = job.wanted, self._bucket
 
-        def first_part() -> int:
-            """Bytes of the first part of the upload, or 0 if the server does not say."""
-            answer = bucket.call("head_object", wanted.key, Key=wanted.key, PartNumber=1)
-            size = int(answer["ContentLength"])
-            return size if size < wanted.size else 0
-
-        same = matches(job.part, wanted.size, wanted.etag, first_part)
+        try:
+            with open(job.part, "rb") as file:
+                job.unverified = check_bytes(bucket, wanted, file)
+        except (Corrupt, Changed) as error:
+            job.part.unlink()
+            job.ranges_file.unlink(missing_ok=True)
+            raise explained(error, bucket.settings, bucket.url(wanted.key)) from error
         job.ranges_file.unlink(missing_ok=True)
-        if same is False:
-            head = bucket.client.head_object(Bucket=bucket.name, Key=wanted.key)
-            if not has_opaque_etag(head):
-                job.part.unlink()
-                raise StorageError(
-                    f"{bucket.url(wanted.key)} did not arrive intact: its bytes do not have the "
-                    "checksum that its ETag names",
-                    "repeat the command: files that arrived intact are kept",
-                )
         self._publish(job)
 
     def _publish(self, job: _Job) -> None:

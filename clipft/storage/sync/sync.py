@@ -144,6 +144,11 @@ def download(
         fetch = Download(listing.bucket, work)
         if work:
             fetch.run(report)
+        for algorithm, count in fetch.unverified.items():
+            notes.append(
+                f"{counted(count, 'object')} could be verified only by size and version: computing "
+                f"the {algorithm} that the server states needs awscrt (pip install 'clipft[crc]')"
+            )
         deleted = 0
         for folder in folders:
             surplus = _surplus(folder, options)
