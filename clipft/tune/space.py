@@ -149,7 +149,7 @@ class Space:
         if {"epochs", "effective_batch_size"} & changed.keys():
             # Otherwise one of them would be chosen anew to suit the other
             sizes = {n: getattr(base, n) for n in ("epochs", "effective_batch_size")}
-            changed = {n: v for n, v in sizes.items() if n not in self.given} | changed
+            changed |= {n: v for n, v in sizes.items() if n not in {*self.given, *changed}}
         return changed
 
     def rate(self, scenario: str) -> float:
@@ -257,8 +257,10 @@ def _attributes(settings: Settings, metadata: WithMetadata) -> list[str]:
 
 
 def _is_attribute(value: str) -> bool:
+    """Whether a value reads like a name, a color or a material: no code, path or description."""
     letters = any(character.isalpha() for character in value)
-    return letters and len(value) <= _LONGEST_FIELD and "/" not in value
+    code = " " not in value and any(character.isdigit() for character in value)
+    return letters and not code and len(value) <= _LONGEST_FIELD and "/" not in value
 
 
 def _applies(name: str, scenario: str) -> bool:

@@ -23,7 +23,12 @@ class Pairs:
 
     def metadata(self, number):
         color = ("red", "dark blue")[number % 2]
-        about = {"id": f"{number:05d}", "name": f"chair {number}", "color": color}
+        about = {
+            "id": f"{number:05d}",
+            "sku": f"MH{number:02d}",
+            "name": f"chair {number}",
+            "color": color,
+        }
         return about | {"description": "A long text. " * 9, "url": "https://x.y/z"} | self.extra
 
 
@@ -78,7 +83,7 @@ def test_epochs_and_batch_are_set_together():
     assert space.changes({"effective_batch_size": 64})["effective_batch_size"] == 64
     open_space = a_space()
     object.__setattr__(open_space, "given", {"model": "tiny"})
-    assert open_space.changes({"epochs": 9}) == {"effective_batch_size": 32, "epochs": 9}
+    assert open_space.changes({"epochs": 9}) == {"epochs": 9, "effective_batch_size": 32}
 
 
 @pytest.mark.parametrize(
