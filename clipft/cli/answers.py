@@ -101,10 +101,11 @@ def ablation_answer(content: dict[str, Any], options: FigureOptions) -> Iterator
 
 def tune_answer(content: dict[str, Any], all_trials: bool) -> Iterator[RenderableType]:
     """Answer what a search found; ``content`` is that of tune.json."""
-    from clipft.cli.tables import trials_table
+    from clipft.cli.tables import trials_heading, trials_table
     from clipft.tune.summary import ranked
 
     yield content["verdict"]
+    yield trials_heading(content["trials"])
     yield trials_table(ranked(content["trials"]), None if all_trials else _TRIALS)
     if content["mattered"]:
         shares = [f"{name} {share:.0%}" for name, share in content["mattered"].items()]

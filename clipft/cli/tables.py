@@ -273,6 +273,14 @@ def variants_table(variants: Sequence[Json], most: int | None = None) -> Table:
     return table
 
 
+def trials_heading(trials: Sequence[Json]) -> str:
+    """Say how the trials of a search ended; it is wider than their table may be."""
+    states = Counter(trial["state"] for trial in trials)
+    words = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}
+    ended = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
+    return f"\nValidation: {counted(len(trials), 'trial')}, {ended}"
+
+
 def trials_table(trials: Sequence[Json], most: int | None = None) -> Table:
     """Show the trials of a search with what they change, a line for each.
 
@@ -281,11 +289,7 @@ def trials_table(trials: Sequence[Json], most: int | None = None) -> Table:
         most: None shows all, each with everything that it changes.
     """
     shown = trials[:most]
-    states = Counter(trial["state"] for trial in trials)
-    words = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}
-    ended = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
-    table = Table(**PLAIN_STYLE, title=f"Validation: {counted(len(trials), 'trial')}, {ended}")
-    table.title_justify = "left"
+    table = Table(**PLAIN_STYLE)
     for heading in ("trial", RECALL_NAME, "epochs"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("changes")

@@ -40,7 +40,7 @@ SEARCHABLE = (*SEARCHED, "layer_decay", "logit_scale", "loss")
 
 _RECIPES: tuple[dict[str, Any], ...] = (
     {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 1.5},
-    {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 1.5, "lr": 0.5},
+    {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 1.5, "lr": 2.0},
 )
 """Tried right after the defaults: what often helps on small catalogues. Epochs are a multiple."""
 

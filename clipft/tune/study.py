@@ -29,8 +29,8 @@ _RANDOM_TRIALS = 6
 """Trials, with the defaults and the recipes, before the sampler learns from them."""
 _ENOUGH_TO_TELL = 12
 """Trials of a scenario from which the importance of its settings is estimated."""
-_FIRST_RUNG, _KEPT = 17, 3
-"""Successive halving compares trials after 17% and 51% of their epochs; a third goes on."""
+_FIRST_RUNG, _KEPT = 25, 2
+"""Successive halving compares trials after 25% and 50% of their epochs; the better half goes on."""
 _MOST_STARTS = 3
 """A trial whose process is killed so often within one epoch is given up: memory may be short."""
 _NOTED_EVERY = 2.0
@@ -68,11 +68,13 @@ class Trial:
 
 @dataclass
 class Claim:
-    """A trial that this process works on; ``handle`` is Optuna's."""
+    """A trial that this process works on; ``handle`` is Optuna's, and ``recipes`` the number of
+    trials after the defaults that the search did not choose."""
 
     handle: Any
     changes: dict[str, Any]
     home: Path
+    recipes: int = 0
 
     @property
     def number(self) -> int:
@@ -84,7 +86,9 @@ class Claim:
             return False  # before this process took the trial over
         self.handle.report(recall, percent)
         prune = bool(self.handle.should_prune())  # asked of each, as later trials compare with it
-        return prune and self.number > 0  # the defaults run to the end
+        # The defaults and the recipes run to the end: among so few, the slower start of more
+        # dropout would decide
+        return prune and self.number > self.recipes
 
     def note(self, **facts: Any) -> None:
         """Keep facts about the trial, besides those that are kept already."""
@@ -225,7 +229,7 @@ class SearchStudy:
         epochs = len(self.study.get_trials(deepcopy=False)[handle.number].intermediate_values)
         before, starts = handle.user_attrs.get(_STARTS, (epochs, 0))
         handle.set_user_attr(_STARTS, (epochs, starts + 1 if epochs == before else 1))
-        return Claim(handle, changes, self.home(handle.number))
+        return Claim(handle, changes, self.home(handle.number), len(self.space.recipes()))
 
     def trials(self) -> list[Trial]:
         """All trials that have begun, by number."""
