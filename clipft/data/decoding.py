@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from torch.utils.data import Dataset
 
 from clipft.core.errors import DataError
+from clipft.core.patches import Patches
 from clipft.data.captions.table import CaptionSource
 from clipft.data.captions.template import BadCaption
 from clipft.data.images.augmentation import Shift, Transform
@@ -34,7 +35,7 @@ class PairSource(Protocol):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How raw bytes become model input.
+    """How raw bytes become model input, of the sizes that ``ModelInputs`` describes.
 
     If the features of the vision tower are known already, ``read_images`` is False and no image is
     read; ``bad`` then maps the numbers of pairs whose images cannot be used to the reason.
@@ -47,6 +48,14 @@ class Preprocessing:
     squashed: bool = False
     read_images: bool = True
     bad: Mapping[int, str] = field(default_factory=dict)
+    patches: Patches | None = None
+
+    @property
+    def pixels_shape(self) -> tuple[int, ...]:
+        """The shape of the pixels of an image, uint8; without a row of them, (0,)."""
+        if not self.read_images:
+            return (0,)
+        return self.patches.shape if self.patches else (3, self.image_size, self.image_size)
 
 
 Places: TypeAlias = list[tuple[int, Any]]
@@ -89,7 +98,9 @@ class ChunkDecoder(Dataset["DecodedChunk | DataError"]):
     @cached_property
     def transform(self) -> Transform:
         how = self.preprocessing
-        return Transform(how.augmentation, how.image_size, how.squashed, self.leave_shift)
+        return Transform(
+            how.augmentation, how.image_size, how.squashed, self.leave_shift, how.patches
+        )
 
     def __getitem__(self, task: DecodingTask) -> "DecodedChunk | DataError":
         chunk = DecodedChunk(task.slot, task.ends)

@@ -258,13 +258,11 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yield the micro-batches, which have at most ``most`` pairs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    workers, side = options.workers, preprocessing.image_size
+    workers = options.workers
     if not preprocessing.read_images:
-        workers = side = 0  # looking captions up takes less time than sending them
+        workers = 0  # looking captions up takes less time than sending them
         assert isinstance(dataset, PairDataset), "pairs of a stream have no number to look up"
-    shared = SharedPixels(
-        (_slots(workers, ahead), min(CHUNK, most), *((3, side, side) if side else (0,)))
-    )
+    shared = SharedPixels((_slots(workers, ahead), min(CHUNK, most), *preprocessing.pixels_shape))
     free, under_way = deque(range(len(shared.slots))), UnderWay(workers)
     if workers:
         atexit.unregister(kill_workers)  # once is enough

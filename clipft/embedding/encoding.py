@@ -118,9 +118,7 @@ def training_preprocessing(
     """
     template = CaptionTemplate.of(settings)
     captions = _captions(model, pairs, settings, template, settings.seed, note)
-    return Preprocessing(
-        captions, model.image_size, settings.augmentation, settings.seed, model.squashed
-    )
+    return _preprocessing(model, captions, settings.augmentation, settings)
 
 
 def validation_preprocessing(
@@ -135,7 +133,20 @@ def validation_preprocessing(
     """
     template = CaptionTemplate.of(settings).for_evaluation()
     captions = _captions(model, pairs, settings, template, None, lambda note: None)
-    return Preprocessing(captions, model.image_size, "none", settings.seed, model.squashed)
+    return _preprocessing(model, captions, "none", settings)
+
+
+def _preprocessing(
+    model: ModelInputs, captions: CaptionSource, augmentation: str, settings: Settings
+) -> Preprocessing:
+    return Preprocessing(
+        captions,
+        model.image_size,
+        augmentation,
+        settings.seed,
+        model.squashed,
+        patches=model.patches,
+    )
 
 
 def _captions(

@@ -66,7 +66,9 @@ def image_features(
         NotFiniteError: the features of an image are not numbers.
     """
     inputs, device = loaded.base.inputs, loaded.precision.device
-    preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
+    preprocessing = Preprocessing(
+        NoCaptions(), inputs.image_size, "none", 0, inputs.squashed, patches=inputs.patches
+    )
     bad: dict[int, str] = {}
 
     def compute() -> Iterator[tuple[Keys, Tensor]]:
@@ -82,9 +84,8 @@ def image_features(
                 check_finite_rows(features, partial(_image_of, pairs, batch.numbers))
                 yield np.array(batch.numbers, np.uint64), features
 
-    how = f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
     title = f"Image features of {counted(len(pairs), 'pair')}"
-    decided_by = ("images", pairs.state(), how)
+    decided_by = ("images", pairs.state(), inputs.seen_images)
     return _cached(loaded, decided_by, compute(), bad, len(pairs), title, progress)
 
 

@@ -25,7 +25,7 @@ from clipft.export.onnx import (
 )
 from clipft.export.open_clip import check_open_clip, open_clip_lacks, write_open_clip
 from clipft.export.reduce import Reduced, check_loss, reduce_towers
-from clipft.export.target import FORMATS, MARK, unfit_for
+from clipft.export.target import MARK, unfit_for
 from clipft.models import huggingface
 from clipft.models.pretrained import PretrainedModel
 from clipft.models.source import own_learning_rates
@@ -157,12 +157,9 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
 
 def unfit_formats(opened: OpenedModel) -> dict[str, str]:
     """Say of each format in which a model cannot be exported why not."""
-    base, unfit = opened.loaded.base, dict[str, str]()
-    only = base.architecture.export_formats
-    if only is not None:
-        why = "transformers has no model like this one"
-        unfit |= {name: why for name in FORMATS if name not in only}
-    unfit |= unfit_for(opened.settings, only)
-    if why := open_clip_lacks(base):
+    base = opened.loaded.base
+    unfit = {**base.architecture.not_exported}
+    unfit |= unfit_for(opened.settings, unfit)
+    if "open_clip" not in unfit and (why := open_clip_lacks(base)):
         unfit["open_clip"] = f"open_clip has no model like this one: {why}"
     return unfit

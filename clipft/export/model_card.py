@@ -50,7 +50,7 @@ class CardFacts:
     scenario: str
     summary: str
     parameters: str
-    image_size: int
+    images: str
     context_length: int
     logit_scale: float | None = None
     logit_bias: float | None = None
@@ -77,7 +77,7 @@ def card_facts(opened: "OpenedModel") -> CardFacts:
         scenario=opened.settings.scenario,
         summary=SCENARIOS[opened.settings.scenario].summary,
         parameters=str(model.parameters_count()),
-        image_size=base.inputs.image_size,
+        images=base.inputs.images,
         context_length=base.inputs.context_length,
         logit_scale=model.logit_scale.item() if scaled else None,
         logit_bias=added_bias(model),
@@ -154,8 +154,8 @@ def model_card(
     link = f"[{facts.base}](https://huggingface.co/{facts.base_id})"
     about = (
         f"The base model is {link if facts.base_id else facts.base}. The training scenario is "
-        f"`{facts.scenario}`: {facts.summary} ({facts.parameters}). The model takes images of "
-        f"{facts.image_size} x {facts.image_size} pixels and texts of up to "
+        f"`{facts.scenario}`: {facts.summary} ({facts.parameters}). The model takes images "
+        f"of {facts.images} and texts of up to "
         f"{facts.context_length} tokens and returns an embedding of each. The cosine similarity of "
         f"two embeddings says how well the image and the text match. Made with clipft.\n"
     )

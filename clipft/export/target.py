@@ -1,7 +1,7 @@
 """What an export is asked to write, and where: checked before the work begins and without torch."""
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from clipft.config.settings import OWN_SIZES, Settings
@@ -13,6 +13,7 @@ MARK = "clipft.json"
 """Distinguishes an exported folder, which may be replaced, from any other."""
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_NONE: Mapping[str, str] = {}
 
 
 def check_target(out: Path) -> None:
@@ -61,24 +62,23 @@ def chosen_formats(
     return tuple(name for name in wanted if name not in unfit), skipped
 
 
-def unfit_for(settings: Settings, only: Collection[str] | None = None) -> dict[str, str]:
+def unfit_for(settings: Settings, unfit: Mapping[str, str] = _NONE) -> dict[str, str]:
     """Say why a model of these settings cannot be exported as an adapter; empty if it can.
 
-    ``only`` are the formats of the model's architecture, where they are known and limited.
+    ``unfit`` are the formats in which no model of its architecture can be exported, where that is
+    known, and the reasons.
     """
-    why = why_no_adapter(settings, only)
+    why = why_no_adapter(settings, unfit)
     return {"peft": why} if why else {}
 
 
-def why_no_adapter(settings: Settings, only: Collection[str] | None = None) -> str:
+def why_no_adapter(settings: Settings, unfit: Mapping[str, str] = _NONE) -> str:
     """Say why a model cannot be written as an adapter, as in ``unfit_for``; empty if it can."""
     if not settings.declared_scenario.lora:
         return f"{settings.scenario} trains no adapter"
     if settings.input_sizes != OWN_SIZES:
         return "an adapter would lack the positions of --context-length and --image-size"
-    if only is not None:
-        return "PEFT cannot open its base model"
-    return ""
+    return unfit.get("peft", "")
 
 
 def check_onnx_installed() -> None:

@@ -173,10 +173,15 @@ def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
 
     source = model_source(base.name)
     with loading_errors(base.name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     tokenizer.model_max_length = base.inputs.context_length
-    if side := base.sizes.image_size:
+    if base.architecture.pads_texts:
+        # As in its training, and not as Siglip2Tokenizer has it; what is written are init_kwargs
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+    if base.inputs.patches:
+        image_processor.max_num_patches = base.inputs.patches.most
+    elif side := base.sizes.image_size:
         square = {"height": side, "width": side}
         crops = "shortest_edge" in image_processor.size
         image_processor.size = {"shortest_edge": side} if crops else square
@@ -216,6 +221,9 @@ def write_sentence_transformers(clip: Any, base: PretrainedModel, folder: Path) 
                 "return_attention_mask": False,  # the tower was trained to attend to padding
             }
         }
+    if patches := base.inputs.patches:  # which Siglip2Processor does not take from its files
+        limits = {"patch_size": patches.size, "max_num_patches": patches.most}
+        transformer["processing_kwargs"]["image"] = limits
     for name, content in {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from clipft.config.settings import InputSizes
 from clipft.core.errors import UsageError
 
 _WELL_TRAINED = 20
@@ -14,33 +13,42 @@ _WELL_TRAINED = 20
 carry most of what it learned of positions (Long-CLIP, Zhang et al. 2024, arXiv:2403.15378)."""
 
 
-def resize_inputs(clip: Any, sizes: InputSizes) -> None:
-    """Change a transformers CLIP or SigLIP, in fp32, to inputs of these sizes.
+def resize_texts(clip: Any, length: int) -> None:
+    """Change the text tower of a transformers CLIP or SigLIP, in fp32, to texts of ``length``
+    tokens."""
+    embeddings = clip.text_model.embeddings
+    clip.config.text_config.max_position_embeddings = length
+    _replace(embeddings, stretched(embeddings.position_embedding.weight, length))
+
+
+def resize_images(clip: Any, size: int) -> None:
+    """Change the image tower of a transformers CLIP or SigLIP, in fp32, to images of ``size``
+    pixels.
 
     Raises:
-        UsageError: the image size is not a multiple of the model's patches.
+        UsageError: the size is not a multiple of the model's patches.
     """
-    if sizes.context_length:
-        embeddings = clip.text_model.embeddings
-        clip.config.text_config.max_position_embeddings = sizes.context_length
-        _replace(embeddings, stretched(embeddings.position_embedding.weight, sizes.context_length))
-    if sizes.image_size:
-        if not hasattr(clip.vision_model, "embeddings"):  # a tower that open_clip runs
-            raise UsageError(
-                "--image-size needs an image tower of transformers", "run without --image-size"
-            )
-        embeddings = clip.vision_model.embeddings
-        side, rest = divmod(sizes.image_size, embeddings.patch_size)
-        if rest:
-            raise UsageError(
-                f"--image-size {sizes.image_size} is not a multiple of the model's patches of "
-                f"{embeddings.patch_size} pixels",
-                f"use {max(1, side) * embeddings.patch_size}",
-            )
-        clip.config.vision_config.image_size = embeddings.image_size = sizes.image_size
-        grid = resampled_grid(embeddings.position_embedding.weight, side)
-        embeddings.num_patches, embeddings.num_positions = side * side, len(grid)
-        _replace(embeddings, grid)
+    embeddings = clip.vision_model.embeddings
+    side = whole_patches(size, embeddings.patch_size)
+    clip.config.vision_config.image_size = embeddings.image_size = size
+    grid = resampled_grid(embeddings.position_embedding.weight, side)
+    embeddings.num_patches, embeddings.num_positions = side * side, len(grid)
+    _replace(embeddings, grid)
+
+
+def whole_patches(size: int, patch: int) -> int:
+    """Return how many patches of ``patch`` pixels a side of ``size`` pixels has.
+
+    Raises:
+        UsageError: it does not have a whole number of them.
+    """
+    count, rest = divmod(size, patch)
+    if rest:
+        raise UsageError(
+            f"--image-size {size} is not a multiple of the model's patches of {patch} pixels",
+            f"use {max(1, count) * patch}",
+        )
+    return count
 
 
 def stretched(rows: Tensor, length: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from clipft.config.settings import OWN_SIZES, InputSizes
 from clipft.core.errors import ModelError
+from clipft.core.patches import Patches
 from clipft.models.adapters import merge_adapter
 from clipft.models.architectures import ARCHITECTURES, Architecture
 from clipft.models.complete import (
@@ -16,7 +17,6 @@ from clipft.models.complete import (
     check_tokenizer,
     check_weights,
 )
-from clipft.models.positions import resize_inputs
 from clipft.models.source import base_of, find_model, loading_errors, quiet_libraries
 
 
@@ -26,7 +26,9 @@ class ModelInputs:
 
     Images are squares with a side of ``image_size`` pixels. ``mean`` and ``std`` normalize pixel
     values in 0..1, per channel. If ``squashed``, an image of any shape is resized to the square;
-    otherwise the square is cropped from it. Texts have at most ``context_length`` tokens.
+    otherwise the square is cropped from it. With ``patches``, images keep their shape instead, and
+    ``image_size`` is the side of a square with as many pixels. Texts have at most
+    ``context_length`` tokens.
     """
 
     tokenizer: Any
@@ -35,11 +37,36 @@ class ModelInputs:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     squashed: bool = False
+    patches: Patches | None = None
+
+    def blank_images(self, count: int) -> Any:
+        """Make black images as the loader does: uint8 [count, ...]. None of them is padded."""
+        import torch
+
+        if not self.patches:
+            return torch.zeros(count, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        strips = torch.zeros(count, *self.patches.shape, dtype=torch.uint8)
+        self.patches.write_grid(strips, 1, self.patches.most)
+        return strips
+
+    @property
+    def images(self) -> str:
+        """The images that the model takes, in words that follow "images of"."""
+        if self.patches:
+            size = self.patches.size
+            return f"any shape, as up to {self.patches.most} patches of {size} x {size} pixels,"
+        return f"{self.image_size} x {self.image_size} pixels"
+
+    @property
+    def seen_images(self) -> str:
+        """A text that is equal for models that see an image in the same way."""
+        size = str(self.patches) if self.patches else f"{self.image_size} {self.squashed}"
+        return f"{size} {self.mean} {self.std}"
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained CLIP: ``model`` is transformers' ``CLIPModel`` or ``SiglipModel``, in fp32.
+    """A pretrained CLIP: ``model`` is the model that its architecture loads, in fp32.
 
     ``conversion`` says how it was made from a checkpoint of open_clip; it is "" for any other.
     """
@@ -55,6 +82,16 @@ class PretrainedModel:
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.model.config.model_type]
 
+    def remarks(self) -> list[str]:
+        """Say how the model was made, and which part of it is not as fast as CLIP's."""
+        remarks = [f"{self.name}: {self.conversion}."] if self.conversion else []
+        if slower := self.architecture.slower:
+            remarks.append(
+                f"{self.name}: {slower} in the code of transformers. The faster encoder of clipft "
+                "fits CLIP's towers only."
+            )
+        return remarks
+
     def fingerprint(self) -> str:
         """Hash the shape of the model and every weight: equal for equal models."""
         # Only what does not differ between versions of transformers
@@ -62,7 +99,8 @@ class PretrainedModel:
         vision, text = self.model.config.vision_config, self.model.config.text_config
         config = {
             "vision": [
-                getattr(vision, key) for key in (*shape, "image_size", "patch_size", "hidden_act")
+                getattr(vision, key, None)
+                for key in (*shape, "image_size", "patch_size", "hidden_act")
             ],
             "text": [getattr(text, key) for key in (*shape, "vocab_size", "hidden_act")],
         }
@@ -99,7 +137,7 @@ def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel
     end = tokenizer.eos_token_id
     config.eos_token_id = model.text_model.eos_token_id = end
     config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    resize_inputs(model, sizes)
+    ARCHITECTURES[files.family].resize_inputs(model, sizes)
     parameters = sum(p.numel() for p in model.parameters())
     conversion = _conversion(files.source)
     return PretrainedModel(name, model.eval(), inputs, parameters, sizes, conversion)
@@ -118,26 +156,36 @@ def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
     architecture, processor = ARCHITECTURES[files.family], files.image_processor
     with loading_errors(name):
         config = architecture.read_config(files.source)
-        tokenizer = AutoTokenizer.from_pretrained(files.source)
+        tokenizer = AutoTokenizer.from_pretrained(files.source, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            tokenizer.eos_token = tokenizer.sep_token  # how BERT's tokenizers call it
         check_normalization(name, processor)
         vocab_size = config.text_config.vocab_size
         check_tokenizer(name, tokenizer, vocab_size, pools_at_end=not architecture.pads_texts)
+    # Image processors have a size by shortest_edge, which crops, or by height and width
+    size, defaults = processor.get("size"), architecture.image_defaults
+    patches = architecture.patches(config, processor, sizes.image_size)
+    side = patches.side if patches else sizes.image_size or _image_size(name, config)
+    return ModelInputs(
+        tokenizer=tokenizer,
+        context_length=sizes.context_length or architecture.context_length(config, tokenizer),
+        image_size=side,
+        mean=tuple(processor.get("image_mean", defaults.mean)),
+        std=tuple(processor.get("image_std", defaults.std)),
+        squashed="height" in size if isinstance(size, dict) else defaults.squashed,
+        patches=patches,
+    )
+
+
+def _image_size(name: str, config: Any) -> int:
     sides = config.vision_config.image_size
     different = {sides} if isinstance(sides, int) else set(sides)
     if len(different) != 1:
         raise ModelError(
             f"{name} takes images of {sides} pixels, which are not square", "choose another model"
         )
-    # Image processors have a size by shortest_edge, which crops, or by height and width
-    size, defaults = processor.get("size"), architecture.image_defaults
-    return ModelInputs(
-        tokenizer=tokenizer,
-        context_length=sizes.context_length or int(config.text_config.max_position_embeddings),
-        image_size=sizes.image_size or different.pop(),
-        mean=tuple(processor.get("image_mean", defaults.mean)),
-        std=tuple(processor.get("image_std", defaults.std)),
-        squashed="height" in size if isinstance(size, dict) else defaults.squashed,
-    )
+    side: int = different.pop()
+    return side
 
 
 def _conversion(source: str) -> str:

@@ -24,7 +24,16 @@ from clipft.models.open_clip.names import is_open_clip
 
 TINY = "tiny"
 """Name of the small CLIP that the package carries."""
-FAMILIES = ("clip", "siglip", "metaclip_2", "open_clip", "open_clip_bidirectional")
+FAMILIES = (
+    "clip",
+    "siglip",
+    "siglip2",
+    "metaclip_2",
+    "chinese_clip",
+    "altclip",
+    "open_clip",
+    "open_clip_bidirectional",
+)
 """Each ``model_type`` that ``models.architectures`` has an architecture for."""
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -247,6 +256,21 @@ def _not_downloaded(name: str) -> str:
     return ""
 
 
+def hub_refusal(name: str, error: Exception) -> ModelError | None:
+    """Say why the hub does not hand out a model; None if ``error`` is of another kind."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return ModelError(
+            f"{name} is a gated model", "accept its terms on the hub, then run `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return ModelError(
+            f"the hub has no model {name}", "check the name; for a private model, `hf auth login`"
+        )
+    return None
+
+
 @contextmanager
 def loading_errors(name: str) -> Iterator[None]:
     """Raise the loaders' errors, which share no base class, as ``ModelError``."""
@@ -261,6 +285,8 @@ def loading_errors(name: str) -> Iterator[None]:
                 f"{pointer} in {name} is a pointer of Git LFS, not the file itself",
                 f"run `git lfs pull` in {name}",
             ) from error
+        if refused := hub_refusal(name, error):
+            raise refused from error
         if isinstance(error, OSError) and not looks_local(name):
             raise ModelError(
                 f"cannot get model {name}: looked in the local cache and on the hub ({said})",

@@ -24,7 +24,7 @@ TARGETS = {
     "mlp": _MLP,
     "all": (*_ATTENTION, *_MLP),
 }
-"""Linear maps of an encoder layer that get adapters, by the names that CLIP and SigLIP share."""
+"""Linear maps of an encoder layer that get adapters, by CLIP's names for them."""
 
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 """Temperature and bias at which the sigmoid loss starts (Zhai et al. 2023)."""
@@ -45,6 +45,8 @@ class Parameters:
 class TrainableModel(nn.Module):
     """CLIP under a scenario: takes uint8 pixels and token ids, and returns unit embeddings.
 
+    Images are [B, 3, S, S], or strips of patches as ``Patches`` describes them.
+
     A tower is trainable if any of its encoder's weights train. ``images_trainable`` is also true
     if only its projection trains: then image embeddings change in training.
     """
@@ -59,6 +61,7 @@ class TrainableModel(nn.Module):
         self.clip = clip
         use_fast_activations(clip)
         self.architecture = base.architecture
+        self._most_patches = base.inputs.patches.most if base.inputs.patches else 0
         self._base_count = base.parameters_count
         parts = {self.part_of(name) for name, _ in self.trainable()}
         self.vision_tower_trainable = "vision" in parts
@@ -79,12 +82,14 @@ class TrainableModel(nn.Module):
     @property
     def image_positions(self) -> int:
         """The number of positions of an image in the vision tower."""
-        return self.architecture.image_positions(self.clip)
+        return self._most_patches or self.architecture.image_positions(self.clip)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Run the vision tower up to its projection: uint8 [B, 3, S, S] -> [B, W]."""
-        pixels = torch.addcmul(self._shift, pixel_values.float(), self._gain)
-        return self.architecture.image_features(self.clip, pixels)
+        """Run the vision tower up to its projection: images of the loader, uint8 -> [B, W]."""
+        return self.architecture.pixel_features(self.clip, pixel_values, self._normalize)
+
+    def _normalize(self, pixel_values: Tensor) -> Tensor:
+        return torch.addcmul(self._shift, pixel_values.float(), self._gain)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Run the text tower up to its projection: int64 [B, T] -> [B, W]."""
@@ -101,7 +106,7 @@ class TrainableModel(nn.Module):
         return functional.normalize(projected.float(), dim=-1)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Embed images: uint8 [B, 3, S, S] -> float32 [B, D] of unit length."""
+        """Embed images of the loader, uint8 -> float32 [B, D] of unit length."""
         return self.project_images(self.image_features(pixel_values))
 
     def encode_texts(self, input_ids: Tensor) -> Tensor:
@@ -204,10 +209,7 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     """
     clip = base.model
     clip.requires_grad_(scenario.full)
-    for tower in (clip.vision_model, clip.text_model):
-        for layer in tower.encoder.layers:
-            # No published CLIP was trained with it, and its masks would not belong to the rows
-            layer.self_attn.dropout = 0.0
+    _remove_dropout(clip)
     bias_added = settings.loss == "siglip" and getattr(clip, "logit_bias", None) is None
     if bias_added:
         # CLIP's own temperature of 100 would classify nearly all negatives as positives, and push
@@ -237,6 +239,19 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
         if value is not None:
             value.requires_grad_(train_scale)
     return model
+
+
+def _remove_dropout(clip: nn.Module) -> None:
+    """Turn off the dropout that a model has itself.
+
+    Its masks would not belong to the rows. Only text towers that are a BERT were trained with it.
+    """
+    for module in clip.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 @without_bitsandbytes()

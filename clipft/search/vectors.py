@@ -32,7 +32,7 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 def preprocessing_of(opened: OpenedModel) -> str:
     """A text that is equal for models that see an image in the same way."""
     inputs = opened.loaded.base.inputs
-    return f"{inputs.image_size} {inputs.squashed} {inputs.mean} {inputs.std}"
+    return inputs.seen_images
 
 
 def weights_digest(opened: OpenedModel) -> str:
@@ -65,7 +65,9 @@ def embed_images(
     inputs, precision = opened.loaded.base.inputs, opened.loaded.precision
     model, asked = opened.loaded.model.eval(), deque[int]()
     batch_size = evaluation_batch(opened.settings, precision.device)
-    preprocessing = Preprocessing(NoCaptions(), inputs.image_size, "none", 0, inputs.squashed)
+    preprocessing = Preprocessing(
+        NoCaptions(), inputs.image_size, "none", 0, inputs.squashed, patches=inputs.patches
+    )
 
     def noted() -> Iterator[int]:
         for number in numbers:
@@ -104,7 +106,8 @@ def embed_image(opened: OpenedModel, data: bytes, name: str) -> Tensor:
         image = decode_image(data)
     except BadImage as error:
         raise DataError(f"{name}: {error}", "choose another image") from error
-    pixels = Transform("none", inputs.image_size, inputs.squashed)(image, 0)[None]
+    transform = Transform("none", inputs.image_size, inputs.squashed, patches=inputs.patches)
+    pixels = transform(image, 0)[None]
     with loaded.precision.autocast():
         vectors = loaded.model.eval().encode_images(pixels.to(loaded.precision.device))
     check_finite_rows(vectors, lambda row: f"the image {name}")

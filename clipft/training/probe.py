@@ -86,8 +86,8 @@ class ModelProbe:
         return sum(saved.values()) / len(batch)
 
     def _batch(self, size: int) -> Batch:
-        side, length = self.inputs.image_size, self.inputs.context_length
-        pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+        length = self.inputs.context_length
+        pixels = self.inputs.blank_images(size)
         # All captions different, so that each is encoded, and none with padding
         ids = torch.arange(size)[:, None] // torch.tensor([1, 100])
         ids = torch.cat([torch.ones(size, length - 2, dtype=torch.int64), ids % 100 + 2], 1)

@@ -361,7 +361,7 @@ class _Run:
                 loaded = load_fine_tuned(content, settings)
             else:
                 loaded.model.load_trainable_state(content["model_state_dict"])
-        if not why_no_adapter(settings, loaded.base.architecture.export_formats):
+        if not why_no_adapter(settings, loaded.base.architecture.not_exported):
             with replacing(self.paths.adapter) as temporary:
                 write_adapter(loaded.model, settings.model, temporary)
         pretrained = load_model(settings, pretrained=True)

@@ -246,8 +246,8 @@ def prepare(
     here = settings.model_copy(update={"precision": precision.name})
     loaded = on_all_ranks(processes, lambda: load_model(here))
     _check_same_everywhere(processes, loaded, train)
-    if loaded.base.conversion:
-        note(f"{loaded.base.name}: {loaded.base.conversion}.")
+    for remark in loaded.base.remarks():
+        note(remark)
     products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     if products is not None:

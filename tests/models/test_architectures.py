@@ -33,6 +33,8 @@ from clipft.models.pretrained import PretrainedModel, load_inputs, load_pretrain
 from clipft.models.trainable import TrainableModel, adapt
 from tests.models.checkpoints import (
     TEXTS,
+    write_altclip,
+    write_chinese_clip,
     write_clip,
     write_metaclip_2,
     write_siglip,
@@ -49,6 +51,8 @@ KINDS = {
     "old-config": lambda folder: write_clip(folder, 32, end=2),
     "SigLIP": write_siglip,
     "MetaCLIP-2": write_metaclip_2,
+    "Chinese-CLIP": write_chinese_clip,
+    "AltCLIP": write_altclip,
 }
 
 
@@ -183,7 +187,7 @@ def test_texts_are_pooled_at_their_end_despite_an_old_configuration(folders, tmp
     assert not torch.allclose(theirs.pooler_output, right)
 
 
-@pytest.mark.parametrize("kind", ["SigLIP", "MetaCLIP-2"])
+@pytest.mark.parametrize("kind", ["SigLIP", "MetaCLIP-2", "Chinese-CLIP", "AltCLIP"])
 @pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if s.trains])
 def test_every_scenario_trains_other_families(name, kind, folders):
     scenario = SCENARIOS[name]
@@ -250,7 +254,7 @@ def test_siglip_captions_are_truncated_at_a_word_boundary(folders):
     ("config", "message"),
     [
         ({"model_type": "bert"}, "is a bert model, not CLIP"),
-        ({"model_type": "siglip2"}, "is a siglip2 model, not CLIP"),
+        ({"model_type": "siglip2", "vision_config": {"vision_use_head": False}}, "no head"),
         ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "no head"),
     ],
 )

@@ -15,7 +15,7 @@ from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.errors import ModelError
 from clipft.doctor.examination import run_check
-from clipft.models.huggingface import write_adapter
+from clipft.models.huggingface import processor_of, write_adapter
 from clipft.models.pretrained import load_inputs, load_pretrained
 from clipft.models.source import model_source
 from clipft.models.trainable import adapt
@@ -199,6 +199,39 @@ def test_an_unknown_or_quantized_architecture_is_refused(base, config, message):
     known = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**known, **config}))
     assert message in refusal(base).message
+
+
+class Trap:
+    """Leaves a file behind if it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_the_weights_is_not_run(base, tmp_path):
+    (base / WEIGHTS).unlink()
+    torch.save({"logit_scale": Trap(tmp_path / "trap")}, base / "pytorch_model.bin")
+    error = refusal(base)
+    assert "Weights only load failed" in error.message and "\n" not in error.message
+    assert not (tmp_path / "trap").exists()
+
+
+def test_code_beside_the_weights_is_not_run(base, tmp_path):
+    (base / "own.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w')")
+    of_file = {
+        "config.json": {"AutoConfig": "own.Config", "AutoModel": "own.Model"},
+        "tokenizer_config.json": {"AutoTokenizer": ["own.Tokenizer", None]},
+        IMAGES: {"AutoImageProcessor": "own.Processor"},
+    }
+    for file, names in of_file.items():
+        said = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps({**said, "auto_map": names}))
+    loaded = load_pretrained(str(base))
+    processor_of(loaded)
+    assert not (tmp_path / "trap").exists()
 
 
 def test_pointers_of_git_lfs_are_told_from_weights(base):

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel, SiglipConfig, Sig
 from clipft.config.settings import InputSizes
 from clipft.core.errors import UsageError
 from clipft.models.huggingface import write_transformers
-from clipft.models.positions import resize_inputs, stretched
+from clipft.models.positions import resize_images, resize_texts, stretched
 from clipft.models.pretrained import load_pretrained
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
@@ -32,7 +32,7 @@ def siglip() -> SiglipModel:
 def test_images_of_another_size_are_those_of_transformers_interpolation(make):
     model, pixels = make(), torch.randn(2, 3, 48, 48)
     expected = model.vision_model(pixels, interpolate_pos_encoding=True).pooler_output
-    resize_inputs(model, InputSizes(image_size=48))
+    resize_images(model, 48)
     torch.testing.assert_close(model.vision_model(pixels).pooler_output, expected)
 
 
@@ -41,7 +41,7 @@ def test_short_texts_read_the_same_and_long_ones_to_their_end():
     model = clip()
     short = torch.tensor([[1, 5, 7, 49]])
     expected = model.text_model(short).pooler_output
-    resize_inputs(model, InputSizes(context_length=200))
+    resize_texts(model, 200)
     torch.testing.assert_close(model.text_model(short).pooler_output, expected, rtol=0, atol=0)
     long = torch.randint(0, 49, (1, 200))
     long[0, -1] = 49
@@ -64,7 +64,7 @@ def test_positions_are_stretched_as_long_clip_does():
 
 def test_an_image_size_that_has_no_whole_patches_is_refused():
     with pytest.raises(UsageError, match="patches of 8 pixels") as refused:
-        resize_inputs(clip(), InputSizes(image_size=50))
+        resize_images(clip(), 50)
     assert refused.value.hint == "use 48"
 
 

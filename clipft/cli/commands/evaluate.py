@@ -208,8 +208,8 @@ def zero_shot(
 
     opened = open_model(place, loaded, _ZERO_SHOT_SETTINGS)
     settings, model = opened.settings, opened.loaded
-    if model.base.conversion:
-        out.note(f"{model.base.name}: {model.base.conversion}.")
+    for remark in model.base.remarks():
+        out.note(remark)
     pairs = EvaluationSet.open(model.base.inputs, settings, options.split)
     chosen = choose_labels(options.labels, options.templates, pairs.labels, settings.label_field)
     for note in chosen.notes if chosen else ():

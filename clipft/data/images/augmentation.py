@@ -1,4 +1,5 @@
-"""Augmentations: an upright RGB image and a seed -> uint8 pixels [3, size, size].
+"""Augmentations: an upright RGB image and a seed -> uint8 pixels [3, size, size], or a strip of
+patches for models whose images keep their shape.
 
 Resizing is bicubic and antialiased by torch's 8-bit kernel: within one step of Pillow's and of
 ``CLIPImageProcessor``, in about a quarter of Pillow's time. ``simple`` does not change the hue: in
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
+from clipft.core.patches import Patches
 from clipft.data.images.decode import resized_size
 
 Shift: TypeAlias = tuple[int, int, int]
@@ -37,26 +39,34 @@ class Transform:
     The whole image is squashed to the square if ``squashed``, as SigLIP expects it. Otherwise the
     shorter side is resized to ``size``, and the crop decides what is seen of the longer one. With
     ``leave_shift``, the shift of ``simple`` is left to ``augment``.
+
+    With ``patches``, the image keeps its shape, up to the size of a patch, and becomes a strip as
+    ``Patches`` describes it. There is nothing to crop then, and no shift is left to the device.
     """
 
     augmentation: str
     size: int
     squashed: bool = False
     leave_shift: bool = False
+    patches: Patches | None = None
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Return the pixels; the same seed gives the same crop, whatever was drawn before."""
-        out = torch.empty(3, self.size, self.size, dtype=torch.uint8)
+        shape = self.patches.shape if self.patches else (3, self.size, self.size)
+        out = torch.empty(shape, dtype=torch.uint8)
         self.write(image, seed, out)
         return out
 
     def write(self, image: Image.Image, seed: int, out: Tensor) -> Shift | None:
         """Write the pixels to ``out``; return the shift that is left to do, if any."""
+        if self.patches:
+            self._write_patches(image, seed, out, self.patches)
+            return None
         size = self.size
         pixels = resized(image, (size, size) if self.squashed else resized_size(image.size, size))
         # Copied by numpy: torch takes longer for transposed bytes
         if self.augmentation == "simple":
-            cut, shift = _cut(pixels.numpy(), size, seed)
+            cut, shift = _cut(pixels.numpy(), (size, size), seed)
             if self.leave_shift:
                 np.copyto(out.numpy(), cut)
                 return shift
@@ -65,51 +75,74 @@ class Transform:
             top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
             np.copyto(out.numpy(), pixels[:, top : top + size, left : left + size].numpy())
         else:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(seed)
-                out.copy_(self._advanced(pixels))
+            out.copy_(self._advanced(pixels, seed))
         return None
 
+    def _write_patches(self, image: Image.Image, seed: int, out: Tensor, patches: Patches) -> None:
+        rows, columns = patches.grid(*image.size)
+        height, width = rows * patches.size, columns * patches.size
+        pixels = resized(image, (width, height), "bilinear")  # as Siglip2ImageProcessor does
+        if self.augmentation == "simple":
+            moved = np.empty(pixels.shape, np.uint8)
+            _shifted(*_cut(pixels.numpy(), (height, width), seed), moved)
+            pixels = torch.from_numpy(moved)
+        elif self.augmentation == "advanced":
+            pixels = self._advanced(pixels, seed)
+        out.zero_()
+        patches.write_grid(out, rows, columns)
+        split = pixels.reshape(3, rows, patches.size, columns, patches.size)
+        strip = split.permute(0, 2, 1, 3, 4).flatten(2)
+        out[:, :, patches.size : patches.size + strip.shape[2]] = strip
+
+    def _advanced(self, pixels: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            changed: Tensor = self._changes(pixels)
+            return changed
+
     @cached_property
-    def _advanced(self) -> v2.Compose:
+    def _changes(self) -> v2.Compose:
+        crops = [] if self.patches else [v2.RandomCrop(self.size)]
         erasing = v2.RandomErasing(p=0.2, value=list(_CLIP_GRAY))
-        return v2.Compose([v2.RandomCrop(self.size), v2.TrivialAugmentWide(), erasing])
+        return v2.Compose([*crops, v2.TrivialAugmentWide(), erasing])
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def resized(image: Image.Image, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
     """Resize to (width, height): uint8 [3, H, W], channels last in memory."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if image.size == size:
         return pixels
     width, height = size
-    return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+    return interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0]
 
 
 Pixels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
-def _cut(pixels: Pixels, size: int, seed: int) -> tuple[Pixels, Shift]:
+def _cut(pixels: Pixels, size: tuple[int, int], seed: int) -> tuple[Pixels, Shift]:
     """Draw a crop from the image padded with its edges, mirrored half of the time.
 
-    Returned are the pixels [3, size, size] nearest to the crop that are all in the image, and the
-    shift from there.
+    Returned are the pixels [3, *size] nearest to the crop that are all in the image, and the shift
+    from there.
     """
-    pad, draw = max(1, round(size * _PADDING)), np.random.default_rng(seed)
+    draw, (height, width) = np.random.default_rng(seed), size
     starts, firsts = [], []
-    for length in pixels.shape[1:]:
-        starts.append(int(draw.integers(-pad, length + pad - size, endpoint=True)))
-        firsts.append(min(max(starts[-1], 0), length - size))
+    for length, side in zip(pixels.shape[1:], size, strict=True):
+        pad = max(1, round(side * _PADDING))
+        starts.append(int(draw.integers(-pad, length + pad - side, endpoint=True)))
+        firsts.append(min(max(starts[-1], 0), length - side))
     (top, left), (up, to_left) = firsts, np.subtract(starts, firsts).tolist()
     mirrored = int(draw.random() < 0.5)
-    return pixels[:, top : top + size, left : left + size], (up, to_left, mirrored)
+    return pixels[:, top : top + height, left : left + width], (up, to_left, mirrored)
 
 
 def _shifted(pixels: Pixels, shift: Shift, out: Pixels) -> None:
     """Do for one image what ``augment`` does for a batch: this is faster on a CPU."""
     *moves, mirrored = shift
-    out, size = out[:, :, ::-1] if mirrored else out, len(out[0])
-    rows, columns = (slice(max(0, -move), size - max(0, move)) for move in moves)
-    from_rows, from_columns = (slice(max(0, move), size - max(0, -move)) for move in moves)
+    out = out[:, :, ::-1] if mirrored else out
+    sides = list(zip(moves, out.shape[1:], strict=True))
+    rows, columns = (slice(max(0, -move), side - max(0, move)) for move, side in sides)
+    from_rows, from_columns = (slice(max(0, move), side - max(0, -move)) for move, side in sides)
     out[:, rows, columns] = pixels[:, from_rows, from_columns]
     out[:, : rows.start] = out[:, rows.start, None]
     out[:, rows.stop :] = out[:, rows.stop - 1, None]

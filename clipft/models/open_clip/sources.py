@@ -13,6 +13,7 @@ from clipft.core.files import did_you_mean_path, read_json
 from clipft.models.open_clip.config import check_supported
 from clipft.models.open_clip.names import CONFIG_FILE, FOLDER, HUB, REGISTRY, WEIGHT_FILES
 from clipft.models.open_clip.weights import is_archive
+from clipft.models.source import hub_refusal
 
 _PREFERRED = (
     "open_clip_model.safetensors",
@@ -187,19 +188,11 @@ def _download(name: str, repo: str, *files: str) -> Path:
 
 @contextmanager
 def _hub_errors(name: str, repo: str) -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
     try:
         yield
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{repo} is a gated model", "accept its terms on the hub, then run `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"the hub has no model {repo}", "check the name; for a private model, `hf auth login`"
-        ) from error
-    except Exception as error:  # of httpx and sockets, or because of the offline mode
+    except Exception as error:  # of the hub, of httpx and sockets, or because of the offline mode
+        if refused := hub_refusal(repo, error):
+            raise refused from error
         raise ModelError(
             f"cannot get model {name}: {type(error).__name__}: {first_line(error)}",
             "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies), or name a local folder or "

@@ -38,7 +38,7 @@ def _of_transformers(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.tokenizer)
+        return AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
     except Exception as error:  # of many types
         raise ModelError(
             f"cannot load the tokenizer of {source.name} from {source.tokenizer}: "

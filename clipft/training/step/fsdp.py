@@ -76,13 +76,13 @@ def hold_weights(
     """Shard the model's weights, in place, if ``will_shard``; otherwise leave them whole.
 
     Raises:
-        UsageError: open_clip runs the image tower, whose layers are not known.
+        UsageError: the layers of one of the towers are not known.
     """
     if will_shard(settings, processes):
-        if not loaded.base.architecture.shardable:
+        if why := loaded.base.architecture.unshardable:
             raise UsageError(
                 f"--shard-weights: the layers of {loaded.base.name} cannot be sharded, because "
-                "open_clip runs its image tower",
+                f"{why}",
                 "run without --shard-weights",
             )
         return ShardedWeights(loaded, processes)
@@ -110,8 +110,8 @@ class ShardedWeights(Weights):
         self._wholes = {part: whole for whole, part in self._parts.items()}
         # A row of each tower that makes up the blank chunks
         inputs = loaded.base.inputs
-        size, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
-        self._blank_image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        end = int(inputs.tokenizer.eos_token_id)
+        self._blank_image = inputs.blank_images(1)
         self._blank_text = torch.full((1, 2), end)
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -6,7 +6,8 @@
 
 What was measured is kept in ``parity.json``. Encoders with many weights are
 checked with two layers, and models with another tokenizer than CLIP's with a small vocabulary:
-neither changes how tensors are mapped. ``--full`` leaves both as they are.
+neither changes how tensors are mapped. ``--full`` leaves both as they are. ``--missing`` takes only
+configurations of which nothing is known yet, the smallest first.
 """
 
 import argparse
@@ -14,16 +15,21 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
+import timm
 import torch
 from safetensors.torch import save_file
 
 from clipft.core.errors import ModelError
-from clipft.models.open_clip.config import UnmappableError, target_of
+from clipft.models.open_clip.config import SIGLIP_TOWERS, UnmappableError, target_of
 from clipft.models.open_clip.convert import converted_folder, read_report
 from tests.models.open_clip.folders import describe, write_word_tokenizer
 
@@ -32,7 +38,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "reference" / "open_clip.md"
 MOST_WEIGHTS = 200e6
 """Of a model that is checked with all its layers."""
 MOST_IN_TIMM = 600e6
-"""Of a model with timm's image tower, which is made with all its layers."""
+"""Of a model that is checked with all layers of timm's image tower."""
+FEW = 2
 WORDS = 1000
 """Size of the vocabulary of another tokenizer than CLIP's."""
 
@@ -46,11 +53,10 @@ def measure(name: str, full: bool) -> dict[str, Any]:
     except UnmappableError as why:
         return {"refused": str(why)}
     becomes = "open_clip" if target.backed else target.model_class
-    weights = _count(config)
-    if becomes in {"open_clip", "SiglipModel"} and weights > MOST_IN_TIMM and not full:
-        return {"becomes": becomes, "weights": weights}
+    weights, depth = _size(config)
     layers = config if full or weights < MOST_WEIGHTS else _two_layers(config)
-    with tempfile.TemporaryDirectory() as folder:
+    cut = bool(depth) and weights > MOST_IN_TIMM and not full
+    with tempfile.TemporaryDirectory() as folder, _shallow_towers_of_timm(cut):
         os.environ["CLIPFT_CACHE"] = f"{folder}/cache"
         report = read_report(converted_folder(_write(Path(folder) / "model", layers, end, full)))
     assert report is not None and report.difference is not None
@@ -62,9 +68,26 @@ def measure(name: str, full: bool) -> dict[str, Any]:
         "difference": report.difference,
         # Of unit vectors a and b: 1 - |a - b|^2 / 2
         "cosine": 1 - config["embed_dim"] * report.difference**2 / 2,
-        "layers": [layers[f"{tower}_cfg"].get("layers") for tower in ("vision", "text")],
-        "of": [config[f"{tower}_cfg"].get("layers") for tower in ("vision", "text")],
+        "layers": [FEW if cut else _layers(layers, "vision", depth), _layers(layers, "text")],
+        "of": [_layers(config, "vision", depth), _layers(config, "text")],
     }
+
+
+def _layers(config: dict[str, Any], tower: str, depth: int = 0) -> int | None:
+    number: int | None = config[f"{tower}_cfg"].get("layers", depth or None)
+    return number
+
+
+@contextmanager
+def _shallow_towers_of_timm(cut: bool) -> Iterator[None]:
+    """Let timm make transformers of two layers, and expect them of a SigLIP."""
+    if not cut:
+        yield
+        return
+    few = {size: (width, FEW, *rest) for size, (width, _, *rest) in SIGLIP_TOWERS.items()}
+    shallow = partial(timm.create_model, depth=FEW)
+    with mock.patch.object(timm, "create_model", shallow), mock.patch.dict(SIGLIP_TOWERS, few):
+        yield
 
 
 def _end(text: dict[str, Any]) -> int:
@@ -80,16 +103,29 @@ def _make(config: dict[str, Any]) -> Any:
     return kind(**settings)
 
 
-def _count(config: dict[str, Any]) -> int:
+def _size(config: dict[str, Any]) -> tuple[int, int]:
+    """The number of weights, and of layers where the image tower is a transformer of timm."""
     with torch.device("meta"):
-        return sum(weight.numel() for weight in _make(deepcopy(config)).parameters())
+        model = _make(deepcopy(config))
+    blocks = getattr(getattr(model.visual, "trunk", None), "blocks", ())  # others have stages
+    return sum(weight.numel() for weight in model.parameters()), len(blocks)
+
+
+def _weights(name: str) -> int:
+    """The number of weights of a configuration; 0 if it is refused."""
+    config = open_clip.get_model_config(name)
+    try:
+        target_of(config, _end(config["text_cfg"]))
+    except UnmappableError:
+        return 0
+    return _size(config)[0]
 
 
 def _two_layers(config: dict[str, Any]) -> dict[str, Any]:
     shrunk = deepcopy(config)
     for tower in ("vision_cfg", "text_cfg"):
         if "timm_model_name" not in shrunk[tower]:
-            shrunk[tower]["layers"] = 2
+            shrunk[tower]["layers"] = FEW
     return shrunk
 
 
@@ -115,8 +151,6 @@ def table(results: dict[str, Any]) -> str:
         row = results[name]
         if "refused" in row:
             cells = ["refused", "", "", row["refused"]]
-        elif "difference" not in row:
-            cells = [row["becomes"], "", "", f"not run: {row['weights'] / 1e6:,.0f} M weights"]
         else:
             layers = [
                 f"{done} of {of} layers"
@@ -137,7 +171,8 @@ def table(results: dict[str, Any]) -> str:
         "embedding and open_clip's own, over images and texts; the lowest cosine that follows is "
         f"{lowest:.8f}. Models of more than 200 million weights were checked with two layers, and "
         "other tokenizers than CLIP's were replaced by a small one of words. Image towers of timm "
-        "are always whole. `python -m tests.models.open_clip.parity` makes this table.\n\n"
+        f"have two layers if the model has more than {MOST_IN_TIMM / 1e6:.0f} million weights. "
+        "`python -m tests.models.open_clip.parity` makes this table.\n\n"
         "| configuration | becomes | tensors used | largest difference | |\n"
         "| --- | --- | ---: | ---: | --- |\n" + "\n".join(rows)
     )
@@ -148,9 +183,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in [] if given.table else given.names or open_clip.list_models():
+    names = [] if given.table else given.names or open_clip.list_models()
+    if given.missing:
+        names = sorted(
+            (name for name in names if not results.get(name, {}).keys() & {"refused", "cosine"}),
+            key=_weights,
+        )
+    for name in names:
         try:
             results[name] = measure(name, given.full)
         except ModelError as error:

@@ -113,6 +113,8 @@ def test_models_of_the_hub_load_or_are_refused_in_one_line(hub, tmp_path):
     bad = {
         "hf-hub:me/gated": "me/gated is a gated model",
         "hf-hub:me/missing": "the hub has no model me/missing",
+        "me/gated": "me/gated is a gated model",
+        "me/missing": "the hub has no model me/missing",
         "hf-hub:a//b": "the hub has no model a//b",
         "hf-hub:me/transformers": f"me/transformers has no {CONFIG_FILE}: it is not",
         "open_clip:ViT-tiny/gated": "me/gated is a gated model",

@@ -1,0 +1,1 @@
+"""What tells the families of CLIP apart, one class for each."""
