@@ -231,7 +231,7 @@ def caption_choices(settings: Settings, metadata: WithMetadata | None) -> tuple[
     so all trials are measured with the same captions.
     """
     own = settings.caption
-    if "||" in own:  # the user has already said what to train with
+    if "||" in own or settings.fields:  # the user has already said what to train with
         return (own,)
     found = [own]
     if own.strip() == "{caption}":

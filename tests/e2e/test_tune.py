@@ -82,6 +82,7 @@ def test_the_same_command_has_nothing_left_to_do(searched, capsys):
         (["--search", "lr", "--lr", "1e-3"], "it is set to 0.001 as well"),
         (["--scenario", "zero_shot"], "trains nothing"),
         (["--confirm", "0"], "at least 1"),
+        (["--label-prompts", "a photo of {}"], "trains for accuracy"),
     ],
 )
 def test_wrong_usage_is_reported_before_anything_is_written(args, message, tmp_path, capsys):

@@ -123,6 +123,8 @@ def test_captions_come_from_short_fields_and_evaluation_keeps_its_own():
 def test_captions_that_the_user_has_written_are_kept():
     own = load_settings({"caption": "{name} || {color}"}, environ={}).values
     assert caption_choices(own, Pairs()) == ("{name} || {color}",)
+    weighted = load_settings({"fields": "name:1,color:0.5"}, environ={}).values
+    assert caption_choices(weighted, Pairs()) == ("{caption}",)
     assert len(caption_choices(load_settings({}, environ={}).values, None)) == 2
 
 

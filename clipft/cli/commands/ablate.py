@@ -308,6 +308,11 @@ def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
             f"scenario {settings.scenario} trains nothing, so there is nothing to search",
             "leave --scenario out, or choose another one",
         )
+    if settings.label_prompts:
+        raise UsageError(
+            "tune searches for the best mean recall, but --label-prompts trains for accuracy",
+            "leave --label-prompts out, or compare settings with `clipft ablate --set`",
+        )
     check_ablation(settings.output_dir, [settings])
     if settings.s3_bucket:
         from clipft.cli.s3_data import bring_data
