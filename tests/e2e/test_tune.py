@@ -95,3 +95,13 @@ def test_wrong_usage_is_reported_before_anything_is_written(args, message, tmp_p
 def test_other_settings_are_refused_in_the_same_folder(searched, capsys):
     assert run([*searched["args"], "--wd", "0.2"]) == 2
     assert "holds a search with other settings: wd 0.1 -> 0.2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_share_a_search(catalogue, tmp_path, capsys):
+    where = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "out")]
+    small = ["--search", "lr", "--budget", "3", "--confirm", "2", "--resamples", "20"]
+    assert run(["tune", *TINY, *where, *small, "--workers", "2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [trial["number"] for trial in content["trials"]] == [0, 1, 2]
+    assert "running" not in {trial["state"] for trial in content["trials"]}
