@@ -47,6 +47,7 @@ def readers_folder(tmp_path, monkeypatch) -> Path:
         for text in sorted((tmp_path / "photos").glob("*.txt")):
             image = text.with_suffix(".jpg").relative_to(tmp_path)
             rows.writerow([image, text.read_text(), json.loads(read(text))["id"]])
+    write_shard(tmp_path / "general" / "train" / "00000.tar", range(2100, 2130))
     write_shard(tmp_path / "general" / "val" / "00000.tar", range(2000, 2030))
     return tmp_path
 

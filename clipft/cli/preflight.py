@@ -24,7 +24,13 @@ from clipft.data.captions.metadata import (
 )
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.few_shot import training_pairs
-from clipft.data.shards.dataset import PairDataset, evaluation_pairs, open_pairs, shard_paths
+from clipft.data.shards.dataset import (
+    PairDataset,
+    evaluation_pairs,
+    general_pairs,
+    open_pairs,
+    shard_paths,
+)
 from clipft.evaluation.labels import choose_labels
 from clipft.evaluation.request import Request, general_settings
 from clipft.models.source import check_model, quiet_libraries
@@ -77,6 +83,7 @@ def check_training(
             return
     if not settings.s3_bucket:
         check_training_pairs(settings)
+    general_pairs(settings)
     check_model(settings.model)
 
 
@@ -91,6 +98,8 @@ def check_ablation(folder: Path, runs: Sequence[Settings]) -> None:
     for run in of_pairs.values():
         if not run.s3_bucket:
             check_training_pairs(run)
+    for run in runs:
+        general_pairs(run)
     for model in sorted({run.model for run in runs}):
         check_model(model)
 
@@ -129,6 +138,8 @@ def check_evaluation(place: Path | None, loaded: LoadedSettings, request: Reques
     check_evaluation_pairs(settings, request.split)
     if request.keep:
         check_evaluation_pairs(general_settings(settings, request.keep))
+    for run in request.frontier:
+        check_checkpoint(find_checkpoint(run, loaded.values))
     check_model(settings.model)
 
 

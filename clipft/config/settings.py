@@ -403,6 +403,20 @@ class LossSettings(Section):
         "full, and when a model without a bias is trained with siglip; otherwise frozen.",
         "fixed",
     )
+    preserve: float = setting(
+        0.0,
+        "Weight of a penalty on how far embeddings move away from those of the pretrained model, "
+        "so that less of what it knew is forgotten. 0: no penalty.",
+        "fixed",
+        metavar="W",
+        ge=0,
+    )
+    preserve_data: Path | None = setting(
+        None,
+        "A general set: other pairs (train/*.tar in this folder) whose embeddings --preserve "
+        "holds. Default: the training pairs.",
+        metavar="DATA",
+    )
     matryoshka: str = setting(
         "",
         "Numbers of dimensions, such as 256,128, at which embeddings that are cut off there shall "
@@ -507,6 +521,15 @@ class OptimSettings(Section):
         ge=0,
     )
     grad_clip: float = setting(1.0, "Maximum gradient norm. 0: no clipping.", "fixed", ge=0)
+    ema: float = setting(
+        0.0,
+        "Decay of a moving average of the trained weights, such as 0.999. The averages are "
+        "validated, kept as the best epoch and exported in place of the weights. 0: no averages.",
+        "fixed",
+        metavar="DECAY",
+        ge=0,
+        lt=1,
+    )
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
         "auto",
         "adamw: fused AdamW; adamw8bit: AdamW with 8-bit states; auto: adamw, or adamw8bit on a "

@@ -12,7 +12,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -89,7 +89,8 @@ class StepBatch:
     """The pairs of optimizer step ``step`` of ``epoch``, both counted from 0.
 
     ``micro_batches`` are those of this process; ``pairs`` and ``skipped`` may be added up over
-    several processes.
+    several processes. ``general`` are this process's micro-batches of the general set, if the run
+    has one.
     """
 
     epoch: int
@@ -97,6 +98,12 @@ class StepBatch:
     micro_batches: list[Batch]
     skipped: list[Skipped]
     pairs: int
+    general: list[Batch] = field(default_factory=list)
+
+    def free_images(self) -> None:
+        """Drop the batches, before the next ones are read."""
+        self.micro_batches.clear()
+        self.general.clear()
 
 
 @dataclass(frozen=True)

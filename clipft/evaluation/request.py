@@ -16,7 +16,8 @@ class Request:
 
     ``keep`` is a general data set on which to measure what fine-tuning has cost. The weights
     between the two models are evaluated at each of ``alphas``, and written to ``save_to`` at
-    ``save_at``. ``split`` chooses the pairs as ``evaluation_pairs`` does.
+    ``save_at``. ``split`` chooses the pairs as ``evaluation_pairs`` does. ``frontier`` are other
+    runs to measure beside these weights.
     """
 
     keep: Path | None
@@ -24,6 +25,7 @@ class Request:
     save_at: float | None
     save_to: Path | None
     split: str = "auto"
+    frontier: tuple[Path, ...] = ()
 
     @classmethod
     def of(
@@ -33,13 +35,20 @@ class Request:
         at: float | None,
         to: Path | None,
         split: str = "auto",
+        frontier: tuple[Path, ...] = (),
     ) -> "Request":
         """Check a request before the work begins; ``interpolate`` is as ``parse_alphas`` reads it.
 
         Raises:
-            UsageError: ``interpolate`` or ``at`` is not between 0 and 1.
+            UsageError: ``interpolate`` or ``at`` is not between 0 and 1, or the frontier lacks a
+                general set or points to compare with.
             StorageError: ``to`` cannot be written.
         """
+        if frontier and not (keep and interpolate):
+            raise UsageError(
+                "--frontier compares runs by gain and by retention, with points in between",
+                "add --keep DATA and --interpolate 0:1:0.1",
+            )
         if at is not None and not 0 <= at <= 1:
             raise UsageError(
                 f"--save-interpolated {at:g} is not between 0 (pretrained) and 1 (fine-tuned)",
@@ -47,7 +56,8 @@ class Request:
             )
         if to:
             check_writable(to)
-        return cls(keep, parse_alphas(interpolate) if interpolate else [], at, to, split)
+        alphas = parse_alphas(interpolate) if interpolate else []
+        return cls(keep, alphas, at, to, split, frontier)
 
 
 def general_settings(settings: Settings, folder: Path) -> Settings:

@@ -130,7 +130,8 @@ class StepResult:
     ``loss`` is over the whole effective batch. ``seconds`` includes ``data_seconds``, the wait for
     the batch. ``applied`` is False if the gradient was not finite. ``skipped`` lists the pairs
     that could not be used. ``loss_floor`` is the lowest loss that any model could reach on these
-    pairs.
+    pairs. ``drift`` is the mean of 1 - cosine similarity to the pretrained embeddings that
+    ``--preserve`` penalizes; it is not part of ``loss``.
     """
 
     epoch: int
@@ -144,10 +145,12 @@ class StepResult:
     applied: bool
     skipped: tuple[dict[str, str], ...] = ()
     loss_floor: float = 0.0
+    drift: float | None = None
 
     def metrics(self) -> dict[str, Any]:
         """Return the line for ``metrics.jsonl``."""
         omitted = {"skipped", "applied"} | (set() if self.loss_floor else {"loss_floor"})
+        omitted |= {"drift"} if self.drift is None else set()
         values = {k: v for k, v in asdict(self).items() if k not in omitted}
         values["pairs_per_s"] = self.pairs / max(self.seconds, 1e-9)
         return {"kind": "step", **finite(values)}

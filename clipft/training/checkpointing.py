@@ -92,6 +92,7 @@ class Saver:
             "settings": self.setup.settings.model_dump(mode="json"),
             "base_model": self.setup.loaded.identity,
             "data": self.setup.train.identity(),
+            "general_data": self.setup.held.identity,
             "train_pairs": len(self.setup.train),
             "choices": asdict(self.setup.choices),
             **self.state.state_dict(),

@@ -63,8 +63,7 @@ def forecast(
     steps, checkpoint_bytes, weights_bytes = list[StepResult](), 0, 0
     with peak_memory(setup.loaded.precision.device) as peak:
         if setup.plan.epochs:
-            optimizer = setup.make_optimizer()
-            state = TrainState(setup.loaded.model, optimizer, setup.epoch_plan.steps)
+            state = setup.make_state()
             steps = _train_some(setup, state, note)
             content = state.state_dict()
             checkpoint_bytes = checkpoint_size(content)

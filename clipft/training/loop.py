@@ -32,13 +32,14 @@ def fit(
         for attempt in accumulate.recovery.attempts(state.step):  # one, unless memory runs out
             with attempt:
                 # Its gradient is left in the parameters
-                loss = accumulate(state.step, batch.micro_batches, batch.pairs)
+                loss = accumulate(state.step, batch.micro_batches, batch.pairs, batch.general)
         with no_second_attempt(_IN_UPDATE, _AFTER_UPDATE):
             update = state.optimizer.update(loss)
         state.model.clamp_logit_scale()
+        state.average.update(state.step)
 
         state.advance(batch, update.loss)
-        batch.micro_batches.clear()  # frees the images before the next ones are read
+        batch.free_images()
         ended = time.perf_counter()
         yield StepResult(
             epoch=batch.epoch + 1,
@@ -52,6 +53,7 @@ def fit(
             applied=update.applied,
             skipped=tuple(asdict(skipped) for skipped in batch.skipped),
             loss_floor=accumulate.lower_bound,
+            drift=accumulate.drift,
         )
         started = time.perf_counter()
 

@@ -62,6 +62,12 @@ def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
             f"the training shards in {setup.settings.data_dir} are not those of the checkpoint",
             "name the folder with the same shards with --data-dir, or start a new run",
         )
+    if checkpoint.get("general_data", "") != setup.held.identity:
+        raise UsageError(
+            f"--preserve-data {setup.settings.preserve_data or 'none'} is not the general set of "
+            "the checkpoint",
+            "name the folder with the same shards with --preserve-data, or start a new run",
+        )
 
 
 def drop_later_lines(paths: RunPaths, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -138,8 +138,7 @@ class _Run:
         )
         training = None
         if setup.plan.epochs:
-            steps_per_epoch = setup.epoch_plan.steps
-            training = TrainState(setup.loaded.model, setup.make_optimizer(), steps_per_epoch)
+            training = setup.make_state()
         self.state = RunState(
             training,
             EarlyStopping(settings.stop_on, settings.patience, settings.min_delta),
@@ -290,6 +289,11 @@ class _Run:
 
     def _validate(self, epoch: int, train_loss: float | None) -> EpochResult:
         """Embed the validation pairs on all processes; rank zero computes the figures."""
+        training = self.state.training
+        with training.average.in_place() if training else nullcontext():
+            return self._validate_weights(epoch, train_loss)
+
+    def _validate_weights(self, epoch: int, train_loss: float | None) -> EpochResult:
         setup, step = self.setup, self.state.step
         embedded = embed_pairs(
             setup.loaded,

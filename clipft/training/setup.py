@@ -19,7 +19,7 @@ from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Integers, Position, Share
 from clipft.data.positives import Positives, make_positives, product_ids
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import PairDataset, general_pairs, open_pairs
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import (
     on_all_ranks,
@@ -40,11 +40,15 @@ from clipft.embedding.encoding import (
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.look_alikes import look_alikes
 from clipft.embedding.towers import Tower, choose_shapes, make_towers
+from clipft.evaluation.request import general_settings
 from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
 from clipft.runs.records import NEW_RUN, Choices, Plan
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
+from clipft.training.state import TrainState
+from clipft.training.step.average import NO_AVERAGE, MovingAverage, WeightAverage
 from clipft.training.step.fsdp import check_sharding, hold_weights, will_shard
+from clipft.training.step.general_set import NOTHING_HELD, Held, open_held
 from clipft.training.step.gradcache import ACCUMULATIONS, Accumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.oom import EndsRun, Recovery, SmallerPieces
@@ -86,6 +90,7 @@ class RunSetup:
     weights: Weights
     products: Tensor | None = None
     val_products: Tensor | None = None
+    held: Held = NOTHING_HELD
 
     @property
     def choices(self) -> Choices:
@@ -124,6 +129,11 @@ class RunSetup:
             self.plan.epochs,
             self.loader_options,
         )
+        if self.held.general:
+            done = start.epoch * self.epoch_plan.steps + start.step
+            batches = self.held.general.beside(
+                batches, done, self.plan.total_steps, self.loader_options
+            )
         if self.loaded.precision.device.type == "cuda":
             batches = one_ahead(batches, start_to_copy)
         return steps_in_lockstep(self.processes, batches, check)
@@ -138,6 +148,15 @@ class RunSetup:
         scheduler = one_cycle(adamw, self.plan.total_steps, self.plan.warmup_steps)
         scaler = self.weights.make_scaler(precision)
         return Optimizer(adamw, scheduler, scaler, settings.grad_clip, self.weights)
+
+    def make_state(self) -> TrainState:
+        """The state of this run before its first step."""
+        model = self.loaded.model
+        average: WeightAverage = NO_AVERAGE
+        if self.settings.ema:
+            own = [self.weights.own(parameter) for _, parameter in model.trainable()]
+            average = MovingAverage(own, self.settings.ema)
+        return TrainState(model, self.make_optimizer(), self.epoch_plan.steps, average)
 
     def make_accumulation(self, optimizer: Optimizer, note: Note) -> Accumulation:
         """What computes the gradient of each step, and deals with running out of memory."""
@@ -175,6 +194,7 @@ class RunSetup:
             graphs=graphs,
             weights=self.weights,
             recovery=recovery,
+            preservation=self.held.preservation,
         )
 
     def text_tower(self) -> Tower:
@@ -241,13 +261,9 @@ def prepare(
     check_label_options(settings)
     data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
     train, val = data.train, data.val
-
-    precision = keep_precision(settings, began.precision, note)
-    here = settings.model_copy(update={"precision": precision.name})
-    loaded = on_all_ranks(processes, lambda: load_model(here))
-    _check_same_everywhere(processes, loaded, train)
-    for remark in loaded.base.remarks():
-        note(remark)
+    precision = keep_precision(settings, began.precision, note).name
+    here = settings.model_copy(update={"precision": precision})
+    loaded = _load_everywhere(here, train, processes, note)
     products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     if products is not None:
@@ -258,29 +274,33 @@ def prepare(
             look_alikes=found,
             hard_negatives=settings.hard_negatives,
         )
-    notes = list[str]()
-    if settings.declared_scenario.trains:
-        notes = [*step_remarks(settings, epoch_plan), *data.remarks]
+    trains = settings.declared_scenario.trains
+    notes = [*step_remarks(settings, epoch_plan), *data.remarks] if trains else []
     weights = hold_weights(settings, loaded, processes, note)
     optimizer = _agreed_optimizer(settings, loaded, processes, weights, began, note)
 
-    def open_both() -> tuple[Encoding, Encoding]:
-        def opened(pairs: Pairs, preprocessing: Preprocessing, *sizes: int) -> Encoding:
-            shapes = choose_shapes(loaded, settings.compile, *sizes)
-            found = open_encoding(loaded, pairs, preprocessing, settings, note, shapes, progress)
-            return replace(found, towers=weights.wrap_towers(found.towers))
+    count = processes.world_size
+    own = -(-epoch_plan.effective // count)
 
-        own = -(-epoch_plan.effective // processes.world_size)
+    def opened(
+        model: LoadedModel, pairs: Pairs, preprocessing: Preprocessing, *sizes: int
+    ) -> Encoding:
+        shapes = choose_shapes(model, settings.compile, *(sizes or (epoch_plan.micro, own)))
+        found = open_encoding(model, pairs, preprocessing, settings, note, shapes, progress)
+        # The pretrained model is whole on each process
+        towers = weights.wrap_towers(found.towers) if model is loaded else found.towers
+        return replace(found, towers=towers)
+
+    def open_all() -> tuple[Encoding, Encoding, Held]:
         at_once = validation_batch(settings, loaded, epoch_plan.micro)
         return (
-            opened(train, data.preprocessing, epoch_plan.micro, own),
-            opened(val, data.val_preprocessing, at_once, at_once),
+            opened(loaded, train, data.preprocessing),
+            opened(loaded, val, data.val_preprocessing, at_once, at_once),
+            open_held(here, loaded, (train, data.preprocessing), data.general, epoch_plan, opened),
         )
 
-    encoding, val_encoding = rank_zero_first(processes, open_both)
-
+    encoding, val_encoding, held = rank_zero_first(processes, open_all)
     pad_token_id = data.preprocessing.captions.pad_token_id
-    val_pairs, count = len(val), processes.world_size
     return RunSetup(
         settings=settings,
         loaded=loaded,
@@ -295,9 +315,10 @@ def prepare(
         val_products=product_ids(settings, val, note) if settings.photo_pairs else None,
         loss=make_loss(settings, loaded.model),
         epoch_plan=epoch_plan,
-        plan=lay_plan(settings, loaded, epoch_plan, val_pairs, count, notes, optimizer),
+        plan=lay_plan(settings, loaded, epoch_plan, len(val), count, notes, optimizer),
         processes=processes,
         weights=weights,
+        held=held,
     )
 
 
@@ -362,18 +383,21 @@ def _agreed_optimizer(
 
 @dataclass(frozen=True)
 class _Data:
-    """The pairs of a run and their captions; ``remarks`` are only made by rank zero."""
+    """The pairs of a run and their captions; ``general`` are those of ``--preserve-data``, and
+    ``remarks`` are only made by rank zero."""
 
     train: Pairs
     val: PairDataset
     preprocessing: Preprocessing
     val_preprocessing: Preprocessing
+    general: tuple[PairDataset, Preprocessing] | None
     remarks: list[str]
 
 
 def _open_data(
     settings: Settings, note: Note, processes: Processes, source: "ShardSource | None"
 ) -> _Data:
+    general_set = general_pairs(settings)
     folder = settings.data_dir / "train"
     if settings.stream:
         from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
@@ -388,6 +412,10 @@ def _open_data(
     inputs = load_inputs(settings.model, settings.input_sizes)
     preprocessing = training_preprocessing(inputs, train, settings, note)
     val_preprocessing = validation_preprocessing(inputs, val, settings)
+    general = None
+    if general_set and settings.preserve_data:
+        plain = general_settings(settings, settings.preserve_data)
+        general = general_set, validation_preprocessing(inputs, general_set, plain)
     remarks = list[str]()
     if settings.declared_scenario.trains and processes.rank == 0:
         captions = (preprocessing.captions, val_preprocessing.captions)
@@ -399,7 +427,23 @@ def _open_data(
             )
         if settings.label_prompts and isinstance(train, PairDataset):
             remarks += label_remarks(train, val, settings.label_field)
-    return _Data(train, val, preprocessing, val_preprocessing, remarks)
+    return _Data(train, val, preprocessing, val_preprocessing, general, remarks)
+
+
+def _load_everywhere(
+    settings: Settings, train: Pairs, processes: Processes, note: Note
+) -> LoadedModel:
+    """Load the model on all processes.
+
+    Raises:
+        ModelError: the base model cannot be loaded, or does not fit the scenario.
+        UsageError: the processes have different models or pairs.
+    """
+    loaded = on_all_ranks(processes, lambda: load_model(settings))
+    _check_same_everywhere(processes, loaded, train)
+    for remark in loaded.base.remarks():
+        note(remark)
+    return loaded
 
 
 def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pairs) -> None:

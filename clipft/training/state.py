@@ -16,6 +16,7 @@ from clipft.distributed.rank_zero import on_rank_zero
 from clipft.models.trainable import TrainableModel
 from clipft.runs.folder import RunPaths, append_lines
 from clipft.runs.records import EpochResult
+from clipft.training.step.average import NO_AVERAGE, WeightAverage
 from clipft.training.step.optimizer import Optimizer
 
 
@@ -24,12 +25,13 @@ class TrainState:
     """Model, optimizer and position: all that changes from step to step.
 
     ``step`` counts the optimizer steps done; ``loss`` is that of the last one. ``epoch_loss_sum``
-    adds up the losses of the epoch's ``epoch_pairs`` pairs.
+    adds up the losses of the epoch's ``epoch_pairs`` pairs. ``average`` is that of the weights.
     """
 
     model: TrainableModel
     optimizer: Optimizer
     steps_per_epoch: int
+    average: WeightAverage = NO_AVERAGE
     step: int = 0
     position: Position = field(default_factory=Position)
     loss: float = float("nan")
@@ -62,10 +64,15 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs; whole on rank zero, which with sharded weights takes
         all processes."""
-        return {**self.weights_dict(), **self.optimizer.state_dict()}
+        state = {**self.weights_dict(), **self.optimizer.state_dict()}
+        if self.average.kept:
+            state["trained_state_dict"] = self.optimizer.weights.model_state(self.model)
+        return state
 
     def weights_dict(self) -> dict[str, Any]:
-        """``state_dict`` without what only resuming needs."""
+        """``state_dict`` without what only resuming needs: the averages if there are any."""
+        with self.average.in_place():
+            weights = self.optimizer.weights.model_state(self.model)
         return {
             "epoch": self.position.epoch,
             "step_in_epoch": self.position.step,
@@ -73,7 +80,7 @@ class TrainState:
             "loss": self.loss,
             "epoch_loss_sum": self.epoch_loss_sum,
             "epoch_pairs": self.epoch_pairs,
-            "model_state_dict": self.optimizer.weights.model_state(self.model),
+            "model_state_dict": weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,6 +90,9 @@ class TrainState:
             ModelError: it belongs to another model or another optimizer.
         """
         self.optimizer.weights.load_model_state(self.model, state["model_state_dict"])
+        if self.average.kept:
+            self.average.restart()
+            self.optimizer.weights.load_model_state(self.model, state["trained_state_dict"])
         self.optimizer.load_state_dict(state)
         self.position = Position(state["epoch"], state["step_in_epoch"])
         self.step, self.loss = state["step"], state["loss"]

@@ -19,7 +19,7 @@ def around_each_step(monkeypatch, around: Around) -> None:
             def __getattr__(self, name):
                 return getattr(real, name)
 
-            def __call__(self, step, micro_batches, pairs):
+            def __call__(self, step, micro_batches, pairs, general):
                 return around(real, step, real.recovery.split(micro_batches))
 
         return Around()

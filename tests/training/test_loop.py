@@ -31,7 +31,9 @@ def test_the_pairs_of_a_step_are_gone_before_the_next_ones_are_read(
         recovery = real.recovery
         lower_bound = real.lower_bound
 
-        def __call__(self, step, micro_batches, pairs):
+        drift = real.drift
+
+        def __call__(self, step, micro_batches, pairs, general):
             used[:] = map(weakref.ref, micro_batches)
             return real(step, micro_batches)
 

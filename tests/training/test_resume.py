@@ -175,3 +175,40 @@ def test_two_processes_train_alike_with_each_of_these_options(data, tmp_path):
     assert run([*command, "--processes", "2"]) == 0
     assert pairs_of_steps(both) == pairs_of_steps(alone)
     assert epoch_losses(both) == pytest.approx(epoch_losses(alone), rel=1e-4)
+
+
+KINDS = {
+    "averages": ("--ema", "0.9"),
+    "held pairs": ("--preserve", "5"),
+    "held general set": ("--preserve", "5", "--preserve-data", "{general}", "--ema", "0.9"),
+}
+
+
+def everything(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by their place in it."""
+
+    def within(value, name):
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from within(inner, f"{name}.{key}")
+
+    return dict(within(load_checkpoint(out / NAME), ""))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_resumed_run_has_the_same_bits(kind, data, tmp_path, monkeypatch):
+    """Killed in the middle of an epoch, and with another number of workers from there on."""
+    general = tmp_path / "general"
+    write_shard(general / "0.tar", range(3000, 3019), bad=(3004,))
+    options = [word.format(general=general) for word in KINDS[kind]]
+    options += ["--precision", "fp32", "--lora-dropout", "0.2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(data, whole, *options) == 0
+    kill_after(3, data, stopped, monkeypatch, *options)
+    assert run(["resume", "--output-dir", str(stopped), "--num-workers", "1"]) == 0
+    ours, theirs = everything(stopped), everything(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert epoch_losses(stopped) == epoch_losses(whole)

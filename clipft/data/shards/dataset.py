@@ -20,7 +20,7 @@ import numpy as np
 
 from clipft.config.settings import Settings
 from clipft.core.common import counted, shell_command
-from clipft.core.errors import DataError
+from clipft.core.errors import DataError, UsageError
 from clipft.core.files import did_you_mean_path
 from clipft.core.text import NotText, decode
 from clipft.data.order import EpochPlan
@@ -206,6 +206,31 @@ def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, Pair
     if split == "test" or (split == "auto" and tars_in(test)):
         return "test", open_pairs(test, settings.max_val_pairs)
     return "val", validation_pairs(settings)
+
+
+def general_pairs(settings: Settings) -> PairDataset | None:
+    """Open ``{preserve_data}/train``, or ``preserve_data`` itself if the shards are directly in it:
+    the pairs that ``--preserve`` holds. Return None if no such set is named.
+
+    Raises:
+        DataError: there are no pairs.
+        UsageError: the settings of ``--preserve`` do not fit each other.
+    """
+    if settings.preserve and settings.accumulation == "local":
+        raise UsageError(
+            "--preserve cannot be combined with --accumulation local",
+            "use --accumulation exact, which is the default",
+        )
+    if settings.preserve_data is None:
+        return None
+    if not settings.preserve:
+        raise UsageError(
+            f"--preserve-data {settings.preserve_data} has no effect without a weight",
+            "add --preserve 10, for example",
+        )
+    nested = settings.preserve_data / "train"
+    flat = not nested.exists() and tars_in(settings.preserve_data)
+    return open_pairs(settings.preserve_data if flat else nested)
 
 
 def _no_pair(folder: Path, dataset: PairDataset) -> DataError:

@@ -10,7 +10,8 @@ micro-batches is another loss, with fewer negatives. ``ExactAccumulation`` compu
    in memory runs forward once more for this.
 
 The gradients are those of one large batch, on any number of processes: each process embeds its
-own pairs, and all see all embeddings.
+own pairs, and all see all embeddings. A penalty on the drift of the embeddings (``--preserve``) is
+a sum over rows, so it joins the loss between 2 and 3, each process with its own rows.
 """
 
 from abc import ABC, abstractmethod
@@ -29,6 +30,7 @@ from clipft.embedding.towers import Towers
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.losses import ContrastiveLoss
 from clipft.training.step.oom import Recovery
+from clipft.training.step.preservation import NOTHING_PRESERVED, OwnRows, Preservation
 from clipft.training.step.tower_pass import GraphMemory, TowerPass, backward
 from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
 
@@ -39,7 +41,8 @@ class Accumulation(ABC):
 
     With many processes each is given its own micro-batches, and all end with the same gradient
     and loss. ``lower_bound`` is the smallest loss that any model could have had on the pairs of
-    the last step.
+    the last step, and ``drift`` how far its embeddings were from the pretrained ones, if
+    ``preservation`` measures that.
     """
 
     smallest_micro_batch: ClassVar[int]
@@ -57,15 +60,24 @@ class Accumulation(ABC):
     channel: StepChannel = ALONE
     weights: Weights = WHOLE_WEIGHTS
     recovery: Recovery = field(default_factory=Recovery)
+    preservation: Preservation = NOTHING_PRESERVED
+    drift: float | None = field(default=None, init=False)
     lower_bound: float = field(default=0.0, init=False)
     _embedded: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list, init=False)
     """Pair numbers and embeddings of the last step, without their graphs."""
 
     @abstractmethod
-    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        step: int,
+        micro_batches: list[Batch],
+        pairs: int | None = None,
+        general: Sequence[Batch] = (),
+    ) -> Tensor:
         """Add the gradient of ``step`` (from 0) to the parameters; return its detached loss.
 
         ``pairs`` is how many there are on all processes; those of ``micro_batches`` by default.
+        ``general`` are micro-batches of the general set. The loss is without the penalty.
         """
 
     def start_to_copy(self, batch: StepBatch) -> None:
@@ -109,7 +121,13 @@ class ExactAccumulation(Accumulation):
     smallest_micro_batch = 1
     if_smaller = "the effective batch and the loss stay as they were"
 
-    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        step: int,
+        micro_batches: list[Batch],
+        pairs: int | None = None,
+        general: Sequence[Batch] = (),
+    ) -> Tensor:
         self._embedded.clear()
         batches = self.recovery.split(micro_batches)
         images, texts = self._passes(step)
@@ -118,13 +136,17 @@ class ExactAccumulation(Accumulation):
         everyone = self.channel.exchange(image_rows, text_rows, *self._groups(batches))
         loss = self.loss(*everyone)
         self.lower_bound = self.loss.lower_bound(everyone.groups, everyone.products)
-        if loss.requires_grad:  # not if both towers are frozen
-            torch.autograd.backward(self.scaler.scale(loss))
-        backward(images, texts)
+        own = OwnRows(step, batches, image_rows, text_rows, len(everyone.images))
+        penalty = self.preservation.penalty(own, self.recovery.split([*general]), self.graphs)
+        total = loss + penalty.value
+        if total.requires_grad:  # not if both towers are frozen
+            torch.autograd.backward(self.scaler.scale(total))
+        backward(images, texts, *penalty.passes)
         # Every process takes the loss of all pairs, so the gradients of temperature and bias,
         # which the loss reads directly, are already complete everywhere
         scalars = [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
-        self.weights.sum_gradients(self.model, self.channel, scalars)
+        sums = self.weights.sum_gradients(self.model, self.channel, scalars, [penalty.number()])
+        self.drift = self.preservation.drift(sums[0])
         return loss.detach()
 
 
@@ -134,7 +156,13 @@ class LocalAccumulation(Accumulation):
     smallest_micro_batch = 2  # a single pair has no negatives: its loss is 0 whatever the model
     if_smaller = "each has fewer negatives, which changes the loss"
 
-    def __call__(self, step: int, micro_batches: list[Batch], pairs: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        step: int,
+        micro_batches: list[Batch],
+        pairs: int | None = None,
+        general: Sequence[Batch] = (),
+    ) -> Tensor:
         self._embedded.clear()
         device = self.towers.images.precision.device
         micro_batches = self.recovery.split(micro_batches)

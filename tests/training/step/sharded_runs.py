@@ -1,6 +1,5 @@
 """Short runs, with whole or sharded weights."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,7 @@ from typing import Any
 import torch
 
 from clipft.config.sources import load_settings
-from clipft.data.loader import StepBatch, training_batches
 from clipft.distributed.collectives import Processes
-from clipft.distributed.rank_zero import steps_in_lockstep
 from clipft.embedding.embed import embed_pairs
 from clipft.training.loop import fit
 from clipft.training.setup import RunSetup, prepare
@@ -33,26 +30,14 @@ class Run:
     def of(cls, given: dict[str, Any], processes: Processes) -> "Run":
         settings = load_settings({**SMALL, **given}, environ={}).values
         setup = prepare(settings, lambda note: None, processes)
-        steps = setup.epoch_plan.steps
-        return cls(setup, TrainState(setup.loaded.model, setup.make_optimizer(), steps))
+        return cls(setup, setup.make_state())
 
     def train(self) -> list[float]:
         """Losses and gradient norms of the steps that are left."""
         accumulate = self.setup.make_accumulation(self.state.optimizer, lambda note: None)
-        done = list(fit(self.state, self._batches(), accumulate))
-        return [figure for step in done for figure in (step.loss, step.grad_norm)]
-
-    def _batches(self) -> Iterator[StepBatch]:
-        setup = self.setup
-        batches = training_batches(
-            setup.train,
-            setup.encoding.preprocessing,
-            setup.epoch_plan,
-            self.state.position,
-            setup.plan.epochs,
-            setup.loader_options,
-        )
-        return steps_in_lockstep(setup.processes, batches)
+        batches = self.setup.step_batches(self.state.position)
+        done = list(fit(self.state, batches, accumulate))
+        return [figure for step in done for figure in (step.loss, step.grad_norm, step.drift or 0)]
 
     def validation_loss(self) -> float:
         setup = self.setup
