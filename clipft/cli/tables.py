@@ -196,20 +196,22 @@ def definitions(compared: dict[str, Any]) -> Table:
     return table
 
 
-def sweep_table(points: list[dict[str, Any]], best: float) -> Table:
-    """Show mean recall at each point between the pretrained and the fine-tuned weights."""
+def sweep_table(points: list[dict[str, Any]], best: float, runs: Sequence[Json] = ()) -> Table:
+    """Show mean recall at each point between the pretrained and the fine-tuned weights, and that
+    of other ``runs``."""
     keep = any(point["keep"] for point in points)
     general = [f"{RECALL_NAME}, {GENERAL_SET}", "difference"] if keep else []
     table = FigureTable(
         "Between the pretrained (0) and the fine-tuned (1) weights",
         *("alpha", RECALL_NAME, "difference", *general),
     )
-    for point in points:
-        row = [f"{point['alpha']:g}", value(point["recall"]), signed(point["gain"])]
+    for point in (*points, *runs):
+        name = f"{point['alpha']:g}" if "alpha" in point else point["name"]
+        row = [value(point["recall"]), signed(point["gain"])]
         if keep:
             row.append(value(point["keep"]["recall"]))
             row.append(signed(point["keep"]["change"]))
-        table.add_row(*row, style="bold" if point["alpha"] == best else None)
+        table.add_row(Text(name), *row, style="bold" if point.get("alpha") == best else None)
     return table
 
 

@@ -5,7 +5,7 @@ points between their weights.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clipft.core.files import write_json
 from clipft.data.shards.names import tars_in
 from clipft.embedding.load import load_model
 from clipft.evaluation.evaluator import Comparison, EvaluationSet, compare
+from clipft.evaluation.frontier import RunPoint, measure_runs
 from clipft.evaluation.request import Request, general_settings
 from clipft.evaluation.wise_ft import (
     Interpolation,
@@ -34,7 +35,8 @@ class Evaluated:
 
     ``split`` names the pairs they were measured on, "test" or "val". ``figures`` are those of the
     fine-tuned model in short, as after each epoch. ``keep`` compares
-    the models on the general data set in ``keep_dir``. ``points`` is empty unless asked for.
+    the models on the general data set in ``keep_dir``. ``points`` and ``runs`` are empty unless
+    asked for.
     """
 
     split: str
@@ -43,6 +45,7 @@ class Evaluated:
     keep_dir: Path | None
     keep: Comparison | None
     points: list[Point]
+    runs: list[RunPoint] = field(default_factory=list)
 
     @property
     def best_alpha(self) -> float:
@@ -61,7 +64,8 @@ class Evaluated:
     def _interpolation(self) -> dict[str, Any]:
         points = [point.to_dict() for point in self.points]
         keep_dir = str(self.keep_dir) if self.keep_dir else None
-        return {"points": points, "best": self.best_alpha, "keep_dir": keep_dir}
+        found = {"points": points, "best": self.best_alpha, "keep_dir": keep_dir}
+        return found | ({"runs": [run.to_dict() for run in self.runs]} if self.runs else {})
 
     def write(self, folder: Path, settings: Settings) -> None:
         """Write kept.json and interpolation.json into a run folder, if they were asked for.
@@ -119,15 +123,20 @@ def evaluate_checkpoint(
     after = fine_tuned if settings.declared_scenario.trains else None
     comparison = compare(own, pretrained, after)
     retention = compare(general, pretrained, after) if general else None
-    points = []
+    points, runs = [], list[RunPoint]()
     if path:
         for point in sweep(fine_tuned, path, request.alphas, along, general_along):
             points.append(point)
             note(f"alpha {point.alpha:g}: recall {point.own.recall():.1%}")
         if request.save_to and request.save_at is not None:
             save_interpolated(request.save_to, content, path, request.save_at)
+    if request.frontier and general_along:
+        sets = (along, general_along)
+        for run in measure_runs(request.frontier, pretrained, settings, sets, points):
+            runs.append(run)
+            note(f"{run.name}: recall {run.point.own.recall():.1%}")
     short = (comparison.after or comparison.before).retrieval
-    return Evaluated(own.split, short, comparison, request.keep, retention, points)
+    return Evaluated(own.split, short, comparison, request.keep, retention, points, runs)
 
 
 def _for_choosing(pairs: EvaluationSet, inputs: ModelInputs) -> EvaluationSet:

@@ -24,8 +24,14 @@ from clipft.runs.checkpoint import save_checkpoint
 _LORA_OUT = ("lora_B", "lora_embedding_B")
 _LORA_IN = ("lora_A", "lora_embedding_A")
 _HINT = "name a run that trained something"
-_TRAINING_KEYS = frozenset(
-    {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "skipped_in_a_row"}
+TRAINING_KEYS = frozenset(
+    {
+        "optimizer_state_dict",
+        "scheduler_state_dict",
+        "scaler_state_dict",
+        "skipped_in_a_row",
+        "trained_state_dict",
+    }
 )
 """Keys of a checkpoint that only a resumed run needs."""
 
@@ -155,7 +161,7 @@ def save_interpolated(
     Raises:
         StorageError: the disk is full or cannot be written.
     """
-    copied = {key: value for key, value in content.items() if key not in _TRAINING_KEYS}
+    copied = {key: value for key, value in content.items() if key not in TRAINING_KEYS}
     changed = {
         "model_state_dict": path.at(alpha),
         "interpolated_at": alpha,

@@ -275,3 +275,20 @@ def number(value: float | None, unit: Unit, sign: str = "") -> str:
 def shown_bytes(count: float | None) -> str:
     """Format bytes as GiB."""
     return f"{count / 2**30:.2f} GiB" if count else NOTHING
+
+
+def frontier_sentences(runs: Sequence[Json]) -> list[str]:
+    """Say of each run which points between the two models it dominates, and which dominate it.
+
+    ``runs`` are those of interpolation.json.
+    """
+
+    def listed(alphas: Sequence[float]) -> str:
+        named = [f"{alpha:g}" for alpha in alphas]
+        return f"alpha {', '.join(named)}" if named else "no alpha"
+
+    return [
+        f"{run['name']} dominates {listed(run['dominates'])}; "
+        f"{listed(run['dominated_by'])} dominates it."
+        for run in runs
+    ]

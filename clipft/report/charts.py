@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from clipft.metrics.figures import DIRECTIONS, GENERAL_SET, RECALL_NAME
+from clipft.metrics.figures import DIRECTIONS, GENERAL_SET, RECALL_NAME, frontier_sentences
 
 Json = Mapping[str, Any]
 Interval = tuple[float, float] | None
@@ -187,7 +187,16 @@ def interpolation_charts(found: Json | None) -> list[Chart]:
             "right are better."
         )
         title, x, y = "Both differences", f"difference, {GENERAL_SET}", "difference, these pairs"
-        path_of = [Series("", path)]
+        runs = found.get("runs")
+        path_of = [Series("between both models" if runs else "", path)]
+        if runs:
+            ordered = sorted(runs, key=lambda run: run["preserve"])
+            others = [
+                [run["keep"]["change"]["value"], run["gain"]["value"], run["name"]]
+                for run in ordered
+            ]
+            path_of.append(Series("other runs", others))
+            note = " ".join([note, *frontier_sentences(runs)])
         charts.append(Chart(title, "path", path_of, x, y, percent=True, percent_x=True, note=note))
     return charts
 

@@ -39,6 +39,13 @@ class EvaluateOptions(Details):
         "START:STOP:STEP or as values separated by commas.",
         metavar="0:1:0.1",
     )
+    frontier: tuple[Path, ...] = setting(
+        (),
+        "Another run of the same pretrained model, such as one trained with --preserve. Its gain "
+        "and its loss on the general set are compared with those of --interpolate. May be "
+        "repeated.",
+        metavar="RUN",
+    )
     save_interpolated: tuple[float, Path] | None = setting(
         None,
         "Write the weights at one point as a checkpoint, for evaluate and export.",
@@ -84,6 +91,7 @@ def evaluate(
         clipft evaluate ./checkpoints/dual_lora --data-dir ./catalogue
         clipft evaluate ./checkpoints/dual_lora_checkpoint.pt --json
         clipft evaluate --keep ./general --interpolate 0:1:0.1
+        clipft evaluate --keep ./general --interpolate 0:1:0.1 --frontier ./w10/dual_lora
         clipft evaluate --save-interpolated 0.6 ./dual_lora_0.6.pt
         clipft evaluate s3://bucket/checkpoints --data-dir s3://bucket/catalogue
     """
@@ -92,7 +100,9 @@ def evaluate(
     from clipft.evaluation.request import Request
 
     alpha, file = options.save_interpolated or (None, None)
-    request = Request.of(options.keep, options.interpolate, alpha, file, options.split)
+    request = Request.of(
+        options.keep, options.interpolate, alpha, file, options.split, options.frontier
+    )
     place = fetched_checkpoint(checkpoint, loaded.values, out)
     check_evaluation(place, loaded, request)
     bring_named_data(loaded, out)
@@ -114,7 +124,7 @@ def evaluate(
 def _answer(found: "Evaluated", options: Details) -> Iterator[Any]:
     from clipft.cli.tables import dimensions_table, sweep_table
     from clipft.evaluation.evaluator import SPLIT_TITLES
-    from clipft.metrics.figures import GENERAL_SET
+    from clipft.metrics.figures import GENERAL_SET, frontier_sentences
 
     compared = found.comparison.to_dict()
     general = found.keep.to_dict() if found.keep else None
@@ -123,7 +133,9 @@ def _answer(found: "Evaluated", options: Details) -> Iterator[Any]:
     if by_dimensions:
         yield by_dimensions
     if found.points:
-        yield sweep_table([point.to_dict() for point in found.points], found.best_alpha)
+        runs = [run.to_dict() for run in found.runs]
+        yield sweep_table([point.to_dict() for point in found.points], found.best_alpha, runs)
+        yield from frontier_sentences(runs)
         loss = f" without a clear loss on the {GENERAL_SET}" if found.keep else ""
         where = " on the validation pairs" if found.split == "test" else ""
         yield f"Highest mean recall{where}{loss}: alpha {found.best_alpha:g}"
