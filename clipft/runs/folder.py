@@ -64,6 +64,7 @@ class RunPaths:
         self.kept = folder / "kept.json"
         self.interpolation = folder / "interpolation.json"
         self.judgments = folder / "judgments.jsonl"
+        self.soup = folder / "soup.json"
         self.report = folder / "report.html"
 
     def contents(self) -> list[Path]:

@@ -77,6 +77,8 @@ def workspace(tmp_path_factory, catalogue, server, client) -> Path:
         bucket += ["--s3-val-prefix", "catalogue/val", "--enable-s3-checkpoints"]
         assert run(["train", "--scenario", "dual_lora", *bucket]) == 0
         assert run(["export", "checkpoints/dual_lora", "my-clip"]) == 0
+        for other in ("seed-1", "seed-2", "w10"):
+            shutil.copytree("checkpoints", other)
     return home
 
 

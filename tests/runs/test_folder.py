@@ -21,7 +21,7 @@ def test_every_file_of_a_run_has_its_documented_name(tmp_path):
         *("best.pt", "adapter", "settings.toml", "metrics.jsonl", "skipped.jsonl", "run.json"),
         *("rankings-before.json", "rankings-best.json", "evaluation.json", "result.json"),
         *("kept.json", "interpolation.json", "report.html", "report.json", "wandb_id", "tracking"),
-        "judgments.jsonl",
+        *("judgments.jsonl", "soup.json"),
     }
     assert paths.unused_earlier() == tmp_path / "dual_lora.earlier-1"
     paths.unused_earlier().mkdir()

@@ -1,0 +1,1 @@
+"""``clipft soup``: the mean of several models' weights, and which of them to take."""
