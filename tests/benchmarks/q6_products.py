@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ import numpy as np
 from side_by_side import arguments, write_figures
 
 from clipft.config.sources import load_settings
-from clipft.evaluation.evaluator import EvaluationSet
+from clipft.embedding.load import load_model
+from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.metrics.bootstrap import interval
 from clipft.metrics.retrieval import Evaluation, Part
 from clipft.runs.checkpoint import load_checkpoint
@@ -47,6 +49,19 @@ LABELS = {
     "all images": ("--epochs", "8"),
 }
 QUERIES = ("{name}, {color}", "{name}", "{description}")
+COMPARED = (
+    ("name and color", "pretrained", QUERIES[:1]),
+    ("photo pairs 0.3", "pretrained", QUERIES[:1]),
+    ("photo pairs 0.3", "name and color", QUERIES[:1]),
+    ("fields", "name and color", QUERIES),
+)
+FIGURES = (
+    ("photos", "image_to_image", "hit@1"),
+    ("photos", "image_to_image", "map"),
+    ("grouped", "text_to_image", "hit@1"),
+    ("grouped", "text_to_image", "map"),
+    ("paired", "text_to_image", "r@10"),
+)
 SMALL_FILES = ("--size", "128")
 RECIPE = {"model": "tiny", "precision": "fp32", "num_workers": 0, "effective_batch_size": 32}
 """All else is a default, the learning rate that of the tiny model."""
@@ -88,15 +103,18 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def measured(run: Path, data: Path, caption: str) -> Evaluation:
-    """Evaluate the best epoch of a run on the test pairs, with these captions as queries."""
+def measured(run: Path, data: Path, caption: str, pretrained: bool = False) -> Evaluation:
+    """Evaluate the best epoch of a run, or the model that it began with, on the test pairs, with
+    these captions as queries."""
     content = load_checkpoint(run / "best.pt")
     given = {"data_dir": str(data), "caption": caption, "group_field": "product_id"}
     now = load_settings(given, environ={})
     settings = saved_settings(content, now, tuple(given))
-    fine_tuned = load_fine_tuned(content, settings)
-    pairs = EvaluationSet.open(fine_tuned.base.inputs, settings, "test")
-    return pairs.evaluate(fine_tuned).evaluation
+    chosen = load_fine_tuned(content, settings)
+    if pretrained:
+        chosen = load_model(settings, pretrained=True)
+    pairs = EvaluationSet.open(chosen.base.inputs, settings, "test")
+    return pairs.evaluate(chosen).evaluation
 
 
 Figure = tuple[str, str, str]
@@ -135,23 +153,17 @@ def garments(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row
             for query in QUERIES:
                 queries[query].append(measured(run, data, query))
         found[variant] = queries
-    plain = "name and color"
-    for variant in list(GARMENTS)[1:]:
-        for query in QUERIES if variant == "fields" else QUERIES[:1]:
-            for figure in (
-                ("photos", "image_to_image", "hit@1"),
-                ("photos", "image_to_image", "map"),
-                ("grouped", "text_to_image", "hit@1"),
-                ("grouped", "text_to_image", "map"),
-                ("paired", "text_to_image", "r@10"),
-            ):
-                ours, theirs = (
-                    [e.parts[figure[0]][figure[1]] for e in found[name][query]]
-                    for name in (variant, plain)
-                )
-                row = compared(f"garments, {query}", variant, plain, figure, ours, theirs)
-                print(row)
-                yield row
+    begun = place / "name and color-1" / "dual_lora"
+    found["pretrained"] = {query: [measured(begun, data, query, True)] for query in QUERIES}
+    for variant, other, queries_of in COMPARED:
+        for query, figure in product(queries_of, FIGURES):
+            ours, theirs = (
+                [evaluation.parts[figure[0]][figure[1]] for evaluation in found[name][query]]
+                for name in (variant, other)
+            )
+            row = compared(f"garments, {query}", variant, other, figure, ours, theirs)
+            print(row, flush=True)
+            yield row
 
 
 def groceries(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row]:
@@ -171,7 +183,7 @@ def groceries(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Ro
             ours, theirs = [r["after"] for r in runs], [r[other] for r in runs]
             figure = ("classification", "prompts", "top1")
             row = compared("groceries", variant, other, figure, ours, theirs)
-            print(row)
+            print(row, flush=True)
             yield row
 
 
@@ -200,9 +212,6 @@ def write_splits(source: Path, raw: Path) -> None:
 
 def accuracies(run: Path, data: Path) -> dict[str, Part]:
     """Classify the test images with the best epoch of a run, and by the classifiers beside it."""
-    from clipft.embedding.load import load_model
-    from clipft.evaluation.evaluator import compare
-
     content = load_checkpoint(run / "best.pt")
     given = {"data_dir": str(data)}
     settings = saved_settings(content, load_settings(given, environ={}), tuple(given))
