@@ -165,8 +165,9 @@ def table(results: dict[str, Any]) -> str:
     mapped = [row for row in measured if row["becomes"] != "open_clip"]
     lowest = min(row["cosine"] for row in measured)
     return (
-        f"open_clip 3.3 has {len(results)} configurations. With random weights, {len(mapped)} of "
-        f"them were converted to models of transformers, and {len(measured) - len(mapped)} whose "
+        f"{len(results)} of the {len(open_clip.list_models())} configurations of open_clip 3.3 "
+        f"were tried with random weights. {len(mapped)} of them were converted to models of "
+        f"transformers, and {len(measured) - len(mapped)} to models whose "
         "image tower open_clip runs. The difference is the largest between a component of a unit "
         "embedding and open_clip's own, over images and texts; the lowest cosine that follows is "
         f"{lowest:.8f}. Models of more than 200 million weights were checked with two layers, and "
