@@ -230,7 +230,11 @@ def general_pairs(settings: Settings) -> PairDataset | None:
         )
     nested = settings.preserve_data / "train"
     flat = not nested.exists() and tars_in(settings.preserve_data)
-    return open_pairs(settings.preserve_data if flat else nested)
+    try:
+        return open_pairs(settings.preserve_data if flat else nested)
+    except DataError as error:
+        error.hint = error.hint.replace("--data-dir", "--preserve-data")
+        raise
 
 
 def _no_pair(folder: Path, dataset: PairDataset) -> DataError:

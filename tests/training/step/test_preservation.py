@@ -140,7 +140,7 @@ def train(data, out, *options: str) -> int:
     [
         (("--preserve-data", "{data}/general"), 2, "no effect without a weight"),
         (("--preserve", "1", "--accumulation", "local"), 2, "cannot be combined"),
-        (("--preserve", "1", "--preserve-data", "{data}/nowhere"), 3, "nowhere"),
+        (("--preserve", "1", "--preserve-data", "{data}/nowhere"), 3, "with --preserve-data"),
         (("--preserve", "-1"), 2, "--preserve"),
     ],
 )
