@@ -43,9 +43,7 @@ SEEDS = (1, 2, 3)
 FREE = "free"
 WAYS: dict[str, dict[str, object]] = {
     FREE: {},
-    "training pairs, W 10": {"preserve": 10.0},
     "general set, W 1": {"preserve": 1.0, "preserve_data": "general"},
-    "general set, W 3": {"preserve": 3.0, "preserve_data": "general"},
     "general set, W 10": {"preserve": 10.0, "preserve_data": "general"},
 }
 ALPHAS = (0.25, 0.5, 0.75)
@@ -170,7 +168,7 @@ def rows(found: dict[str, list[Measured]]) -> Iterator[Row]:
             shown(changes(name, "own", "pretrained")),
             "" if name == FREE else shown(to_free),
             shown(kept),
-            f"{100 * kept['value'] / loss:.0f} %",
+            f"{100 * kept['value'] / loss:.0f}%",
             "" if name == FREE else "yes" if good else "no",
         )
 

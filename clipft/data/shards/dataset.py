@@ -226,7 +226,7 @@ def general_pairs(settings: Settings) -> PairDataset | None:
     if not settings.preserve:
         raise UsageError(
             f"--preserve-data {settings.preserve_data} has no effect without a weight",
-            "add --preserve 10, for example",
+            "add --preserve 1, for example",
         )
     nested = settings.preserve_data / "train"
     flat = not nested.exists() and tars_in(settings.preserve_data)
