@@ -1,9 +1,9 @@
 """``clipft export``: one folder per format, each written whole or not at all."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,36 +14,46 @@ from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
+from clipft.export.coreml import CoreMl
 from clipft.export.model_card import card_facts, model_card
-from clipft.export.onnx import (
-    OnnxCheck,
-    OnnxInputs,
-    check_onnx,
-    made_up_inputs,
-    normalized,
-    write_onnx,
-)
+from clipft.export.onnx import Onnx
 from clipft.export.open_clip import check_open_clip, open_clip_lacks, write_open_clip
+from clipft.export.openvino import OpenVino
 from clipft.export.reduce import Reduced, check_loss, reduce_towers
+from clipft.export.runtime import Runtime, Unconvertible
 from clipft.export.target import MARK, unfit_for
+from clipft.export.towers import TowerCheck, TowerInputs, made_up_inputs
 from clipft.models import huggingface
 from clipft.models.pretrained import PretrainedModel
 from clipft.models.source import own_learning_rates
 from clipft.runs.load import OpenedModel
 
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (Onnx(), OpenVino(), CoreMl())}
 _CHECK_BATCH = 16
 _CHECK_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class Written:
-    """The folder of each format, how the ONNX towers compare with torch, how those of a lower
-    precision compare with them, and the largest difference of open_clip's embeddings."""
+    """The folder of each format; by the format, how the towers for a runtime compare with torch,
+    and those of a lower precision with them; and the largest difference of open_clip's
+    embeddings."""
 
     folders: dict[str, Path]
-    onnx: OnnxCheck | None = None
-    reduced: Reduced | None = None
+    checks: dict[str, TowerCheck]
+    reduced: dict[str, Reduced]
     open_clip: float | None = None
+
+
+@dataclass(frozen=True)
+class RuntimeChoices:
+    """How the towers for runtimes are written and checked: their precision, the most points of
+    R@10 that it may cost, and the settings whose validation pairs they are compared on (None: on
+    made-up inputs)."""
+
+    precision: str = "fp32"
+    max_loss: float | None = None
+    settings: Settings | None = None
 
 
 def export_model(
@@ -51,9 +61,7 @@ def export_model(
     out: Path,
     formats: Sequence[str],
     note: Callable[[str], None],
-    checked_on: Settings | None = None,
-    precision: str = "fp32",
-    max_loss: float | None = None,
+    choices: RuntimeChoices = RuntimeChoices(),
 ) -> Written:
     """Write a model in some formats, each with a model card.
 
@@ -64,21 +72,19 @@ def export_model(
         out: the folder to write or replace.
         formats: some of ``FORMATS``.
         note: called with what is being done.
-        checked_on: settings whose validation pairs ONNX is checked with; None for made-up inputs.
-        precision: that of the ONNX towers.
-        max_loss: the most points of R@10 that a lower precision may cost.
+        choices: how the towers for runtimes are written and checked.
 
     Raises:
         StorageError: the disk is full or refuses; an earlier ``out`` is unchanged.
-        ModelError: ONNX or open_clip gives other embeddings than torch, or the precision costs
-            too much.
+        ModelError: a runtime or open_clip gives other embeddings than torch, or the precision
+            costs too much.
     """
     base, model = opened.loaded.base, opened.loaded.model
     facts = card_facts(opened)  # before merging, which removes the adapters that it counts
     several = len(formats) > 1
-    check: OnnxCheck | None = None
-    reduced: Reduced | None = None
+    checks, reduced = dict[str, TowerCheck](), dict[str, Reduced]()
     difference: float | None = None
+    written = list[str]()
     merged: Any = None
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
@@ -94,23 +100,30 @@ def export_model(
                 huggingface.write_transformers(merged, base, folder)
             elif name == "sentence-transformers":
                 huggingface.write_sentence_transformers(merged, base, folder)
-            elif name == "onnx":
-                write_onnx(merged, base, folder)
-                check = check_onnx(
-                    folder, merged, base, islice(_onnx_inputs(base, checked_on), _CHECK_BATCHES)
-                )
-                if precision != "fp32":
-                    reduced = _reduce(folder, base, precision, checked_on, note)
-                    check_loss(reduced, max_loss)
+            elif name in RUNTIMES:
+                runtime = RUNTIMES[name]
+                try:
+                    runtime.write(merged, base, folder)
+                    batches = islice(_inputs(base, choices.settings), _CHECK_BATCHES)
+                    checks[name] = runtime.check(folder, merged, base, batches)
+                except Unconvertible as error:
+                    if not several:
+                        raise
+                    note(f"The {name} format is skipped: {error.message}.")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    continue
+                if choices.precision != "fp32":
+                    reduced[name] = _reduce(runtime, folder, base, choices, note)
             elif name == "open_clip":
                 write_open_clip(merged, base, facts.logit_bias, folder)
                 difference = check_open_clip(folder, merged, base)
-            card = model_card(facts, name, *((check, reduced) if name == "onnx" else ()))
+            card = model_card(facts, name, checks.get(name), reduced.get(name))
             _describe(folder, card, opened, name)
+            written.append(name)
         if several:
-            _describe(temporary, model_card(facts, ""), opened, list(formats))
-    folders = {name: out / name if several else out for name in formats}
-    return Written(folders, check, reduced, difference)
+            _describe(temporary, model_card(facts, ""), opened, written)
+    folders = {name: out / name if several else out for name in formats if name in written}
+    return Written(folders, checks, reduced, difference)
 
 
 def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str]) -> None:
@@ -131,19 +144,27 @@ def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str
 
 
 def _reduce(
+    runtime: Runtime,
     folder: Path,
     base: PretrainedModel,
-    precision: str,
-    settings: Settings | None,
+    choices: RuntimeChoices,
     note: Callable[[str], None],
 ) -> Reduced:
-    note(f"Converting the towers to {precision}, and comparing them with fp32 ...")
-    batches = _onnx_inputs(base, settings)
-    as_input = partial(normalized, base.inputs)
-    return reduce_towers(folder, precision, batches, as_input, note, settings is not None)
+    note(f"Converting the towers to {choices.precision}, and comparing them with fp32 ...")
+    reduced = reduce_towers(
+        runtime,
+        folder,
+        choices.precision,
+        _inputs(base, choices.settings),
+        base.inputs,
+        note,
+        are_pairs=choices.settings is not None,
+    )
+    check_loss(reduced, choices.max_loss)
+    return reduced
 
 
-def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[OnnxInputs]:
+def _inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[TowerInputs]:
     if settings is None:
         yield from made_up_inputs(base.inputs)
         return
@@ -152,7 +173,7 @@ def _onnx_inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[O
     batches = evaluation_batches(pairs, preprocessing, _CHECK_BATCH, LoaderOptions(workers=0))
     for batch in batches:
         if len(batch):
-            yield OnnxInputs(batch.pixel_values, batch.input_ids)
+            yield TowerInputs(batch.pixel_values, batch.input_ids)
 
 
 def unfit_formats(opened: OpenedModel) -> dict[str, str]:
@@ -160,6 +181,8 @@ def unfit_formats(opened: OpenedModel) -> dict[str, str]:
     base = opened.loaded.base
     unfit = {**base.architecture.not_exported}
     unfit |= unfit_for(opened.settings, unfit)
+    if "onnx" in unfit:  # the others convert the same towers
+        unfit |= dict.fromkeys(RUNTIMES, unfit["onnx"])
     if "open_clip" not in unfit and (why := open_clip_lacks(base)):
         unfit["open_clip"] = f"open_clip has no model like this one: {why}"
     return unfit

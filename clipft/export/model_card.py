@@ -14,14 +14,16 @@ from clipft.core.files import read_json
 from clipft.metrics.figures import DIRECTIONS
 
 if TYPE_CHECKING:
-    from clipft.export.onnx import OnnxCheck
     from clipft.export.reduce import Reduced
+    from clipft.export.towers import TowerCheck
     from clipft.runs.load import OpenedModel
 
 _PIPELINES = {
     "transformers": "zero-shot-image-classification",
     "peft": "zero-shot-image-classification",
     "onnx": "feature-extraction",
+    "openvino": "feature-extraction",
+    "coreml": "feature-extraction",
     "sentence-transformers": "sentence-similarity",
     "open_clip": "zero-shot-image-classification",
 }
@@ -130,7 +132,7 @@ def _paired(retrieval: Mapping[str, Any] | None) -> Figures | None:
 def model_card(
     facts: CardFacts,
     kind: str,
-    check: "OnnxCheck | None" = None,
+    check: "TowerCheck | None" = None,
     reduced: "Reduced | None" = None,
 ) -> str:
     """Return the text of the card.
@@ -138,7 +140,7 @@ def model_card(
     Args:
         facts: from ``card_facts``.
         kind: the format of the folder, "" for one that holds several.
-        check: how the ONNX towers compare with torch, for the format ``onnx``.
+        check: how the towers compare with torch, for the formats of other runtimes.
         reduced: how those of a lower precision compare with them.
     """
     from huggingface_hub import ModelCardData
@@ -172,7 +174,7 @@ def model_card(
 
 
 def _usage(
-    facts: CardFacts, kind: str, check: "OnnxCheck | None", reduced: "Reduced | None"
+    facts: CardFacts, kind: str, check: "TowerCheck | None", reduced: "Reduced | None"
 ) -> str:
     if not kind:
         return "Each folder holds the model in one format and has a card of its own.\n"
@@ -180,8 +182,8 @@ def _usage(
     code = string.Template(source.read_text(encoding="utf-8")).safe_substitute(
         base=facts.base_id or f"PATH/TO/{facts.base}"
     )
-    for name, file in reduced.files().items() if reduced else ():
-        code = code.replace(name, file)
+    for tower in reduced.towers.values() if reduced else ():
+        code = code.replace(tower.file.replace(f"_{tower.precision}", ""), tower.file)
     parts = [f"## Usage\n\n```python\n{code}```\n"]
     if kind == "peft" and facts.logit_scale is not None:
         parts.append(
@@ -195,10 +197,10 @@ def _usage(
             "cannot store. A pair's probability is sigmoid(exp(logit_scale) * cosine + bias).\n"
         )
     if check:
+        pairs = counted(check.pairs, "pair")
         parts.append(
-            "Checked with onnxruntime: on "
-            f"{counted(check.pairs, 'pair')}, the embeddings differ from those of torch by at most "
-            f"{check.image_difference:.1e} per component for images and "
+            f"Checked with {check.checked_with}: on {pairs}, the embeddings differ from those of "
+            f"torch by at most {check.image_difference:.1e} per component for images and "
             f"{check.text_difference:.1e} for texts.\n"
         )
     if reduced:

@@ -1,11 +1,9 @@
-"""Makes exported ONNX towers smaller and faster, and measures what that costs.
+"""Makes exported towers smaller and faster, and measures what that costs.
 
-fp16 takes half the space; a tower whose embeddings change too much stays fp32. int8 quantizes the
-weights of all matrix products and tables, and activations while they are computed (dynamic
-quantization of onnxruntime). The suffixes of the files are those that transformers.js looks for.
+fp16 takes half the space, and a tower whose embeddings it changes too much stays fp32. int8 takes
+a quarter, in the way that each runtime does it.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,27 +16,31 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from clipft.core.errors import ModelError
-from clipft.export.onnx import IMAGE_FILE, PROTOBUF_LIMIT, TEXT_FILE, OnnxInputs, open_session
+from clipft.export.runtime import Runtime
+from clipft.export.towers import TOWERS, Encoder, TowerInputs
 from clipft.metrics.relevance import Identities
 from clipft.metrics.retrieval import EvaluationOptions, evaluate
+from clipft.models.pretrained import ModelInputs
 
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 LEAST_COSINE = 0.999
 """Below this similarity of any embedding to that of fp32, a tower is not kept in fp16."""
 _RESAMPLES, _SEED = 1000, 0
 _MEMORY = 256 << 20
-_TOWERS = {"images": IMAGE_FILE, "texts": TEXT_FILE}
 
 
 @dataclass
 class ReducedTower:
-    """A tower before and after: megabytes (10^6), milliseconds for an input, and the smallest
-    cosine of an embedding to that of the tower in fp32."""
+    """A tower before and after: megabytes (10^6), milliseconds for an input (None where the program
+    itself was not run), and the smallest cosine of an embedding to that of the tower in fp32.
+
+    ``file`` is the path in the exported folder.
+    """
 
     precision: str
-    megabytes: tuple[float, float] = (0.0, 0.0)
-    milliseconds: tuple[float, float] = (0.0, 0.0)
-    cosine: float = 1.0
+    file: str
+    megabytes: tuple[float, float]
+    milliseconds: tuple[float, float] | None
+    cosine: float
 
 
 @dataclass(frozen=True)
@@ -50,88 +52,81 @@ class Reduced:
     pairs: int
     recall: dict[str, float] | None
 
-    def files(self) -> dict[str, str]:
-        """Map the names that the files have in fp32 to those that they have here."""
-        return {
-            _TOWERS[kind]: str(_reduced_path(Path(_TOWERS[kind]), tower.precision))
-            for kind, tower in self.towers.items()
-        }
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass
-class _Pair:
-    """The fp32 and the reduced session of one tower, their embeddings and the seconds they took."""
+class _Measured:
+    """The embeddings [N, D] of one encoder and the seconds they took."""
 
-    sessions: tuple[Any, Any]
-    rows: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    encoder: Encoder
+    rows: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
 
     def run(self, inputs: Tensor) -> None:
-        for which, session in enumerate(self.sessions):
-            began = time.perf_counter()
-            name = session.get_inputs()[0].name
-            found = session.run(None, {name: inputs.numpy()})[0]
-            self.seconds[which] += time.perf_counter() - began
-            self.rows[which].append(torch.from_numpy(found))
+        if not self.rows:
+            self.encoder(inputs)  # the first run also allocates memory, and is not timed
+        began = time.perf_counter()
+        self.rows.append(self.encoder(inputs))
+        self.seconds += time.perf_counter() - began
 
-    def joined(self) -> tuple[Tensor, Tensor]:
-        return torch.cat(self.rows[0]), torch.cat(self.rows[1])
+    @property
+    def milliseconds(self) -> float:
+        return 1000 * self.seconds / sum(map(len, self.rows))
 
 
 def reduce_towers(
+    runtime: Runtime,
     folder: Path,
     precision: str,
-    batches: Iterable[OnnxInputs],
-    normalized: Callable[[Tensor], Tensor],
+    batches: Iterable[TowerInputs],
+    inputs: ModelInputs,
     note: Callable[[str], None],
     are_pairs: bool,
 ) -> Reduced:
     """Replace the fp32 towers in ``folder`` by smaller ones.
 
     Args:
-        folder: what ``write_onnx`` wrote.
+        runtime: what wrote them.
+        folder: the exported folder.
         precision: ``fp16`` or ``int8``.
         batches: what to compare on. With ``are_pairs`` each text belongs to its image.
-        normalized: maps uint8 pixels to what the image tower takes.
+        inputs: how the image tower takes pixels.
         note: called with what the user should know.
         are_pairs: whether recall means something on the batches.
 
     Raises:
-        ModelError: onnxruntime cannot convert or run a tower.
+        ModelError: the runtime cannot convert or run a tower.
         OSError: the disk is full or refuses.
     """
-    small = {kind: _write_reduced(folder / file, precision) for kind, file in _TOWERS.items()}
-    towers = {
-        kind: _Pair((open_session(folder / file), open_session(small[kind])))
-        for kind, file in _TOWERS.items()
-    }
+    paths = {kind: folder / file for kind, file in runtime.files.items()}
+    small = {kind: runtime.reduced_path(path, precision) for kind, path in paths.items()}
+    measured = {}
+    for kind in TOWERS:
+        runtime.convert(paths[kind], precision, small[kind])
+        both = (runtime.open(paths[kind]), runtime.open(small[kind]))
+        measured[kind] = (_Measured(both[0]), _Measured(both[1]))
     for batch in batches:
-        towers["images"].run(normalized(batch.pixel_values))
-        towers["texts"].run(batch.input_ids)
+        for kind, tensor in batch.by_tower(inputs).items():
+            for encoder in measured[kind]:
+                encoder.run(tensor)
     found, embedded = {}, {}
-    for kind, tower in towers.items():
-        full, reduced = tower.joined()
-        cosine = float(cosine_similarity(full, reduced).nan_to_num(nan=-1).min())
-        paths = (folder / _TOWERS[kind], small[kind])
-        kept = precision
+    for kind, (full, reduced) in measured.items():
+        before, after = torch.cat(full.rows), torch.cat(reduced.rows)
+        cosine = float(cosine_similarity(before, after).nan_to_num(nan=-1).min())
+        kept, path = precision, small[kind]
         if precision == "fp16" and cosine < LEAST_COSINE:
             note(f"The {kind} tower stays fp32: in fp16 its cosine to fp32 falls to {cosine:.4f}.")
-            kept, reduced, paths = "fp32", full, (paths[0], paths[0])
-            _unlink(small[kind])
-        sizes = tuple(_bytes_of(path) / 1e6 for path in paths)
-        times = tuple(1000 * seconds / len(full) for seconds in tower.seconds)
-        if kept == "fp32":
-            times = (times[0], times[0])
-        else:
-            _unlink(paths[0])
-        found[kind] = ReducedTower(kept, (sizes[0], sizes[1]), (times[0], times[1]), cosine)
-        embedded[kind] = (full, reduced)
-    pairs = len(embedded["images"][0])
+            kept, path, reduced, after = "fp32", paths[kind], full, before
+        sizes = (runtime.bytes_of(paths[kind]) / 1e6, runtime.bytes_of(path) / 1e6)
+        times = (full.milliseconds, reduced.milliseconds) if not runtime.stand_in else None
+        runtime.remove(small[kind] if kept == "fp32" else paths[kind])
+        file = path.relative_to(folder).as_posix()
+        found[kind] = ReducedTower(kept, file, sizes, times, cosine)
+        embedded[kind] = (before, after)
     recall = _recall(embedded["images"], embedded["texts"]) if are_pairs else None
-    return Reduced(found, pairs, recall)
+    return Reduced(found, len(embedded["images"][0]), recall)
 
 
 def check_loss(reduced: Reduced, most: float | None) -> None:
@@ -172,69 +167,3 @@ def _recall(images: tuple[Tensor, Tensor], texts: tuple[Tensor, Tensor]) -> dict
         "low": float(low),
         "high": float(high),
     }
-
-
-def _write_reduced(path: Path, precision: str) -> Path:
-    """Write a tower in another precision beside it."""
-    target = _reduced_path(path, precision)
-    large = _bytes_of(path) > PROTOBUF_LIMIT
-    try:
-        if precision == "fp16":
-            _write_fp16(path, target, large)
-        else:
-            _write_int8(path, target, large)
-    except OSError:
-        raise
-    except Exception as error:  # onnx and onnxruntime raise errors of any type
-        raise ModelError(
-            f"onnxruntime cannot convert {path.name} to {precision}: {error}",
-            "use another --precision, or other versions of onnx and onnxruntime",
-        ) from error
-    return target
-
-
-def _write_fp16(path: Path, target: Path, large: bool) -> None:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    model = convert_float_to_float16(onnx.load(path), keep_io_types=True)
-    onnx.save(model, target, save_as_external_data=large, location=f"{target.name}.data")
-
-
-def _write_int8(path: Path, target: Path, large: bool) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    logging.getLogger().addFilter(_no_advice)  # it logs to the root
-    try:
-        quantize_dynamic(
-            str(path),
-            str(target),
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            # Also the tables of tokens and positions, which are half of a text tower
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            use_external_data_format=large,
-        )
-    finally:
-        logging.getLogger().removeFilter(_no_advice)
-
-
-def _no_advice(record: logging.LogRecord) -> bool:
-    return "pre-processing" not in record.getMessage()
-
-
-def _reduced_path(path: Path, precision: str) -> Path:
-    return path.with_name(f"{path.stem}{SUFFIXES[precision]}{path.suffix}")
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(p.stat().st_size for p in (path, _data_of(path)) if p.exists())
-
-
-def _data_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
-def _unlink(path: Path) -> None:
-    for part in (path, _data_of(path)):
-        part.unlink(missing_ok=True)

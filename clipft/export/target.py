@@ -8,11 +8,25 @@ from clipft.config.settings import OWN_SIZES, Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, read_json
 
-FORMATS = ("transformers", "peft", "onnx", "sentence-transformers", "open_clip")
+FORMATS = (
+    "transformers",
+    "peft",
+    "onnx",
+    "openvino",
+    "coreml",
+    "sentence-transformers",
+    "open_clip",
+)
 MARK = "clipft.json"
 """Distinguishes an exported folder, which may be replaced, from any other."""
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+RUNTIME_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+    "coreml": ("coremltools",),
+}
+"""What writing and checking each format for another runtime needs. Only these formats have a
+``--precision``."""
 _NONE: Mapping[str, str] = {}
 
 
@@ -48,18 +62,23 @@ def chosen_formats(
         The formats, and why others are skipped.
 
     Raises:
-        UsageError: the format asked for does not fit the model, or a package for ONNX is missing.
+        UsageError: the format asked for does not fit the model, or a package for it is missing.
     """
     if asked in unfit:
         instead = next(name for name in FORMATS if name not in unfit)
         raise UsageError(
             f"--format {asked}: {unfit[asked]}", f"use --format {instead}, which holds all weights"
         )
-    wanted = FORMATS if asked == "all" else (asked,)
-    if "onnx" in wanted:
-        check_onnx_installed()
-    skipped = unfit if asked == "all" else {}
-    return tuple(name for name in wanted if name not in unfit), skipped
+    if asked != "all":
+        check_installed(asked)
+        return (asked,), {}
+    missing = {
+        name: f"it needs {' and '.join(lacking)}"
+        for name in FORMATS
+        if (lacking := missing_packages(name))
+    }
+    skipped = {**missing, **unfit}
+    return tuple(name for name in FORMATS if name not in skipped), skipped
 
 
 def unfit_for(settings: Settings, unfit: Mapping[str, str] = _NONE) -> dict[str, str]:
@@ -81,15 +100,20 @@ def why_no_adapter(settings: Settings, unfit: Mapping[str, str] = _NONE) -> str:
     return unfit.get("peft", "")
 
 
-def check_onnx_installed() -> None:
-    """Check for the packages that writing and checking ONNX need.
+def missing_packages(name: str) -> list[str]:
+    """Return the packages that a format needs and that are not installed."""
+    return [p for p in RUNTIME_PACKAGES.get(name, ()) if importlib.util.find_spec(p) is None]
+
+
+def check_installed(name: str) -> None:
+    """Check for the packages that writing and checking a format needs.
 
     Raises:
         UsageError: one of them is missing.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages(name):
         raise UsageError(
-            f"--format onnx needs {' and '.join(missing)}",
-            "install them: pip install 'clipft[onnx]', or pipx inject clipft " + " ".join(missing),
+            f"--format {name} needs {' and '.join(missing)}",
+            f"install them: pip install 'clipft[{name}]', or pipx inject clipft "
+            + " ".join(missing),
         )

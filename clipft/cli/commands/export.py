@@ -1,7 +1,8 @@
 """``clipft export``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,22 +18,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from clipft.export.export import Written
+    from clipft.export.reduce import Reduced
+    from clipft.export.towers import TowerCheck
 
 
 class ExportOptions(Section):
     title = "Export"
-    format: Literal["transformers", "peft", "onnx", "sentence-transformers", "open_clip", "all"] = (
-        setting(
-            "transformers",
-            "Format to write: transformers, peft, onnx, sentence-transformers or open_clip. all: "
-            "every format, each in a subfolder of OUT.",
-            metavar="FORMAT",
-        )
+    format: Literal[
+        "transformers",
+        "peft",
+        "onnx",
+        "openvino",
+        "coreml",
+        "sentence-transformers",
+        "open_clip",
+        "all",
+    ] = setting(
+        "transformers",
+        "Format to write: transformers, peft, onnx, openvino, coreml, sentence-transformers or "
+        "open_clip. all: every format whose packages are installed, each in a subfolder of OUT.",
+        metavar="FORMAT",
     )
     precision: Literal["fp32", "fp16", "int8"] = setting(
         "fp32",
-        "Precision of ONNX: fp32, fp16 (half the size) or int8 (a quarter of it, and faster). The "
-        "loss of R@10 is measured on the pairs of --data-dir.",
+        "Precision of onnx, openvino and coreml: fp32, fp16 (half the size) or int8 (a quarter of "
+        "it). The loss of R@10 is measured on the pairs of --data-dir.",
     )
     max_loss: float | None = setting(
         None,
@@ -68,10 +78,10 @@ def export(
 ) -> None:
     """Export a model for other libraries, with a model card.
 
-    transformers: the whole model with adapters merged in; peft: the adapter alone; onnx: both
-    encoders, compared with PyTorch on pairs of --data-dir if it is given; sentence-transformers:
-    a model for its encode(); open_clip: a folder that open_clip opens as local-dir:OUT. Weights
-    are stored as safetensors.
+    transformers: the whole model with adapters merged in; peft: the adapter alone; onnx, openvino
+    and coreml: both encoders, compared with PyTorch on pairs of --data-dir if it is given;
+    sentence-transformers: a model for its encode(); open_clip: a folder that open_clip opens as
+    local-dir:OUT. Weights are stored as safetensors.
 
     Examples:
 
@@ -97,7 +107,7 @@ def export(
         chosen_formats(options.format, unfit_for(checked))
     bring_named_data(loaded, out)
     import_libraries()
-    from clipft.export.export import export_model, unfit_formats
+    from clipft.export.export import RuntimeChoices, export_model, unfit_formats
     from clipft.runs.load import open_model
     from clipft.storage.hub import make_repository, push
 
@@ -109,23 +119,18 @@ def export(
     # Made before the export, so that a missing permission shows before the work
     repository = make_repository(options.push, "model") if options.push else None
     checked_on = opened.settings.model_copy(update={"data_dir": loaded.values.data_dir})
-    written = export_model(
-        opened,
-        target,
-        formats,
-        out.note,
-        checked_on if data_given else None,
-        options.precision,
-        options.max_loss,
+    choices = RuntimeChoices(
+        options.precision, options.max_loss, checked_on if data_given else None
     )
+    written = export_model(opened, target, formats, out.note, choices)
     page = push(target, repository, "model") if repository else None
     result = {
         "folders": {name: str(folder) for name, folder in written.folders.items()},
         "base_model": opened.loaded.base.name,
         "scenario": scenario,
         "checkpoint": str(opened.checkpoint) if opened.checkpoint else None,
-        "onnx_check": written.onnx.to_dict() if written.onnx else None,
-        "onnx_precision": written.reduced.to_dict() if written.reduced else None,
+        **_of_runtimes("check", written.checks),
+        **_of_runtimes("precision", written.reduced),
         "open_clip_difference": written.open_clip,
         "pushed_to": page,
     }
@@ -146,23 +151,13 @@ def _table(written: "Written", page: str | None) -> "Table":
     for name, folder in written.folders.items():
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         rows.append([name, str(folder), f"{size / 2**20:.1f} MiB"])
-    if written.onnx:
-        worst = max(written.onnx.image_difference, written.onnx.text_difference)
-        pairs = counted(written.onnx.pairs, "pair")
-        rows.append(["difference of onnx and torch", f"{worst:.1e} at most", pairs])
-    if written.reduced:
-        for kind, tower in written.reduced.towers.items():
-            (before, after), (slower, faster) = tower.megabytes, tower.milliseconds
-            found = f"{after:.1f} MB instead of {before:.1f}, "
-            found += f"{faster:.2f} ms instead of {slower:.2f}"
-            cosine = f"cosine {tower.cosine:.4f} at least"
-            rows.append([f"{kind}, {tower.precision}", found, cosine])
-        if recall := written.reduced.recall:
-            found = (
-                f"{recall['after']:.1f} instead of {recall['before']:.1f}, difference "
-                f"{recall['difference']:+.1f} [{recall['low']:+.1f}, {recall['high']:+.1f}]"
-            )
-            rows.append(["R@10", found, counted(written.reduced.pairs, "pair")])
+    for name, check in written.checks.items():
+        pairs = counted(check.pairs, "pair")
+        rows.append([f"difference of {name} and torch", f"{check.worst:.1e} at most", pairs])
+        if "not run" in check.checked_with:
+            rows.append([name])
+        if name in written.reduced:
+            rows += _precision_rows(written.reduced[name])
     if written.open_clip is not None:
         found = f"{written.open_clip:.1e} at most"
         rows.append(["difference of open_clip and torch", found, ""])
@@ -171,15 +166,44 @@ def _table(written: "Written", page: str | None) -> "Table":
     return rows_table("Exported", ["", ""], rows, texts={0})
 
 
+def _of_runtimes(what: str, found: "Mapping[str, TowerCheck | Reduced]") -> dict[str, Any]:
+    """Return what was found of each runtime; None for those that were not written."""
+    from clipft.export.target import RUNTIME_PACKAGES
+
+    return {
+        f"{name}_{what}": found[name].to_dict() if name in found else None
+        for name in RUNTIME_PACKAGES
+    }
+
+
+def _precision_rows(reduced: "Reduced") -> list[list[str]]:
+    rows = []
+    for kind, tower in reduced.towers.items():
+        found = f"{tower.megabytes[1]:.1f} MB instead of {tower.megabytes[0]:.1f}"
+        if tower.milliseconds:
+            found += f", {tower.milliseconds[1]:.2f} ms instead of {tower.milliseconds[0]:.2f}"
+        cosine = f"cosine {tower.cosine:.4f} at least"
+        rows.append([f"{kind}, {tower.precision}", found, cosine])
+    if recall := reduced.recall:
+        found = (
+            f"{recall['after']:.1f} instead of {recall['before']:.1f}, difference "
+            f"{recall['difference']:+.1f} [{recall['low']:+.1f}, {recall['high']:+.1f}]"
+        )
+        rows.append(["R@10", found, counted(reduced.pairs, "pair")])
+    return rows
+
+
 def _check_precision(options: ExportOptions, data_given: bool) -> None:
     """Refuse a precision that would be ignored, or a limit that cannot be measured.
 
     Raises:
         UsageError: one of them is.
     """
-    if options.precision != "fp32" and options.format not in {"onnx", "all"}:
+    from clipft.export.target import RUNTIME_PACKAGES
+
+    if options.precision != "fp32" and options.format not in {*RUNTIME_PACKAGES, "all"}:
         raise UsageError(
-            f"--precision {options.precision} is only for ONNX",
+            f"--precision {options.precision} is only for {', '.join(RUNTIME_PACKAGES)}",
             "add --format onnx, or leave it out",
         )
     if options.max_loss is not None and (options.precision == "fp32" or not data_given):
