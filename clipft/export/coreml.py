@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from clipft.export import mil
 from clipft.export.runtime import Runtime
-from clipft.export.towers import Encoder, towers_of
+from clipft.export.towers import Encoder, plain_attention, towers_of
 from clipft.models.huggingface import write_processors
 from clipft.models.pretrained import PretrainedModel
 
@@ -46,9 +46,15 @@ class CoreMl(Runtime):
         returned = {"images": "image_embeds", "texts": "text_embeds"}
         for kind, tower in towers_of(clip, base).items():
             name, example, dtype = examples[kind]
-            with self.errors("convert the model"), torch.no_grad(), warnings.catch_warnings():
+            with (
+                self.errors("convert the model"),
+                plain_attention(),
+                torch.no_grad(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
-                traced = torch.jit.trace(tower, example, check_trace=False)
+                trace: Any = torch.jit.trace
+                traced = trace(tower, example, check_trace=False)
                 model = _converted(
                     traced,
                     ct.precision.FLOAT32,
@@ -56,7 +62,7 @@ class CoreMl(Runtime):
                     outputs=[ct.TensorType(name=returned[kind], dtype=np.float32)],
                 )
             (folder / self.files[kind]).parent.mkdir(parents=True, exist_ok=True)
-            model.save(str(folder / self.files[kind]))
+            _save(model, folder / self.files[kind])
         clip.config.save_pretrained(str(folder))
         write_processors(base, folder)
 
@@ -84,7 +90,7 @@ class CoreMl(Runtime):
             model = _converted(_program(path), ct.precision.FLOAT16)
             if precision == "int8":
                 model = _quantized(model)
-        model.save(str(target))
+        _save(model, target)
 
     def parts(self, path: Path) -> list[Path]:
         return [part for part in path.rglob("*") if part.is_file()]
@@ -93,24 +99,37 @@ class CoreMl(Runtime):
         shutil.rmtree(path)
 
 
+def _save(model: Any, path: Path) -> None:
+    model.save(str(path))
+    file, folder = (path / "Manifest.json").stat().st_mode, path.parent.stat().st_mode
+    for part in path.rglob("*"):  # coremltools makes some of them private to their owner
+        part.chmod(folder if part.is_dir() else file)
+
+
 def _converted(model: Any, precision: Any, **more: Any) -> Any:
     ct = _coremltools()
-    with redirect_stderr(io.StringIO()):  # progress bars
-        return ct.convert(
-            model,
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS17,
-            compute_precision=precision,
-            skip_model_load=True,
-            **more,
-        )
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars
+            return ct.convert(
+                model,
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS17,
+                compute_precision=precision,
+                skip_model_load=True,
+                **more,
+            )
+    except RuntimeError as error:
+        if "FileWriter" in str(error):  # it writes the weights to a temporary folder
+            raise OSError(str(error)) from error
+        raise
 
 
 def _quantized(model: Any) -> Any:
     from coremltools.optimize import coreml as optimize
 
     how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
-    with redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # channels of zeros
         return optimize.linear_quantize_weights(
             model, optimize.OptimizationConfig(global_config=how)
         )

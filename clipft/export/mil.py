@@ -116,33 +116,33 @@ def _slice(
                     step,
                 )
             )
-    return x[tuple(where)]
+    chosen: Tensor = x[tuple(where)]
+    return chosen
 
 
 def _gather(x: Tensor, indices: Any, axis: int = 0, **others: Any) -> Tensor:
     if others.get("batch_dims"):
         raise ValueError("a gather with batch_dims is not known")
-    chosen = torch.as_tensor(indices).long()
-    rows = x.index_select(axis, chosen.flatten())
-    return rows.reshape(*x.shape[:axis], *chosen.shape, *x.shape[axis + 1 :])
+    chosen: Tensor = torch.as_tensor(indices).long()
+    shape = (*x.shape[:axis], *chosen.shape, *x.shape[axis + 1 :])
+    return x.index_select(axis, chosen.flatten()).reshape(shape)
 
 
 def _expanded(x: Any, axes: list[int]) -> Tensor:
-    x = torch.as_tensor(x)
-    rank = x.ndim + len(axes)
+    expanded: Tensor = torch.as_tensor(x)
+    rank = expanded.ndim + len(axes)
     for axis in sorted(axis % rank for axis in axes):
-        x = x.unsqueeze(axis)
-    return x
+        expanded = expanded.unsqueeze(axis)
+    return expanded
 
 
 def _dequantized(quantized_data: Tensor, zero_point: Any, scale: Any, axis: int) -> Tensor:
     def along(value: Any) -> Tensor:
-        value = torch.as_tensor(value)
+        tensor: Tensor = torch.as_tensor(value).float()
         shape = [-1 if dim == axis else 1 for dim in range(quantized_data.ndim)]
-        return value.reshape(shape) if value.ndim else value
+        return tensor.reshape(shape) if tensor.ndim else tensor
 
-    zero, factor = along(zero_point), along(scale)
-    return (quantized_data.float() - zero.float()) * factor.float()
+    return (quantized_data.float() - along(zero_point)) * along(scale)
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {

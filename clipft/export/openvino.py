@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clipft.export.runtime import Runtime
-from clipft.export.towers import Encoder, towers_of
+from clipft.export.towers import Encoder, plain_attention, towers_of
 from clipft.models.huggingface import write_processors
 from clipft.models.pretrained import PretrainedModel
 
@@ -40,7 +40,7 @@ class OpenVino(Runtime):
         names = {"images": ("pixel_values", "image_embeds"), "texts": ("input_ids", "text_embeds")}
         for kind, tower in towers_of(clip, base).items():
             example, dynamic = examples[kind]
-            with self.errors("convert the model"):
+            with self.errors("convert the model"), plain_attention():
                 program = torch.export.export(tower, (example,), dynamic_shapes=(dynamic,))
                 model = openvino.convert_model(program)
                 for port, name in zip((model.input(0), model.output(0)), names[kind], strict=True):

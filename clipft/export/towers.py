@@ -1,6 +1,7 @@
 """The two towers as functions of one tensor, and what is needed to compare a runtime with them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +41,18 @@ def towers_of(clip: Any, base: PretrainedModel) -> dict[str, nn.Module]:
     """Return both towers of a merged model, in eval mode, by the names of ``TOWERS``."""
     images, texts = ImageTower(clip, base.architecture), TextTower(clip, base.architecture)
     return {"images": images.eval(), "texts": texts.eval()}
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention``, which SigLIP pools with, run as operations that every
+    converter knows."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True)
