@@ -56,6 +56,9 @@ MISTAKES = [
         (*TRAIN, "--positives", "group", "--group-field", "colour"),
         *(2, "--group-field", "did you mean color?"),
     ),
+    ((*TRAIN, "--fields", "colour:1"), 2, "--fields 'colour:1'", "did you mean color?"),
+    ((*TRAIN, "--grade-field", "colour"), 2, "--grade-field", "did you mean color?"),
+    ((*EVALUATE, "--grade-field", "colour"), 2, "--grade-field", "did you mean color?"),
     # labels and templates
     ((*ZERO_SHOT, "--labels", "label.txt"), 2, "no such file", "did you mean labels.txt?"),
     (
@@ -63,6 +66,14 @@ MISTAKES = [
         *(2, "no pair has the label 'seeting'", "did you mean seating?"),
     ),
     ((*ZERO_SHOT, "--templates", "furnitur"), 2, "--templates", "did you mean furniture?"),
+    (
+        (*TRAIN, "--label-field", "type", "--label-prompts", "furnitur"),
+        *(2, "--label-prompts furnitur", "did you mean furniture?"),
+    ),
+    (
+        (*TRAIN, "--label-field", "type", "--label-prompts", "label.txt"),
+        *(2, "--label-prompts label.txt", "did you mean labels.txt?"),
+    ),
     # choices and settings
     ((*TRAIN, "--scenario", "dual-lora2"), 2, "did you mean dual_lora", ""),
     (("evaluate", "--scenario", "dual_lara"), 2, "did you mean dual_lora", ""),
@@ -70,6 +81,7 @@ MISTAKES = [
     (("ablate", "--scenarios", "full,dual_lara"), 2, "did you mean dual_lora", ""),
     (("ablate", "--set", "lora_rr=1"), 2, "lora_rr", "did you mean lora_r?"),
     (("export", "tiny", "out", "--format", "onx"), 2, "did you mean onnx", ""),
+    (("tune", *TRAIN[1:], "--search", "lora_rr"), 2, "did you mean lora_r?", ""),
     # files and folders
     ((*TRAIN, "--data-dir", "catalog"), 3, "no folder catalog/train", "did you mean catalogue?"),
     (("pack", "catlogue", "out"), 3, "catlogue does not exist", "did you mean catalogue?"),
@@ -80,6 +92,14 @@ MISTAKES = [
     (
         ("search", "tiny", "catalogue", "--image", "foto.jpg"),
         *(3, "cannot read foto.jpg", "did you mean photo.jpg?"),
+    ),
+    (
+        (*TRAIN, "--preserve", "1", "--preserve-data", "catalog"),
+        *(3, "no folder catalog", "did you mean catalogue?"),
+    ),
+    (
+        (*EVALUATE, "--keep", "catalogue", "--interpolate", "0.5", "--frontier", "checkpoints/dua"),
+        *(5, "checkpoints/dua", "did you mean checkpoints/dual_lora?"),
     ),
     (("train", "--config", "clipf.toml"), 2, "clipf.toml", "did you mean clipft.toml?"),
     (("ablate", "table.toml"), 2, "[ablat] in table.toml", "did you mean [ablate]?"),
@@ -133,6 +153,7 @@ ELSEWHERE = {
     "--interpolate": "e2e/test_evaluate.py",
     "--seeds": "ablation/test_grid.py",
     "--matryoshka": "training/step/test_losses.py",
+    "--budget": "tune/test_budget.py",
     "--track": "runs/test_trackers.py",
     **dict.fromkeys(("--encoding", "--delimiter"), "data/packing"),
     # what clipft makes itself, or what only others can check
