@@ -98,8 +98,16 @@ MISTAKES = [
         *(3, "no folder catalog", "did you mean catalogue?"),
     ),
     (
-        (*EVALUATE, "--keep", "catalogue", "--interpolate", "0.5", "--frontier", "checkpoints/dua"),
-        *(5, "checkpoints/dua", "did you mean checkpoints/dual_lora?"),
+        (
+            *EVALUATE,
+            "--keep",
+            "catalogue",
+            "--interpolate",
+            "0.5",
+            "--frontier",
+            "checkpoints/dual_lara",
+        ),
+        *(5, "checkpoints/dual_lara", "did you mean checkpoints/dual_lora?"),
     ),
     (("train", "--config", "clipf.toml"), 2, "clipf.toml", "did you mean clipft.toml?"),
     (("ablate", "table.toml"), 2, "[ablat] in table.toml", "did you mean [ablate]?"),
