@@ -62,6 +62,8 @@ def test_words_are_searched_with_both_models_side_by_side(page, served):
     search(page, "a red chair")
     found = served.comparison.by_words("a red chair")
     expect(page.locator("#status")).to_have_text(found.summary())
+    sizes = [page.locator(f"#list-{at} li").first.bounding_box() for at in (0, 1)]
+    assert sizes[0]["width"] == sizes[1]["width"], "the images of one model are larger"
     for at, (name, images) in enumerate(
         {"Pretrained": found.pretrained, "Fine-tuned": found.fine_tuned}.items()
     ):
@@ -72,7 +74,7 @@ def test_words_are_searched_with_both_models_side_by_side(page, served):
             expect(item.locator("small")).to_have_text(image.key)
             only_here = image.other_rank > len(images)
             expect(item.locator(".only")).to_have_count(int(only_here))
-            moved = f"rank {image.other_rank} with the"
+            moved = f"rank {image.other_rank}"
             if only_here or image.other_rank != image.rank:
                 expect(item.locator(".where")).to_contain_text(moved)
     assert page.evaluate("document.querySelector('#list-0 img').decode().then(() => true)")

@@ -50,13 +50,12 @@
 
   const whereElse = (image, model) => {
     const other = model === "fine_tuned" ? "pretrained" : "fine-tuned";
-    const place = `rank ${number.format(image.other_rank)} with the ${other} model`;
+    const place = `${other}: rank\u00a0${number.format(image.other_rank)}`;
     if (image.other_rank > last.count) {
-      return [make("span", { className: "only", textContent: "only here" }), `, ${place}`];
+      return [make("span", { className: "only", textContent: "only here" }), make("br"), place];
     }
     const moved = model === "fine_tuned" ? image.other_rank - image.rank : image.rank - image.other_rank;
-    if (!moved) return ["same rank with both"];
-    return [`${place}: ${moved > 0 ? "up" : "down"} ${Math.abs(moved)}`];
+    return [moved ? `${place}, ${moved > 0 ? "up" : "down"} ${Math.abs(moved)}` : "same rank in both"];
   };
 
   const listed = (image, at, list, own) => {
@@ -80,7 +79,7 @@
     const { query, lists } = content;
     trial = content.trial || null;
     last = { count: lists[0].images.length };
-    $("asked").textContent = query.words || "Your picture";
+    $("asked").textContent = $("asked").title = query.words || "Your picture";
     $("asked-picture").hidden = !query.picture;
     if (query.picture) $("asked-picture").src = query.picture;
     $("note").textContent = query.note;
@@ -106,7 +105,7 @@
     show(content);
     say(trial ? "Which list fits the query better, A or B?" : content.summary);
     // Away from the field, so that the keys of the verdicts are not typed into it
-    if (trial) $("results").focus({ preventScroll: true });
+    if (trial) $("asked").focus({ preventScroll: true });
   };
 
   const searchWords = async () => {
@@ -118,10 +117,14 @@
   const searchPicture = async (file) => {
     if (!file) return;
     if (file.size > state.limits.bytes) return say(`The picture is larger than ${state.limits.bytes >> 20} MiB: choose a smaller one.`, true);
+    $("words").value = "";
     found(await ask(`picture?blind=${blind() ? 1 : 0}`, file, "Searching with the picture ..."));
   };
 
-  const draw = async () => found(await ask("draw", "", "Drawing a caption ..."));
+  const draw = async () => {
+    $("words").value = "";
+    found(await ask("draw", "", "Drawing a caption ..."));
+  };
 
   const judge = async (choice) => {
     const judged = trial;
@@ -134,7 +137,7 @@
     const said = { a: "A is better", b: "B is better", same: "both are as good", neither: "neither is useful" };
     show(content);
     showTally(content.tally);
-    $("results").focus({ preventScroll: true });
+    $("asked").focus({ preventScroll: true });
     $("judged").hidden = false;
     say(`Saved: ${said[choice]}. ${content.lists.map((list) => list.name).join(", ")}.`);
   };
@@ -197,10 +200,10 @@
   const begin = () => {
     if (!state) return;
     const drawn = state.held_out
-      ? `captions are drawn from the ${number.format(state.held_out)} images that the run was not trained on`
-      : "captions are drawn from all images, and the run may have been trained on some of them";
+      ? `Captions are drawn from the ${number.format(state.held_out)} images that the run was not trained on`
+      : "Captions are drawn from all images, and the run may have been trained on some of them";
     $("about").textContent = blind()
-      ? `You see the lists as A and B, and which model is which once you have judged; ${drawn}.`
+      ? `You see the lists as A and B, and learn which model is which once you have judged. ${drawn}.`
       : `Searches ${number.format(state.images)} images. You can also drop a picture anywhere on this page.`;
     $("examples").hidden = blind() || !state.examples.length;
   };
