@@ -172,9 +172,13 @@ def run_settings(folder: Path) -> Settings:
         UsageError: There is no run in the folder, or its settings file was changed.
     """
     paths = RunPaths(folder)
-    if not (paths.settings.is_file() and paths.metrics.is_file()):
-        hint = did_you_mean_path(folder) or "name the folder that has its metrics.jsonl in it"
-        raise UsageError(f"no run in {folder}", hint)
+    if not _holds_run(folder):
+        near = _run_near(folder)
+        hint = f"did you mean {near}?" if near else did_you_mean_path(folder)
+        what = (
+            f"{folder} is a file, not a run folder" if folder.is_file() else f"no run in {folder}"
+        )
+        raise UsageError(what, hint or "name the folder that has its metrics.jsonl in it")
     try:
         return Settings(**tomllib.loads(paths.settings.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
@@ -182,6 +186,20 @@ def run_settings(folder: Path) -> Settings:
             f"{paths.settings} was changed after the run wrote it: {first_line(error)}",
             "restore the original file",
         ) from error
+
+
+def _holds_run(folder: Path) -> bool:
+    paths = RunPaths(folder)
+    return paths.settings.is_file() and paths.metrics.is_file()
+
+
+def _run_near(place: Path) -> Path | None:
+    """Return the run that a file belongs to, or the newest of the runs in a folder."""
+    if place.is_file():
+        own = place.with_name(place.name.removesuffix(CHECKPOINT_SUFFIX))
+        return next((folder for folder in (place.parent, own) if _holds_run(folder)), None)
+    within = [path.parent for path in place.glob("*/metrics.jsonl") if _holds_run(path.parent)]
+    return max(within, key=lambda run: (run / "metrics.jsonl").stat().st_mtime, default=None)
 
 
 def read_run(folder: Path) -> RunRecords:

@@ -110,7 +110,9 @@ def open_images(source: Path, files_per_part: int = FILES_PER_PART) -> list[Imag
         parts = list(_parts_of_folder(source, files_per_part))
     if not parts:
         found = f"no folder {source}"
-        if source.is_dir():
+        if source.is_file():
+            found = f"{source} is a file, not a folder"
+        elif source.is_dir():
             found = f"no image in {source}: found {contents_of(source)}"
         hint = sentences(did_you_mean_path(source), "name a folder of shards or of images")
         raise DataError(found, hint)

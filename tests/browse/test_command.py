@@ -31,6 +31,19 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     assert code == 2 and f"no run in {tmp_path}" in said
 
 
+def test_a_run_is_meant_by_its_files_and_by_the_folder_above(trained, capsys):
+    for given in (trained / "best.pt", trained.parent / "dual_lora_checkpoint.pt", trained.parent):
+        code, said = refused(capsys, given)
+        assert code == 2 and f"did you mean {trained}?" in " ".join(said.split())
+        assert ("is a file, not a run folder" in said) == given.is_file()
+
+
+def test_data_that_is_a_file(trained, tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    code, said = refused(capsys, trained, tmp_path / "photo.jpg")
+    assert code == 3 and "photo.jpg is a file, not a folder" in said
+
+
 def test_data_that_is_not_there(trained, tmp_path, capsys):
     code, said = refused(capsys, trained, tmp_path / "nowhere")
     assert code == 3 and "no folder" in said
