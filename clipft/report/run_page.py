@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipft.core.common import duration
-from clipft.metrics.figures import RECALL_DEFINITION, Unit, figure_name, number, shown_bytes
+from clipft.metrics.figures import (
+    GENERAL_SET,
+    RECALL_DEFINITION,
+    Unit,
+    figure_name,
+    number,
+    shown_bytes,
+)
 from clipft.report.charts import category_charts, interpolation_charts, run_charts
 from clipft.report.html import PageTable, data_uri, render
 from clipft.report.overview import main_cases, main_figures
@@ -55,7 +62,11 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
         mistaken=PageTable("Category of the caption, and of its first image", models, mistaken),
         command=train_command(content["settings"]),
         figures=[_figure_tables(found) for found in content["figures"]],
-        kept=[_figure_tables(found) for found in kept["figures"]] if kept else [],
+        # A title of their own: screen readers list all tables of a page by their titles
+        kept=[
+            _figure_tables({**found, "title": f"{GENERAL_SET.capitalize()}: {found['title']}"})
+            for found in (kept["figures"] if kept else ())
+        ],
         charts={title: found for title, found in charts.items() if found},
         skipped=PageTable("Pairs that could not be used", ["reason"], skipped, texts=_FIRST),
         settings=settings_tables(content["settings"]),
@@ -75,7 +86,8 @@ def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
         value = f"{number(figure['value'], unit, sign)}{percent}"
         if figure.get("low") is None:
             return value
-        return f"{value}\n{number(figure['low'], unit)} to {number(figure['high'], unit)}"
+        low, high = (number(figure[end], unit, sign) for end in ("low", "high"))
+        return f"{value}\n{low} to {high}"
 
     rows = found["rows"]
     columns = {"pretrained": [cell(row["before"], row["unit"]) for row in rows]}

@@ -20,6 +20,7 @@ from clipft.data.shards.dataset import open_pairs
 from clipft.report.html import PageImage, write_page
 from clipft.report.inspection_page import Inspected, findings_page
 from tests.conftest import add
+from tests.report.regions import regions
 
 
 def image_bytes(seed: int, quality: int = 95, side: int = 300) -> bytes:
@@ -239,6 +240,8 @@ def test_the_page_loads_no_other_file(catalogue, tmp_path, capsys):
     assert {max(size) for size in sizes} == {96, 40}
     for finding in ("train/0.tar:23", "0.tar:23", "Smaller than the model", "val/0.tar:2"):
         assert (finding in page) == (finding != "train/0.tar:23")
+    names = regions(page)
+    assert len(names) == len(set(names)) and "Validation pairs that are also in training" in names
     assert [path.name for path in target.parent.iterdir()] == ["page.html"]
 
 

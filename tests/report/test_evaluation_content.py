@@ -5,6 +5,7 @@ import pytest
 from clipft.metrics.figures import figure_tables
 from clipft.report.charts import category_charts, interpolation_charts
 from tests.evaluations import evaluation_json
+from tests.report.regions import regions
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,8 @@ def test_categories_are_bars_with_intervals(evaluation):
     assert chart.series[1].intervals[1] == (found["low"], found["high"])
     page = run_page(content, {})
     assert "<i>chair" not in page and "&lt;b&gt;general" in page and ">General set</h2>" in page
+    names = regions(page)
+    assert len(names) == len(set(names)) > 5
 
 
 def change(value: float) -> dict:
