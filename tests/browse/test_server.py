@@ -57,6 +57,13 @@ def test_closing_the_terminal_ends_it():
     assert ended[0] == pid and os.WTERMSIG(ended[1]) == signal.SIGHUP
 
 
+def test_replies_do_not_wait_for_acknowledgments():
+    with bind(0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_port_that_is_taken_is_an_error():
     with bind(0) as taken, pytest.raises(UsageError, match="cannot use port"):
         bind(taken.getsockname()[1])
