@@ -77,6 +77,8 @@ class OpenVino(Runtime):
 
 
 def _quantized(model: Any) -> Any:
+    # nncf imports torch's tools for CUDA, which warn where there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     nncf = _library("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()):  # progress bars

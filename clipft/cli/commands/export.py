@@ -155,7 +155,7 @@ def _table(written: "Written", page: str | None) -> "Table":
         pairs = counted(check.pairs, "pair")
         rows.append([f"difference of {name} and torch", f"{check.worst:.1e} at most", pairs])
         if "not run" in check.checked_with:
-            rows.append([name])
+            rows.append([f"{name} was checked with", check.checked_with, ""])
         if name in written.reduced:
             rows += _precision_rows(written.reduced[name])
     if written.open_clip is not None:
