@@ -36,9 +36,7 @@ def node_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("dtype", "least"), [("fp32", 0.999999), ("fp16", 0.9999), ("int8", 0.999)]
-)
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 0.999999), ("fp16", 0.999), ("int8", 0.999)])
 def test_transformers_js_computes_the_same(dtype, least, node_folder, tmp_path):
     folder, photo = tmp_path / "model", tmp_path / "photo.png"
     given = ["--format", "onnx", "--precision", dtype]
