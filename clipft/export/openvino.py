@@ -5,6 +5,7 @@ with AMX round to bf16; ``INFERENCE_PRECISION_HINT`` decides about that, and all
 ask for f32.
 """
 
+import functools
 import importlib
 import io
 import logging
@@ -50,10 +51,9 @@ class OpenVino(Runtime):
         write_processors(base, folder)
 
     def open(self, path: Path) -> Encoder:
-        openvino = _library("openvino")
         with self.errors(f"open {path.name}"):
             hint = {"INFERENCE_PRECISION_HINT": "f32"}
-            compiled = openvino.Core().compile_model(str(path), "CPU", hint)
+            compiled = core().compile_model(str(path), "CPU", hint)
 
         def encode(inputs: Tensor) -> Tensor:
             with self.errors(f"run {path.name}"):
@@ -63,7 +63,7 @@ class OpenVino(Runtime):
 
     def convert(self, path: Path, precision: str, target: Path) -> None:
         with self.errors(f"convert {path.name} to {precision}"):
-            model = _library("openvino").Core().read_model(str(path))
+            model = core().read_model(str(path))
             if precision == "int8":
                 model = _quantized(model)
         self._save(model, target, compress_to_fp16=precision == "fp16")
@@ -74,6 +74,16 @@ class OpenVino(Runtime):
 
     def parts(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
+
+
+@functools.cache
+def core() -> Any:
+    """Return the one core of this process.
+
+    Each core sets a stack for signals of its own, and the stack that it puts back in the end may be
+    gone by then. The next signal, such as that of a worker that ends, would be a segmentation fault.
+    """
+    return _library("openvino").Core()
 
 
 def _quantized(model: Any) -> Any:

@@ -94,6 +94,8 @@ def test_the_example_runs(example, workspace, server, tmp_path, monkeypatch, cap
             pytest.skip(f"needs {reason}")
     if example.startswith("clipft browse"):
         pytest.skip("runs until it is ended: tests/browse/test_command.py does that")
+    if "tune" in example:
+        pytest.skip("takes the whole of its budget: tests/e2e/test_tune.py has smaller ones")
     home = tmp_path / "home"
     shutil.copytree(workspace, home)
     monkeypatch.chdir(home)

@@ -91,7 +91,7 @@ def test_what_pixels_do_not_need_can_be_left_out(kind):
     photo = Image.effect_noise((40, 20), 80).convert("RGB")
     whole = encoded(photo, kind, exif=exif, icc_profile=b"x" * 300, comment=b"hello", dpi=(9, 9))
     bare, kept = split_side_information(whole + b"trailing")
-    assert b"xxx" not in bare and b"hello" not in bare
+    assert b"x" * 20 not in bare and b"hello" not in bare  # a few may be among the pixels
     assert exif_orientation(kept) == 6
     assert decode_image(bare).tobytes() == decode_image(encoded(photo, kind)).tobytes()
 

@@ -151,7 +151,7 @@ COUNTING = """
     for given in {ways!r}:
         run, totals = Run.of({{**{given!r}, **given}}, processes), []
         accumulate = run.setup.make_accumulation(run.state.optimizer, print)
-        for step in fit(run.state, run._batches(), accumulate):
+        for step in fit(run.state, run.setup.step_batches(run.state.position), accumulate):
             totals.append(sorted(called))
             called.clear()
         result.append(totals[1:])  # not the first, which also counts the preparation

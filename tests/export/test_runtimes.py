@@ -12,7 +12,7 @@ from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs
 from clipft.export import mil
 from clipft.export.coreml import CoreMl
-from clipft.export.openvino import OpenVino
+from clipft.export.openvino import OpenVino, core
 from clipft.export.towers import TowerInputs
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
@@ -59,9 +59,7 @@ def test_openvino_takes_any_batch_and_length(exported, checkpoint):
     name, out = exported
     if name != "openvino":
         pytest.skip("the shapes of Core ML are fixed")
-    import openvino
-
-    compiled = openvino.Core().compile_model(
+    compiled = core().compile_model(
         out / "openvino" / "text_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     assert compiled.input(0).any_name == "input_ids"

@@ -311,7 +311,7 @@ def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
     if settings.label_prompts:
         raise UsageError(
             "tune searches for the best mean recall, but --label-prompts trains for accuracy",
-            "leave --label-prompts out, or compare settings with `clipft ablate --set`",
+            "leave --label-prompts out, or compare settings with `clipft ablate`",
         )
     check_ablation(settings.output_dir, [settings])
     if settings.s3_bucket:

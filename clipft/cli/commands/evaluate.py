@@ -91,7 +91,7 @@ def evaluate(
         clipft evaluate ./checkpoints/dual_lora --data-dir ./catalogue
         clipft evaluate ./checkpoints/dual_lora_checkpoint.pt --json
         clipft evaluate --keep ./general --interpolate 0:1:0.1
-        clipft evaluate --keep ./general --interpolate 0:1:0.1 --frontier ./w10/dual_lora
+        clipft evaluate --keep general --interpolate 0.5 --frontier w10/dual_lora
         clipft evaluate --save-interpolated 0.6 ./dual_lora_0.6.pt
         clipft evaluate s3://bucket/checkpoints --data-dir s3://bucket/catalogue
     """

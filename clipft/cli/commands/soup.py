@@ -59,7 +59,7 @@ def soup(
     Examples:
 
         clipft soup ./seed-1/dual_lora ./seed-2/dual_lora --output-dir ./soup
-        clipft soup ./seed-1/dual_lora ./seed-2/dual_lora --output-dir ./soup --uniform
+        clipft soup seed-1/dual_lora seed-2/dual_lora --output-dir soup --uniform
     """
     if loaded.origins["output_dir"] == "default":
         raise UsageError("no folder for the soup", "name it with --output-dir OUT")

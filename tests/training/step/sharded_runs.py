@@ -33,11 +33,12 @@ class Run:
         return cls(setup, setup.make_state())
 
     def train(self) -> list[float]:
-        """Losses and gradient norms of the steps that are left."""
+        """Losses, gradient norms and, with --preserve, drifts of the steps that are left."""
         accumulate = self.setup.make_accumulation(self.state.optimizer, lambda note: None)
         batches = self.setup.step_batches(self.state.position)
         done = list(fit(self.state, batches, accumulate))
-        return [figure for step in done for figure in (step.loss, step.grad_norm, step.drift or 0)]
+        told = [figure for step in done for figure in (step.loss, step.grad_norm, step.drift)]
+        return [figure for figure in told if figure is not None]
 
     def validation_loss(self) -> float:
         setup = self.setup

@@ -52,7 +52,7 @@ PREPARE = """
                     mended.pop()()
                 yield attempt
         accumulate.recovery.attempts = attempts_of
-        losses = [step.loss for step in fit(run.state, run._batches(), accumulate)]
+        losses = [step.loss for step in fit(run.state, run.setup.step_batches(run.state.position), accumulate)]
         return losses, model.trainable_state()
 
     def patching(owner, name, value):
