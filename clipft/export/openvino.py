@@ -80,8 +80,9 @@ class OpenVino(Runtime):
 def core() -> Any:
     """Return the one core of this process.
 
-    Each core sets a stack for signals of its own, and the stack that it puts back in the end may be
-    gone by then. The next signal, such as that of a worker that ends, would be a segmentation fault.
+    Each core sets a stack for signals of its own, and the one that it puts back in the end may be
+    gone by then. The next signal, such as that of a worker that ends, would be a segmentation
+    fault.
     """
     return _library("openvino").Core()
 

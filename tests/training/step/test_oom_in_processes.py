@@ -52,7 +52,8 @@ PREPARE = """
                     mended.pop()()
                 yield attempt
         accumulate.recovery.attempts = attempts_of
-        losses = [step.loss for step in fit(run.state, run.setup.step_batches(run.state.position), accumulate)]
+        batches = run.setup.step_batches(run.state.position)
+        losses = [step.loss for step in fit(run.state, batches, accumulate)]
         return losses, model.trainable_state()
 
     def patching(owner, name, value):
