@@ -92,6 +92,7 @@ def test_an_error_on_one_rank_is_raised_on_all():
 WAITING = """
     import os, time
     print("here", flush=True)
+    processes.barrier()  # they have met, so it is not the meeting that fails
     if rank == 1:
         {last}
     processes.{wait}

@@ -200,7 +200,7 @@ def test_a_budget_in_time_is_kept(tmp_path):
     search.run()
     confirm(search)
     trials = search.study.trials()
-    assert len(trials) >= 4 and search.study.elapsed() < 9
+    assert len(trials) >= 2 and search.study.elapsed() < 9
     last = trials[-1]
     assert (
         last.state == "finished"
@@ -212,7 +212,7 @@ def test_a_budget_in_time_is_kept(tmp_path):
 def test_a_trial_is_ended_after_an_epoch_when_time_is_up(tmp_path):
     def before_epoch(settings: Settings, epoch: int) -> None:
         if settings.output_dir.name == "0001" and epoch == 2:
-            threading.Event().wait(5)
+            threading.Event().wait(6.1)  # the whole budget
 
     train = StandIn(before_epoch=before_epoch, seconds=0.01)
     search = a_search(tmp_path / "out", train, budget="6s")
