@@ -33,6 +33,7 @@ def test_a_stream_killed_and_resumed_with_other_workers_is_the_same_run(
     assert_same_run(streamed, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stream_has_another_order_than_the_index(streamed, catalogue, tmp_path, capsys):
     indexed = tmp_path / "indexed"
     assert train(catalogue, indexed, "--caption", STREAM[-1]) == 0

@@ -73,6 +73,7 @@ def test_openvino_takes_any_batch_and_length(exported, checkpoint):
         assert np.abs(compiled(ids.numpy())[0] - expected.numpy()).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNTIMES)
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_lower_precision_is_smaller_and_its_loss_is_measured(

@@ -20,6 +20,7 @@ def environ(whole: Path) -> dict[str, str | None]:
     return {"CLIPFT_CACHE": str(whole / "cache")}
 
 
+@pytest.mark.slow
 @HARM
 def test_weights_of_the_checkpoints_epoch_are_rewritten(programs, whole, tmp_path, harm):
     """The run was killed while finishing, and its last epoch was the best one."""

@@ -136,6 +136,7 @@ def test_a_run_does_not_start_from_scratch_if_the_bucket_is_unreadable(
     assert not (tmp_path / "runs" / "dual_lora_checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_failing_uploads_do_not_stop_training(real_bucket, tmp_path, capsys):
     put_raw(real_bucket)
     refused = Times(10**6, fails(503, "SlowDown"), "PUT")

@@ -228,6 +228,7 @@ def test_the_runs_of_an_ablation_follow_it_and_are_started_with_the_same_values(
         assert child.patience == (5 if child.epochs == 3 else 75)
 
 
+@pytest.mark.slow
 def test_the_batch_finder_searches_for_the_batch_of_training(small, capsys):
     data = str(small["data_dir"])
     given = ["--model", "tiny", "--device", "cpu", "--scenario", "linear_probe", "--data-dir", data]

@@ -164,6 +164,7 @@ def test_a_run_is_resumed_to_the_same_bits(options, data, tmp_path, monkeypatch)
     assert epoch_losses(cut) == epoch_losses(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_alike_with_each_of_these_options(data, tmp_path):
     """The pairs of each step, their texts and their products are those of one process."""
     options = ("--photo-pairs", "0.5", "--hard-negatives", "1", "--group-field", "type")

@@ -68,6 +68,7 @@ def train(model: str, catalogue: Path, out: Path, scenario: str, *more: str) -> 
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scenario"), [("batch norms", "full"), ("transformer", "dual_lora")]
 )
