@@ -30,7 +30,7 @@ from clipft.embedding.towers import Tower
 _MOST_ROUNDS = 10
 """Captions of a pair whose loss is measured in a validation; all are used for retrieval."""
 _TEXTS = 64
-"""Prompts that pass through the text tower together."""
+"""The number of prompts in one pass through the text tower."""
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,16 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 from clipft.config.settings import OWN_SIZES, Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, read_json
 
-FORMATS = (
-    "transformers",
-    "peft",
-    "onnx",
-    "openvino",
-    "coreml",
-    "sentence-transformers",
-    "open_clip",
-)
+Format = Literal[
+    "transformers", "peft", "onnx", "openvino", "coreml", "sentence-transformers", "open_clip"
+]
+FORMATS: tuple[str, ...] = get_args(Format)
 MARK = "clipft.json"
 """Distinguishes an exported folder, which may be replaced, from any other."""
 

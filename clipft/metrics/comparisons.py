@@ -77,8 +77,8 @@ def p_value(values: Values) -> float | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for their number (Holm 1979), in the order given.
 
-    Whoever rejects those below 0.05 wrongly rejects any at all with at most that probability,
-    however the tests depend on each other.
+    If differences count as real where the adjusted value is below 0.05, the probability of even one
+    false finding is at most 0.05. The tests may depend on each other.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -134,7 +134,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Check a checkpoint as far as that is possible in a moment and without torch.
+    """Check what can be checked of a checkpoint quickly and without torch.
 
     Returns:
         Its content with a ``Weight`` for each tensor; empty if only torch can read it.

@@ -80,8 +80,11 @@ class ConfirmingRun:
 
 
 def confirming_runs(search: Search) -> list[ConfirmingRun]:
-    """The runs of the defaults and of the best trial, seed by seed. Trials have made the first
-    ones; the defaults alone remain if no trial was better."""
+    """List the runs of the defaults and of the best trial, seed by seed.
+
+    Those with the first seed are trials, which exist already. If no trial was better than the
+    defaults, only the runs of the defaults are listed.
+    """
     trials = search.study.trials()
     best, found = best_of(trials), list[ConfirmingRun]()
     variants = {DEFAULTS: trials[0]} | ({WINNER: best} if best.number else {})

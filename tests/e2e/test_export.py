@@ -20,6 +20,7 @@ from clipft.core.errors import ModelError
 from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.shards.dataset import open_pairs
 from clipft.embedding.embed import embed_texts
+from clipft.export.target import FORMATS
 from tests.exports import opened, write_checkpoint
 from tests.inputs import preprocessing, tiny
 
@@ -270,17 +271,6 @@ def test_texts_are_truncated_at_the_end_of_the_models_context(kind, exported):
         whole = tokenizer(text)["input_ids"]
         assert len(ids[0]) == (length or len(whole)) > 50
         assert ids[0][:50] == whole[:50]
-
-
-FORMATS = (
-    "transformers",
-    "peft",
-    "onnx",
-    "openvino",
-    "coreml",
-    "sentence-transformers",
-    "open_clip",
-)
 
 
 def test_each_card_has_valid_metadata_and_the_facts_of_the_run(exported):

@@ -13,6 +13,7 @@ from clipft.config.fields import Section, setting
 from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
+from clipft.export.target import Format
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,16 +25,7 @@ if TYPE_CHECKING:
 
 class ExportOptions(Section):
     title = "Export"
-    format: Literal[
-        "transformers",
-        "peft",
-        "onnx",
-        "openvino",
-        "coreml",
-        "sentence-transformers",
-        "open_clip",
-        "all",
-    ] = setting(
+    format: Literal[Format, "all"] = setting(
         "transformers",
         "Format to write: transformers, peft, onnx, openvino, coreml, sentence-transformers or "
         "open_clip. all: every format whose packages are installed, each in a subfolder of OUT.",

@@ -165,7 +165,7 @@ def mixed_state(members: Sequence[Member], start: dict[str, Any]) -> dict[str, A
 
 
 def _part_of(member: Member, state: dict[str, Any], name: str, pretrained: Any, count: int) -> Any:
-    """What a member adds to one weight of a mixture of ``count`` models."""
+    """Return what one of ``count`` members contributes to a weight of their average."""
     if not _is_adapter(name):
         return state.get(name, pretrained) / count
     if name not in state:
