@@ -132,21 +132,31 @@ def links_of(values: Iterable[Iterable[Hashable]]) -> Iterator[tuple[int, int]]:
                 yield leader, row
 
 
-def validation_rows(same: Sequence[Sequence[Hashable]], share: float, seed: int) -> set[int]:
+def validation_rows(
+    same: Sequence[Sequence[Hashable]], share: float, seed: int, labels: Sequence[str] = ()
+) -> set[int]:
     """Choose rows for validation: about ``share`` of all, in whole groups.
 
     Each of ``same`` holds, for every row, a value that must not occur on both sides; the first of
     them identifies the image. Groups are taken in the order of a hash of the seed and the leading
     row's image, which a few new rows hardly change. A group that would overshoot the share by more
     than it fills is passed over.
+
+    With ``labels``, one for each row or "", the share is taken of one label after the other, and
+    what rounding leaves of one is taken of the next. Each label keeps a group for training.
     """
     images = same[0]
     members: dict[int, list[int]] = {}
     for row, leader in enumerate(group_leaders(len(images), same)):
         members.setdefault(leader, []).append(row)
-    wanted, chosen = round(share * len(images)), set[int]()
     ranks = {row: hashlib.sha256(f"{seed} {images[row]}".encode()).hexdigest() for row in members}
+    by_label: dict[str, list[int]] = {}
     for leader in sorted(members, key=ranks.__getitem__):
-        if len(chosen) + len(members[leader]) / 2 <= wanted:
-            chosen.update(members[leader])
+        by_label.setdefault(labels[leader] if labels else "", []).append(leader)
+    seen, chosen = 0, set[int]()
+    for label, leaders in sorted(by_label.items()):
+        seen += sum(len(members[leader]) for leader in leaders)
+        for leader in leaders[:-1] if label else leaders:
+            if len(chosen) + len(members[leader]) / 2 <= round(share * seen):
+                chosen.update(members[leader])
     return chosen

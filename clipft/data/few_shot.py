@@ -53,8 +53,8 @@ def few_shot(pairs: PairDataset, settings: Settings) -> PairDataset:
 def label_remarks(train: PairDataset, val: PairDataset, field: str) -> list[str]:
     """Say how many labels of the validation pairs no training pair has, if there are any.
 
-    Such a split measures labels that the run never sees. It comes from pairs that share a caption
-    with all pairs of their label, because ``pack`` keeps equal captions in one split.
+    Such a split measures labels that the run never sees. ``pack`` makes it without its
+    ``--label-field`` if all pairs of a label share a caption: equal captions stay in one split.
     """
     known, wanted = (_labels(pairs, field) for pairs in (train, val))
     wanted = {label for label in wanted if label}
@@ -63,7 +63,7 @@ def label_remarks(train: PairDataset, val: PairDataset, field: str) -> list[str]
         return []
     return [
         f"{unknown} of {counted(len(wanted), 'label')} of the validation pairs are on no training "
-        "pair: split the pairs so that each label is on both sides"
+        f"pair: pack them with --label-field {field}, which puts each label into each split"
     ]
 
 

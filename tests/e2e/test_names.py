@@ -59,6 +59,10 @@ MISTAKES = [
     ((*TRAIN, "--fields", "colour:1"), 2, "--fields 'colour:1'", "did you mean color?"),
     ((*TRAIN, "--grade-field", "colour"), 2, "--grade-field", "did you mean color?"),
     ((*EVALUATE, "--grade-field", "colour"), 2, "--grade-field", "did you mean color?"),
+    (
+        ("pack", "catalogue", "packed", "--label-field", "tipe"),
+        *(2, "--label-field", "did you mean type?"),
+    ),
     # labels and templates
     ((*ZERO_SHOT, "--labels", "label.txt"), 2, "no such file", "did you mean labels.txt?"),
     (

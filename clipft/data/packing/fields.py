@@ -10,13 +10,15 @@ from clipft.data.packing.options import PackOptions
 
 
 def check_fields(options: PackOptions, metadata: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
-    """Check the fields of --group-field and --caption; ``metadata`` starts with the first pair
-    again each time it is called.
+    """Check the fields of --group-field, --label-field and --caption.
+
+    ``metadata`` starts with the first pair again each time it is called.
 
     Raises:
         UsageError: No pair has one of them; the hint names the closest field that there is.
     """
-    named = [("--group-field", options.group_field)] if options.group_field else []
+    chosen = {"--group-field": options.group_field, "--label-field": options.label_field}
+    named = [(option, field) for option, field in chosen.items() if field]
     if options.caption:
         fields = CaptionTemplate.parse(options.caption).fields
         named += [(f"--caption {options.caption!r}", field) for field in fields]
@@ -31,8 +33,8 @@ def check_fields(options: PackOptions, metadata: Callable[[], Iterator[Mapping[s
             raise unknown_field(option, field, known)
 
 
-def group_of(metadata: Mapping[str, Any], field: str) -> str:
-    """Return the value by which a pair is grouped, "" if it has none."""
-    value = field_value(metadata, field)
+def value_of(metadata: Mapping[str, Any], field: str) -> str:
+    """Return the group or label that a pair has in a field, "" if it has none."""
+    value = field_value(metadata, field) if field else None
     # Composed, so that a name is one name however its accents are encoded
     return "" if value is None else unicodedata.normalize("NFC", clean_text(str(value)))

@@ -78,6 +78,13 @@ class PackOptions(Section):
         "Metadata field, such as a product id. Pairs with the same value stay in one split.",
         metavar="NAME",
     )
+    label_field: str = setting(
+        "",
+        "Metadata field with the label of a pair. Each label is then divided among the splits in "
+        "proportion, and equal captions may be in several splits. Default: equal captions stay in "
+        "one split.",
+        metavar="NAME",
+    )
     size: int = setting(
         0,
         "Store images as JPEG with this length of the shorter side. 0: keep images as they are.",

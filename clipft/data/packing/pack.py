@@ -125,8 +125,7 @@ def pack(
             pairs[split].append(pair)
         if not pairs["train"]:
             raise _nothing_to_train_on(source, found, splits)
-        if options.group_field:
-            listing.notes += _note_groups(options.group_field, found.pairs)
+        listing.notes += _notes(found.pairs, options)
 
         # Plan: every part plans all shards, and writes its own
         jobs = plan(pairs, options)
@@ -171,20 +170,25 @@ def _metadata_of(listing: Listing) -> Iterator[dict[str, Any]]:
             yield parse_metadata(data or b"")
 
 
-def _note_groups(field: str, pairs: Sequence[PackPair]) -> list[str]:
-    """Say how many pairs --group-field does not group.
+def _notes(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[str]:
+    """Say how many pairs have no value in the field of the groups, and in that of the labels.
 
     Raises:
-        UsageError: It groups none.
+        UsageError: No pair has one.
     """
-    alone = sum(not pair.group for pair in pairs)
-    if alone == len(pairs):
-        raise UsageError(
-            f"--group-field: the field {field!r} is empty in every pair",
-            "name a field that is the same in all pairs of a product",
-        )
-    ungrouped = f"{counted(alone, 'pair')} without {field}: each is a group of its own."
-    return [ungrouped] if alone else []
+    groups, labels = ([pair.group for pair in pairs], [pair.label for pair in pairs])
+    for option, field, values, kind, what in (
+        ("--group-field", options.group_field, groups, "product", "each is a group of its own"),
+        ("--label-field", options.label_field, labels, "label", "they are split by their captions"),
+    ):
+        missing = values.count("")
+        if field and missing == len(pairs):
+            raise UsageError(
+                f"{option}: the field {field!r} is empty in every pair",
+                f"name a field that is the same in all pairs of a {kind}",
+            )
+        if field and missing:
+            yield f"{counted(missing, 'pair')} without {field}: {what}."
 
 
 def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> DataError:
@@ -231,8 +235,9 @@ def _download(listing: Listing, images: Path, progress: _Progress) -> None:
 def _assign(found: Scan, options: PackOptions) -> list[str]:
     """Return the split of each pair: its own, or one that is drawn.
 
-    Pairs with the same image, caption or group, or with near-duplicate images, stay together. If
-    the source has validation or test pairs, none are drawn for that split.
+    Pairs with the same image, caption or group, or with near-duplicate images, stay together. Those
+    with a label may share their captions, and each label is divided in proportion. If the source
+    has validation or test pairs, none are drawn for that split.
     """
     splits = [pair.split or "train" for pair in found.pairs]
     shares = {"val": options.val_share, "test": options.test_share}
@@ -243,7 +248,8 @@ def _assign(found: Scan, options: PackOptions) -> list[str]:
     for split, share in drawn.items():
         if rows:
             among = [[values[row] for row in rows] for values in same]
-            chosen = validation_rows(among, share * total / len(rows), options.seed)
+            labels = [found.pairs[row].label for row in rows]
+            chosen = validation_rows(among, share * total / len(rows), options.seed, labels)
             for place in chosen:
                 splits[rows[place]] = split
             rows = [row for row in rows if splits[row] == "train"]
@@ -254,7 +260,10 @@ def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dic
     """Return, for each way in which the pairs in ``rows`` can belong together, a value for each
     row that is equal where they do."""
     pairs = [found.pairs[row] for row in rows]
-    same: list[Sequence[object]] = [[pair.image_hash for pair in pairs], _by_captions(pairs)]
+    same: list[Sequence[object]] = [[pair.image_hash for pair in pairs]]
+    captions = _by_captions(pairs)
+    # A label is on all sides, and so is its name, or a description, as the caption of its pairs
+    same.append([f"\0{row}" if p.label else captions[row] for row, p in enumerate(pairs)])
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
     if options.near >= 0:

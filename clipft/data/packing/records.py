@@ -47,7 +47,9 @@ class PackPair:
     ``suffix`` is the image's real format, whatever its file is called; ``shorter_side`` is in
     pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_keys`` the cleaned,
     case-folded captions: pairs that share one of these stay in the same split, as do pairs with the
-    same ``group``, the value of --group-field ("" without one). ``split`` is as in ``Candidate``.
+    same ``group``, the value of --group-field ("" without one). With a ``label``, the value of
+    --label-field, a pair may share its captions with another split. ``split`` is as in
+    ``Candidate``.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PackPair:
     image_hash: str
     caption_keys: tuple[str, ...]
     group: str
+    label: str
     split: str = ""
 
 

@@ -12,7 +12,7 @@ from clipft.data.captions.template import BadCaption, CaptionTemplate, split_cap
 from clipft.data.duplicates import PerceptualHash, perceptual_hash
 from clipft.data.images.decode import open_image
 from clipft.data.images.formats import FORMATS, BadImage
-from clipft.data.packing.fields import group_of
+from clipft.data.packing.fields import value_of
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
 from clipft.data.packing.worker_pool import Workers
@@ -94,9 +94,9 @@ def _read(
         return "no such file"
     except OSError as error:
         return error.strerror or type(error).__name__
-    group = ""
-    if options.group_field:
-        group = group_of(parse_metadata(metadata or b""), options.group_field)
+    fields = options.group_field, options.label_field
+    known = parse_metadata(metadata or b"") if any(fields) else {}
+    group, label = (value_of(known, field) for field in fields)
     pair = PackPair(
         name=candidate.name,
         where=candidate.where,
@@ -108,6 +108,7 @@ def _read(
         image_hash=hashlib.sha256(data).hexdigest(),
         caption_keys=tuple(dict.fromkeys(map(compared, captions))),
         group=group,
+        label=label,
         split=candidate.split,
     )
     return pair, hashed

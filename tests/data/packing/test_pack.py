@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_no_image_and_no_caption_is_in_both_splits(rows, share, seed):
 def test_without_duplicates_the_split_has_exactly_the_share(n, share):
     names = [str(i) for i in range(n)]
     assert len(validation_rows([names], share, 1)) == round(share * n)
+
+
+@given(
+    labels=st.lists(st.sampled_from("abcd"), min_size=1, max_size=120),
+    share=st.floats(0.01, 0.5),
+    seed=st.integers(0, 3),
+)
+def test_each_label_has_about_its_share_and_stays_in_training(labels, share, seed):
+    images = [str(row) for row in range(len(labels))]
+    val = [labels[row] for row in validation_rows([images], share, seed, labels)]
+    assert set(labels) == {label for label in labels if val.count(label) < labels.count(label)}
+    for label in set(labels):
+        # One more or less by rounding, and what labels with a single pair leave to the next
+        assert abs(val.count(label) - share * labels.count(label)) < 3
 
 
 def test_a_split_of_the_source_is_kept_and_its_leaks_are_counted(tmp_path):
@@ -212,6 +227,26 @@ def test_an_image_that_cannot_be_shrunk_is_skipped(tmp_path):
     assert sum(result.skipped.values()) == 1
     assert "1.jpg" in (tmp_path / "out" / "skipped.jsonl").read_text()
     assert (tmp_path / "out" / "train" / "sizes.json").read_text() == '{"00000.tar": 2}\n'
+
+
+def test_with_a_label_field_each_split_has_all_labels(tmp_path):
+    """All pairs of a label share their caption; each photo occurs twice, and stays in one split."""
+    raw, shares = tmp_path / "raw", {"val_share": 0.2, "test_share": 0.2}
+    for i in range(60):
+        label = json.dumps({"kind": f"kind {i % 6}"})
+        write_pair(raw / f"{i}.png", i // 12 * 6 + i % 6, f"a thing of kind {i % 6}", label)
+    packed(raw, tmp_path / "captions", **shares)
+    result = packed(raw, tmp_path / "labels", **shares, label_field="kind")
+    assert (result.val_pairs, result.test_pairs, result.notes) == (12, 12, [])
+    found = {}
+    for out, split in product(("captions", "labels"), ("train", "val", "test")):
+        pairs = open_pairs(tmp_path / out / split)
+        found[out, split] = {pairs.metadata(n)["kind"] for n in range(len(pairs))}
+    assert not found["captions", "train"] & found["captions", "val"]
+    assert len(found["labels", "train"]) == len(found["labels", "val"]) == 6
+    assert len(found["labels", "test"]) == 6
+    images = [{image for image, _ in pairs_of(tmp_path / "labels" / s)} for s in ("train", "val")]
+    assert not images[0] & images[1]
 
 
 def test_pairs_with_the_same_group_field_stay_in_one_split(tmp_path):

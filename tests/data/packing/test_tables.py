@@ -276,6 +276,15 @@ def test_pairs_without_a_group_are_counted(shop):
     assert result.notes == ["11 pairs without sku: each is a group of its own."]
 
 
+def test_pairs_without_a_label_are_counted_and_a_wrong_field_is_refused(shop):
+    table = write(shop / "t.csv", "image,caption,kind", "img/{n}.png,a chair,")
+    table.write_text(table.read_text().replace("1.png,a chair,", "1.png,a chair,chair"))
+    result = packed(table, shop / "out", label_field="kind")
+    assert result.notes == ["10 pairs without kind: they are split by their captions."]
+    with pytest.raises(UsageError, match="--label-field: no pair has a field 'kinds'"):
+        packed(table, shop / "other", label_field="kinds")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("t.csv", ""), ("t.csv", "image,caption\n"), ("t.jsonl", "\n"), ("t.json", "[]")],
