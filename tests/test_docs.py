@@ -64,7 +64,7 @@ def read(text: Path) -> str:
 
 def with_catalogue(folder: Path, page: Path) -> None:
     """Provide the packed catalogue, unless the page has its reader pack it."""
-    if "clipft pack ./photos" not in page.read_text(encoding="utf-8"):
+    if not re.search(r"clipft pack \./photos \./catalogue\s", page.read_text(encoding="utf-8")):
         write_shard(folder / "catalogue" / "train" / "00000.tar", range(60))
         write_shard(folder / "catalogue" / "val" / "00000.tar", range(1000, 1030))
 
