@@ -56,8 +56,9 @@ def train_with_cached_loss(
     micro: int,
     how: dict[str, Any],
     machine: Machine = CPU,
+    scale: float = 100.0,
 ) -> None:
-    """sentence-transformers' cached loss: scale 100, both directions, ``micro`` at a time."""
+    """sentence-transformers' cached loss in both directions, ``micro`` at a time."""
     from datasets import Dataset
     from datasets import Image as ImageColumn
     from sentence_transformers import (
@@ -71,7 +72,7 @@ def train_with_cached_loss(
     data = Dataset.from_dict({"image": images, "text": texts}).cast_column("image", ImageColumn())
     loss = CachedMultipleNegativesRankingLoss(
         model,
-        scale=100.0,
+        scale=scale,
         mini_batch_size=micro,
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",

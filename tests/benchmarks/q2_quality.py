@@ -1,222 +1,236 @@
-"""Q2: retrieval after the same number of epochs from the same weights.
+"""Q2: the model that comes out after the same time, from the same weights, on several catalogues.
 
-Compares clipft with transformers' Trainer with PEFT, and with sentence-transformers and its cached
-loss (scale 100, both directions). All of them train the same parts of the packaged tiny model (LoRA
-r = 16 on q and v of both encoders, both projections in full) with one learning rate, and keep their
-own defaults for schedule, augmentation and decay. clipft measures the weights of the last epoch of
-each on the validation pairs. DIR holds train/ and val/ with NAME.jpg and NAME.txt.
+Compares bare ``clipft train`` and ``clipft tune`` with transformers' Trainer with PEFT, and with
+sentence-transformers and its cached loss. All begin with the packaged tiny model. Each peer gets as
+many epochs as fit into the time of bare ``clipft train``, and the best of three learning rates by
+mean recall on the validation pairs, while bare ``train`` gets one run. ``tune`` gets TRIALS trials.
+All models are then measured on the test pairs, which chose nothing, by clipft.
 
-    python tests/benchmarks/q2_quality.py --photos DIR [--quick] [--json FILE]
+Time is the CPU time of the whole process on one thread, which is the wall time on one core of an
+idle machine; so the work of others on the machine does not count. That of ``clipft train`` has its
+validation and report in it, and that of the peers only their training.
+
+DIR is made by ``clipft pack`` and has train/, val/ and test/. Run the same command again to
+continue: what is finished in --out is not repeated.
+
+    python tests/benchmarks/q2_quality.py --data furniture=DIR,garments=DIR --out DIR [--quick]
+        [--tune TRIALS] [--seeds 3] [--json FILE]
 """
 
 import argparse
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peers import CPU, adapted, adapted_transformer, stacked, train_with_cached_loss
-from PIL import Image
+import numpy as np
 from side_by_side import arguments, write_figures
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
 
-import clipft.models
+from clipft.config.settings import Settings
+from clipft.core.files import read_json, write_json
+from clipft.metrics.comparisons import over_seeds_and_queries
+from clipft.metrics.retrieval import Evaluation
 
-TINY = Path(clipft.models.__file__).parent / "tiny"
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
-
-
-@dataclass(frozen=True)
-class Work:
-    """An optimizer step uses ``batch`` pairs, ``micro`` at a time."""
-
-    name: str
-    batch: int
-    micro: int
-    epochs: int
-    lr: float
-
-
-WORKS = (
-    Work("128 pairs as 4 x 32, 10 epochs", 128, 32, 10, 2e-3),
-    Work("32 pairs at once, 5 epochs", 32, 32, 5, 1e-3),
-)
-QUICK = (Work("128 pairs as 4 x 32, 1 epoch", 128, 32, 1, 2e-3),)
+PEERS = ("transformers", "sentence-transformers")
+RATES = (5e-4, 1.5e-3, 4.5e-3)
+PEERS_FILE = Path(__file__).with_name("q2_peers.py")
 
 
 @dataclass(frozen=True)
 class Result:
-    """R@10 on the validation pairs in percent; ``met`` if clipft is at least as good as both."""
+    """Mean recall in percent on the test pairs, over seeds. ``difference``: ours minus the peer's
+    in points, with the 95% interval over seeds and queries. ``cpu_s`` are those of one run."""
 
-    work: str
-    seed: int
-    direction: str
-    untouched: float
-    ours: float
-    transformers: float
-    sentence_transformers: float
-    met: str
+    catalogue: str
+    ours: str
+    peer: str
+    before: float
+    our_recall: float
+    peer_recall: float
+    difference: str
+    verdict: str
+    our_cpu_s: int
+    peer_cpu_s: int
+    peer_epochs: int
+    peer_lr: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of one way, by seed; ``cpu_s`` is that of one run."""
+
+    models: dict[int, Path]
+    cpu_s: float
+    epochs: int = 0
+    lr: float = 0.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """``photos`` are the files, ``data`` the same as shards, and ``out`` receives the results."""
+    """One catalogue, and the folder of its runs."""
 
-    photos: Path
     data: Path
     out: Path
+    quick: bool
 
 
-def clipft_json(*arguments: str) -> Any:
-    command = [sys.executable, "-m", "clipft", *arguments, "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
-
-
-def recall(found: Any) -> dict[str, float]:
-    return {d: 100 * found[d]["r@10"] for d in ("text_to_image", "image_to_text")}
-
-
-def ours(work: Work, seed: int, place: Place) -> dict[str, float]:
-    out = place.out / "ours"
-    shutil.rmtree(out, ignore_errors=True)
-    settings = {
-        "--model": "tiny",
-        "--scenario": "dual_lora",
-        "--data-dir": place.data,
-        "--output-dir": out,
-        "--epochs": work.epochs,
-        "--effective-batch-size": work.batch,
-        "--micro-batch-size": work.micro,
-        "--lr": work.lr,
-        "--seed": seed,
-        "--stop-on": "never",
-        "--precision": "fp32",
-        "--num-workers": 0,
-    }
-    clipft_json("train", *(str(part) for pair in settings.items() for part in pair))
-    last = str(out / "dual_lora_checkpoint.pt")
-    return recall(clipft_json("evaluate", last, "--data-dir", str(place.data), "--resamples", "0"))
-
-
-def measured(model: str, place: Place) -> dict[str, float]:
-    plain = ("--resamples", "0", "--num-workers", "0")
-    return recall(clipft_json("zero-shot", "--model", model, "--data-dir", str(place.data), *plain))
-
-
-def merged(adapted: Any, place: Place) -> dict[str, float]:
-    """The figures of a peer's weights in a transformers folder."""
-    folder = place.out / "peer"
-    shutil.rmtree(folder, ignore_errors=True)
-    adapted.merge_and_unload().save_pretrained(folder)
-    for name in SIDE_FILES:
-        shutil.copy(TINY / name, folder / name)
-    return measured(str(folder), place)
-
-
-def captioned(place: Place) -> list[tuple[Path, str]]:
-    photos = sorted((place.photos / "train").glob("*.jpg"))
-    return [(photo, photo.with_suffix(".txt").read_text(encoding="utf-8")) for photo in photos]
-
-
-def transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
-    """As in run_clip.py: the model's own loss over each micro-batch."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    processor = CLIPImageProcessor.from_pretrained(TINY)
-    pairs = captioned(place)
-    with torch.no_grad():
-        pixels = torch.cat(
-            [
-                processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
-                for path, _ in pairs
-            ]
-        )
-    clip = CLIPModel.from_pretrained(TINY)
-    length = clip.config.text_config.max_position_embeddings
-    padding = {"padding": "max_length", "truncation": True, "max_length": length}
-    texts = tokenizer([text for _, text in pairs], return_tensors="pt", **padding)
-    items = [
-        {
-            "pixel_values": pixels[i],
-            "input_ids": texts["input_ids"][i],
-            "attention_mask": texts["attention_mask"][i],
-        }
-        for i in range(len(pairs))
-    ]
-
-    model = adapted(clip)
-    how = TrainingArguments(
-        output_dir=str(place.out / "trainer"),
-        per_device_train_batch_size=work.micro,
-        gradient_accumulation_steps=work.batch // work.micro,
-        num_train_epochs=work.epochs,
-        learning_rate=work.lr,
-        seed=seed,
-        **CPU.trainer_arguments(),
+def timed(command: list[str]) -> float:
+    """Run a command on one thread and return the CPU seconds of it and its workers."""
+    child = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
     )
-    Trainer(model=model, args=how, train_dataset=items, data_collator=stacked).train()
-    return merged(model, place)
+    _, status, used = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return used.ru_utime + used.ru_stime
 
 
-def sentence_transformers_way(work: Work, seed: int, place: Place) -> dict[str, float]:
-    torch.manual_seed(seed)
-    module, pairs = adapted_transformer(TINY), captioned(place)
-    how = {
-        "output_dir": str(place.out / "trainer"),
-        "per_device_train_batch_size": work.batch,
-        "num_train_epochs": work.epochs,
-        "learning_rate": work.lr,
-        "seed": seed,
-    }
-    images, texts = [str(path) for path, _ in pairs], [text for _, text in pairs]
-    train_with_cached_loss(module, images, texts, work.micro, how)
-    return merged(module.model, place)
+def once(folder: Path, *command: object) -> float:
+    """Run a command that fills ``folder``, unless that is done; return its CPU seconds."""
+    done = folder.with_name(f"{folder.name}.json")
+    if saved := read_json(done):
+        return float(saved["cpu_s"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cpu_s = timed([sys.executable, *map(str, command)])
+    write_json(done, {"cpu_s": cpu_s})
+    return cpu_s
 
 
-Way = Callable[[Work, int, Place], dict[str, float]]
+def bare_train(place: Place, seeds: range) -> Trained:
+    fewer = ["--epochs", "2"] if place.quick else []
+    models, cpu_s = dict[int, Path](), list[float]()
+    for seed in seeds:
+        folder = place.out / "train" / str(seed)
+        words = ["train", "--model", "tiny", "--data-dir", place.data, "--output-dir", folder]
+        words += ["--seed", seed, *fewer]
+        cpu_s.append(once(folder, "-m", "clipft", *words))
+        models[seed] = folder / "dual_lora"
+    return Trained(models, statistics.mean(cpu_s))
 
 
-def results(work: Work, seed: int, place: Place, untouched: dict[str, float]) -> list[Result]:
-    ways: tuple[Way, ...] = (ours, transformers_way, sentence_transformers_way)
-    found = [way(work, seed, place) for way in ways]
-    return [
-        Result(
-            work.name,
-            seed,
-            direction.replace("_", " "),
-            untouched[direction],
-            *(way[direction] for way in found),
-            "yes" if found[0][direction] >= max(way[direction] for way in found) else "no",
-        )
-        for direction in untouched
-    ]
+def tuned(place: Place, trials: int, seeds: range) -> Trained:
+    """``clipft tune``, whose winner it trains with so many seeds itself."""
+    folder = place.out / "tune"
+    words = ["tune", "--model", "tiny", "--data-dir", place.data, "--output-dir", folder]
+    words += ["--budget", trials, "--confirm", len(seeds), "--seed", seeds[0]]
+    cpu_s = once(folder, "-m", "clipft", *words)
+    content = read_json(folder / "tune.json")
+    assert content
+    runs = [Path(run) for run in content["runs"]]
+    return Trained(dict(zip(seeds, runs, strict=False)), cpu_s)
+
+
+def peer_run(peer: str, place: Place, epochs: int, lr: float, seed: int) -> tuple[Path, float]:
+    folder = place.out / peer / f"{epochs}-epochs-lr-{lr:g}-seed-{seed}"
+    words = [peer, "--data", place.data, "--out", folder, "--epochs", epochs, "--lr", lr]
+    words += ["--seed", seed]
+    return folder, once(folder, PEERS_FILE, *words)
+
+
+def best_of_peer(peer: str, place: Place, cpu_s: float, seeds: range) -> Trained:
+    """Train a peer for ``cpu_s`` with the first seed at each rate, and at the best with all."""
+    _, one = peer_run(peer, place, 1, RATES[0], seeds[0])
+    _, three = peer_run(peer, place, 3, RATES[0], seeds[0])
+    epoch = (three - one) / 2
+    epochs = max(1, int((cpu_s - (one - epoch)) / epoch))
+    tried = {rate: peer_run(peer, place, epochs, rate, seeds[0])[0] for rate in RATES}
+    recalls = {rate: measured(place, model, "val").recall() for rate, model in tried.items()}
+    best = max(recalls, key=recalls.__getitem__)
+    print(f"  {peer}: {epochs} epochs; validation recall {recalls}", flush=True)
+    runs = {seed: peer_run(peer, place, epochs, best, seed) for seed in seeds}
+    seconds = statistics.mean(took for _, took in runs.values())
+    return Trained({seed: run for seed, (run, _) in runs.items()}, seconds, epochs, best)
+
+
+def measured(place: Place, model: Path, split: str) -> Evaluation:
+    """Evaluate a run's best epoch, or a transformers folder, on the pairs of a split."""
+    from clipft.config.sources import load_settings
+    from clipft.evaluation.evaluator import EvaluationSet
+    from clipft.runs.load import open_model
+
+    now = load_settings({"data_dir": str(place.data)}, environ={})
+    opened = open_model(str(model), now, ("data_dir",))
+    settings: Settings = opened.settings
+    pairs = EvaluationSet.open(opened.loaded.base.inputs, settings, split)
+    return pairs.evaluate(opened.loaded).evaluation
+
+
+def on_test(place: Place, trained: Trained) -> dict[int, Evaluation]:
+    return {seed: measured(place, model, "test") for seed, model in trained.models.items()}
+
+
+def results(name: str, place: Place, seeds: range, trials: int) -> Iterator[Result]:
+    train = bare_train(place, seeds)
+    ways = {"train": train}
+    if trials:
+        ways["tune"] = tuned(place, trials, seeds)
+    peers = {peer: best_of_peer(peer, place, train.cpu_s, seeds) for peer in PEERS}
+    before = measured(place, Path("tiny"), "test").recall()
+    figures = {way: on_test(place, trained) for way, trained in (ways | peers).items()}
+    for way, trained in ways.items():
+        for peer in PEERS:
+            ours, theirs = figures[way], figures[peer]
+            both = [seed for seed in ours if seed in theirs]
+            values = [ours[seed].recall() - theirs[seed].recall() for seed in both]
+            resampled = [
+                ours[seed].resampled_recall() - theirs[seed].resampled_recall() for seed in both
+            ]
+            change = over_seeds_and_queries(values, np.stack(resampled), seeds[0])
+            yield Result(
+                name,
+                way,
+                peer,
+                percent(before),
+                percent(statistics.mean(e.recall() for e in ours.values())),
+                percent(statistics.mean(e.recall() for e in theirs.values())),
+                " ".join(
+                    (
+                        f"{100 * change['value']:+.1f}",
+                        f"({100 * change['low']:+.1f}..{100 * change['high']:+.1f})",
+                    )
+                ),
+                verdict(change),
+                round(trained.cpu_s),
+                round(peers[peer].cpu_s),
+                peers[peer].epochs,
+                peers[peer].lr,
+            )
+
+
+def verdict(change: dict[str, Any]) -> str:
+    if not change["clear"]:
+        return "no clear difference"
+    return "clearly higher" if change["value"] > 0 else "clearly lower"
+
+
+def percent(share: float) -> float:
+    return round(100 * share, 1)
 
 
 def chosen() -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--data", required=True, help="NAME=DIR,... with train/, val/ and test/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--tune", type=int, default=0, help="trials of clipft tune; 0: none")
+    parser.add_argument("--seeds", type=int, default=3)
     return parser.parse_args()
 
 
 def main() -> None:
     wish, rows = chosen(), list[Result]()
-    with tempfile.TemporaryDirectory() as made:
-        out = Path(made)
-        clipft_json("pack", str(wish.photos), str(out / "data"))
-        place = Place(wish.photos, out / "data", out)
-        untouched = measured("tiny", place)
-        for work in QUICK if wish.quick else WORKS:
-            for seed in (1,) if wish.quick else (1, 2, 3):
-                rows += results(work, seed, place, untouched)
-                for row in rows[-2:]:
-                    print(row, flush=True)
+    seeds = range(1, 2 if wish.quick else wish.seeds + 1)
+    for catalogue in wish.data.split(","):
+        name, _, data = catalogue.partition("=")
+        for row in results(name, Place(Path(data), wish.out / name, wish.quick), seeds, wish.tune):
+            print(json.dumps(row.__dict__), flush=True)
+            rows.append(row)
     if wish.json:
         packages = ("torch", "transformers", "peft", "sentence-transformers")
         write_figures(wish.json, "Q2", rows, packages)
