@@ -16,7 +16,8 @@ from clipft.cli.options import flags_given
 from clipft.cli.progress import make_progress, plan_lines
 from clipft.cli.s3_checkpoints import Uploads
 from clipft.cli.s3_data import bring_data, open_stream
-from clipft.config.settings import Settings, StorageSettings
+from clipft.config.sections.data import StorageSettings
+from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted, duration
 from clipft.core.files import read_json

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipft.cli.console import Output
-from clipft.config.settings import Settings, StorageSettings
+from clipft.config.sections.data import StorageSettings
+from clipft.config.settings import Settings
 from clipft.config.sources import LoadedSettings, cached_bucket, parse_s3_url, settings_of_data
 from clipft.core.cache import mark_used
 from clipft.core.common import counted

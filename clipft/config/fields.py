@@ -167,3 +167,8 @@ def extra_of(field: FieldInfo) -> dict[str, Any]:
     """What ``setting`` notes beside a field's default and range, by the names used there."""
     assert isinstance(field.json_schema_extra, dict), "declare it with `setting`"
     return field.json_schema_extra
+
+
+def names_in(value: str) -> list[str]:
+    """Split a list of names at its commas."""
+    return [name for part in value.split(",") if (name := part.strip())]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipft.config.settings import DataSettings
+from clipft.config.sections.data import DataSettings
 from clipft.data.captions.tokenizer import padded
 from clipft.data.decoding import (
     ChunkDecoder,

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from clipft.config.settings import OWN_SIZES, Settings
+from clipft.config.sections.model import OWN_SIZES
+from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.core.files import check_writable, read_json
 

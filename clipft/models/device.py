@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from clipft import __version__
-from clipft.config.settings import OptimSettings
+from clipft.config.sections.training import OptimSettings
 from clipft.core.common import Note
 from clipft.core.errors import UsageError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.config.settings import OWN_SIZES, InputSizes
+from clipft.config.sections.model import OWN_SIZES, InputSizes
 from clipft.core.errors import ModelError
 from clipft.core.patches import Patches
 from clipft.models.adapters import merge_adapter

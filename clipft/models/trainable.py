@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipft.config.scenarios import TEXTUAL, VISUAL, Scenario
-from clipft.config.settings import AdaptSettings, ModelSettings
+from clipft.config.sections.model import AdaptSettings, ModelSettings
 from clipft.core.errors import ModelError
 from clipft.models.adapters import without_bitsandbytes
 from clipft.models.complete import check_finite

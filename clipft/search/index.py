@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from clipft.config.settings import AdaptSettings
+from clipft.config.sections.model import AdaptSettings
 from clipft.core.cache import cache_folder, mark_used
 from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions

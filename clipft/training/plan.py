@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from clipft.config.settings import FALLBACK_MICRO_BATCH, Settings
+from clipft.config.sections.training import FALLBACK_MICRO_BATCH
+from clipft.config.settings import Settings
 from clipft.core.common import Note, counted
 from clipft.core.memory import MemoryBudget, usable_memory
 from clipft.data.order import EpochPlan

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipft.config.settings import DataSettings
+from clipft.config.sections.data import DataSettings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.loader import StepBatch

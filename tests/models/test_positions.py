@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.core.errors import UsageError
 from clipft.models.huggingface import write_transformers
 from clipft.models.positions import resize_images, resize_texts, stretched

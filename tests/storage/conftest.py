@@ -13,7 +13,7 @@ import pytest
 from botocore.loaders import JSONFileLoader
 from moto.server import ThreadedMotoServer
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from tests.storage.rados_gateway import KEY, MISSING, SECRET, RadosGateway, installed
 
 _NUMBERS = count()

@@ -3,7 +3,7 @@
 import pytest
 
 from clipft.cli.app import run
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import UsageError
 from clipft.storage.s3.keys import folder_prefixes
 from clipft.storage.sync.sync import SyncOptions, download, list_bucket

@@ -12,15 +12,11 @@ from clipft.cli.console import Output, end, print_error
 from clipft.cli.options import command, flags_given
 from clipft.cli.plain_table import rows_table
 from clipft.config.fields import Section, setting
-from clipft.config.settings import (
-    SECTIONS,
-    ModelSettings,
-    OptimSettings,
-    RunSettings,
-    Settings,
-    StorageSettings,
-    TrackingSettings,
-)
+from clipft.config.sections.data import StorageSettings
+from clipft.config.sections.measuring import TrackingSettings
+from clipft.config.sections.model import ModelSettings
+from clipft.config.sections.training import OptimSettings, RunSettings
+from clipft.config.settings import SECTIONS, Settings
 from clipft.config.settings_file import template
 from clipft.config.sources import LoadedSettings
 from clipft.core.cache import CACHES, CacheEntry, cache_entries, cache_folder, remove, to_prune

@@ -10,7 +10,7 @@ from clipft.cli.console import Output, end
 from clipft.cli.options import command
 from clipft.cli.s3_data import bring_data
 from clipft.config.fields import Section, setting
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 

@@ -10,7 +10,8 @@ from clipft.cli.answers import FigureOptions
 from clipft.cli.console import Output, end
 from clipft.cli.options import command, flags_given
 from clipft.config.fields import setting
-from clipft.config.settings import FOLLOWING, SECTIONS, ModelSettings, Settings, fixed_on_resume
+from clipft.config.sections.model import ModelSettings
+from clipft.config.settings import FOLLOWING, SECTIONS, Settings, fixed_on_resume
 from clipft.config.sources import LoadedSettings, parse_s3_url
 from clipft.core.errors import UsageError
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.core.errors import UsageError
 from clipft.models.families.clip import CLIP_MAPS, Architecture, is_padding
 from clipft.models.positions import resize_images

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.core.patches import Patches
 from clipft.models.fast_encoder import encode_pooled
 from clipft.models.positions import resize_images, resize_texts

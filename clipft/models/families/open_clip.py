@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.core.errors import UsageError
 from clipft.models.families.clip import Architecture, is_padding
 from clipft.models.fast_encoder import encode_pooled

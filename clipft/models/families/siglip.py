@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.core.patches import Patches
 from clipft.models.families.clip import Architecture, ImageDefaults, is_padding
 from clipft.models.positions import whole_patches

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import did_you_mean, sentences
 from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, checksum_in, etag_of, has_checksum
 from clipft.storage.s3.errors import Changed, Corrupt, code_and_status

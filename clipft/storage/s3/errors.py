@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import StorageError, did_you_mean, sentences
 
 

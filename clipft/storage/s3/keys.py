@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import UsageError
 
 OWN_PREFIX = ".clipft-"

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.common import Note
 from clipft.core.errors import DataError
 from clipft.storage.s3.bucket import RANGE, Bucket

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.common import Note
 from clipft.core.errors import StorageError
 from clipft.storage.s3.errors import TEMPORARY, Corrupt, Stopped, explained, kind_of

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.common import Note, counted
 from clipft.core.errors import StorageError
 from clipft.storage.s3.bucket import Bucket

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from clipft.config.settings import StorageSettings
+from clipft.config.sections.data import StorageSettings
 from clipft.core.common import Note
 from clipft.core.errors import StorageError
 from clipft.core.files import disk_error

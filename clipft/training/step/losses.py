@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, softplus
 
-from clipft.config.settings import LossSettings
+from clipft.config.sections.model import LossSettings
 from clipft.core.errors import UsageError
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.photo_pairs import group_sizes, photo_losses, with_partner

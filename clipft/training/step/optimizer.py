@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from clipft.config.scenarios import TEXTUAL, VISUAL
-from clipft.config.settings import OptimSettings
+from clipft.config.sections.training import OptimSettings
 from clipft.core.common import Note
 from clipft.core.errors import DivergedError, ModelError, UsageError, first_line
 from clipft.core.memory import usable_memory

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from clipft.config.scenarios import SCENARIOS
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
 from clipft.data.captions.tokenizer import CaptionEncoder, padded

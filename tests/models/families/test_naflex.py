@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel, Siglip2Config, Siglip2ImageProcessor, Siglip2Model
 
 from clipft.config.scenarios import SCENARIOS
-from clipft.config.settings import InputSizes
+from clipft.config.sections.model import InputSizes
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
 from clipft.core.patches import Patches

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipft.config.settings import LossSettings
+from clipft.config.sections.model import LossSettings
 from clipft.core.errors import UsageError
 from clipft.core.memory import peak_memory
 from clipft.training.step.losses import ContrastiveLoss, make_loss

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
-from clipft.config.settings import LossSettings
+from clipft.config.sections.model import LossSettings
 from clipft.training.step.gradcache import LocalAccumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from tests.training.process_helpers import results
