@@ -1,20 +1,20 @@
 """What ``--context-length`` gives for captions that the model would otherwise cut.
 
-Trains the packaged tiny model on a table of products with its own context of 77 tokens and with a
-longer one, on several splits by product, and compares R@5 of both runs on the validation pairs:
-with the descriptions that they were trained on ("long"), and with name and color in their place
-("short"). A text finds its image if any
-photo of its product is among the first five, and an image its text if its own description is. The
-intervals are those of the paired difference, with products drawn anew (bootstrap, 95 %).
+Trains the packaged tiny model on the descriptions of a table of products, once with its own context
+of 77 tokens and once with a longer one, on several splits by product. R@5 of both runs on the
+validation pairs is compared for descriptions past 77 tokens, for shorter ones, and for the name
+and the color in their place. A text finds its image if any photo of its product is among the first
+five, and an image its text if its own text is. The intervals are those of the paired difference,
+with products drawn anew (bootstrap, 95 %).
 
     python tests/benchmarks/long_captions.py --table products.csv [--quick] [--json FILE]
 """
 
 import argparse
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars
@@ -23,25 +23,37 @@ from side_by_side import arguments, write_figures
 from transformers import AutoTokenizer
 
 OWN, LONGER = 77, 248
-CAPTIONS = {"long": "{description}", "short": "{name}, {color}"}
+DESCRIPTION, SHORT = "{description}", "{name}, {color}"
+TABLES = ("images", "texts")
 FIRST = 5
-DRAWS = 4000
+RESAMPLES = 4000
+
+
+class Query(NamedTuple):
+    """An image or a text of the validation pairs, and whether each run found what belongs to it.
+
+    ``tokens`` are those of its caption.
+    """
+
+    product: str
+    tokens: int
+    own: float
+    longer: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """R@5 in percent with each context, the difference in points and its interval."""
+    """R@5 in percent with each context, the difference in points and its interval; and of the
+    queries, the percentage whose caption is cut with each."""
 
     captions: str
     queries: int
     products: int
-    cut_before: float
-    cut_after: float
-    own: float
-    longer: float
-    difference: float
-    low: float
-    high: float
+    cut_at_77: float
+    cut_at_248: float
+    r_at_5_with_77: float
+    r_at_5_with_248: float
+    difference: str
 
 
 def train(data: Path, out: Path, context: int, seed: int, epochs: int) -> Path:
@@ -50,7 +62,7 @@ def train(data: Path, out: Path, context: int, seed: int, epochs: int) -> Path:
         "--scenario": "full",
         "--data-dir": data,
         "--output-dir": out,
-        "--caption": CAPTIONS["long"],
+        "--caption": DESCRIPTION,
         "--context-length": context if context != OWN else 0,
         "--epochs": epochs,
         "--effective-batch-size": 64,
@@ -65,70 +77,73 @@ def train(data: Path, out: Path, context: int, seed: int, epochs: int) -> Path:
     return out / "full_checkpoint.pt"
 
 
-def hits(checkpoint: Path, data: Path, out: Path) -> dict[tuple[str, str], list[float]]:
-    """For each product of the validation pairs and its description, whether each query found."""
-    clipft_json("embed", str(checkpoint), str(data / "val"), str(out), "--caption", "{description}")
-    tables = [polars.read_parquet(out / name / "*.parquet") for name in ("images", "texts")]
-    images, texts = tables[0], tables[1].unique("caption", maintain_order=True)
+def hits(checkpoint: Path, data: Path, caption: str) -> list[tuple[str, str, float]]:
+    """Return of each text and each image its product, its caption, and whether it was found."""
+    with tempfile.TemporaryDirectory() as made:
+        clipft_json("embed", str(checkpoint), str(data), made, "--caption", caption)
+        images, texts = (polars.read_parquet(f"{made}/{name}/*.parquet") for name in TABLES)
+    texts = texts.unique(("product_id", "caption"), maintain_order=True)
     scores = texts["vector"].to_numpy() @ images["vector"].to_numpy().T
-    own = texts["caption"].to_numpy()[:, None] == images["caption"].to_numpy()[None]
-    found = defaultdict(list)
-    for product, caption, row, mine in zip(
-        texts["product_id"], texts["caption"], scores, own, strict=True
-    ):
-        best = np.argsort(-row, kind="stable")[:FIRST]
-        found[product, caption].append(float(mine[best].any()))
-    for product, caption, column, mine in zip(
-        images["product_id"], images["caption"], scores.T, own.T, strict=True
-    ):
-        best = np.argsort(-column, kind="stable")[:FIRST]
-        found[product, caption].append(float(mine[best].any()))
+    of_product, of_caption = (
+        texts[name].to_numpy()[:, None] == images[name].to_numpy()[None]
+        for name in ("product_id", "caption")
+    )
+    found = []
+    for queries, rows, own in ((texts, scores, of_product), (images, scores.T, of_caption.T)):
+        first = np.argsort(-rows, axis=1, kind="stable")[:, :FIRST]
+        hit = np.take_along_axis(own, first, axis=1).any(axis=1)
+        found += zip(queries["product_id"], queries["caption"], hit.astype(float), strict=True)
     return found
 
 
-def compared(name: str, pairs: list[tuple[str, int, float, float]]) -> Result:
-    """``pairs`` has for each query its product, its tokens, and both results."""
-    products = sorted({product for product, *_ in pairs})
-    number = {product: row for row, product in enumerate(products)}
-    sums = np.zeros((len(products), 3))  # queries, found with the own context, with the longer
-    for product, _, own, longer in pairs:
-        sums[number[product]] += (1, own, longer)
-    drawn = np.random.default_rng(0).integers(len(products), size=(DRAWS, len(products)))
-    totals = sums[drawn].sum(1)
-    low, high = np.percentile(100 * (totals[:, 2] - totals[:, 1]) / totals[:, 0], (2.5, 97.5))
-    queries, own, longer = sums.sum(0)
-    lengths = np.array([tokens for _, tokens, *_ in pairs])
+def compared(name: str, queries: list[Query]) -> Result:
+    products, numbers = np.unique([query.product for query in queries], return_inverse=True)
+    tokens, own, longer = (np.array([query[column] for query in queries]) for column in (1, 2, 3))
+    by_product = [np.bincount(numbers, weights) for weights in (None, 100 * (longer - own))]
+    drawn = np.random.default_rng(0).integers(len(products), size=(RESAMPLES, len(products)))
+    count, gained = (sums[drawn].sum(axis=1) for sums in by_product)
+    low, high = np.percentile(gained / count, (2.5, 97.5))
     return Result(
-        name,
-        len(pairs),
-        len(products),
-        100 * float(np.mean(lengths > OWN)),
-        100 * float(np.mean(lengths > LONGER)),
-        float(100 * own / queries),
-        float(100 * longer / queries),
-        float(100 * (longer - own) / queries),
-        float(low),
-        float(high),
+        captions=name,
+        queries=len(queries),
+        products=len(products),
+        cut_at_77=100 * float(np.mean(tokens > OWN)),
+        cut_at_248=100 * float(np.mean(tokens > LONGER)),
+        r_at_5_with_77=100 * float(own.mean()),
+        r_at_5_with_248=100 * float(longer.mean()),
+        difference=f"{100 * (longer - own).mean():+.1f} ({low:+.1f}..{high:+.1f})",
     )
 
 
-def measure(table: Path, seeds: tuple[int, ...], epochs: int) -> list[Result]:
+def queries_of(split: int, table: Path, epochs: int) -> dict[str, list[Query]]:
+    """Train on one split with both contexts, and return the queries by caption template."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    pairs: dict[str, list[tuple[str, int, float, float]]] = {name: [] for name in CAPTIONS}
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as made:
-            data = Path(made) / "data"
-            how = ("--group-field", "product_id", "--val-share", "0.4", "--seed", str(seed))
-            clipft_json("pack", str(table), str(data), "--caption", CAPTIONS["long"], *how)
-            runs = [train(data, Path(made) / str(c), c, seed, epochs) for c in (OWN, LONGER)]
-            for name, caption in CAPTIONS.items():
-                own, longer = (hits(run, data, run.parent / name, caption) for run in runs)
-                for (product, text), found in own.items():
-                    tokens = len(tokenizer(text)["input_ids"])
-                    both = zip(found, longer[product, text], strict=True)
-                    pairs[name] += [(product, tokens, *each) for each in both]
-        print(f"split {seed} done", flush=True)
-    return [compared(name, found) for name, found in pairs.items()]
+    with tempfile.TemporaryDirectory() as made:
+        data = Path(made) / "data"
+        how = ("--group-field", "product_id", "--val-share", "0.4", "--seed", str(split))
+        clipft_json("pack", str(table), str(data), "--caption", DESCRIPTION, *how)
+        runs = [train(data, Path(made) / str(c), c, split, epochs) for c in (OWN, LONGER)]
+        found = {}
+        for caption in (DESCRIPTION, SHORT):
+            both = [hits(run, data / "val", caption) for run in runs]
+            found[caption] = [
+                Query(product, len(tokenizer(text)["input_ids"]), own, longer)
+                for (product, text, own), (_, _, longer) in zip(*both, strict=True)
+            ]
+    print(f"split {split} done", flush=True)
+    return found
+
+
+def measure(table: Path, splits: tuple[int, ...], epochs: int) -> list[Result]:
+    found = [queries_of(split, table, epochs) for split in splits]
+    descriptions, short = ([q for one in found for q in one[of]] for of in (DESCRIPTION, SHORT))
+    groups = {
+        "descriptions": descriptions,
+        "descriptions past 77 tokens": [q for q in descriptions if q.tokens > OWN],
+        "shorter descriptions": [q for q in descriptions if q.tokens <= OWN],
+        "name and color": short,
+    }
+    return [compared(name, queries) for name, queries in groups.items()]
 
 
 def chosen() -> argparse.Namespace:
