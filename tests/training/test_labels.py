@@ -9,8 +9,11 @@ from clipft.cli.app import run
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
 from clipft.data.captions.template import CaptionTemplate
+from clipft.distributed.collectives import Processes
 from tests.conftest import write_shard
 from tests.tiny_run import TINY
+from tests.training.process_helpers import results
+from tests.training.step.sharded_runs import Run
 
 LABELED = ["--label-field", "type", "--label-prompts", "a photo of a {}. || {}, furniture"]
 
@@ -104,3 +107,18 @@ def test_prompts_of_several_kinds_are_refused_in_one_sentence():
     settings = load_settings({"label_prompts": "general", "fields": "name:1"}).values
     with pytest.raises(UsageError, match="--fields and --label-prompts cannot be used together"):
         CaptionTemplate.of(settings)
+
+
+def test_two_processes_train_on_the_same_labels(data):
+    """The pairs of each label, their prompts and their positives are those of one process."""
+    given = {"label_field": "type", "label_prompts": "a {} || {}", "shots": 3, "epochs": 1}
+    given |= {"data_dir": str(data), "scenario": "dual_lora"}
+    body = f"""
+    from tests.training.step.sharded_runs import Run
+    run = Run.of({given!r}, processes)
+    result = [len(run.setup.train), *run.train(), run.validation_loss()]
+"""
+    run = Run.of(given, Processes())
+    alone = [len(run.setup.train), *run.train(), run.validation_loss()]
+    first, second = results(body)
+    assert first == second == pytest.approx(alone, rel=1e-4)

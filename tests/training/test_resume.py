@@ -164,18 +164,26 @@ def test_a_run_is_resumed_to_the_same_bits(options, data, tmp_path, monkeypatch)
     assert epoch_losses(cut) == epoch_losses(whole)
 
 
+PHOTOS = ("--photo-pairs", "0.5", "--hard-negatives", "1", "--fields", "name:1,caption:0.5")
+TOGETHER = {
+    "photos and fields": (*PHOTOS, "--group-field", "type"),
+    "labels and shots": TEXTS_AND_PHOTOS["labels"],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_train_alike_with_each_of_these_options(data, tmp_path):
-    """The pairs of each step, their texts and their products are those of one process."""
-    options = ("--photo-pairs", "0.5", "--hard-negatives", "1", "--group-field", "type")
-    options += ("--fields", "name:1,caption:0.5")
+@pytest.mark.parametrize("options", TOGETHER.values(), ids=TOGETHER)
+def test_two_processes_train_alike_with_these_options(options, data, tmp_path):
+    """The pairs of each step, their texts, products and labels are those of one process."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     precise = (*options, "--precision", "fp32", "--epochs", "1")
     assert train(data, alone, *precise) == 0
-    command = ["train", *SMALL, "--data-dir", str(data), "--output-dir", str(both), *precise]
-    assert run([*command, "--processes", "2"]) == 0
+    assert train(data, both, *precise, "--processes", "2") == 0
     assert pairs_of_steps(both) == pairs_of_steps(alone)
     assert epoch_losses(both) == pytest.approx(epoch_losses(alone), rel=1e-4)
+    evaluations = [out / "dual_lora" / "evaluation.json" for out in (alone, both)]
+    expected, found = (json.loads(path.read_text()).get("classification") for path in evaluations)
+    assert found == expected
 
 
 KINDS = {
