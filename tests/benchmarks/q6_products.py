@@ -1,11 +1,12 @@
 """Q6: photos of a product, several fields, and labels, on real catalogues.
 
 Garments: does ``--photo-pairs`` find another photo of the same product more often, and at what cost
-from text to image; and what do ``--fields`` gain and cost beside name and color alone? Groceries:
-the accuracy of training on labels, beside the same prompts, a linear classifier and Tip-Adapter on
-the pretrained model. All start from the packaged tiny model and are measured on a test split that
-chose nothing, over three seeds. Intervals are those of the bootstrap over products, or images, with
-the same resamples for both sides.
+from text to image; and what do ``--fields`` gain and cost beside name and color alone? The products
+are divided into three folds, and each fold is measured with runs that were trained and chosen on
+the others, so that every product is tested once by each seed. Groceries: the accuracy of training
+on labels, beside the same prompts, a linear classifier and Tip-Adapter on the pretrained model, on
+the set's own test photos. All start from the packaged tiny model. Intervals cover other products,
+or images, and other seeds (``clipft.metrics.comparisons``).
 
 GARMENTS holds products.csv (image, product_id, name, color, material, description), and GROCERIES
 train/ and val/ with a metadata.csv (file_name, label).
@@ -22,45 +23,44 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from side_by_side import arguments, write_figures
 
+from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
-from clipft.embedding.load import load_model
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.evaluation.evaluator import EvaluationSet, compare
-from clipft.metrics.bootstrap import interval
+from clipft.metrics.comparisons import over_seeds_and_queries
+from clipft.metrics.definitions import Floats
 from clipft.metrics.retrieval import Evaluation, Part
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.places import saved_settings
 
+FOLDS = 3
 PLAIN = ("--caption", "{name}, {color}")
 GARMENTS = {
     "name and color": PLAIN,
-    "photo pairs 0.3": (*PLAIN, "--photo-pairs", "0.3"),
+    "photo pairs 1": (*PLAIN, "--photo-pairs", "1"),
     "fields": ("--fields", "name:1,description:0.5,material:0.2"),
 }
 LABELS = {
-    "all images": ("--epochs", "12", "--lr", "4e-3"),
-    "4 shots": ("--shots", "4", "--epochs", "40", "--lr", "4e-3"),
+    "labels": ("--lr", "4e-3", "--epochs", "40"),
 }
-"""The text encoder of the tiny model has never met these labels, which takes a higher rate."""
 QUERIES = ("{name}, {color}", "{name}", "{description}")
 COMPARED = (
     ("name and color", "pretrained", QUERIES[:1]),
-    ("photo pairs 0.3", "pretrained", QUERIES[:1]),
-    ("photo pairs 0.3", "name and color", QUERIES[:1]),
+    ("photo pairs 1", "name and color", QUERIES[:1]),
     ("fields", "name and color", QUERIES),
 )
 FIGURES = (
     ("photos", "image_to_image", "hit@1"),
     ("photos", "image_to_image", "map"),
     ("grouped", "text_to_image", "hit@1"),
-    ("grouped", "text_to_image", "map"),
     ("paired", "text_to_image", "r@10"),
 )
 SMALL_FILES = ("--size", "128")
@@ -83,6 +83,16 @@ class Row:
     high: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is done in ``place``: seeds, folds, and options that replace those of a recipe."""
+
+    place: Path
+    seeds: int
+    folds: int
+    replaced: tuple[str, ...] = ()
+
+
 def clipft(*arguments: object) -> None:
     command = [sys.executable, "-m", "clipft", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -92,100 +102,137 @@ def clipft(*arguments: object) -> None:
 
 def train(data: Path, out: Path, options: Sequence[str], seed: int) -> Path:
     """Train, unless that is done already, and return the run folder."""
-    recipe = {**RECIPE, "seed": seed}
-    if (out / "dual_lora" / "result.json").exists():
-        return out / "dual_lora"
-    given = [str(part) for name, value in recipe.items() for part in (option(name), value)]
-    clipft("train", "--data-dir", data, "--output-dir", out, *given, *options)
+    if not (out / "dual_lora" / "result.json").exists():
+        recipe = {**RECIPE, "seed": seed}
+        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in recipe.items()]
+        words = [word for pair in given for word in pair]
+        clipft("train", "--data-dir", data, "--output-dir", out, *words, *options)
     return out / "dual_lora"
 
 
-def option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def measured(run: Path, data: Path, caption: str, pretrained: bool = False) -> Evaluation:
-    """Evaluate the best epoch of a run, or the model that it began with, on the test pairs, with
-    these captions as queries."""
+def opened(run: Path, given: dict[str, str]) -> tuple[Settings, LoadedModel]:
+    """Open the best epoch of a run, with ``given`` in place of its own settings."""
     content = load_checkpoint(run / "best.pt")
+    settings = saved_settings(content, load_settings(given, environ={}), tuple(given))
+    return settings, load_fine_tuned(content, settings)
+
+
+def same_resamples(settings: Settings, number: int) -> Settings:
+    """Resample alike for all runs that are measured on the same pairs."""
+    return settings.model_copy(update={"seed": number})
+
+
+Parts = list[list[Part]]
+"""A figure by seed, then by fold."""
+
+
+def by_seed(parts: Parts, name: str) -> tuple[Floats, Floats]:
+    """A figure over the queries of all folds: its value, [seeds], and that of each resample,
+    [seeds, resamples]."""
+    queries = [part.queries for part in parts[0]]
+    values = [[part.means[name] for part in folds] for folds in parts]
+    drawn = [[part.resampled[name] for part in folds] for folds in parts]
+    return np.average(values, 1, queries), np.average(drawn, 1, queries)
+
+
+def compared(names: tuple[str, str, str], figure: str, ours: Parts, theirs: Parts) -> Row:
+    """Compare two sides; ``names`` are the data and the two sides."""
+    last = figure.split()[-1]
+    (value, drawn), (base, base_drawn) = by_seed(ours, last), by_seed(theirs, last)
+    found = over_seeds_and_queries((value - base).tolist(), drawn - base_drawn, seed=1)
+    numbers = (base.mean(), value.mean(), found["value"], found["low"], found["high"])
+    data, variant, other = names
+    row = Row(data, variant, figure, other, *(round(100 * float(n), 1) for n in numbers))
+    print(row, flush=True)
+    return row
+
+
+def garments(source: Path, work: Work) -> Iterator[Row]:
+    folds = [write_fold(source, work.place, fold) for fold in range(work.folds)]
+    more = ("--group-field", "product_id", "--epochs", "12", *work.replaced)
+
+    @cache
+    def measured(variant: str, query: str) -> list[list[Evaluation]]:
+        """By seed, then by fold. The pretrained model has no seed: it is that of the first runs."""
+        pretrained = variant == "pretrained"
+        name, seeds = ("name and color", 1) if pretrained else (variant, work.seeds)
+        found = []
+        for seed in range(1, seeds + 1):
+            of_folds = []
+            for fold, data in enumerate(folds):
+                out = work.place / f"{name}-{fold}-{seed}"
+                run = train(data, out, (*GARMENTS[name], *more), seed)
+                of_folds.append(evaluated(run, data, fold, query, pretrained))
+            found.append(of_folds)
+        return found
+
+    for variant, other, queries in COMPARED:
+        for query, (protocol, direction, name) in product(queries, FIGURES):
+            if protocol == "photos" and query != QUERIES[0]:
+                continue  # it has no query of words
+            ours, theirs = (
+                [
+                    [each.parts[protocol][direction] for each in seed]
+                    for seed in measured(side, query)
+                ]
+                for side in (variant, other)
+            )
+            names = (f"garments, {query}", variant, other)
+            yield compared(names, f"{protocol} {direction} {name}", ours, theirs)
+
+
+def write_fold(source: Path, place: Path, fold: int) -> Path:
+    """Pack the garments: the products of a fold are the test pairs, and some others validation."""
+    data = place / f"garments-{fold}"
+    if data.exists():
+        return data
+    with (source / "products.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    products = sorted({row["product_id"] for row in rows})
+    order = np.random.default_rng(1).permutation(len(products))
+    split = {
+        products[number]: "test" if at % FOLDS == fold else "val" if at % 6 == fold + 1 else "train"
+        for at, number in enumerate(order)
+    }
+    for row in rows:
+        row |= {"image": str((source / row["image"]).resolve()), "split": split[row["product_id"]]}
+    table = place / f"garments-{fold}.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    clipft("pack", table, data, "--caption", PLAIN[1], "--group-field", "product_id", *SMALL_FILES)
+    return data
+
+
+def evaluated(run: Path, data: Path, fold: int, caption: str, pretrained: bool) -> Evaluation:
+    """Evaluate a run, or the model that it began with, on the test pairs, with these captions as
+    queries."""
     given = {"data_dir": str(data), "caption": caption, "group_field": "product_id"}
-    now = load_settings(given, environ={})
-    settings = saved_settings(content, now, tuple(given))
-    chosen = load_fine_tuned(content, settings)
+    settings, chosen = opened(run, given)
     if pretrained:
         chosen = load_model(settings, pretrained=True)
-    pairs = EvaluationSet.open(chosen.base.inputs, settings, "test")
-    return pairs.evaluate(chosen).evaluation
+    again = same_resamples(settings, 1 + fold)
+    return EvaluationSet.open(chosen.base.inputs, again, "test").evaluate(chosen).evaluation
 
 
-Figure = tuple[str, str, str]
-"""Protocol, direction and name of a figure."""
-
-
-def mean_of(parts: Sequence[Part], name: str) -> tuple[float, Any]:
-    """The mean over seeds, of the figure and of each resample."""
-    values = np.mean([part.resampled[name] for part in parts], axis=0)
-    return float(np.mean([part.means[name] for part in parts])), values
-
-
-def compared(
-    data: str, variant: str, other: str, figure: Figure, ours: list[Part], theirs: list[Part]
-) -> Row:
-    name = figure[2]
-    (value, resampled), (base, base_resampled) = mean_of(ours, name), mean_of(theirs, name)
-    around = interval(resampled - base_resampled)
-    numbers = (base, value, value - base, around["low"], around["high"])
-    return Row(data, variant, " ".join(figure), other, *(round(100 * n, 1) for n in numbers))
-
-
-def garments(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row]:
-    data = place / "garments"
-    split = ("--group-field", "product_id", "--val-share", "0.2", "--test-share", "0.3")
-    split += SMALL_FILES
-    if not data.exists():
-        clipft("pack", source / "products.csv", data, "--caption", "{name}, {color}", *split)
-    epochs = ("--epochs", "2" if quick else "20")
-    found: dict[str, dict[str, list[Evaluation]]] = {}
-    for variant, options in GARMENTS.items():
-        queries: dict[str, list[Evaluation]] = {query: [] for query in QUERIES}
-        for seed in range(1, seeds + 1):
-            out = place / f"{variant}-{seed}"
-            run = train(data, out, (*options, "--group-field", "product_id", *epochs), seed)
-            for query in QUERIES:
-                queries[query].append(measured(run, data, query))
-        found[variant] = queries
-    begun = place / "name and color-1" / "dual_lora"
-    found["pretrained"] = {query: [measured(begun, data, query, True)] for query in QUERIES}
-    for variant, other, queries_of in COMPARED:
-        for query, figure in product(queries_of, FIGURES):
-            ours, theirs = (
-                [evaluation.parts[figure[0]][figure[1]] for evaluation in found[name][query]]
-                for name in (variant, other)
-            )
-            row = compared(f"garments, {query}", variant, other, figure, ours, theirs)
-            print(row, flush=True)
-            yield row
-
-
-def groceries(source: Path, place: Path, seeds: int, quick: bool) -> Iterator[Row]:
-    raw, data = place / "groceries-raw", place / "groceries"
+def groceries(source: Path, work: Work) -> Iterator[Row]:
+    raw, data = work.place / "groceries-raw", work.place / "groceries"
     if not data.exists():
         write_splits(source, raw)
         clipft("pack", raw, data, *SMALL_FILES)
-    fewer = ("--epochs", "2") if quick else ()
     labeled = ("--label-field", "label", "--label-prompts", "general")
     for variant, options in LABELS.items():
-        runs = []
-        for seed in range(1, seeds + 1):
-            out = place / f"labels-{variant}-{seed}"
-            run = train(data, out, (*labeled, *options, *fewer), seed)
-            runs.append(accuracies(run, data))
+        runs = [
+            train(
+                data, work.place / f"{variant}-{seed}", (*labeled, *options, *work.replaced), seed
+            )
+            for seed in range(1, work.seeds + 1)
+        ]
+        found = [accuracies(run, data) for run in runs]
         for other in ("zero_shot", "linear", "tip_adapter"):
-            ours, theirs = [r["after"] for r in runs], [r[other] for r in runs]
-            figure = ("classification", "prompts", "top1")
-            row = compared("groceries", variant, other, figure, ours, theirs)
-            print(row, flush=True)
-            yield row
+            ours, theirs = ([[each[side]] for each in found] for side in ("fine-tuned", other))
+            yield compared(("groceries", variant, other), "accuracy top1", ours, theirs)
 
 
 def write_splits(source: Path, raw: Path) -> None:
@@ -213,14 +260,12 @@ def write_splits(source: Path, raw: Path) -> None:
 
 def accuracies(run: Path, data: Path) -> dict[str, Part]:
     """Classify the test images with the best epoch of a run, and by the classifiers beside it."""
-    content = load_checkpoint(run / "best.pt")
-    given = {"data_dir": str(data)}
-    settings = saved_settings(content, load_settings(given, environ={}), tuple(given))
-    fine_tuned = load_fine_tuned(content, settings)
-    pairs = EvaluationSet.open(fine_tuned.base.inputs, settings, "test")
+    settings, fine_tuned = opened(run, {"data_dir": str(data)})
+    again = same_resamples(settings, 1)
+    pairs = EvaluationSet.open(fine_tuned.base.inputs, again, "test")
     found = compare(pairs, load_model(settings, pretrained=True), fine_tuned).accuracy
     assert found and found.after
-    return {**found.parts, "after": found.after}
+    return {**found.parts, "fine-tuned": found.after}
 
 
 def main() -> None:
@@ -229,13 +274,15 @@ def main() -> None:
     parser.add_argument("--groceries", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs")
     args = parser.parse_args()
-    seeds = 1 if args.quick else 3
+    work = Work(args.out, 3, FOLDS)
+    if args.quick:
+        work = Work(args.out, 1, 1, ("--epochs", "2"))
     rows = list[Row]()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.garments:
-        rows += garments(args.garments, args.out, seeds, args.quick)
+        rows += garments(args.garments, work)
     if args.groceries:
-        rows += groceries(args.groceries, args.out, seeds, args.quick)
+        rows += groceries(args.groceries, work)
     if args.json:
         write_figures(args.json, "Q6", rows, ("torch", "transformers", "peft"))
 
