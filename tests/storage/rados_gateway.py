@@ -4,6 +4,7 @@ It needs the Debian packages radosgw, ceph-mon, ceph-osd and ceph-common, but no
 no running service.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -99,6 +100,19 @@ class RadosGateway:
             daemon.kill()
             daemon.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all daemons since they were started."""
+        ticks = 0
+        for daemon in self._daemons:
+            # The name of the program, in brackets, may have spaces
+            fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(") ")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def collect_garbage(self) -> None:
+        """Free the memory of deleted objects at once."""
+        self._ceph("radosgw-admin", "gc", "process", "--include-all")
 
     def _start(self) -> None:
         keyring, monmap = self._folder / "keyring", self._folder / "monmap"

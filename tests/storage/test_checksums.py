@@ -6,9 +6,18 @@ import sys
 from io import BytesIO
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipft.core.errors import StorageError
-from clipft.storage.s3.checksums import ALGORITHMS, Checksum, checksum_in, has_checksum
+from clipft.storage.s3.checksums import (
+    ALGORITHMS,
+    Checksum,
+    RunningEtag,
+    checksum_in,
+    etag_of,
+    has_checksum,
+)
 from tests.storage.test_sync import files, parts, quiet, sync
 
 CHECK = b"123456789"
@@ -58,6 +67,16 @@ def test_what_is_no_checksum_of_the_whole_object_is_not_taken_for_one(head):
     assert checksum_in(head) is None
 
 
+@given(st.binary(max_size=200), st.integers(0, 40), st.lists(st.integers(1, 50)))
+def test_a_running_etag_is_that_of_the_whole_however_the_bytes_arrive(body, part, cuts):
+    running, left = RunningEtag(part if len(body) > part else 0), body
+    for cut in cuts:
+        running.update(memoryview(left[:cut]))
+        left = left[cut:]
+    running.update(left)
+    assert running.etag() == etag_of(BytesIO(body), len(body), part or max(1, len(body)))
+
+
 class Server:
     """Answers with one object, as its ``listed`` fields and the ``headers`` of a HEAD have it."""
 
@@ -99,12 +118,14 @@ def at(bucket, serving):
 
 
 def stated(algorithm, body):
-    value = base64.b64encode(ALGORITHMS[algorithm](BytesIO(body))).decode()
+    running = ALGORITHMS[algorithm]()
+    running.update(body)
+    value = base64.b64encode(running.digest()).decode()
     return {f"x-amz-checksum-{algorithm.lower()}": value, "x-amz-checksum-type": "FULL_OBJECT"}
 
 
 WHOLE = "<ChecksumAlgorithm>CRC32</ChecksumAlgorithm><ChecksumType>FULL_OBJECT</ChecksumType>"
-SIZES = pytest.mark.parametrize("size", [100_000, 9 << 20], ids=["small", "in ranges"])
+SIZES = pytest.mark.parametrize("size", [100_000, 17 << 20], ids=["small", "in ranges"])
 
 
 @SIZES
@@ -137,6 +158,17 @@ def test_an_encrypted_object_is_verified_by_its_checksum(at, bucket, size):
     (settings.data_dir / "train" / "a.tar").unlink()
     with pytest.raises(StorageError, match="the CRC32 that the server states"):
         sync(damaged, quiet)
+
+
+def test_a_crc_is_preferred_to_the_md5_of_a_large_object(at, bucket):
+    body = b"x" * (17 << 20)
+    etag = hashlib.md5(body).hexdigest()
+    server = Server(body, etag, WHOLE, stated("CRC32", b"another"))
+    with pytest.raises(StorageError, match="the CRC32 that the server states"):
+        sync(at(server), quiet)
+    server = Server(body, etag, WHOLE, stated("CRC32", body))
+    sync(at(server), quiet)
+    assert files(bucket.settings.data_dir) == {"train/a.tar": body} and server.heads == 1
 
 
 def test_an_md5_costs_no_further_request(at, bucket):

@@ -27,7 +27,8 @@ from tests.storage.faulty_proxy import (
 
 OBJECTS = {f"data/train/{n:02d}.tar": bytes([n]) * 20_000 for n in range(12)}
 OBJECTS |= {"data/val/00.tar": b"v" * 100}
-LARGE = {"data/train/large.tar": os.urandom(20 << 20), "data/val/00.tar": b"v"}
+LARGE = {"data/train/large.tar": os.urandom(40 << 20), "data/val/00.tar": b"v"}
+"""Three ranges."""
 
 
 @pytest.fixture
@@ -129,6 +130,37 @@ def test_only_the_failed_range_of_a_large_object_is_retried(real_bucket, capsys)
     assert len(spoilt.seen) == 3 + 2
 
 
+def test_a_range_that_breaks_off_goes_on_where_it_broke_off(real_bucket, capsys):
+    real_bucket.put(LARGE)
+    asked = []
+
+    def note_and_break_first(exchange):
+        asked.append(exchange.handler.headers["Range"])
+        breaks_off(exchange) if len(asked) == 1 else exchange.send()
+
+    seen = Times(10**6, note_and_break_first, contains="large.tar")
+    with faulty_proxy(real_bucket.settings.endpoint_url, seen) as url:
+        assert run([*flags(real_bucket, url, 30), "--s3-requests", "1"]) == 0
+    assert files(real_bucket) == LARGE
+    first, again = (int(text.removeprefix("bytes=").partition("-")[0]) for text in asked[:2])
+    assert first == 0 < again < 16 << 20 and asked[0].endswith("-16777215")
+    assert asked[1].endswith("-16777215")
+
+
+def test_ranges_that_arrive_out_of_order_are_verified_once_all_are_there(real_bucket, capsys):
+    real_bucket.put(LARGE)
+
+    def first_is_last(exchange):
+        if "bytes=0-" in exchange.handler.headers["Range"]:
+            time.sleep(1)
+        exchange.send()
+
+    slow = Times(10**6, first_is_last, contains="large.tar")
+    with faulty_proxy(real_bucket.settings.endpoint_url, slow) as url:
+        assert run(flags(real_bucket, url, 30)) == 0
+    assert files(real_bucket) == LARGE and len(slow.seen) == 3
+
+
 def test_a_corrupt_range_of_a_large_object_is_never_accepted(real_bucket, capsys):
     real_bucket.put(LARGE)
     with faulty_proxy(
@@ -160,7 +192,7 @@ def test_a_large_object_resumes_with_the_ranges_that_are_missing(real_bucket, ca
 
 def test_an_object_replaced_between_its_ranges_is_not_mixed(real_bucket, capsys):
     real_bucket.put(LARGE)
-    other = os.urandom(20 << 20)
+    other = os.urandom(40 << 20)
     replaced = []
 
     def replace_then_pass(method: str, path: str):

@@ -65,6 +65,18 @@ def test_a_multipart_upload_is_recognized_later(filled, capsys):
     assert sync(filled, capsys, "--up")["transferred"] == 0
 
 
+def test_up_recognizes_what_another_tool_uploaded_in_parts(filled, capsys):
+    body = os.urandom(9 << 20)
+    path = filled.settings.data_dir / "train" / "large.tar"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(body)
+    filled.client.upload_file(str(path), filled.settings.s3_bucket, "data/train/large.tar")
+    assert sync(filled, capsys, "--up")["transferred"] == 0
+    path.write_bytes(body[::-1])
+    assert sync(filled, capsys, "--up")["transferred"] == 1
+    assert stored(filled)["data/train/large.tar"] == body[::-1]
+
+
 def test_up_with_delete_stays_under_the_prefixes_and_never_empties_a_side(filled, capsys):
     folder = filled.settings.data_dir / "train"
     folder.mkdir(parents=True)

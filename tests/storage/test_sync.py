@@ -100,6 +100,55 @@ def test_without_a_usable_journal_files_are_recognized_by_md5(filled, journal):
     assert sync(filled.settings, quiet).transferred == 0
 
 
+def journal(settings) -> list[dict]:
+    text = (settings.data_dir / "train" / JOURNAL).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("damage", [False, True], ids=["intact", "damaged"])
+def test_after_the_machine_started_again_files_are_verified_before_they_are_trusted(
+    filled, monkeypatch, damage
+):
+    """A power cut may lose bytes that a sync left to the system to write."""
+    sync(filled.settings, quiet)
+    path = filled.settings.data_dir / "train" / "00000.tar"
+    changed = path.stat().st_mtime_ns
+    if damage:
+        path.write_bytes(bytes(3000))
+        os.utime(path, ns=(changed, changed))
+        assert sync(filled.settings, quiet).transferred == 0, "the journal still counts"
+    monkeypatch.setattr("clipft.storage.sync.folder.current_boot", lambda: "the next boot")
+    assert sync(filled.settings, quiet).transferred == damage
+    assert files(filled.settings.data_dir) == expected()
+
+
+def test_a_later_sync_makes_the_records_lasting(filled, monkeypatch):
+    sync(filled.settings, quiet)
+    assert {len(line["state"]) for line in journal(filled.settings)} == {4}
+    monkeypatch.setattr("clipft.storage.sync.folder._WRITTEN_AFTER", 0.0)
+    sync(filled.settings, quiet)
+    assert [len(line["state"]) for line in journal(filled.settings)[-3:]] == [3, 3, 3]
+    monkeypatch.setattr("clipft.storage.sync.folder.current_boot", lambda: "the next boot")
+    path = filled.settings.data_dir / "train" / "00000.tar"
+    changed = path.stat().st_mtime_ns
+    path.write_bytes(bytes(3000))
+    os.utime(path, ns=(changed, changed))
+    assert sync(filled.settings, quiet).transferred == 0
+
+
+def test_without_a_number_of_the_boot_the_records_last_and_the_files_are_flushed(
+    filled, monkeypatch
+):
+    flushed = []
+    monkeypatch.setattr("clipft.storage.sync.folder.current_boot", lambda: None)
+    monkeypatch.setattr(
+        "clipft.storage.sync.folder.flush_files", lambda folder, names: flushed.extend(names)
+    )
+    sync(filled.settings, quiet)
+    assert {len(line["state"]) for line in journal(filled.settings)} == {3}
+    assert set(flushed) == {name.partition("/")[2] for name in expected()}
+
+
 def test_a_listing_of_several_pages_is_complete(bucket):
     names = [f"data/train/{n:03}" for n in range(30)]
     bucket.put(dict.fromkeys(names, b"x"))

@@ -8,14 +8,21 @@ with credentials that are fresh then.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import did_you_mean, sentences
-from clipft.storage.s3.checksums import PART_BYTES, BinaryFile, checksum_in, etag_of, has_checksum
+from clipft.storage.s3.checksums import (
+    PART_BYTES,
+    BinaryFile,
+    RunningEtag,
+    checksum_in,
+    has_checksum,
+)
 from clipft.storage.s3.errors import Changed, Corrupt, code_and_status
 from clipft.storage.s3.keys import LocalPaths, Refused, RefusedKey, RemoteObject
-from clipft.storage.s3.listing import Entry, ListingReader
+from clipft.storage.s3.listing import Entry, Listing
 from clipft.storage.s3.retry import Retry
 
 if TYPE_CHECKING:
@@ -28,7 +35,7 @@ RANGE = 8 << 20
 SMALL = 1 << 20
 """Objects of up to this many bytes are held in memory while they are fetched."""
 
-_CHUNK = 256 << 10
+_CHUNK, _BLOCK = 256 << 10, 1 << 20
 _NAMES, _LISTED = 1000, 10
 """Names asked for where a prefix does not exist, and those that a message lists."""
 
@@ -42,11 +49,16 @@ class Bucket:
 
     settings: StorageSettings
     name: str
-    client: Any
     retry: Retry
-    _listings: ListingReader
+    _client: Callable[[], Any]
+    _listing: Listing
     _small: "S3Store"
     _large: "S3Store"
+
+    @property
+    def client(self) -> Any:
+        """A boto3 client, made on first use: a sync often needs none, and it takes 0.2 s."""
+        return self._client()
 
     def url(self, key: str = "") -> str:
         """``s3://bucket/key``, for messages."""
@@ -74,7 +86,7 @@ class Bucket:
             try:
                 path = paths.take(entry.key)
                 objects.append(
-                    RemoteObject(entry.key, path, entry.size, entry.etag, entry.has_checksum)
+                    RemoteObject(entry.key, path, entry.size, entry.etag, entry.checksum)
                 )
             except RefusedKey as refusal:
                 refused.append(Refused(entry.key, str(refusal)))
@@ -86,14 +98,12 @@ class Bucket:
         Raises:
             StorageError: the bucket cannot be listed.
         """
-        request: dict[str, Any] = {"Prefix": prefix, "EncodingType": "url", "MaxKeys": page_size}
+        ask, token = partial(self._listing.page, prefix, page_size), None
         while True:
-            self.call("list_objects_v2", prefix, **request)
-            entries, next_page = self._listings.last_page()
+            entries, token = self.retry(partial(ask, token), self.url(prefix))
             yield from entries
-            if next_page is None:
+            if token is None:
                 return
-            request["ContinuationToken"] = next_page
 
     def names_near(self, prefix: str) -> str:
         """Say which prefixes there are where ``prefix`` does not exist, and which one is closest.
@@ -105,7 +115,7 @@ class Bucket:
         place = ""
         for part in prefix.strip("/").split("/"):
             try:
-                answer = self.client.list_objects(  # ListingReader takes v2's answers away
+                answer = self.client.list_objects_v2(
                     Bucket=self.name, Prefix=place, Delimiter="/", MaxKeys=_NAMES
                 )
             except (BotoCoreError, ClientError):
@@ -135,17 +145,31 @@ class Bucket:
             raise Changed
         return body
 
-    def get_into(self, wanted: RemoteObject, start: int, end: int, descriptor: int) -> None:
-        """Fetch a range and write it at the same offset of an open file, with retries.
+    def get_into(
+        self,
+        wanted: RemoteObject,
+        start: int,
+        end: int,
+        descriptor: int,
+        arrived: Callable[[memoryview], None] = lambda chunk: None,
+    ) -> None:
+        """Fetch a range and write it at the same offset of an open file.
 
         Writing the bytes as they come takes a third of the processor time of holding 8 MiB
-        first, and little memory.
+        first, and little memory. ``arrived`` is called with each chunk, in order and once: what
+        is retried goes on where the last attempt broke off.
         """
+        offset = start
 
         def fetch() -> None:
-            offset = start
-            for chunk in self._request(wanted, start, end).stream(min_chunk_size=_CHUNK):
+            nonlocal offset
+            if offset == end:  # it broke off after the last byte
+                return
+            for chunk in self._request(wanted, offset, end).stream(min_chunk_size=_CHUNK):
                 body = memoryview(chunk)
+                if offset + len(body) > end:
+                    raise Changed
+                arrived(body)
                 while body:
                     written = os.pwrite(descriptor, body, offset)
                     body, offset = body[written:], offset + written
@@ -189,10 +213,12 @@ class Bucket:
         file: BinaryFile,
         size: int,
         unchanged: Callable[[], bool] = lambda: True,
+        concurrency: int = 4,
     ) -> str:
         """Upload a file, compare what the server received with it, and return the ETag.
 
         ``unchanged`` tells after the upload whether the file is still the one that was sent.
+        ``concurrency`` is the number of parts of a large file that are on their way at a time.
 
         Raises:
             StorageError: the object did not arrive as it was sent, or the file changed.
@@ -203,16 +229,23 @@ class Bucket:
         in_parts = size > PART_BYTES
 
         def send() -> str:
-            expected = etag_of(file, size, PART_BYTES)
             file.seek(0)
+            running = RunningEtag(PART_BYTES if in_parts else 0)
+
+            def blocks() -> Iterator[bytes]:
+                while block := file.read(_BLOCK if in_parts else -1):
+                    running.update(block)  # while other parts are on their way
+                    yield block
+
             answer = obstore.put(
                 self._large,
                 key,
-                file if in_parts else file.read(),
+                blocks() if in_parts else b"".join(blocks()),
                 use_multipart=in_parts,
                 chunk_size=PART_BYTES,
-                max_concurrency=4,
+                max_concurrency=concurrency,
             )
+            expected = running.etag()
             if not unchanged():
                 raise Changed
             if answer["e_tag"] == expected:

@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BufferedReader, BytesIO
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 PART_BYTES = 16 << 20
-"""Size of a part of an upload. Four parts of a file are held in memory at a time."""
+"""Size of a part of an upload. As many are held in memory as are on their way at a time."""
 
 BinaryFile = BufferedReader | BytesIO
 
@@ -50,7 +50,16 @@ def etag_of(file: BinaryFile, size: int, part_bytes: int) -> str:
     return f'"{md5(b"".join(digests)).hexdigest()}-{len(digests)}"'
 
 
-def matches(file: BinaryFile, size: int, etag: str, first_part: Callable[[], int]) -> bool | None:
+def possible_parts(size: int, etag: str) -> list[int]:
+    """The usual sizes of parts that an object of ``size`` bytes with this ETag can have had."""
+    found = _IN_PARTS.fullmatch(etag)
+    count = int(found[2]) if found else 0
+    return [part for part in _USUAL_PARTS if (count - 1) * part < size <= count * part]
+
+
+def matches(
+    file: BinaryFile, size: int, etag: str, first_part: Callable[[], int] = lambda: 0
+) -> bool | None:
     """Whether a file has the bytes that ``etag`` identifies; None if that cannot be told.
 
     The size of the parts is not in the ETag: the usual sizes are tried first, then
@@ -66,7 +75,7 @@ def matches(file: BinaryFile, size: int, etag: str, first_part: Callable[[], int
         file.seek(0)
         digest = hashlib.file_digest(file, md5).digest()
         return f'"{md5(digest).hexdigest()}-1"' == wanted
-    possible = [p for p in _USUAL_PARTS if (parts - 1) * p < size <= parts * p]
+    possible = possible_parts(size, etag)
     if any(etag_of(file, size, part) == wanted for part in possible):
         return True
     part = first_part()
@@ -98,47 +107,78 @@ def checksum_in(head: Mapping[str, Any]) -> Checksum | None:
 
 def has_checksum(file: BinaryFile, checksum: Checksum) -> bool | None:
     """Whether the checksum is that of a file; None if the algorithm is not installed."""
-    digest = ALGORITHMS[checksum.algorithm](file)
-    return None if digest is None else digest == checksum.value
+    running = ALGORITHMS[checksum.algorithm]()
+    if running is None:
+        return None
+    file.seek(0)
+    for block in iter(lambda: file.read(_MIB), b""):
+        running.update(block)
+    return running.digest() == checksum.value
 
 
-def _crc(function: Callable[[bytes, int], int], size: int) -> Callable[[BinaryFile], bytes]:
-    def digest(file: BinaryFile) -> bytes:
-        file.seek(0)
-        value = 0
-        for block in iter(lambda: file.read(_MIB), b""):
-            value = function(block, value)
-        return value.to_bytes(size, "big")
+class Running(Protocol):
+    """A digest of bytes that arrive one after the other."""
 
-    return digest
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def digest(self) -> bytes: ...
 
 
-def _crt(name: str, size: int) -> Callable[[BinaryFile], bytes | None]:
+class RunningEtag:
+    """The ETag of bytes that arrive one after the other, if uploaded in parts of ``part_bytes``
+    (0: in one request)."""
+
+    def __init__(self, part_bytes: int = 0) -> None:
+        self._part_bytes, self._left = part_bytes, part_bytes
+        self._md5, self._parts = md5(), list[bytes]()
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        data = memoryview(data)
+        while self._part_bytes and len(data) >= self._left:
+            self._md5.update(data[: self._left])
+            self._parts.append(self._md5.digest())
+            data, self._left, self._md5 = data[self._left :], self._part_bytes, md5()
+        self._md5.update(data)
+        self._left -= len(data)
+
+    def etag(self) -> str:
+        if not self._part_bytes:
+            return f'"{self._md5.hexdigest()}"'
+        parts = list(self._parts)
+        if self._left < self._part_bytes:
+            parts.append(self._md5.digest())
+        return f'"{md5(b"".join(parts)).hexdigest()}-{len(parts)}"'
+
+
+class _Crc:
+    def __init__(self, function: Callable[[bytes | memoryview, int], int], size: int) -> None:
+        self._function, self._size, self._value = function, size, 0
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        self._value = self._function(data, self._value)
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(self._size, "big")
+
+
+def _crt(name: str, size: int) -> _Crc | None:
     """A CRC of awscrt, which computes some GB/s; in Python it would take minutes for one."""
-
-    def digest(file: BinaryFile) -> bytes | None:
-        try:
-            from awscrt import checksums
-        except ImportError:
-            return None
-        return _crc(getattr(checksums, name), size)(file)
-
-    return digest
+    try:
+        from awscrt import checksums
+    except ImportError:
+        return None
+    return _Crc(getattr(checksums, name), size)
 
 
-def _hashed(name: str) -> Callable[[BinaryFile], bytes]:
-    def digest(file: BinaryFile) -> bytes:
-        file.seek(0)
-        return hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).digest()
-
-    return digest
-
-
-ALGORITHMS: dict[str, Callable[[BinaryFile], bytes | None]] = {
-    "CRC32": _crc(zlib.crc32, 4),
-    "SHA256": _hashed("sha256"),
-    "SHA1": _hashed("sha1"),
-    "CRC64NVME": _crt("crc64nvme", 8),
-    "CRC32C": _crt("crc32c", 4),
+ALGORITHMS: dict[str, Callable[[], Running | None]] = {
+    "CRC32": lambda: _Crc(zlib.crc32, 4),
+    "SHA256": lambda: hashlib.sha256(usedforsecurity=False),
+    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+    "CRC64NVME": lambda: _crt("crc64nvme", 8),
+    "CRC32C": lambda: _crt("crc32c", 4),
 }
-"""Those that S3 has, in the order in which they are looked for, as ``head_object`` names them."""
+"""Those that S3 has, in the order in which they are looked for, as ``head_object`` names them.
+Each gives a new running digest, or None if it is not installed."""
+
+QUICK = ("CRC32", "CRC32C", "CRC64NVME")
+"""Those that take less processor time than an md5."""

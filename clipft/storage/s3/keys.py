@@ -30,7 +30,8 @@ class Refused:
 @dataclass(frozen=True)
 class RemoteObject:
     """One object of the bucket: ``path`` is its place below a target folder, with slashes, and
-    ``size`` is in bytes. ``has_checksum`` says that the server has one of the whole object.
+    ``size`` is in bytes, and ``checksum`` the algorithm of the one that the server has of the whole
+    object, or "".
 
     Strings, because making path objects takes longer than all the rest of a listing.
     """
@@ -39,7 +40,7 @@ class RemoteObject:
     path: str
     size: int
     etag: str
-    has_checksum: bool = False
+    checksum: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,66 +1,77 @@
-"""Read the listings of a bucket faster than botocore does.
+"""List a bucket with requests of our own, signed and sent by botocore.
 
-botocore's parser takes most of the time of a listing of many thousand keys. ``ListingReader``
-takes the XML away from it and reads only the fields that clipft needs.
+A client of boto3 would read S3's service description first, and parse long listings slowly: both
+took longer than syncing a few files.
 """
 
-import threading
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-_EMPTY = b"<ListBucketResult></ListBucketResult>"
-
 
 class Entry(NamedTuple):
-    """One object as listed: ``size`` in bytes, ``modified`` in ISO format, and whether the server
-    has a checksum of the whole object."""
+    """One object as listed: ``size`` in bytes, ``modified`` in ISO format, and the algorithm of the
+    checksum that the server has of the whole object, or ""."""
 
     key: str
     size: int
     etag: str
     modified: str
-    has_checksum: bool
+    checksum: str
 
 
-class ListingReader:
-    """Captures the answers to ``list_objects_v2`` of one boto3 client.
+class Listing:
+    """Requests pages of the listing of the bucket at ``url``. ``sign`` adds a signature to a
+    request, and ``http`` sends it (a ``botocore.httpsession.URLLib3Session``)."""
 
-    The body is kept per thread, so threads that share the client each read their own page.
-    """
+    def __init__(self, url: str, sign: Callable[[Any], None], http: Any) -> None:
+        self._url, self._sign, self._http = url, sign, http
 
-    def __init__(self, client: Any) -> None:
-        self._held = threading.local()
-        client.meta.events.register("before-parse.s3.ListObjectsV2", self._capture)
-
-    def _capture(self, response_dict: dict[str, Any], **others: Any) -> None:
-        if response_dict["status_code"] == 200:  # botocore still parses errors
-            self._held.body = response_dict["body"]
-            response_dict["body"] = _EMPTY
-
-    def last_page(self) -> tuple[list[Entry], str | None]:
-        """The entries that this thread's last ``list_objects_v2`` brought, and the token of the
-        next page (None after the last page).
+    def page(self, prefix: str, size: int, token: str | None) -> tuple[list[Entry], str | None]:
+        """Up to ``size`` entries under ``prefix``, and the token of the next page (None after the
+        last page).
 
         Raises:
-            ValueError: the body is not XML.
+            ClientError: the server refuses; or another exception of botocore, if it is not reached.
+            ValueError: the answer is not XML.
         """
-        try:
-            root = ElementTree.fromstring(self._held.body)  # noqa: S314 (as botocore does)
-        except ElementTree.ParseError as error:
-            raise ValueError(f"the listing is not XML: {error}") from error
-        namespace = root.tag.rpartition("ListBucketResult")[0]
-        encoded = root.findtext(f"{namespace}EncodingType") == "url"
-        entries = []
-        for content in root.iterfind(f"{namespace}Contents"):
-            found = {child.tag[len(namespace) :]: child.text or "" for child in content}
-            key = found["Key"]
-            if encoded and ("%" in key or "+" in key):
-                key = unquote(key.replace("+", " "))
-            modified = found.get("LastModified", "")
-            # The other type, COMPOSITE, is a checksum of the checksums of the parts
-            has_checksum = found.get("ChecksumType") == "FULL_OBJECT"
-            entries.append(Entry(key, int(found["Size"]), found["ETag"], modified, has_checksum))
-        if root.findtext(f"{namespace}IsTruncated") != "true":
-            return entries, None
-        return entries, root.findtext(f"{namespace}NextContinuationToken")
+        from botocore.awsrequest import AWSRequest
+        from botocore.exceptions import ClientError
+
+        query = {"list-type": "2", "prefix": prefix, "encoding-type": "url", "max-keys": str(size)}
+        if token is not None:
+            query["continuation-token"] = token
+        request = AWSRequest("GET", self._url, params=query)
+        self._sign(request)
+        answer = self._http.send(request.prepare())
+        if answer.status_code == 200:
+            return _parsed(answer.content)
+        code = re.search(rb"<Code>(\w+)</Code>", answer.content)
+        facts = {"HTTPStatusCode": answer.status_code}
+        error = {"Code": code[1].decode() if code else str(answer.status_code)}
+        raise ClientError({"Error": error, "ResponseMetadata": facts}, "ListObjectsV2")
+
+
+def _parsed(body: bytes) -> tuple[list[Entry], str | None]:
+    try:
+        root = ElementTree.fromstring(body)  # noqa: S314 (as botocore does)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"the listing is not XML: {error}") from error
+    namespace = root.tag.rpartition("ListBucketResult")[0]
+    encoded = root.findtext(f"{namespace}EncodingType") == "url"
+    entries = []
+    for content in root.iterfind(f"{namespace}Contents"):
+        found = {child.tag[len(namespace) :]: child.text or "" for child in content}
+        key = found["Key"]
+        if encoded and ("%" in key or "+" in key):
+            key = unquote(key.replace("+", " "))
+        modified = found.get("LastModified", "")
+        # The other type, COMPOSITE, is a checksum of the checksums of the parts
+        whole = found.get("ChecksumType") == "FULL_OBJECT"
+        checksum = found.get("ChecksumAlgorithm", "") if whole else ""
+        entries.append(Entry(key, int(found["Size"]), found["ETag"], modified, checksum))
+    if root.findtext(f"{namespace}IsTruncated") != "true":
+        return entries, None
+    return entries, root.findtext(f"{namespace}NextContinuationToken")

@@ -1,8 +1,10 @@
 """A local folder that mirrors a prefix, and its journal of the files that a sync put there.
 
-The journal records the ETag of each object and how its file looked afterwards. A record is
-written only when its file has been flushed to disk: after a power cut the journal vouches for no
-file whose bytes were lost.
+The journal records the ETag of each object and how its file looked afterwards. A sync does not
+wait until the bytes are on the disk, which for large shards can take longer than fetching them. Its
+records name the current boot of the machine and count only until the next one, so that after a
+power cut the files are checked again by their md5. A later sync in the same boot makes the records
+lasting.
 """
 
 import ctypes
@@ -10,15 +12,17 @@ import json
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from clipft.core.errors import StorageError
 from clipft.core.files import disk_error, replacing
-from clipft.storage.s3.checksums import etag_of, plain_md5
+from clipft.storage.s3.checksums import matches
 from clipft.storage.s3.keys import OWN_PREFIX, Refused, RefusedKey, RemoteObject, parents
 
 JOURNAL = f"{OWN_PREFIX}sync.jsonl"
@@ -26,8 +30,12 @@ LOCK = f"{OWN_PREFIX}sync.lock"
 PART = f"{OWN_PREFIX}part-"
 _INDEX_SUFFIX = ".clipft-index"
 
+_WRITTEN_AFTER = 60.0
+"""Seconds after which Linux has begun to write a changed file to disk by itself (30 by default)."""
+
 Record = list[Any]
-"""ETag of the object, then size and time of change (ns) of the file."""
+"""ETag of the object, then size and time of change (ns) of the file, then the boot in which the
+record counts; without one it always counts."""
 
 
 @dataclass
@@ -65,7 +73,8 @@ class Folder:
             try:
                 yield
             finally:
-                self.flush()
+                self.write_records()
+                self._make_lasting()
 
     def load(self) -> None:
         """Read the journal. A later line replaces an earlier one; a line that was cut off when
@@ -77,28 +86,49 @@ class Folder:
                     self.records[str(entry["path"])] = list(entry["state"])
 
     def record(self, wanted: RemoteObject) -> None:
-        """Note that the file of an object is in place; ``flush`` writes it down."""
+        """Note that the file of an object is in place; ``write_records`` writes it down."""
         status = os.lstat(self.local(wanted))
         self._new[wanted.path] = [wanted.etag, status.st_size, status.st_mtime_ns]
 
-    def flush(self) -> None:
-        """Flush the new files to disk, then append their records to the journal.
+    def write_records(self) -> None:
+        """Append the new records to the journal.
 
         Raises:
             StorageError: the disk failed.
         """
         if not self._new:
             return
+        boot = current_boot()
         try:
-            flush_files(self.path, list(self._new))
-            with open(self.path / JOURNAL, "a", encoding="utf-8") as file:
-                file.writelines(_lines(self._new))
-                file.flush()
-                os.fsync(file.fileno())
+            if boot is None:
+                flush_files(self.path, list(self._new))
+            else:
+                self._new = {name: [*record, boot] for name, record in self._new.items()}
+            self._append(self._new)
         except OSError as error:
             raise disk_error(self.path / JOURNAL, error) from error
         self.records |= self._new
         self._new = {}
+
+    def _make_lasting(self) -> None:
+        """Flush files that an earlier sync in this boot recorded, and record them for good."""
+        before = time.time_ns() - int(_WRITTEN_AFTER * 1e9)
+        boot = current_boot()
+        lasting = {
+            name: record[:3]
+            for name, record in self.records.items()
+            if len(record) == 4 and record[3] == boot and record[2] < before
+        }
+        if lasting:
+            # A failure costs only a check after the next boot
+            with suppress(OSError):
+                flush_files(self.path, list(lasting))
+                self._append(lasting)
+                self.records |= lasting
+
+    def _append(self, records: dict[str, Record]) -> None:
+        with open(self.path / JOURNAL, "a", encoding="utf-8") as file:
+            file.writelines(_lines(records))
 
     def delete(self, names: list[str]) -> None:
         """Remove files, then folders that this leaves empty, and rewrite the journal without them.
@@ -118,7 +148,7 @@ class Folder:
                     parent.rmdir()
             except OSError as error:
                 raise disk_error(path, error) from error
-        self.flush()
+        self.write_records()
         with replacing(self.path / JOURNAL) as temporary:
             temporary.write_text("".join(_lines(self.records)), encoding="utf-8")
 
@@ -143,17 +173,19 @@ class Folder:
             status is not None
             and stat.S_ISREG(status.st_mode)
             and status.st_size == wanted.size
-            and record == [wanted.etag, wanted.size, status.st_mtime_ns]
+            and record is not None
+            and record[:3] == [wanted.etag, wanted.size, status.st_mtime_ns]
+            and (len(record) == 3 or record[3] == current_boot())
         )
 
     def needs(self, wanted: RemoteObject) -> bool:
         """Whether the object has to be fetched, because the file at its path does not have its
-        md5. If there is no file, the folders on the way to it are created.
+        md5, or that of its parts. If there is no file, the folders on the way to it are created.
 
         Raises:
             RefusedKey: something else is in the way.
         """
-        status, md5 = self.status(wanted), plain_md5(wanted.etag)
+        status = self.status(wanted)
         if status is None:
             for parent in parents(wanted.path):
                 path = f"{self.path}/{parent}"
@@ -169,15 +201,23 @@ class Folder:
             return True
         if stat.S_ISDIR(status.st_mode):
             raise RefusedKey(f"would replace {wanted.path}, which is a folder in the target")
-        if not stat.S_ISREG(status.st_mode) or status.st_size != wanted.size or md5 is None:
+        if not stat.S_ISREG(status.st_mode) or status.st_size != wanted.size:
             return True
         with open(self.local(wanted), "rb") as file:
-            return etag_of(file, wanted.size, wanted.size) != f'"{md5}"'
+            return not matches(file, wanted.size, wanted.etag)
 
 
 def _lines(records: dict[str, Record]) -> Iterable[str]:
     for name, record in records.items():
         yield json.dumps({"path": name, "state": record}, ensure_ascii=False) + "\n"
+
+
+@cache
+def current_boot() -> str | None:
+    """What changes when the machine starts again, or None if the system does not say."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return None
 
 
 def flush_files(folder: Path, names: list[str]) -> None:

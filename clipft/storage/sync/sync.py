@@ -19,8 +19,9 @@ from clipft.core.errors import StorageError
 from clipft.storage.s3.bucket import Bucket
 from clipft.storage.s3.client import open_bucket
 from clipft.storage.s3.keys import Filter, Refused, RemoteObject, folder_prefixes
-from clipft.storage.sync.download import Download, TransferProgress, part_name
+from clipft.storage.sync.download import Download, TransferProgress
 from clipft.storage.sync.folder import PART, Folder, local_files
+from clipft.storage.sync.incoming import part_name
 
 SIDES = ("train", "val", "test")
 WHOLE = "."

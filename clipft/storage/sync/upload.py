@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipft.config.sections.data import StorageSettings
-from clipft.core.common import Note
+from clipft.core.common import Note, processors
 from clipft.core.errors import StorageError
 from clipft.core.files import disk_error
 from clipft.storage.s3.bucket import Bucket
-from clipft.storage.s3.checksums import PART_BYTES, etag_of
+from clipft.storage.s3.checksums import matches
+from clipft.storage.s3.keys import RemoteObject
 from clipft.storage.sync.download import TransferProgress
 from clipft.storage.sync.folder import local_files
 from clipft.storage.sync.sync import SIDES, BucketListing, SyncOptions, SyncResult, list_bucket
@@ -84,20 +85,23 @@ def _missing_or_different(
     listing: BucketListing, data_dir: Path, names: dict[str, list[str]]
 ) -> list[_Upload]:
     """The local files that the bucket lacks, or has with other bytes according to the ETag."""
-    todo = []
+
+    def differs(there: RemoteObject | None, upload: _Upload) -> bool:
+        if there is None or there.size != upload.size:
+            return True
+        with open(upload.path, "rb") as file:
+            return not matches(file, upload.size, there.etag)
+
+    found, uploads = list[RemoteObject | None](), list[_Upload]()
     for side, prefix in listing.prefixes.items():
         there = {wanted.path: wanted for wanted in listing.objects[side]}
         for name in names[side]:
             path = data_dir / side / name
-            size = path.stat().st_size
-            same = False
-            if name in there and there[name].size == size:
-                with open(path, "rb") as file:
-                    etags = {etag_of(file, size, part) for part in {size, PART_BYTES}}
-                same = there[name].etag in etags
-            if not same:
-                todo.append(_Upload(path, prefix + name, size))
-    return todo
+            found.append(there.get(name))
+            uploads.append(_Upload(path, prefix + name, path.stat().st_size))
+    with ThreadPoolExecutor(processors()) as pool:
+        different = pool.map(differs, found, uploads)
+        return [upload for upload, differs in zip(uploads, different, strict=True) if differs]
 
 
 def _send(
@@ -106,20 +110,22 @@ def _send(
     requests: int,
     report: Callable[[TransferProgress], None],
 ) -> None:
-    """Upload files, ``requests`` at a time."""
+    """Upload files, ``requests`` at a time, counting the parts of large ones."""
+    files_at_once = max(1, min(requests, len(todo)))
+    parts = max(1, requests // files_at_once)
 
     def send(upload: _Upload) -> _Upload:
         path, size = upload.path, upload.size
         try:
             with open(path, "rb") as file:
-                bucket.put(upload.key, file, size, lambda: path.stat().st_size == size)
+                bucket.put(upload.key, file, size, lambda: path.stat().st_size == size, parts)
         except OSError as error:
             raise disk_error(path, error) from error
         return upload
 
     files_done = bytes_done = 0
     total = sum(upload.size for upload in todo)
-    with ThreadPoolExecutor(requests) as pool:
+    with ThreadPoolExecutor(files_at_once) as pool:
         try:
             for done in pool.map(send, todo):
                 files_done, bytes_done = files_done + 1, bytes_done + done.size
