@@ -8,10 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from clipft.core.common import expand_home
+from clipft.core.part import Part
 from clipft.core.text import is_unicode
 
 _KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", bool: "on|off"}
@@ -98,6 +107,14 @@ def _refuse_folder(path: Path) -> Path:
 
 File = Annotated[Path, AfterValidator(_refuse_folder)]
 """A path that may be missing, but must not be a folder."""
+
+
+def _parse_part(value: Any) -> Any:
+    return Part.parse(value) if isinstance(value, str) else value
+
+
+Share = Annotated[Part, BeforeValidator(_parse_part)]
+"""A part of the work, given as I/N."""
 
 
 def former_name(field: FieldInfo) -> str | None:

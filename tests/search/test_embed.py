@@ -14,6 +14,7 @@ from pyarrow import parquet
 from clipft.cli.app import run
 from clipft.core.common import silent
 from clipft.core.errors import DataError, UsageError
+from clipft.core.part import Part
 from clipft.data.demo.catalogue import render_pair
 from clipft.data.loader import LoaderOptions
 from clipft.data.shards.dataset import open_pairs
@@ -22,6 +23,7 @@ from clipft.runs.load import open_model
 from clipft.search.images import open_images
 from clipft.search.index import open_index
 from clipft.search.tables.embed import EmbedChoices, embed_dataset
+from clipft.search.tables.folder import EmbeddingsFolder
 from tests.conftest import add, jpeg, write_shard
 from tests.loaded_settings import loaded_settings
 
@@ -204,6 +206,10 @@ class Killed:
     def __exit__(self, *_):
         return None
 
+    @staticmethod
+    def fail(*_):
+        raise KeyboardInterrupt
+
 
 @pytest.mark.parametrize(("table", "expected"), [("images", (76, 136)), ("texts", (0, 76))])
 def test_after_a_kill_it_goes_on(table, expected, written, tiny, catalogue, tmp_path):
@@ -213,10 +219,75 @@ def test_after_a_kill_it_goes_on(table, expected, written, tiny, catalogue, tmp_
     assert not list(out.glob("*/*.parquet")), "no file has its final place before all are there"
     again = embed(tiny, catalogue, out)
     assert tuple(again.embedded_now.values()) == expected
+    same(out, written)
+
+
+def same(one, other):
+    """Assert that two folders hold the same, up to the rounding of other batches."""
     for name in BOTH:
-        one, other = read(out, name), read(written, name)
-        assert one.drop(["vector"]).equals(other.drop(["vector"]))
-        np.testing.assert_allclose(vectors(one), vectors(other), atol=1e-6)
+        a, b = read(one, name), read(other, name)
+        assert a.drop(["vector"]).equals(b.drop(["vector"]))
+        np.testing.assert_allclose(vectors(a), vectors(b), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_the_last_part_joins_them(order, written, tiny, catalogue, tmp_path):
+    out = tmp_path / "out"
+    early = embed(tiny, catalogue, out, share=Part(order[0], 2))
+    own = {1: 60 + 40, 2: 36}[order[0]]  # the first and the third shard are those of part 1
+    assert early.embedded_now == {"images": own, "texts": early.embedded_now["texts"]}
+    assert (early.joined, early.left, early.rows) == (False, 2 * (own == 36) + 2, {})
+    assert not list(out.glob("*/*.parquet")), "nothing is in its place before all are there"
+    last = embed(tiny, catalogue, out, share=Part(order[1], 2), index=True)
+    assert (last.joined, last.left) == (True, 0)
+    assert last.rows == {"images": 136, "texts": 136}
+    assert (out / "images.faiss").exists()
+    assert not list(out.glob(".*"))
+    same(out, written)
+
+
+def test_a_part_that_fails_to_join_is_made_up_for(written, tiny, catalogue, tmp_path):
+    """It was killed, or the disk was full, after all files were complete."""
+    out = tmp_path / "out"
+    embed(tiny, catalogue, out, share=Part(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingsFolder, "publish", Killed.fail)
+        with pytest.raises(KeyboardInterrupt):
+            embed(tiny, catalogue, out, share=Part(2, 2))
+    again = embed(tiny, catalogue, out, share=Part(1, 2))
+    assert (again.joined, again.embedded_now) == (True, {"images": 0, "texts": 0})
+    same(out, written)
+
+
+def test_only_one_of_two_parts_that_end_together_joins_them(tiny, catalogue, tmp_path):
+    out, claims = tmp_path / "out", []
+    embed(tiny, catalogue, out, share=Part(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingsFolder, "claim", lambda folder: bool(claims.append(folder)))
+        late = embed(tiny, catalogue, out, share=Part(2, 2))
+    assert (late.joined, late.left) == (False, 0)
+    (folder,) = claims
+    assert [folder.claim(), folder.claim()] == [True, False]
+    shutil.rmtree(folder.building)  # another process has moved all files
+    assert not folder.claim()
+
+
+def test_parts_of_other_options_are_refused(tiny, catalogue, tmp_path):
+    out = tmp_path / "out"
+    embed(tiny, catalogue, out, share=Part(1, 2))
+    with pytest.raises(UsageError, match="with dtype float32, and not float16"):
+        embed(tiny, catalogue, out, share=Part(2, 2), dtype="float16")
+    assert len(list(out.glob(".*/*/*.parquet"))) == 4
+
+
+def test_parts_replace_embeddings_of_other_options(tiny, catalogue, tmp_path):
+    out, anew = tmp_path / "out", {"dtype": "float16", "overwrite": True}
+    embed(tiny, catalogue, out)
+    first = embed(tiny, catalogue, out, share=Part(1, 2), **anew)
+    assert not first.joined
+    last = embed(tiny, catalogue, out, share=Part(2, 2), **anew)
+    assert (last.joined, last.embedded_now["images"]) == (True, 36), "those of part 1 are kept"
+    assert read(out).schema.field("vector").type == pyarrow.list_(pyarrow.float16(), 128)
 
 
 def test_an_unchanged_folder_is_left_alone(written, tiny, catalogue, tmp_path):
@@ -243,10 +314,7 @@ def test_only_what_changed_is_embedded_again(written, tiny, catalogue, tmp_path)
     assert names == {f"{name}-0000.parquet" for name in ("train-00000", "train-00007", "val-00000")}
     assert not list(out.glob("*.faiss")), "an index of other rows would be wrong"
     embed(tiny, data, tmp_path / "anew")
-    for name in BOTH:
-        one, other = read(out, name), read(tmp_path / "anew", name)
-        assert one.drop(["vector"]).equals(other.drop(["vector"]))
-        np.testing.assert_allclose(vectors(one), vectors(other), atol=1e-6)
+    same(out, tmp_path / "anew")
 
 
 def test_a_new_field_reaches_all_files_and_embeds_nothing(tiny, catalogue, tmp_path):

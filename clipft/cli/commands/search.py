@@ -8,11 +8,12 @@ import typer
 from clipft.cli.console import Output, end
 from clipft.cli.options import command
 from clipft.cli.s3_data import LOCATION_SETTINGS, local_data
-from clipft.config.fields import File, Section, setting
+from clipft.config.fields import File, Section, Share, setting
 from clipft.config.sources import LoadedSettings
 from clipft.core.common import counted
 from clipft.core.errors import DataError, UsageError, sentences
 from clipft.core.files import check_writable, did_you_mean_path
+from clipft.core.part import ALL
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -217,6 +218,12 @@ class EmbedOptions(Section):
         None, "Also write an exact FAISS index of each table.", metavar="faiss"
     )
     overwrite: bool = setting(False, "Replace the embeddings of another model or other options.")
+    part: Share = setting(
+        ALL,
+        "Embed only the I-th of N parts of the data, to share the work among N processes. DATA and "
+        "OUT must be the same folders for all of them.",
+        metavar="I/N",
+    )
     push: str | None = setting(
         None,
         "Upload the result to this data set repository of the Hugging Face Hub. A new repository "
@@ -259,6 +266,7 @@ def embed(
         clipft embed tiny ./photos ./embeddings --images --dtype float16
         clipft embed ./my-clip ./catalogue ./embeddings --index faiss
         clipft embed ./my-clip ./catalogue ./embeddings --push me/embeddings
+        clipft embed ./my-clip ./catalogue ./embeddings --part 2/4
     """
     from clipft.search.tables.folder import OWN_FILES, TABLES, EmbeddingsFolder
     from clipft.search.tables.requirements import check_installed
@@ -288,18 +296,30 @@ def embed(
     repository = make_repository(options.push, "dataset") if options.push else None
     asked = tuple(name for name in TABLES if getattr(options, name)) or TABLES
     choices = EmbedChoices(
-        asked, options.dtype, options.dim, options.index is not None, options.overwrite
+        asked,
+        options.dtype,
+        options.dim,
+        options.index is not None,
+        options.overwrite,
+        options.part,
     )
     try:
         result = embed_dataset(opened, parts, target, choices, out.progress)
     except KeyboardInterrupt:
         out.note("Stopped. Run the same command again to continue.")
         raise
-    page = push(target, repository, "dataset", OWN_FILES) if repository else None
+    page = push(target, repository, "dataset", OWN_FILES) if repository and result.joined else None
     if result.skipped:
         images = counted(sum(result.skipped.values()), "image")
         out.note(f"note: skipped {images}, see {target / 'skipped.jsonl'}.")
     out.result({**result.to_dict(), "pushed_to": page}, _embedded_table(result, page))
+    if result.left:
+        out.note(
+            f"This is part {options.part}. The tables will be complete when the other parts have "
+            f"written the {counted(result.left, 'file')} that are missing."
+        )
+    elif not result.joined:
+        out.note(f"This is part {options.part}. Another part completes the tables.")
     end(out, {name: target / name for name in result.rows})
 
 
@@ -307,11 +327,12 @@ def _embedded_table(result: "EmbedResult", page: str | None) -> "Table":
     from clipft.cli.plain_table import rows_table
 
     rows = [
-        [name, f"{count:,}", f"{result.embedded_now[name]:,} embedded now"]
-        for name, count in result.rows.items()
+        [name, f"{result.rows[name]:,}" if result.joined else "", f"{count:,} embedded now"]
+        for name, count in result.embedded_now.items()
     ]
     rows.append(["vectors", f"{result.dim} x {result.dtype}", f"of {result.model}"])
-    rows.append(["size", f"{result.bytes / 2**20:.1f} MiB", ""])
+    if result.joined:
+        rows.append(["size", f"{result.bytes / 2**20:.1f} MiB", ""])
     rows += [[f"skipped: {why}", f"{count:,}", ""] for why, count in result.skipped.items()]
     if page:
         rows.append(["pushed to", page, ""])

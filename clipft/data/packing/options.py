@@ -1,51 +1,17 @@
 """The options of packing, in a module without heavy imports because ``--help`` shows them."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator
 
-from clipft.config.fields import Section, setting
-from clipft.core.errors import UsageError, did_you_mean
+from clipft.config.fields import Section, Share, setting
+from clipft.core.errors import did_you_mean
+from clipft.core.part import ALL
 
 # Default distance of perceptual hashes up to which images are near-duplicates, in bits
 NEAR_BITS = 4
 # Those that tables usually have, for suggestions; every other one of Python works too
 _ENCODINGS = ("utf-8", "utf-16", "cp1252", "cp1250", "cp1251", "latin-1", "gb18030", "shift_jis")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One machine's share when several pack one catalogue: every ``of``-th shard, from the shard
-    ``number`` - 1 on."""
-
-    number: int = 1
-    of: int = 1
-
-    @staticmethod
-    def parse(text: str) -> "Part":
-        """Parse a text such as ``2/4``; an empty one means the whole pack.
-
-        Raises:
-            UsageError: The text is not I/N with 1 <= I <= N.
-        """
-        if not text:
-            return Part()
-        number, _, of = text.partition("/")
-        if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
-            return Part(int(number), int(of))
-        raise UsageError(f"--part {text} is not I/N", "name the parts 1/4, 2/4, 3/4 and 4/4")
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-    @property
-    def suffix(self) -> str:
-        """The suffix of this part's own files; empty for the whole pack."""
-        return f"-{self.number}-of-{self.of}" if self.of > 1 else ""
-
-    def has(self, shard: int) -> bool:
-        return shard % self.of == self.number - 1
 
 
 class PackOptions(Section):
@@ -141,8 +107,8 @@ class PackOptions(Section):
     )
     overwrite: bool = setting(False, "Replace an earlier pack.")
     seed: int = setting(42, "Seed of the split and of the order.")
-    part: Part = setting(
-        Part(),
+    part: Share = setting(
+        ALL,
         "Write only the I-th of N parts of the shards, to share the work among N machines.",
         metavar="I/N",
     )
@@ -165,8 +131,3 @@ class PackOptions(Section):
             meant = did_you_mean(name, _ENCODINGS) or "write for example utf-8, utf-16 or cp1252"
             raise ValueError(f"is not an encoding: {meant}") from None
         return name
-
-    @field_validator("part", mode="before")
-    @classmethod
-    def _parse_part(cls, value: Any) -> Any:
-        return Part.parse(value) if isinstance(value, str) else value

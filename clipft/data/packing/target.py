@@ -15,7 +15,7 @@ from typing import Any
 
 from clipft.core.errors import StorageError, UsageError
 from clipft.core.files import read_json
-from clipft.data.packing.options import Part
+from clipft.core.part import Part
 from clipft.data.packing.records import count_reasons
 from clipft.data.packing.writer import Written
 from clipft.data.shards.names import SPLITS

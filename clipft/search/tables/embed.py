@@ -3,17 +3,21 @@
 The data are divided into parts of up to 4,096 pairs, and each part becomes one file of a table. A
 file whose part has not changed is kept. Of a changed part, an image or a caption is embedded only
 if no file has the vector of the same bytes yet. Only a few parts are in memory at a time.
+
+Several processes can share the work (``EmbedChoices.share``): each embeds some of the parts, and
+whichever finds all files complete moves them into place.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipft import __version__
 from clipft.core.common import Progress, counted
 from clipft.core.errors import DataError, UsageError
+from clipft.core.part import ALL, Part
 from clipft.models.huggingface import public_name
 from clipft.runs.load import OpenedModel
 from clipft.search.images import ImagePart
@@ -33,28 +37,35 @@ again."""
 @dataclass(frozen=True)
 class EmbedChoices:
     """What is written: some of ``folder.TABLES``, with vectors of ``dtype`` and ``dim`` dimensions
-    (0: all), and with ``index`` a FAISS index of each table."""
+    (0: all), and with ``index`` a FAISS index of each table. ``share`` is this process's part."""
 
     tables: tuple[str, ...]
     dtype: str = "float32"
     dim: int = 0
     index: bool = False
     overwrite: bool = False
+    share: Part = ALL
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """The rows of each table, how many images or captions were embedded now, and how many images
-    were skipped, by reason. ``bytes`` is the size of the tables."""
+    """How many images or captions of each table were embedded now, and what the folder holds: the
+    rows of each table, how many images were skipped, by reason, and the ``bytes`` of the tables.
+
+    Of several processes that share the work, all but one return without the latter, and
+    ``joined`` is False. ``left`` counts the files that others still had to write.
+    """
 
     out: Path
     model: str
     dtype: str
     dim: int
-    rows: dict[str, int]
     embedded_now: dict[str, int]
-    skipped: dict[str, int]
-    bytes: int
+    rows: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    joined: bool = True
+    left: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out)}
@@ -86,14 +97,46 @@ def embed_dataset(
             for done, part in enumerate(unread, 1):
                 fields[part.name] = fields_of(part)
                 report(done, len(unread))
+    own = {part.name for number, part in enumerate(parts) if choices.share.has(number)}
     embedded = dict[str, int]()
     for table in tables:
         changed, embedded[table.name] = table.choose_columns(fields), 0
+        changed = [part for part in changed if part.name in own]
         if not changed:
             continue
         pairs = counted(sum(part.count for part in changed), "pair")
         with progress(f"Embedding the {table.name} of {pairs}") as report:
             embedded[table.name] = table.write(changed, report)
+    left = sum(len(table.missing()) for table in tables)
+    joins = not left and (choices.share.of == 1 or folder.claim())
+    found = _join(tables, parts, folder, choices, made_with) if joins else {}
+    return EmbedResult(
+        out=out,
+        model=made_with["model"],
+        dtype=made_with["dtype"],
+        dim=made_with["dim"],
+        embedded_now=embedded,
+        joined=joins,
+        left=left,
+        **found,
+    )
+
+
+def _join(
+    tables: Sequence[EmbeddedTable],
+    parts: Sequence[ImagePart],
+    folder: EmbeddingsFolder,
+    choices: EmbedChoices,
+    made_with: dict[str, Any],
+) -> dict[str, Any]:
+    """Move the complete files into place and describe them; return what an ``EmbedResult`` says of
+    them.
+
+    Raises:
+        DataError: They have no rows.
+        StorageError: The disk is full, or refuses to write.
+    """
+    out = folder.out
     files = {table.name: [table.file(part) for part in parts] for table in tables}
     rows = {name: sum(map(count_rows, paths)) for name, paths in files.items()}
     abouts = [about for paths in files.values() for path in paths if (about := read_about(path))]
@@ -107,16 +150,11 @@ def embed_dataset(
         if choices.index:
             write_faiss(out / table.name, made_with["dim"], out / f"{table.name}.faiss")
     folder.finish(made_with, skipped, card(made_with, rows, names))
-    return EmbedResult(
-        out=out,
-        model=made_with["model"],
-        dtype=made_with["dtype"],
-        dim=made_with["dim"],
-        rows=rows,
-        embedded_now=embedded,
-        skipped=dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped)),
-        bytes=sum(path.stat().st_size for name in rows for path in (out / name).glob("*.parquet")),
-    )
+    return {
+        "rows": rows,
+        "skipped": dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped)),
+        "bytes": sum(file.stat().st_size for n in rows for file in (out / n).glob("*.parquet")),
+    }
 
 
 def _made_with(opened: OpenedModel, choices: EmbedChoices) -> dict[str, Any]:

@@ -8,7 +8,8 @@
                                         have the keys of their rows
 
 New files are made in a hidden folder inside it, and moved when all of them are complete. If the
-work is interrupted, the next run finds there what was made.
+work is interrupted, the next run finds there what was made. Several processes, on any machines that
+share the folder, may make some of the files each.
 """
 
 import json
@@ -27,6 +28,7 @@ OWN_FILES = ("images/*.parquet", "texts/*.parquet", "*.ids.parquet", "*.faiss", 
 """Patterns of the files that an update may remove."""
 
 _MARK = "embeddings.json"
+_CLAIM = "claim"
 _MODEL = {"model", "scenario", "weights", "preprocessing"}
 _ANOTHER = "name another folder"
 
@@ -46,8 +48,10 @@ class EmbeddingsFolder:
         """
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"{self.out} is not a folder", _ANOTHER)
-        known = (self.out / _MARK).is_file() or self.building.is_dir()
-        if self.out.is_dir() and not known and any(self.out.iterdir()):
+        names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+        known = names & {_MARK, self.building.name}
+        # Hidden files may be those of another process that has just begun
+        if not known and any(not name.startswith(".") for name in names):
             raise UsageError(f"{self.out} is not empty, and it holds no embeddings", _ANOTHER)
         # A folder that does not exist yet is not made before there is something to put in
         check_writable(self.out / _MARK if self.out.is_dir() else self.out)
@@ -68,9 +72,18 @@ class EmbeddingsFolder:
                     f"{self.out} holds embeddings of {_difference(differing, there, made_with)}",
                     f"add --overwrite to make all of them again, or {_ANOTHER}",
                 )
-            if differing:
+            if differing and folder == self.building:
                 shutil.rmtree(self.building, ignore_errors=True)
         write_json(self.building / _MARK, dict(made_with))
+        (self.building / _CLAIM).unlink(missing_ok=True)  # of a process that was killed
+
+    def claim(self) -> bool:
+        """Return whether this process is the one that moves the files: the first that asks."""
+        try:
+            os.close(os.open(self.building / _CLAIM, os.O_CREAT | os.O_EXCL))
+        except (FileExistsError, FileNotFoundError):  # not there: another one has moved them
+            return False
+        return True
 
     def discard(self) -> None:
         """Remove what was made, and ``out`` if nothing else is in it."""

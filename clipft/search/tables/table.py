@@ -60,11 +60,7 @@ class EmbeddedTable:
         decides = {key: value for key, value in made_with.items() if key != "clipft"}
         self._made = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
         self._columns, self._fields = dict[str, list[str]](), dict[str, Fields]()
-        self.known = dict[str, About]()
-        for part in parts:
-            about = read_about(self.file(part))
-            if about and (about.made, about.state) == (self._made, _state(part)):
-                self.known[part.name] = about
+        self.known = self._current()
 
     def file(self, part: ImagePart) -> Path:
         """The file of a part, which may not exist: a new one or, without it, the earlier one."""
@@ -77,11 +73,25 @@ class EmbeddedTable:
         columns = columns_of(merged(fields.values()))
         self._columns = {field: list(column) for field, column in columns.items()}
         self._fields = dict(fields)
+        return self.missing()
+
+    def missing(self) -> list[ImagePart]:
+        """Return the parts without a file in their state and with the chosen columns."""
+        known = self._current()
         return [
             part
             for part in self._parts
-            if part.name not in self.known or self.known[part.name].columns != self._columns
+            if part.name not in known or known[part.name].columns != self._columns
         ]
+
+    def _current(self) -> dict[str, About]:
+        """What the files say that are in the state of their part, by the part's name."""
+        abouts = ((part, read_about(self.file(part))) for part in self._parts)
+        return {
+            part.name: about
+            for part, about in abouts
+            if about and (about.made, about.state) == (self._made, _state(part))
+        }
 
     def write(self, parts: Sequence[ImagePart], report: Callable[[int, int], None]) -> int:
         """Write the files of some parts; return how many images or captions were embedded.

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from clipft.core.errors import DataError, UsageError
-from clipft.data.packing.options import PackOptions, Part
+from clipft.core.part import Part
+from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from tests.data.packing.pack_helpers import (
     digests,
