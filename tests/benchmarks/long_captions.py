@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 import polars
-from q2_quality import TINY, clipft_json
-from side_by_side import arguments, write_figures
+from peers import TINY
+from side_by_side import arguments, clipft_json, write_figures
 from transformers import AutoTokenizer
 
 OWN, LONGER = 77, 248

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+import clipft.models
+
+TINY = Path(clipft.models.__file__).parent / "tiny"
+"""The folder of the packaged model."""
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 import webdataset
-from peers import CPU, adapted, adapted_transformer, stacked, train_with_cached_loss
+from peers import CPU, TINY, adapted, adapted_transformer, stacked, train_with_cached_loss
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Trainer, TrainingArguments
 
-import clipft.models
-
-TINY = Path(clipft.models.__file__).parent / "tiny"
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 BATCH = 32
 

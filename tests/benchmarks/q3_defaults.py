@@ -14,14 +14,12 @@ import json
 import resource
 import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import arguments, write_figures
+from side_by_side import arguments, clipft_json, write_figures
 
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.settings import Settings
@@ -67,15 +65,6 @@ class Kept:
     none: str
 
 
-def run(*words: object) -> Any:
-    command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{' '.join(command)} failed", file=sys.stderr)
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
-
-
 def trained(data: Path, scenario: str, out: Path, *more: object) -> Path:
     """Train, or continue, or do nothing if that is finished; return the run folder."""
     folder, cost = out / scenario, out / f"{scenario}_cost.json"
@@ -86,7 +75,7 @@ def trained(data: Path, scenario: str, out: Path, *more: object) -> Path:
     before = cpu_seconds()
     try:
         places = ("--data-dir", data, "--output-dir", out)
-        run("train", "--model", "tiny", "--scenario", scenario, *places, *more, *began)
+        clipft_json("train", "--model", "tiny", "--scenario", scenario, *places, *more, *began)
     finally:
         cost.write_text(json.dumps({"cpu_s": round(spent + cpu_seconds() - before)}))
     return folder
@@ -104,7 +93,7 @@ def read(path: Path) -> Any:
 def gain(catalogue: str, data: Path, scenario: str, folder: Path) -> Gain:
     measured = folder.with_name(f"{scenario}_measured.json")
     if not measured.exists():
-        measured.write_text(json.dumps(run("evaluate", folder, "--data-dir", data)))
+        measured.write_text(json.dumps(clipft_json("evaluate", folder, "--data-dir", data)))
     evaluation, plan = read(measured)["evaluation"], read(folder / "run.json")["plan"]
     change = evaluation["difference"]["recall"]
     low, high = 100 * change["low"], 100 * change["high"]

@@ -10,14 +10,11 @@ same command again to continue.
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import arguments, write_figures
+from side_by_side import arguments, clipft_json, write_figures
 
 GRID: dict[str, tuple[Any, ...]] = {
     "lr": (2.5e-4, 1e-3, 4e-3),
@@ -41,14 +38,6 @@ class Searched:
     best: str
     share_of_the_best_cell: str
     met: str
-
-
-def clipft_json(*words: object) -> Any:
-    command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 def fixed(wish: argparse.Namespace) -> list[object]:

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -55,6 +57,16 @@ def _speed(work: Work) -> float:
     started = time.perf_counter()
     samples = work()
     return samples / (time.perf_counter() - started)
+
+
+def clipft_json(*words: object) -> Any:
+    """Run a command of clipft and return its JSON answer; end with it if it fails."""
+    command = [sys.executable, "-m", "clipft", *map(str, words), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{' '.join(command)} failed", file=sys.stderr)
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
