@@ -260,6 +260,7 @@ def measure(given: argparse.Namespace, name: str, home: Path, held: ExitStack) -
         tools = Tools(server, home, given)
         quick = given.quick
         few = Few(tools, ("clipft", "aws s3 sync", "rclone", "boto3 loop"))
+        by_line = Few(tools, ("clipft", "aws s3 sync", "rclone", "rclone, 32 transfers"))
         memory = Few(tools, ("clipft", "aws s3 sync"))
         tasks = {
             "small": Task(
@@ -276,7 +277,7 @@ def measure(given: argparse.Namespace, name: str, home: Path, held: ExitStack) -
         task = tasks[kind]
         url = server.url
         if line:
-            task = replace(task, count=2 if quick else 16, size=5_000_000, rounds=2)
+            task = replace(task, count=2 if quick else 16, size=5_000_000, tools=by_line)
             task = replace(task, name="16 x 5 MB, 50 ms and 1 % loss")
             url = held.enter_context(slow_line(server.url, 0.05, 0.01))
         task = replace(task, name=f"{task.name}, up" if up else task.name)

@@ -22,8 +22,8 @@ CONNECT_SECONDS = 10
 SILENT_SECONDS = 30
 """How long to wait for an answer, and for each further byte of it."""
 
-_SMALL_SECONDS, _RANGE_SECONDS = 60, 480
-"""Limits for a whole request of up to 1 MiB, and of a range of 16 MiB. With 16 requests in flight
+_SMALL_SECONDS, _RANGE_SECONDS = 60, 960
+"""Limits for a whole request of up to 1 MiB, and of a range of 32 MiB. With 16 requests in flight
 a connection of 5 Mbit/s still meets them. One that only drips does not: another connection then
 goes on with what is missing."""
 

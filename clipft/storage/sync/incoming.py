@@ -19,9 +19,10 @@ from clipft.storage.s3.keys import RefusedKey, RemoteObject
 from clipft.storage.s3.verification import Arriving, check_bytes, digest_while_arriving
 from clipft.storage.sync.folder import PART, Folder
 
-RANGE = 16 << 20
-"""Bytes of one request. On loopback, fewer and larger requests than 8 MiB saved a tenth of the
-processor time of receiving; smaller ones share a slow line better and are quicker to resume."""
+RANGE = 32 << 20
+"""Bytes of one request at most. Larger ones take less processor time: on loopback, 64 MiB took a
+seventh less than 16 MiB, with the MD5. Smaller ones share a line better when few objects are
+left."""
 
 _BLOCK = 1 << 20
 
