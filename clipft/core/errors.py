@@ -89,8 +89,13 @@ class Interrupted(ClipftError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error; what follows is often a whole report."""
-    return str(error).strip().partition("\n")[0]
+    """Return the first line of a library's error; what follows is often a whole report.
+
+    The second line is added to one that ends with a colon.
+    """
+    first, _, rest = str(error).strip().partition("\n")
+    second = rest.strip().partition("\n")[0] if first.rstrip().endswith(":") else ""
+    return f"{first.rstrip()} {second}".rstrip()
 
 
 def did_you_mean(

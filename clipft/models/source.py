@@ -107,6 +107,8 @@ def model_source(name: str) -> str:
     folder = Path(source)
     if looks_local(source) and not (folder / "config.json").is_file():
         hint = "name a folder written by transformers' save_pretrained or by open_clip, or a hub id"
+        if folder.is_file():
+            raise ModelError(f"{source} is not a file of weights that clipft reads", hint)
         raise ModelError(f"no model in {source}: config.json is missing", hint)
     return source
 

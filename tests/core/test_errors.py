@@ -1,6 +1,6 @@
 import pickle
 
-from clipft.core.errors import ClipftError, DataError, did_you_mean, unknown_choice
+from clipft.core.errors import ClipftError, DataError, did_you_mean, first_line, unknown_choice
 
 
 def test_each_error_has_an_exit_code_of_its_own():
@@ -11,6 +11,14 @@ def test_each_error_has_an_exit_code_of_its_own():
 def test_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(DataError("no pairs", "add some")))
     assert (type(error), error.message, error.hint) == (DataError, "no pairs", "add some")
+
+
+def test_what_a_line_announces_is_added_to_it():
+    assert first_line(ValueError("it failed\n  a report")) == "it failed"
+    assert first_line(ValueError("it failed for:\n  a reason\n  a report")) == (
+        "it failed for: a reason"
+    )
+    assert first_line(ValueError("it failed:")) == "it failed:"
 
 
 def test_a_close_name_is_suggested():

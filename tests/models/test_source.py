@@ -53,6 +53,12 @@ def test_a_model_that_is_not_whole_is_refused(model, file, content, message):
         check_model(str(model))
 
 
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ModelError, match=r"model\.onnx is not a file of weights that clipft reads"):
+        check_model(str(tmp_path / "model.onnx"))
+
+
 def hub(tmp_path, monkeypatch, files: dict[str, str]) -> str:
     """A model in the cache of the hub, which cannot be reached; return its name."""
     root = tmp_path / "hub" / "models--some--model"

@@ -6,7 +6,8 @@ has to know where it comes from.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipft.core.cache import cache_folder, mark_used
-from clipft.core.errors import ModelError
+from clipft.core.errors import ModelError, first_line
 from clipft.core.files import read_json, replacing
 from clipft.models.complete import check_finite, check_weights
 from clipft.models.open_clip.config import (
@@ -74,10 +75,22 @@ def converted_folder(name: str) -> Path:
     source = find_source(name)
     folder = cache_folder() / "open_clip" / _key(source)
     if not (folder / REPORT).is_file():
-        with replacing(folder, shared=True) as temporary:
+        with replacing(folder, shared=True) as temporary, _conversion_errors(name):
             _convert(source, temporary)
     mark_used(folder)
     return folder
+
+
+@contextmanager
+def _conversion_errors(name: str) -> Iterator[None]:
+    """Keep ``replacing`` from taking an error of open_clip or timm for one of the disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ModelError(
+            f"cannot convert {name}: {first_line(error)}",
+            "check its configuration; --debug shows where it failed",
+        ) from error
 
 
 def read_report(folder: Path) -> Report | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from clipft.core.common import expand_home
 from clipft.core.errors import ModelError, did_you_mean, first_line, sentences
-from clipft.core.files import did_you_mean_path, read_json
+from clipft.core.files import did_you_mean_path
 from clipft.models.open_clip.config import check_supported
 from clipft.models.open_clip.names import CONFIG_FILE, FOLDER, HUB, REGISTRY, WEIGHT_FILES
+from clipft.models.open_clip.schema import read_config
 from clipft.models.open_clip.weights import is_archive
 from clipft.models.source import hub_refusal
 
@@ -51,6 +52,11 @@ def find_source(name: str) -> Source:
     Raises:
         ModelError: there is no such model, it is gated, or its files are incomplete.
     """
+    if name in (REGISTRY, HUB, FOLDER):
+        raise ModelError(
+            f"{name} is not followed by a name",
+            f"write {REGISTRY}NAME/PRETRAINED, {HUB}ID or {FOLDER}PATH",
+        )
     if name.startswith(HUB):
         return _on_hub(name, name.removeprefix(HUB))
     if name.startswith(REGISTRY):
@@ -59,7 +65,7 @@ def find_source(name: str) -> Source:
     path = expand_home(name.removeprefix(FOLDER))
     if path.is_dir():
         return _in_folder(name, path)
-    if name.startswith(FOLDER) or not path.exists():
+    if name.startswith(FOLDER) or not path.is_file():  # reading a pipe could wait forever
         hint = did_you_mean_path(path) or "check the path"
         raise ModelError(f"there is no model {path}", hint)
     return _single_file(name, path)
@@ -73,7 +79,7 @@ def _in_folder(name: str, folder: Path) -> Source:
     found = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_FILES and p.suffix != ".pt")
     found.sort(key=lambda path: path.suffix != ".safetensors")
     preferred = [folder / file for file in _PREFERRED if (folder / file) in found]
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     if not found:
         raise ModelError(
             f"no weights in {folder}", f"put {_ON_HUB[0]} beside {CONFIG_FILE}, as open_clip does"
@@ -83,7 +89,7 @@ def _in_folder(name: str, folder: Path) -> Source:
 
 def _single_file(name: str, path: Path) -> Source:
     if (path.parent / CONFIG_FILE).is_file():
-        return _described(name, path, _read_config(path.parent / CONFIG_FILE), str(path.parent))
+        return _described(name, path, read_config(path.parent / CONFIG_FILE), str(path.parent))
     if is_archive(path):  # OpenAI's
         return Source(name, path)
     raise ModelError(
@@ -94,7 +100,7 @@ def _single_file(name: str, path: Path) -> Source:
 
 
 def _on_hub(name: str, repo: str) -> Source:
-    config = _read_config(_download(name, repo, CONFIG_FILE))
+    config = read_config(_download(name, repo, CONFIG_FILE))
     check_supported(name, config["model_cfg"])
     return _described(name, _download(name, repo, *_ON_HUB), config, repo)
 
@@ -150,20 +156,6 @@ def _described(name: str, weights: Path, config: Mapping[str, Any], place: str) 
     model = dict(config["model_cfg"])
     tokenizer = place if model["text_cfg"].get("hf_tokenizer_name") else ""
     return Source(name, weights, model, dict(config.get("preprocess_cfg") or {}), tokenizer)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    model = config.get("model_cfg") if config else None
-    parts = ("embed_dim", "vision_cfg", "text_cfg")
-    if config is None or not isinstance(model, dict) or any(part not in model for part in parts):
-        missing = "is missing" if not path.exists() else "does not describe a model of open_clip"
-        raise ModelError(
-            f"{path} {missing}",
-            "it must hold a model_cfg with embed_dim, vision_cfg and text_cfg, as open_clip "
-            "writes it",
-        )
-    return config
 
 
 def _download(name: str, repo: str, *files: str) -> Path:

@@ -6,6 +6,7 @@ knows only tensors and containers can read.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,9 @@ def read_weights(path: Path) -> Weights:
         elif kind == "TorchScript":
             found = _read_archive(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickles that it then refuses
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} holds more than weights, and clipft runs no code from a checkpoint: "
@@ -149,8 +152,10 @@ def _unwrapped(path: Path, found: Any) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     """Name the global that a pickle asks for, from torch's message or ours."""
     text = str(error)
-    asked = text.partition("GLOBAL ")[2].split(" ")[0]
-    return f"it asks for {asked}" if asked else first_line(error)
+    if asked := text.partition("GLOBAL ")[2].split(" ")[0]:
+        return f"it asks for {asked}"
+    # Torch's first line tells programmers how its defaults have changed
+    return "torch takes it for no state dict" if "weights_only" in text else first_line(error)
 
 
 class _Module:

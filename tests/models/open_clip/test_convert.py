@@ -297,6 +297,13 @@ def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path):
         load_pretrained(f"local-dir:{tmp_path}")
 
 
+def test_a_tower_that_timm_lacks_is_no_error_of_the_disk(tmp_path):
+    write(tmp_path)
+    describe(tmp_path, changed({"timm_model_name": "no_such_tower"}))
+    with pytest.raises(ModelError, match=r"cannot convert .*: Unknown model \(no_such_tower\)"):
+        load_pretrained(f"local-dir:{tmp_path}")
+
+
 def test_rules_map_every_tensor_of_siglip_to_every_tensor_of_transformers():
     """On the meta device, because timm has no small SigLIP."""
     import transformers

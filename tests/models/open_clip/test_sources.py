@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,6 +15,7 @@ import torch
 
 from clipft.core.errors import ModelError
 from clipft.models.open_clip.names import CONFIG_FILE
+from clipft.models.open_clip.schema import read_config
 from clipft.models.open_clip.sources import find_source
 from tests.models.open_clip.folders import CONFIG, describe, write
 
@@ -165,6 +167,16 @@ def test_folders_that_are_not_complete_are_refused(tmp_path):
     assert str(refusal(f"{tmp_path}/x.pt")) == f"there is no model {tmp_path}/x.pt"
 
 
+@pytest.mark.parametrize("name", ["open_clip:", "hf-hub:", "local-dir:"])
+def test_a_notation_without_a_name_is_refused(name):
+    assert str(refusal(name)) == f"{name} is not followed by a name"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.pt")
+    assert str(refusal(str(tmp_path / "model.pt"))).startswith("there is no model ")
+
+
 def test_weights_are_looked_for_in_the_order_of_open_clip(tmp_path):
     from open_clip.factory import _find_checkpoint_in_dir
 
@@ -173,3 +185,36 @@ def test_weights_are_looked_for_in_the_order_of_open_clip(tmp_path):
         torch.save({}, tmp_path / name)
         found = find_source(f"local-dir:{tmp_path}")
         assert str(found.weights) == _find_checkpoint_in_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "problem"),
+    [
+        ("model_cfg", "embed_dim", "32", "valid integer"),
+        ("vision_cfg", "layers", None, "valid integer"),
+        ("vision_cfg", "patch_size", 7.5, "valid integer"),
+        ("vision_cfg", "image_size", "large", "valid integer"),
+        ("text_cfg", "heads", 0, "greater than 0"),
+        ("model_cfg", "text_cfg", [], "valid dictionary"),
+        ("preprocess_cfg", "mean", [0.5], "at least 3 items"),
+    ],
+)
+def test_a_configuration_with_a_wrong_value_is_refused_by_its_name(
+    part, name, value, problem, tmp_path
+):
+    config = {"model_cfg": deepcopy(CONFIG), "preprocess_cfg": {}}
+    {**config, **config["model_cfg"]}[part][name] = value
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    message = str(refusal(f"local-dir:{tmp_path}"))
+    assert f"{name}: " in message and problem in message and "\n" not in message
+
+
+def test_all_configurations_of_open_clip_are_read(tmp_path):
+    import open_clip
+
+    path = tmp_path / CONFIG_FILE
+    for name in open_clip.list_models():
+        config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": {}}
+        path.write_text(json.dumps(config))
+        assert read_config(path)["model_cfg"]["embed_dim"] == config["model_cfg"]["embed_dim"]

@@ -78,6 +78,15 @@ def test_code_in_a_checkpoint_is_not_run(catalogue, tmp_path, capsys):
     assert not trap.exists()
 
 
+def test_a_bare_pickle_is_refused_without_the_advice_of_torch(tmp_path, recwarn):
+    trap, path = tmp_path / "trap", tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(ModelError) as raised:
+        read_weights(path)
+    assert str(raised.value).endswith("from a checkpoint: torch takes it for no state dict")
+    assert not trap.exists() and not recwarn.list
+
+
 def test_code_in_an_archive_is_not_run(archive, tmp_path):
     """Neither what is pickled in it nor its TorchScript."""
     trap, path = tmp_path / "trap", tmp_path / "evil.pt"
