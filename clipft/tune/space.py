@@ -21,7 +21,11 @@ Parameters = Mapping[str, Any]
 """The values of a trial by setting. Learning rates are multiples of their default."""
 
 RATES = ("lr", "lr_projections")
-_RATE_RANGE = (1 / 8, 8.0)
+_RATE_RANGE = (1 / 64, 64.0)
+_RATES_AROUND = 4.0
+"""The sampler chooses rates between a quarter and four times that of the best trial."""
+_DECAYS = (0.0, 0.9, 0.99)
+_ROUNDED = frozenset((*RATES, "lora_dropout", "wd", "layer_decay"))
 _SMALLEST_BATCH = 16
 _MOST_FIELDS = 4
 _LONGEST_FIELD = 60
@@ -31,19 +35,13 @@ _SAMPLED = 64
 
 SEARCHED = (
     *("scenario", "lr", "lr_projections", "lora_targets", "lora_r", "lora_dropout", "wd"),
-    *("effective_batch_size", "epochs", "augmentation", "positives", "caption"),
+    *("effective_batch_size", "epochs", "ema", "augmentation", "positives"),
+    "caption",
 )
 """What is searched unless the user names the settings."""
 
 SEARCHABLE = (*SEARCHED, "layer_decay", "logit_scale", "loss")
 """All that can be searched. The last ones rarely help, so they are left out by default."""
-
-_RECIPES: tuple[dict[str, Any], ...] = (
-    {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 1.5},
-    {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 1.5, "lr": 2.0},
-)
-"""Tried right after the defaults: what often helps on small catalogues. Epochs are a multiple."""
-
 
 @dataclass(frozen=True)
 class Space:
@@ -67,36 +65,46 @@ class Space:
         """The parameters of the run without any change."""
         settings = self.base.values
         values = {name: getattr(settings, name) for name in self.names if name not in RATES}
-        found = values | {name: 1.0 for name in RATES if name in self.names}
-        return {name: found[name] for name in self.names if _applies(name, settings.scenario)}
+        return self.completed(values | {"scenario": settings.scenario})
 
-    def recipes(self) -> list[dict[str, Any]]:
-        """The parameters to try after the default ones, as far as they are searched."""
-        default, found = self.default(), list[dict[str, Any]]()
-        for recipe in _RECIPES:
-            changed = {name: value for name, value in recipe.items() if name in default}
-            if "epochs" in changed:
-                changed["epochs"] = round(changed["epochs"] * default["epochs"])
-            if default | changed not in [default, *found]:
-                found.append(default | changed)
-        return found
+    def completed(self, parameters: Parameters) -> dict[str, Any]:
+        """Add the parameters that are missing, and leave out those that the scenario ignores."""
+        scenario = parameters.get("scenario", self.base.values.scenario)
+        names = [name for name in self.names if _applies(name, scenario)]
+        return {name: parameters.get(name, _standard(name)) for name in names}
 
-    def suggest(self, trial: Any, most_epochs: float = float("inf")) -> dict[str, Any]:
-        """Let Optuna choose the parameters of a trial, with at most that many epochs."""
+    def allows(self, name: str, value: Any) -> bool:
+        """Whether a searched setting may have a value."""
+        if name in RATES:
+            return _RATE_RANGE[0] <= float(value) <= _RATE_RANGE[1]
+        if name == "epochs":
+            return self.fewest_epochs <= value <= 2 * self.base.values.epochs
+        return name in ("lora_dropout", "wd", "layer_decay") or value in self.choices(name)
+
+    def suggest(
+        self, trial: Any, most_epochs: float = float("inf"), best: Parameters | None = None
+    ) -> dict[str, Any]:
+        """Let Optuna choose the parameters of a trial.
+
+        Args:
+            trial: Optuna's.
+            most_epochs: what there is time for.
+            best: the parameters of the best trial so far, whose learning rates are varied.
+        """
         found = dict[str, Any]()
         for name in self.names:
             scenario = found.get("scenario", self.base.values.scenario)
-            if _applies(name, scenario):
+            if name in RATES and _applies(name, scenario):
+                found[name] = _choose_rate(name, trial, (best or {}).get(name, 1.0))
+            elif _applies(name, scenario):
                 found[name] = self._choose(name, trial, most_epochs)
         return found
 
     def _choose(self, name: str, trial: Any, most_epochs: float) -> Any:
         base = self.base.values
-        if name in RATES:
-            return trial.suggest_float(name, *_RATE_RANGE, log=True)
         if name == "epochs":
             high = int(min(2 * base.epochs, max(most_epochs, self.fewest_epochs)))
-            # A recipe may want more, and would get it
+            # A move may want more, and would get it
             return min(high, trial.suggest_int(name, self.fewest_epochs, high, log=True))
         if name == "lora_dropout":
             return trial.suggest_float(name, 0.0, 0.5, step=0.05)
@@ -124,6 +132,8 @@ class Space:
             return sorted({own, *(size for size in sizes if _SMALLEST_BATCH <= size <= most)})
         if name == "positives":
             return ["pair", "caption", *(["group"] if base.group_field else [])]
+        if name == "ema":
+            return sorted({*_DECAYS, base.ema})
         listed: dict[str, Sequence[Any]] = {
             "lora_targets": ("qv", "qkvo", "mlp", "all"),
             "lora_r": (4, 8, 16, 32, 64),
@@ -137,7 +147,7 @@ class Space:
     def changes(self, parameters: Parameters) -> dict[str, Any]:
         """The settings that a trial changes. Of the default parameters these are none."""
         default, base = self.default(), self.base.values
-        rounded = {n: _rounded(v) if isinstance(v, float) else v for n, v in parameters.items()}
+        rounded = {n: _rounded(v) if n in _ROUNDED else v for n, v in parameters.items()}
         changed = {n: v for n, v in rounded.items() if v != default.get(n, _standard(n))}
         rate = self.rate(parameters.get("scenario", base.scenario))
         for name in RATES:  # projections that are not mentioned follow the other weights
@@ -261,6 +271,11 @@ def _is_attribute(value: str) -> bool:
     letters = any(character.isalpha() for character in value)
     code = " " not in value and any(character.isdigit() for character in value)
     return letters and not code and len(value) <= _LONGEST_FIELD and "/" not in value
+
+
+def _choose_rate(name: str, trial: Any, best: float) -> float:
+    low, high = best / _RATES_AROUND, best * _RATES_AROUND
+    return float(trial.suggest_float(name, low, high, log=True))
 
 
 def _applies(name: str, scenario: str) -> bool:

@@ -20,22 +20,28 @@ from typing import Any
 
 from clipft.core.errors import UsageError
 from clipft.runs.folder import run_lock
-from clipft.tune.space import Space
+from clipft.tune.moves import Attempt, next_move
+from clipft.tune.space import Parameters, Space
 
 JOURNAL = "study.log"
 _TURN = ".turn"
 _NAME = "clipft"
-_RANDOM_TRIALS = 6
-"""Trials, with the defaults and the recipes, before the sampler learns from them."""
+_RANDOM_TRIALS = 4
+"""Trials, with the defaults and the moves, before the sampler learns from them."""
+_NEVER_STOPPED = 4
+"""The first trials run to their end: among so few, the slower start of a higher rate or of more
+dropout would decide."""
 _ENOUGH_TO_TELL = 12
 """Trials of a scenario from which the importance of its settings is estimated."""
-_FIRST_RUNG, _KEPT = 25, 2
-"""Successive halving compares trials after 25% and 50% of their epochs; the better half goes on."""
+_FIRST_RUNG, _KEPT = 50, 2
+"""Successive halving compares trials after 50% of their epochs, and the better half goes on. A
+quarter of them says little: the rates that end highest are no better yet."""
 _MOST_STARTS = 3
 """A trial whose process is killed so often within one epoch is given up: memory may be short."""
 _NOTED_EVERY = 2.0
 """Seconds between two notes of the time that was spent, each of which is written to the disk."""
 _SETTINGS, _CHANGES, _STARTS, _ABOUT = "settings", "changes", "starts", "about"
+_MOVE = "move"
 
 
 def quiet_optuna() -> Any:
@@ -44,6 +50,8 @@ def quiet_optuna() -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    # A move may lead further than the sampler goes
+    warnings.filterwarnings("ignore", message="Fixed parameter .* is out of range")
     return optuna
 
 
@@ -68,13 +76,11 @@ class Trial:
 
 @dataclass
 class Claim:
-    """A trial that this process works on; ``handle`` is Optuna's, and ``recipes`` the number of
-    trials after the defaults that the search did not choose."""
+    """A trial that this process works on; ``handle`` is Optuna's."""
 
     handle: Any
     changes: dict[str, Any]
     home: Path
-    recipes: int = 0
 
     @property
     def number(self) -> int:
@@ -86,9 +92,7 @@ class Claim:
             return False  # before this process took the trial over
         self.handle.report(recall, percent)
         prune = bool(self.handle.should_prune())  # asked of each, as later trials compare with it
-        # The defaults and the recipes run to the end: among so few, the slower start of more
-        # dropout would decide
-        return prune and self.number > self.recipes
+        return prune and self.number >= _NEVER_STOPPED
 
     def note(self, **facts: Any) -> None:
         """Keep facts about the trial, besides those that are kept already."""
@@ -155,8 +159,6 @@ class SearchStudy:
         with self.turn():
             saved = self.study.user_attrs.get(_SETTINGS)
             if saved is None:
-                for parameters in (self.space.default(), *self.space.recipes()):
-                    self.study.enqueue_trial(parameters, skip_if_exists=True)
                 self.study.set_user_attr(_SETTINGS, dict(settings))
                 return
         names = sorted(saved.keys() | settings.keys())
@@ -210,26 +212,46 @@ class SearchStudy:
     def _ask(self, held: ExitStack) -> Any:
         trials = self.study.get_trials(deepcopy=False)
         begun = [trial for trial in trials if trial.state != self._state("WAITING")]
+        move = next_move(self.space, self._attempts()) if len(begun) == len(trials) else None
+        if move is not None:
+            self.study.enqueue_trial(move[1], user_attrs={_MOVE: move[0]})
         self._prepare_sampler(len(begun))
         handle = self.study.ask()
         held.enter_context(run_lock(self.home(handle.number)))
         return handle
 
+    def _attempts(self) -> list[Attempt]:
+        done = self._state("COMPLETE")
+        return [
+            Attempt(t.params, t.value if t.state == done else None, t.user_attrs.get(_MOVE))
+            for t in self.study.get_trials(deepcopy=False)
+        ]
+
+    def _best_parameters(self) -> Parameters:
+        """The parameters of the best trial that has ended; none before the first one has."""
+        done = [attempt for attempt in self._attempts() if attempt.recall is not None]
+        best = max(done, key=lambda attempt: attempt.recall or 0.0, default=None)
+        return best.parameters if best else {}
+
     def _prepare_sampler(self, number: int) -> None:
         """Draw by the number of the trial, so that a search that was killed continues alike."""
-        random = _RANDOM_TRIALS
-        seed = self.seed * 100_003 + number
-        self.study.sampler = self._optuna.samplers.TPESampler(n_startup_trials=random, seed=seed)
+        self.study.sampler = self._optuna.samplers.TPESampler(
+            n_startup_trials=_RANDOM_TRIALS,
+            seed=self.seed * 100_003 + number,
+            multivariate=True,
+            group=True,  # what is searched depends on the scenario
+        )
 
     def _claimed(self, handle: Any, most_epochs: float) -> Claim:
         changes = handle.user_attrs.get(_CHANGES)
         if changes is None:
-            changes = self.space.changes(self.space.suggest(handle, most_epochs))
+            best = self._best_parameters()
+            changes = self.space.changes(self.space.suggest(handle, most_epochs, best))
             handle.set_user_attr(_CHANGES, changes)
         epochs = len(self.study.get_trials(deepcopy=False)[handle.number].intermediate_values)
         before, starts = handle.user_attrs.get(_STARTS, (epochs, 0))
         handle.set_user_attr(_STARTS, (epochs, starts + 1 if epochs == before else 1))
-        return Claim(handle, changes, self.home(handle.number), len(self.space.recipes()))
+        return Claim(handle, changes, self.home(handle.number))
 
     def trials(self) -> list[Trial]:
         """All trials that have begun, by number."""

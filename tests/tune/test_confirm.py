@@ -156,7 +156,7 @@ def test_trials_are_ranked_with_those_that_failed_last(tmp_path):
             raise DivergedError("not [finite]", "lower --lr")
         return hill(settings)
 
-    _, _, content = found(tmp_path, recall, budget="9")
+    _, _, content = found(tmp_path, recall, budget="14")
     states = [trial["state"] for trial in ranked(content["trials"])]
     order = ["finished", "pruned", "failed"]
     assert states == sorted(states, key=order.index) and set(states) == set(order)

@@ -41,7 +41,7 @@ def test_it_finds_better_settings_and_ends_below_the_defaults_never(tmp_path):
     ended = [trial.state for trial in trials]
     assert ended.count("pruned") > 4 and ended[0] == "finished"
     steps = sum(trial.about["steps"] for trial in trials)
-    assert steps < 0.7 * 3 * sum(trial.about["epochs"] for trial in trials)
+    assert steps < 0.8 * 3 * sum(trial.about["epochs"] for trial in trials)
 
 
 def test_where_everything_is_worse_the_defaults_are_the_best(tmp_path):
@@ -89,7 +89,7 @@ def test_trials_that_fail_are_recorded_and_the_search_goes_on(tmp_path):
     def recall(settings: Settings) -> float:
         if settings.lora_targets == "all":
             raise DivergedError("the loss is not finite", "lower --lr")
-        if settings.scenario == "full":
+        if settings.effective_batch_size > 32 or settings.augmentation == "advanced":
             raise RuntimeError("CUDA error: out of memory")
         return hill(settings)
 

@@ -45,12 +45,21 @@ def test_the_default_parameters_change_nothing():
         assert space.default() != parameters and space.changes(parameters)
 
 
-def test_recipes_change_what_is_searched_and_nothing_else():
-    full = a_space().recipes()
-    assert full and all(recipe.keys() == a_space().default().keys() for recipe in full)
-    (only,) = a_space(("wd",)).recipes()
-    assert only == {"wd": 0.3}
-    assert a_space(("positives",)).recipes() == []
+def test_rates_are_drawn_around_those_of_the_best_trial():
+    space = a_space(("lr", "lr_projections"))
+    study = OPTUNA.create_study(sampler=OPTUNA.samplers.RandomSampler(seed=1))
+    found = [space.suggest(study.ask(), best={"lr": 16.0}) for _ in range(40)]
+    assert 4 <= min(each["lr"] for each in found) < 8
+    assert 32 < max(each["lr"] for each in found) <= 64
+    assert max(each["lr_projections"] for each in found) <= 4
+
+
+def test_a_decay_of_averages_keeps_its_digits():
+    space = a_space(ema=0.999)
+    object.__setattr__(space, "names", (*space.names, "ema"))
+    assert space.choices("ema") == [0.0, 0.9, 0.99, 0.999]
+    assert space.changes(space.default()) == {}
+    assert space.changes(space.default() | {"ema": 0.99}) == {"ema": 0.99}
 
 
 def test_every_trial_has_valid_settings_and_only_those_that_its_scenario_uses():

@@ -1,0 +1,85 @@
+"""The first trials of a search: what an engineer would try before leaving it to a sampler.
+
+With five to thirty trials, a sampler has too little to learn from. So a search begins with the
+defaults and a recipe, and then makes one move at a time: each changes a setting of the best trial
+so far. A move that wins is repeated, so a learning rate that should be ten times higher is reached
+in a few trials, wherever the defaults are. A move that loses is not tried again. When no move is
+left, the sampler takes over.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipft.tune.space import Parameters, Space
+
+
+class Times(float):
+    """A factor to multiply the present value of a setting by."""
+
+
+MOVES: dict[str, Mapping[str, Any]] = {
+    # What helps on most small catalogues, all at once
+    "recipe": {
+        **{"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3},
+        **{"epochs": Times(1.5), "lr": Times(4)},
+    },
+    # Nothing matters as much as the learning rate
+    "higher rate": {"lr": Times(2)},
+    "lower rate": {"lr": Times(0.5)},
+    "more adapters": {"lora_targets": "all"},
+    "averaged weights": {"ema": 0.99},
+    "longer": {"epochs": Times(2)},
+    "larger batch": {"effective_batch_size": Times(2)},
+    "smaller batch": {"effective_batch_size": Times(0.5)},
+    "more augmentation": {"augmentation": "advanced"},
+    "more dropout": {"lora_dropout": 0.3},
+    "less dropout": {"lora_dropout": 0.0},
+    "higher rank": {"lora_r": Times(2)},
+    "faster projections": {"lr_projections": Times(2)},
+    "slower projections": {"lr_projections": Times(0.5)},
+    "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
+}
+"""The settings that each move changes, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A trial that has begun: its parameters, its recall if it was trained to its end, and the
+    move that led to it, None if the sampler chose it."""
+
+    parameters: Parameters
+    recall: float | None
+    move: str | None = None
+
+
+def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str, Any]] | None:
+    """Choose a move from the best attempt so far.
+
+    Returns its name and the parameters that it leads to; None if no move is left.
+    """
+    if not attempts:
+        return "defaults", space.default()
+    finished = [attempt for attempt in attempts if attempt.recall is not None]
+    start = max(finished, key=lambda attempt: attempt.recall or 0.0, default=attempts[0])
+    known = [dict(attempt.parameters) for attempt in attempts]
+    for name, changes in MOVES.items():
+        tried = [attempt for attempt in attempts if attempt.move == name]
+        if tried and (len(changes) > 1 or tried[-1] is not start):
+            continue
+        parameters = _moved(space, start.parameters, changes)
+        if parameters not in known:
+            return name, parameters
+    return None
+
+
+def _moved(space: Space, parameters: Parameters, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply the changes that the space allows."""
+    moved = dict(parameters)
+    for name, change in changes.items():
+        value = change
+        if isinstance(change, Times):
+            value = type(moved.get(name, 1.0))(round(moved.get(name, 1.0) * change, 6))
+        if name in space.names and space.allows(name, value):
+            moved[name] = value
+    return space.completed(moved)
