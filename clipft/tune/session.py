@@ -20,6 +20,7 @@ from clipft.training.signals import StopRequest, end_with_parent, stop_on_signal
 from clipft.tune.budget import Budget
 from clipft.tune.confirm import confirm, open_pairs_to_measure
 from clipft.tune.search import AGAIN, Search, train_and_release
+from clipft.tune.soup import greedy_soup
 from clipft.tune.space import Space, open_space
 from clipft.tune.study import SearchStudy
 from clipft.tune.summary import finish
@@ -86,7 +87,7 @@ def run_session(session: Session, note: Note) -> dict[str, Any]:
         else:
             search.run()
             confirm(search)
-        return finish(search, open_pairs_to_measure)
+        return finish(search, open_pairs_to_measure, greedy_soup)
 
 
 def _side_by_side(session: Session, stop: StopRequest) -> None:

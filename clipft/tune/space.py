@@ -43,6 +43,7 @@ SEARCHED = (
 SEARCHABLE = (*SEARCHED, "layer_decay", "logit_scale", "loss")
 """All that can be searched. The last ones rarely help, so they are left out by default."""
 
+
 @dataclass(frozen=True)
 class Space:
     """The settings that are searched, and the run that the search begins from.
@@ -78,7 +79,7 @@ class Space:
         if name in RATES:
             return _RATE_RANGE[0] <= float(value) <= _RATE_RANGE[1]
         if name == "epochs":
-            return self.fewest_epochs <= value <= 2 * self.base.values.epochs
+            return bool(self.fewest_epochs <= value <= 2 * self.base.values.epochs)
         return name in ("lora_dropout", "wd", "layer_decay") or value in self.choices(name)
 
     def suggest(

@@ -18,6 +18,7 @@ from clipft.tune.confirm import (
     measured,
 )
 from clipft.tune.search import Search, best_of
+from clipft.tune.soup import MakeSoup, souped
 from clipft.tune.study import Trial
 
 RESULT, BEST, MEASURED = "tune.json", "best.toml", "measured.json"
@@ -27,8 +28,9 @@ _OF_A_RUN = frozenset({"output_dir", "resume_from_checkpoint", "enable_s3_checkp
 Json = Mapping[str, Any]
 
 
-def finish(search: Search, measure: OpenPairs) -> dict[str, Any]:
-    """Compare the winner with the defaults, and write ``tune.json`` and ``best.toml``.
+def finish(search: Search, measure: OpenPairs, make_soup: MakeSoup) -> dict[str, Any]:
+    """Compare the winner with the defaults, average the best runs, and write ``tune.json`` and
+    ``best.toml``.
 
     Returns:
         The content of tune.json.
@@ -38,13 +40,14 @@ def finish(search: Search, measure: OpenPairs) -> dict[str, Any]:
     comparison = compared(runs, search.seeds[0])
     with search.study.turn():  # several processes may end at the same time
         figures = measured(search, runs, measure, folder / MEASURED)
+        soup = souped(search, runs, better(comparison), make_soup)
     chosen = trials[0] if better(comparison) == DEFAULTS else best_of(trials)
     mattered = search.study.importances()
     content = {
         "kind": "tune",
         "format_version": 1,
         "folder": str(folder),
-        "verdict": verdict(chosen, best_of(trials), comparison, figures),
+        "verdict": verdict(chosen, best_of(trials), comparison, figures) + _soup_words(soup),
         "budget": str(search.budget),
         "seconds": search.study.elapsed(),
         "searched": list(search.space.names),
@@ -54,6 +57,7 @@ def finish(search: Search, measure: OpenPairs) -> dict[str, Any]:
         "changes": chosen.changes,
         "confirmation": comparison,
         "measured": figures,
+        "soup": soup,
     }
     write_text(folder / BEST, best_toml(search, chosen))
     write_json(folder / RESULT, content, indent=1, ascii_only=False)
@@ -103,6 +107,17 @@ def verdict(chosen: Trial, best: Trial, comparison: Json, figures: Json) -> str:
     if figures["split"] == "val" and chosen.number:
         words += " These pairs have chosen it, so it may look better than it is."
     return words
+
+
+def _soup_words(soup: Json | None) -> str:
+    if not soup:
+        return ""
+    own, best = (100 * soup[name]["recall"] for name in ("soup", "best_member"))
+    return (
+        f" A soup, the mean of the weights of {counted(len(soup['kept']), 'run')}, is at "
+        f"{own:.1f}% on the {SPLIT_TITLES[soup['split']]} pairs, and the best of these runs at "
+        f"{best:.1f}% ({_with_interval(soup['to_best_member'])})."
+    )
 
 
 def _subject(number: int, pairs: str, change: Json) -> str:

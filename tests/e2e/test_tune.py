@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from clipft.cli.app import run
+from clipft.config.sources import load_settings
+from clipft.tune.soup import greedy_soup
 from tests.conftest import write_shard
 from tests.tiny_run import TINY
 
@@ -61,6 +64,24 @@ def test_the_defaults_are_those_of_train_and_its_toml_repeats_the_trial(searched
         json.loads((out / chosen["folder"] / "result.json").read_text())["after"]
         == (theirs["after"])
     )
+
+
+def test_the_best_runs_are_averaged(searched, tmp_path):
+    """With seeds that start from one model, the mean is a model that all commands open."""
+    out = searched["out"]
+    tried = json.loads((out / "souped.json").read_text())
+    assert len(tried["of"]) == len(set(tried["of"])) >= 2
+    soup = searched["content"]["soup"]
+    assert tried["found"] == soup
+    settings = load_settings({"data_dir": searched["data"], "model": "tiny"}, environ={}).values
+    settings = settings.model_copy(update={"num_workers": 0, "resamples": 20})
+    folders = [Path(folder) for folder in tried["of"]]
+    found = greedy_soup(folders, tmp_path / "soup", settings, lambda text: None)
+    if found is None:
+        assert soup is None and not (tmp_path / "soup").exists()
+    else:
+        assert len(found["kept"]) >= 2 and set(found["kept"]) <= set(tried["of"])
+        assert (tmp_path / "soup" / "best.pt").is_file()
 
 
 def test_the_same_command_has_nothing_left_to_do(searched, capsys):

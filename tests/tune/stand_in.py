@@ -152,3 +152,7 @@ def open_pairs(recall_of: Callable[[Path | None], float] | None = None):
         return measure
 
     return opened
+
+
+def no_soup(folders, target, settings, note):
+    """No run improves the best one."""

@@ -14,12 +14,12 @@ from clipft.core.errors import DivergedError
 from clipft.tune.confirm import confirm
 from clipft.tune.summary import BEST, finish, ranked
 from tests.conftest import write_shard
-from tests.tune.stand_in import StandIn, a_search, a_space, hill, open_pairs
+from tests.tune.stand_in import StandIn, a_search, a_space, hill, no_soup, open_pairs
 
 pytest.importorskip("optuna")
 
 
-def found(tmp_path, recall=hill, budget="5", with_test=True, recall_of=None, **more):
+def found(tmp_path, recall=hill, budget="5", with_test=True, recall_of=None, soup=no_soup, **more):
     """Search with a stand-in; returns the search, its training and the content of tune.json."""
     if with_test:
         write_shard(tmp_path / "data" / "test" / "00000.tar", range(3))
@@ -28,7 +28,7 @@ def found(tmp_path, recall=hill, budget="5", with_test=True, recall_of=None, **m
     search = a_search(tmp_path / "out", train, budget, space=space, **more)
     search.run()
     confirm(search)
-    return search, train, finish(search, open_pairs(recall_of))
+    return search, train, finish(search, open_pairs(recall_of), soup)
 
 
 def test_the_winner_is_confirmed_with_the_seeds_of_the_defaults(tmp_path):
@@ -117,13 +117,58 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     search, train, content = found(tmp_path)
     runs = len(train.trained)
 
-    def refuse(settings, split):
+    def refuse(*wanted):
         raise AssertionError("measured again")
 
-    again = finish(search, refuse)
+    again = finish(search, refuse, refuse)
     assert again | {"seconds": 0} == json.loads(json.dumps(content)) | {"seconds": 0}
     assert json.loads((tmp_path / "out" / "tune.json").read_text())["verdict"] == again["verdict"]
     assert len(train.trained) == runs
+
+
+SOUP = {
+    **{"split": "test", "soup": {"recall": 0.312}, "best_member": {"recall": 0.3}},
+    "to_best_member": {"value": 0.012, "low": -0.001, "high": 0.03, "clear": False},
+}
+
+
+def test_a_soup_of_the_best_runs_is_the_last_candidate(tmp_path):
+    asked = []
+
+    def soup(folders, target, settings, note):
+        asked.append((folders, target, settings))
+        return {**SOUP, "kept": [str(folder) for folder in folders[:2]]}
+
+    search, _, content = found(tmp_path, budget="12", soup=soup)
+    ((folders, target, settings),) = asked
+    assert target == search.study.folder / "soup" and settings == search.space.base.values
+    homes = [folder.parent.relative_to(search.study.folder.resolve()) for folder in folders]
+    own = f"trials/{content['chosen']:04d}"
+    seeds = [f"confirmation/winner/seed-{seed}" for seed in (43, 44)]
+    assert [str(home) for home in homes[:3]] == [own, *seeds]
+    assert len(folders) == 6 and len(set(folders)) == 6
+    recalls = {f"trials/{t['number']:04d}": t["recall"] for t in content["trials"]}
+    others = [recalls[str(home)] for home in homes[3:]]
+    finished = [t["recall"] for t in content["trials"] if t["state"] == "finished"]
+    assert others == sorted(finished, reverse=True)[1:4]
+    assert content["verdict"].endswith(
+        " A soup, the mean of the weights of 2 runs, is at 31.2% on the test pairs, and the best "
+        "of these runs at 30.0% (+1.2 points, 95% interval -0.1 to +3.0)."
+    )
+    assert content["soup"]["folder"] == str(target)
+    assert (search.study.folder / BEST).is_file()  # the settings of the best run
+    again = finish(search, open_pairs(), no_soup)
+    assert again["soup"] == json.loads(json.dumps(content["soup"])) and len(asked) == 1
+
+
+def test_where_the_defaults_are_used_the_soup_begins_with_them(tmp_path):
+    asked = []
+
+    def recall(settings: Settings) -> float:
+        return 0.3 if settings.output_dir.name == "0000" else 0.2
+
+    found(tmp_path, recall, soup=lambda folders, *_: asked.extend(folders))
+    assert asked[0].parent.name == "0000" and len(set(asked)) == len(asked) > 2
 
 
 def test_the_toml_trains_the_chosen_trial(tmp_path):

@@ -284,12 +284,13 @@ class TuneOptions(Section):
 def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
     """Search for better settings within a budget.
 
-    The first trial is what `clipft train` would do; the others change what you have not set, as
-    Optuna chooses. Trials that fall behind are stopped early. At the end, the best one and the
-    defaults are trained with several seeds, the validation pairs decide between them, and the
-    test pairs say by how much it is better. Each trial is a normal run, in --output-dir. Run the
-    same command again to continue after a stop, or with a larger --budget. Needs Optuna:
-    pip install 'clipft[tune]'.
+    The first trial is what `clipft train` would do. The next ones change what you have not set,
+    a setting of the best trial at a time, and later ones are chosen by Optuna. Trials that fall
+    behind are stopped early. At the end, the best one and the defaults are trained with several
+    seeds, the validation pairs decide between them, and the test pairs say by how much it is
+    better. A soup, the mean of the best runs' weights, is the last candidate. Each trial is a
+    normal run, in --output-dir. Run the same command again to continue after a stop, or with a
+    larger --budget. Needs Optuna: pip install 'clipft[tune]'.
 
     Examples:
 
@@ -331,7 +332,8 @@ def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
         out.note("More: --all shows every trial, and tune.json has their settings in full.")
     folder = settings.output_dir
     best = folder / "best.toml"
-    end(out, {"settings": best, "trials": folder / "trials"}, ("train", "--config", best))
+    soup = {"soup": Path(content["soup"]["folder"])} if content["soup"] else {}
+    end(out, {"settings": best, "trials": folder / "trials", **soup}, ("train", "--config", best))
 
 
 def _check_optuna() -> None:
