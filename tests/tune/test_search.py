@@ -56,9 +56,11 @@ def test_where_everything_is_worse_the_defaults_are_the_best(tmp_path):
     assert best_of(search.study.trials()).number == 0
 
 
-@pytest.mark.parametrize("kills", [[(0, 3)], [(2, 1), (5, 1)]])
-def test_a_search_that_is_killed_and_continued_is_the_same(tmp_path, kills):
-    whole = a_search(tmp_path / "whole", StandIn(), budget="8")
+@pytest.mark.parametrize(
+    ("budget", "kills"), [("8", [(0, 3)]), ("8", [(2, 1), (5, 1)]), ("22", [(3, 2), (20, 2)])]
+)
+def test_a_search_that_is_killed_and_continued_is_the_same(tmp_path, budget, kills):
+    whole = a_search(tmp_path / "whole", StandIn(), budget)
     whole.run()
     left = list(kills)
 
@@ -69,11 +71,14 @@ def test_a_search_that_is_killed_and_continued_is_the_same(tmp_path, kills):
 
     for _ in kills:
         with pytest.raises(Killed):
-            a_search(tmp_path / "killed", StandIn(before_epoch=before_epoch), "8").run()
-    again = a_search(tmp_path / "killed", StandIn(before_epoch=before_epoch), "8")
+            a_search(tmp_path / "killed", StandIn(before_epoch=before_epoch), budget).run()
+    again = a_search(tmp_path / "killed", StandIn(before_epoch=before_epoch), budget)
     again.run()
     assert not left
     assert what_was_tried(again) == what_was_tried(whole)
+    if budget == "22":  # moves, averaged weights among them, and what the sampler chose
+        tried = [trial.user_attrs.get("move") for trial in again.study.study.trials]
+        assert "averaged weights" in tried and None in tried
 
 
 def test_a_larger_budget_continues_a_search(tmp_path):
