@@ -19,7 +19,7 @@ class Times(float):
 
 
 MOVES: dict[str, Mapping[str, Any]] = {
-    # What helps on most small catalogues, all at once
+    # What often helps on small catalogues, all at once
     "recipe": {
         **{"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3},
         **{"epochs": Times(1.5), "lr": Times(4)},
@@ -40,7 +40,9 @@ MOVES: dict[str, Mapping[str, Any]] = {
     "slower projections": {"lr_projections": Times(0.5)},
     "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
 }
-"""The settings that each move changes, in the order in which they are tried."""
+"""The settings that each move changes, in the order in which they are tried. A move whose first
+change has been made already is left out, so the recipe is not tried on defaults that are like it.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,18 @@ def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str,
     known = [dict(attempt.parameters) for attempt in attempts]
     for name, changes in MOVES.items():
         tried = [attempt for attempt in attempts if attempt.move == name]
-        if tried and (len(changes) > 1 or tried[-1] is not start):
+        won = tried and tried[-1] is start and len(changes) == 1
+        if (tried and not won) or _made(start.parameters, changes):
             continue
         parameters = _moved(space, start.parameters, changes)
         if parameters not in known:
             return name, parameters
     return None
+
+
+def _made(parameters: Parameters, changes: Mapping[str, Any]) -> bool:
+    name, value = next(iter(changes.items()))
+    return not isinstance(value, Times) and parameters.get(name) == value
 
 
 def _moved(space: Space, parameters: Parameters, changes: Mapping[str, Any]) -> dict[str, Any]:

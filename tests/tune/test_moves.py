@@ -36,6 +36,14 @@ def test_it_begins_with_the_defaults_and_the_recipe():
     assert changed == {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 9, "lr": 4}
 
 
+def test_the_recipe_is_left_out_where_the_defaults_are_like_it():
+    space = a_space()
+    values = space.base.values.model_copy(update={"lora_targets": "all"})
+    object.__setattr__(space.base, "values", values)
+    attempts = climb(space, lambda parameters: 0.1, 3)
+    assert [attempt.move for attempt in attempts] == ["defaults", "higher rate", "lower rate"]
+
+
 @pytest.mark.parametrize("octave", [-5, -2, 0, 2, 5])
 def test_a_rate_is_found_within_a_factor_of_two_wherever_the_default_is(octave):
     def recall(parameters):
