@@ -1,5 +1,6 @@
 """The last candidate of a search: a soup, the mean of the weights of its best runs."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def souped(
     if saved and saved.get("of") == key:
         return saved["found"]  # type: ignore[no-any-return]
     target = search.study.folder / FOLDER
+    shutil.rmtree(target, ignore_errors=True)  # of a smaller budget
     made = make(members, target, search.space.base.values, search.note)
     found = {**made, "folder": str(target)} if made else None
     write_json(state, {"of": key, "found": found}, indent=1)

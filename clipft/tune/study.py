@@ -238,8 +238,7 @@ class SearchStudy:
         self.study.sampler = self._optuna.samplers.TPESampler(
             n_startup_trials=_RANDOM_TRIALS,
             seed=self.seed * 100_003 + number,
-            multivariate=True,
-            group=True,  # what is searched depends on the scenario
+            multivariate=False,  # a joint one keeps the first ranges, while those of rates move
         )
 
     def _claimed(self, handle: Any, most_epochs: float) -> Claim:
