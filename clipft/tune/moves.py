@@ -1,8 +1,8 @@
 """The first trials of a search: what an engineer would try before leaving it to a sampler.
 
 With five to thirty trials, a sampler has too little to learn from. So a search begins with the
-defaults and a recipe, and then makes one move at a time: each changes a setting of the best trial
-so far. A move that wins is repeated, so a learning rate that should be ten times higher is reached
+defaults and makes one move at a time: each changes one setting of the best trial so far, or a few.
+A step of the learning rate that wins is repeated, so one that should be ten times higher is reached
 in a few trials, wherever the defaults are. A move that loses is not tried again. When no move is
 left, the sampler takes over.
 """
@@ -19,12 +19,12 @@ class Times(float):
 
 
 MOVES: dict[str, Mapping[str, Any]] = {
-    # What often helps on small catalogues, all at once
-    "recipe": {
+    # Nothing matters as much as the learning rate, and stronger adapters need the right one
+    "four times the rate": {"lr": Times(4)},
+    "stronger adapters": {
         **{"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3},
-        **{"epochs": Times(1.5), "lr": Times(4)},
+        "epochs": Times(1.5),
     },
-    # Nothing matters as much as the learning rate
     "higher rate": {"lr": Times(2)},
     "lower rate": {"lr": Times(0.5)},
     "more adapters": {"lora_targets": "all"},
@@ -41,8 +41,9 @@ MOVES: dict[str, Mapping[str, Any]] = {
     "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
 }
 """The settings that each move changes, in the order in which they are tried. A move whose first
-change has been made already is left out, so the recipe is not tried on defaults that are like it.
+change has been made already is left out.
 """
+_REPEATED = frozenset({"higher rate", "lower rate", "longer", "larger batch", "smaller batch"})
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str,
     known = [dict(attempt.parameters) for attempt in attempts]
     for name, changes in MOVES.items():
         tried = [attempt for attempt in attempts if attempt.move == name]
-        won = tried and tried[-1] is start and len(changes) == 1
-        if (tried and not won) or _made(start.parameters, changes):
+        repeated = name in _REPEATED and tried and tried[-1] is start
+        if (tried and not repeated) or _made(start.parameters, changes):
             continue
         parameters = _moved(space, start.parameters, changes)
         if parameters not in known:

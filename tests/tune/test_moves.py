@@ -27,21 +27,22 @@ def best(attempts):
     return max(attempts, key=lambda attempt: attempt.recall)
 
 
-def test_it_begins_with_the_defaults_and_the_recipe():
+def test_it_begins_with_the_defaults_the_rate_and_the_adapters():
     space = a_space()
     object.__setattr__(space, "names", (*space.names, "epochs"))
-    first, second = climb(space, lambda parameters: 0.1, 2)
-    assert first == Attempt(space.default(), 0.1, "defaults")
-    changed = {n: v for n, v in second.parameters.items() if v != first.parameters[n]}
-    assert changed == {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 9, "lr": 4}
+    first, second, third = climb(space, lambda parameters: parameters["lr"] / 100, 3)
+    assert first == Attempt(space.default(), 0.01, "defaults")
+    assert second.parameters == {**first.parameters, "lr": 4}
+    changed = {n: v for n, v in third.parameters.items() if v != second.parameters[n]}
+    assert changed == {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 9}
 
 
-def test_the_recipe_is_left_out_where_the_defaults_are_like_it():
+def test_a_change_that_the_defaults_have_is_not_made():
     space = a_space()
     values = space.base.values.model_copy(update={"lora_targets": "all"})
     object.__setattr__(space.base, "values", values)
-    attempts = climb(space, lambda parameters: 0.1, 3)
-    assert [attempt.move for attempt in attempts] == ["defaults", "higher rate", "lower rate"]
+    moves = [attempt.move for attempt in climb(space, lambda parameters: 0.1, 4)]
+    assert moves == ["defaults", "four times the rate", "higher rate", "lower rate"]
 
 
 @pytest.mark.parametrize("octave", [-5, -2, 0, 2, 5])
@@ -57,11 +58,12 @@ def test_a_rate_is_found_within_a_factor_of_two_wherever_the_default_is(octave):
 def test_each_move_begins_at_the_best_trial_and_is_repeated_while_it_wins():
     def recall(parameters):
         rate = {1.0: 0.2, 4.0: 0.3, 8.0: 0.35, 16.0: 0.33, 2.0: 0.1}[parameters["lr"]]
-        return rate + 0.1 * (parameters["ema"] > 0)
+        return rate + 0.1 * (parameters["ema"] > 0) + 0.1 * parameters["lora_dropout"]
 
     attempts = climb(a_space(("lr", "ema", "lora_dropout")), recall, 30)
     moves = [attempt.move for attempt in attempts]
-    assert moves[:5] == ["defaults", "recipe", *["higher rate"] * 2, "averaged weights"]
+    steps = ["four times the rate", "stronger adapters", *["higher rate"] * 2, "averaged weights"]
+    assert moves[:6] == ["defaults", *steps]
     assert moves.count("averaged weights") == 1
     assert best(attempts).parameters == {"lr": 8.0, "ema": 0.99, "lora_dropout": 0.3}
 
@@ -83,7 +85,7 @@ def test_a_trial_that_failed_or_is_under_way_is_not_repeated():
     space = a_space(("lr",))
     attempts = [
         Attempt({"lr": 1.0}, 0.2, "defaults"),
-        Attempt({"lr": 4.0}, None, "recipe"),
+        Attempt({"lr": 4.0}, None, "four times the rate"),
         Attempt({"lr": 2.0}, None, "higher rate"),
     ]
     assert next_move(space, attempts) == ("lower rate", {"lr": 0.5})
