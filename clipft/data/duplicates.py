@@ -10,13 +10,13 @@ count only if their 24 x 24 color thumbnails agree too.
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-_BLOCK = 1024
+_BLOCK, _COLUMNS = 1024, 4096
 # Of 255: a smaller difference between neighboring pixels is noise and must not decide a bit
 _LEAST_STEP = 2
 _THUMBNAIL = 24
@@ -24,6 +24,7 @@ _THUMBNAIL = 24
 # one's contrast (its standard deviation), plus _NOISE of 255. Of 1,596 re-encoded and shrunk
 # product images this misses 3; different products start at 0.08.
 _SAME, _NOISE = 0.10, 1.0
+_COARSE, _ROUNDING = 3, 1e-3
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -47,21 +48,61 @@ def perceptual_hash(image: Image.Image) -> PerceptualHash:
 
 
 def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
-    """Return all (i, j), i < j, whose images look the same up to ``near`` bits of the dHash."""
+    """Return all (i, j), i < j, whose images look the same up to ``near`` bits of the dHash.
+
+    Memory grows with the images and with what is found. The time grows with the pairs of images
+    that share a band of their hash (see ``close_hashes``): at worst with the square of the images.
+    """
     if not hashes:
         return []
-    close = close_hashes(np.array([h.hash for h in hashes], np.uint64), near)
-    thumbnails = np.frombuffer(b"".join(h.thumbnail for h in hashes), np.uint8)
-    thumbnails = thumbnails.reshape(len(hashes), -1)
-    contrast = np.array([row.std() for row in thumbnails])
-    found = []
-    for start in range(0, len(close), _BLOCK):
-        one, other = close[start : start + _BLOCK].T
-        difference = thumbnails[one].astype(np.float32) - thumbnails[other]
-        distance = np.square(difference).mean(axis=1) ** 0.5
-        allowed = _SAME * np.maximum(contrast[one], contrast[other]) + _NOISE
-        found += close[start : start + _BLOCK][distance <= allowed].tolist()
-    return [(one, other) for one, other in found]
+    alike = _Thumbnails(b"".join(h.thumbnail for h in hashes), len(hashes))
+    dhashes = np.array([h.hash for h in hashes], np.uint64)
+    codes = [one * len(hashes) + other for one, other in map(alike.of, _close(dhashes, near))]
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *codes]))
+    return [divmod(code, len(hashes)) for code in found.tolist()]
+
+
+class _Thumbnails:
+    """Compares thumbnails, given as N times the bytes of one."""
+
+    def __init__(self, data: bytes, count: int) -> None:
+        self._pixels = np.frombuffer(data, np.uint8).reshape(count, -1)
+        self._contrast = np.empty(count, np.float32)
+        self._coarse = np.empty((count, _COARSE**2 * 3), np.float32)
+        for start in range(0, count, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            pixels = self._pixels[block].astype(np.float32)
+            self._contrast[block] = pixels.std(axis=1)
+            cell = _THUMBNAIL // _COARSE
+            cells = pixels.reshape(-1, _COARSE, cell, _COARSE, cell, 3).mean(axis=(2, 4))
+            self._coarse[block] = cells.reshape(len(pixels), -1)
+        self._mean = self._coarse.mean(axis=1)
+
+    def of(self, close: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+        """Return those of the pairs (one, other) whose thumbnails agree."""
+        one, other = close
+        allowed = _SAME * np.maximum(self._contrast[one], self._contrast[other]) + _NOISE
+        # The root mean square of a difference is no smaller than that of its means over equally
+        # many pixels. Most pairs differ in these already, which take a fraction of the time
+        for values in (self._mean[:, None], self._coarse, self._pixels):
+            kept = np.concatenate(
+                [
+                    self._distance(values, one[n : n + _BLOCK], other[n : n + _BLOCK])
+                    <= allowed[n : n + _BLOCK] + (0 if values is self._pixels else _ROUNDING)
+                    for n in range(0, len(one), _BLOCK)
+                ]
+                or [np.empty(0, bool)]
+            )
+            one, other, allowed = one[kept], other[kept], allowed[kept]
+        return one, other
+
+    @staticmethod
+    def _distance(
+        values: "np.ndarray[Any, Any]", one: Rows, other: Rows
+    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        difference = values[one].astype(np.float32) - values[other]
+        distance: np.ndarray[Any, np.dtype[np.float32]] = np.square(difference).mean(axis=1) ** 0.5
+        return distance
 
 
 def close_hashes(hashes: Hashes, near: int) -> Rows:
@@ -70,23 +111,42 @@ def close_hashes(hashes: Hashes, near: int) -> Rows:
     Exact: of near + 1 bands of two such hashes, at least one must be equal (pigeonhole principle),
     so only rows that share a band are compared.
     """
-    found = [np.empty(0, np.int64)]
-    edges = [round(band * 64 / (near + 1)) for band in range(near + 2)]
-    for low, high in pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        cuts = np.flatnonzero(np.diff(band[order])) + 1
+    codes = [one * len(hashes) + other for one, other in _close(hashes, near)]
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *codes]))
+    return np.stack(np.divmod(found, max(1, len(hashes))), axis=1)
+
+
+def _close(hashes: Hashes, near: int) -> Iterator[tuple[Rows, Rows]]:
+    """Yield blocks of the pairs of ``close_hashes``; a pair may come once for each band."""
+    # A photo on white has many neighboring bits without an edge. With every (near + 1)-th bit in a
+    # band, a third as many pairs of real product photos are compared
+    shuffled = np.zeros_like(hashes)
+    places = [place for band in range(near + 1) for place in range(band, 64, near + 1)]
+    for place, source in enumerate(places):
+        shuffled |= (hashes >> np.uint64(source) & np.uint64(1)) << np.uint64(place)
+    low = 0
+    for band in range(near + 1):
+        high = low + len(range(band, 64, near + 1))
+        own = (shuffled >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        low = high
+        order = np.argsort(own, kind="stable")
+        cuts = np.flatnonzero(np.diff(own[order])) + 1
         for rows in np.split(order, cuts):
-            for start in range(0, len(rows) if len(rows) > 1 else 0, _BLOCK):
-                # The sort is stable, so rows with an equal band are in ascending order
-                block, later = rows[start : start + _BLOCK], rows[start:]
-                bits = np.bitwise_count(hashes[block][:, None] ^ hashes[later][None])
-                one, other = np.nonzero(bits <= near)
-                ascending = one < other
-                # A pair is one number until the end, i * rows + j, to make it unique quickly
-                found.append(block[one[ascending]] * len(hashes) + later[other[ascending]])
-    codes = np.unique(np.concatenate(found))
-    return np.stack(np.divmod(codes, max(1, len(hashes))), axis=1)
+            if len(rows) > 1:
+                yield from _close_of_band(hashes, rows, near)
+
+
+def _close_of_band(hashes: Hashes, rows: Rows, near: int) -> Iterator[tuple[Rows, Rows]]:
+    """Compare the hashes of all ``rows``, which are in ascending order."""
+    own = hashes[rows]
+    for start in range(0, len(rows), _BLOCK):
+        block = own[start : start + _BLOCK, None]
+        for first in range(start, len(rows), _COLUMNS):
+            bits = np.bitwise_count(block ^ own[None, first : first + _COLUMNS])
+            one, other = np.nonzero(bits <= near)
+            one, other = rows[one + start], rows[other + first]
+            ascending = one < other
+            yield one[ascending], other[ascending]
 
 
 def group_leaders(
