@@ -67,6 +67,23 @@ class Embeddings:
             texts = self.texts[rows.to(self.texts.device)]
             yield replace(self, texts=texts, groups=groups, owners=None)
 
+    def of(self, rows: Tensor) -> "Embeddings":
+        """Return some of the images, int64 [Q] and ascending, with their captions."""
+        if len(rows) == len(self.images):
+            return self
+        texts, owners = rows, None
+        if self.owners is not None:
+            texts = torch.isin(self.owners, rows).nonzero().flatten()
+            owners = torch.searchsorted(rows, self.owners[texts])
+        return replace(
+            self,
+            images=self.images[rows.to(self.images.device)],
+            texts=self.texts[texts.to(self.texts.device)],
+            numbers=tuple(self.numbers[row] for row in rows.tolist()),
+            groups=None if self.groups is None else self.groups[texts],
+            owners=owners,
+        )
+
     def where_ranked(self, device: torch.device) -> "Embeddings":
         """The same with their rows on a CUDA device, which ranks them fastest. For another device,
         they stay on the CPU."""

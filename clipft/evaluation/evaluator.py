@@ -120,7 +120,11 @@ class EvaluationSet:
             self.identities.of(np.array(embedded.numbers)),  # without the skipped pairs
             [self.labels[number] for number in embedded.numbers],
             EvaluationOptions(
-                settings.evaluation_bytes, settings.resamples, settings.seed, settings.dimensions
+                settings.evaluation_bytes,
+                settings.resamples,
+                settings.seed,
+                settings.dimensions,
+                settings.evaluation_queries,
             ),
         )
         return ModelEvaluation(embedded, evaluation)

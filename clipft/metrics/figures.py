@@ -65,13 +65,17 @@ def mean_recall(figures: Json) -> float:
 
 
 def counted_pairs(evaluation: Json) -> str:
-    """Say how many pairs an evaluation has, and how many captions if that is another number.
+    """Say how many pairs an evaluation has, and how many captions and queries if these are other
+    numbers.
 
     ``evaluation`` may also be what an epoch measured.
     """
     pairs, captions = evaluation["pairs"], evaluation.get("captions")
     shown = counted(pairs, "pair")
-    return f"{shown}, {counted(captions, 'caption')}" if captions not in (None, pairs) else shown
+    if captions not in (None, pairs):
+        shown += f", {counted(captions, 'caption')}"
+    queries = evaluation.get("queries", pairs)
+    return shown if queries == pairs else f"{shown}, {queries:,} of them as queries"
 
 
 def before_and_after(metrics: Sequence[Json]) -> tuple[Json | None, Json | None]:

@@ -14,7 +14,12 @@ _FIRST = 10
 
 
 def graded_figures(
-    images: Tensor, texts: Tensor, identities: Identities, related: Relevance, memory: int
+    images: Tensor,
+    texts: Tensor,
+    identities: Identities,
+    related: Relevance,
+    memory: int,
+    pairs: Integers,
 ) -> dict[str, PerQuery]:
     """Measure nDCG@10 of each distinct text and image that has a right candidate.
 
@@ -27,6 +32,7 @@ def graded_figures(
         identities: the grade of each pair, and which captions and images are equal.
         related: the distinct texts and images, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
+        pairs: int64, those whose caption and image may be queries.
 
     Returns:
         By direction; empty without a grade above 0.
@@ -39,10 +45,12 @@ def graded_figures(
     gains = np.zeros(edges.shape[1])
     np.maximum.at(gains, which.ravel(), identities.grades[owners])
     kept = gains > 0
-    if not kept.any():
+    of_texts = kept & np.isin(related.text_pairs[edges[0]], pairs)
+    of_images = kept & np.isin(related.image_pairs[edges[1]], pairs)
+    if not (of_texts.any() and of_images.any()):
         return {}
-    by_text = _Graded(edges[0, kept], edges[1, kept], gains[kept])
-    by_image = _Graded(edges[1, kept], edges[0, kept], gains[kept])
+    by_text = _Graded(edges[0, of_texts], edges[1, of_texts], gains[of_texts])
+    by_image = _Graded(edges[1, of_images], edges[0, of_images], gains[of_images])
     rows, columns = texts[related.text_rows], images[related.image_pairs]
     clusters = related.clusters
     return {

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipft.metrics.definitions import PHOTOS, PerQuery, grouped_figures
+from clipft.metrics.definitions import PHOTOS, Integers, PerQuery, grouped_figures
 from clipft.metrics.ranking import ranks_of
 from clipft.metrics.relevance import Identities, Relevance
 
 
 def photo_figures(
-    images: Tensor, identities: Identities, related: Relevance, memory: int
+    images: Tensor, identities: Identities, related: Relevance, memory: int, pairs: Integers
 ) -> PerQuery | None:
     """Measure whether each distinct image finds the other images of its product.
 
@@ -19,6 +19,7 @@ def photo_figures(
         identities: the product of each pair, as its group.
         related: which images are distinct, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
+        pairs: int64, those whose image may be a query.
 
     Returns:
         None if products are unknown, or none has several images.
@@ -34,7 +35,10 @@ def photo_figures(
     queries = np.concatenate([np.repeat(m, len(m)) for m in several])
     right = np.concatenate([np.tile(m, len(m)) for m in several])
     by_query = np.lexsort((right, queries))
+    by_query = by_query[np.isin(related.image_pairs[queries[by_query]], pairs)]
     queries, right = queries[by_query], right[by_query]
+    if not len(queries):
+        return None
 
     distinct = images[related.image_pairs]
     edges = torch.from_numpy(queries), torch.from_numpy(right)

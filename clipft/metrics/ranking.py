@@ -76,6 +76,8 @@ def ranks_of(
 ) -> Tensor:
     """Rank candidate ``columns[i]`` for query ``rows[i]``, exactly up to 2^24 candidates.
 
+    A query that is in no row costs nothing.
+
     Args:
         queries: float32 [Q, D].
         candidates: float32 [C, D], on the same device.
@@ -87,6 +89,9 @@ def ranks_of(
     Returns:
         int64 [E] on the CPU.
     """
+    asked, numbers = torch.unique_consecutive(rows, return_inverse=True)
+    if len(asked) < len(queries):
+        queries, rows = queries[asked.to(queries.device)], numbers
     size = min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries))
     size = max(size, _FEWEST_ROWS)
     all_picked, all_compared = candidates.new_empty(2, size, len(candidates))
@@ -126,21 +131,33 @@ def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
 class Retrieval:
     """Paired retrieval in both directions over ``pairs`` images, as measured after each epoch.
 
-    Each direction maps ``r@1``, ``r@5``, ``r@10`` and ``mrr`` to shares in 0..1, and
-    ``median_rank`` to a rank counted from 1.
+    ``queries`` of them were queries. Each direction maps ``r@1``, ``r@5``, ``r@10`` and ``mrr`` to
+    shares in 0..1, and ``median_rank`` to a rank counted from 1.
     """
 
     text_to_image: dict[str, float]
     image_to_text: dict[str, float]
     pairs: int
+    queries: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of ``metrics.jsonl`` and ``result.json``."""
         return asdict(self)
 
 
+def drawn_queries(pairs: int, most: int, seed: int) -> Tensor:
+    """Draw the pairs whose captions and images are queries: int64, ascending.
+
+    These are all pairs if ``most`` is 0 or at least as many.
+    """
+    if not 0 < most < pairs:
+        return torch.arange(pairs)
+    drawn = np.random.default_rng(seed).choice(pairs, most, replace=False)
+    return torch.from_numpy(np.sort(drawn))
+
+
 def paired_ranks(
-    images: Tensor, texts: Tensor, owners: Tensor, memory: int
+    images: Tensor, texts: Tensor, owners: Tensor, memory: int, asked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Rank the image of each text, and for each image the first of its texts in the ranking.
 
@@ -149,19 +166,27 @@ def paired_ranks(
         texts: float32 [T, D].
         owners: int64 [T], the image of each text, ascending; each image has at least one.
         memory: limit in bytes of the scores held at a time.
+        asked: int64 [Q], ascending, the images that are queries, with their texts; None for all.
 
     Returns:
-        int64 [T] from text to image and int64 [N] from image to text, counted from 1.
+        int64 [texts of the queries] from text to image and int64 [Q] from image to text, counted
+        from 1.
     """
-    all_texts, owners = torch.arange(len(texts)), owners.cpu()
-    to_image = ranks_of(texts, images, all_texts, owners, memory)
-    to_text = ranks_of(images, texts, owners, all_texts, memory)
-    last = torch.full((len(images),), len(texts))
-    return to_image, last.scatter_reduce(0, owners, to_text, "amin")
+    owners, asked = owners.cpu(), torch.arange(len(images)) if asked is None else asked
+    own_texts = torch.isin(owners, asked).nonzero().flatten()
+    owners = owners[own_texts]
+    to_image = ranks_of(texts, images, own_texts, owners, memory)
+    to_text = ranks_of(images, texts, owners, own_texts, memory)
+    last = torch.full((len(asked),), len(texts))
+    return to_image, last.scatter_reduce(0, torch.searchsorted(asked, owners), to_text, "amin")
 
 
 def retrieval(
-    images: Tensor, texts: Tensor, memory: int, owners: Tensor | None = None
+    images: Tensor,
+    texts: Tensor,
+    memory: int,
+    owners: Tensor | None = None,
+    asked: Tensor | None = None,
 ) -> Retrieval:
     """Measure paired retrieval of unit embeddings.
 
@@ -170,14 +195,16 @@ def retrieval(
         texts: float32 [T, D].
         memory: limit in bytes of the scores held at a time.
         owners: int64 [T], the image of each text, ascending; None if text i belongs to image i.
+        asked: as for ``paired_ranks``.
     """
     owners = torch.arange(len(texts)) if owners is None else owners
-    return retrieval_of_ranks(*paired_ranks(images, texts, owners, memory))
+    return retrieval_of_ranks(*paired_ranks(images, texts, owners, memory, asked), len(images))
 
 
-def retrieval_of_ranks(text_to_image: Tensor, image_to_text: Tensor) -> Retrieval:
-    """Summarize the ranks of ``paired_ranks``."""
-    return Retrieval(_figures(text_to_image), _figures(image_to_text), len(image_to_text))
+def retrieval_of_ranks(text_to_image: Tensor, image_to_text: Tensor, pairs: int) -> Retrieval:
+    """Summarize the ranks of ``paired_ranks`` among so many ``pairs``."""
+    queries = len(image_to_text)
+    return Retrieval(_figures(text_to_image), _figures(image_to_text), pairs, queries)
 
 
 def _figures(ranks: Tensor) -> dict[str, float]:

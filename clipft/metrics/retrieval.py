@@ -26,6 +26,7 @@ from clipft.metrics.graded import graded_figures
 from clipft.metrics.photos import photo_figures
 from clipft.metrics.ranking import (
     Retrieval,
+    drawn_queries,
     paired_ranks,
     ranks_of,
     retrieval,
@@ -42,13 +43,15 @@ _MIN_PAIRS = 5
 class EvaluationOptions:
     """``memory`` limits the bytes of scores held at a time; ``resamples`` 0 means no intervals.
 
-    Embeddings are also measured when they are cut off after each number of ``dimensions``.
+    Embeddings are also measured when they are cut off after each number of ``dimensions``. At most
+    ``queries`` pairs have queries, or all if it is 0.
     """
 
     memory: int
     resamples: int
     seed: int
     dimensions: tuple[int, ...] = ()
+    queries: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Category:
 class Evaluation:
     """All figures of one model on some pairs.
 
-    ``clusters`` is the number that is resampled. Each of the ``captions`` belongs to one of the
+    ``clusters`` is the number that is resampled, and ``queries`` that of the pairs whose captions
+    and images are queries. Each of the ``captions`` belongs to one of the
     pairs. ``retrieval`` is the short form of the paired figures, as measured after each epoch, and
     ``by_dimensions`` the same of embeddings that are cut off after that many dimensions.
     """
@@ -115,6 +119,7 @@ class Evaluation:
     pairs: int
     captions: int
     clusters: int
+    queries: int
     parts: Parts
     categories: dict[str, Category]
     options: EvaluationOptions
@@ -138,6 +143,7 @@ class Evaluation:
             "pairs": self.pairs,
             "captions": self.captions,
             "clusters": self.clusters,
+            "queries": self.queries,
             "resamples": self.options.resamples,
             "confidence": CONFIDENCE,
             "recall": self.recall(),
@@ -209,14 +215,16 @@ def evaluate(
         UsageError: the groups are too large (see ``relevance``).
     """
     related = relevance(identities)
-    samples = _measure(images, texts, identities.owners, related, options.memory)
-    photos = photo_figures(images, identities, related, options.memory)
+    asked = drawn_queries(len(images), options.queries, options.seed)
+    samples, pair_of = _measure(images, texts, identities.owners, related, asked, options.memory)
+    photos = photo_figures(images, identities, related, options.memory, asked.numpy())
     if photos:
         samples["photos", "image_to_image"] = photos
     for direction, graded in graded_figures(
-        images, texts, identities, related, options.memory
+        images, texts, identities, related, options.memory, asked.numpy()
     ).items():
         samples["graded", direction] = graded
+    samples, clusters = _numbered_from_0(samples)
     candidates = {
         ("paired", "text_to_image"): len(images),
         ("paired", "image_to_text"): len(texts),
@@ -238,20 +246,20 @@ def evaluate(
         size, bound = len(sample.clusters), upper_bounds.get(key)
         part = Part(size, candidates[key], sample.means(), own, bound)
         parts.setdefault(protocol, {})[direction] = part
-    categories = _by_category(samples, candidates, labels, identities.owners, related, options)
-    clusters = int(related.clusters.max()) + 1
+    categories = _by_category(samples, candidates, labels, pair_of, options)
     short = retrieval_of_ranks(
         *(
             torch.from_numpy(samples["paired", direction].figures["mean_rank"])
             for direction in ("text_to_image", "image_to_text")
-        )
+        ),
+        len(images),
     )
     by_dimensions = {}
     for size in (images.shape[1], *options.dimensions) if options.dimensions else ():
         cut_images, cut_texts = (normalize(rows[:, :size], dim=1) for rows in (images, texts))
         owners = torch.from_numpy(identities.owners)
-        by_dimensions[size] = retrieval(cut_images, cut_texts, options.memory, owners)
-    sizes = len(images), len(texts), clusters
+        by_dimensions[size] = retrieval(cut_images, cut_texts, options.memory, owners, asked)
+    sizes = len(images), len(texts), clusters, len(asked)
     return Evaluation(*sizes, parts, categories, options, short, by_dimensions)
 
 
@@ -260,16 +268,26 @@ Samples = dict[tuple[str, str], PerQuery]
 
 
 def _measure(
-    images: Tensor, texts: Tensor, owners: Integers, related: Relevance, memory: int
-) -> Samples:
-    """Rank the right candidates of every query, by both protocols in both directions."""
-    samples, clusters = {}, related.clusters
-    to_image, to_text = paired_ranks(images, texts, torch.from_numpy(owners), memory)
-    for direction, ranks, own in (
-        ("text_to_image", to_image, clusters[owners]),
-        ("image_to_text", to_text, clusters),
-    ):
-        samples["paired", direction] = PerQuery(paired_figures(ranks.numpy()), own)
+    images: Tensor,
+    texts: Tensor,
+    owners: Integers,
+    related: Relevance,
+    asked: Tensor,
+    memory: int,
+) -> tuple[Samples, dict[tuple[str, str], Integers]]:
+    """Rank the right candidates of every query, by both protocols in both directions.
+
+    Also return the pair of each query.
+    """
+    samples, clusters, own = Samples(), related.clusters, asked.numpy()
+    to_image, to_text = paired_ranks(images, texts, torch.from_numpy(owners), memory, asked)
+    pair_of = {
+        ("paired", "text_to_image"): owners[np.isin(owners, own)],
+        ("paired", "image_to_text"): own,
+    }
+    for direction, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+        pairs = pair_of["paired", direction]
+        samples["paired", direction] = PerQuery(paired_figures(ranks.numpy()), clusters[pairs])
     distinct_texts, distinct_images = texts[related.text_rows], images[related.image_pairs]
     by_text = (related.edge_texts, related.edge_images)
     order = np.lexsort(by_text)  # by image, then by text
@@ -278,28 +296,36 @@ def _measure(
         ("text_to_image", distinct_texts, distinct_images, by_text, related.text_pairs),
         ("image_to_text", distinct_images, distinct_texts, by_image, related.image_pairs),
     ):
+        kept = np.isin(pairs[wanted], own)
+        wanted, right = wanted[kept], right[kept]
         edges = torch.from_numpy(wanted), torch.from_numpy(right)
-        figures = grouped_figures(wanted, ranks_of(queries, candidates, *edges, memory).numpy())
-        samples["grouped", direction] = PerQuery(figures, clusters[pairs])
-    return samples
+        ranks_found = ranks_of(queries, candidates, *edges, memory).numpy()
+        rows, numbers = np.unique(wanted, return_inverse=True)
+        figures = grouped_figures(numbers, ranks_found)
+        samples["grouped", direction] = PerQuery(figures, clusters[pairs[rows]])
+        pair_of["grouped", direction] = pairs[rows]
+    return samples, pair_of
+
+
+def _numbered_from_0(samples: Samples) -> tuple[Samples, int]:
+    """Number the clusters that have queries from 0; also return how many there are."""
+    known = np.unique(np.concatenate([sample.clusters for sample in samples.values()]))
+    return {
+        key: PerQuery(sample.figures, np.searchsorted(known, sample.clusters))
+        for key, sample in samples.items()
+    }, len(known)
 
 
 def _by_category(
     samples: Samples,
     candidates: dict[tuple[str, str], int],
     labels: Sequence[str | None],
-    owners: Integers,
-    related: Relevance,
+    pair_of: dict[tuple[str, str], Integers],
     options: EvaluationOptions,
 ) -> dict[str, Category]:
     """Measure the most frequent categories. A text or image takes its first pair's category."""
     of_pair = np.array([label or "" for label in labels])
-    of_query = {
-        ("paired", "text_to_image"): of_pair[owners],
-        ("paired", "image_to_text"): of_pair,
-        ("grouped", "text_to_image"): of_pair[related.text_pairs],
-        ("grouped", "image_to_text"): of_pair[related.image_pairs],
-    }
+    of_query = {key: of_pair[pairs] for key, pairs in pair_of.items()}
     found = {}
     for label, pairs in Counter(label for label in labels if label).most_common(_MOST_CATEGORIES):
         chosen = {key: own == label for key, own in of_query.items()}

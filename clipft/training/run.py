@@ -24,7 +24,7 @@ from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import Rankings, data_name
 from clipft.evaluation.rankings import CaptionGroups, rank_images
 from clipft.export.target import why_no_adapter
-from clipft.metrics.ranking import retrieval
+from clipft.metrics.ranking import drawn_queries, retrieval
 from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
@@ -312,13 +312,14 @@ class _Run:
 
         def figures() -> EpochResult:
             ranked = embedded.where_ranked(setup.loaded.precision.device)
-            evaluation_bytes = setup.settings.evaluation_bytes
+            settings = setup.settings
+            asked = drawn_queries(len(ranked.images), settings.evaluation_queries, settings.seed)
             found = retrieval(
-                ranked.images, ranked.texts, evaluation_bytes, ranked.owners
+                ranked.images, ranked.texts, settings.evaluation_bytes, ranked.owners, asked
             ).to_dict()
             self.rankings = self.rank_images(embedded)
-            loss = setup.validation_loss(ranked)
-            lower_bound = setup.loss_lower_bound(embedded)
+            loss = setup.validation_loss(ranked.of(asked))
+            lower_bound = setup.loss_lower_bound(embedded.of(asked))
             accuracy = None
             if self.classifier and vectors is not None:
                 accuracy = self.classifier.accuracy(embedded, vectors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipft.config.settings import Settings
-from clipft.core.common import Note, Progress, silent
+from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import UsageError
 from clipft.core.memory import MemoryBudget
 from clipft.data.captions.metadata import check_chosen_fields, check_label_options
@@ -420,6 +420,11 @@ def _open_data(
     if settings.declared_scenario.trains and processes.rank == 0:
         captions = (preprocessing.captions, val_preprocessing.captions)
         remarks = data_remarks(train, val, captions, inputs.context_length)
+        if 0 < settings.evaluation_queries < len(val):
+            remarks.append(
+                f"validation has {settings.evaluation_queries:,} of {counted(len(val), 'pair')} as "
+                "queries; --evaluation-queries 0 takes all"
+            )
         if settings.fields:
             field = CaptionTemplate.of(settings).first
             remarks.append(

@@ -38,6 +38,16 @@ class EvaluationSettings(Section):
         ge=1,
     )
 
+    evaluation_queries: int = setting(
+        20_000,
+        "Measure with the captions and images of this many pairs at most as queries, drawn by the "
+        "seed. Each is ranked among all candidates. 0: all are queries, in a time that grows with "
+        "the square of the pairs.",
+        "fixed",
+        unit="pairs",
+        ge=0,
+    )
+
     @property
     def evaluation_bytes(self) -> int:
         return self.evaluation_memory << 20
