@@ -19,7 +19,7 @@ def graded_figures(
     identities: Identities,
     related: Relevance,
     memory: int,
-    pairs: Integers,
+    pairs: Integers | None = None,
 ) -> dict[str, PerQuery]:
     """Measure nDCG@10 of each distinct text and image that has a right candidate.
 
@@ -32,7 +32,7 @@ def graded_figures(
         identities: the grade of each pair, and which captions and images are equal.
         related: the distinct texts and images, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
-        pairs: int64, those whose caption and image may be queries.
+        pairs: int64, those whose caption and image may be queries; None for all.
 
     Returns:
         By direction; empty without a grade above 0.
@@ -45,8 +45,10 @@ def graded_figures(
     gains = np.zeros(edges.shape[1])
     np.maximum.at(gains, which.ravel(), identities.grades[owners])
     kept = gains > 0
-    of_texts = kept & np.isin(related.text_pairs[edges[0]], pairs)
-    of_images = kept & np.isin(related.image_pairs[edges[1]], pairs)
+    of_texts = of_images = kept
+    if pairs is not None:
+        of_texts = kept & np.isin(related.text_pairs[edges[0]], pairs)
+        of_images = kept & np.isin(related.image_pairs[edges[1]], pairs)
     if not (of_texts.any() and of_images.any()):
         return {}
     by_text = _Graded(edges[0, of_texts], edges[1, of_texts], gains[of_texts])

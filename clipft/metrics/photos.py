@@ -10,7 +10,11 @@ from clipft.metrics.relevance import Identities, Relevance
 
 
 def photo_figures(
-    images: Tensor, identities: Identities, related: Relevance, memory: int, pairs: Integers
+    images: Tensor,
+    identities: Identities,
+    related: Relevance,
+    memory: int,
+    pairs: Integers | None = None,
 ) -> PerQuery | None:
     """Measure whether each distinct image finds the other images of its product.
 
@@ -19,7 +23,7 @@ def photo_figures(
         identities: the product of each pair, as its group.
         related: which images are distinct, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
-        pairs: int64, those whose image may be a query.
+        pairs: int64, those whose image may be a query; None for all.
 
     Returns:
         None if products are unknown, or none has several images.
@@ -35,7 +39,8 @@ def photo_figures(
     queries = np.concatenate([np.repeat(m, len(m)) for m in several])
     right = np.concatenate([np.tile(m, len(m)) for m in several])
     by_query = np.lexsort((right, queries))
-    by_query = by_query[np.isin(related.image_pairs[queries[by_query]], pairs)]
+    if pairs is not None:
+        by_query = by_query[np.isin(related.image_pairs[queries[by_query]], pairs)]
     queries, right = queries[by_query], right[by_query]
     if not len(queries):
         return None
