@@ -247,13 +247,11 @@ def evaluate(
         part = Part(size, candidates[key], sample.means(), own, bound)
         parts.setdefault(protocol, {})[direction] = part
     categories = _by_category(samples, candidates, labels, pair_of, options)
-    short = retrieval_of_ranks(
-        *(
-            torch.from_numpy(samples["paired", direction].figures["mean_rank"])
-            for direction in ("text_to_image", "image_to_text")
-        ),
-        len(images),
+    to_image, to_text = (
+        torch.from_numpy(samples["paired", direction].figures["mean_rank"])
+        for direction in ("text_to_image", "image_to_text")
     )
+    short = retrieval_of_ranks(to_image, to_text, len(images))
     by_dimensions = {}
     for size in (images.shape[1], *options.dimensions) if options.dimensions else ():
         cut_images, cut_texts = (normalize(rows[:, :size], dim=1) for rows in (images, texts))
