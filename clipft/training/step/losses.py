@@ -324,13 +324,17 @@ def _sigmoid(logits: Tensor) -> Tensor:
 
 
 def _sigmoid_streamed(blocks: Blocks, add: Add | None) -> Tensor:
-    totals = []
+    totals: Tensor | None = None
     for block in blocks():
         zero = block.logits.new_zeros(())
-        totals.append(torch.logaddexp(block.logits, zero, out=block.scratch).sum(1))
+        if totals is None:
+            totals = block.logits.new_empty(block.logits.shape[1])
+        # A tensor for each block would keep the heap from reusing the memory of what lay before it
+        totals[block.rows] = torch.logaddexp(block.logits, zero, out=block.scratch).sum(1)
         if add:
             add(block, block.logits.sigmoid_())
-    return torch.cat(totals)
+    assert totals is not None
+    return totals
 
 
 @dataclass(frozen=True)
