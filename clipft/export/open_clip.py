@@ -169,7 +169,7 @@ def _siglip_config(base: PretrainedModel) -> Mapping[str, Any]:
             f"timm has no image tower of SigLIP with {shape[1]} layers of width {shape[0]} for "
             f"{side} pixels in patches of {patch}"
         )
-    expected = siglip_activation(size)
+    expected = siglip_activation(size, patch, side)
     if vision.hidden_act != expected:
         raise _NoForm(f"its image tower has {vision.hidden_act}, and timm's has {expected}")
     return {

@@ -47,9 +47,13 @@ SIGLIP_TOWERS = {
 """timm's image towers of SigLIP: width, layers, heads, and width of the MLP."""
 
 
-def siglip_activation(size: str) -> str:
-    """Return the activation of one of ``SIGLIP_TOWERS``, as transformers names it."""
-    return "gelu_pytorch_tanh" if size == "giantopt" else "gelu"
+_WITH_TANH = re.compile(r"base_patch32_256|large_patch16_512|(so400m|giantopt)_patch16_\d+")
+
+
+def siglip_activation(size: str, patch: int, side: int) -> str:
+    """Return the activation of timm's tower of this size, as transformers names it."""
+    tanh = _WITH_TANH.fullmatch(f"{size}_patch{patch}_{side}")
+    return "gelu_pytorch_tanh" if tanh else "gelu"
 
 
 class UnmappableError(Exception):
@@ -210,7 +214,7 @@ def _siglip(config: Mapping[str, Any], trunk: "re.Match[str]", end: int | None) 
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "intermediate_size": mlp,
-            "hidden_act": siglip_activation(size),
+            "hidden_act": siglip_activation(size, int(patch), int(side)),
             "layer_norm_eps": 1e-6,
             "image_size": int(side),
             "patch_size": int(patch),

@@ -36,7 +36,7 @@ from clipft.models.open_clip.tokenizer import load_tokenizer
 from clipft.models.open_clip.weights import Weights, disk_errors, read_weights, write_weights
 
 REPORT = "open_clip.json"
-_VERSION = 1
+_VERSION = 2
 """Converted models of other versions are converted again."""
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}
 """Pillow's numbers."""

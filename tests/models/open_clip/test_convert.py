@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from clipft.cli.app import run
 from clipft.core.errors import ModelError
 from clipft.data.demo.catalogue import render_pair
-from clipft.models.open_clip.config import target_of
+from clipft.models.open_clip.config import siglip_activation, target_of
 from clipft.models.open_clip.convert import converted_folder, read_report
 from clipft.models.open_clip.names import CONFIG_FILE, is_open_clip, public_open_clip_name
 from clipft.models.open_clip.sources import find_source
@@ -318,6 +319,16 @@ def test_rules_map_every_tensor_of_siglip_to_every_tensor_of_transformers():
     assert {n: t.shape for n, t in mapped.items()} == {n: t.shape for n, t in ours.items()}
     back = to_open_clip(mapped, target.rules)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in flat.items()}
+
+
+@pytest.mark.parametrize("name", timm.list_models("vit_*_siglip_[0-9]*", exclude_filters="*_gap_*"))
+def test_the_activation_of_a_siglip_is_that_of_timm(name):
+    with torch.device("meta"):
+        tower = timm.create_model(name, depth=1)
+    _, size, patch, _, side = name.split("_")
+    act = type(tower.blocks[0].mlp.act).__name__
+    expected = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh"}[act]
+    assert siglip_activation(size, int(patch.removeprefix("patch")), int(side)) == expected
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
