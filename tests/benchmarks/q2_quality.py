@@ -121,10 +121,13 @@ def tuned(place: Place, trials: int, seeds: range) -> Trained:
     words = ["tune", "--model", "tiny", "--data-dir", place.data, "--output-dir", folder]
     words += ["--budget", trials, "--confirm", len(seeds), "--seed", seeds[0]]
     cpu_s = once(folder, "-m", "clipft", *words)
-    content = read_json(folder / "tune.json")
-    assert content
-    runs = [Path(run) for run in content["runs"]]
-    return Trained(dict(zip(seeds, runs, strict=False)), cpu_s)
+    answer, kept = read_json(folder / "tune.json"), read_json(folder / "measured.json")
+    assert answer and kept
+    variant = "winner" if answer["chosen"] else "defaults"
+    runs = {seed: Path(home) for of, seed, home in kept["of"]["runs"] if of == variant}
+    return Trained(
+        {seed: next(home.glob("*/best.pt")).parent for seed, home in runs.items()}, cpu_s
+    )
 
 
 def peer_run(peer: str, place: Place, epochs: int, lr: float, seed: int) -> tuple[Path, float]:
