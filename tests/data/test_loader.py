@@ -227,7 +227,7 @@ def test_the_default_number_of_workers_follows_from_the_processors(monkeypatch):
         (64, 1, 12, 3),
         (192, 8, 12, 3),
     ):
-        monkeypatch.setattr("clipft.config.settings.processors", lambda there=there: there)
+        monkeypatch.setattr("clipft.config.sections.data.processors", lambda there=there: there)
         assert (default.workers(sharers), three.workers(sharers)) == (expected, asked)
     assert Settings(num_workers=0).workers() == 0
 
