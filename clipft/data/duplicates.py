@@ -50,8 +50,9 @@ def perceptual_hash(image: Image.Image) -> PerceptualHash:
 def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
     """Return all (i, j), i < j, whose images look the same up to ``near`` bits of the dHash.
 
-    Memory grows with the images and with what is found. The time grows with the pairs of images
-    that share a band of their hash (see ``close_hashes``): at worst with the square of the images.
+    Memory grows with the images and with what is found. The time grows with the number
+    of image pairs that share a band of their hash (see ``close_hashes``), and in the worst case
+    with the square of the number of images.
     """
     if not hashes:
         return []

@@ -32,7 +32,8 @@ def graded_figures(
         identities: the grade of each pair, and which captions and images are equal.
         related: the distinct texts and images, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
-        pairs: int64, those whose caption and image may be queries; None for all.
+        pairs: int64, the pairs whose captions and images are used as queries; None for all
+            pairs.
 
     Returns:
         By direction; empty without a grade above 0.

@@ -23,7 +23,7 @@ def photo_figures(
         identities: the product of each pair, as its group.
         related: which images are distinct, and the clusters of the pairs.
         memory: limit in bytes of the scores held at a time.
-        pairs: int64, those whose image may be a query; None for all.
+        pairs: int64, the pairs whose images are used as queries; None for all pairs.
 
     Returns:
         None if products are unknown, or none has several images.

@@ -57,7 +57,7 @@ class Attempt:
 
 
 def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str, Any]] | None:
-    """Choose a move from the best attempt so far.
+    """Choose the next change to the best attempt so far.
 
     Returns its name and the parameters that it leads to; None if no move is left.
     """

@@ -238,7 +238,9 @@ class SearchStudy:
         self.study.sampler = self._optuna.samplers.TPESampler(
             n_startup_trials=_RANDOM_TRIALS,
             seed=self.seed * 100_003 + number,
-            multivariate=False,  # a joint one keeps the first ranges, while those of rates move
+            # The multivariate sampler needs the same ranges in all trials, but the ranges of the
+            # learning rates follow the best trial
+            multivariate=False,
         )
 
     def _claimed(self, handle: Any, most_epochs: float) -> Claim:

@@ -64,7 +64,7 @@ class TrackingSettings(Section):
     track: str = setting(
         "",
         "Trackers that also get the figures, separated by commas: wandb, tensorboard, mlflow, "
-        "trackio. wandb alone is the same as --wandb online.",
+        "trackio. Here, wandb means --wandb online.",
         metavar="NAME,...",
     )
     track_project: str = setting(

@@ -47,7 +47,8 @@ class OptimSettings(Section):
         ge=0,
     )
     gradient_checkpointing: bool = setting(
-        False, "Recompute encoder layers in the backward pass, which saves memory and costs time."
+        False,
+        "Recompute the encoder layers in the backward pass. This saves memory but takes longer.",
     )
     compile: bool = setting(
         False,

@@ -47,7 +47,7 @@ class PackOptions(Section):
     label_field: str = setting(
         "",
         "Metadata field with the label of a pair. Each label is then divided among the splits in "
-        "proportion, and equal captions may be in several splits. Default: equal captions stay in "
+        "proportion, so equal captions can be in several splits. Default: equal captions stay in "
         "one split.",
         metavar="NAME",
     )

@@ -8,8 +8,8 @@
                                         have the keys of their rows
 
 New files are made in a hidden folder inside it, and moved when all of them are complete. If the
-work is interrupted, the next run finds there what was made. Several processes, on any machines that
-share the folder, may make some of the files each.
+work is interrupted, the next run reuses the files that it finds there. Several processes can share
+the work if they see the same folder, on one machine or on several.
 """
 
 import json

@@ -1,7 +1,7 @@
 """List a bucket with requests of our own, signed and sent by botocore.
 
-A client of boto3 would read S3's service description first, and parse long listings slowly: both
-took longer than syncing a few files.
+A boto3 client would have to load the description of the S3 service first, and it parses long
+listings slowly. Each of these took longer than syncing a few files.
 """
 
 import re

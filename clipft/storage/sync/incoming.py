@@ -20,9 +20,9 @@ from clipft.storage.s3.verification import Arriving, check_bytes, digest_while_a
 from clipft.storage.sync.folder import PART, Folder
 
 RANGE = 32 << 20
-"""Bytes of one request at most. Larger ones take less processor time: on loopback, 64 MiB took a
-seventh less than 16 MiB, with the MD5. Smaller ones share a line better when few objects are
-left."""
+"""The largest number of bytes in one request. Larger requests take less processor time: on
+loopback, 64 MiB took a seventh less than 16 MiB, including the MD5. With smaller requests, more
+threads can work on the last objects."""
 
 _BLOCK = 1 << 20
 
@@ -56,7 +56,7 @@ class Incoming:
 
     @property
     def untaken(self) -> bool:
-        """Whether there are ranges that no thread has taken."""
+        """Whether some ranges have not been taken by a thread yet."""
         return self._taken < len(self._starts)
 
     def take(self) -> int:

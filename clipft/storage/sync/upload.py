@@ -101,7 +101,7 @@ def _missing_or_different(
             uploads.append(_Upload(path, prefix + name, path.stat().st_size))
     with ThreadPoolExecutor(processors()) as pool:
         different = pool.map(differs, found, uploads)
-        return [upload for upload, differs in zip(uploads, different, strict=True) if differs]
+        return [upload for upload, changed in zip(uploads, different, strict=True) if changed]
 
 
 def _send(
