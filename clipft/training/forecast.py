@@ -25,8 +25,9 @@ from clipft.runs.folder import RunPaths
 from clipft.runs.records import Choices, Forecast, StepResult
 from clipft.training.checkpointing import is_save_due
 from clipft.training.loop import fit
+from clipft.training.prepare import prepare
 from clipft.training.resume import check_same_run, checkpoint_to_resume
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 
 if TYPE_CHECKING:

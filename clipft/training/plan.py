@@ -11,9 +11,9 @@ from clipft.core.memory import MemoryBudget, usable_memory
 from clipft.data.order import EpochPlan
 from clipft.embedding.load import LoadedModel
 from clipft.runs.records import Plan
-from clipft.training.batch_size import Probe, SearchResult, cached_result, keep_result
 from clipft.training.defaults import ENOUGH_STEPS, SMALLEST_BATCH
-from clipft.training.probe import ModelProbe, measure
+from clipft.training.finder.batch_size import Probe, SearchResult, cached_result, keep_result
+from clipft.training.finder.probe import ModelProbe, measure
 from clipft.training.step.gradcache import ACCUMULATIONS
 from clipft.training.step.optimizer import warmup_steps
 

@@ -31,6 +31,7 @@ from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
 from clipft.training.checkpointing import Best, Saver, find_best, load_best
 from clipft.training.loop import fit, step_batches
+from clipft.training.prepare import prepare
 from clipft.training.resume import (
     check_same_run,
     checkpoint_to_resume,
@@ -38,7 +39,7 @@ from clipft.training.resume import (
     replace_damaged,
     set_aside,
 )
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.setup import RunSetup
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.state import EarlyStopping, RunState, SkippedPairs, TrainResult, TrainState
 from clipft.training.step.gradcache import Accumulation

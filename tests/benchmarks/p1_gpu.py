@@ -54,8 +54,8 @@ from clipft.data.packing.pack import pack
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import choose_shapes, make_towers
 from clipft.runs.records import StepResult
+from clipft.training.finder.probe import ModelProbe, measure
 from clipft.training.loop import fit
-from clipft.training.probe import ModelProbe, measure
 from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 

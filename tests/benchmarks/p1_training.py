@@ -39,7 +39,8 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from clipft.distributed.collectives import ALONE
 from clipft.training.loop import fit
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.prepare import prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -74,7 +74,7 @@ def in_child(data: str, effective: int, pairs: int) -> None:
     from clipft.data.order import Position
     from clipft.distributed.collectives import ALONE
     from clipft.training.loop import fit
-    from clipft.training.setup import prepare
+    from clipft.training.prepare import prepare
     from clipft.training.state import TrainState
 
     flags = {

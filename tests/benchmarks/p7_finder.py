@@ -124,7 +124,7 @@ def in_child(mode: str, folder: str, limit: float) -> None:
 
     from clipft.config.sources import load_settings
     from clipft.embedding.load import load_model
-    from clipft.training.probe import ModelProbe, measure
+    from clipft.training.finder.probe import ModelProbe, measure
 
     flags = {"model": folder, "scenario": "dual_lora", "device": "cpu", "precision": "fp32"}
     settings = load_settings(flags, environ={}).values

@@ -13,7 +13,7 @@ from clipft.config.sources import load_settings
 from clipft.data.demo.catalogue import render_pair
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.embed import embed_texts
-from clipft.training.setup import prepare
+from clipft.training.prepare import prepare
 from tests.exports import opened
 from tests.models.checkpoints import write_altclip, write_chinese_clip, write_naflex
 

@@ -12,7 +12,8 @@ from clipft.config.sources import load_settings
 from clipft.data.loader import training_batches
 from clipft.distributed.collectives import ALONE
 from clipft.training.loop import fit
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.prepare import prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 from tests.models.checkpoints import write_siglip
 

@@ -21,7 +21,8 @@ from clipft.embedding import feature_cache
 from clipft.embedding.feature_cache import image_features
 from clipft.embedding.load import load_model
 from clipft.training.loop import fit
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.prepare import prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 from tests.conftest import write_shard
 

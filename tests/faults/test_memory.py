@@ -13,7 +13,7 @@ import ctypes, resource, sys
 # One arena (M_ARENA_MAX): glibc reserves 64 MiB for each thread's, which the limit counts
 ctypes.CDLL(None).mallopt(-8, 1)
 import psutil, torch
-import clipft.training.setup, transformers, peft  # their memory counts too
+import clipft.training.prepare, transformers, peft  # their memory counts too
 used = psutil.Process().memory_info().data
 limit = used + {more}
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

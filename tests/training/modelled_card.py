@@ -7,7 +7,7 @@ from clipft.core.memory import MemoryBudget
 from clipft.embedding.towers import Chunk, Tower
 from clipft.embedding.transfer import Transfer
 from clipft.models.device import Precision
-from clipft.training.batch_size import Probe, SearchResult, search
+from clipft.training.finder.batch_size import Probe, SearchResult, search
 from clipft.training.step.tower_pass import GraphMemory
 
 GIB = 1 << 30

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from clipft.cli.app import run
 from clipft.config.sources import load_settings
 from clipft.embedding.load import load_model
-from clipft.training.batch_size import (
+from clipft.training.finder.batch_size import (
     MAX_PROBES,
     Probe,
     SearchResult,
@@ -16,7 +16,7 @@ from clipft.training.batch_size import (
     result_cache,
     search,
 )
-from clipft.training.probe import ModelProbe
+from clipft.training.finder.probe import ModelProbe
 
 
 class Machine:

@@ -6,7 +6,7 @@ from clipft.config.sources import load_settings
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import ALONE
 from clipft.training.loop import fit, step_batches
-from clipft.training.setup import prepare
+from clipft.training.prepare import prepare
 from clipft.training.state import SkippedPairs, TrainState
 
 

@@ -12,8 +12,8 @@ from clipft.data.order import EpochPlan
 from clipft.models import device as devices
 from clipft.runs import checkpoint_format
 from clipft.runs.checkpoint import load_checkpoint, save_checkpoint
+from clipft.training import prepare as training_prepare
 from clipft.training import run as training_run
-from clipft.training import setup as training_setup
 from tests.conftest import write_shard
 
 NAME = "dual_lora_checkpoint.pt"
@@ -133,7 +133,7 @@ def test_a_run_is_resumed_on_a_machine_with_and_without_bf16(
 
 def test_a_run_that_began_with_8_bits_is_resumed_with_them(data, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(training_setup, "choose_optimizer", lambda *given: "adamw8bit")
+        patch.setattr(training_prepare, "choose_optimizer", lambda *given: "adamw8bit")
         kill_after(1, data, tmp_path, patch, "--precision", "fp32")
     assert load_checkpoint(tmp_path / NAME)["choices"]["optimizer"] == "adamw8bit"
     with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from clipft.core.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from clipft.training.batch_size import Probe, SearchResult
+    from clipft.training.finder.batch_size import Probe, SearchResult
 
 _GIB = 2**30
 

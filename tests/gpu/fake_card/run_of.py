@@ -26,8 +26,9 @@ from clipft.runs.folder import RunPaths
 from clipft.runs.records import Callbacks, StepResult
 from clipft.training.checkpointing import Saver
 from clipft.training.loop import fit
+from clipft.training.prepare import prepare
 from clipft.training.run import _Run
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.setup import RunSetup
 from clipft.training.signals import StopRequest
 from clipft.training.state import TrainState
 from clipft.training.step.losses import make_loss

@@ -10,7 +10,8 @@ from clipft.config.sources import load_settings
 from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
 from clipft.training.loop import fit
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.prepare import prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 
 SMALL = {

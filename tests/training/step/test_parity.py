@@ -15,7 +15,8 @@ from clipft.data.loader import Batch, StepBatch, training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
 from clipft.training.loop import fit
-from clipft.training.setup import RunSetup, prepare
+from clipft.training.prepare import prepare
+from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
 
 EFFECTIVE, STEPS = 28, 50

@@ -18,7 +18,7 @@ from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers
 from clipft.models.pretrained import ModelInputs
 from clipft.models.trainable import TrainableModel
-from clipft.training.batch_size import SMALLEST, Probe, SearchResult, search
+from clipft.training.finder.batch_size import SMALLEST, Probe, SearchResult, search
 from clipft.training.step.gradcache import ExactAccumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.tower_pass import GraphMemory, counting_saved

@@ -1,0 +1,1 @@
+"""Finds the largest micro-batch that fits into memory, by training steps of several sizes."""
