@@ -58,7 +58,7 @@ def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[i
         return []
     alike = _Thumbnails(b"".join(h.thumbnail for h in hashes), len(hashes))
     dhashes = np.array([h.hash for h in hashes], np.uint64)
-    codes = [one * len(hashes) + other for one, other in map(alike.of, _close(dhashes, near))]
+    codes = [one * len(hashes) + other for one, other in map(alike.of, close_hashes(dhashes, near))]
     found = np.unique(np.concatenate([np.empty(0, np.int64), *codes]))
     return [divmod(code, len(hashes)) for code in found.tolist()]
 
@@ -106,19 +106,12 @@ class _Thumbnails:
         return distance
 
 
-def close_hashes(hashes: Hashes, near: int) -> Rows:
-    """Find all pairs of hashes that differ in at most ``near`` bits: int64 [found, 2], i < j.
+def close_hashes(hashes: Hashes, near: int) -> Iterator[tuple[Rows, Rows]]:
+    """Yield all pairs (i, j), i < j, of hashes that differ in at most ``near`` bits, in blocks.
 
     Exact: of near + 1 bands of two such hashes, at least one must be equal (pigeonhole principle),
-    so only rows that share a band are compared.
+    so only rows that share a band are compared. A pair is yielded once for each band it shares.
     """
-    codes = [one * len(hashes) + other for one, other in _close(hashes, near)]
-    found = np.unique(np.concatenate([np.empty(0, np.int64), *codes]))
-    return np.stack(np.divmod(found, max(1, len(hashes))), axis=1)
-
-
-def _close(hashes: Hashes, near: int) -> Iterator[tuple[Rows, Rows]]:
-    """Yield blocks of the pairs of ``close_hashes``; a pair may come once for each band."""
     # A photo on white has many neighboring bits without an edge. With every (near + 1)-th bit in a
     # band, a third as many pairs of real product photos are compared
     shuffled = np.zeros_like(hashes)
