@@ -15,7 +15,7 @@ from clipft.distributed.collectives import ALONE, Processes
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.evaluation.compare import Evaluated, evaluate_checkpoint
 from clipft.evaluation.request import Request
-from clipft.models.device import choose_precision, environment
+from clipft.models.device import choose_device, environment
 from clipft.report.report import write_run_report
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.folder import RunPaths
@@ -101,7 +101,7 @@ def _loaded(given: Given) -> LoadedSettings:
 
 def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
     """Return the callbacks that write the figures of a run down."""
-    device, paths = choose_precision(settings).device, RunPaths(settings.run_dir)
+    device, paths = choose_device(settings), RunPaths(settings.run_dir)
     memory, price = partial(peak_memory_so_far, device), settings.price_per_hour
     loggers: list[TrainingCallback] = [FileLogger(paths, environment(device), memory, price)]
     trackers = trackers_of(settings, settings.model_dump(mode="json"))

@@ -24,7 +24,7 @@ from clipft.core.files import read_json
 from clipft.core.memory import memory_in_use
 from clipft.distributed.rank_zero import on_each_machine, on_rank_zero
 from clipft.distributed.rendezvous import start_processes
-from clipft.models.device import choose_precision
+from clipft.models.device import choose_device
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Callbacks, Forecast, Usage
 from clipft.storage.sync.sync import SyncOptions
@@ -57,7 +57,7 @@ def run_training(loaded: LoadedSettings, out: Output, options: FigureOptions) ->
             on_each_machine(processes, lambda: bring_data(settings, out))
         uploads = Uploads(settings, out)
         on_rank_zero(processes, uploads.begin)
-        display = make_progress(out.err, partial(memory_in_use, choose_precision(settings).device))
+        display = make_progress(out.err, partial(memory_in_use, choose_device(settings)))
         callbacks = Callbacks(display, out.note, uploads.saved, out.progress)
         # The run catches signals itself; this request covers the upload that follows it
         with stop_on_signals() as stop:

@@ -21,7 +21,7 @@ from clipft.core.common import Note
 from clipft.core.errors import ClipftError, Interrupted, ProcessError, UsageError
 from clipft.distributed.collectives import ALONE, DistributedProcesses, Processes
 from clipft.distributed.waiting import meet
-from clipft.models.device import choose_precision
+from clipft.models.device import choose_device
 
 _FIRST_PORT, _PORT_COUNT = 20_000, 20_000
 """Range of the ports at which SLURM jobs meet."""
@@ -158,7 +158,7 @@ def _take_device(place: Rendezvous, settings: Settings) -> str:
     Raises:
         UsageError: this machine has fewer GPUs than processes, or none that can communicate.
     """
-    device = choose_precision(settings).device.type
+    device = choose_device(settings).type
     if device == "mps":
         raise UsageError("--device mps works with one process only", "drop --processes")
     if device == "cpu":

@@ -80,7 +80,7 @@ def device(settings: Settings) -> Finding:
     """Say on which device a run would compute, and why not on a GPU if the machine has one."""
     import torch
 
-    from clipft.models.device import choose_precision
+    from clipft.models.device import choose_device
 
     # torch sees no GPU: does the driver?
     card = "" if torch.cuda.is_available() else _nvidia_card()
@@ -90,7 +90,7 @@ def device(settings: Settings) -> Finding:
     )
     if settings.device == "cuda" and card:
         return Finding("error", f"not cuda, although this machine has {card}", unusable)
-    chosen = choose_precision(settings).device
+    chosen = choose_device(settings)
     if chosen.type == "cpu" and settings.device == "auto":
         if card:
             return Finding("warning", f"cpu, although this machine has {card}", unusable)
@@ -128,27 +128,29 @@ def _nvidia_card() -> str:
 
 def precision(settings: Settings) -> Finding:
     """Say in which precision a run would compute."""
-    from clipft.models.device import choose_precision
+    from clipft.models.device import NARROW, choose_precision, computes_in
 
-    chosen = choose_precision(settings)
-    if chosen.name == "bf16" and chosen.device.type == "cpu" and settings.precision == "bf16":
-        auto = choose_precision(settings.model_copy(update={"precision": "auto"}))
-        if auto.name != "bf16":
-            return Finding(
-                "warning",
-                "bf16, which this processor only emulates",
-                "use --precision auto: with emulation a step takes minutes",
-            )
-    why = "chosen for this hardware" if settings.precision == "auto" else "as set"
-    return Finding("ok", f"{chosen.name} on {chosen.device.type}, {why}")
+    chosen = choose_precision(settings, NARROW)
+    kind = chosen.device.type
+    if settings.precision == "bf16" and kind == "cpu" and not computes_in(kind, "bf16"):
+        return Finding(
+            "warning",
+            "bf16, which this processor only emulates",
+            "use --precision auto: with emulation a step takes minutes",
+        )
+    if settings.precision != "auto":
+        return Finding("ok", f"{chosen.name} on {kind}, as set")
+    narrow = choose_precision(settings, NARROW - 1).name
+    less = "" if narrow == chosen.name else f"; {narrow} for encoders under {NARROW} dimensions"
+    return Finding("ok", f"{chosen.name} on {kind}, chosen for this hardware{less}")
 
 
 def eight_bit(settings: Settings) -> Finding:
     """Take one step with the 8-bit optimizer of bitsandbytes."""
-    from clipft.models.device import choose_precision
+    from clipft.models.device import choose_device
     from clipft.training.step.optimizer import eight_bit_fault
 
-    where = choose_precision(settings).device
+    where = choose_device(settings)
     if fault := eight_bit_fault(where):
         return Finding(
             "error" if settings.optimizer == "adamw8bit" else "warning",

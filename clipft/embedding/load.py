@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from clipft.config.settings import Settings
+from clipft.core.common import Note
 from clipft.models.device import (
     Precision,
     cast_frozen_weights,
+    choose_device,
     choose_precision,
     compute_fp32_exactly,
 )
@@ -38,11 +40,17 @@ class LoadedModel:
         return {"name": self.base.name, "fingerprint": self.fingerprint}
 
 
-def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
+def load_model(
+    settings: Settings,
+    pretrained: bool = False,
+    began: str = "",
+    note: Note = lambda text: None,
+) -> LoadedModel:
     """Load the pretrained model of ``settings``, adapted to their scenario.
 
     The first values of adapters follow from the seed. With ``pretrained``, the scenario is
-    ignored and the model is loaded as it was published. ``runs.load.load_fine_tuned`` also
+    ignored and the model is loaded as it was published. ``began`` is the precision in which a run
+    that is resumed began, for ``choose_precision``. ``runs.load.load_fine_tuned`` also
     loads the weights of a checkpoint.
 
     Raises:
@@ -52,9 +60,10 @@ def load_model(settings: Settings, pretrained: bool = False) -> LoadedModel:
     if pretrained:
         own = {"scenario": "zero_shot", "context_length": 0, "image_size": 0}
         settings = settings.model_copy(update=own)
-    precision = choose_precision(settings)
+    choose_device(settings)  # refuse one that is not here before the weights are read
     compute_fp32_exactly()
     base = load_pretrained(settings.model, settings.input_sizes)
+    precision = choose_precision(settings, base.width, began, note)
     fingerprint = base.fingerprint()  # before adapt, which changes the weights
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings).to(precision.device)

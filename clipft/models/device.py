@@ -19,6 +19,10 @@ from clipft.core.errors import UsageError
 _PREFERRED = {"cuda": ("bf16", "fp16"), "cpu": ("bf16", "fp32"), "mps": ("fp32",)}
 """What ``auto`` tries on each kind of device, in this order."""
 
+NARROW = 256
+"""Below this width of its encoders, casting a model's activations to bf16 on a CPU takes longer
+than the faster products save: measured with AMX, one thread, widths of 128, 256 and 384."""
+
 _RECORDED_PACKAGES = (
     "torch",
     "torchvision",
@@ -52,11 +56,11 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
-def choose_precision(settings: OptimSettings) -> Precision:
-    """Choose the device and the precision of a run from its settings and the hardware.
+def choose_device(settings: OptimSettings) -> torch.device:
+    """Choose the device of a run from its settings and the hardware.
 
     Raises:
-        UsageError: the requested device or precision is not available here.
+        UsageError: the requested device is not available here.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -72,12 +76,43 @@ def choose_precision(settings: OptimSettings) -> Precision:
             "run `clipft doctor` to see why, then fix the driver or the PyTorch build, or use "
             "--device auto",
         )
-    name: str = settings.precision
+    return torch.device(kind)
+
+
+def choose_precision(
+    settings: OptimSettings, width: int, began: str = "", note: Note = lambda text: None
+) -> Precision:
+    """Choose the device and the precision of a model whose encoders have so many dimensions.
+
+    With ``auto``, a run that ``began`` in a precision ("" for a new run) keeps it wherever the
+    device computes in it, because another one gives other weights. Elsewhere it goes on in what
+    ``auto`` chooses there: the trained weights and the optimizer's states are fp32 in each of them.
+
+    Raises:
+        UsageError: the requested device or precision is not available here.
+    """
+    device = choose_device(settings)
+    kind, name = device.type, settings.precision
     if name == "fp16" and kind == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
-    if name == "auto":
-        name = next(name for name in _PREFERRED[kind] if computes_in(kind, name))
-    return Precision(name, torch.device(kind))
+    if name != "auto":
+        return Precision(name, device)
+    preferred = ("fp32",) if kind == "cpu" and width < NARROW else _PREFERRED[kind]
+    chosen = next(name for name in preferred if computes_in(kind, name))
+    if began in {"", chosen}:
+        return Precision(chosen, device)
+    if computes_in(kind, began):
+        note(
+            f"note: this run began with {began} and continues with it; a new run would use "
+            f"{chosen} on this {kind}."
+        )
+        return Precision(began, device)
+    note(
+        f"warning: this run began with {began}, which this {kind} does not support. "
+        f"It continues with {chosen}, so its figures will differ from those of a run with a "
+        "single precision."
+    )
+    return Precision(chosen, device)
 
 
 def computes_in(kind: str, name: str) -> bool:
@@ -91,33 +126,6 @@ def computes_in(kind: str, name: str) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return name == "fp32" or (name == "fp16" and kind != "cpu")
-
-
-def keep_precision(settings: OptimSettings, began: str, note: Note) -> Precision:
-    """Return the precision of a run that ``began`` in one ("" for a new run).
-
-    With ``auto`` a run keeps the precision it began in wherever the device computes in it, because
-    another one gives other weights. Elsewhere it goes on in what ``auto`` chooses there: the
-    trained weights and the optimizer's states are fp32 in each of them.
-
-    Raises:
-        UsageError: the requested device or precision is not available here.
-    """
-    chosen = choose_precision(settings)
-    if settings.precision != "auto" or began in {"", chosen.name}:
-        return chosen
-    if computes_in(chosen.device.type, began):
-        note(
-            f"note: this run began with {began} and continues with it; a new run would use "
-            f"{chosen.name} on this {chosen.device.type}."
-        )
-        return Precision(began, chosen.device)
-    note(
-        f"warning: this run began with {began}, which this {chosen.device.type} does not support. "
-        f"It continues with {chosen.name}, so its figures will differ from those of a run with a "
-        "single precision."
-    )
-    return chosen
 
 
 def compute_fp32_exactly() -> None:

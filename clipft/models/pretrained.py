@@ -92,6 +92,13 @@ class PretrainedModel:
             )
         return remarks
 
+    @property
+    def width(self) -> int:
+        """The number of dimensions inside the wider of its two encoders."""
+        config = self.model.config
+        parts = (config.vision_config, config.text_config)
+        return max(getattr(part, "hidden_size", 0) for part in parts)
+
     def fingerprint(self) -> str:
         """Hash the shape of the model and every weight: equal for equal models."""
         # Only what does not differ between versions of transformers

@@ -33,7 +33,6 @@ from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.look_alikes import look_alikes
 from clipft.embedding.towers import choose_shapes
 from clipft.evaluation.request import general_settings
-from clipft.models.device import keep_precision
 from clipft.models.pretrained import load_inputs
 from clipft.runs.records import NEW_RUN, Choices
 from clipft.training.plan import even_micro_batch, lay_plan, micro_batch, step_remarks
@@ -74,9 +73,8 @@ def prepare(
     check_label_options(settings)
     data = rank_zero_first(processes, lambda: _open_data(settings, note, processes, source))
     train, val = data.train, data.val
-    precision = keep_precision(settings, began.precision, note).name
-    here = settings.model_copy(update={"precision": precision})
-    loaded = _load_everywhere(here, train, processes, note)
+    loaded = _load_everywhere(settings, train, processes, began.precision, note)
+    here = settings.model_copy(update={"precision": loaded.precision.name})
     products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     if products is not None:
@@ -249,15 +247,15 @@ def _open_data(
 
 
 def _load_everywhere(
-    settings: Settings, train: Pairs, processes: Processes, note: Note
+    settings: Settings, train: Pairs, processes: Processes, began: str, note: Note
 ) -> LoadedModel:
-    """Load the model on all processes.
+    """Load the model on all processes, in the precision in which the run ``began``.
 
     Raises:
         ModelError: the base model cannot be loaded, or does not fit the scenario.
         UsageError: the processes have different models or pairs.
     """
-    loaded = on_all_ranks(processes, lambda: load_model(settings))
+    loaded = on_all_ranks(processes, lambda: load_model(settings, began=began, note=note))
     _check_same_everywhere(processes, loaded, train)
     for remark in loaded.base.remarks():
         note(remark)

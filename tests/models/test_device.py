@@ -7,7 +7,7 @@ from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
 from clipft.embedding.load import load_model
 from clipft.models import device as devices
-from clipft.models.device import choose_precision, keep_precision
+from clipft.models.device import NARROW, choose_precision
 
 # What the hardware has instructions for, and what `auto` chooses there
 MACHINES = {
@@ -17,6 +17,7 @@ MACHINES = {
     "a CPU without": ("cpu", False, "fp32"),
     "a Mac": ("mps", False, "fp32"),
 }
+WIDE = 768  # a ViT-B's
 
 
 def use(machine: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -36,8 +37,9 @@ def settings(precision: str = "auto"):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_auto_chooses_what_the_hardware_computes_in(machine, monkeypatch):
     auto, notes = use(machine, monkeypatch), []
-    assert choose_precision(settings()).name == auto
-    assert keep_precision(settings(), "", notes.append).name == auto and not notes
+    assert choose_precision(settings(), WIDE, "", notes.append).name == auto and not notes
+    narrow = choose_precision(settings(), NARROW - 1, "", notes.append).name
+    assert narrow == (auto if "CPU" not in machine else "fp32") and not notes
 
 
 @pytest.mark.parametrize("began", ["fp32", "bf16", "fp16"])
@@ -46,7 +48,7 @@ def test_a_resumed_run_keeps_its_precision_or_says_that_it_cannot(machine, began
     auto, notes = use(machine, monkeypatch), []
     kind, native, _ = MACHINES[machine]
     has = {"fp32": True, "bf16": native, "fp16": kind != "cpu"}[began]
-    kept = keep_precision(settings(), began, notes.append)
+    kept = choose_precision(settings(), WIDE, began, notes.append)
     assert (kept.name, kept.device.type) == (began if has else auto, kind)
     if began == auto:
         assert not notes
@@ -62,11 +64,18 @@ def test_a_resumed_run_keeps_its_precision_or_says_that_it_cannot(machine, began
         assert f"It continues with {auto}" in notes[0]
 
 
+def test_a_narrow_model_that_began_in_bf16_keeps_it(monkeypatch):
+    use("a CPU with bf16", monkeypatch)
+    notes = []
+    assert choose_precision(settings(), NARROW - 1, "bf16", notes.append).name == "bf16"
+    assert "a new run would use fp32" in notes[0]
+
+
 def test_a_precision_that_was_asked_for_is_never_replaced(monkeypatch):
     use("a CPU without", monkeypatch)
-    assert keep_precision(settings("bf16"), "fp32", print).name == "bf16"
+    assert choose_precision(settings("bf16"), 1, "fp32").name == "bf16"
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        keep_precision(settings("fp16"), "fp16", print)
+        choose_precision(settings("fp16"), WIDE, "fp16")
 
 
 def test_the_instruction_set_names_generation_or_threads(monkeypatch):

@@ -111,7 +111,7 @@ class OptimSettings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto",
         "Numeric precision: fp32, bf16 or fp16. auto: bf16 if the hardware supports it, fp16 on "
-        "older GPUs, otherwise fp32.",
+        "older GPUs, otherwise fp32; on a CPU also fp32 for a model as small as tiny.",
         "fixed",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
