@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import sys
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +28,7 @@ from clipft.search.images import open_images
 from clipft.search.index import open_index
 from clipft.search.tables.embed import EmbedChoices, embed_dataset
 from clipft.search.tables.folder import EmbeddingsFolder
+from tests import warm
 from tests.conftest import add, jpeg, write_shard
 from tests.loaded_settings import loaded_settings
 
@@ -32,6 +37,10 @@ BOTH = ("images", "texts")
 
 @pytest.fixture(scope="module")
 def tiny():
+    return open_tiny()
+
+
+def open_tiny():
     now = loaded_settings(device="cpu", precision="fp32", num_workers=0)
     return open_model("tiny", now, ("device", "precision", "num_workers"))
 
@@ -259,17 +268,88 @@ def test_a_part_that_fails_to_join_is_made_up_for(written, tiny, catalogue, tmp_
     same(out, written)
 
 
-def test_only_one_of_two_parts_that_end_together_joins_them(tiny, catalogue, tmp_path):
-    out, claims = tmp_path / "out", []
-    embed(tiny, catalogue, out, share=Part(1, 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EmbeddingsFolder, "claim", lambda folder: bool(claims.append(folder)))
-        late = embed(tiny, catalogue, out, share=Part(2, 2))
-    assert (late.joined, late.left) == (False, 0)
-    (folder,) = claims
-    assert [folder.claim(), folder.claim()] == [True, False]
-    shutil.rmtree(folder.building)  # another process has moved all files
-    assert not folder.claim()
+def test_exactly_one_of_the_parts_that_run_at_once_joins_them(written, tiny, catalogue, tmp_path):
+    for turn in range(4):
+        out, started = tmp_path / str(turn), threading.Barrier(3)
+
+        def part(number, out=out, started=started):
+            started.wait(60)
+            return embed(tiny, catalogue, out, share=Part(number, 3))
+
+        with ThreadPoolExecutor(3) as threads:
+            results = list(threads.map(part, (1, 2, 3)))
+        assert [result.joined for result in results].count(True) == 1
+        assert not list(out.glob(".*"))
+        same(out, written)
+
+
+def test_only_one_process_at_a_time_changes_the_folder(tmp_path):
+    """Each adds one to a number in a file, without a lock of its own, and now and then removes the
+    hidden folder, as the one that joins does."""
+    folder, together = EmbeddingsFolder(tmp_path / "out"), threading.Barrier(4)
+    (tmp_path / "out").mkdir()
+    count = tmp_path / "out" / "count"
+    count.write_text("0")
+
+    def add(worker):
+        together.wait(60)
+        for turn in range(50):
+            with folder.alone():
+                found = int(count.read_text())
+                time.sleep(0.0002)
+                count.write_text(str(found + 1))
+                if turn % 3 == 0:
+                    folder.begin({"worker": 0}, overwrite=True)
+                else:
+                    folder.discard()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(4)))
+    assert count.read_text() == "200"
+    assert not folder.building.exists()
+
+
+STALLS = """
+import os, sys, time
+from pathlib import Path
+import tests.search.test_embed as t
+
+data, out, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+replace, moved = os.replace, []
+
+def stalling(source, target):
+    replace(source, target)
+    if Path(target).parent == out / "images":
+        moved.append(target)
+    if len(moved) == 2:
+        (out.parent / "moving").touch()
+        time.sleep(600)
+
+os.replace = stalling
+t.embed(t.open_tiny(), data, out, share=t.Part(number, 2))
+"""
+
+
+def test_a_part_takes_over_from_one_that_is_killed_while_it_joins(
+    written, tiny, catalogue, tmp_path
+):
+    out = tmp_path / "out"
+    embed(tiny, catalogue, out, share=Part(2, 2))
+    joining = warm.Popen([sys.executable, "-c", STALLS, str(catalogue), str(out), "1"])
+    while not (tmp_path / "moving").exists():
+        assert joining.poll() is None
+        time.sleep(0.02)
+    assert not (out / "embeddings.json").exists(), "the mark is of a complete folder"
+    with ThreadPoolExecutor(1) as threads:
+        again = threads.submit(embed, tiny, catalogue, out, share=Part(2, 2))
+        with pytest.raises(TimeoutError):  # two must not move files at once
+            again.result(0.5)
+        joining.kill()
+        joining.wait(60)
+        result = again.result(60)
+    assert (result.joined, result.embedded_now) == (True, {"images": 0, "texts": 0})
+    assert not list(out.glob(".*"))
+    same(out, written)
 
 
 def test_parts_of_other_options_are_refused(tiny, catalogue, tmp_path):

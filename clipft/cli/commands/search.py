@@ -319,7 +319,7 @@ def embed(
             f"written the {counted(result.left, 'file')} that are missing."
         )
     elif not result.joined:
-        out.note(f"This is part {options.part}. Another part completes the tables.")
+        out.note(f"This is part {options.part}. Another part has completed the tables.")
     end(out, {name: target / name for name in result.rows})
 
 

@@ -5,7 +5,7 @@ file whose part has not changed is kept. Of a changed part, an image or a captio
 if no file has the vector of the same bytes yet. Only a few parts are in memory at a time.
 
 Several processes can share the work (``EmbedChoices.share``): each embeds some of the parts, and
-whichever finds all files complete moves them into place.
+the first that finds all files complete moves them into place.
 """
 
 from collections import Counter
@@ -88,8 +88,9 @@ def embed_dataset(
         StorageError: The disk is full, or refuses to write.
     """
     made_with, folder = _made_with(opened, choices), EmbeddingsFolder(out)
-    folder.begin(made_with, choices.overwrite)
-    tables = [EmbeddedTable(name, opened, parts, folder, made_with) for name in choices.tables]
+    with folder.alone():
+        folder.begin(made_with, choices.overwrite)
+        tables = [EmbeddedTable(name, opened, parts, folder, made_with) for name in choices.tables]
     fields = {name: about.fields for table in tables for name, about in table.known.items()}
     unread = [part for part in parts if part.name not in fields]
     if unread:
@@ -100,16 +101,19 @@ def embed_dataset(
     own = {part.name for number, part in enumerate(parts) if choices.share.has(number)}
     embedded = dict[str, int]()
     for table in tables:
-        changed, embedded[table.name] = table.choose_columns(fields), 0
+        with folder.alone():
+            changed, embedded[table.name] = table.choose_columns(fields), 0
         changed = [part for part in changed if part.name in own]
         if not changed:
             continue
         pairs = counted(sum(part.count for part in changed), "pair")
         with progress(f"Embedding the {table.name} of {pairs}") as report:
             embedded[table.name] = table.write(changed, report)
-    left = sum(len(table.missing()) for table in tables)
-    joins = not left and (choices.share.of == 1 or folder.claim())
-    found = _join(tables, parts, folder, choices, made_with) if joins else {}
+    with folder.alone():
+        left = sum(len(table.missing()) for table in tables)
+        # Without files in progress, another part has joined them
+        joins = not left and (choices.share.of == 1 or folder.in_progress)
+        found = _join(tables, parts, folder, choices, made_with) if joins else {}
     return EmbedResult(
         out=out,
         model=made_with["model"],

@@ -9,9 +9,12 @@
 
 New files are made in a hidden folder inside it, and moved when all of them are complete. If the
 work is interrupted, the next run reuses the files that it finds there. Several processes can share
-the work if they see the same folder, on one machine or on several.
+the work if they see the same folder, on one machine or on several: a lock in the hidden folder lets
+only one of them begin, write a file or move the files at a time. The system releases the lock
+however its holder ends.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,7 +31,7 @@ OWN_FILES = ("images/*.parquet", "texts/*.parquet", "*.ids.parquet", "*.faiss", 
 """Patterns of the files that an update may remove."""
 
 _MARK = "embeddings.json"
-_CLAIM = "claim"
+_LOCK = "lock"
 _MODEL = {"model", "scenario", "weights", "preprocessing"}
 _ANOTHER = "name another folder"
 
@@ -73,23 +76,61 @@ class EmbeddingsFolder:
                     f"add --overwrite to make all of them again, or {_ANOTHER}",
                 )
             if differing and folder == self.building:
-                shutil.rmtree(self.building, ignore_errors=True)
+                self.discard()
         write_json(self.building / _MARK, dict(made_with))
-        (self.building / _CLAIM).unlink(missing_ok=True)  # of a process that was killed
 
-    def claim(self) -> bool:
-        """Return whether this process is the one that moves the files: the first that asks."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep all other processes from changing the folder during the block; wait for them first.
+
+        Raises:
+            StorageError: The folder cannot be made, or its file system has no locks.
+        """
+        with _disk_errors(self.building / _LOCK):
+            lock = self._take_lock()
         try:
-            os.close(os.open(self.building / _CLAIM, os.O_CREAT | os.O_EXCL))
-        except (FileExistsError, FileNotFoundError):  # not there: another one has moved them
-            return False
-        return True
+            yield
+        finally:
+            if not self.in_progress:  # the lock is the last file in it
+                (self.building / _LOCK).unlink(missing_ok=True)
+                for folder in (self.building, self.out):
+                    with suppress(OSError):  # it has other files
+                        folder.rmdir()
+            # A process that was forked meanwhile has the descriptor too, so closing is not enough
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+    def _take_lock(self) -> int:
+        path = self.building / _LOCK
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the holder before has just removed the folder
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except FileNotFoundError:  # it has just removed the file, so that this locks nothing
+                pass
+            except OSError:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether files were begun that nobody has moved yet."""
+        return (self.building / _MARK).exists()
 
     def discard(self) -> None:
-        """Remove what was made, and ``out`` if nothing else is in it."""
-        shutil.rmtree(self.building, ignore_errors=True)
-        with suppress(OSError):
-            self.out.rmdir()
+        """Remove what was made but not moved yet."""
+        for path in self.building.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
 
     def files(self, table: str, name: str) -> tuple[Path, Path]:
         """Return where the new and the earlier file of a part are."""
@@ -114,13 +155,13 @@ class EmbeddingsFolder:
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             old = [path for path in folder.glob("*.parquet") if path.name not in kept]
-            new = sorted((self.building / table).glob("*.parquet"))
-            if old or new:  # it no longer fits
-                for index in (self.out / f"{table}.faiss", self.out / f"{table}.ids.parquet"):
-                    index.unlink(missing_ok=True)
+            new = [path for path in (self.building / table).glob("*.parquet") if path.name in kept]
+            if old or new:  # neither fits until all files are in place
+                for stale in (_MARK, f"{table}.faiss", f"{table}.ids.parquet"):
+                    (self.out / stale).unlink(missing_ok=True)
             for path in old:
                 path.unlink()
-            for path in new:
+            for path in sorted(new):
                 os.replace(path, folder / path.name)
         return bool(old or new)
 
@@ -139,7 +180,7 @@ class EmbeddingsFolder:
             (self.out / "skipped.jsonl").unlink(missing_ok=True)
         write_text(self.out / "README.md", card)
         write_json(self.out / _MARK, dict(made_with), indent=2)
-        shutil.rmtree(self.building, ignore_errors=True)
+        self.discard()
 
 
 def _difference(

@@ -32,6 +32,8 @@ class StoredVectors:
 
     def find(self, hashes: Collection[str]) -> "dict[str, np.ndarray[Any, Any]]":
         """Return the vectors [dim] of those hashes that there are."""
+        from pyarrow import ArrowException
+
         places = self._places
         found = dict[str, Any]()
         if not len(places.keys) or not hashes:
@@ -43,7 +45,10 @@ class StoredVectors:
         for file, row in zip(places.files[at].tolist(), places.rows[at].tolist(), strict=True):
             rows_by_file[file].append(row)
         for file, rows in rows_by_file.items():
-            names, vectors = read_vectors(self._files[file])
+            try:
+                names, vectors = read_vectors(self._files[file])
+            except (OSError, ArrowException):
+                continue  # another process has moved it; its vectors are made again
             # A file of an interrupted run may have been written anew, with fewer rows
             found |= {names[row]: vectors[row].copy() for row in rows if row < len(names)}
         return {name: found[name] for name in hashes if name in found}

@@ -166,7 +166,8 @@ class EmbeddedTable:
             self._made, _state(part), self._fields[part.name], self._columns, rows.skipped
         )
         new, _ = self._folder.files(self.name, part.name)
-        write_part(new, rows, vectors, about, self._made_with)
+        with self._folder.alone():
+            write_part(new, rows, vectors, about, self._made_with)
 
     @cached_property
     def _stored(self) -> StoredVectors:
