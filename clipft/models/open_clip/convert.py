@@ -38,7 +38,8 @@ from clipft.models.open_clip.weights import Weights, disk_errors, read_weights, 
 REPORT = "open_clip.json"
 _VERSION = 2
 """Converted models of other versions are converted again."""
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}
+_RESAMPLE = {"bicubic": 3, "bilinear": 2, "random": 3}
+"""Pillow's numbers. open_clip draws at random in training, and otherwise takes bicubic."""
 """Pillow's numbers."""
 
 
@@ -131,8 +132,8 @@ def _convert(source: Source, folder: Path) -> None:
         from clipft.models.open_clip.compare import check_difference
 
         difference = check_difference(source, config, weights.tensors, folder)
-    if (interpolation := source.preprocess.get("interpolation", "bicubic")) != "bicubic":
-        notes.append(f"images are resized with bicubic interpolation, not {interpolation}")
+    if source.preprocess.get("interpolation") == "bilinear":
+        notes.append("images are resized with bicubic interpolation, not bilinear")
     report = Report(source.name, used, len(weights.tensors), difference, tuple(notes))
     (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
@@ -252,7 +253,7 @@ def _image_processor(preprocess: Mapping[str, Any], config: Mapping[str, Any]) -
         size=square if mode == "squash" else {"shortest_edge": side},
         crop_size=square,
         do_center_crop=mode != "squash",
-        resample=_RESAMPLE.get(preprocess.get("interpolation", "bicubic"), 3),
+        resample=_RESAMPLE[preprocess.get("interpolation", "bicubic")],
         image_mean=list(preprocess.get("mean") or OPENAI_MEAN),
         image_std=list(preprocess.get("std") or OPENAI_STD),
     )

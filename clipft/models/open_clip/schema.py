@@ -1,7 +1,7 @@
 """What an ``open_clip_config.json`` must hold, checked before anything is made of it."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -49,8 +49,8 @@ class _Model(_Part):
 class _Preprocess(_Part):
     mean: _Triple | None = None
     std: _Triple | None = None
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
 
 
 class _File(_Part):

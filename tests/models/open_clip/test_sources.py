@@ -197,6 +197,8 @@ def test_weights_are_looked_for_in_the_order_of_open_clip(tmp_path):
         ("text_cfg", "heads", 0, "greater than 0"),
         ("model_cfg", "text_cfg", [], "valid dictionary"),
         ("preprocess_cfg", "mean", [0.5], "at least 3 items"),
+        ("preprocess_cfg", "interpolation", "lanczos", "'bicubic', 'bilinear' or 'random'"),
+        ("preprocess_cfg", "resize_mode", "crop", "'shortest', 'longest' or 'squash'"),
     ],
 )
 def test_a_configuration_with_a_wrong_value_is_refused_by_its_name(
