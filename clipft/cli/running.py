@@ -142,6 +142,8 @@ def plan_training(loaded: LoadedSettings, out: Output) -> None:
 def _forecast_table(f: Forecast, usage: Usage, folder: str, uploads_to: str | None) -> Table:
     """Show what a run that writes to ``folder`` would take; ``uploads_to`` is an S3 location."""
     time = f"about {duration(f.seconds)}: "
+    if f.cache_bytes:
+        time += f"features of frozen encoders in {_seconds(f.cache_seconds)}, "
     if f.measured_steps:
         steps = counted(f.plan.total_steps - f.done_steps, "step")
         time += f"{steps} at {_seconds(f.seconds_per_step)} each, "
@@ -188,6 +190,11 @@ def _forecast_table(f: Forecast, usage: Usage, folder: str, uploads_to: str | No
     table.add_row("memory", f"{memory}; {f.usable_bytes / _GIB:.1f} GiB are usable")
     # Text, because the brackets of a folder's name are not markup
     table.add_row("disk", Text(disk))
+    if f.cache_bytes:
+        cached = (
+            f"{f.cache_bytes / _MIB:,.1f} MiB of features of frozen encoders in the cache folder"
+        )
+        table.add_row("cache", f"{cached}, which later runs on the same pairs use too")
     table.add_row("uploads", Text(uploads))
     return table
 

@@ -12,20 +12,21 @@ import numpy as np
 from clipft.data.captions.table import CaptionTable
 from clipft.data.shards.dataset import PairDataset
 
-_MOST_READ = 200_000
+MOST_READ = 200_000
 """If more images than this might be copies, they are left to ``clipft inspect``."""
 
 
-def shared_images(val: PairDataset, train: PairDataset) -> int:
+def shared_images(val: PairDataset, train: PairDataset, most_read: int = MOST_READ) -> int | None:
     """Count the images of ``val`` that ``train`` has as well, byte for byte.
 
     The index knows the sizes in bytes, so only images whose size occurs on both sides are read.
+    None if these are more than ``most_read``.
     """
     val_sizes, train_sizes = val.image_sizes, train.image_sizes
     in_val = np.flatnonzero(np.isin(val_sizes, train_sizes))
     in_train = np.flatnonzero(np.isin(train_sizes, val_sizes))
-    if len(in_val) + len(in_train) > _MOST_READ:
-        return 0
+    if len(in_val) + len(in_train) > most_read:
+        return None
     known = set(_image_hashes(train, in_train))
     return sum(digest in known for digest in _image_hashes(val, in_val))
 

@@ -16,7 +16,7 @@ from clipft.data.decoding import Preprocessing
 from clipft.data.loader import LoaderOptions, Pairs
 from clipft.data.overlap import shared_captions, shared_images
 from clipft.data.shards.dataset import PairDataset
-from clipft.embedding.feature_cache import caption_features, image_features
+from clipft.embedding.feature_cache import CacheForecast, caption_features, image_features
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import (
     Shapes,
@@ -75,10 +75,12 @@ def open_encoding(
     note: Note,
     shapes: Shapes | None = None,
     progress: Progress = silent,
+    forecast: CacheForecast | None = None,
 ) -> Encoding:
     """Return an encoding in which cached features replace each tower whose output never changes.
 
-    If the cache cannot be written, the user is told and both towers run, as in ``live_encoding``.
+    With a ``forecast``, a sample of them may stand for those that are not in the cache yet. If the
+    cache cannot be written, the user is told and both towers run, as in ``live_encoding``.
     """
     live = live_encoding(loaded, preprocessing, settings, shapes)
     if not settings.feature_cache:
@@ -87,12 +89,12 @@ def open_encoding(
     options = LoaderOptions.from_settings(settings, loaded.precision.device)
     try:
         if not model.text_tower_trainable and isinstance(captions, CaptionTable):
-            features = caption_features(loaded, captions, progress)
+            features = caption_features(loaded, captions, progress, forecast)
             towers = with_text_features(live.towers, model, features, captions.pad_token_id)
             encoding = replace(encoding, towers=towers)
         unchanging = preprocessing.augmentation == "none" and not model.vision_tower_trainable
         if unchanging and isinstance(pairs, PairDataset):
-            features = image_features(loaded, pairs, options, progress)
+            features = image_features(loaded, pairs, options, progress, forecast)
             encoding = Encoding(
                 replace(preprocessing, read_images=False, bad=features.bad),
                 with_image_features(encoding.towers, model, features),
@@ -203,7 +205,7 @@ def data_remarks(
                 f"model takes: {figures.lost_share:.0%} of their tokens are lost, and the longest "
                 f"has {figures.most_tokens:,}"
             )
-    shared = {}
+    shared = dict[str, int | None]()
     if isinstance(train, PairDataset):
         shared["image"] = shared_images(val, train)
     if isinstance(train_captions, CaptionTable) and isinstance(val_captions, CaptionTable):
@@ -213,5 +215,10 @@ def data_remarks(
         remarks.append(
             f"training also has {listed} of {counted(len(val), 'validation pair')}, which makes "
             f"the figures too good: see `clipft inspect`"
+        )
+    if None in shared.values():
+        remarks.append(
+            "clipft did not count the validation images that are also in training, because it "
+            "would have to read too many images: see `clipft inspect`"
         )
     return remarks

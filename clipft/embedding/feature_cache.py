@@ -12,8 +12,10 @@ versions of the libraries that compute them. Files:
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +40,8 @@ from clipft.models.device import instruction_set
 _FORMAT = "2"
 _BATCH = 64
 """Rows per forward pass. It never changes, so that features computed again are the same bits."""
+_SAMPLE, _SAMPLE_SECONDS = 8 * _BATCH, 10.0
+"""How many rows a forecast computes, and after how many seconds it stops."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,53 @@ class Features:
         return torch.from_numpy(np.take(self.values, places, axis=0))
 
 
+class _SampledFeatures(Features):
+    """Some rows, which stand for all others: they take the same time, and have other values."""
+
+    def rows(self, keys: Keys) -> Tensor:
+        places = keys % np.uint64(len(self.values))
+        return torch.from_numpy(np.take(self.values, places, axis=0))
+
+
+@dataclass
+class CacheForecast:
+    """What it would take to compute the features that are not in the cache.
+
+    Where one is given, only a sample of such features is computed, and nothing is cached. That
+    is enough to measure a run, and not to train. ``seconds`` and ``bytes`` are by the name of the
+    entry that the cache would have.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows to compute.
+
+    ``decided_by`` names the tower and everything besides the model that decides its features.
+    ``compute`` yields rows with their keys, of all or of so many, and meanwhile fills ``bad``.
+    There are ``total`` rows at most.
+    """
+
+    decided_by: tuple[str, ...]
+    compute: Callable[[int | None], Iterator[tuple[Keys, Tensor]]]
+    bad: dict[int, str]
+    total: int
+    title: str
+
+
 def image_features(
-    loaded: LoadedModel, pairs: PairDataset, options: LoaderOptions, progress: Progress
+    loaded: LoadedModel,
+    pairs: PairDataset,
+    options: LoaderOptions,
+    progress: Progress,
+    forecast: CacheForecast | None = None,
 ) -> Features:
     """Return the vision tower's features of all images, unaugmented, by the pair's number.
+
+    With a ``forecast``, only a sample of them may be computed.
 
     Raises:
         DataError: a shard was changed or removed.
@@ -71,10 +118,10 @@ def image_features(
     )
     bad: dict[int, str] = {}
 
-    def compute() -> Iterator[tuple[Keys, Tensor]]:
-        done = 0
-        for batch in evaluation_batches(pairs, preprocessing, _BATCH, options):
-            numbers = set(range(done, min(done + _BATCH, len(pairs))))
+    def compute(most: int | None) -> Iterator[tuple[Keys, Tensor]]:
+        done, some = 0, pairs if most is None else PairDataset(pairs.shards, most)
+        for batch in evaluation_batches(some, preprocessing, _BATCH, options):
+            numbers = set(range(done, min(done + _BATCH, len(some))))
             reasons = iter(batch.skipped)  # in the order of the pairs, like everything else
             bad.update((n, next(reasons).reason) for n in sorted(numbers - {*batch.numbers}))
             done += _BATCH
@@ -86,7 +133,7 @@ def image_features(
 
     title = f"Image features of {counted(len(pairs), 'pair')}"
     decided_by = ("images", pairs.state(), inputs.seen_images)
-    return _cached(loaded, decided_by, compute(), bad, len(pairs), title, progress)
+    return _cached(loaded, _Rows(decided_by, compute, bad, len(pairs), title), progress, forecast)
 
 
 def _image_of(pairs: PairDataset, numbers: Sequence[int], row: int) -> str:
@@ -99,8 +146,15 @@ def _caption_of(loaded: LoadedModel, ids: Tensor, row: int) -> str:
     return f"the caption {text!r}"
 
 
-def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Progress) -> Features:
+def caption_features(
+    loaded: LoadedModel,
+    captions: CaptionTable,
+    progress: Progress,
+    forecast: CacheForecast | None = None,
+) -> Features:
     """Return the text tower's features of each different caption, by ``caption_keys``.
+
+    With a ``forecast``, only a sample of them may be computed.
 
     Raises:
         StorageError: the cache folder is full or cannot be written to.
@@ -116,8 +170,11 @@ def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Prog
     )
     width = loaded.base.inputs.context_length if loaded.model.architecture.pads_texts else 0
 
-    def compute() -> Iterator[tuple[Keys, Tensor]]:
-        for start in range(0, len(ordered), _BATCH):
+    def compute(most: int | None) -> Iterator[tuple[Keys, Tensor]]:
+        starts: Sequence[int] = range(0, len(ordered), _BATCH)
+        if most is not None:  # of all lengths
+            starts = np.random.default_rng(0).permutation(starts)[: most // _BATCH].tolist()
+        for start in starts:
             batch = padded(ordered[start : start + _BATCH], pad_token_id)
             ids = stacked([batch], pad_token_id, width)
             with torch.no_grad(), loaded.precision.autocast():
@@ -128,26 +185,18 @@ def caption_features(loaded: LoadedModel, captions: CaptionTable, progress: Prog
     digest = hashlib.sha256(b"\0".join(sorted(different))).hexdigest()
     title = f"Text features of {counted(len(ordered), 'caption')}"
     decided_by = ("texts", digest, str(pad_token_id), str(dtype))
-    features = _cached(loaded, decided_by, compute(), {}, len(ordered), title, progress)
-    assert len(features.keys) == len(ordered), "two captions have the same key"
+    rows = _Rows(decided_by, compute, {}, len(ordered), title)
+    features = _cached(loaded, rows, progress, forecast)
+    sampled = isinstance(features, _SampledFeatures)
+    assert sampled or len(features.keys) == len(ordered), "two captions have the same key"
     return features
 
 
 def _cached(
-    loaded: LoadedModel,
-    decided_by: tuple[str, ...],
-    rows: Iterator[tuple[Keys, Tensor]],
-    bad: dict[int, str],
-    total: int,
-    title: str,
-    progress: Progress,
+    loaded: LoadedModel, wanted: _Rows, progress: Progress, forecast: CacheForecast | None
 ) -> Features:
-    """Read features from the cache, or compute them there first.
-
-    ``decided_by`` names the tower and everything besides the model that decides its features.
-    ``rows`` fills ``bad`` while it is iterated. There are ``total`` rows at most.
-    """
-    tower, *inputs = decided_by
+    """Read features from the cache, or compute them there first."""
+    tower, *inputs = wanted.decided_by
     parts = (_FORMAT, loaded.fingerprint, *_computed_with(loaded), *inputs)
     name = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     folder = cache_folder() / "features" / f"{tower}-{name}"
@@ -155,23 +204,49 @@ def _cached(
         return _read(folder)
     except (OSError, ValueError, KeyError):  # missing or broken
         loaded.model.eval()  # whoever trains or measures sets the mode that it needs
+    few = wanted.total <= _SAMPLE  # which are computed while a sample would be
+    if forecast and not few and (sampled := _sampled(wanted, folder.name, forecast)):
+        return sampled
     keys, width, done = [np.empty(0, np.uint64)], 0, 0
     # Another run may be computing the same features: complete folders replace each other
-    with replacing(folder, shared=True) as temporary, progress(title) as report:
+    with replacing(folder, shared=True) as temporary, progress(wanted.title) as report:
         temporary.mkdir(parents=True)
         with (temporary / "values").open("wb") as file:
-            for batch_keys, batch in rows:
+            for batch_keys, batch in wanted.compute(None):
                 keys.append(batch_keys)
                 done, width = done + len(batch), batch.shape[1]
                 file.write(batch.float().cpu().numpy().tobytes())
-                report(done, total)
+                report(done, wanted.total)
         unsorted = np.concatenate(keys)
         order = np.argsort(unsorted)
         np.save(temporary / "keys.npy", unsorted[order])
         np.save(temporary / "places.npy", order)
-        about = json.dumps({"width": width, "bad": bad})
+        about = json.dumps({"width": width, "bad": wanted.bad})
         (temporary / "about.json").write_text(about, encoding="utf-8")
     return _read(folder)
+
+
+def _sampled(wanted: _Rows, name: str, forecast: CacheForecast) -> Features | None:
+    """Compute some rows, and add what all of them would take to the ``forecast``; None if none of
+    their images can be used."""
+    began, batches, ends = time.perf_counter(), list[np.ndarray[Any, np.dtype[np.float32]]](), []
+    with closing(wanted.compute(_SAMPLE)) as rows:  # type: ignore[type-var]
+        for _, batch in rows:
+            batches.append(batch.float().cpu().numpy())
+            ends.append(time.perf_counter())
+            if len(ends) > 1 and ends[-1] - began > _SAMPLE_SECONDS:
+                break
+    if not batches:
+        return None
+    # The first batch starts workers and libraries, once in a run
+    started, counted_rows = began, sum(map(len, batches))
+    if len(batches) > 1:
+        started, counted_rows = ends[0], counted_rows - len(batches[0])
+    values = np.concatenate(batches)
+    forecast.seconds[name] = (ends[-1] - started) * wanted.total / counted_rows
+    forecast.bytes[name] = wanted.total * (values[0].nbytes + 16)  # a key and a place for each
+    nothing = np.empty(0, np.int64)
+    return _SampledFeatures(nothing.astype(np.uint64), nothing, values, dict(wanted.bad))
 
 
 def _computed_with(loaded: LoadedModel) -> list[str]:

@@ -95,8 +95,10 @@ class Forecast:
 
     Sizes are in bytes, times in seconds. ``unusable`` counts the training and validation pairs
     that are known to be skipped. ``validation_seconds`` is one pass over the validation pairs, of
-    which the run makes ``validations``. ``saves`` is how often the run writes a checkpoint, and
-    ``disk_bytes`` the most that its output folder holds, while one checkpoint replaces another.
+    which the run makes ``validations``. ``cache_seconds`` and ``cache_bytes`` are for the features
+    of frozen towers that are not in the cache yet. ``saves`` is how often the run writes a
+    checkpoint, and ``disk_bytes`` the most that its output folder holds, while one checkpoint
+    replaces another.
     """
 
     plan: Plan
@@ -108,6 +110,8 @@ class Forecast:
     data_share: float
     validations: int
     validation_seconds: float
+    cache_seconds: float
+    cache_bytes: int
     peak_bytes: int
     usable_bytes: int
     saves: int
@@ -118,9 +122,11 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Seconds for all steps that are left and all validations, without early stopping."""
+        """Seconds for features, all steps that are left and all validations, without early
+        stopping."""
         steps = max(0, self.plan.total_steps - self.done_steps)
-        return steps * self.seconds_per_step + self.validations * self.validation_seconds
+        measured = self.validations * self.validation_seconds
+        return self.cache_seconds + steps * self.seconds_per_step + measured
 
 
 @dataclass(frozen=True)

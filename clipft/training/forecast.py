@@ -1,7 +1,8 @@
 """``train --plan``: what a run would do and take, from its own setup and some of its own steps.
 
-The output folder is not touched. What the setup leaves in the cache folder (indexes, captions,
-features, the micro-batch) is what the run itself would have made first.
+The output folder is not touched. What the setup leaves in the cache folder (indexes, captions, the
+micro-batch) is what the run itself would have made first. The features of frozen towers, which can
+take hours, are computed for a sample of the pairs only.
 """
 
 import shutil
@@ -20,6 +21,7 @@ from clipft.data.order import Position
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
+from clipft.embedding.feature_cache import CacheForecast
 from clipft.runs.checkpoint_format import checkpoint_size
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Choices, Forecast, StepResult
@@ -57,7 +59,8 @@ def forecast(
     paths = RunPaths(settings.run_dir)
     whole = checkpoint_to_resume(settings, paths, note)
     checkpoint = whole.content if whole else None
-    setup = prepare(settings, note, processes, progress, source, Choices.of(checkpoint))
+    cache = CacheForecast()
+    setup = prepare(settings, note, processes, progress, source, Choices.of(checkpoint), cache)
     if checkpoint:
         check_same_run(checkpoint, setup)
 
@@ -91,6 +94,8 @@ def forecast(
         data_share=waited / worked if worked else 0.0,
         validations=(0 if checkpoint else 1) + epochs_left + final_passes,
         validation_seconds=validation_seconds,
+        cache_seconds=sum(cache.seconds.values()),
+        cache_bytes=sum(cache.bytes.values()),
         peak_bytes=peak.bytes,
         usable_bytes=usable_memory(setup.loaded.precision.device, processes.local_world_size),
         saves=saves + 1,  # and once more at the very end

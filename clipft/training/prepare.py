@@ -29,6 +29,7 @@ from clipft.embedding.encoding import (
     training_preprocessing,
     validation_preprocessing,
 )
+from clipft.embedding.feature_cache import CacheForecast
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.look_alikes import look_alikes
 from clipft.embedding.towers import choose_shapes
@@ -56,10 +57,12 @@ def prepare(
     progress: Progress = silent,
     source: "ShardSource | None" = None,
     began: Choices = NEW_RUN,
+    cache: CacheForecast | None = None,
 ) -> RunSetup:
     """Open the data, load the model, choose the micro-batch and make the plan.
 
-    ``began`` is what a run that is resumed decided when it began.
+    ``began`` is what a run that is resumed decided when it began. With ``cache``, the features of
+    frozen towers are not computed, and it says what that would take: the setup is for a forecast.
 
     Every process ends with the same setup. Work that leaves something in the cache folder is done
     by one process of each machine first, so that the others find it there.
@@ -97,7 +100,7 @@ def prepare(
         model: LoadedModel, pairs: Pairs, preprocessing: Preprocessing, *sizes: int
     ) -> Encoding:
         shapes = choose_shapes(model, settings.compile, *(sizes or (epoch_plan.micro, own)))
-        found = open_encoding(model, pairs, preprocessing, settings, note, shapes, progress)
+        found = open_encoding(model, pairs, preprocessing, settings, note, shapes, progress, cache)
         # The pretrained model is whole on each process
         towers = weights.wrap_towers(found.towers) if model is loaded else found.towers
         return replace(found, towers=towers)

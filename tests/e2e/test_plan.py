@@ -81,6 +81,23 @@ def test_the_plan_is_also_printed_as_text(catalogue, tmp_path, capsys):
         assert words in said
 
 
+def test_a_plan_says_what_the_features_of_frozen_towers_take(
+    catalogue, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("clipft.embedding.feature_cache._SAMPLE", 64)
+    flags = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "none")]
+    flags += ["--scenario", "linear_probe", "--augmentation", "none"]
+    forecast = planned(capsys, *flags)
+    steps, each = 6 * forecast["seconds_per_step"], forecast["validation_seconds"]
+    assert forecast["cache_bytes"] > 96 * 4 * 128
+    assert forecast["seconds"] == pytest.approx(
+        forecast["cache_seconds"] + steps + forecast["validations"] * each
+    )
+    assert run(["train", *SMALL, *flags, "--plan"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "features of frozen encoders in the cache folder" in said
+
+
 def test_the_scenario_without_training_has_a_plan(catalogue, tmp_path, capsys):
     flags = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "none")]
     forecast = planned(capsys, *flags, "--scenario", "zero_shot")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
 from clipft.embedding import feature_cache
-from clipft.embedding.feature_cache import image_features
+from clipft.embedding.feature_cache import CacheForecast, image_features
 from clipft.embedding.load import load_model
 from clipft.training.loop import fit
 from clipft.training.prepare import prepare
@@ -160,6 +161,30 @@ def test_features_of_another_version_or_machine_are_not_used(part, catalogue, mo
 def image_rows(setup: RunSetup) -> torch.Tensor:
     features = image_features(setup.loaded, setup.train, setup.loader_options, silent)
     return features.rows(np.arange(96, dtype=np.uint64))
+
+
+def test_a_forecast_computes_a_sample_and_says_what_all_would_take(catalogue, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_SAMPLE", 64)
+    given = {"scenario": "linear_probe", "augmentation": "none"}
+    cache = CacheForecast()
+    settings = settings_of(catalogue, **given)
+    sampled = prepare(settings, lambda note: None, ALONE, cache=cache)
+    in_full = {Path(path).parent.name for path, _ in written_features()}
+    assert len(in_full) == 2, "those of the 40 validation pairs alone"
+    assert {name.split("-")[0] for name in cache.seconds} == {"images", "texts"}
+    assert all(seconds > 0 for seconds in cache.seconds.values())
+    assert len(trained(sampled)) == 6, "steps can be measured"
+    shown = image_rows(setup_of(catalogue, **given))
+    headers = 2 * 128
+    for name, size in cache.bytes.items():
+        folder = cache_folder() / "features" / name
+        assert name not in in_full
+        arrays = [folder / "values", folder / "keys.npy", folder / "places.npy"]
+        assert sum(path.stat().st_size for path in arrays) == size + headers
+    loaded, options = sampled.loaded, sampled.loader_options
+    again = image_features(loaded, sampled.train, options, silent, CacheForecast())
+    numbers = np.arange(96, dtype=np.uint64)
+    assert torch.equal(again.rows(numbers), shown), "what is cached is used"
 
 
 def test_a_broken_cache_is_computed_again(catalogue):
