@@ -30,7 +30,7 @@ Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PerceptualHash:
     """What an image looks like: its dHash (64 bits) and its thumbnail (24 x 24 RGB bytes)."""
 

@@ -30,6 +30,8 @@ from clipft.data.images.decode import open_image
 from clipft.data.images.formats import BadImage
 from clipft.data.shards.dataset import PairDataset, metadata_fault, parse_metadata
 
+_CHUNK = 64
+"""Pairs that a thread reads at a time: to hand over each alone would take as long as to read it."""
 _EXAMPLES = 5
 _LISTED = 12
 _RANGES = 12
@@ -38,7 +40,7 @@ LABEL_FIELDS = ("category", "type", "label", "class")
 """Fields of the metadata that may name what is shown, the likeliest first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairFacts:
     """What is known of one pair.
 
@@ -143,15 +145,15 @@ def read_facts(
 ) -> list[PairFacts]:
     """Decode every pair in ``workers`` threads, or 0 for one per processor.
 
-    ``report`` is called with (done, all) after each pair.
+    ``report`` is called with (done, all) after each few pairs.
     """
-    facts = []
+    facts, read = list[PairFacts](), partial(_fact, pairs, split, template)
+    chunks = [range(len(pairs))[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     # Threads are enough: Pillow decodes outside of the interpreter's lock
     with ThreadPoolExecutor(workers or processors()) as threads:
-        found = threads.map(partial(_fact, pairs, split, template), range(len(pairs)))
-        for done, fact in enumerate(found):
-            facts.append(fact)
-            report(done + 1, len(pairs))
+        for found in threads.map(lambda numbers: list(map(read, numbers)), chunks):
+            facts += found
+            report(len(facts), len(pairs))
     return facts
 
 
@@ -195,9 +197,13 @@ def _fact(pairs: PairDataset, split: str, template: CaptionTemplate, number: int
     )
 
 
-def _near_images(facts: Sequence[PairFacts], near: int) -> list[tuple[str, str]]:
-    """Find near-duplicate images, as pairs of SHA-256. Identical images are compared only once."""
-    once = list({fact.image_hash: fact for fact in facts}.values())
+Links = Sequence[tuple[str, str]]
+"""Near-duplicate images, as pairs of SHA-256."""
+
+
+def near_images(facts: Sequence[PairFacts], near: int) -> Links:
+    """Find the near-duplicates among the usable images. Identical ones are compared only once."""
+    once = list({fact.image_hash: fact for fact in facts if fact.usable}.values())
     hashes = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
     return [(once[i].image_hash, once[j].image_hash) for i, j in near_duplicates(hashes, near)]
 
@@ -208,17 +214,25 @@ def split_facts(
     tokens: Sequence[Encoded],
     context: int,
     image_size: int,
-    near: int,
+    near: Links,
 ) -> SplitFacts:
-    """Count what one split holds; ``tokens`` are the tokenized captions of the usable pairs, and
-    ``context`` and ``image_size`` what the model takes."""
+    """Count what one split holds.
+
+    Args:
+        pairs: the split.
+        facts: what is known of its pairs.
+        tokens: the tokenized captions of the usable pairs.
+        context: the tokens that the model takes.
+        image_size: the pixels that it takes.
+        near: the near-duplicates in this split; it may have others too.
+    """
     lengths = [caption.length for caption in tokens]
     usable = [fact for fact in facts if fact.usable]
     sides = [min(fact.size) for fact in usable]
     images, words = [f.image_hash for f in usable], [word for f in usable for word in f.words]
-    alike = _near_images(usable, near)
-    near_ones = {image for pair in alike for image in pair}
     row_of = {fact.image_hash: row for row, fact in enumerate(usable)}
+    alike = [(one, other) for one, other in near if one in row_of and other in row_of]
+    near_ones = {image for pair in alike for image in pair}
     links = [(row_of[one], row_of[other]) for one, other in alike]
     links += links_of(fact.words for fact in usable)
     members: dict[int, list[PairFacts]] = {}
@@ -286,13 +300,14 @@ def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[
     return by_image[:_LISTED] + by_caption[:_LISTED]
 
 
-def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: int) -> Leak:
-    """Find the pairs of ``one`` whose image or caption is also in ``other``."""
+def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: Links) -> Leak:
+    """Find the pairs of ``one`` whose image or caption is also in ``other``, where ``near`` are the
+    near-duplicates among both and perhaps others."""
     ours, theirs = ([f for f in side if f.usable] for side in (one, other))
     # Reversed, so that of several pairs with one image the first is named
     images = {fact.image_hash: fact.place for fact in reversed(theirs)}
     words = {word: fact.place for fact in reversed(theirs) for word in fact.words}
-    links = [link for a, b in _near_images([*ours, *theirs], near) for link in ((a, b), (b, a))]
+    links = [link for a, b in near for link in ((a, b), (b, a))]
     near_ones = {our_image: images[image] for our_image, image in links if image in images}
     counts: Counter[str] = Counter()
     examples, matches = [], []

@@ -76,7 +76,7 @@ def test_inspection_training_and_search_take_what_pack_takes(raw, tmp_path):
     pairs = open_pairs(tmp_path / "out" / "train")
     facts = read_facts(pairs, lambda done, total: None, workers=2)
     assert [fact.broken for fact in facts] == [""] * len(TAKEN)
-    figures = split_facts(pairs, facts, [], 77, 32, 4)
+    figures = split_facts(pairs, facts, [], 77, 32, [])
     assert figures.more_than_8_bits == 1
     assert figures.kinds == {"jpeg": 4, "avif": 2, "png": 2, "jpeg2000": 1, "ppm": 1}
     batches = evaluation_batches(pairs, preprocessing("none", 32), 4, LoaderOptions())

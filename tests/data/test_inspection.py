@@ -15,7 +15,7 @@ from clipft.cli.app import run
 from clipft.core.errors import StorageError
 from clipft.data import duplicates
 from clipft.data.duplicates import close_hashes, near_duplicates
-from clipft.data.inspection import histogram, leak, read_facts, split_facts
+from clipft.data.inspection import histogram, leak, near_images, read_facts, split_facts
 from clipft.data.shards.dataset import open_pairs
 from clipft.report.html import PageImage, write_page
 from clipft.report.inspection_page import Inspected, findings_page
@@ -172,7 +172,8 @@ def test_labels_are_counted_by_the_first_field_that_is_used(tmp_path):
             add(tar, f"{key}.txt", b"words")
             add(tar, f"{key}.json", json.dumps(value).encode())
     pairs = open_pairs(tmp_path)
-    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4).categories
+    facts = read_facts(pairs, quiet)
+    found = split_facts(pairs, facts, [], 77, 224, near_images(facts, 4)).categories
     assert found == {"field": "type", "labelled": 3, "counts": {"sofa": 2, "lamp": 1}}
 
 
@@ -185,7 +186,8 @@ def test_groups_name_what_links_them_and_the_upper_bound_follows(tmp_path):
     ]
     many = [(image_bytes(10 + i), "the same") for i in range(7)]
     pairs = write(tmp_path / "0.tar", [*again, *many, (image_bytes(4), "y")])
-    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
+    facts = read_facts(pairs, quiet)
+    found = split_facts(pairs, facts, [], 77, 224, near_images(facts, 4))
     assert (found.groups, found.largest_group) == (3, 7)
     assert [(g["size"], g["shares"]) for g in found.duplicates] == [
         (3, ["near photo", "caption"]),  # one - two by look, two - TWO by words
@@ -207,7 +209,8 @@ def test_many_copies_of_an_image_are_compared_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         duplicates, "close_hashes", lambda h, near: compared.append(len(h)) or close(h, near)
     )
-    found = split_facts(pairs, read_facts(pairs, quiet), [], 77, 224, 4)
+    facts = read_facts(pairs, quiet)
+    found = split_facts(pairs, facts, [], 77, 224, near_images(facts, 4))
     assert compared == [2]
     assert (found.same_photo, found.near_photo, found.largest_group) == (59, 61, 61)
 
@@ -216,7 +219,7 @@ def test_matches_name_both_sides(catalogue):
     train, val = (
         read_facts(open_pairs(catalogue / name), quiet, 1, name) for name in ("train", "val")
     )
-    assert leak(val, train, 4).matches == [
+    assert leak(val, train, near_images([*val, *train], 4)).matches == [
         {"pair": "val/0.tar:1", "other": "train/0.tar:7", "shares": "photo"},
         {"pair": "val/0.tar:2", "other": "train/0.tar:8", "shares": "near photo"},
         {"pair": "val/0.tar:3", "other": "train/0.tar:9", "shares": "caption"},
@@ -346,7 +349,7 @@ def test_two_colors_of_one_product_are_not_near_duplicates(tmp_path):
     pairs = [(swatch((90, 60, 30)), "walnut"), (swatch((200, 170, 130)), "oak")]
     facts = read_facts(write(tmp_path / "0.tar", pairs), quiet)
     assert not near_duplicates([fact.perceptual_hash for fact in facts], 8)
-    assert leak(facts[:1], facts[1:], 8).near_photo == 0
+    assert leak(facts[:1], facts[1:], near_images(facts, 8)).near_photo == 0
 
 
 def test_the_caption_is_what_training_would_take(catalogue, capsys):

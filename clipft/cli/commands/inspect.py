@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from clipft.data.captions.template import CaptionTemplate
-    from clipft.data.inspection import PairFacts, SplitFacts
+    from clipft.data.inspection import Links, PairFacts, SplitFacts
     from clipft.data.shards.dataset import PairDataset
     from clipft.models.pretrained import ModelInputs
     from clipft.report.html import PageTable
@@ -106,7 +106,7 @@ def inspect(
         check_fields(template, pairs)
     check_model(loaded.values.model)
     import_libraries("AutoTokenizer")
-    from clipft.data.inspection import leak
+    from clipft.data.inspection import leak, near_images
     from clipft.data.packing.target import skipped_by_pack
     from clipft.models.pretrained import load_inputs
     from clipft.report.findings import findings, verdict
@@ -114,18 +114,19 @@ def inspect(
     model = load_inputs(loaded.values.model, loaded.values.input_sizes)
     read = partial(_read, out, max(1, loaded.values.workers()), template)
     facts = {name: read(name, pairs) for name, pairs in splits.items()}
-    figures = {name: _figures(splits[name], facts[name], model, options.near) for name in splits}
+    theirs = [fact for name, pairs in others.items() for fact in read(name, pairs)]
+    everything = [*chain.from_iterable(facts.values()), *theirs]
+    near = near_images(everything, options.near)
+    figures = {name: _figures(splits[name], facts[name], model, near) for name in splits}
     result: dict[str, Any] = {name: asdict(split) for name, split in figures.items()}
     shared = {}
     for one, other in combinations(facts, 2):  # in the order train, val, test
-        found = result[f"{other}_in_{one}"] = asdict(leak(facts[other], facts[one], options.near))
+        found = result[f"{other}_in_{one}"] = asdict(leak(facts[other], facts[one], near))
         shared[f"{_NAMES[other]} pairs that are also in {_NAMES[one].lower()}"] = found
-    everything = [fact for split in facts.values() for fact in split]
     if options.against:
-        theirs = [fact for name, pairs in others.items() for fact in read(name, pairs)]
-        result["against"] = asdict(leak(everything, theirs, options.near))
+        ours = list(chain.from_iterable(facts.values()))
+        result["against"] = asdict(leak(ours, theirs, near))
         shared[f"Pairs that are also in {options.against}"] = result["against"]
-        everything += theirs
     result["skipped_by_pack"] = skipped = skipped_by_pack(folder)
     dicts = {name: result[name] for name in splits}
     troubles = findings(dicts, shared, loaded.values.max_bad)
@@ -184,7 +185,7 @@ def _read(
 
 
 def _figures(
-    pairs: "PairDataset", facts: "list[PairFacts]", model: "ModelInputs", near: int
+    pairs: "PairDataset", facts: "list[PairFacts]", model: "ModelInputs", near: "Links"
 ) -> "SplitFacts":
     from clipft.data.captions.tokenizer import CaptionEncoder
     from clipft.data.inspection import split_facts
