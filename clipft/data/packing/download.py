@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,8 @@ def save_image(place: Path, data: bytes) -> ByteRange:
     """
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        # A name per thread, because two URLs may be saved at the same moment
-        temporary = place.with_suffix(f".{threading.get_ident()}")
+        # A name of its own, because another thread or part may save the same image at this moment
+        temporary = place.with_suffix(f".{uuid.uuid4().hex}")
         temporary.write_bytes(data)
         os.replace(temporary, place)
     return ByteRange(str(place))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from clipft.core.common import counted
 from clipft.core.errors import DataError, UsageError, sentences
 from clipft.core.files import did_you_mean_path
+from clipft.core.part import Part
 from clipft.data.duplicates import (
     PerceptualHash,
     group_leaders,
@@ -109,14 +110,14 @@ def pack(
     target, progress = Target(out, options.part), _Progress(report)
     target.check(source, options.overwrite)
     with target.explain_disk_errors(), Workers(options.processes) as workers:
-        images = target.building / "pictures"
+        images = target.shared / "pictures"
         listing = list_pairs(source, out, options, images)
         check_fields(options, partial(_metadata_of, listing))
-        _download(listing, images, progress)
+        _download(listing, images, options.part, progress)
 
         # Scan: the number of shards is not known yet, so the total is an upper bound until then
         progress.total += 2 * len(listing.candidates)
-        found = scan(listing, options, workers, progress.step)
+        found = scan(listing, options, workers, progress.step, target.shared)
         listing.candidates.clear()
         skipped = found.skipped
         splits = _assign(found, options)
@@ -213,12 +214,15 @@ def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> Da
     return DataError(f"{message}; found {contents}", hint)
 
 
-def _download(listing: Listing, images: Path, progress: _Progress) -> None:
-    """Replace the URL in each candidate by its image; skip the pairs whose image is not there."""
-    urls = dict.fromkeys(c.image for c in listing.candidates if isinstance(c.image, str))
+def _download(listing: Listing, images: Path, part: Part, progress: _Progress) -> None:
+    """Replace the URL in each candidate by its image; skip the pairs whose image is not there.
+
+    Each part begins elsewhere, and so finds most of what the others have downloaded meanwhile.
+    """
+    urls = list(dict.fromkeys(c.image for c in listing.candidates if isinstance(c.image, str)))
     progress.total += len(urls)
-    results = {}
-    for url, result in download_images(images, urls):
+    results, first = {}, len(urls) * (part.number - 1) // part.of
+    for url, result in download_images(images, urls[first:] + urls[:first]):
         results[url] = result
         progress.step(1)
     kept = []

@@ -1,10 +1,25 @@
-"""Reads what was listed: each image is hashed, checked and compared, in one pass over its bytes."""
+"""Reads what was listed: each image is hashed, checked and compared, in one pass over its bytes.
 
+The parts of a pack (``--part I/N``) divide this among them. Each cuts the list into the same
+pieces, and reads a piece only if no other part has read it or is reading it; what it finds is kept
+in a folder that all of them see. The parts need not run at once: one that is alone reads all.
+"""
+
+import fcntl
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import os
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
+from clipft import __version__
+from clipft.core.files import write_json
 from clipft.core.text import NotText, decode
 from clipft.data.captions.cleaning import compared
 from clipft.data.captions.lines import join_lines
@@ -26,38 +41,169 @@ _CHUNK = 32
 _HASH_SIDE = 96
 _MAX_BYTES = 512 << 20
 _DEFAULT_CAPTION = "{caption}"
+# Candidates in the largest piece that a part of a pack takes at a time
+_PIECE = 2048
+# Seconds between two looks at what other parts are reading
+_WAIT = 0.2
+
+Read = tuple[PackPair, PerceptualHash | None] | str
+"""A pair with its perceptual hash, or the reason why it cannot be used."""
+Reader = Callable[[Sequence[Candidate]], Iterator[Read]]
 
 
 def scan(
-    listing: Listing, options: PackOptions, workers: Workers, step: Callable[[int], None]
+    listing: Listing,
+    options: PackOptions,
+    workers: Workers,
+    step: Callable[[int], None],
+    shared: Path,
 ) -> Scan:
-    """Read every candidate; the pairs stay in their order. ``step`` receives the number of
-    candidates that were read since the last call."""
+    """Read every candidate; the pairs stay in their order.
+
+    ``step`` receives the number of candidates that were read since the last call. In the folder
+    ``shared``, the parts of a pack exchange what they have read.
+    """
     found = Scan(skipped=list(listing.skipped))
     every = listing.candidates
-    chunks = [every[start : start + _CHUNK] for start in range(0, len(every), _CHUNK)]
-    results = workers.map(partial(_read_chunk, options=options), chunks)
-    for chunk, reads in zip(chunks, results, strict=True):
-        for candidate, read in zip(chunk, reads, strict=True):
-            if isinstance(read, str):
-                found.skipped.append({"file": candidate.where, "reason": read})
-                continue
-            pair, hashed = read
-            found.pairs.append(pair)
-            found.hashes.append(hashed)
-        step(len(chunk))
+
+    def read(candidates: Sequence[Candidate]) -> Iterator[Read]:
+        starts = range(0, len(candidates), _CHUNK)
+        chunks = [candidates[start : start + _CHUNK] for start in starts]
+        for reads in workers.map(partial(_read_chunk, options=options), chunks):
+            yield from reads
+            step(len(reads))
+
+    whole = options.part.of == 1
+    reads = read(every) if whole else _read_shared(every, options, read, step, shared)
+    for candidate, found_one in zip(every, reads, strict=True):
+        if isinstance(found_one, str):
+            found.skipped.append({"file": candidate.where, "reason": found_one})
+            continue
+        pair, hashed = found_one
+        found.pairs.append(pair)
+        found.hashes.append(hashed)
     return found
 
 
-def _read_chunk(
-    candidates: Sequence[Candidate], options: PackOptions
-) -> list[tuple[PackPair, PerceptualHash | None] | str]:
+def _read_shared(
+    every: Sequence[Candidate],
+    options: PackOptions,
+    read: Reader,
+    step: Callable[[int], None],
+    shared: Path,
+) -> Iterator[Read]:
+    """Read the pieces that no other part reads, this part's own first; yield what all have read."""
+    size = min(_PIECE, max(_CHUNK, -(-len(every) // (4 * options.part.of))))
+    pieces = [every[start : start + size] for start in range(0, len(every), size)]
+    state = cache(_state)
+    files = [shared / f"scan-{_fingerprint(piece, options, state)}.json" for piece in pieces]
+    left = sorted(range(len(pieces)), key=lambda number: not options.part.has(number))
+    while left:
+        others = []
+        for number in left:
+            file, piece = files[number], pieces[number]
+            with _claim(file.with_suffix(".lock")) as claimed:
+                if file.exists():
+                    step(len(piece))
+                elif claimed:
+                    write_json(file, list(map(_to_json, read(piece))), shared=True)
+                else:
+                    others.append(number)
+        if len(others) == len(left):
+            time.sleep(_WAIT)
+        left = others
+    for file, piece in zip(files, pieces, strict=True):
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # removed by somebody, or damaged
+            yield from read(piece)
+        else:
+            yield from map(_from_json, piece, entries)
+
+
+@contextmanager
+def _claim(lock: Path) -> Iterator[bool]:
+    """Hold a lock during the block, and yield whether this process got it.
+
+    The system releases it however the process ends. Two that read the same piece would only lose
+    time, so that a file system without locks is no error.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        claimed = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claimed = False
+        except OSError:
+            pass
+        yield claimed
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(
+    piece: Sequence[Candidate], options: PackOptions, state: Callable[[str], object]
+) -> str:
+    """Return a name that is equal where reading a piece finds the same."""
+    decide = {"near", "check", "encoding", "caption", "caption_lines", "group_field", "label_field"}
+    digest = hashlib.sha256(f"{__version__} {options.model_dump_json(include=decide)}".encode())
+    for candidate in piece:
+        for place in (candidate.image, candidate.caption, candidate.metadata):
+            at = (place, state(place.path)) if isinstance(place, ByteRange) else place
+            digest.update(repr(at).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _state(path: str) -> object:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in a name
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+_BYTES = ("caption", "metadata")
+_FOUND = ("suffix", "shorter_side", "image_hash", "caption_keys", "group", "label")
+
+
+def _to_json(read: Read) -> Any:
+    """Keep of a pair what its candidate does not say yet."""
+    if isinstance(read, str):
+        return read
+    pair, hashed = read
+    entry = {name: getattr(pair, name) for name in _FOUND} | {"size": pair.image.size}
+    for name in _BYTES:
+        held = getattr(pair, name)
+        entry[name] = None if held is None else b64encode(held).decode()
+    if hashed:
+        entry["hash"], entry["thumbnail"] = hashed.hash, b64encode(hashed.thumbnail).decode()
+    return entry
+
+
+def _from_json(candidate: Candidate, entry: Any) -> Read:
+    """The reverse of ``_to_json``."""
+    if isinstance(entry, str):
+        return entry
+    assert isinstance(candidate.image, ByteRange)
+    held = {name: entry[name] for name in _FOUND}
+    held |= {name: None if entry[name] is None else b64decode(entry[name]) for name in _BYTES}
+    held["caption_keys"] = tuple(entry["caption_keys"])
+    image = replace(candidate.image, size=entry["size"])
+    pair = PackPair(
+        name=candidate.name, where=candidate.where, image=image, split=candidate.split, **held
+    )
+    if "hash" not in entry:
+        return pair, None
+    return pair, PerceptualHash(entry["hash"], b64decode(entry["thumbnail"]))
+
+
+def _read_chunk(candidates: Sequence[Candidate], options: PackOptions) -> list[Read]:
     return [_read(candidate, options) for candidate in candidates]
 
 
-def _read(
-    candidate: Candidate, options: PackOptions
-) -> tuple[PackPair, PerceptualHash | None] | str:
+def _read(candidate: Candidate, options: PackOptions) -> Read:
     """Read and check a pair; return the reason if it cannot be used."""
     hashed, metadata = None, None
     assert isinstance(candidate.image, ByteRange)

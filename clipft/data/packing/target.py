@@ -27,12 +27,17 @@ _ANOTHER = "name a new folder for the shards"
 
 
 class Target:
-    """The folder ``out``, as one part of a pack sees it. ``building`` is its own hidden folder."""
+    """The folder ``out``, as one part of a pack sees it.
+
+    ``building`` is its own hidden folder. In ``shared`` are the images that are in no file of their
+    own, and what the parts tell each other.
+    """
 
     def __init__(self, out: Path, part: Part) -> None:
         self.out, self.part = out, part
         self.building = out / f"{_BUILDING}{part.suffix}"
-        self._mark = f".clipft-pack{part.suffix}.json"
+        self.shared = out / f"{_BUILDING}-shared" if part.of > 1 else self.building
+        self._mark = self._mark_of(part)
 
     def check(self, source: Path, overwrite: bool) -> None:
         """Check, before any work, that the pack may be written to ``out``.
@@ -128,9 +133,16 @@ class Target:
         for name in notes:  # the mark is last
             if (self.building / name).exists():
                 os.replace(self.building / name, self.out / name)
-        # Parts that were interrupted are of no use to a whole pack
-        for path in self.out.glob(f"{_BUILDING}*" if self.part.of == 1 else self.building.name):
+        every = [Part(number, self.part.of) for number in range(1, self.part.of + 1)]
+        # Parts that were interrupted are of no use to a whole pack, and neither is the shared
+        # folder once all parts are there
+        complete = all((self.out / self._mark_of(part)).exists() for part in every)
+        for path in self.out.glob(f"{_BUILDING}*" if complete else self.building.name):
             shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def _mark_of(part: Part) -> str:
+        return f".clipft-pack{part.suffix}.json"
 
     def _write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Write a file of JSON lines to the building folder; no file if there are no lines."""

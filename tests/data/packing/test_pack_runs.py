@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from clipft.core.errors import DataError, UsageError
 from clipft.core.part import Part
+from clipft.data.packing import scan
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from tests.data.packing.pack_helpers import (
@@ -185,6 +187,89 @@ def test_parts_together_are_the_whole_pack_byte_for_byte(raw, tmp_path, together
     for path in (joined / "train").glob("sizes-*-of-3.json"):
         sizes |= json.loads(path.read_text())
     assert sizes == json.loads((tmp_path / "whole" / "train" / "sizes.json").read_text())
+
+
+HOLDS = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The images that were read to be compared, in pieces of a few of them."""
+    found, read = [], scan._read
+
+    def counted(candidate, options):
+        found.append(candidate.where)
+        return read(candidate, options)
+
+    monkeypatch.setattr(scan, "_read", counted)
+    monkeypatch.setattr(scan, "_CHUNK", 4)
+    return found
+
+
+@pytest.mark.parametrize("near", [-1, 4])
+def test_parts_at_the_same_time_read_each_image_once(near, raw, tmp_path, reads):
+    (raw / "broken.png").write_bytes(b"nothing")
+    (raw / "broken.txt").write_text("a broken chair")
+    write_pair(raw / "described.png", 98, "described", '{"name": "\\udc80", "price": 3}')
+    options = {"shard_pairs": 7, "near": near, "group_field": "name"}
+    whole = packed(raw, tmp_path / "whole", **options)
+    images, out = sorted(reads), tmp_path / "out"
+    reads.clear()
+    with ThreadPoolExecutor(3) as threads:
+        parts = [threads.submit(packed, raw, out, **options, part=Part(n, 3)) for n in (1, 2, 3)]
+        results = [part.result(60) for part in parts]
+    assert sorted(reads) == images
+    assert digests(out) == digests(tmp_path / "whole")
+    assert all(result.skipped == whole.skipped for result in results)
+    assert not list(out.glob(".clipft-part-*"))
+
+
+def test_a_later_part_reads_nothing_that_an_earlier_one_has_read(raw, tmp_path, reads):
+    out = tmp_path / "out"
+    packed(raw, out, shard_pairs=7, part=Part(2, 2))
+    assert len(reads) == 60
+    reads.clear()
+    (shown,) = {path.parent for path in out.rglob("scan-*.json")}
+    damaged = min(shown.glob("scan-*.json"))
+    damaged.write_text("[")
+    packed(raw, out, shard_pairs=7, part=Part(1, 2))
+    assert 0 < len(reads) <= 8
+    packed(raw, tmp_path / "whole", shard_pairs=7)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_part_waits_for_what_another_one_is_reading(raw, tmp_path, reads, monkeypatch):
+    """The other one is killed in the middle, so this one reads it."""
+    out, claim, held = tmp_path / "out", scan._claim, []
+
+    @contextlib.contextmanager
+    def beside_another(lock):
+        if not held:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            other = subprocess.Popen([sys.executable, "-c", HOLDS, lock], stdout=subprocess.PIPE)
+            other.stdout.readline()
+            held.append(other)
+        with claim(lock) as claimed:
+            yield claimed
+
+    waits = []
+
+    def wait(seconds):
+        waits.append(len(reads))
+        held[0].kill()
+        held[0].communicate()
+
+    monkeypatch.setattr(scan, "_claim", beside_another)
+    monkeypatch.setattr(scan.time, "sleep", wait)
+    packed(raw, out, shard_pairs=7, part=Part(1, 2))
+    assert waits and waits[0] < 60, "all others are read before it waits"
+    assert len(set(reads)) == len(reads) == 60
 
 
 def test_parts_of_different_packs_are_refused(raw, tmp_path):
