@@ -21,7 +21,7 @@ from clipft.core.files import did_you_mean_path
 from clipft.data.images.formats import IMAGE_SUFFIXES, is_unnamed_image
 from clipft.data.shards.contents import contents_of
 from clipft.data.shards.dataset import PairDataset, RawPair, parse_metadata
-from clipft.data.shards.index import Shard, open_shard, stamp_of
+from clipft.data.shards.index import open_shard, stamp_of
 from clipft.data.shards.names import (
     CAPTION_SUFFIX,
     METADATA_SUFFIX,
@@ -121,13 +121,14 @@ def open_images(source: Path, files_per_part: int = FILES_PER_PART) -> list[Imag
 
 def _parts_of_shard(path: Path, split: str) -> Iterator[ImagePart]:
     shard = open_shard(path)
+    pairs = PairDataset([shard])
     for first in range(0, len(shard), _PAIRS_PER_PART):
         last = min(first + _PAIRS_PER_PART, len(shard))
         yield ImagePart(
             state=f"{path.resolve()} {shard.stamp} {first} {last}",
             count=last - first,
-            read=partial(_read_pair, shard, first),
-            read_texts=partial(_read_texts_of_pair, shard, first),
+            read=partial(_read_pair, pairs, first),
+            read_texts=partial(_read_texts_of_pair, pairs, first),
             name=_name(split, f"{path.stem}-{first // _PAIRS_PER_PART:04d}"),
             split=split,
         )
@@ -141,12 +142,12 @@ def _name(split: str, rest: str) -> str:
     return f"{split or 'data'}-{plain}"
 
 
-def _read_pair(shard: Shard, first: int, number: int) -> RawPair:
-    return PairDataset([shard])[first + number]
+def _read_pair(pairs: PairDataset, first: int, number: int) -> RawPair:
+    return pairs[first + number]
 
 
-def _read_texts_of_pair(shard: Shard, first: int, number: int) -> RawPair:
-    pairs, number = PairDataset([shard]), first + number
+def _read_texts_of_pair(pairs: PairDataset, first: int, number: int) -> RawPair:
+    number += first
     texts = pairs.caption_and_metadata(number)
     named = pairs.named(number)
     return RawPair(number, named.key, named.shard, b"", *texts)
