@@ -3,14 +3,17 @@
     python tests/benchmarks/p9_scale.py [--work DIR] [--quick] [--sizes 10000,100000] [--json FILE]
 
 Draws pairs of 8 x 8 pixels into shards, and runs each command on them as a process of its own with
-one thread and the packaged tiny model. Seconds are processor time, and memory is the largest
-resident set of a process, which includes the files that it maps. What a command takes for 1,000
-pairs is its start-up, and is subtracted before the exponent is fitted (least squares in the
-logarithms). A command that would take more than ``--minutes`` is not run: its figures follow from
-the sizes below, and are marked with ~.
+one thread and a CLIP whose towers have one layer: what grows here is the work of clipft itself, and
+what a real model takes for each pair comes on top. Two processes run at a time, one that trains and
+one that does not, so seconds are processor time. Memory is the largest resident set of a process,
+which includes the files that it maps. What a command takes for 1,000 pairs is its start-up, and is
+subtracted before the exponent is fitted (least squares in the logarithms). A command that would
+take more than ``--minutes`` is not run: its figures follow from the sizes below, and are marked
+with ~.
 
-Figures are kept in DIR, so that a benchmark that was interrupted goes on. A million pairs take 2 GB
-there, and what is made of them 1 GB at a time.
+Figures are kept in DIR, so that a benchmark that was interrupted goes on with the command that it
+was at: it can be run in pieces. Drawing the pairs takes no part in the figures, and ``--draw`` does
+only that. A million pairs take 2 GB there, and what is made of them 2 GB.
 """
 
 import argparse
@@ -25,9 +28,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,8 @@ from tests.benchmarks.side_by_side import arguments, write_figures
 
 SMALLEST, SIZES, QUICK = 1_000, "10000,100000,1000000", "2000"
 IN_SHARD, BATCH = 1_000, 1_024
+SIDE = 32
+"""Pixels of a side of the model's images, and dimensions of all that it computes."""
 MOST_EXPONENT = 1.1
 _LEAST_SECONDS, _LEAST_MIB = 0.5, 16.0
 """Growth below this is noise: it gets no exponent."""
@@ -89,15 +97,43 @@ def caption(number: int) -> str:
 
 def lay_out(work: Path, pairs: int) -> Path:
     """Return a folder of so many training pairs and one shard of validation pairs."""
-    data = work / f"data-{pairs}"
-    (work / "pool").mkdir(parents=True, exist_ok=True)
-    for split, shards in (("train", range(-(-pairs // IN_SHARD))), ("val", [900_000])):
+    data, pool = work / f"data-{pairs}", work / "pool"
+    pool.mkdir(parents=True, exist_ok=True)
+    numbers = {"train": range(-(-pairs // IN_SHARD)), "val": range(900_000, 900_001)}
+    for split, shards in numbers.items():
         (data / split).mkdir(parents=True, exist_ok=True)
-        for shard in shards:
-            link = data / split / f"{shard:06d}.tar"
-            if not link.exists():
-                os.link(draw(work / "pool", shard), link)
+        missing = [n for n in shards if not (data / split / f"{n:06d}.tar").exists()]
+        with ProcessPoolExecutor(2) as processes:
+            for path in processes.map(partial(draw, pool), missing):
+                os.link(path, data / split / path.name)
     return data
+
+
+def make_model(work: Path) -> Path:
+    """Return a folder with a CLIP of one layer, with the tokenizer of the packaged model."""
+    folder = work / "model"
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    import clipft.models
+
+    tiny, unfinished = Path(clipft.models.__path__[0]) / "tiny", work / "model.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(tiny, unfinished, ignore=lambda *_: ["clipft.json", "model.safetensors"])
+    config = json.loads((tiny / "config.json").read_text()) | {"projection_dim": SIDE}
+    small = {"hidden_size": SIDE, "intermediate_size": SIDE, "num_attention_heads": 1}
+    small |= {"num_hidden_layers": 1, "projection_dim": SIDE}
+    config["text_config"] |= small
+    config["vision_config"] |= small | {"image_size": SIDE, "patch_size": SIDE // 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**config)).save_pretrained(unfinished)
+    processor = json.loads((tiny / "preprocessor_config.json").read_text())
+    processor |= {"crop_size": {"height": SIDE, "width": SIDE}, "size": {"shortest_edge": SIDE}}
+    (unfinished / "preprocessor_config.json").write_text(json.dumps(processor))
+    unfinished.rename(folder)
+    return folder
 
 
 def clipft(*args: object) -> list[str]:
@@ -112,7 +148,7 @@ def training(data: Path, out: Path, *more: str) -> list[str]:
     batch = ["--effective-batch-size", BATCH, "--micro-batch-size", BATCH, "--num-workers", 0]
     batch += ["--checkpoint-every", 0]
     plain = ["--augmentation", "none", "--precision", "fp32", "--stop-on", "never", "--epochs", 3]
-    scenario = ["--model", "tiny", "--scenario", "linear_probe"]
+    scenario = ["--model", data.parent / "model", "--scenario", "linear_probe"]
     places = ["--data-dir", data, "--output-dir", out]
     return clipft("train", *scenario, *places, *batch, *plain, *more)
 
@@ -128,34 +164,17 @@ class Command:
     one_epoch: bool = False
 
 
-COMMANDS = (
-    Command("index of the shards", lambda data, out: step("index", data)),
+FIRST = Command("index of the shards", lambda data, out: step("index", data))
+"""All others open this index."""
+TRAINING = (
     Command("caption table", lambda data, out: step("captions", data)),
     Command("first batch", lambda data, out: step("first", data)),
     Command("first batch of half an epoch", lambda data, out: step("resumed", data)),
-    Command(
-        "train --plan, with its features", lambda data, out: training(data, out / "runs", "--plan")
-    ),
-    Command("inspect", lambda data, out: clipft("inspect", data, "--model", "tiny")),
-    Command(
-        "pack --part 1/4",
-        lambda data, out: clipft(
-            *("pack", data / "train", out / "packed", "--part", "1/4", "--processes", 1)
-        ),
-        ("packed",),
-    ),
-    Command("search, nothing embedded", lambda data, out: clipft("search", "tiny", data, "a lamp")),
-    Command("search again", lambda data, out: clipft("search", "tiny", data, "a red lamp")),
-    Command(
-        "embed",
-        lambda data, out: clipft("embed", "tiny", data, out / "embedded"),
-        ("packed", "embedded"),
-    ),
-    Command("embed again", lambda data, out: clipft("embed", "tiny", data, out / "embedded")),
+    Command("train --plan", lambda data, out: training(data, out / "runs", "--plan")),
     Command(
         "linear_probe: an epoch, features cached",
         lambda data, out: training(data, out / "runs"),
-        ("embedded", "runs"),
+        ("runs",),
         one_epoch=True,
     ),
     Command(
@@ -167,6 +186,33 @@ COMMANDS = (
         lambda data, out: clipft(
             *("evaluate", out / "runs" / "linear_probe", "--data-dir", data / "train")
         ),
+    ),
+)
+OTHERS = (
+    Command("inspect", lambda data, out: clipft("inspect", data, "--model", data.parent / "model")),
+    Command(
+        "pack --part 1/4",
+        lambda data, out: clipft(
+            *("pack", data / "train", out / "packed", "--part", "1/4", "--processes", 1)
+        ),
+        ("packed",),
+    ),
+    Command(
+        "search, nothing embedded",
+        lambda data, out: clipft("search", data.parent / "model", data, "a lamp"),
+    ),
+    Command(
+        "search again",
+        lambda data, out: clipft("search", data.parent / "model", data, "a red lamp"),
+    ),
+    Command(
+        "embed",
+        lambda data, out: clipft("embed", data.parent / "model", data, out / "embedded"),
+        ("packed", "embedded"),
+    ),
+    Command(
+        "embed again",
+        lambda data, out: clipft("embed", data.parent / "model", data, out / "embedded"),
     ),
 )
 
@@ -185,13 +231,13 @@ def do_step(name: str, data: Path) -> None:
     pairs = open_pairs(data / "train")
     if name == "index":
         return
-    encoder = CaptionEncoder(load_inputs("tiny").tokenizer, 77)
+    encoder = CaptionEncoder(load_inputs(str(data.parent / "model")).tokenizer, 77)
     captions = caption_table(pairs, DEFAULT_TEMPLATE, encoder, 1, lambda: None)
     if name == "captions":
         return
     plan = EpochPlan(len(pairs), min(BATCH, len(pairs)), 64, 1)
     start = Position() if name == "first" else Position(2, plan.steps // 2)
-    preprocessing = Preprocessing(captions, 72, "simple", 1)
+    preprocessing = Preprocessing(captions, SIDE, "simple", 1)
     next(training_batches(pairs, preprocessing, plan, start, 4, LoaderOptions(0)))
 
 
@@ -200,7 +246,7 @@ def measure(command: Command, work: Path, pairs: int) -> Cost:
     out.mkdir(exist_ok=True)
     for name in command.clean:
         shutil.rmtree(out / name, ignore_errors=True)
-    args, said = command.args(data, out), work / "said.txt"
+    args, said = command.args(data, out), work / f"said-{threading.get_ident()}.txt"
     environment = os.environ | {"CLIPFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     with said.open("wb") as file:
@@ -270,6 +316,7 @@ def chosen() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--work", type=Path, help="folder for data and figures; kept")
     parser.add_argument("--sizes", default=SIZES, help=f"default: {SIZES}")
+    parser.add_argument("--draw", action="store_true", help="only draw the pairs into DIR")
     parser.add_argument("--only", default="", help="only commands with this in their name")
     parser.add_argument(
         "--minutes", type=float, default=20, help="most processor time of a command"
@@ -278,23 +325,59 @@ def chosen() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Figures:
+    """The costs that were measured so far, which are kept in a file."""
+
+    def __init__(self, work: Path) -> None:
+        self._file, self._lock = work / "figures.json", threading.Lock()
+        stored = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.costs: dict[str, Costs] = {
+            name: {int(size): Cost(**cost) for size, cost in costs.items()}
+            for name, costs in stored.items()
+        }
+
+    def add(self, name: str, size: int, cost: Cost) -> None:
+        with self._lock:
+            self.costs.setdefault(name, {})[size] = cost
+            stored = {n: {k: asdict(c) for k, c in own.items()} for n, own in self.costs.items()}
+            unfinished = self._file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(stored, indent=1))
+            unfinished.rename(self._file)
+            print(f"{time.strftime('%T')} {size:>9,} {name:40} {cost}", flush=True)
+
+
+def run_commands(
+    commands: Sequence[Command], work: Path, size: int, figures: Figures, wish: argparse.Namespace
+) -> None:
+    """Run, one after the other, the commands whose cost is not known yet."""
+    for command in commands:
+        costs = figures.costs.get(command.name, {})
+        if wish.only not in command.name or (size in costs and costs[size].measured):
+            continue
+        known = {n for n, cost in costs.items() if cost.measured and n < size}
+        guess = estimated(costs, size) if len(known) > 1 else Cost(0, 0, 0)
+        fits = guess.cpu_s <= 60 * wish.minutes
+        figures.add(command.name, size, measure(command, work, size) if fits else guess)
+
+
 def benchmark(work: Path, sizes: list[int], wish: argparse.Namespace) -> list[dict[str, Any]]:
-    file = work / "figures.json"
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    known = {n: {int(k): Cost(**v) for k, v in costs.items()} for n, costs in stored.items()}
+    figures = Figures(work)
+    make_model(work)
     for size in (SMALLEST, *sizes):
-        for command in COMMANDS:
-            costs = known.setdefault(command.name, {})
-            if wish.only not in command.name or (size in costs and costs[size].measured):
-                continue
-            larger = size > min(sizes)
-            guess = estimated(costs, size) if larger else Cost(0, 0, 0)
-            fits = guess.cpu_s <= 60 * wish.minutes
-            costs[size] = measure(command, work, size) if fits else guess
-            print(f"{size:>9,} {command.name:34} {costs[size]}", flush=True)
-            stored = {n: {k: asdict(c) for k, c in own.items()} for n, own in known.items()}
-            file.write_text(json.dumps(stored, indent=1))
-    return [row(name, costs, sizes) for name, costs in known.items() if costs.keys() >= {*sizes}]
+        lay_out(work, size)
+        if wish.draw:
+            continue
+        run_commands([FIRST], work, size, figures, wish)
+        with ThreadPoolExecutor(2) as lanes:
+            running = [
+                lanes.submit(run_commands, commands, work, size, figures, wish)
+                for commands in (TRAINING, OTHERS)
+            ]
+            for lane in running:
+                lane.result()
+    names = [command.name for command in (FIRST, *TRAINING, *OTHERS)]
+    found = {name: figures.costs.get(name, {}) for name in names}
+    return [row(name, costs, sizes) for name, costs in found.items() if costs.keys() >= {*sizes}]
 
 
 def main() -> None:
