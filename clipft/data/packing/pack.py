@@ -110,6 +110,7 @@ def pack(
     target, progress = Target(out, options.part), _Progress(report)
     target.check(source, options.overwrite)
     with target.explain_disk_errors(), Workers(options.processes) as workers:
+        target.begin()
         images = target.shared / "pictures"
         listing = list_pairs(source, out, options, images)
         check_fields(options, partial(_metadata_of, listing))

@@ -69,6 +69,15 @@ class Target:
                 f"{self.out} holds an earlier pack", "add --overwrite, or name a new folder"
             )
 
+    def begin(self) -> None:
+        """Show the other parts, if any, that this one is at work.
+
+        Raises:
+            OSError: The disk is full, or refuses to write.
+        """
+        if self.part.of > 1:
+            self.building.mkdir(parents=True, exist_ok=True)
+
     def check_others(self, content: str) -> None:
         """Check that the other parts in ``out``, if any, belong to the same pack.
 
@@ -133,12 +142,13 @@ class Target:
         for name in notes:  # the mark is last
             if (self.building / name).exists():
                 os.replace(self.building / name, self.out / name)
-        every = [Part(number, self.part.of) for number in range(1, self.part.of + 1)]
-        # Parts that were interrupted are of no use to a whole pack, and neither is the shared
-        # folder once all parts are there
-        complete = all((self.out / self._mark_of(part)).exists() for part in every)
-        for path in self.out.glob(f"{_BUILDING}*" if complete else self.building.name):
+        # Parts that were interrupted are of no use to a whole pack
+        for path in self.out.glob(f"{_BUILDING}*" if self.part.of == 1 else self.building.name):
             shutil.rmtree(path, ignore_errors=True)
+        every = [Part(number, self.part.of) for number in range(1, self.part.of + 1)]
+        at_work = any(path != self.shared for path in self.out.glob(f"{_BUILDING}*"))
+        if not at_work and all((self.out / self._mark_of(part)).exists() for part in every):
+            shutil.rmtree(self.shared, ignore_errors=True)
 
     @staticmethod
     def _mark_of(part: Part) -> str:

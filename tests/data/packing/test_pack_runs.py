@@ -244,6 +244,25 @@ def test_a_later_part_reads_nothing_that_an_earlier_one_has_read(raw, tmp_path, 
     assert digests(out) == digests(tmp_path / "whole")
 
 
+def test_what_parts_share_stays_while_one_of_them_is_at_work(raw, tmp_path):
+    out, again = tmp_path / "out", {"shard_pairs": 7, "overwrite": True}
+    for number in (1, 2):
+        packed(raw, out, shard_pairs=7, part=Part(number, 2))
+    shared = out / ".clipft-part-pack-shared"
+    assert not shared.exists()
+
+    def report(done, total):
+        if done > 60 and not finished:  # it writes
+            finished.append(packed(raw, out, **again, part=Part(1, 2)))
+            assert shared.exists()
+
+    finished = []
+    pack(raw, out, PackOptions(processes=1, **again, part=Part(2, 2)), report)
+    assert finished and not list(out.glob(".clipft-part-*"))
+    packed(raw, tmp_path / "whole", shard_pairs=7)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 def test_a_part_waits_for_what_another_one_is_reading(raw, tmp_path, reads, monkeypatch):
     """The other one is killed in the middle, so this one reads it."""
     out, claim, held = tmp_path / "out", scan._claim, []
