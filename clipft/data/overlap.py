@@ -4,7 +4,8 @@ This is cheap enough to be done before every run; ``inspection`` also finds near
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,27 @@ from clipft.data.shards.dataset import PairDataset
 
 MOST_READ = 200_000
 """If more images than this might be copies, they are left to ``clipft inspect``."""
+_END = 64
+"""Bytes in which two images of the same size nearly always differ, because they are compressed."""
 
 
 def shared_images(val: PairDataset, train: PairDataset, most_read: int = MOST_READ) -> int | None:
     """Count the images of ``val`` that ``train`` has as well, byte for byte.
 
-    The index knows the sizes in bytes, so only images whose size occurs on both sides are read.
-    None if these are more than ``most_read``.
+    The index knows the sizes in bytes, so only the ends of images whose size occurs on both sides
+    are read, and in full only images whose end does too. None if the former are more than
+    ``most_read``.
     """
     val_sizes, train_sizes = val.image_sizes, train.image_sizes
     in_val = np.flatnonzero(np.isin(val_sizes, train_sizes))
     in_train = np.flatnonzero(np.isin(train_sizes, val_sizes))
     if len(in_val) + len(in_train) > most_read:
         return None
-    known = set(_image_hashes(train, in_train))
-    return sum(digest in known for digest in _image_hashes(val, in_val))
+    val_ends, train_ends = _image_ends(val, in_val), _image_ends(train, in_train)
+    common = set(val_ends.values()) & set(train_ends.values())
+    known = set(_image_hashes(train, [n for n, end in train_ends.items() if end in common]))
+    alike = [number for number, end in val_ends.items() if end in common]
+    return sum(digest in known for digest in _image_hashes(val, alike))
 
 
 def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
@@ -42,11 +49,19 @@ def same_images(pairs: PairDataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
     _, which, counts = np.unique(pairs.image_sizes, return_inverse=True, return_counts=True)
     numbers = np.arange(len(pairs))
     # An image whose size no other has needs no reading
-    doubtful: Sequence[int] = np.flatnonzero(counts[which] > 1).tolist()
+    ends = _image_ends(pairs, np.flatnonzero(counts[which] > 1))
+    repeated = Counter(ends.values())
+    doubtful = [number for number, end in ends.items() if repeated[end] > 1]
     first: dict[bytes, int] = {}
     for number, digest in zip(doubtful, _image_hashes(pairs, doubtful), strict=True):
         numbers[number] = first.setdefault(digest, number)
     return numbers
+
+
+def _image_ends(pairs: PairDataset, numbers: Iterable[int]) -> dict[int, tuple[int, bytes]]:
+    """Return the size and the last bytes of some images, by their number."""
+    sizes = pairs.image_sizes
+    return {int(n): (int(sizes[n]), pairs.image_end(int(n), _END)) for n in numbers}
 
 
 def _image_hashes(pairs: PairDataset, numbers: Iterable[int]) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from clipft.data.captions.table import NoCaptions
-from clipft.data.overlap import shared_images
+from clipft.data.overlap import same_images, shared_images
 from clipft.data.shards.dataset import open_pairs
 from clipft.embedding import encoding
 from tests.conftest import add
@@ -29,6 +29,22 @@ def sides(tmp_path_factory):
 
 def test_equal_images_are_counted(sides):
     assert shared_images(*sides) == 1
+
+
+def test_images_of_equal_size_and_end_are_compared_in_full(tmp_path):
+    same, other = b"a" * 100 + b"e" * 64, b"b" * 100 + b"e" * 64
+    for split, images in (("val", (same, other)), ("train", (same, same, b"c" * 164))):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for number, image in enumerate(images):
+                add(tar, f"{number}.jpg", image)
+                add(tar, f"{number}.txt", b"a chair")
+    val, train = open_pairs(tmp_path / "val"), open_pairs(tmp_path / "train")
+    assert shared_images(val, train) == 1
+    assert same_images(val).tolist() == [0, 1]
+    assert same_images(train).tolist() == [0, 0, 2]
+    assert train.image_end(2, 3) == b"ccc"
+    assert train.image_end(2, 1000) == b"c" * 164
 
 
 def test_images_that_are_too_many_to_read_are_not_called_different(sides):

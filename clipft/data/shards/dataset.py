@@ -91,6 +91,14 @@ class PairDataset:
         caption, metadata = _read(*self._locate(number), ("caption", "metadata"))
         return caption, metadata
 
+    def image_end(self, number: int, most: int) -> bytes:
+        """Read the last bytes of an image, at ``most`` so many.
+
+        Raises:
+            DataError: The shard was changed or removed since it was indexed.
+        """
+        return _read(*self._locate(number), ("image",), most)[0]
+
     def metadata(self, number: int) -> dict[str, Any]:
         """Read the ``.json`` of a pair; empty if there is none or it is not an object."""
         return parse_metadata(self.caption_and_metadata(number)[1])
@@ -130,14 +138,17 @@ class PairDataset:
         return self.shards[which], number - int(self._starts[which])
 
 
-def _read(shard: Shard, row: int, names: Sequence[str]) -> list[bytes]:
+def _read(shard: Shard, row: int, names: Sequence[str], last: int | None = None) -> list[bytes]:
     """Read members of one pair, b"" for an absent one, and make sure that the shard is unchanged.
+    With ``last``, only so many bytes at the end of each are read.
 
     The file is opened each time: that takes 10 microseconds, and no descriptor is kept open or
     inherited by a worker process.
     """
     try:
         places = [shard.places[row, FIELDS.index(name)].tolist() for name in names]
+        if last is not None:
+            places = [(at + max(0, size - last), min(size, last)) for at, size in places]
         file = os.open(shard.path, os.O_RDONLY)
         try:
             found = [os.pread(file, max(0, size), max(0, offset)) for offset, size in places]
