@@ -4,12 +4,11 @@
 
 Draws pairs of 8 x 8 pixels into shards, and runs each command on them as a process of its own with
 one thread and a CLIP whose towers have one layer: what grows here is the work of clipft itself, and
-what a real model takes for each pair comes on top. Two processes run at a time, one that trains and
-one that does not, so seconds are processor time. Memory is the largest resident set of a process,
-which includes the files that it maps. What a command takes for 1,000 pairs is its start-up, and is
-subtracted before the exponent is fitted (least squares in the logarithms). A command that would
-take more than ``--minutes`` is not run: its figures follow from the sizes below, and are marked
-with ~.
+what a real model takes for each pair comes on top. Two processes run at a time, so seconds are
+processor time. Memory is the largest resident set of a process, which includes the files that it
+maps. What a command takes for 1,000 pairs is its start-up, and is subtracted before the exponent is
+fitted (least squares in the logarithms). A command that would take more than ``--minutes`` is not
+run: its figures follow from the sizes below, and are marked with ~.
 
 Figures are kept in DIR, so that a benchmark that was interrupted goes on with the command that it
 was at: it can be run in pieces. Drawing the pairs takes no part in the figures, and ``--draw`` does
@@ -34,6 +33,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +188,7 @@ TRAINING = (
         ),
     ),
 )
-OTHERS = (
-    Command("inspect", lambda data, out: clipft("inspect", data, "--model", data.parent / "model")),
-    Command(
-        "pack --part 1/4",
-        lambda data, out: clipft(
-            *("pack", data / "train", out / "packed", "--part", "1/4", "--processes", 1)
-        ),
-        ("packed",),
-    ),
+SEARCH = (
     Command(
         "search, nothing embedded",
         lambda data, out: clipft("search", data.parent / "model", data, "a lamp"),
@@ -208,13 +200,25 @@ OTHERS = (
     Command(
         "embed",
         lambda data, out: clipft("embed", data.parent / "model", data, out / "embedded"),
-        ("packed", "embedded"),
+        ("embedded",),
     ),
     Command(
         "embed again",
         lambda data, out: clipft("embed", data.parent / "model", data, out / "embedded"),
     ),
 )
+INSPECT = Command(
+    "inspect", lambda data, out: clipft("inspect", data, "--model", data.parent / "model")
+)
+PACK = Command(
+    "pack --part 1/4",
+    lambda data, out: clipft(
+        *("pack", data / "train", out / "packed", "--part", "1/4", "--processes", 1)
+    ),
+    ("packed",),
+)
+CHAINS = (TRAINING, SEARCH, (INSPECT,), (PACK,))
+"""Commands of one chain run one after the other; the longest chains begin first."""
 
 
 def do_step(name: str, data: Path) -> None:
@@ -371,11 +375,11 @@ def benchmark(work: Path, sizes: list[int], wish: argparse.Namespace) -> list[di
         with ThreadPoolExecutor(2) as lanes:
             running = [
                 lanes.submit(run_commands, commands, work, size, figures, wish)
-                for commands in (TRAINING, OTHERS)
+                for commands in CHAINS
             ]
             for lane in running:
                 lane.result()
-    names = [command.name for command in (FIRST, *TRAINING, *OTHERS)]
+    names = [command.name for command in (FIRST, *chain.from_iterable(CHAINS))]
     found = {name: figures.costs.get(name, {}) for name in names}
     return [row(name, costs, sizes) for name, costs in found.items() if costs.keys() >= {*sizes}]
 
