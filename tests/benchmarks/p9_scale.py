@@ -109,11 +109,8 @@ def lay_out(work: Path, pairs: int) -> Path:
     return data
 
 
-def make_model(work: Path) -> Path:
-    """Return a folder with a CLIP of one layer, with the tokenizer of the packaged model."""
-    folder = work / "model"
-    if folder.exists():
-        return folder
+def make_model(work: Path) -> None:
+    """Write a CLIP of one layer, with the tokenizer of the packaged model, to ``work``/model."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 
@@ -132,8 +129,7 @@ def make_model(work: Path) -> Path:
     processor = json.loads((tiny / "preprocessor_config.json").read_text())
     processor |= {"crop_size": {"height": SIDE, "width": SIDE}, "size": {"shortest_edge": SIDE}}
     (unfinished / "preprocessor_config.json").write_text(json.dumps(processor))
-    unfinished.rename(folder)
-    return folder
+    unfinished.rename(work / "model")
 
 
 def clipft(*args: object) -> list[str]:
@@ -223,6 +219,9 @@ CHAINS = (TRAINING, SEARCH, (INSPECT,), (PACK,))
 
 def do_step(name: str, data: Path) -> None:
     """Do what no command does alone."""
+    if name == "model":
+        make_model(data)
+        return
     from clipft.data.captions.table import caption_table
     from clipft.data.captions.template import DEFAULT_TEMPLATE
     from clipft.data.captions.tokenizer import CaptionEncoder
@@ -366,7 +365,9 @@ def run_commands(
 
 def benchmark(work: Path, sizes: list[int], wish: argparse.Namespace) -> list[dict[str, Any]]:
     figures = Figures(work)
-    make_model(work)
+    if not (work / "model").exists():
+        # Not in this process: a child's peak memory begins with what its parent had
+        subprocess.run(step("model", work), check=True)
     for size in (SMALLEST, *sizes):
         lay_out(work, size)
         if wish.draw:
