@@ -104,7 +104,10 @@ def ranks_of(
             until = min(at + size, last)
             own_row = (rows[at:until] - start).to(scores.device)
             own_column = columns[at:until, None].to(scores.device)
-            picked = torch.index_select(scores, 0, own_row, out=all_picked[: until - at])
+            if torch.equal(rows[at:until], torch.arange(start, end)):  # each query once
+                picked = scores
+            else:
+                picked = torch.index_select(scores, 0, own_row, out=all_picked[: until - at])
             own = picked.gather(1, own_column)
             # Counted from the back: no comparison holds for NaN, so a NaN of its own ranks last.
             # Comparisons are written as floats because torch sums floats ten times faster than
