@@ -19,7 +19,8 @@ class Times(float):
 
 
 MOVES: dict[str, Mapping[str, Any]] = {
-    # Nothing matters as much as the learning rate, and stronger adapters need the right one
+    # Nothing matters as much as what is trained and the learning rate
+    "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
     "four times the rate": {"lr": Times(4)},
     "stronger adapters": {
         **{"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3},
@@ -38,7 +39,6 @@ MOVES: dict[str, Mapping[str, Any]] = {
     "higher rank": {"lora_r": Times(2)},
     "faster projections": {"lr_projections": Times(2)},
     "slower projections": {"lr_projections": Times(0.5)},
-    "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
 }
 """The settings that each move changes, in the order in which they are tried. A move whose first
 change has been made already is left out.
@@ -69,7 +69,8 @@ def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str,
     for name, changes in MOVES.items():
         tried = [attempt for attempt in attempts if attempt.move == name]
         repeated = name in _REPEATED and tried and tried[-1] is start
-        if (tried and not repeated) or _made(start.parameters, changes):
+        elsewhere = "scenario" in changes and "scenario" not in space.names
+        if (tried and not repeated) or elsewhere or _made(start.parameters, changes):
             continue
         parameters = _moved(space, start.parameters, changes)
         if parameters not in known:

@@ -45,7 +45,8 @@ PEERS_FILE = Path(__file__).with_name("q2_peers.py")
 @dataclass(frozen=True)
 class Result:
     """Mean recall in percent on the test pairs, over seeds. ``difference``: ours minus the peer's
-    in points, with the 95% interval over seeds and queries. ``cpu_s`` are those of one run."""
+    in points, with the 95% interval over seeds and queries. ``cpu_s`` are those of all runs: of
+    three seeds, and with them the other rates of the peer and the trials of the search."""
 
     catalogue: str
     ours: str
@@ -63,10 +64,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model of one way, by seed; ``cpu_s`` is that of one run."""
+    """A model of one way, by seed; ``cpu_s`` is that of one run, ``whole_s`` of all that led to
+    these models."""
 
     models: dict[int, Path]
     cpu_s: float
+    whole_s: float
     epochs: int = 0
     lr: float = 0.0
 
@@ -112,7 +115,7 @@ def bare_train(place: Place, seeds: range) -> Trained:
         words += ["--seed", seed, *fewer]
         cpu_s.append(once(folder, "-m", "clipft", *words))
         models[seed] = folder / "dual_lora"
-    return Trained(models, statistics.mean(cpu_s))
+    return Trained(models, statistics.mean(cpu_s), sum(cpu_s))
 
 
 def tuned(place: Place, trials: int, seeds: range) -> Trained:
@@ -126,7 +129,9 @@ def tuned(place: Place, trials: int, seeds: range) -> Trained:
     variant = "winner" if answer["chosen"] else "defaults"
     runs = {seed: Path(home) for of, seed, home in kept["of"]["runs"] if of == variant}
     return Trained(
-        {seed: next(home.glob("*/best.pt")).parent for seed, home in runs.items()}, cpu_s
+        {seed: next(home.glob("*/best.pt")).parent for seed, home in runs.items()},
+        cpu_s / trials,
+        cpu_s,
     )
 
 
@@ -139,17 +144,18 @@ def peer_run(peer: str, place: Place, epochs: int, lr: float, seed: int) -> tupl
 
 def best_of_peer(peer: str, place: Place, cpu_s: float, seeds: range) -> Trained:
     """Train a peer for ``cpu_s`` with the first seed at each rate, and at the best with all."""
-    _, one = peer_run(peer, place, 1, RATES[0], seeds[0])
-    _, three = peer_run(peer, place, 3, RATES[0], seeds[0])
-    epoch = (three - one) / 2
-    epochs = max(1, int((cpu_s - (one - epoch)) / epoch))
+    _, few = peer_run(peer, place, 2, RATES[0], seeds[0])
+    _, more = peer_run(peer, place, 8, RATES[0], seeds[0])
+    epochs = max(1, round(2 + (cpu_s - few) / (more - few) * 6))
     tried = {rate: peer_run(peer, place, epochs, rate, seeds[0])[0] for rate in RATES}
     recalls = {rate: measured(place, model, "val").recall() for rate, model in tried.items()}
     best = max(recalls, key=recalls.__getitem__)
     print(f"  {peer}: {epochs} epochs; validation recall {recalls}", flush=True)
     runs = {seed: peer_run(peer, place, epochs, best, seed) for seed in seeds}
-    seconds = statistics.mean(took for _, took in runs.values())
-    return Trained({seed: run for seed, (run, _) in runs.items()}, seconds, epochs, best)
+    seconds = [took for _, took in runs.values()]
+    search = [peer_run(peer, place, epochs, rate, seeds[0])[1] for rate in RATES if rate != best]
+    models = {seed: run for seed, (run, _) in runs.items()}
+    return Trained(models, statistics.mean(seconds), sum(seconds) + sum(search), epochs, best)
 
 
 def measured(place: Place, model: Path, split: str) -> Evaluation:
@@ -200,8 +206,8 @@ def results(name: str, place: Place, seeds: range, trials: int) -> Iterator[Resu
                     )
                 ),
                 verdict(change),
-                round(trained.cpu_s),
-                round(peers[peer].cpu_s),
+                round(trained.whole_s),
+                round(peers[peer].whole_s),
                 peers[peer].epochs,
                 peers[peer].lr,
             )

@@ -27,6 +27,9 @@ from clipft.tune.search import Search
 from clipft.tune.space import SEARCHED, Space
 from clipft.tune.study import SearchStudy
 
+RATE = own_learning_rates("tiny")["dual_lora"]
+"""The learning rate of a run in which nothing is set."""
+
 
 class Killed(BaseException):
     """What ``kill -9`` would do to the process."""
@@ -34,7 +37,7 @@ class Killed(BaseException):
 
 def hill(settings: Settings) -> float:
     """The best recall is 40%, at four times the default rate with adapters on all layers."""
-    rate = math.log2(settings.lr / 1e-3) - 2
+    rate = math.log2(settings.lr / RATE) - 2
     targets = {"qv": 0.06, "qkvo": 0.04, "mlp": 0.02, "all": 0.0}[settings.lora_targets]
     scenario = 0.0 if settings.scenario == "dual_lora" else 0.1
     return 0.4 - 0.01 * rate**2 - targets - scenario - 0.1 * abs(settings.lora_dropout - 0.3)
@@ -66,7 +69,7 @@ class StandIn:
     def __call__(self, loaded: LoadedSettings, callbacks: Callbacks) -> TrainResult:
         settings, told = loaded.values, callbacks.callback
         if loaded.is_default("lr"):  # as ``clipft.api.train`` follows the model
-            settings = settings.model_copy(update={"lr": own_learning_rates("tiny")["dual_lora"]})
+            settings = settings.model_copy(update={"lr": RATE})
         self.trained.append(settings)
         paths = RunPaths(settings.run_dir)
         paths.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,7 @@ def a_step(epoch: int) -> StepResult:
 def a_space(names: tuple[str, ...] = SEARCHED, captions: tuple[str, ...] = (), **given) -> Space:
     """The space of a search on 500 pairs, from settings that the user has given."""
     given = {"model": "tiny", "epochs": 6, "effective_batch_size": 32, **given}
-    rate = {"lr": 1e-3} if given.get("scenario", "dual_lora") != "zero_shot" else {}
+    rate = {"lr": RATE} if given.get("scenario", "dual_lora") != "zero_shot" else {}
     base = load_settings({**rate, **given}, environ={})
     names = tuple(n for n in names if n not in given and (n != "caption" or captions))
     return Space(base, given, names, 500, captions)

@@ -14,7 +14,7 @@ from clipft.core.errors import DivergedError
 from clipft.tune.confirm import confirm
 from clipft.tune.summary import BEST, finish, ranked
 from tests.conftest import write_shard
-from tests.tune.stand_in import StandIn, a_search, a_space, hill, no_soup, open_pairs
+from tests.tune.stand_in import RATE, StandIn, a_search, a_space, hill, no_soup, open_pairs
 
 pytest.importorskip("optuna")
 
@@ -51,8 +51,8 @@ def test_the_winner_is_confirmed_with_the_seeds_of_the_defaults(tmp_path):
 
 def test_luck_with_one_seed_does_not_beat_the_defaults(tmp_path):
     def recall(settings: Settings) -> float:
-        lucky = settings.lr != 1e-3 and settings.seed == 42
-        return 0.4 if lucky else 0.3 if settings.lr == 1e-3 else 0.25
+        lucky = settings.lr != RATE and settings.seed == 42
+        return 0.4 if lucky else 0.3 if settings.lr == RATE else 0.25
 
     _search, _, content = found(tmp_path, recall)
     assert content["chosen"] == 0 and content["changes"] == {}
@@ -64,9 +64,9 @@ def test_luck_with_one_seed_does_not_beat_the_defaults(tmp_path):
 
 def test_a_winner_that_fails_with_another_seed_is_not_recommended(tmp_path):
     def recall(settings: Settings) -> float:
-        if settings.lr != 1e-3 and settings.seed == 44:
+        if settings.lr != RATE and settings.seed == 44:
             raise DivergedError("the loss is not finite", "lower --lr")
-        return 0.3 if settings.lr == 1e-3 else 0.35
+        return 0.3 if settings.lr == RATE else 0.35
 
     _, _, content = found(tmp_path, recall)
     assert content["confirmation"]["winner"]["values"]["44"] == 0.0

@@ -27,13 +27,18 @@ def best(attempts):
     return max(attempts, key=lambda attempt: attempt.recall)
 
 
-def test_it_begins_with_the_defaults_the_rate_and_the_adapters():
+def test_it_begins_with_the_defaults_every_weight_the_rate_and_the_adapters():
     space = a_space()
     object.__setattr__(space, "names", (*space.names, "epochs"))
-    first, second, third = climb(space, lambda parameters: parameters["lr"] / 100, 3)
+
+    def recall(parameters):
+        return parameters["lr"] / 100 if parameters["scenario"] == "dual_lora" else 0.0
+
+    first, second, third, fourth = climb(space, recall, 4)
     assert first == Attempt(space.default(), 0.01, "defaults")
-    assert second.parameters == {**first.parameters, "lr": 4}
-    changed = {n: v for n, v in third.parameters.items() if v != second.parameters[n]}
+    assert second.parameters == space.completed({**first.parameters, "scenario": "full"})
+    assert third.parameters == {**first.parameters, "lr": 4}
+    changed = {n: v for n, v in fourth.parameters.items() if v != third.parameters[n]}
     assert changed == {"lora_targets": "all", "lora_dropout": 0.3, "wd": 0.3, "epochs": 9}
 
 
@@ -41,8 +46,9 @@ def test_a_change_that_the_defaults_have_is_not_made():
     space = a_space()
     values = space.base.values.model_copy(update={"lora_targets": "all"})
     object.__setattr__(space.base, "values", values)
-    moves = [attempt.move for attempt in climb(space, lambda parameters: 0.1, 4)]
-    assert moves == ["defaults", "four times the rate", "higher rate", "lower rate"]
+    moves = [attempt.move for attempt in climb(space, lambda parameters: 0.1, 5)]
+    rates = ["four times the rate", "higher rate", "lower rate"]
+    assert moves == ["defaults", "every weight", *rates]
 
 
 @pytest.mark.parametrize("octave", [-5, -2, 0, 2, 5])
@@ -104,4 +110,5 @@ def test_another_scenario_has_its_own_settings_and_its_own_rate():
     space = a_space(("scenario", "lr", "lora_r"))
     attempts = climb(space, lambda p: 0.2 if p["scenario"] == "full" else p["lr"] / 1e3, 30)
     (full,) = [attempt for attempt in attempts if attempt.move == "every weight"]
+    assert attempts[1] is full
     assert full.parameters == {"scenario": "full", "lr": 1.0}
