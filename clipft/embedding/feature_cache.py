@@ -119,7 +119,7 @@ def image_features(
     bad: dict[int, str] = {}
 
     def compute(most: int | None) -> Iterator[tuple[Keys, Tensor]]:
-        done, some = 0, pairs if most is None else PairDataset(pairs.shards, most)
+        done, some = 0, pairs if most is None else pairs.first(most)
         for batch in evaluation_batches(some, preprocessing, _BATCH, options):
             numbers = set(range(done, min(done + _BATCH, len(some))))
             reasons = iter(batch.skipped)  # in the order of the pairs, like everything else

@@ -18,7 +18,6 @@ from clipft.core.files import nearest_folder
 from clipft.core.memory import peak_memory, usable_memory
 from clipft.data.captions.table import CaptionTable
 from clipft.data.order import Position
-from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
 from clipft.embedding.feature_cache import CacheForecast
@@ -131,7 +130,7 @@ def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResu
 
 def _validate_some(setup: RunSetup) -> tuple[float, int]:
     """Embed some validation pairs: seconds of a whole pass, and how many of them are unusable."""
-    some = PairDataset(setup.val.shards, min(len(setup.val), _VALIDATED))
+    some = setup.val.first(_VALIDATED)
     started = time.perf_counter()
     embedded = embed_pairs(
         setup.loaded,

@@ -52,6 +52,13 @@ def test_chosen_pairs_are_what_they_are_among_all(catalogue):
     assert len(same_images(few)) == len(few)
 
 
+@pytest.mark.parametrize("shots", [0, 2])
+def test_the_first_pairs_of_a_choice_are_those_of_the_choice(shots, catalogue):
+    some = chosen(catalogue, shots)
+    assert keys(some.first(5)) == keys(some)[:5]
+    assert keys(some.first(1000)) == keys(some)
+
+
 def test_another_choice_is_another_data_set(catalogue):
     one, other = chosen(catalogue, 2), chosen(catalogue, 2, seed=2)
     assert len(one) == len(other)

@@ -77,6 +77,12 @@ class PairDataset:
         members = _read(shard, row, FIELDS)
         return RawPair(number, shard.key(row), shard.path.name, *members)
 
+    def first(self, most: int) -> "PairDataset":
+        """Return the first of these pairs, at ``most`` so many, with the same numbers."""
+        if self.chosen is not None:
+            return PairDataset(self.shards, self.limit, self.chosen[:most])
+        return PairDataset(self.shards, min(most, len(self)))
+
     def named(self, number: int) -> RawPair:
         """Return a pair with its key and shard but without its bytes; nothing is read."""
         shard, row = self._locate(number)
