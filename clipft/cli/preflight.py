@@ -50,7 +50,8 @@ from clipft.runs.places import (
 
 _ON_PAIRS = (
     *("data_dir", "stream", "caption", "caption_lines", "fields", "label_prompts"),
-    *("group_field", "label_field", "photo_pairs", "hard_negatives", "scenario", "shots", "seed"),
+    *("group_field", "label_field", "photo_pairs", "hard_negatives", "hard_negatives_by"),
+    *("scenario", "shots", "seed"),
 )
 """Settings that decide what is checked of the pairs of a run."""
 

@@ -205,6 +205,8 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
         recalls += f"  {label} R@1 {figures['r@1']:.1%} R@10 {figures['r@10']:.1%}"
     if result.accuracy is not None:
         recalls += f"  accuracy {result.accuracy:.1%}"
+    if result.look_alike_seconds is not None:
+        recalls += f"  look-alikes {result.look_alike_seconds:.1f} s"
     best = "  best so far" if result.improved else ""
     return (
         f"{_epoch_label(result, epochs)}:{train} val loss {result.val_loss:.4f}{bound}"

@@ -149,6 +149,9 @@ def _forecast_table(f: Forecast, usage: Usage, folder: str, uploads_to: str | No
         time += f"{steps} at {_seconds(f.seconds_per_step)} each, "
     validations = counted(f.validations, "validation")
     time += f"{validations} at {_seconds(f.validation_seconds)} each"
+    if f.look_alike_searches:
+        epochs = counted(f.look_alike_searches, "epoch")
+        time += f", {_seconds(f.look_alike_seconds)} for look-alikes before each of {epochs}"
     if f.measured_steps:
         done = f"; {f.done_steps:,} steps are already done" if f.done_steps else ""
         time += (

@@ -1,4 +1,5 @@
-"""The order of the pairs: a function of (seed, epoch) and the number of pairs alone.
+"""The order of the pairs: a function of (seed, epoch) and the number of pairs alone, and of the
+products and look-alikes of the pairs where a run uses them.
 
 Workers, processes and micro-batches take their share of this order; they never shape it.
 """

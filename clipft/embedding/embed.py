@@ -162,6 +162,40 @@ def embed_pairs(
     return found
 
 
+@torch.inference_mode()
+def embed_images(
+    loaded: LoadedModel,
+    pairs: PairDataset,
+    how: Encoding,
+    settings: Settings,
+    processes: Processes = ALONE,
+    check: Callable[[], None] = lambda: None,
+    batch_size: int = 0,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Embed the images that can be read: float32 [N, D] of unit length on the CPU, and the N
+    numbers of their pairs.
+
+    Each process embeds its share with dropout off, and all get everything. ``check`` and
+    ``batch_size`` are those of ``embed_pairs``.
+
+    Raises:
+        DataError: a shard was changed or removed.
+    """
+    share, device = Share(processes.rank, processes.world_size), loaded.precision.device
+    options = LoaderOptions.from_settings(settings, device, share, processes.local_world_size)
+    batch_size = batch_size or evaluation_batch(settings, device)
+    batches = evaluation_batches(pairs, how.preprocessing, batch_size, options)
+    was_training = loaded.model.training
+    loaded.model.eval()
+    images, numbers = [torch.empty(0)], list[int]()
+    for batch in in_lockstep(processes, batches, check):
+        images.append(_encode(how.towers.images, batch)[0])
+        numbers += batch.numbers
+    loaded.model.train(was_training)
+    together = tuple(chain.from_iterable(processes.gather_objects(numbers)))
+    return processes.gather_rows(torch.cat(images)), together
+
+
 def _with_captions(
     found: Embeddings, own: _Share, more: _Share, processes: Processes
 ) -> Embeddings:

@@ -1,4 +1,11 @@
-"""Look-alikes: for each training image the nearest images of other products."""
+"""Look-alikes: for each training image the nearest images of other products.
+
+They are rows of a table, int32 [pairs, ``hard_negatives`` times three or fewer], the nearest first.
+-1 stands for none, and images that cannot be read have none and are none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,8 +15,12 @@ from clipft.config.settings import Settings
 from clipft.core.common import Progress
 from clipft.data.loader import LoaderOptions
 from clipft.data.shards.dataset import PairDataset
+from clipft.distributed.collectives import Processes
+from clipft.distributed.rank_zero import on_rank_zero
+from clipft.embedding.embed import embed_images
+from clipft.embedding.encoding import Encoding
 from clipft.embedding.feature_cache import image_features
-from clipft.embedding.load import load_model
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.metrics.ranking import score_blocks
 
 _CANDIDATES = 3
@@ -29,10 +40,6 @@ def look_alikes(
         products: int64 [pairs], equal for photos of one product.
         progress: shows the work.
 
-    Returns:
-        int32 [pairs, three times ``hard_negatives`` or fewer], the nearest first. -1 stands for
-        none, and images that cannot be read have none and are none.
-
     Raises:
         DataError: a shard was changed or removed.
         StorageError: the cache folder is full or cannot be written to.
@@ -41,14 +48,65 @@ def look_alikes(
     device = loaded.precision.device
     options = LoaderOptions.from_settings(settings, device)
     features = image_features(loaded, pairs, options, progress)
-    usable = np.array([n for n in range(len(pairs)) if n not in features.bad])
+    usable = np.array([n for n in range(len(pairs)) if n not in features.bad], np.int64)
     rows = features.rows(usable.astype(np.uint64)).to(device)
     with loaded.precision.autocast():
         images = loaded.model.project_images(rows).float()
-    own = products[usable].to(device)
-    wanted = min(_CANDIDATES * settings.hard_negatives, max(0, len(usable) - 1))
-    found = torch.full((len(pairs), wanted), -1, dtype=torch.int32)
-    numbers = torch.from_numpy(usable)
+    return nearest_of_others(images, torch.from_numpy(usable), products, settings.hard_negatives)
+
+
+@dataclass(frozen=True)
+class LookAlikeSearch:
+    """Finds look-alikes with the weights that a model in training has at the moment.
+
+    ``how`` encodes the images of ``pairs`` without augmentation, ``batch_size`` of them at a time.
+    ``products``, int64 [pairs], is equal for photos of one product.
+    """
+
+    loaded: LoadedModel
+    pairs: PairDataset
+    how: Encoding
+    products: Tensor
+    settings: Settings
+    batch_size: int = 0
+
+    def find(self, processes: Processes, check: Callable[[], None] = lambda: None) -> Tensor:
+        """Embed all images, each process its share, and find look-alikes, equal on all processes.
+
+        ``check`` is called before each batch, and may end the work by raising a ``ClipftError``.
+
+        Raises:
+            DataError: a shard was changed or removed.
+        """
+        images, numbers = embed_images(
+            self.loaded, self.pairs, self.how, self.settings, processes, check, self.batch_size
+        )
+        if not numbers:  # the first step will say what is wrong with them
+            return torch.full((len(self.pairs), 0), -1, dtype=torch.int32)
+
+        def compare() -> Tensor:
+            device, most = self.loaded.precision.device, self.settings.hard_negatives
+            # Training skips a step with an embedding that is not a number, and so does this
+            usable = images.isfinite().all(1)
+            chosen = torch.tensor(numbers)[usable]
+            return nearest_of_others(images[usable].to(device), chosen, self.products, most)
+
+        return on_rank_zero(processes, compare)
+
+
+@torch.inference_mode()
+def nearest_of_others(images: Tensor, numbers: Tensor, products: Tensor, most: int) -> Tensor:
+    """Find the nearest images of other products.
+
+    Args:
+        images: float32 [N, D] of unit length.
+        numbers: int64 [N] on the CPU, the numbers of their pairs.
+        products: int64 [pairs] on the CPU, equal for photos of one product.
+        most: the number of look-alikes that are wanted for an image.
+    """
+    own = products[numbers].to(images.device)
+    wanted = min(_CANDIDATES * most, max(0, len(images) - 1))
+    found = torch.full((len(products), wanted), -1, dtype=torch.int32)
     for start, end, scores in score_blocks(images, images, _BLOCK_SCORES // max(1, len(images))):
         others = scores.masked_fill(own[start:end, None] == own, -torch.inf)
         best = others.topk(wanted, dim=1)

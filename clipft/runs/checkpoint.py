@@ -334,8 +334,10 @@ def check_unchanged(whole: NewestCheckpoint, settings: Settings) -> None:
     if not whole.content:  # only torch can read it
         return
     check_resumable(whole.path, whole.content)
-    saved, now = whole.content["settings"], settings.model_dump(mode="json")
-    changed = [name for name in fixed_on_resume() if name in saved and saved[name] != now[name]]
+    # A setting that the checkpoint does not know yet had the effect of its default
+    saved = {**Settings().model_dump(mode="json"), **whole.content["settings"]}
+    now = settings.model_dump(mode="json")
+    changed = [name for name in fixed_on_resume() if saved[name] != now[name]]
     if changed:
         listed = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in changed)
         raise UsageError(

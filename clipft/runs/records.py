@@ -71,8 +71,8 @@ class Choices:
 
     ``precision`` and ``optimizer`` are what ``auto`` chose for the hardware ("" is unknown), and
     ``smallest_step`` is the fewest pairs that were a step of their own (0: not decided yet).
-    ``look_alikes`` are those of each training image, int32 [pairs, any], with
-    ``hard_negatives``: on other hardware, rounding could make them others.
+    ``look_alikes`` are those of each training image by the pretrained model, int32 [pairs, any],
+    with ``hard_negatives``: on other hardware, rounding could make them others.
     """
 
     precision: str = ""
@@ -95,8 +95,9 @@ class Forecast:
 
     Sizes are in bytes, times in seconds. ``unusable`` counts the training and validation pairs
     that are known to be skipped. ``validation_seconds`` is one pass over the validation pairs, of
-    which the run makes ``validations``. ``cache_seconds`` and ``cache_bytes`` are for the features
-    of frozen towers that are not in the cache yet. ``saves`` is how often the run writes a
+    which the run makes ``validations``, and ``look_alike_seconds`` one search for look-alikes, of
+    which it makes ``look_alike_searches``. ``cache_seconds`` and ``cache_bytes`` are for the
+    features of frozen towers that are not in the cache yet. ``saves`` is how often the run writes a
     checkpoint, and ``disk_bytes`` the most that its output folder holds, while one checkpoint
     replaces another.
     """
@@ -119,14 +120,17 @@ class Forecast:
     best_bytes: int
     disk_bytes: int
     disk_free: int
+    look_alike_searches: int = 0
+    look_alike_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds for features, all steps that are left and all validations, without early
-        stopping."""
+        """Seconds for features, all steps that are left, and what is done between epochs, without
+        early stopping."""
         steps = max(0, self.plan.total_steps - self.done_steps)
-        measured = self.validations * self.validation_seconds
-        return self.cache_seconds + steps * self.seconds_per_step + measured
+        validations = self.validations * self.validation_seconds
+        searches = self.look_alike_searches * self.look_alike_seconds
+        return self.cache_seconds + steps * self.seconds_per_step + validations + searches
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ class EpochResult:
 
     ``retrieval`` is what ``metrics.retrieval.Retrieval.to_dict`` returns. ``val_floor`` is the
     lowest ``val_loss`` that any model could reach. ``accuracy`` is that of a run that is trained on
-    labels.
+    labels. ``look_alike_seconds`` is what finding the look-alikes of the epoch took, if it was done
+    before the epoch.
     """
 
     epoch: int
@@ -179,6 +184,7 @@ class EpochResult:
     improved: bool = False
     val_floor: float = 0.0
     accuracy: float | None = None
+    look_alike_seconds: float | None = None
 
     def recall(self) -> float:
         """Return the mean of R@1, R@5 and R@10 of both directions, in 0..1."""
@@ -187,7 +193,8 @@ class EpochResult:
     def metrics(self) -> dict[str, Any]:
         """Return the line for ``metrics.jsonl``."""
         omitted = set() if self.val_floor else {"val_floor"}
-        omitted |= set() if self.accuracy is not None else {"accuracy"}
+        optional = ("accuracy", "look_alike_seconds")
+        omitted |= {name for name in optional if getattr(self, name) is None}
         values = {k: v for k, v in asdict(self).items() if k not in omitted}
         return {"kind": "epoch", **finite(values)}
 

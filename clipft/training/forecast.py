@@ -8,6 +8,7 @@ take hours, are computed for a sample of the pairs only.
 import shutil
 import time
 from contextlib import closing
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from clipft.runs.checkpoint_format import checkpoint_size
 from clipft.runs.folder import RunPaths
 from clipft.runs.records import Choices, Forecast, StepResult
 from clipft.training.checkpointing import is_save_due
-from clipft.training.loop import fit
+from clipft.training.loop import find_look_alikes, fit
 from clipft.training.prepare import prepare
 from clipft.training.resume import check_same_run, checkpoint_to_resume
 from clipft.training.setup import RunSetup
@@ -64,11 +65,14 @@ def forecast(
         check_same_run(checkpoint, setup)
 
     steps, checkpoint_bytes, weights_bytes = list[StepResult](), 0, 0
+    look_alike_seconds = 0.0
     with peak_memory(setup.loaded.precision.device) as peak:
         if setup.plan.epochs:
             state = setup.make_state()
+            find_look_alikes(setup, state)
+            look_alike_seconds = state.look_alike_seconds or 0.0
             steps = _train_some(setup, state, note)
-            content = state.state_dict()
+            content = {**state.state_dict(), "choices": asdict(setup.choices)}
             checkpoint_bytes = checkpoint_size(content)
             weights_bytes = checkpoint_size({"weights": content["model_state_dict"]})
         validation_seconds, unusable = _validate_some(setup)
@@ -77,6 +81,7 @@ def forecast(
     worked, waited = sum(s.seconds for s in settled), sum(s.data_seconds for s in settled)
     plan, done = setup.plan, checkpoint["step"] if checkpoint else 0
     epochs_left = plan.epochs - (checkpoint["epoch"] if checkpoint else 0)
+    under_way = bool(checkpoint and checkpoint["step_in_epoch"])
     final_passes = _FINAL_PASSES if plan.epochs else 1
     adapter_bytes = weights_bytes if settings.declared_scenario.lora else 0
     saves = sum(
@@ -102,6 +107,8 @@ def forecast(
         best_bytes=weights_bytes,
         disk_bytes=2 * checkpoint_bytes + weights_bytes + adapter_bytes,
         disk_free=shutil.disk_usage(nearest_folder(paths.folder)).free,
+        look_alike_searches=max(0, epochs_left - under_way) if setup.look_alike_search else 0,
+        look_alike_seconds=look_alike_seconds,
     )
 
 
@@ -112,7 +119,8 @@ def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResu
         DataError: none of their pairs can be used.
     """
     accumulate = setup.make_accumulation(state.optimizer, note)
-    usable = (batch for batch in setup.step_batches(Position()) if batch.pairs)
+    batches = setup.step_batches(Position(), look_alikes=state.look_alikes)
+    usable = (batch for batch in batches if batch.pairs)
     results, began = list[StepResult](), time.perf_counter()
     with closing(fit(state, usable, accumulate)) as steps:
         for result in steps:

@@ -65,7 +65,8 @@ def step_batches(
     check: Callable[[], None] = lambda: None,
     start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
 ) -> Iterator[StepBatch]:
-    """The batches of the steps that are left, to the end of the last epoch.
+    """The batches of the steps that are left, to the end of the last epoch, or of this one, if it
+    has look-alikes of its own.
 
     On CUDA, ``start_to_copy`` is called with each batch during the step before it.
 
@@ -74,7 +75,7 @@ def step_batches(
     Raises:
         DataError: none of a step's pairs can be used; they are then listed in ``skipped``.
     """
-    for batch in setup.step_batches(state.position, check, start_to_copy):
+    for batch in setup.step_batches(state.position, check, start_to_copy, state.look_alikes):
         if not batch.pairs:
             skipped.add(batch.epoch + 1, state.step, [asdict(pair) for pair in batch.skipped])
             raise DataError(
@@ -83,3 +84,19 @@ def step_batches(
                 f"see {skipped.path}; repair the data, or use a larger --effective-batch-size",
             )
         yield batch
+
+
+def find_look_alikes(
+    setup: RunSetup, state: TrainState, check: Callable[[], None] = lambda: None
+) -> None:
+    """Find the look-alikes of the epoch that begins, in a run where each epoch finds its own.
+
+    With ``--ema``, the averages of the weights are used, as in validations.
+    """
+    # An epoch in progress keeps those that it began with, which its checkpoints hold
+    if setup.look_alike_search is None or state.position.step:
+        return
+    began = time.perf_counter()
+    with state.average.in_place():
+        state.look_alikes = setup.look_alike_search.find(setup.processes, check)
+    state.look_alike_seconds = time.perf_counter() - began

@@ -9,6 +9,7 @@ from clipft.config.settings import Settings
 from clipft.core.common import Note, Progress, counted, silent
 from clipft.core.errors import UsageError
 from clipft.data.captions.metadata import check_chosen_fields, check_label_options
+from clipft.data.captions.table import NoCaptions
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.few_shot import label_remarks, training_pairs
@@ -31,7 +32,7 @@ from clipft.embedding.encoding import (
 )
 from clipft.embedding.feature_cache import CacheForecast
 from clipft.embedding.load import LoadedModel, load_model
-from clipft.embedding.look_alikes import look_alikes
+from clipft.embedding.look_alikes import LookAlikeSearch, look_alikes
 from clipft.embedding.towers import choose_shapes
 from clipft.evaluation.request import general_settings
 from clipft.models.pretrained import load_inputs
@@ -105,15 +106,24 @@ def prepare(
         towers = weights.wrap_towers(found.towers) if model is loaded else found.towers
         return replace(found, towers=towers)
 
-    def open_all() -> tuple[Encoding, Encoding, Held]:
+    def open_search(at_once: int) -> LookAlikeSearch | None:
+        if products is None or settings.hard_negatives_by != "current":
+            return None
+        assert isinstance(train, PairDataset)
+        plain = replace(data.preprocessing, captions=NoCaptions(), augmentation="none")
+        how = opened(loaded, train, plain, at_once, at_once)
+        return LookAlikeSearch(loaded, train, how, products, settings, at_once)
+
+    def open_all() -> tuple[Encoding, Encoding, Held, LookAlikeSearch | None]:
         at_once = validation_batch(settings, loaded, epoch_plan.micro)
         return (
             opened(loaded, train, data.preprocessing),
             opened(loaded, val, data.val_preprocessing, at_once, at_once),
             open_held(here, loaded, (train, data.preprocessing), data.general, epoch_plan, opened),
+            open_search(at_once),
         )
 
-    encoding, val_encoding, held = rank_zero_first(processes, open_all)
+    encoding, val_encoding, held, search = rank_zero_first(processes, open_all)
     pad_token_id = data.preprocessing.captions.pad_token_id
     return RunSetup(
         settings=settings,
@@ -133,6 +143,7 @@ def prepare(
         processes=processes,
         weights=weights,
         held=held,
+        look_alike_search=search,
     )
 
 
@@ -164,8 +175,9 @@ def _look_alikes(
     began: Choices,
     progress: Progress,
 ) -> Integers | None:
-    """The look-alikes of each training image: those that the run began with, or new ones."""
-    if not settings.hard_negatives:
+    """The look-alikes of each training image by the pretrained model: those that the run began
+    with, or new ones."""
+    if not settings.hard_negatives or settings.hard_negatives_by != "pretrained":
         return None
     found = began.look_alikes
     if found is None:

@@ -30,7 +30,7 @@ from clipft.runs.folder import RunPaths, run_lock
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
 from clipft.training.checkpointing import Best, Saver, find_best, load_best
-from clipft.training.loop import fit, step_batches
+from clipft.training.loop import find_look_alikes, fit, step_batches
 from clipft.training.prepare import prepare
 from clipft.training.resume import (
     check_same_run,
@@ -212,23 +212,10 @@ class _Run:
                 self._end_epoch(training)
                 self.saver.save_if_due(training)
             accumulate = self.setup.make_accumulation(training.optimizer, self.callbacks.note)
-            batches = step_batches(
-                self.setup,
-                training,
-                self.state.skipped,
-                self._check_stop,
-                accumulate.start_to_copy,
-            )
-            steps = fit(training, batches, accumulate)
-            while not self.state.stopping.should_stop and (
-                result := self._next_step(steps, accumulate)
-            ):
-                self.state.validated = not training.epoch_ended
-                self.callbacks.callback.stepped(result)
-                self.state.skipped.add(result.epoch, result.step, result.skipped)
-                if training.epoch_ended:
-                    self._end_epoch(training)
-                self.saver.save_if_due(training)
+            epochs = self.setup.plan.epochs
+            while training.position.epoch < epochs and not self.state.stopping.should_stop:
+                find_look_alikes(self.setup, training, self._check_stop)
+                self._train_steps(training, accumulate)
         except Interrupted:
             if training.step > self.saver.saved_step:
                 self.saver.save()
@@ -236,6 +223,21 @@ class _Run:
         except (DataError, MemoryShortage, ProcessError) as error:
             self.saver.save_after(error, training)
             raise
+
+    def _train_steps(self, training: TrainState, accumulate: Accumulation) -> None:
+        """Train to the end of what ``step_batches`` yields, or until early stopping."""
+        skipped, copy = self.state.skipped, accumulate.start_to_copy
+        batches = step_batches(self.setup, training, skipped, self._check_stop, copy)
+        steps = fit(training, batches, accumulate)
+        while not self.state.stopping.should_stop and (
+            result := self._next_step(steps, accumulate)
+        ):
+            self.state.validated = not training.epoch_ended
+            self.callbacks.callback.stepped(result)
+            skipped.add(result.epoch, result.step, result.skipped)
+            if training.epoch_ended:
+                self._end_epoch(training)
+            self.saver.save_if_due(training)
 
     def _next_step(
         self, steps: Iterator[StepResult], accumulate: Accumulation
@@ -278,7 +280,8 @@ class _Run:
             )
         improved = self.state.stopping.update(measured) or not self.state.best
         self.state.validated = True
-        result = replace(measured, improved=improved)
+        seconds = training.look_alike_seconds
+        result = replace(measured, improved=improved, look_alike_seconds=seconds)
         if improved:
             self._take_as_best(training, result)
         self.callbacks.callback.epoch_ended(result)

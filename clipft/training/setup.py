@@ -1,7 +1,7 @@
 """What a run consists of, made once before its first step."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from clipft.embedding.encoding import (
     evaluation_batch,
 )
 from clipft.embedding.load import LoadedModel
+from clipft.embedding.look_alikes import LookAlikeSearch
 from clipft.embedding.towers import Tower, make_towers
 from clipft.runs.records import Choices, Plan
 from clipft.training.state import TrainState
@@ -53,7 +54,8 @@ class RunSetup:
     """Everything that a run is made of, except its state.
 
     ``products`` and ``val_products`` hold the product of each pair, int64 [pairs], if its photos
-    attract each other.
+    attract each other. ``look_alike_search`` finds the look-alikes of each epoch, if it is done
+    anew.
     """
 
     settings: Settings
@@ -73,6 +75,7 @@ class RunSetup:
     products: Tensor | None = None
     val_products: Tensor | None = None
     held: Held = NOTHING_HELD
+    look_alike_search: LookAlikeSearch | None = None
 
     @property
     def choices(self) -> Choices:
@@ -96,20 +99,21 @@ class RunSetup:
         start: Position,
         check: Callable[[], None] = lambda: None,
         start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
+        look_alikes: Tensor | None = None,
     ) -> Iterator[StepBatch]:
-        """This process's part of each step from ``start`` to the end of the last epoch.
+        """This process's part of each step from ``start`` to the end of the last epoch, or of this
+        epoch, if its ``look_alikes`` are given.
 
         ``pairs`` and ``skipped`` of a batch are those of all processes. ``check`` is called before
         each step; what it raises is raised on all processes. ``start_to_copy``: see the loop's
         ``step_batches``.
         """
+        plan, epochs = self.epoch_plan, self.plan.epochs
+        if look_alikes is not None:  # the next epoch has others
+            plan = replace(plan, look_alikes=look_alikes.numpy())
+            epochs = min(epochs, start.epoch + 1)
         batches = training_batches(
-            self.train,
-            self.encoding.preprocessing,
-            self.epoch_plan,
-            start,
-            self.plan.epochs,
-            self.loader_options,
+            self.train, self.encoding.preprocessing, plan, start, epochs, self.loader_options
         )
         if self.held.general:
             done = start.epoch * self.epoch_plan.steps + start.step

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clipft.config.sections.data import DataSettings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
@@ -26,6 +28,8 @@ class TrainState:
 
     ``step`` counts the optimizer steps done; ``loss`` is that of the last one. ``epoch_loss_sum``
     adds up the losses of the epoch's ``epoch_pairs`` pairs. ``average`` is that of the weights.
+    ``look_alikes`` are those of the epoch, int32 [pairs, any], if each epoch finds its own; that
+    took ``look_alike_seconds``.
     """
 
     model: TrainableModel
@@ -37,6 +41,8 @@ class TrainState:
     loss: float = float("nan")
     epoch_loss_sum: float = 0.0
     epoch_pairs: int = 0
+    look_alikes: Tensor | None = None
+    look_alike_seconds: float | None = None
 
     @property
     def epoch_ended(self) -> bool:
@@ -67,6 +73,8 @@ class TrainState:
         state = {**self.weights_dict(), **self.optimizer.state_dict()}
         if self.average.kept:
             state["trained_state_dict"] = self.optimizer.weights.model_state(self.model)
+        if self.look_alikes is not None:  # the weights that they were found with are gone
+            state["look_alikes"] = self.look_alikes
         return state
 
     def weights_dict(self) -> dict[str, Any]:
@@ -96,6 +104,7 @@ class TrainState:
         self.optimizer.load_state_dict(state)
         self.position = Position(state["epoch"], state["step_in_epoch"])
         self.step, self.loss = state["step"], state["loss"]
+        self.look_alikes = state.get("look_alikes")
         self.epoch_loss_sum, self.epoch_pairs = state["epoch_loss_sum"], state["epoch_pairs"]
 
 

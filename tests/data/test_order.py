@@ -180,3 +180,39 @@ def test_look_alikes_are_in_the_same_step_and_others_are_as_before():
         held = [Counter(family[order[start:end]].tolist()) for start, end in plan.bounds]
         assert all(set(counts.values()) == {6} for counts in held)
     assert orders[0] != orders[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(**sizes, most=st.integers(1, 4))
+def test_the_order_follows_from_seed_epoch_and_look_alikes(pairs, effective, micro, seed, most):
+    def order(epoch: int, table: int, micro: int = micro) -> list[int]:
+        near = drawn_look_alikes(pairs, table)
+        plan = EpochPlan(pairs, effective, micro, seed, look_alikes=near, hard_negatives=most)
+        return list(plan.order(epoch))
+
+    assert order(3, table=1) == order(3, table=1) == order(3, table=1, micro=1)
+
+
+def test_other_look_alikes_seeds_and_epochs_make_other_orders():
+    def order(seed: int, epoch: int, table: int) -> tuple[int, ...]:
+        near = drawn_look_alikes(60, table)
+        plan = EpochPlan(60, 12, 4, seed, look_alikes=near, hard_negatives=3)
+        return tuple(plan.order(epoch))
+
+    assert len({order(s, e, t) for s in (1, 2) for e in (0, 1) for t in (1, 2)}) == 8
+
+
+def test_with_the_same_look_alikes_an_image_has_other_company_in_other_epochs():
+    """Families of twelve; an image joins one of its family with the two nearest that are left."""
+    family = np.arange(120) // 12
+    near = np.array(
+        [[m for m in range(120) if family[m] == family[n] and m != n][:9] for n in range(120)]
+    )
+    plan = EpochPlan(120, 6, 3, seed=3, look_alikes=near, hard_negatives=2)
+    company = []
+    for epoch in range(2):
+        order = list(plan.order(epoch))
+        steps = [frozenset(order[start:end]) for start, end in plan.bounds]
+        assert all(max(Counter(family[list(step)].tolist()).values()) >= 3 for step in steps[:-5])
+        company.append({number: step for step in steps for number in step})
+    assert sum(company[0][n] != company[1][n] for n in range(120)) > 100

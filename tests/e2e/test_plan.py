@@ -66,6 +66,17 @@ def test_the_plan_of_a_resumed_run_covers_what_is_left(catalogue, trained, capsy
     assert forecast["seconds"] == pytest.approx(2 * forecast["validation_seconds"])
 
 
+def test_the_plan_counts_the_searches_for_look_alikes(catalogue, tmp_path, capsys):
+    flags = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "none")]
+    flags += ["--hard-negatives", "1", "--group-field", "type"]
+    assert planned(capsys, *flags)["look_alike_searches"] == 0
+    forecast = planned(capsys, *flags, "--hard-negatives-by", "current")
+    assert forecast["look_alike_searches"] == 2 and forecast["look_alike_seconds"] > 0
+    epochs = forecast["validations"] * forecast["validation_seconds"]
+    epochs += 2 * forecast["look_alike_seconds"]
+    assert forecast["seconds"] == pytest.approx(6 * forecast["seconds_per_step"] + epochs)
+
+
 def test_the_plan_is_also_printed_as_text(catalogue, tmp_path, capsys):
     flags = ["--data-dir", str(catalogue), "--output-dir", str(tmp_path / "none")]
     assert run(["train", *SMALL, *flags, "--plan"]) == 0

@@ -8,6 +8,7 @@ from clipft.cli.app import run
 from tests.tiny_run import TINY
 
 PRODUCTS = ["--photo-pairs", "0.5", "--group-field", "type"]
+CURRENT = ["--hard-negatives", "2", "--hard-negatives-by", "current", "--group-field", "type"]
 
 
 def test_a_run_measures_other_photos_of_a_product(catalogue, tmp_path):
@@ -34,6 +35,12 @@ def test_a_run_measures_other_photos_of_a_product(catalogue, tmp_path):
         ([*PRODUCTS, "--scenario", "text_lora"], "changes nothing in scenario text_lora"),
         ([*PRODUCTS, "--stream"], "--photo-pairs cannot be used with --stream"),
         (["--photo-pairs", "-1"], "must be at least 0"),
+        ([*CURRENT, "--hard-negatives", "0"], "current has no effect without a number"),
+        ([*CURRENT, "--stream"], "--hard-negatives cannot be used with --stream"),
+        (
+            [*CURRENT, "--scenario", "text_lora"],
+            "--hard-negatives-by current changes nothing in scenario text_lora",
+        ),
     ],
 )
 def test_mistakes_are_refused(given, message, catalogue, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 
 from clipft.cli.app import run
 from clipft.data.order import EpochPlan
+from clipft.embedding.look_alikes import LookAlikeSearch
 from clipft.models import device as devices
 from clipft.runs import checkpoint_format
 from clipft.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -187,7 +188,12 @@ def test_two_processes_train_alike_with_these_options(options, data, tmp_path):
     assert found == expected
 
 
+REFRESHED = (
+    *("--hard-negatives", "2", "--hard-negatives-by", "current", "--group-field", "type"),
+    *("--lr", "1e-2", "--augmentation", "none"),  # the second epoch has other look-alikes
+)
 KINDS = {
+    "look-alikes of each epoch": (*REFRESHED, "--ema", "0.5", "--photo-pairs", "0.5"),
     "averages": ("--ema", "0.9"),
     "held pairs": ("--preserve", "5"),
     "held general set": ("--preserve", "5", "--preserve-data", "{general}", "--ema", "0.9"),
@@ -222,3 +228,47 @@ def test_the_resumed_run_has_the_same_bits(kind, data, tmp_path, monkeypatch):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert epoch_losses(stopped) == epoch_losses(whole)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_each_epoch_finds_its_own_look_alikes(step, data, tmp_path, monkeypatch):
+    """A checkpoint has those that the epoch of its last step began with."""
+    options = (*REFRESHED, "--precision", "fp32")
+    kill_after(step, data, tmp_path, monkeypatch, *options)
+    held = load_checkpoint(tmp_path / NAME)["look_alikes"]
+
+    searches = []
+    find = LookAlikeSearch.find
+
+    def counted(search, *given):
+        searches.append(find(search, *given))
+        return searches[-1]
+
+    monkeypatch.setattr(LookAlikeSearch, "find", counted)
+    assert resume(tmp_path) == 0
+    final = load_checkpoint(tmp_path / NAME)["look_alikes"]
+    assert len(searches) == (0 if step == 3 else 1)
+    if step == 3:
+        assert torch.equal(held, final)
+    else:
+        assert torch.equal(searches[0], final) and not torch.equal(held, final)
+    lines = (tmp_path / "dual_lora" / "metrics.jsonl").read_text().splitlines()
+    epochs = [line for line in map(json.loads, lines) if line["kind"] == "epoch"]
+    assert "look_alike_seconds" not in epochs[0]
+    if step != 3:
+        assert epochs[-1]["look_alike_seconds"] > 0
+
+
+def test_a_run_that_began_before_the_setting_keeps_its_look_alikes(data, tmp_path, monkeypatch):
+    """Its checkpoint does not know ``hard_negatives_by``, which had the effect of its default."""
+    options = ("--hard-negatives", "2", "--group-field", "type", "--precision", "fp32")
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    assert train(data, whole, *options) == 0
+    kill_after(3, data, old, monkeypatch, *options)
+    content = load_checkpoint(old / NAME)
+    del content["settings"]["hard_negatives_by"]
+    save_checkpoint(old / NAME, content)
+    resuming = ("--resume-from-checkpoint", *options)
+    assert train(data, old, *resuming, "--hard-negatives-by", "current") == 2
+    assert train(data, old, *resuming) == 0
+    assert same_bits(old, whole)

@@ -128,12 +128,18 @@ class LossSettings(Section):
     hard_negatives: int = setting(
         0,
         "Number of look-alikes that join an image in its step: the nearest images of other "
-        "products by the pretrained model. Products are told apart by group_field. 0: steps are "
-        "drawn at random.",
+        "products, which are told apart by group_field. 0: steps are drawn at random.",
         "fixed",
         unit="images",
         ge=0,
         le=16,
+    )
+    hard_negatives_by: Literal["pretrained", "current"] = setting(
+        "pretrained",
+        "Embeddings by which --hard-negatives finds look-alikes. pretrained: those of the "
+        "pretrained model, once before the first step; current: those of the model in training, "
+        "anew before each epoch.",
+        "fixed",
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(
         "auto",

@@ -76,8 +76,8 @@ def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> st
 
 
 def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
-    """Check that a run with ``photo_pairs`` or ``hard_negatives`` can tell products apart, and with
-    the first that it changes the images.
+    """Check that a run with ``photo_pairs`` or ``hard_negatives`` can tell products apart, and that
+    it changes the embeddings of images where that is what they are for.
 
     ``pairs`` are None if they are a stream.
 
@@ -85,12 +85,19 @@ def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
         UsageError: It cannot, or it does not.
     """
     scenario = settings.declared_scenario
+    current = settings.hard_negatives_by == "current"
+    if current and not settings.hard_negatives:
+        raise UsageError(
+            "--hard-negatives-by current has no effect without a number of look-alikes",
+            "add --hard-negatives 3, for example",
+        )
     option = "--photo-pairs" if settings.photo_pairs else "--hard-negatives"
     if not (settings.photo_pairs or settings.hard_negatives) or not scenario.trains:
         return
-    if settings.photo_pairs and not scenario.trains_images:
+    on_images = "--photo-pairs" if settings.photo_pairs else "--hard-negatives-by current"
+    if (settings.photo_pairs or current) and not scenario.trains_images:
         raise UsageError(
-            f"--photo-pairs changes nothing in scenario {scenario.name}, which trains "
+            f"{on_images} changes nothing in scenario {scenario.name}, which trains "
             f"{scenario.summary}",
             "use a scenario that trains the vision encoder or its projection, such as dual_lora",
         )

@@ -9,7 +9,8 @@ import torch
 from clipft.config.sources import load_settings
 from clipft.distributed.collectives import Processes
 from clipft.embedding.embed import embed_pairs
-from clipft.training.loop import fit
+from clipft.runs.records import StepResult
+from clipft.training.loop import find_look_alikes, fit
 from clipft.training.prepare import prepare
 from clipft.training.setup import RunSetup
 from clipft.training.state import TrainState
@@ -36,8 +37,12 @@ class Run:
     def train(self) -> list[float]:
         """Losses, gradient norms and, with --preserve, drifts of the steps that are left."""
         accumulate = self.setup.make_accumulation(self.state.optimizer, lambda note: None)
-        batches = self.setup.step_batches(self.state.position)
-        done = list(fit(self.state, batches, accumulate))
+        done = list[StepResult]()
+        while self.state.position.epoch < self.setup.plan.epochs:
+            find_look_alikes(self.setup, self.state)
+            position, look_alikes = self.state.position, self.state.look_alikes
+            batches = self.setup.step_batches(position, look_alikes=look_alikes)
+            done += fit(self.state, batches, accumulate)
         told = [figure for step in done for figure in (step.loss, step.grad_norm, step.drift)]
         return [figure for figure in told if figure is not None]
 
