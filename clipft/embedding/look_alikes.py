@@ -5,7 +5,7 @@ They are rows of a table, int32 [pairs, ``hard_negatives`` times three or fewer]
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.embedding.embed import embed_images
 from clipft.embedding.encoding import Encoding
-from clipft.embedding.feature_cache import image_features
+from clipft.embedding.feature_cache import CacheForecast, image_features
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.metrics.ranking import score_blocks
 
@@ -30,9 +30,15 @@ _BLOCK_SCORES = 1 << 24
 
 @torch.inference_mode()
 def look_alikes(
-    settings: Settings, pairs: PairDataset, products: Tensor, progress: Progress
+    settings: Settings,
+    pairs: PairDataset,
+    products: Tensor,
+    progress: Progress,
+    forecast: CacheForecast | None = None,
 ) -> Tensor:
     """Find look-alikes with the pretrained model, by its embeddings of the images as they are.
+
+    With a ``forecast``, which does without some features, no image has any.
 
     Args:
         settings: the model, and ``hard_negatives``.
@@ -47,7 +53,9 @@ def look_alikes(
     loaded = load_model(settings, pretrained=True)
     device = loaded.precision.device
     options = LoaderOptions.from_settings(settings, device)
-    features = image_features(loaded, pairs, options, progress)
+    features = image_features(loaded, pairs, options, progress, forecast)
+    if forecast:
+        return torch.full((len(pairs), 0), -1, dtype=torch.int32)
     usable = np.array([n for n in range(len(pairs)) if n not in features.bad], np.int64)
     rows = features.rows(usable.astype(np.uint64)).to(device)
     with loaded.precision.autocast():
@@ -70,6 +78,10 @@ class LookAlikeSearch:
     settings: Settings
     batch_size: int = 0
 
+    def on_some(self, most: int) -> "LookAlikeSearch":
+        """Return a search among the first ``most`` pairs only. The others have no look-alikes."""
+        return replace(self, pairs=PairDataset(self.pairs.shards, min(most, len(self.pairs))))
+
     def find(self, processes: Processes, check: Callable[[], None] = lambda: None) -> Tensor:
         """Embed all images, each process its share, and find look-alikes, equal on all processes.
 
@@ -82,7 +94,7 @@ class LookAlikeSearch:
             self.loaded, self.pairs, self.how, self.settings, processes, check, self.batch_size
         )
         if not numbers:  # the first step will say what is wrong with them
-            return torch.full((len(self.pairs), 0), -1, dtype=torch.int32)
+            return torch.full((len(self.products), 0), -1, dtype=torch.int32)
 
         def compare() -> Tensor:
             device, most = self.loaded.precision.device, self.settings.hard_negatives

@@ -8,7 +8,7 @@ take hours, are computed for a sample of the pairs only.
 import shutil
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ _STEPS = 8
 _ENOUGH_SECONDS = 30.0
 # Validation pairs whose embedding is measured
 _VALIDATED = 512
+# Training images among which look-alikes are found
+_COMPARED = 512
 # The evaluation at the end embeds with the pretrained model and with the best epoch
 _FINAL_PASSES = 2
 
@@ -69,8 +71,7 @@ def forecast(
     with peak_memory(setup.loaded.precision.device) as peak:
         if setup.plan.epochs:
             state = setup.make_state()
-            find_look_alikes(setup, state)
-            look_alike_seconds = state.look_alike_seconds or 0.0
+            look_alike_seconds = _find_some_look_alikes(setup, state)
             steps = _train_some(setup, state, note)
             content = {**state.state_dict(), "choices": asdict(setup.choices)}
             checkpoint_bytes = checkpoint_size(content)
@@ -110,6 +111,16 @@ def forecast(
         look_alike_searches=max(0, epochs_left - under_way) if setup.look_alike_search else 0,
         look_alike_seconds=look_alike_seconds,
     )
+
+
+def _find_some_look_alikes(setup: RunSetup, state: TrainState) -> float:
+    """Find the look-alikes of some images: seconds for all of them; 0 if epochs do not do this."""
+    search = setup.look_alike_search
+    if search is None:
+        return 0.0
+    some = search.on_some(_COMPARED)
+    find_look_alikes(replace(setup, look_alike_search=some), state)
+    return (state.look_alike_seconds or 0.0) * len(search.pairs) / len(some.pairs)
 
 
 def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResult]:

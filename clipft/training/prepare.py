@@ -1,6 +1,8 @@
 """Prepares a run: opens its data, loads the model, and decides how to train it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from clipft.data.captions.template import CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.loader import Pairs
-from clipft.data.order import EpochPlan, Integers
+from clipft.data.order import EpochPlan
 from clipft.data.positives import make_positives, product_ids
 from clipft.data.shards.dataset import PairDataset, general_pairs, open_pairs
 from clipft.distributed.collectives import Processes
@@ -82,13 +84,10 @@ def prepare(
     products = product_ids(settings, train, note)
     epoch_plan = _plan_epochs(settings, loaded, train, processes, began, note)
     if products is not None:
-        found = _look_alikes(settings, train, products, processes, began, progress)
-        epoch_plan = replace(
-            epoch_plan,
-            products=products.numpy() if settings.photo_pairs else None,
-            look_alikes=found,
-            hard_negatives=settings.hard_negatives,
-        )
+        assert isinstance(train, PairDataset)  # a stream has no products
+        search = partial(look_alikes, settings, train, products, progress, cache)
+        find = partial(on_rank_zero, processes, search)
+        epoch_plan = _with_products(epoch_plan, products, settings, began.look_alikes, find)
     trains = settings.declared_scenario.trains
     notes = [*step_remarks(settings, epoch_plan), *data.remarks] if trains else []
     weights = hold_weights(settings, loaded, processes, note)
@@ -123,7 +122,7 @@ def prepare(
             open_search(at_once),
         )
 
-    encoding, val_encoding, held, search = rank_zero_first(processes, open_all)
+    encoding, val_encoding, held, searched = rank_zero_first(processes, open_all)
     pad_token_id = data.preprocessing.captions.pad_token_id
     return RunSetup(
         settings=settings,
@@ -143,7 +142,7 @@ def prepare(
         processes=processes,
         weights=weights,
         held=held,
-        look_alike_search=search,
+        look_alike_search=searched,
     )
 
 
@@ -167,24 +166,22 @@ def _plan_epochs(
     return EpochPlan(len(train), effective, micro, settings.seed, began.smallest_step)
 
 
-def _look_alikes(
-    settings: Settings,
-    train: Pairs,
+def _with_products(
+    plan: EpochPlan,
     products: Tensor,
-    processes: Processes,
-    began: Choices,
-    progress: Progress,
-) -> Integers | None:
-    """The look-alikes of each training image by the pretrained model: those that the run began
-    with, or new ones."""
-    if not settings.hard_negatives or settings.hard_negatives_by != "pretrained":
-        return None
-    found = began.look_alikes
-    if found is None:
-        assert isinstance(train, PairDataset)
-        found = on_rank_zero(processes, lambda: look_alikes(settings, train, products, progress))
-    known: Integers = found.numpy()
-    return known
+    settings: Settings,
+    found: Tensor | None,
+    find: Callable[[], Tensor],
+) -> EpochPlan:
+    """Add products and look-alikes by the pretrained model, ``found`` when the run began or now."""
+    if settings.hard_negatives and settings.hard_negatives_by == "pretrained" and found is None:
+        found = find()
+    return replace(
+        plan,
+        products=products.numpy() if settings.photo_pairs else None,
+        look_alikes=None if found is None else found.numpy(),
+        hard_negatives=settings.hard_negatives,
+    )
 
 
 def _agreed_optimizer(
