@@ -166,7 +166,8 @@ def measured(place: Place, model: Path, split: str) -> Evaluation:
 
     now = load_settings({"data_dir": str(place.data)}, environ={})
     opened = open_model(str(model), now, ("data_dir",))
-    settings: Settings = opened.settings
+    # All models are measured with the same resamples of the pairs, whatever their own seed
+    settings: Settings = opened.settings.model_copy(update={"seed": 1})
     pairs = EvaluationSet.open(opened.loaded.base.inputs, settings, split)
     return pairs.evaluate(opened.loaded).evaluation
 

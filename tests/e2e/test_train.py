@@ -211,7 +211,7 @@ def test_a_resumed_run_refuses_other_settings_that_decide_the_weights(catalogue,
     assert train(catalogue, tmp_path, "--epochs", "1") == 0
     code = train(catalogue, tmp_path, "--epochs", "1", "--lr", "0.5", "--resume-from-checkpoint")
     assert code == 2
-    assert "lr 0.001 -> 0.5" in capsys.readouterr().err
+    assert "lr 0.004 -> 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_weights_alone_in_place_of_a_checkpoint_are_refused(copy, capsys):
     ("changed", "said"),
     [
         (("--lora-r", "8"), "lora_r 16 -> 8"),
-        (("--lr", "0.5"), "lr 0.001 -> 0.5"),
+        (("--lr", "0.5"), "lr 0.004 -> 0.5"),
         (("--epochs", "4"), "epochs 3 -> 4"),
         (("--effective-batch-size", "16"), "effective_batch_size 32 -> 16"),
     ],

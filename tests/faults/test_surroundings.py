@@ -176,4 +176,4 @@ def test_a_second_run_in_a_folder_names_the_first(programs, catalogue, whole, tm
     first.signal(signal.SIGKILL)
     first.wait()
     third = programs.run(*command(catalogue, tmp_path, "--epochs", "300", "--lr", "1"), env=env)
-    assert third.wait() == 2 and "lr 0.001 -> 1" in third.error()[0]  # the lock is gone
+    assert third.wait() == 2 and "lr 0.004 -> 1" in third.error()[0]  # the lock is gone
