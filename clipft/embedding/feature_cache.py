@@ -72,8 +72,8 @@ class CacheForecast:
     """What it would take to compute the features that are not in the cache.
 
     Where one is given, only a sample of such features is computed, and nothing is cached. That
-    is enough to measure a run, and not to train. ``seconds`` and ``bytes`` are by the name of the
-    entry that the cache would have.
+    is enough to measure a run, and not to train. ``seconds`` and ``bytes`` have a value for each
+    entry that the cache lacks, by its name.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

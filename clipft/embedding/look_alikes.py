@@ -65,7 +65,7 @@ def look_alikes(
 
 @dataclass(frozen=True)
 class LookAlikeSearch:
-    """Finds look-alikes with the weights that a model in training has at the moment.
+    """Finds look-alikes with the current weights of a model in training.
 
     ``how`` encodes the images of ``pairs`` without augmentation, ``batch_size`` of them at a time.
     ``products``, int64 [pairs], is equal for photos of one product.
@@ -80,7 +80,7 @@ class LookAlikeSearch:
 
     def on_some(self, most: int) -> "LookAlikeSearch":
         """Return a search among the first ``most`` pairs only. The others have no look-alikes."""
-        return replace(self, pairs=PairDataset(self.pairs.shards, min(most, len(self.pairs))))
+        return replace(self, pairs=self.pairs.first(most))
 
     def find(self, processes: Processes, check: Callable[[], None] = lambda: None) -> Tensor:
         """Embed all images, each process its share, and find look-alikes, equal on all processes.

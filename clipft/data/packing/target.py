@@ -70,7 +70,7 @@ class Target:
             )
 
     def begin(self) -> None:
-        """Show the other parts, if any, that this one is at work.
+        """Tell the other parts that this one is at work.
 
         Raises:
             OSError: The disk is full, or refuses to write.
