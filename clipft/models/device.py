@@ -86,7 +86,8 @@ def choose_precision(
 
     With ``auto``, a run that ``began`` in a precision ("" for a new run) keeps it wherever the
     device computes in it, because another precision gives different weights. Elsewhere it
-    continues with what ``auto`` chooses there: the trained weights and the optimizer's states are fp32 in each of them.
+    continues with what ``auto`` chooses there: the trained weights and the optimizer's states are
+    fp32 in each of them.
 
     Raises:
         UsageError: the requested device or precision is not available here.
