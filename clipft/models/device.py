@@ -60,7 +60,7 @@ def choose_device(settings: OptimSettings) -> torch.device:
     """Choose the device of a run from its settings and the hardware.
 
     Raises:
-        UsageError: the requested device is not available here.
+        UsageError: the requested device is not available here, or lacks the requested precision.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -76,6 +76,8 @@ def choose_device(settings: OptimSettings) -> torch.device:
             "run `clipft doctor` to see why, then fix the driver or the PyTorch build, or use "
             "--device auto",
         )
+    if settings.precision == "fp16" and kind == "cpu":
+        raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
     return torch.device(kind)
 
 
@@ -94,8 +96,6 @@ def choose_precision(
     """
     device = choose_device(settings)
     kind, name = device.type, settings.precision
-    if name == "fp16" and kind == "cpu":
-        raise UsageError("--precision fp16 needs a GPU", "use --precision auto or fp32")
     if name != "auto":
         return Precision(name, device)
     preferred = ("fp32",) if kind == "cpu" and width < NARROW else _PREFERRED[kind]
