@@ -4,34 +4,23 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.config.settings import Settings
 from clipft.core.common import checked
 from clipft.core.errors import DataError, DivergedError, Interrupted, MemoryShortage, ProcessError
-from clipft.core.files import replacing, write_json, write_text
-from clipft.data.captions.table import CaptionTable
+from clipft.core.files import write_text
 from clipft.data.shards.dataset import PairDataset
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_all_ranks, on_rank_zero
-from clipft.embedding.embed import embed_pairs
 from clipft.embedding.finite import NotFiniteError, describe_broken
-from clipft.embedding.load import load_model
-from clipft.evaluation.accuracy import PromptClassifier
-from clipft.evaluation.evaluator import EvaluationSet, compare
-from clipft.evaluation.gallery import Rankings, data_name
-from clipft.evaluation.rankings import CaptionGroups, rank_images
-from clipft.export.target import why_no_adapter
-from clipft.metrics.ranking import drawn_queries, retrieval
-from clipft.models.huggingface import write_adapter
 from clipft.runs.folder import RunPaths, run_lock
-from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
-from clipft.training.checkpointing import Best, Saver, find_best, load_best
+from clipft.training.checkpointing import Best, Saver, find_best
 from clipft.training.loop import find_look_alikes, fit, step_batches
 from clipft.training.prepare import prepare
+from clipft.training.results import write_results
 from clipft.training.resume import (
     check_same_run,
     checkpoint_to_resume,
@@ -43,6 +32,7 @@ from clipft.training.setup import RunSetup
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.state import EarlyStopping, RunState, SkippedPairs, TrainResult, TrainState
 from clipft.training.step.gradcache import Accumulation
+from clipft.training.validation import Validation
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -127,16 +117,7 @@ class _Run:
         self.setup, self.paths, self.callbacks, self.stop = setup, paths, callbacks, stop
         self.processes = setup.processes
         settings = setup.settings
-        self.evaluation_set = EvaluationSet.of(setup.val, setup.val_preprocessing, settings)
-        captions = setup.val_preprocessing.captions
-        assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
-        self.rank_images = partial(
-            rank_images, captions=CaptionGroups.of(captions), data=data_name(setup.val)
-        )
-        self.rankings: Rankings | None = None  # those of the last validation
-        self.classifier = PromptClassifier.of(
-            settings, self.evaluation_set.labels, setup.text_tower()
-        )
+        self.validation = Validation.of(setup)
         training = None
         if setup.plan.epochs:
             training = setup.make_state()
@@ -292,53 +273,18 @@ class _Run:
         self._keep_rankings(self.paths.rankings_best)
 
     def _validate(self, epoch: int, train_loss: float | None) -> EpochResult:
-        """Embed the validation pairs on all processes; rank zero computes the figures."""
+        """Validate the weights in training, or their averages with ``--ema``."""
         training = self.state.training
         with training.average.in_place() if training else nullcontext():
-            return self._validate_weights(epoch, train_loss)
-
-    def _validate_weights(self, epoch: int, train_loss: float | None) -> EpochResult:
-        setup, step = self.setup, self.state.step
-        embedded = embed_pairs(
-            setup.loaded,
-            setup.val,
-            setup.val_encoding,
-            setup.settings,
-            setup.val_positives,
-            self.processes,
-            self._check_stop,
-            setup.validation_batch,
-        )
-        if not epoch:  # later epochs meet the same ones again
-            self.state.skipped.write("val", step, map(asdict, embedded.skipped))
-
-        vectors = self.classifier.label_vectors(setup.loaded) if self.classifier else None
-
-        def figures() -> EpochResult:
-            ranked = embedded.where_ranked(setup.loaded.precision.device)
-            settings = setup.settings
-            asked = drawn_queries(len(ranked.images), settings.evaluation_queries, settings.seed)
-            found = retrieval(
-                ranked.images, ranked.texts, settings.evaluation_bytes, ranked.owners, asked
-            ).to_dict()
-            self.rankings = self.rank_images(embedded)
-            loss = setup.validation_loss(ranked.of(asked))
-            lower_bound = setup.loss_lower_bound(embedded.of(asked))
-            accuracy = None
-            if self.classifier and vectors is not None:
-                accuracy = self.classifier.accuracy(embedded, vectors)
-            return EpochResult(
-                epoch, step, train_loss, loss, found, val_floor=lower_bound, accuracy=accuracy
+            measured, skipped = self.validation.measure(
+                epoch, self.state.step, train_loss, self._check_stop
             )
-
-        return on_rank_zero(self.processes, figures)
+        if not epoch:  # later epochs meet the same ones again
+            self.state.skipped.write("val", self.state.step, map(asdict, skipped))
+        return measured
 
     def _keep_rankings(self, path: Path) -> None:
-        def write() -> None:
-            assert self.rankings
-            self.rankings.write(path)
-
-        on_rank_zero(self.processes, write)
+        on_rank_zero(self.processes, lambda: self.validation.write_rankings(path))
 
     def _check_stop(self) -> None:
         """Raise ``Interrupted`` if a signal asked to stop."""
@@ -353,29 +299,9 @@ class _Run:
         self.state.finished = True
         self.saver.save()
         result = TrainResult.of(self.state, self.paths)
-        on_rank_zero(self.processes, lambda: self._write_results(result))
-        return result
-
-    def _write_results(self, result: TrainResult) -> None:
-        """The work of rank zero at the end: adapter, evaluation, result.
-
-        ``result.json`` is written last. If a signal ends this between two batches, the file is
-        missing, and a resumed run does all of it again.
-        """
-        loaded, best = self.setup.loaded, result.best
-        settings = self.setup.settings.model_copy(update={"precision": loaded.precision.name})
-        if best:
-            content = load_best(self.paths.best, best.epoch)
-            if self.setup.weights.sharded:  # a whole model, as the other processes are not here
-                loaded = load_fine_tuned(content, settings)
-            else:
-                loaded.model.load_trainable_state(content["model_state_dict"])
-        if not why_no_adapter(settings, loaded.base.architecture.not_exported):
-            with replacing(self.paths.adapter) as temporary:
-                write_adapter(loaded.model, settings.model, temporary)
-        pretrained = load_model(settings, pretrained=True)
-        compared = compare(
-            self.evaluation_set, pretrained, loaded if best else None, self._check_stop
+        evaluation_set = self.validation.evaluation_set
+        on_rank_zero(
+            self.processes,
+            lambda: write_results(self.setup, self.paths, evaluation_set, result, self._check_stop),
         )
-        write_json(self.paths.evaluation, compared.to_dict(), indent=2, ascii_only=False)
-        write_json(self.paths.result, result.to_dict(), indent=2)
+        return result

@@ -3,18 +3,22 @@
 Compares bare ``clipft train`` and ``clipft tune`` with transformers' Trainer with PEFT, and with
 sentence-transformers and its cached loss. All begin with the packaged tiny model. Each peer gets as
 many epochs as fit into the time of bare ``clipft train``, and the best of three learning rates by
-mean recall on the validation pairs, while bare ``train`` gets one run. ``tune`` gets TRIALS trials.
-All models are then measured on the test pairs, which chose nothing, by clipft.
+mean recall on the validation pairs, with the first seed. ``tune`` gets as many trials as a peer has
+rates. What was chosen is then trained with the other seeds. All models are measured on the test
+pairs, which chose nothing, by clipft.
+
+``catalogues.py`` packs the catalogues of --data and divides them: where there are folds, all of
+this is done in each, so that every product is tested once by each seed.
 
 Time is the CPU time of the whole process on one thread, which is the wall time on one core of an
 idle machine; so the work of others on the machine does not count. That of ``clipft train`` has its
 validation and report in it, and that of the peers only their training.
 
-DIR is made by ``clipft pack`` and has train/, val/ and test/. Run the same command again to
-continue: what is finished in --out is not repeated.
+Run the same command again to continue: what is finished in --out is not repeated. With --out in
+common, several processes can each take some of the catalogues.
 
     python tests/benchmarks/q2_quality.py --data furniture=DIR,garments=DIR --out DIR [--quick]
-        [--tune TRIALS] [--seeds 3] [--json FILE]
+        [--seeds 3] [--json FILE]
 """
 
 import argparse
@@ -30,11 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from catalogues import GROUP, packed
 from side_by_side import arguments, write_figures
 
 from clipft.config.settings import Settings
 from clipft.core.files import read_json, write_json
 from clipft.metrics.comparisons import over_seeds_and_queries
+from clipft.metrics.definitions import Floats
 from clipft.metrics.retrieval import Evaluation
 
 PEERS = ("transformers", "sentence-transformers")
@@ -44,13 +50,14 @@ PEERS_FILE = Path(__file__).with_name("q2_peers.py")
 
 @dataclass(frozen=True)
 class Result:
-    """Mean recall in percent on the test pairs, over seeds. ``difference``: ours minus the peer's
-    in points, with the 95% interval over seeds and queries. ``cpu_s`` are those of all runs: of
-    three seeds, and with them the other rates of the peer and the trials of the search."""
+    """Mean recall in percent on the ``queries`` test pairs, over seeds. ``difference``: ours minus
+    the peer's in points, with the 95% interval over seeds and queries. ``cpu_s`` are those of all
+    runs: the seeds, the other rates of the peer, and the trials of the search."""
 
     catalogue: str
     ours: str
     peer: str
+    queries: int
     before: float
     our_recall: float
     peer_recall: float
@@ -58,28 +65,29 @@ class Result:
     verdict: str
     our_cpu_s: int
     peer_cpu_s: int
-    peer_epochs: int
-    peer_lr: float
+    chosen: str
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model of one way, by seed; ``cpu_s`` is that of one run, ``whole_s`` of all that led to
-    these models."""
+    """The models of one way, by seed; ``cpu_s`` is that of one run, ``whole_s`` of all that led to
+    these models, and ``chosen`` what was chosen for them."""
 
-    models: dict[int, Path]
+    models: list[Path]
     cpu_s: float
     whole_s: float
-    epochs: int = 0
-    lr: float = 0.0
+    chosen: str
 
 
 @dataclass(frozen=True)
 class Place:
-    """One catalogue, and the folder of its runs."""
+    """One packed folder, the folder of its runs, the settings that it is measured with, and the
+    seed of the resamples of its test pairs."""
 
     data: Path
     out: Path
+    given: dict[str, str]
+    resamples: int
     quick: bool
 
 
@@ -106,33 +114,36 @@ def once(folder: Path, *command: object) -> float:
     return cpu_s
 
 
+def train(place: Place, way: str, seed: int, *more: object) -> tuple[Path, float]:
+    """Return the run folder of ``clipft train``, and its CPU seconds."""
+    folder = place.out / way / str(seed)
+    words = ["train", "--data-dir", place.data, "--output-dir", folder, "--seed", seed, *more]
+    cpu_s = once(folder, "-m", "clipft", *words, *(["--epochs", "2"] if place.quick else []))
+    return next(folder.glob("*/best.pt")).parent, cpu_s
+
+
 def bare_train(place: Place, seeds: range) -> Trained:
-    fewer = ["--epochs", "2"] if place.quick else []
-    models, cpu_s = dict[int, Path](), list[float]()
-    for seed in seeds:
-        folder = place.out / "train" / str(seed)
-        words = ["train", "--model", "tiny", "--data-dir", place.data, "--output-dir", folder]
-        words += ["--seed", seed, *fewer]
-        cpu_s.append(once(folder, "-m", "clipft", *words))
-        models[seed] = folder / "dual_lora"
-    return Trained(models, statistics.mean(cpu_s), sum(cpu_s))
+    runs = [train(place, "train", seed, "--model", "tiny") for seed in seeds]
+    seconds = [cpu_s for _, cpu_s in runs]
+    return Trained([run for run, _ in runs], statistics.mean(seconds), sum(seconds), "defaults")
 
 
-def tuned(place: Place, trials: int, seeds: range) -> Trained:
-    """``clipft tune``, whose winner it trains with so many seeds itself."""
+def tuned(place: Place, seeds: range) -> Trained:
+    """Let ``clipft tune`` search with the first seed, and train what it recommends with others."""
     folder = place.out / "tune"
     words = ["tune", "--model", "tiny", "--data-dir", place.data, "--output-dir", folder]
-    words += ["--budget", trials, "--confirm", len(seeds), "--seed", seeds[0]]
-    cpu_s = once(folder, "-m", "clipft", *words)
-    answer, kept = read_json(folder / "tune.json"), read_json(folder / "measured.json")
-    assert answer and kept
-    variant = "winner" if answer["chosen"] else "defaults"
-    runs = {seed: Path(home) for of, seed, home in kept["of"]["runs"] if of == variant}
-    return Trained(
-        {seed: next(home.glob("*/best.pt")).parent for seed, home in runs.items()},
-        cpu_s / trials,
-        cpu_s,
-    )
+    words += ["--budget", len(RATES), "--confirm", 1, "--seed", seeds[0]]
+    search_s = once(folder, "-m", "clipft", *words, *(["--epochs", "2"] if place.quick else []))
+    answer = read_json(folder / "tune.json")
+    assert answer
+    best = next(trial for trial in answer["trials"] if trial["number"] == answer["chosen"])
+    runs = [
+        train(place, "tuned", seed, "--config", folder / "best.toml") for seed in list(seeds)[1:]
+    ]
+    seconds = [cpu_s for _, cpu_s in runs]
+    whole_s, chosen = search_s + sum(seconds), ", ".join(best["changes"]) or "defaults"
+    models = [folder / best["folder"], *(run for run, _ in runs)]
+    return Trained(models, search_s / len(RATES), whole_s, chosen)
 
 
 def peer_run(peer: str, place: Place, epochs: int, lr: float, seed: int) -> tuple[Path, float]:
@@ -151,67 +162,86 @@ def best_of_peer(peer: str, place: Place, cpu_s: float, seeds: range) -> Trained
     recalls = {rate: measured(place, model, "val").recall() for rate, model in tried.items()}
     best = max(recalls, key=recalls.__getitem__)
     print(f"  {peer}: {epochs} epochs; validation recall {recalls}", flush=True)
-    runs = {seed: peer_run(peer, place, epochs, best, seed) for seed in seeds}
-    seconds = [took for _, took in runs.values()]
+    runs = [peer_run(peer, place, epochs, best, seed) for seed in seeds]
+    seconds = [took for _, took in runs]
     search = [peer_run(peer, place, epochs, rate, seeds[0])[1] for rate in RATES if rate != best]
-    models = {seed: run for seed, (run, _) in runs.items()}
-    return Trained(models, statistics.mean(seconds), sum(seconds) + sum(search), epochs, best)
+    whole_s, chosen = sum(seconds) + sum(search), f"{epochs} epochs at {best:g}"
+    return Trained([run for run, _ in runs], statistics.mean(seconds), whole_s, chosen)
 
 
 def measured(place: Place, model: Path, split: str) -> Evaluation:
-    """Evaluate a run's best epoch, or a transformers folder, on the pairs of a split."""
+    """Evaluate a run's best epoch, or a transformers folder, on the pairs of a split. All photos of
+    a product are resampled together."""
     from clipft.config.sources import load_settings
     from clipft.evaluation.evaluator import EvaluationSet
     from clipft.runs.load import open_model
 
-    now = load_settings({"data_dir": str(place.data)}, environ={})
-    opened = open_model(str(model), now, ("data_dir",))
+    given = {"data_dir": str(place.data), **place.given}
+    opened = open_model(str(model), load_settings(given, environ={}), tuple(given))
     # All models are measured with the same resamples of the pairs, whatever their own seed
-    settings: Settings = opened.settings.model_copy(update={"seed": 1})
+    settings: Settings = opened.settings.model_copy(update={"seed": place.resamples})
     pairs = EvaluationSet.open(opened.loaded.base.inputs, settings, split)
     return pairs.evaluate(opened.loaded).evaluation
 
 
-def on_test(place: Place, trained: Trained) -> dict[int, Evaluation]:
-    return {seed: measured(place, model, "test") for seed, model in trained.models.items()}
+class Tested:
+    """The evaluations of one way on the test pairs: a list of the folds for each seed."""
+
+    def __init__(self, places: list[Place], trained: list[Trained]) -> None:
+        self.by_seed = [
+            [measured(place, model, "test") for place, model in zip(places, models, strict=True)]
+            for models in zip(*(each.models for each in trained), strict=True)
+        ]
+        self.queries = [fold.queries for fold in self.by_seed[0]]
+
+    def recalls(self) -> Floats:
+        """Return the mean recall over all queries for each seed: float64 [S]."""
+        values = [[fold.recall() for fold in folds] for folds in self.by_seed]
+        return np.average(values, 1, self.queries)
+
+    def resampled(self) -> Floats:
+        """Return the same in each resample of the queries: float64 [S, resamples]."""
+        values = [[fold.resampled_recall() for fold in folds] for folds in self.by_seed]
+        return np.average(values, 1, self.queries)
 
 
-def results(name: str, place: Place, seeds: range, trials: int) -> Iterator[Result]:
-    train = bare_train(place, seeds)
-    ways = {"train": train}
-    if trials:
-        ways["tune"] = tuned(place, trials, seeds)
-    peers = {peer: best_of_peer(peer, place, train.cpu_s, seeds) for peer in PEERS}
-    before = measured(place, Path("tiny"), "test").recall()
-    figures = {way: on_test(place, trained) for way, trained in (ways | peers).items()}
+def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
+    bare = [bare_train(place, seeds) for place in places]
+    ways = {"train": bare, "tune": [tuned(place, seeds) for place in places]}
+    peers = {
+        peer: [
+            best_of_peer(peer, place, train.cpu_s, seeds)
+            for place, train in zip(places, bare, strict=True)
+        ]
+        for peer in PEERS
+    }
+    before = Tested(places, [Trained([Path("tiny")], 0, 0, "")] * len(places)).recalls()[0]
+    tested = {way: Tested(places, trained) for way, trained in (ways | peers).items()}
     for way, trained in ways.items():
         for peer in PEERS:
-            ours, theirs = figures[way], figures[peer]
-            both = [seed for seed in ours if seed in theirs]
-            values = [ours[seed].recall() - theirs[seed].recall() for seed in both]
-            resampled = [
-                ours[seed].resampled_recall() - theirs[seed].resampled_recall() for seed in both
-            ]
-            change = over_seeds_and_queries(values, np.stack(resampled), seeds[0])
+            ours, theirs = tested[way], tested[peer]
+            values = (ours.recalls() - theirs.recalls()).tolist()
+            change = over_seeds_and_queries(values, ours.resampled() - theirs.resampled(), seeds[0])
             yield Result(
                 name,
                 way,
                 peer,
+                sum(ours.queries),
                 percent(before),
-                percent(statistics.mean(e.recall() for e in ours.values())),
-                percent(statistics.mean(e.recall() for e in theirs.values())),
-                " ".join(
-                    (
-                        f"{100 * change['value']:+.1f}",
-                        f"({100 * change['low']:+.1f}..{100 * change['high']:+.1f})",
-                    )
-                ),
+                percent(ours.recalls().mean()),
+                percent(theirs.recalls().mean()),
+                f"{100 * change['value']:+.1f} "
+                f"({100 * change['low']:+.1f}..{100 * change['high']:+.1f})",
                 verdict(change),
-                round(trained.whole_s),
-                round(peers[peer].whole_s),
-                peers[peer].epochs,
-                peers[peer].lr,
+                round(sum(fold.whole_s for fold in trained)),
+                round(sum(fold.whole_s for fold in peers[peer])),
+                f"{spoken(trained)}; {spoken(peers[peer])}",
             )
+
+
+def spoken(trained: list[Trained]) -> str:
+    """Name what was chosen in each fold."""
+    return " | ".join(dict.fromkeys(fold.chosen for fold in trained))
 
 
 def verdict(change: dict[str, Any]) -> str:
@@ -226,9 +256,8 @@ def percent(share: float) -> float:
 
 def chosen() -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--data", required=True, help="NAME=DIR,... with train/, val/ and test/")
+    parser.add_argument("--data", required=True, help="NAME=DIR,..., as they came")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--tune", type=int, default=0, help="trials of clipft tune; 0: none")
     parser.add_argument("--seeds", type=int, default=3)
     return parser.parse_args()
 
@@ -237,8 +266,15 @@ def main() -> None:
     wish, rows = chosen(), list[Result]()
     seeds = range(1, 2 if wish.quick else wish.seeds + 1)
     for catalogue in wish.data.split(","):
-        name, _, data = catalogue.partition("=")
-        for row in results(name, Place(Path(data), wish.out / name, wish.quick), seeds, wish.tune):
+        name, _, source = catalogue.partition("=")
+        out = wish.out / name
+        folders = packed(Path(source), out)
+        given = {"group_field": GROUP} if len(folders) > 1 else {}
+        places = [
+            Place(data, out / f"runs-{number}", given, number, wish.quick)
+            for number, data in enumerate(folders, 1)
+        ]
+        for row in results(name, places[: 1 if wish.quick else None], seeds):
             print(json.dumps(row.__dict__), flush=True)
             rows.append(row)
     if wish.json:

@@ -9,18 +9,13 @@ the set's own test photos. All start from the packaged tiny model. Intervals cov
 or images, and other seeds (``clipft.metrics.comparisons``).
 
 GARMENTS holds products.csv (image, product_id, name, color, material, description), and GROCERIES
-train/ and val/ with a metadata.csv (file_name, label).
+train/ and val/ with a metadata.csv (file_name, label). ``catalogues.py`` divides them.
 
 Run the same command again to continue: what is finished in --out is not repeated.
 
     python tests/benchmarks/q6_products.py --garments DIR --groceries DIR --out DIR [--json FILE]
 """
 
-import csv
-import shutil
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from catalogues import CAPTION, FOLDS, GROUP, clipft, packed
 from side_by_side import arguments, write_figures
 
 from clipft.config.settings import Settings
@@ -41,8 +37,7 @@ from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.load import load_fine_tuned
 from clipft.runs.places import saved_settings
 
-FOLDS = 3
-PLAIN = ("--caption", "{name}, {color}")
+PLAIN = ("--caption", CAPTION)
 GARMENTS = {
     "name and color": PLAIN,
     "photo pairs 1": (*PLAIN, "--photo-pairs", "1"),
@@ -51,7 +46,7 @@ GARMENTS = {
 LABELS = {
     "labels": ("--lr", "4e-3", "--epochs", "40"),
 }
-QUERIES = ("{name}, {color}", "{name}", "{description}")
+QUERIES = (CAPTION, "{name}", "{description}")
 COMPARED = (
     ("name and color", "pretrained", QUERIES[:1]),
     ("photo pairs 1", "name and color", QUERIES[:1]),
@@ -91,13 +86,6 @@ class Work:
     seeds: int
     folds: int
     replaced: tuple[str, ...] = ()
-
-
-def clipft(*arguments: object) -> None:
-    command = [sys.executable, "-m", "clipft", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
 
 
 def train(data: Path, out: Path, options: Sequence[str], seed: int) -> Path:
@@ -148,8 +136,8 @@ def compared(names: tuple[str, str, str], figure: str, ours: Parts, theirs: Part
 
 
 def garments(source: Path, work: Work) -> Iterator[Row]:
-    folds = [write_fold(source, work.place, fold) for fold in range(work.folds)]
-    more = ("--group-field", "product_id", "--epochs", "12", *work.replaced)
+    folds = packed(source, work.place / "garments", *SMALL_FILES)[: work.folds]
+    more = ("--group-field", GROUP, "--epochs", "12", *work.replaced)
 
     @cache
     def measured(variant: str, query: str) -> list[list[Evaluation]]:
@@ -181,34 +169,10 @@ def garments(source: Path, work: Work) -> Iterator[Row]:
             yield compared(names, f"{protocol} {direction} {name}", ours, theirs)
 
 
-def write_fold(source: Path, place: Path, fold: int) -> Path:
-    """Pack the garments: the products of a fold are the test pairs, and some others validation."""
-    data = place / f"garments-{fold}"
-    if data.exists():
-        return data
-    with (source / "products.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    products = sorted({row["product_id"] for row in rows})
-    order = np.random.default_rng(1).permutation(len(products))
-    split = {
-        products[number]: "test" if at % FOLDS == fold else "val" if at % 6 == fold + 1 else "train"
-        for at, number in enumerate(order)
-    }
-    for row in rows:
-        row |= {"image": str((source / row["image"]).resolve()), "split": split[row["product_id"]]}
-    table = place / f"garments-{fold}.csv"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    clipft("pack", table, data, "--caption", PLAIN[1], "--group-field", "product_id", *SMALL_FILES)
-    return data
-
-
 def evaluated(run: Path, data: Path, fold: int, caption: str, pretrained: bool) -> Evaluation:
     """Evaluate a run, or the model that it began with, on the test pairs, with these captions as
     queries."""
-    given = {"data_dir": str(data), "caption": caption, "group_field": "product_id"}
+    given = {"data_dir": str(data), "caption": caption, "group_field": GROUP}
     settings, chosen = opened(run, given)
     if pretrained:
         chosen = load_model(settings, pretrained=True)
@@ -217,10 +181,7 @@ def evaluated(run: Path, data: Path, fold: int, caption: str, pretrained: bool) 
 
 
 def groceries(source: Path, work: Work) -> Iterator[Row]:
-    raw, data = work.place / "groceries-raw", work.place / "groceries"
-    if not data.exists():
-        write_splits(source, raw)
-        clipft("pack", raw, data, *SMALL_FILES)
+    (data,) = packed(source, work.place / "groceries", *SMALL_FILES)
     labeled = ("--label-field", "label", "--label-prompts", "general")
     for variant, options in LABELS.items():
         runs = [
@@ -233,29 +194,6 @@ def groceries(source: Path, work: Work) -> Iterator[Row]:
         for other in ("zero_shot", "linear", "tip_adapter"):
             ours, theirs = ([[each[side]] for each in found] for side in ("fine-tuned", other))
             yield compared(("groceries", variant, other), "accuracy top1", ours, theirs)
-
-
-def write_splits(source: Path, raw: Path) -> None:
-    """Copy the photos into three splits, each with all labels: every fifth training photo of a
-    label is for validation. Left to itself, ``pack`` keeps the photos of a label in one split,
-    because they share their caption."""
-    seen = Counter[str]()
-    for folder in ("train", "val"):
-        with (source / folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        splits: dict[str, list[dict[str, str]]] = {}
-        for row in rows:
-            seen[row["label"]] += 1
-            held_out = "val" if seen[row["label"]] % 5 == 0 else "train"
-            splits.setdefault("test" if folder == "val" else held_out, []).append(row)
-        for split, chosen in splits.items():
-            (raw / split).mkdir(parents=True, exist_ok=True)
-            for row in chosen:
-                shutil.copy(source / folder / row["file_name"], raw / split / row["file_name"])
-            with (raw / split / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(chosen)
 
 
 def accuracies(run: Path, data: Path) -> dict[str, Part]:

@@ -1,5 +1,6 @@
 """Look-alikes against a plain loop over embeddings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,14 @@ def test_two_processes_find_and_train_the_same(data):
         assert found == search.find(ALONE).tolist()
         assert told == pytest.approx(run.train(), rel=1e-3)
         assert run.state.step == steps == 4
+
+
+def test_a_sample_is_drawn_from_the_pairs_that_shots_have_chosen(data):
+    run = Run.of({"data_dir": str(data), **CURRENT}, ALONE)
+    search = run.setup.look_alike_search
+    assert search
+    chosen = PairDataset(search.pairs.shards, chosen=(3, 11, 20, 30, 35))
+    search = replace(search, pairs=chosen, products=torch.arange(40))
+    found = search.on_some(3).find(ALONE)
+    assert {n for n in range(40) if found[n].ge(0).any()} == {3, 11, 20}
+    assert set(found[[3, 11, 20]].flatten().tolist()) == {3, 11, 20}

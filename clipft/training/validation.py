@@ -1,0 +1,104 @@
+"""What is measured of the model in training: before the first epoch, and after each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from clipft.data.captions.table import CaptionTable
+from clipft.data.skipped import Skipped
+from clipft.distributed.rank_zero import on_rank_zero
+from clipft.embedding.embed import Embeddings, embed_pairs
+from clipft.evaluation.accuracy import PromptClassifier
+from clipft.evaluation.evaluator import EvaluationSet
+from clipft.evaluation.gallery import Rankings, data_name
+from clipft.evaluation.rankings import CaptionGroups, rank_images
+from clipft.metrics.ranking import drawn_queries, retrieval
+from clipft.runs.records import EpochResult
+from clipft.training.setup import RunSetup
+
+
+@dataclass
+class Validation:
+    """The validation pairs of a run, and how the model is measured on them."""
+
+    setup: RunSetup
+    evaluation_set: EvaluationSet
+    rank: Callable[[Embeddings], Rankings]
+    classifier: PromptClassifier | None
+    rankings: Rankings | None = None
+    """Those of the last epoch that was measured; rank zero alone has them."""
+
+    @classmethod
+    def of(cls, setup: RunSetup) -> "Validation":
+        """Prepare the validation pairs.
+
+        Raises:
+            UsageError: labels or prompts do not fit the pairs.
+        """
+        evaluation_set = EvaluationSet.of(setup.val, setup.val_preprocessing, setup.settings)
+        captions = setup.val_preprocessing.captions
+        assert isinstance(captions, CaptionTable)  # only training pairs may be a stream
+        rank = partial(rank_images, captions=CaptionGroups.of(captions), data=data_name(setup.val))
+        labels, tower = evaluation_set.labels, setup.text_tower()
+        return cls(setup, evaluation_set, rank, PromptClassifier.of(setup.settings, labels, tower))
+
+    def measure(
+        self, epoch: int, step: int, train_loss: float | None, check_stop: Callable[[], None]
+    ) -> tuple[EpochResult, Sequence[Skipped]]:
+        """Embed the validation pairs on all processes; rank zero computes the figures.
+
+        Returns:
+            The figures, on all processes, and the pairs that could not be used.
+        """
+        setup = self.setup
+        embedded = embed_pairs(
+            setup.loaded,
+            setup.val,
+            setup.val_encoding,
+            setup.settings,
+            setup.val_positives,
+            setup.processes,
+            check_stop,
+            setup.validation_batch,
+        )
+        labels = self.classifier.label_vectors(setup.loaded) if self.classifier else None
+        result = on_rank_zero(
+            setup.processes, lambda: self._figures(epoch, step, train_loss, embedded, labels)
+        )
+        return result, embedded.skipped
+
+    def _figures(
+        self,
+        epoch: int,
+        step: int,
+        train_loss: float | None,
+        embedded: Embeddings,
+        labels: Tensor | None,
+    ) -> EpochResult:
+        setup, settings = self.setup, self.setup.settings
+        ranked = embedded.where_ranked(setup.loaded.precision.device)
+        asked = drawn_queries(len(ranked.images), settings.evaluation_queries, settings.seed)
+        found = retrieval(
+            ranked.images, ranked.texts, settings.evaluation_bytes, ranked.owners, asked
+        ).to_dict()
+        self.rankings = self.rank(embedded)
+        accuracy = None
+        if self.classifier and labels is not None:
+            accuracy = self.classifier.accuracy(embedded, labels)
+        return EpochResult(
+            epoch,
+            step,
+            train_loss,
+            setup.validation_loss(ranked.of(asked)),
+            found,
+            val_floor=setup.loss_lower_bound(embedded.of(asked)),
+            accuracy=accuracy,
+        )
+
+    def write_rankings(self, path: Path) -> None:
+        """Write the rankings of the last measurement; for rank zero."""
+        assert self.rankings
+        self.rankings.write(path)
