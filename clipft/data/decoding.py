@@ -21,24 +21,24 @@ from clipft.data.workers import SharedPixels, UnderWay
 
 
 class PairSource(Protocol):
-    """Where a worker reads pairs from."""
+    """The pairs that a worker reads."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, place: Any, /) -> RawPair:
-        """Read the pair at a place: a number, or what ``order`` gave.
+        """Read the pair at a place: a number, or an item that ``order`` yields.
 
         Raises:
-            DataError: The file that it is in was changed or removed.
+            DataError: The file with the pair was changed or removed.
         """
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How raw bytes become model input, of the sizes that ``ModelInputs`` describes.
+    """How raw bytes become model input of the sizes in ``ModelInputs``.
 
     If the features of the vision tower are known already, ``read_images`` is False and no image is
-    read; ``bad`` then maps the numbers of pairs whose images cannot be used to the reason.
+    read. Then ``bad`` maps the numbers of pairs whose images cannot be used to the reason.
     """
 
     captions: CaptionSource
@@ -52,7 +52,7 @@ class Preprocessing:
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:
-        """The shape of the pixels of an image, uint8; without a row of them, (0,)."""
+        """The shape of the uint8 pixels of an image; (0,) if no images are read."""
         if not self.read_images:
             return (0,)
         return self.patches.shape if self.patches else (3, self.image_size, self.image_size)
@@ -130,7 +130,7 @@ class ChunkDecoder(Dataset["DecodedChunk | DataError"]):
             chunk.shifts += [shift] if shift else []
             chunk.numbers.append(raw.number)
             chunk.ids.append(ids)
-        # Not reached after any other error: the pair is then what was under way
+        # Not reached after any other error, so that its message names this pair
         self.under_way.set("")
 
     def _look_up(self, chunk: DecodedChunk, epoch: int, number: int) -> None:

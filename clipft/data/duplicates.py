@@ -1,10 +1,10 @@
-"""Perceptual hashes, and the near-duplicates that they find: the same shot re-encoded, made smaller
-or changed slightly.
+"""Finds near-duplicate images by perceptual hashes: the same photo re-encoded, made smaller or
+changed slightly.
 
 Candidates are images whose 64-bit difference hashes (dHash: where a 9 x 8 gray thumbnail becomes
 brighter to the right) differ in at most ``near`` bits. Images of a catalogue are mostly white with
-the product in the middle, so the hashes of many different products agree. Candidates therefore
-count only if their 24 x 24 color thumbnails agree too.
+the product in the middle, so the hashes of many different products agree. A candidate is therefore
+a near-duplicate only if the 24 x 24 color thumbnails agree too.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 _BLOCK, _COLUMNS = 1024, 4096
-# Of 255: a smaller difference between neighboring pixels is noise and must not decide a bit
+# Of 255: a smaller difference between neighboring pixels is noise and must not set a bit
 _LEAST_STEP = 2
 _THUMBNAIL = 24
 # Two thumbnails agree if the root mean square of their difference is at most _SAME of the larger
@@ -32,7 +32,7 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class PerceptualHash:
-    """What an image looks like: its dHash (64 bits) and its thumbnail (24 x 24 RGB bytes)."""
+    """The dHash (64 bits) and the thumbnail (24 x 24 RGB bytes) of an image."""
 
     hash: int
     thumbnail: bytes
@@ -50,7 +50,7 @@ def perceptual_hash(image: Image.Image) -> PerceptualHash:
 def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[int, int]]:
     """Return all (i, j), i < j, whose images look the same up to ``near`` bits of the dHash.
 
-    Memory grows with the images and with what is found. The time grows with the number
+    Memory grows with the number of images and of near-duplicates. The time grows with the number
     of image pairs that share a band of their hash (see ``close_hashes``), and in the worst case
     with the square of the number of images.
     """
@@ -64,7 +64,7 @@ def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[i
 
 
 class _Thumbnails:
-    """Compares thumbnails, given as N times the bytes of one."""
+    """Compares thumbnails, given as their concatenated bytes."""
 
     def __init__(self, data: bytes, count: int) -> None:
         self._pixels = np.frombuffer(data, np.uint8).reshape(count, -1)
@@ -80,11 +80,11 @@ class _Thumbnails:
         self._mean = self._coarse.mean(axis=1)
 
     def of(self, close: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
-        """Return those of the pairs (one, other) whose thumbnails agree."""
+        """Return the pairs (one, other) whose thumbnails agree."""
         one, other = close
         allowed = _SAME * np.maximum(self._contrast[one], self._contrast[other]) + _NOISE
-        # The root mean square of a difference is no smaller than that of its means over equally
-        # many pixels. Most pairs differ in these already, which take a fraction of the time
+        # The root mean square of a difference is at least as large as that of its means over blocks
+        # of pixels. Comparing the means first is fast and rules out most pairs
         for values in (self._mean[:, None], self._coarse, self._pixels):
             kept = np.concatenate(
                 [
@@ -109,11 +109,12 @@ class _Thumbnails:
 def close_hashes(hashes: Hashes, near: int) -> Iterator[tuple[Rows, Rows]]:
     """Yield all pairs (i, j), i < j, of hashes that differ in at most ``near`` bits, in blocks.
 
-    Exact: of near + 1 bands of two such hashes, at least one must be equal (pigeonhole principle),
-    so only rows that share a band are compared. A pair is yielded once for each band it shares.
+    The result is exact: if hashes are divided into near + 1 bands, two such hashes have at least
+    one equal band (pigeonhole principle), so only rows that share a band are compared. A pair is
+    yielded once for each band it shares.
     """
-    # A photo on white has many neighboring bits without an edge. With every (near + 1)-th bit in a
-    # band, a third as many pairs of real product photos are compared
+    # A photo on white has no edges in large areas, so neighboring bits are often equal. Bands of
+    # every (near + 1)-th bit reduce the comparisons of real product photos to a third
     shuffled = np.zeros_like(hashes)
     places = [place for band in range(near + 1) for place in range(band, 64, near + 1)]
     for place, source in enumerate(places):
@@ -151,8 +152,8 @@ def group_leaders(
     """Group rows that belong together, directly or through others, and return each row's leader:
     the lowest row of its group (union-find).
 
-    Two rows belong together if one of ``same``, which hold a value for every row, has equal values
-    for them, or if they are one of ``links``.
+    Two rows belong together if one of the sequences in ``same``, each with a value for every row,
+    has equal values for them, or if ``links`` contains them.
     """
     parents = list(range(rows))
 
@@ -191,13 +192,13 @@ def validation_rows(
 ) -> set[int]:
     """Choose rows for validation: about ``share`` of all, in whole groups.
 
-    Each of ``same`` holds, for every row, a value that must not occur on both sides; the first of
-    them identifies the image. Groups are taken in the order of a hash of the seed and the leading
-    row's image, which a few new rows hardly change. A group that would overshoot the share by more
-    than it fills is passed over.
+    Each sequence in ``same`` has a value for every row that must not occur on both sides; the first
+    sequence identifies the image. Groups are taken in the order of a hash of the seed and the
+    leading row's image, so a few new rows hardly change the choice. A group that would take the
+    result further from the share is passed over.
 
-    With ``labels``, one for each row or "", the share is taken of one label after the other, and
-    what rounding leaves of one is taken of the next. Each label keeps a group for training.
+    With ``labels``, one for each row or "", about ``share`` of each label is chosen, and rounding
+    errors are carried over to the next label. Each label keeps a group for training.
     """
     images = same[0]
     members: dict[int, list[int]] = {}

@@ -27,7 +27,7 @@ def training_pairs(settings: Settings) -> PairDataset:
 def few_shot(pairs: PairDataset, settings: Settings) -> PairDataset:
     """Choose ``shots`` pairs of each label, or all of a label that has fewer.
 
-    The choice depends on the seed. With the same seed, more shots are the same pairs and others.
+    The choice depends on the seed. With the same seed, more shots add pairs and drop none.
 
     Raises:
         DataError: No pair has a label.
@@ -51,10 +51,11 @@ def few_shot(pairs: PairDataset, settings: Settings) -> PairDataset:
 
 
 def label_remarks(train: PairDataset, val: PairDataset, field: str) -> list[str]:
-    """Say how many labels of the validation pairs no training pair has, if there are any.
+    """Return a remark if validation pairs have labels that no training pair has.
 
-    Such a split measures labels that the run never sees. ``pack`` makes it without its
-    ``--label-field`` if all pairs of a label share a caption: equal captions stay in one split.
+    Such a split measures labels that the run never sees. It arises if all pairs of a label share a
+    caption and ``pack`` runs without ``--label-field``, because it keeps equal captions in one
+    split.
     """
     known, wanted = (_labels(pairs, field) for pairs in (train, val))
     wanted = {label for label in wanted if label}

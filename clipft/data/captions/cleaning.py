@@ -40,15 +40,14 @@ def clean_like_clip(text: str) -> str:
         return text
     ordinary = _ORDINARY.fullmatch(text) and unicodedata.is_normalized("NFC", text)
     fix_text, config, is_bad = _ftfy()
-    if not ordinary or is_bad(text):  # what ftfy itself asks first, but it takes ten times as long
+    if not ordinary or is_bad(text):  # ftfy makes the same check first, but ten times as slowly
         text = html.unescape(html.unescape(fix_text(text, config)))
     # Python's lower case, not the tokenizer's, which has no final sigma
     return " ".join(text.split()).lower()
 
 
 def compared(caption: str) -> str:
-    """Return the form in which captions of a catalogue are compared: as CLIP reads them, without
-    case."""
+    """Return a caption as it is compared with others: as CLIP reads it, ignoring case."""
     return folded(clean_like_clip(caption))
 
 
@@ -59,9 +58,9 @@ def has_html(text: str) -> bool:
 
 
 def has_broken_characters(text: str) -> bool:
-    """Return whether the encoding of a caption was mistaken somewhere on its way.
+    """Return whether a caption was once decoded with the wrong encoding.
 
-    Signs are sequences such as ``Ã¼``, replacement characters, and control characters.
+    The signs are sequences such as ``Ã¼``, replacement characters, and control characters.
     """
     if text.isascii() and text.isprintable():
         return False

@@ -26,9 +26,9 @@ class WithMetadata(Protocol):
 def field_value(metadata: Mapping[str, Any], name: str) -> Any:
     """Return the value of a field, or None if the metadata does not have it.
 
-    ``product.id`` is the field of that very name, as a column of a table may be called, or else
-    the field ``id`` of the object ``product``. A letter with an accent matches however it is
-    encoded (composed or decomposed).
+    ``product.id`` is the field with exactly this name (such as a column of a table) or, if there
+    is none, the field ``id`` of the object ``product``. Letters with an accent match whether they
+    are composed or decomposed.
     """
     if name in metadata:
         return metadata[name]
@@ -49,7 +49,7 @@ def field_value(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def field_names(metadata: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the names of all fields; those of an object follow its name and a dot."""
+    """Yield the names of all fields. Fields of an object are written ``object.field``."""
     for name, value in metadata.items():
         if isinstance(value, dict):
             yield from field_names(value, f"{prefix}{name}.")
@@ -64,7 +64,7 @@ def known_fields(pairs: WithMetadata) -> set[str]:
 
 
 def has_field(pairs: WithMetadata, name: str) -> bool:
-    """True if at least one pair has the field, with any value but an object, which has no text."""
+    """Return whether any pair has a value in the field. Objects do not count: they have no text."""
     for number in range(len(pairs)):  # usually the first pair has it
         value = field_value(pairs.metadata(number), name)
         if value is not None and not isinstance(value, dict):
@@ -73,7 +73,7 @@ def has_field(pairs: WithMetadata, name: str) -> bool:
 
 
 def fields_hint(wrong: str, known: Iterable[str]) -> str:
-    """Say which fields the metadata has, and which of them ``wrong`` probably means."""
+    """Return a hint that lists the known fields, and the one that ``wrong`` probably means."""
     names = sorted(known)
     if not names:
         return (

@@ -16,7 +16,7 @@ _LINE_BREAKS = re.compile(rf"[{_SPACES}]*[\r\n][{_SPACES}]*")
 
 
 def split_lines(text: str, lines: Lines = "separate") -> list[str]:
-    """Split the content of a ``.txt`` into its captions; none of them is blank."""
+    """Split the content of a ``.txt`` into its captions, without blank lines."""
     text = text.strip(_SPACES)
     if "\n" not in text and "\r" not in text:  # nearly all captions
         return [text] if text else []

@@ -1,4 +1,4 @@
-"""What an evaluation needs to know of each pair: its caption, its label and its group."""
+"""The caption, label and group of each pair, as an evaluation needs them."""
 
 import math
 import unicodedata
@@ -49,7 +49,8 @@ def check_label_options(settings: Settings) -> None:
     """Check the settings that need labels, before any label is read.
 
     Raises:
-        UsageError: Accuracy shall end a run without prompts, or shots be chosen from a stream.
+        UsageError: ``stop_on`` is accuracy but there are no prompts, or ``shots`` is used with a
+            stream.
     """
     if settings.stop_on == "accuracy" and not settings.label_prompts:
         raise UsageError(
@@ -63,10 +64,10 @@ def check_label_options(settings: Settings) -> None:
 
 
 def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> str:
-    """Check, and return, the field that an option needs to tell products apart.
+    """Check and return the field by which an option tells products apart.
 
     Raises:
-        UsageError: None is named, or no pair has it.
+        UsageError: No field is given, or no pair has it.
     """
     if not field:
         hint = f"name the field that tells products apart; {fields_hint('', known_fields(pairs))}"
@@ -76,13 +77,13 @@ def check_group_field(option: str, field: str | None, pairs: WithMetadata) -> st
 
 
 def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
-    """Check that a run with ``photo_pairs`` or ``hard_negatives`` can tell products apart, and that
-    it changes the embeddings of images where that is what they are for.
+    """Check the settings ``photo_pairs`` and ``hard_negatives``.
 
-    ``pairs`` are None if they are a stream.
+    Both need pairs with a field that tells products apart. ``photo_pairs``, and ``hard_negatives``
+    by the current model, need a scenario that trains images. ``pairs`` is None for a stream.
 
     Raises:
-        UsageError: It cannot, or it does not.
+        UsageError: The settings, the scenario and the pairs do not fit together.
     """
     scenario = settings.declared_scenario
     current = settings.hard_negatives_by == "current"
@@ -113,7 +114,7 @@ def check_products(settings: Settings, pairs: WithMetadata | None) -> None:
 class Description:
     """The captions of a pair, and three fields of its metadata.
 
-    The only caption is "" for a pair that has none and is therefore skipped.
+    A pair without a caption, which is skipped, has the single caption "".
     """
 
     captions: tuple[str, ...]
@@ -158,7 +159,7 @@ def describe(
 
 
 def _grade(value: Any) -> float:
-    """The number in a field; 0 for what is no number above 0."""
+    """Return the value of a field as a number, or 0 if it is not a number above 0."""
     try:
         grade = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -169,7 +170,7 @@ def _grade(value: Any) -> float:
 def check_label_field(field: str, said: list[Description], pairs: PairDataset) -> None:
     """Check that pairs have labels in the field that the user chose.
 
-    Pairs without the default field are usual: they have no labels, and nobody asked for any.
+    The default field is not checked: pairs without labels are normal.
 
     Raises:
         UsageError: No pair has a label in a field other than the default.
@@ -179,10 +180,10 @@ def check_label_field(field: str, said: list[Description], pairs: PairDataset) -
 
 
 def as_name(value: Any) -> str | None:
-    """Return the text of a label or a group; None for what names nothing, such as a list."""
+    """Return a label or a group as text; None for a value that cannot be one, such as a list."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return None
-    # Composed, so that a label is one label however its accents are encoded
+    # NFC, so that composed and decomposed accents give the same label
     return unicodedata.normalize("NFC", clean_text(str(value))) or None
 
 

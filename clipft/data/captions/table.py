@@ -1,7 +1,7 @@
 """Sources of captions as token ids, and the table of all captions of a data set.
 
 The table is made once and kept in the cache folder. It is opened through memory maps, so worker
-processes share one copy. The name of its folder is a hash of everything that decides its content:
+processes share one copy. The name of its folder is a hash of all that determines its content:
 the shards with their sizes and times, the caption template and the tokenizer. Its files are ``ids``
 (all captions in a row), ``ends`` (where each caption ends) and ``counts`` [pairs] (the number of
 captions of the pairs up to and including this one); and ``weights`` [captions], if captions are
@@ -28,11 +28,11 @@ from clipft.data.captions.tokenizer import CaptionEncoder, lost_share
 from clipft.data.order import derived_seed
 from clipft.data.shards.dataset import PairDataset, RawPair
 
-_FORMAT = "2"  # part of the folder's name: another number makes all tables anew
+_FORMAT = "2"  # part of the folder's name: with a new number, all tables are made again
 _ARRAYS = ("ids", "ends", "counts")
 _WEIGHTS = "weights"
 _CHUNK = 4096
-# In the seed of a caption's draw, so that it is independent of the augmentation's
+# Part of the seed, so that the choice of a caption is independent of the augmentation
 _CAPTION = 1
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -41,7 +41,7 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 def _choice(
     captions: int, seed: int | None, epoch: int, number: int, weights: Numbers | None
 ) -> int:
-    """Draw which of its captions a pair has in an epoch; without a seed it is the first."""
+    """Draw the caption that a pair has in an epoch; without a seed it is the first."""
     if captions == 1 or seed is None:
         return 0
     drawn = derived_seed(seed, epoch, number, _CAPTION)
@@ -89,8 +89,8 @@ class NoCaptions:
 class CaptionFigures:
     """Figures of all captions; lengths are in tokens, before truncation, with start and end.
 
-    ``cut`` captions are too long for the model and lose ``lost_share`` of their tokens, taken
-    together; ``none`` is the number of pairs without text.
+    ``cut`` captions are too long for the model. Together they lose ``lost_share`` of their tokens.
+    ``none`` is the number of pairs without text.
     """
 
     captions: int
@@ -103,7 +103,7 @@ class CaptionFigures:
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """The captions of all pairs. ``seed`` None takes the first of each pair in every epoch."""
+    """The captions of all pairs. If ``seed`` is None, each pair always has its first caption."""
 
     figures: CaptionFigures
     pad_token_id: int
@@ -134,8 +134,7 @@ class CaptionTable:
         return found
 
     def further(self, pairs: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield the captions after the first of each of the first ``pairs`` pairs, in order, as
-        the number of the pair and the ids."""
+        """Yield (pair number, ids) of all captions but the first, for the first ``pairs`` pairs."""
         counts = np.diff(self.counts[:pairs], prepend=0)
         for number in np.flatnonzero(counts > 1).tolist():
             last = int(self.counts[number])
@@ -143,7 +142,7 @@ class CaptionTable:
                 yield number, self._ids(caption)
 
     def by_pair(self) -> Iterator[list[bytes]]:
-        """Yield the captions of each pair as bytes, which are equal if the ids are equal."""
+        """Yield the captions of each pair as bytes. Equal ids give equal bytes."""
         starts = np.concatenate([[0], self.ends])
         for first, last in pairwise([0, *self.counts.tolist()]):
             places = range(first, last)
@@ -166,9 +165,9 @@ def caption_table(
     seed: int | None,
     building: Callable[[], None],
 ) -> CaptionTable:
-    """Open the table of ``pairs`` from the cache, or make it; ``building`` is called before that.
+    """Open the table of ``pairs`` from the cache, or call ``building`` and make it.
 
-    If the cache folder cannot be written to, the table is in memory only.
+    If the cache folder cannot be written to, the table is kept in memory only.
     """
     digest = hashlib.sha256(_FORMAT.encode())
     for part in (pairs.state(), template.state, encoder.vocabulary):

@@ -6,7 +6,7 @@
 ``{title} || {caption}``      several captions: training draws one in each epoch
 ``{{ }} [[ ]]``               these characters themselves
 
-An empty field takes the punctuation around it along. A field that holds a list gives several
+The punctuation around an empty field is removed with it. A field that holds a list gives several
 captions if it is the whole template, and otherwise its values separated by commas. ``{caption}``
 always gives as many captions as the pair has, whatever text is around it.
 """
@@ -166,7 +166,7 @@ class _Alternative:
             else:
                 pieces.append(part if isinstance(part, str) else filled[part])
         text, before = "".join(pieces), None
-        while before != text:  # brackets may hold nothing but emptied brackets
+        while before != text:  # removing empty brackets may leave others empty
             before, text = text, _EMPTY_BRACKETS.sub(_EMPTY, text)
         text = clean_text(_GAP.sub(_closed_gap, text))
         return [text] if text else []
@@ -198,7 +198,7 @@ def _listed(metadata: bytes) -> list[Any]:
 
 
 def _closed_gap(gap: "re.Match[str]") -> str:
-    """What remains of an empty field and the separators on both sides of it."""
+    """Return the text that replaces an empty field and the separators on both sides of it."""
     left, right = gap.groups()
     if gap.start() == 0 or gap.string[gap.start() - 1] == "(":
         return ""
@@ -217,7 +217,7 @@ def _closed_gap(gap: "re.Match[str]") -> str:
 class CaptionTemplate:
     """A parsed template; ``lines`` says what the lines of a ``.txt`` are.
 
-    With ``only_first``, a pair has the captions of the first alternative that has any for it. With
+    With ``only_first``, only the first alternative that gives a pair any captions is used. With
     ``weights``, one for each alternative, captions are drawn in proportion to them; otherwise all
     captions of a pair are equally likely. ``option`` is how the user gave the template.
     """
@@ -283,14 +283,14 @@ class CaptionTemplate:
 
     @property
     def state(self) -> str:
-        """Everything that decides the captions, as text."""
+        """Everything that the captions depend on, as text."""
         parts = [self.source, self.lines, str(self.only_first)]
         if self.option != "--caption":  # the source alone names no field, and no set of prompts
             parts += [str(self.alternatives), str(self.weights)]
         return "\n".join(parts)
 
     def for_evaluation(self) -> "CaptionTemplate":
-        """Return the template without the alternatives that only vary the training."""
+        """Return the template without the alternatives that only add variety to the training."""
         return replace(self, only_first=True)
 
     @property
@@ -309,15 +309,17 @@ class CaptionTemplate:
         """Return the different texts of a pair in the order of the template.
 
         Raises:
-            BadCaption: There is none.
+            BadCaption: There is no text.
         """
         return list(self.weighted_captions(caption, metadata))
 
     def weighted_captions(self, caption: bytes, metadata: bytes) -> dict[str, float]:
-        """Return the same, each with its weight: 1, or its share of the weight of its alternative.
+        """Return the different texts of a pair, each with its weight.
+
+        A weight is 1, or the text's share of the weight of its alternative.
 
         Raises:
-            BadCaption: There is none.
+            BadCaption: There is no text.
         """
         own = self._own_texts(caption)
         values = parse_metadata(metadata) if self.fields or not own else {}
@@ -340,10 +342,10 @@ class CaptionTemplate:
         return found
 
     def _own_texts(self, caption: bytes) -> list[str]:
-        """Decode the ``.txt``; it need not be text if the template does not use it.
+        """Decode the ``.txt``.
 
         Raises:
-            BadCaption: It is used and is not text.
+            BadCaption: The template uses the ``.txt``, which is not text.
         """
         try:
             return split_captions(caption, self.lines)

@@ -1,4 +1,4 @@
-"""Turns captions into token ids: cleaned, and truncated to what the model takes."""
+"""Turns captions into token ids, cleaned and truncated to the model's context length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from clipft.core.hashing import INCREMENT, Words, mix64
 from clipft.data.captions.cleaning import clean_like_clip, clip_rule
 
 _GIVEN_UP = 16
-"""At most so many tokens of the context stay unused so that a truncated caption ends with a whole
-word. Longer words, and sentences without spaces, are cut inside."""
+"""At most this many tokens of the context stay unused so that a truncated caption ends with a whole
+word. Longer words, and sentences without spaces, are cut in the middle."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class CaptionEncoder:
     SigLIP 2's tokenizers are used through the Rust library that they wrap, which is faster;
     SigLIP's is a SentencePiece tokenizer written in Python.
 
-    What CLIP's tokenizer reads is cleaned as in its training (``clean_like_clip``). In texts for
+    Texts for CLIP's tokenizer are cleaned as in CLIP's training (``clean_like_clip``). In texts for
     other families of models, only runs of white space become single spaces. The names of special
-    tokens are plain text: no caption can end itself with ``<|endoftext|>``.
+    tokens are plain text: ``<|endoftext|>`` in a caption does not end it.
     """
 
     def __init__(self, tokenizer: Any, context: int) -> None:
@@ -47,13 +47,13 @@ class CaptionEncoder:
             self._rust.no_truncation()
             self._rust.no_padding()
             self._rust.encode_special_tokens = True
-        # Byte pairs whose words end in </w> are CLIP's own invention
+        # Only CLIP's byte-pair tokenizer ends words in </w>
         suffix = getattr(getattr(self._rust, "model", None), "end_of_word_suffix", None)
         self._like_clip = suffix == "</w>"
 
     @property
     def vocabulary(self) -> str:
-        """Everything that decides the ids, as text, to tell cached captions apart."""
+        """Everything that the ids depend on, as text, for the key of the cache."""
         rule = clip_rule() if self._like_clip else "spaces"
         if self._rust:
             return f"{self.context} {rule} {self._rust.to_str()}"
@@ -62,7 +62,7 @@ class CaptionEncoder:
         return f"{self.context} {rule} {name} {lower} {pieces}"
 
     def clean(self, text: str) -> str:
-        """Return what the model reads of a text."""
+        """Return the text as the model reads it."""
         return clean_like_clip(text) if self._like_clip else " ".join(text.split())
 
     def __call__(self, texts: Sequence[str]) -> list[Encoded]:
@@ -104,9 +104,9 @@ class CaptionEncoder:
 
 
 def lost_share(lengths: Sequence[int], kept: Sequence[int]) -> float:
-    """Return the share of their tokens that truncated captions lose, taken together.
+    """Return the share of tokens that the truncated captions lose, all of them taken together.
 
-    ``lengths`` are those of all captions before truncation, and ``kept`` those after it.
+    ``lengths`` holds the lengths of all captions before truncation, and ``kept`` those after it.
     """
     cut = [(before, after) for before, after in zip(lengths, kept, strict=True) if after < before]
     whole = sum(before for before, _ in cut)
@@ -140,10 +140,10 @@ Keys = Words
 
 
 def caption_keys(ids: Tensor, pad_token_id: int) -> Keys:
-    """Hash each row of [rows, T] to a uint64 that does not depend on how far the row is padded.
+    """Hash each row of [rows, T] to a uint64 that does not depend on the padding.
 
-    Each id is mixed with its place, the results are added up and mixed once more, so different
-    captions have different keys up to collisions of 64 bits.
+    Each id is mixed with its position; the results are added up and mixed once more. Different
+    captions have different keys, except for collisions of 64 bits.
     """
     values = ids.cpu().numpy().astype(np.uint64)
     places = np.arange(1, values.shape[1] + 1, dtype=np.uint64) * INCREMENT

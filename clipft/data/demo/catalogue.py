@@ -40,8 +40,7 @@ class RenderedPair:
 def render_pair(seed: int, index: int) -> RenderedPair:
     """Draw one product of a catalogue; only the seed and the index decide what it looks like."""
     rng = Random(f"furniture {seed} {index}")  # noqa: S311
-    # The order of these calls decides what each draws from the generator: changing it changes
-    # every catalogue
+    # These calls draw from one generator, so changing their order changes every catalogue
     product = _choose_product(rng)
     things = rng.sample([*CLUTTER], rng.choice((0, 1, 1, 2)))
     clutter = tuple((thing, rng.choice([*COLORS])) for thing in CLUTTER if thing in things)
@@ -63,7 +62,7 @@ def render_pair(seed: int, index: int) -> RenderedPair:
 
 @dataclass(frozen=True)
 class _Product:
-    """What is shown, in the words of the metadata; ``detail`` as ``Kind.build`` returns it."""
+    """The product, in the words of the metadata. ``detail`` is as ``Kind.build`` returns it."""
 
     kind: Kind
     name: str
@@ -99,7 +98,7 @@ _VIEWS: dict[str, tuple[View, tuple[str, ...]]] = {
     "above": (View(24, 58), ("seen from above", "overhead shot", "looking down on it")),
 }
 
-# Words that the tiny model has not seen: they are what there is to learn in the demo.
+# Words that the tiny model has not seen; it learns them in the demo.
 _TRADE_COLORS = {
     "red": "crimson",
     "orange": "tangerine",

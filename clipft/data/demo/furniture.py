@@ -18,7 +18,7 @@ class Paints:
 
 
 Built = tuple[list[Solid], str]
-"""The solids, and the words for what sets this one apart, such as "with three drawers"."""
+"""The solids, and a description of this piece's details, such as "with three drawers"."""
 
 
 @dataclass(frozen=True)
