@@ -1,4 +1,4 @@
-"""What is in a catalogue, and what is wrong with it, before anyone trains on it."""
+"""Describes a catalogue, and finds what is wrong with it, before anyone trains on it."""
 
 import hashlib
 import statistics
@@ -31,7 +31,7 @@ from clipft.data.images.formats import BadImage
 from clipft.data.shards.dataset import PairDataset, metadata_fault, parse_metadata
 
 _CHUNK = 64
-"""Pairs that a thread reads at a time: to hand over each alone would take as long as to read it."""
+"""Pairs in a task of a thread. Handing over one at a time would take as long as reading it."""
 _EXAMPLES = 5
 _LISTED = 12
 _RANGES = 12
@@ -42,13 +42,14 @@ LABEL_FIELDS = ("category", "type", "label", "class")
 
 @dataclass(frozen=True, slots=True)
 class PairFacts:
-    """What is known of one pair.
+    """Facts about one pair.
 
-    ``place`` is the key with its shard and split, ``stored`` the bytes of image and caption,
-    ``words`` the forms in which captions are compared. ``image_hash`` is the SHA-256 of the image's
-    bytes, ``size`` its upright (width, height), and ``labels`` are the values of ``LABEL_FIELDS``.
-    ``broken`` and ``bad_caption`` say why the pair would be skipped, and ``bad_metadata`` why its
-    metadata cannot be used. ``html`` and ``broken_characters`` are true if a caption has some.
+    ``place`` is the key with its shard and split, ``stored`` the number of bytes of image and
+    caption, and ``words`` holds the captions as they are compared. ``image_hash`` is the SHA-256 of
+    the image's bytes, ``size`` its upright (width, height), and ``labels`` are the values of
+    ``LABEL_FIELDS``. ``broken`` and ``bad_caption`` say why the pair would be skipped, and
+    ``bad_metadata`` why its metadata cannot be used. ``html`` and ``broken_characters`` say whether
+    a caption has any.
     """
 
     key: str
@@ -82,14 +83,14 @@ class PairFacts:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Figures of one split. ``captions`` are those of the usable pairs.
+    """Figures of one split. ``captions`` counts those of the usable pairs.
 
-    The ``..._counts`` are histograms: the first and the last value of each range, and their number.
+    The ``..._counts`` are histograms: the first and last value of each range, and the count.
 
-    ``ceiling`` is the upper bound of R@K that these duplicates leave to paired retrieval, with ties
-    broken by the lower index: of n pairs with one caption (or image), at most K can have a partner
-    of their own among the first K. ``tokens_lost`` is the share of their tokens that truncated
-    captions lose.
+    ``ceiling`` is the highest R@K that paired retrieval can reach with these duplicates, with ties
+    broken by the lower index: of n pairs with the same caption (or image), at most K can have their
+    own partner among the first K. ``tokens_lost`` is the share of the tokens of truncated captions
+    that is lost.
     """
 
     pairs: int
@@ -124,9 +125,9 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Leak:
-    """Pairs of one side that are also on the other, by what they share.
+    """Counts the pairs of one split that share an image or a caption with another split.
 
-    ``matches`` are the first of them, each with the pair that it shares most with.
+    ``matches`` holds the first of these pairs, each with the pair that it shares most with.
     """
 
     same_photo: int
@@ -149,7 +150,7 @@ def read_facts(
     """
     facts, read = list[PairFacts](), partial(_fact, pairs, split, template)
     chunks = [range(len(pairs))[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
-    # Threads are enough: Pillow decodes outside of the interpreter's lock
+    # Threads are enough: Pillow releases the GIL while it decodes
     with ThreadPoolExecutor(workers or processors()) as threads:
         for found in threads.map(lambda numbers: list(map(read, numbers)), chunks):
             facts += found
@@ -202,7 +203,7 @@ Links = Sequence[tuple[str, str]]
 
 
 def near_images(facts: Sequence[PairFacts], near: int) -> Links:
-    """Find the near-duplicates among the usable images. Identical ones are compared only once."""
+    """Find the near-duplicates among the usable images. Identical images are compared only once."""
     once = list({fact.image_hash: fact for fact in facts if fact.usable}.values())
     hashes = [fact.perceptual_hash for fact in once if fact.perceptual_hash]
     return [(once[i].image_hash, once[j].image_hash) for i, j in near_duplicates(hashes, near)]
@@ -216,15 +217,15 @@ def split_facts(
     image_size: int,
     near: Links,
 ) -> SplitFacts:
-    """Count what one split holds.
+    """Compute the figures of one split.
 
     Args:
         pairs: the split.
-        facts: what is known of its pairs.
+        facts: the facts about its pairs.
         tokens: the tokenized captions of the usable pairs.
-        context: the tokens that the model takes.
-        image_size: the pixels that it takes.
-        near: the near-duplicates in this split; it may have others too.
+        context: the context length of the model, in tokens.
+        image_size: the image size of the model, in pixels.
+        near: the near-duplicates in this split; may include others.
     """
     lengths = [caption.length for caption in tokens]
     usable = [fact for fact in facts if fact.usable]
@@ -284,8 +285,8 @@ def split_facts(
 
 
 def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[dict[str, Any]]:
-    """Describe the largest groups: those that share images first, then those that share only the
-    caption, which would otherwise crowd out the rarer kind."""
+    """Describe the largest groups. Groups that share images come first, because they are rarer than
+    groups that share only the caption."""
     by_image, by_caption = list[dict[str, Any]](), list[dict[str, Any]]()
     for group in groups:
         shares = {
@@ -301,8 +302,8 @@ def _listed(groups: Sequence[Sequence[PairFacts]], near_ones: set[str]) -> list[
 
 
 def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: Links) -> Leak:
-    """Find the pairs of ``one`` whose image or caption is also in ``other``, where ``near`` are the
-    near-duplicates among both and perhaps others."""
+    """Find the pairs of ``one`` whose image or caption is also in ``other``. ``near`` holds the
+    near-duplicates among both; it may include others."""
     ours, theirs = ([f for f in side if f.usable] for side in (one, other))
     # Reversed, so that of several pairs with one image the first is named
     images = {fact.image_hash: fact.place for fact in reversed(theirs)}
@@ -333,13 +334,13 @@ def leak(one: Sequence[PairFacts], other: Sequence[PairFacts], near: Links) -> L
 
 
 def _found(facts: Sequence[PairFacts], trouble: str) -> dict[str, Any]:
-    """Count the pairs with a trouble, and name the first of them."""
+    """Count the pairs with a problem, and name the first of them."""
     found = [fact.place for fact in facts if getattr(fact, trouble)]
     return {"pairs": len(found), "examples": found[:_EXAMPLES]}
 
 
 def _repeated(values: Sequence[str]) -> int:
-    """Count the values beyond the first of each kind."""
+    """Count the values that repeat an earlier one."""
     return len(values) - len(set(values))
 
 
@@ -356,8 +357,8 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(values: Sequence[int]) -> list[list[int]]:
-    """Count whole numbers from 0 in at most ``_RANGES`` ranges of an equal width of 1, 2 or 5
-    times a power of ten. Each range is [first, last, count]; no values give no ranges."""
+    """Count whole numbers from 0 in at most ``_RANGES`` ranges of equal width: 1, 2 or 5 times a
+    power of ten. Each range is [first, last, count]. No values give no ranges."""
     if not values:
         return []
     low, high = min(values), max(values)

@@ -1,10 +1,10 @@
 """Turns shards into batches with worker processes. The order and the augmentations are the same for
 any number of workers.
 
-A worker decodes at most ``CHUNK`` pairs at a time, straight into memory that it shares with the
-main process, which joins them to micro-batches. Images leave it as uint8; normalizing them is the
-model's business. A pair that cannot be used is skipped: its batch is smaller by one and lists it
-with the reason (see ``skipped``), and all other pairs stay where they are in the order.
+A worker decodes at most ``CHUNK`` pairs at a time, into memory that it shares with the main
+process, which joins them to micro-batches. Images are uint8; the model normalizes them. A pair that
+cannot be used is skipped: its batch is smaller by one and lists the pair with the reason (see
+``skipped``), and the order of all other pairs does not change.
 """
 
 import atexit
@@ -45,12 +45,12 @@ from clipft.data.workers import (
 )
 
 if TYPE_CHECKING:
-    from clipft.data.shards.stream import PairStream  # webdataset takes its time to import
+    from clipft.data.shards.stream import PairStream  # webdataset is slow to import
 
 CHUNK = 64
 """The most pairs that a worker decodes at a time."""
 AHEAD_BYTES = 1 << 30
-"""The most decoded images that workers hold ready, beyond two chunks each."""
+"""The most bytes of decoded images that workers hold ready, beyond two chunks each."""
 
 
 Pairs: TypeAlias = "PairDataset | PairStream"
@@ -61,7 +61,7 @@ Pairs: TypeAlias = "PairDataset | PairStream"
 class Batch:
     """``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` int64 [B, T] and pair numbers [B].
 
-    ``shifts``, int64 [B, 3], is what ``augment`` has yet to do to the pixels; None if nothing is.
+    ``augment`` still has to apply ``shifts``, int64 [B, 3], to the pixels, unless it is None.
     """
 
     pixel_values: Tensor
@@ -74,7 +74,7 @@ class Batch:
         return len(self.numbers)
 
     def part(self, rows: slice) -> "Batch":
-        """These rows as a batch of their own, without what was skipped."""
+        """Return these rows as a batch, without the list of skipped pairs."""
         shifts = None if self.shifts is None else self.shifts[rows]
         pixels, ids = self.pixel_values[rows], self.input_ids[rows]
         return Batch(pixels, ids, self.numbers[rows], (), shifts)
@@ -88,9 +88,9 @@ EMPTY_BATCH = Batch(torch.empty(0), torch.empty(0, 1, dtype=torch.int64), ())
 class StepBatch:
     """The pairs of optimizer step ``step`` of ``epoch``, both counted from 0.
 
-    ``micro_batches`` are those of this process; ``pairs`` and ``skipped`` may be added up over
-    several processes. ``general`` are this process's micro-batches of the general set, if the run
-    has one.
+    ``micro_batches`` holds those of this process; ``pairs`` and ``skipped`` may be sums over
+    several processes. ``general`` holds this process's micro-batches of the general set, if the
+    run has one.
     """
 
     epoch: int
@@ -108,11 +108,11 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are made, and which.
+    """Options of the loader: how batches are made, and this process's share of them.
 
     With 0 ``workers``, the main process decodes. A worker that gives no batch for ``timeout``
-    seconds is considered hung; 0 means never. ``leave_shift`` leaves as much of the augmentation
-    to the device as it can do (see ``augment``).
+    seconds is considered hung; 0 means never. ``leave_shift`` leaves the part of the augmentation
+    that the device can do to the device (see ``augment``).
     """
 
     workers: int = 0
@@ -132,7 +132,7 @@ class LoaderOptions:
         """Take the options from the settings; the processes of one machine share its processors."""
         workers = settings.workers(local_world_size)
         on_cuda, where = device.type == "cuda", settings.augment_on
-        # No GPU has measured this yet; of resizing and augmenting, the shift takes 4 to 9%
+        # Not measured on a GPU yet. The shift takes 4 to 9% of the time to resize and augment
         leave_shift = where == "device" or (where == "auto" and on_cuda)
         return cls(workers, on_cuda, share, settings.worker_timeout, leave_shift)
 
@@ -145,8 +145,8 @@ def training_batches(
     epochs: int,
     options: LoaderOptions,
 ) -> Iterator[StepBatch]:
-    """Yield the steps from ``start`` to the end of the last epoch, each with the micro-batches that
-    are in ``options.share``.
+    """Yield the steps from ``start`` to the end of the last epoch, each with the micro-batches in
+    ``options.share``.
 
     Raises:
         DataError: A shard was changed, or a worker died or hung.
@@ -173,9 +173,9 @@ def training_batches(
 def one_ahead(
     batches: Iterator[StepBatch], start: Callable[[StepBatch], None]
 ) -> Iterator[StepBatch]:
-    """Yield each batch when the next one is there and ``start`` was called with it.
+    """Yield each batch after the next one was read and ``start`` was called with it.
 
-    An error of reading the next one is raised after the present one was used.
+    If reading the next batch fails, the error is raised after the current batch was used.
     """
     following: StepBatch | None
     following, failed = next(batches, None), None
@@ -192,10 +192,10 @@ def one_ahead(
 
 
 def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
-    """Choose how many chunks each worker has ready.
+    """Choose how many chunks each worker reads ahead.
 
-    Together they hold a whole step, so that the next one is there when this one is done, and one
-    chunk more; or less, where that would take more than ``AHEAD_BYTES``.
+    Together the workers hold a whole step, so that the next step is ready when this one is done,
+    and one more chunk. They hold less if that would take more than ``AHEAD_BYTES``.
     """
     chunk, workers = min(CHUNK, plan.micro), max(1, options.workers)
     step = -(-plan.effective // (chunk * options.share.world_size))
@@ -204,22 +204,22 @@ def prefetch_factor(plan: EpochPlan, image_size: int, options: LoaderOptions) ->
 
 
 def shared_bytes(plan: EpochPlan, image_size: int, options: LoaderOptions) -> int:
-    """Return how many bytes the workers of a run share with the main process."""
+    """Return the size in bytes of the memory that workers share with the main process."""
     slots = _slots(options.workers, prefetch_factor(plan, image_size, options))
     return slots * min(CHUNK, plan.micro) * 3 * image_size**2
 
 
 def _slots(workers: int, ahead: int) -> int:
-    """The chunks that exist at a time: those in work or ready, and the one that is being joined."""
+    """Return how many chunks exist at a time: those in work or ready, and one to join."""
     return workers * ahead + 1
 
 
 def evaluation_batches(
     dataset: PairSource, preprocessing: Preprocessing, batch_size: int, options: LoaderOptions
 ) -> Iterator[Batch]:
-    """Yield the batches in ``options.share`` of all pairs in their own order.
+    """Yield the batches in ``options.share`` of all pairs, in the order of the data set.
 
-    Empty batches are added, so that each process has as many as the others.
+    Empty batches are added so that all processes have the same number.
 
     Raises:
         DataError: A shard was changed, or a worker died or hung.
@@ -242,8 +242,8 @@ def chosen_batches(
     batch_size: int,
     options: LoaderOptions,
 ) -> Iterator[Batch]:
-    """Yield the batches of these pairs. Each number is asked for only when a worker is free to read
-    the pair, so they can be found meanwhile.
+    """Yield the batches of the pairs with these numbers. ``numbers`` may be computed lazily: each
+    is requested only when a worker is free to read the pair.
 
     Raises:
         DataError: A shard was changed, or a worker died or hung.
@@ -264,7 +264,7 @@ def _batches(
     options: LoaderOptions,
 ) -> Iterator[Batch]:
     """Yield the micro-batches, which have at most ``most`` pairs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     workers = options.workers
     if not preprocessing.read_images:
         workers = 0  # looking captions up takes less time than sending them
@@ -283,8 +283,8 @@ def _batches(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         timeout=options.timeout if workers else 0,
-        # Otherwise iter() draws a seed from the global generator, and what the model draws from it
-        # would depend on how often a loader was made
+        # Otherwise iter() draws a seed from the global generator, and the model's random numbers
+        # would depend on how many loaders were made
         generator=torch.Generator(),
     )
     reader = started(iter(chunks))
@@ -306,8 +306,8 @@ def _batches(
 def _tasks(micro_batches: Iterable[Places], free: deque[int]) -> Iterator[DecodingTask]:
     """Cut micro-batches into tasks, each with the next of the ``free`` slots.
 
-    A DataLoader asks for a task before it hands a chunk out, so besides those that are ready or in
-    work there is one slot more.
+    A DataLoader requests the next task before it returns a chunk, so there is one more slot than
+    chunks that are ready or being decoded.
     """
     for places in micro_batches:
         for first in range(0, len(places), CHUNK):
@@ -320,7 +320,7 @@ def _unchanged(chunk: Any) -> Any:
 
 
 class _Join:
-    """Joins chunks to micro-batches, in memory that is used again once nothing refers to it."""
+    """Joins chunks to micro-batches, in memory that is reused once nothing refers to it."""
 
     def __init__(
         self, slots: Tensor, free: deque[int], most: int, pad_token_id: int, pin_memory: bool
@@ -332,7 +332,7 @@ class _Join:
         self.pixels: Tensor | None = None
 
     def add(self, chunk: DecodedChunk) -> None:
-        """Copy the pixels of a chunk; then its slot is free again."""
+        """Copy the pixels of a chunk and free its slot."""
         if self.pixels is None:
             self.pixels = self._memory()
         first, count = sum(len(c.numbers) for c in self.chunks), len(chunk.numbers)
@@ -341,7 +341,7 @@ class _Join:
         self.chunks.append(chunk)
 
     def batch(self) -> Batch:
-        """Return the micro-batch of the chunks added since the last one, and forget it."""
+        """Return the chunks added since the last call as a micro-batch."""
         chunks, memory = self.chunks, self.pixels
         self.chunks, self.pixels = [], None
         numbers = tuple(number for chunk in chunks for number in chunk.numbers)
@@ -358,7 +358,7 @@ class _Join:
     def _memory(self) -> Tensor:
         if self.pin_memory:  # torch keeps pinned memory, and waits for the copies to the device
             return torch.empty(self.shape, dtype=torch.uint8, pin_memory=True)
-        # Memory that is new to a process takes longer than the copy
+        # Allocating new memory takes longer than the copy
         memory = self.unused.pop() if self.unused else np.empty(self.shape, np.uint8)
         lent = memory.view()  # a tensor, and all that is cut from it, keep this object alive
         weakref.finalize(lent, self.unused.append, memory).atexit = False

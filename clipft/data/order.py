@@ -1,7 +1,7 @@
-"""The order of the pairs: a function of (seed, epoch) and the number of pairs alone, and of the
-products and look-alikes of the pairs where a run uses them.
+"""The order of the pairs. It depends only on the seed, the epoch and the number of pairs, and on
+their products and look-alikes if a run uses them.
 
-Workers, processes and micro-batches take their share of this order; they never shape it.
+The number of workers and processes and the size of micro-batches do not change the order.
 """
 
 from collections import deque
@@ -19,13 +19,13 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def derived_seed(*parts: int) -> int:
-    """Mix ``parts`` to a 63-bit seed that depends on nothing else."""
+    """Mix ``parts`` to a 63-bit seed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: so many epochs are done, and then so many optimizer steps."""
+    """The progress of a run: complete epochs, and optimizer steps in the epoch after them."""
 
     epoch: int = 0
     step: int = 0
@@ -33,8 +33,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of the process ``rank`` among ``world_size``: neighbors in a row, such that the
-    shares of all processes one after another are the whole row."""
+    """The share of the process ``rank`` among ``world_size`` processes: consecutive items, so that
+    the shares of all processes in the order of their ranks are the whole sequence."""
 
     rank: int = 0
     world_size: int = 1
@@ -49,13 +49,12 @@ SOLE_PROCESS = Share()
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How the pairs of an epoch fall into optimizer steps and micro-batches.
+    """How the pairs of an epoch are divided into optimizer steps and micro-batches.
 
-    Fewer pairs than ``smallest`` are no step of their own; 0 stands for a quarter of ``effective``.
-    With ``products``, int64 [pairs], a step that holds a photo of a product holds another one of
-    it, wherever the product has several and the size of the step allows it. With ``look_alikes``,
-    int64 [pairs, any], as ``with_look_alikes`` takes them, a step is made of pairs with up to
-    ``hard_negatives`` look-alikes each.
+    A step has at least ``smallest`` pairs; 0 means a quarter of ``effective``. With ``products``,
+    int64 [pairs], a step that has a photo of a product also has another photo of it, if there is
+    one and the size of the step allows it. With ``look_alikes``, int64 [pairs, any], in the format
+    of ``with_look_alikes``, a step has pairs with up to about ``hard_negatives`` look-alikes each.
     """
 
     pairs: int
@@ -69,16 +68,16 @@ class EpochPlan:
 
     @property
     def smallest_step(self) -> int:
-        """The fewest pairs that are a step of their own, unless the whole epoch has fewer."""
+        """The fewest pairs in a step, unless the whole epoch has fewer."""
         return self.smallest or max(2, -(-self.effective // 4))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """First and last-plus-one place of each step in the order of the epoch.
 
-        The last step takes what is left. If that is less than ``smallest_step``, it joins the step
-        before: a step of few pairs has few negatives, so its gradient is mostly noise, and yet the
-        learning rate would be that of a whole step.
+        The last step has the remaining pairs. If they are fewer than ``smallest_step``, they join
+        the step before: a step of few pairs has few negatives, so its gradient is mostly noise, but
+        its learning rate would be that of a whole step.
         """
         starts = list(range(0, self.pairs, self.effective))
         if len(starts) > 1 and self.pairs - starts[-1] < self.smallest_step:
@@ -135,13 +134,13 @@ class EpochPlan:
 
 
 Blocks = list[list[int]]
-"""Numbers of pairs that shall fall into one step."""
+"""Groups of pairs, by number, that should be in the same step."""
 
 
 def photos_in_twos(permuted: Integers, products: Integers) -> Blocks:
-    """Join the photos of each product in twos, in the order that they have in ``permuted``.
+    """Group the photos of each product in twos, in their order in ``permuted``.
 
-    Of an odd number, the last three are joined. A single photo is a block of its own.
+    If their number is odd, the last three form one block. A single photo is a block of its own.
 
     Args:
         permuted: int64 [pairs], the numbers of the pairs in random order.
@@ -156,12 +155,14 @@ def photos_in_twos(permuted: Integers, products: Integers) -> Blocks:
 
 
 def with_look_alikes(blocks: Blocks, look_alikes: Integers, most: int) -> Blocks:
-    """Join each block with those of the ``most`` first look-alikes that no other block has yet.
+    """Join each block with the blocks of its first pair's look-alikes, the nearest first.
+
+    Blocks that are joined already are passed over.
 
     Args:
-        blocks: each pair in one of them.
+        blocks: blocks that contain each pair once.
         look_alikes: int64 [pairs, any], the look-alikes of a pair, the nearest first; -1 for none.
-        most: the largest number of look-alikes that are added to a block.
+        most: no further block is added once this many pairs were added.
     """
     block_of = {number: place for place, block in enumerate(blocks) for number in block}
     joined, used = list[list[int]](), bytearray(len(blocks))
@@ -184,11 +185,11 @@ def with_look_alikes(blocks: Blocks, look_alikes: Integers, most: int) -> Blocks
 def laid_out(blocks: Blocks, bounds: Iterable[tuple[int, int]]) -> list[int]:
     """Fill the steps with blocks, in their order.
 
-    A block that does not fit into what is left of a step waits for the next one. It is cut only
-    where no other block fits either.
+    A block that does not fit into the rest of a step waits for the next step. It is split only if
+    no other block fits either.
 
     Args:
-        blocks: together as many pairs as all steps.
+        blocks: blocks that together have as many pairs as all steps.
         bounds: first and last-plus-one place of each step.
     """
     waiting: dict[int, deque[tuple[int, list[int]]]] = {}

@@ -20,11 +20,11 @@ _END = 64
 
 
 def shared_images(val: PairDataset, train: PairDataset, most_read: int = MOST_READ) -> int | None:
-    """Count the images of ``val`` that ``train`` has as well, byte for byte.
+    """Count the images of ``val`` that are also in ``train``, byte for byte.
 
-    The index knows the sizes in bytes, so only the ends of images whose size occurs on both sides
-    are read, and in full only images whose end does too. None if the former are more than
-    ``most_read``.
+    Sizes in bytes are in the index. Only images whose size occurs in both sets are compared by
+    their last bytes, and only images with the same last bytes are read in full. Returns None if
+    more than ``most_read`` images have a size in common.
     """
     val_sizes, train_sizes = val.image_sizes, train.image_sizes
     in_val = np.flatnonzero(np.isin(val_sizes, train_sizes))
@@ -39,16 +39,16 @@ def shared_images(val: PairDataset, train: PairDataset, most_read: int = MOST_RE
 
 
 def shared_captions(val: CaptionTable, train: CaptionTable) -> int:
-    """Count the pairs of ``val`` of which a caption is also one in ``train``."""
+    """Count the pairs of ``val`` that have a caption which is also in ``train``."""
     known = {caption for captions in train.by_pair() for caption in captions}
     return sum(any(caption in known for caption in captions) for captions in val.by_pair())
 
 
 def same_images(pairs: PairDataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Number the images, int64 [pairs]: equal for images that are equal byte for byte."""
+    """Return int64 [pairs], with equal numbers for images that are equal byte for byte."""
     _, which, counts = np.unique(pairs.image_sizes, return_inverse=True, return_counts=True)
     numbers = np.arange(len(pairs))
-    # An image whose size no other has needs no reading
+    # Images with a unique size need not be read
     ends = _image_ends(pairs, np.flatnonzero(counts[which] > 1))
     repeated = Counter(ends.values())
     doubtful = [number for number, end in ends.items() if repeated[end] > 1]

@@ -1,12 +1,12 @@
 """Augmentations: an upright RGB image and a seed -> uint8 pixels [3, size, size], or a strip of
 patches for models whose images keep their shape.
 
-Resizing is bicubic and antialiased by torch's 8-bit kernel: within one step of Pillow's and of
-``CLIPImageProcessor``, in about a quarter of Pillow's time. ``simple`` does not change the hue: in
-a catalogue, the color is part of the caption.
+Images are resized by torch's bicubic, antialiased 8-bit kernel. Its pixels differ by at most 1 from
+those of Pillow and ``CLIPImageProcessor``, and it takes about a quarter of Pillow's time.
+``simple`` does not change the hue: in a catalogue, the color is part of the caption.
 
-A worker can leave the second half of ``simple`` to the device: it cuts the square out and hands
-on a ``Shift``, with which ``augment`` makes the same pixels for a whole batch.
+A worker can leave the second half of ``simple`` to the device. It then cuts out the square and
+returns a ``Shift``, which ``augment`` applies to a whole batch with the same result.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from clipft.core.patches import Patches
 from clipft.data.images.decode import resized_size
 
 Shift: TypeAlias = tuple[int, int, int]
-"""Pixels by which the content moves up and to the left, and 1 if it is then mirrored, else 0."""
+"""Pixels by which the content moves up and to the left, and 1 if it is mirrored afterwards."""
 
 _PADDING = 1 / 14
 """Of the side: 16 pixels at 224."""
@@ -36,12 +36,12 @@ _CLIP_GRAY = (122, 117, 104)
 class Transform:
     """What a value of ``--augmentation`` does to an image.
 
-    The whole image is squashed to the square if ``squashed``, as SigLIP expects it. Otherwise the
-    shorter side is resized to ``size``, and the crop decides what is seen of the longer one. With
-    ``leave_shift``, the shift of ``simple`` is left to ``augment``.
+    With ``squashed``, the whole image is squashed to a square, as SigLIP expects it. Otherwise the
+    shorter side is resized to ``size``, and the longer side is cropped. With ``leave_shift``, the
+    shift of ``simple`` is left to ``augment``.
 
     With ``patches``, the image keeps its shape, up to the size of a patch, and becomes a strip as
-    ``Patches`` describes it. There is nothing to crop then, and no shift is left to the device.
+    ``Patches`` describes it. Nothing is cropped then, and no shift is left to the device.
     """
 
     augmentation: str
@@ -51,14 +51,14 @@ class Transform:
     patches: Patches | None = None
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """Return the pixels; the same seed gives the same crop, whatever was drawn before."""
+        """Return the pixels. The same seed always gives the same crop."""
         shape = self.patches.shape if self.patches else (3, self.size, self.size)
         out = torch.empty(shape, dtype=torch.uint8)
         self.write(image, seed, out)
         return out
 
     def write(self, image: Image.Image, seed: int, out: Tensor) -> Shift | None:
-        """Write the pixels to ``out``; return the shift that is left to do, if any."""
+        """Write the pixels to ``out``; return the shift that is left to ``augment``, if any."""
         if self.patches:
             self._write_patches(image, seed, out, self.patches)
             return None
@@ -122,8 +122,8 @@ Pixels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 def _cut(pixels: Pixels, size: tuple[int, int], seed: int) -> tuple[Pixels, Shift]:
     """Draw a crop from the image padded with its edges, mirrored half of the time.
 
-    Returned are the pixels [3, *size] nearest to the crop that are all in the image, and the shift
-    from there.
+    Returns the pixels [3, *size] inside the image that are nearest to the crop, and the shift from
+    there to the crop.
     """
     draw, (height, width) = np.random.default_rng(seed), size
     starts, firsts = [], []
@@ -153,7 +153,7 @@ def _shifted(pixels: Pixels, shift: Shift, out: Pixels) -> None:
 def augment(pixels: Tensor, shifts: Tensor | None) -> Tensor:
     """Shift and mirror uint8 [B, 3, S, S] by ``shifts``, int64 [B, 3], each row a ``Shift``.
 
-    Edges are repeated beyond the image. Without ``shifts`` nothing is left to do.
+    Edges are repeated beyond the image. If ``shifts`` is None, the pixels are returned as they are.
     """
     if shifts is None:
         return pixels

@@ -1,8 +1,8 @@
 """Decodes the bytes of an image file to an upright RGB image.
 
-An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why. What
-a file holds besides its pixels (EXIF and text, color profiles, further frames, bytes after the end)
-is no reason to refuse it; only the orientation and transparency are used.
+An image that cannot be decoded correctly is refused, and the message of ``BadImage`` says why.
+Damage outside the pixels (in EXIF and text, color profiles, further frames, bytes after the end) is
+no reason to refuse an image. Of these data, only the orientation and transparency are used.
 """
 
 import ctypes
@@ -58,15 +58,15 @@ _TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of what it makes of odd files, and logs it. Both would be printed into the progress
-# display. A filter, because catch_warnings is not safe in threads
+# Pillow issues warnings and log messages about odd files, which would be printed into the progress
+# display. This is a filter because catch_warnings is not thread-safe
 warnings.filterwarnings("ignore", module="PIL|pillow_heif|pillow_jxl")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class OpenedImage:
-    """An image whose header was read: ``format`` (Pillow's name), ``size`` and whether its pixels
-    have more than 8 bits are known, its pixels are not."""
+    """An image whose header was read but not its pixels: ``format`` (Pillow's name), ``size`` and
+    whether the pixels have more than 8 bits are known."""
 
     def __init__(self, data: bytes, exif: bytes = b"") -> None:
         self._data = data
@@ -94,8 +94,8 @@ class OpenedImage:
             raise
 
     def verify(self) -> None:
-        """Check the image without decoding it, if its format has checksums. It can no longer be
-        decoded afterwards.
+        """Check the image without decoding it, if its format has checksums. Afterwards the image
+        can no longer be decoded.
 
         Raises:
             BadImage: It is broken.
@@ -103,16 +103,16 @@ class OpenedImage:
         try:
             with _as_bad_image():
                 self._image.verify()
-        except BadImage:  # perhaps only what is beside the pixels is broken
+        except BadImage:  # perhaps only the data besides the pixels are broken
             open_image(self._data).decode()
 
 
 def decode_image(data: bytes, at_least: int = 0) -> Image.Image:
-    """Decode to upright RGB: transparency becomes white, more bits become 8, and of several frames
-    the first is taken. Color profiles are not applied.
+    """Decode to upright RGB with 8 bits. Transparency becomes white, the first of several frames is
+    used, and color profiles are not applied.
 
-    ``at_least`` allows JPEG to be decoded at a reduced scale whose shorter side stays above twice
-    that many pixels: this is faster, and close to the full decode but not equal to it.
+    ``at_least`` allows a JPEG to be decoded at a reduced scale whose shorter side stays above twice
+    that many pixels. This is faster, and the pixels are close to the full decode but not equal.
 
     Raises:
         BadImage: It is not an image, is truncated or otherwise broken, has more than
@@ -125,7 +125,7 @@ def open_image(data: bytes) -> OpenedImage:
     """Read the header of an image.
 
     Raises:
-        BadImage: It is not an image, or decoding it would do harm.
+        BadImage: It is not an image, or it is too large to be decoded safely.
     """
     try:
         return OpenedImage(data)
@@ -136,8 +136,8 @@ def open_image(data: bytes) -> OpenedImage:
 
 
 def _without_side_information(data: bytes) -> OpenedImage | None:
-    """Open an image once more, without what may have made Pillow refuse it; None if that is not
-    possible or there is no such thing."""
+    """Open an image again without its metadata, which may be why Pillow refused it. Return None if
+    the image has none or still cannot be opened."""
     if found := split_side_information(data):
         with suppress(BadImage):
             return OpenedImage(*found)
@@ -155,7 +155,7 @@ def _as_bad_image() -> Iterator[None]:
         raise BadImage(f"more than {MAX_PIXELS:,} pixels are too many") from error
     except Exception as error:  # Pillow's plug-ins raise errors of any type
         reason = first_line(error) or type(error).__name__
-        if reason.startswith("decoder error"):  # a number that Pillow has no words for
+        if reason.startswith("decoder error"):  # an error code that Pillow has no text for
             reason = "damaged, or compressed in an unknown way"
         raise BadImage(reason) from error
 
@@ -184,7 +184,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _reason_of_pillow(data: bytes) -> str:
-    """Say of which rarer format an image is; many have no signature, and Pillow has to try them."""
+    """Say in which rare format an image is. Many have no signature, so Pillow has to try them."""
     try:
         return not_read(Image.open(io.BytesIO(data)).format or "such")
     except Exception:  # of any type, as above
@@ -209,12 +209,12 @@ def _prepare(kind: str) -> None:
             plugin.register_heif_opener()
     Image.preinit()
     if kind not in Image.OPEN:
-        Image.init()  # all plug-ins, which takes its time
+        Image.init()  # loads all plug-ins, which is slow
     if kind not in Image.OPEN:
         raise BadImage(f"this version of Pillow does not read {name_of(kind)} images")
     if kind == "TIFF":
-        # libtiff prints errors to stderr, which Pillow raises as well. A symbol that Pillow's own
-        # module can see is the one it calls, wherever the library was installed from.
+        # libtiff prints errors to stderr, which Pillow raises as well. The symbol is looked up
+        # through Pillow's own module, which gives the libtiff that Pillow uses.
         with suppress(OSError, AttributeError):
             libtiff = ctypes.CDLL(_imaging.__file__)
             libtiff.TIFFSetErrorHandler(None)
@@ -233,12 +233,11 @@ def _decode(image: ImageFile.ImageFile, data: bytes, at_least: int) -> Image.Ima
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """Return the orientation of loaded pixels, by EXIF or XMP; 1, which is upright, if none can be
-    read."""
-    # Pillow turns TIFF upright, and the decoder of JPEG XL does unless there is a JPEG within
+    """Return the orientation of loaded pixels from EXIF or XMP, or 1 (upright) if there is none."""
+    # Pillow turns TIFF upright. The JPEG XL decoder does too, unless the file contains a JPEG
     if image.format == "TIFF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
         return 1
-    # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where they are odd
+    # Not ImageOps.exif_transpose: it rewrites the EXIF data, and fails if they are odd
     value = exif_orientation(image.info.get("exif") or b"")
     others = _OTHER_EXIF & image.info.keys()
     if value is None and others:

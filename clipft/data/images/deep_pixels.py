@@ -1,9 +1,9 @@
-"""Reduces pixels of more than 8 bits to 8, as Pillow does not.
+"""Reduces pixels of more than 8 bits to 8 where Pillow would do it wrong.
 
-They keep their range by one rule: white is the largest value of the smallest even number of bits,
-from 8 on, that holds the brightest pixel. So an image of 12 bits in a file of 16 is as bright as
-one that uses all 16. Pixels of floating point up to 2 are taken to be in [0, 1], and others as
-whole numbers. Values far below zero are refused.
+The brightest pixel decides how many bits an image uses: the smallest even number, at least 8, that
+holds it. The largest value with that many bits becomes white. So an image with 12 bits in a 16-bit
+file is as bright as one that uses all 16. Floating-point pixels up to 2 are taken to be in [0, 1],
+and others to be whole numbers. Values far below zero are refused.
 """
 
 import io
@@ -36,8 +36,8 @@ def is_deep_gray(image: Image.Image) -> bool:
 
 
 def is_deep_color(image: ImageFile.ImageFile) -> bool:
-    """Return whether it has colors of 16 bits, of which Pillow keeps the upper 8. It must not be
-    loaded yet."""
+    """Return whether an image that is not loaded yet has 16-bit colors, whose upper 8 bits Pillow
+    keeps."""
     if len(image.tile) != 1 or is_deep_gray(image):
         return False
     # A letter for the order of the bytes; "BGR;16" means 16 bits for all three colors
@@ -65,11 +65,12 @@ def gray_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def color_to_rgb(image: Image.Image, data: bytes) -> Image.Image | None:
-    """Return a loaded image with colors of 16 bits as RGB, where they use fewer bits; None if they
-    use all, and the upper 8 that Pillow kept are right.
+    """Reduce a loaded image with 16-bit colors that use fewer than 16 bits to RGB.
+
+    Returns None if the colors use all bits, because the upper 8 that Pillow kept are right then.
 
     Raises:
-        BadImage: They use fewer, and the other half of each color cannot be read.
+        BadImage: They use fewer, and the lower half of each color cannot be read.
     """
     high = np.asarray(image)
     if high.max(initial=0) >= 1 << (14 - 8):

@@ -1,7 +1,7 @@
-"""Tells what a file is by its first bytes, whatever its name says.
+"""Recognizes the type of a file by its first bytes, whatever its name says.
 
 ``FORMATS`` lists the image formats that are read. All commands read the same ones, because they all
-decode with ``decode.py``. A file of another kind is refused with the name of what it is.
+decode with ``decode.py``. A file of another type is refused, and the message names the type.
 """
 
 import os
@@ -24,8 +24,8 @@ FORMATS = {
     "HEIF": ("heic", "heif", "hif"),
     "JXL": ("jxl",),
 }
-"""The formats that are read: Pillow's name, and the suffixes of their files. The first one is that
-of a member of a shard that ``clipft pack`` writes."""
+"""The formats that are read, by Pillow's names, and the suffixes of their files. ``clipft pack``
+uses the first suffix in shards."""
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 PLUGIN_EXTRA = "clipft[heif]"
@@ -34,7 +34,7 @@ PLUGINS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 """Formats that Pillow reads only with a plug-in, and the module of the plug-in."""
 
 HEAD_BYTES = 1024
-"""This many bytes of a file are enough to tell what it is."""
+"""This many bytes of a file are enough to recognize its type."""
 
 _IMAGES = [
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
@@ -50,13 +50,13 @@ _IMAGES = [
     ("BMP", re.compile(rb"(?s)BM.{12}")),
 ]
 _TEXT = rb"(?si)(\xef\xbb\xbf)?\s*"
-# What else is found under the names of images. The first that matches is taken.
+# Other content that files with names of images may have. The first match is used.
 _NO_IMAGES = [
     ("a web page", re.compile(_TEXT + rb"(<!--.*?-->\s*)?<(!doctype html|html|head|body)")),
     ("an XML document", re.compile(_TEXT + rb"<\?xml(?!.*<svg)")),
     ("JSON", re.compile(_TEXT + rb"[{\[]\s*[\"{\[]")),
     ("a pointer of Git LFS: run `git lfs pull`", re.compile(rb"version https://git-lfs")),
-    # As Git without symbolic links, and archives of a hub's cache, leave it
+    # Git without symbolic links leaves these, and so do archives of a Hugging Face cache
     (
         "a symbolic link saved as text: copy the files with `cp -rL`",
         re.compile(rb"(\.\./)+[^\0\n]+\Z"),
@@ -91,14 +91,14 @@ class BadImage(Exception):
 
 
 def format_of(head: bytes) -> str | None:
-    """Return the name that ``FORMATS`` has for a file with these first bytes, None for another
-    kind of file. An MPO begins as a JPEG does, and is called one here."""
+    """Return the name in ``FORMATS`` of the format of a file with these first bytes, or None. An
+    MPO begins like a JPEG and counts as one."""
     head = head[:HEAD_BYTES]
     return next((name for name, pattern in _IMAGES if pattern.match(head)), None)
 
 
 def is_unnamed_image(path: str) -> bool:
-    """Return whether a file whose name has no ending is an image, by its first bytes."""
+    """Return whether a file without a file extension is an image, judging by its first bytes."""
     name = os.path.basename(path)
     if "." in name or not os.path.isfile(path):
         return False
@@ -108,12 +108,12 @@ def is_unnamed_image(path: str) -> bool:
 
 
 def name_of(kind: str) -> str:
-    """Return the name that people know a format of ``FORMATS`` by."""
+    """Return the common name of a format in ``FORMATS``."""
     return {"HEIF": "HEIC", "JXL": "JPEG XL", "JPEG2000": "JPEG 2000"}.get(kind, kind)
 
 
 def reason_against(head: bytes) -> str | None:
-    """Say why a file that begins like this is not read, or None if nothing is known of it."""
+    """Return why a file with these first bytes is not read, or None if its type is unknown."""
     head = head[:HEAD_BYTES]
     for name, pattern in _NO_IMAGES:
         if pattern.match(head):
@@ -130,9 +130,9 @@ def not_read(name: str) -> str:
 
 
 def split_side_information(data: bytes) -> tuple[bytes, bytes] | None:
-    """Return a PNG or JPEG without all that its pixels do not need, and its EXIF data.
+    """Return a PNG or JPEG without the data that its pixels do not need, and its EXIF data.
 
-    None if it is of another format, or contains nothing that could be left out.
+    Returns None for another format, or if there is nothing to leave out.
     """
     kind = format_of(data)
     if kind == "PNG":
@@ -145,8 +145,8 @@ def split_side_information(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _split_png(data: bytes) -> tuple[bytes, bytes]:
-    """Keep the chunks that matter, up to the end or to one that is not complete. The frames of an
-    animation are left out; a viewer that knows no animations shows what remains."""
+    """Keep the chunks that the pixels need, up to the end or to an incomplete chunk. The frames of
+    an animation are left out, except for the default image."""
     kept, exif, at = [data[:8]], b"", 8
     while at + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -186,8 +186,8 @@ def _is_application_data(marker: int) -> bool:
 def exif_orientation(exif: bytes) -> int | None:
     """Return the orientation in EXIF data, from 1 to 8; None if there is none.
 
-    Everything else in them may be broken: Pillow's own reader gives up at the first tag whose value
-    is out of reach.
+    Everything else in the data may be broken. Pillow's own reader fails at the first tag whose
+    value lies outside the data.
     """
     tiff = exif.replace(b"Exif\0\0", b"")  # some cameras write it twice
     order = _BYTE_ORDERS.get(tiff[:2])
@@ -206,9 +206,9 @@ def exif_orientation(exif: bytes) -> int | None:
 
 
 def jxl_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of a JPEG XL image by its header (ISO/IEC 18181-1, SizeHeader).
+    """Return (width, height) of a JPEG XL image from its header (ISO/IEC 18181-1, SizeHeader).
 
-    The plug-in decodes an image as soon as it opens it, so this has to be known before.
+    The plug-in decodes an image when it opens it, so the size must be checked before that.
     """
     start = _JXL_CODESTREAM.search(data)
     if not start:
