@@ -95,7 +95,7 @@ def check_field(option: str, field: str, pairs: WithMetadata) -> None:
     """Check that a field named by the user exists.
 
     Raises:
-        UsageError: No pair has it; the hint names the closest field that there is.
+        UsageError: No pair has it; the hint names the closest existing field.
     """
     if not has_field(pairs, field):
         raise unknown_field(option, field, known_fields(pairs))

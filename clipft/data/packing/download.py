@@ -1,5 +1,5 @@
-"""Images that are in no file yet, because a table names their URL or holds their bytes, are saved
-in a folder. The folder outlives a pack that is killed, so no image is downloaded twice."""
+"""Saves images in a folder if a table has their URL or their bytes. The folder is kept if a pack is
+killed, so no image is downloaded twice."""
 
 import hashlib
 import os
@@ -21,26 +21,26 @@ from clipft.data.shards.tar import ByteRange
 
 _THREADS = 16
 _TRIES = 3
-# Seconds before the second try; four times as long before the third
+# Seconds to wait before the second try; before the third it is four times as long
 _WAIT = 1.0
-# Seconds without a byte, and for an image in all
+# Timeouts in seconds: without a byte, and for a whole image
 _SILENCE, _LONGEST = 20.0, 300.0
 _MAX_BYTES = 64 << 20
 _READ = 1 << 16
 _HEADERS = {"User-Agent": f"clipft/{__version__}", "Accept": "image/*,*/*;q=0.5"}
-# HTTP status codes that may be different a little later
+# HTTP status codes for which a later try may succeed
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 
 def save_image(place: Path, data: bytes) -> ByteRange:
-    """Save the bytes of an image in the file ``place``, unless that exists.
+    """Save the bytes of an image in the file ``place``, unless the file exists.
 
     Raises:
         OSError: The disk is full, or refuses to write.
     """
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own, because another thread or part may save the same image at this moment
+        # A unique name, because another thread or part may be saving the same image
         temporary = place.with_suffix(f".{uuid.uuid4().hex}")
         temporary.write_bytes(data)
         os.replace(temporary, place)
@@ -50,8 +50,7 @@ def save_image(place: Path, data: bytes) -> ByteRange:
 def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, ByteRange | str]]:
     """Download images into ``folder``, several at a time, over connections that are kept open.
 
-    Yields each URL, in the order in which they finish, with its image or with the reason why there
-    is none.
+    Yields each URL as soon as it is done, with its image or with the reason why there is none.
 
     Raises:
         OSError: The disk is full, or refuses to write.
@@ -74,7 +73,7 @@ def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, 
     for url in urls:
         waiting.put(url)
     for _ in range(min(_THREADS, len(urls))):
-        # Daemons: Ctrl-C must not wait for a server that is silent
+        # Daemons, so that Ctrl-C does not wait for a server
         threading.Thread(target=download_waiting, daemon=True).start()
     for _ in urls:
         url, result = done.get()
@@ -84,11 +83,11 @@ def download_images(folder: Path, urls: Collection[str]) -> Iterator[tuple[str, 
 
 
 class _Busy(Exception):
-    """The answer may be another one a little later; the message says what it was."""
+    """The download failed, but a later try may succeed. The message gives the reason."""
 
 
 class _Refused(Exception):
-    """There will be no image; the message says why."""
+    """The download failed, and another try would fail too. The message gives the reason."""
 
 
 def _download(web: "_Web", folder: Path, url: str) -> ByteRange | str:
@@ -107,13 +106,13 @@ def _download(web: "_Web", folder: Path, url: str) -> ByteRange | str:
         except _Busy as error:
             reason = str(error)
         else:
-            # Not within the try above: a full disk ends the pack, it does not skip a pair
+            # Outside the try above, because a full disk must end the pack and not skip a pair
             return save_image(place, data)
     return reason
 
 
 class _Web:
-    """Gets images by http and https, through the proxies that the environment names."""
+    """Gets images by http and https, through the proxies set in the environment."""
 
     @cached_property
     def _direct(self) -> urllib3.PoolManager:
@@ -143,7 +142,7 @@ class _Web:
             _Refused, _Busy: The request fails, the answer is cut off, too large, or takes too long.
         """
         try:
-            # Catalogues write URLs with spaces and letters that HTTP does not carry
+            # URLs in catalogues may have spaces and letters that HTTP does not allow
             parts = urlsplit(quote(url.strip(), safe="%/:=&?~#+!$,;'@()*[]"))
         except ValueError as error:
             raise _Refused("not a URL") from error
@@ -182,17 +181,17 @@ class _Web:
                 if time.monotonic() > until:
                     raise TimeoutError
         except BaseException:
-            answer.close()  # what is left of the body would come before the next answer
+            answer.close()  # or the rest of the body would come before the next response
             raise
         answer.release_conn()
         return bytes(data)
 
 
 def _reason(error: Exception) -> str:
-    """Describe an error without what differs from image to image, because reasons are counted."""
+    """Describe an error without details of the image, so that equal reasons can be counted."""
     if isinstance(error, http_errors.TimeoutError | TimeoutError):
         return "the server did not answer in time"
-    if isinstance(error, http_errors.ProtocolError):  # of which IncompleteRead is one
+    if isinstance(error, http_errors.ProtocolError):  # also IncompleteRead
         return "download failed: the connection was closed early"
     cause = error.__cause__ or error.__context__
     strerror = getattr(error, "strerror", None) or getattr(cause, "strerror", None)

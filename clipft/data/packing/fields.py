@@ -1,4 +1,4 @@
-"""Checks that the fields of the metadata which options name exist, before anything is written."""
+"""Checks that the metadata has the fields that options name, before anything is written."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +12,10 @@ from clipft.data.packing.options import PackOptions
 def check_fields(options: PackOptions, metadata: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
     """Check the fields of --group-field, --label-field and --caption.
 
-    ``metadata`` starts with the first pair again each time it is called.
+    Each call of ``metadata`` returns a new iterator over all pairs.
 
     Raises:
-        UsageError: No pair has one of them; the hint names the closest field that there is.
+        UsageError: No pair has one of the fields; the hint names the closest existing field.
     """
     chosen = {"--group-field": options.group_field, "--label-field": options.label_field}
     named = [(option, field) for option, field in chosen.items() if field]
@@ -36,5 +36,5 @@ def check_fields(options: PackOptions, metadata: Callable[[], Iterator[Mapping[s
 def value_of(metadata: Mapping[str, Any], field: str) -> str:
     """Return the group or label that a pair has in a field, "" if it has none."""
     value = field_value(metadata, field) if field else None
-    # Composed, so that a name is one name however its accents are encoded
+    # NFC, so that composed and decomposed accents give the same name
     return "" if value is None else unicodedata.normalize("NFC", clean_text(str(value)))

@@ -1,11 +1,11 @@
-"""Recognizes how data sets are laid out: the names of their splits, and the tables that name the
+"""Recognizes the usual layouts of data sets: the names of splits, and the tables that hold the
 captions of the images beside them.
 
 ====================== ===========================================================================
 Split                  a folder (``train/``, ``validation/``, ``val2017/``), or the beginning of a
                        file's name (``test-00000-of-00001.parquet``)
 Hugging Face           ``metadata.csv``, ``.jsonl`` or ``.parquet`` beside the images; Parquet files
-                       that hold the images; what ``save_to_disk`` of datasets leaves
+                       that hold the images; folders that ``save_to_disk`` of datasets wrote
 COCO                   ``captions_val2017.json``, and Karpathy's ``dataset_coco.json``
 Flickr8k, Flickr30k    ``results.csv``, ``captions.txt``, ``results_20130124.token``
 ====================== ===========================================================================
@@ -40,7 +40,7 @@ _FLICKR = re.compile(r"captions\.txt|.*\.token(\.txt)?", re.IGNORECASE)
 
 
 def is_layout(name: str) -> bool:
-    """Return whether a file of this name usually has the captions of the images near it."""
+    """Return whether a file with this name usually has the captions of the images beside it."""
     return any(pattern.fullmatch(name) for pattern in (_TABLE, _COCO, _FLICKR))
 
 
@@ -60,8 +60,10 @@ class Photos:
         return found
 
     def find(self, table: Path, name: str, split: str) -> str | None:
-        """Return the path of the image that a table calls ``name``: relative to the table, or
-        anywhere in the source if only one image fits. None if it is not in the source."""
+        """Return the path of the image that a table calls ``name``, or None.
+
+        ``name`` is relative to the table, or anywhere in the source if only one image fits.
+        """
         direct = str(table.parent / name)
         fitting = self._by_name.get(PurePath(name).name, [])
         if direct in fitting:
@@ -73,8 +75,8 @@ class Photos:
         return None
 
     def split_of(self, path: str) -> str:
-        """Return the split of an image by the folders that it is in, or ""."""
-        folder = path.rpartition("/")[0]  # which many images share
+        """Return the split that the folders of an image name, or ""."""
+        folder = path.rpartition("/")[0]  # cached, because many images share a folder
         if folder not in self._splits:
             place = PurePath(path)
             within = place.is_relative_to(self.root)
@@ -83,10 +85,10 @@ class Photos:
 
 
 def list_layout(table: Path, options: PackOptions, images: Path, photos: Photos) -> Listing:
-    """List the pairs of a file for which ``is_layout`` holds.
+    """List the pairs of a file for which ``is_layout`` is true.
 
     Raises:
-        DataError: The file cannot be read, or is not what its name says.
+        DataError: The file cannot be read, or its content does not match its name.
         UsageError: It lacks a column.
         OSError: The disk is full, or refuses to write.
     """
@@ -209,6 +211,6 @@ def _parse_lines(lines: Iterable[str], tabs: bool) -> Iterator[tuple[str, str]]:
         if tabs:
             name = name.partition("#")[0]
         elif len(caption) > 1 and caption[0] == caption[-1] == '"':
-            # Quotes end with the line: one without its partner must not swallow the next lines
+            # Quotes end with the line, so that an unmatched quote does not swallow the next lines
             caption = caption[1:-1].replace('""', '"')
         yield name, caption

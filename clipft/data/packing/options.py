@@ -1,4 +1,4 @@
-"""The options of packing, in a module without heavy imports because ``--help`` shows them."""
+"""The options of ``clipft pack``. This module has no heavy imports because ``--help`` needs it."""
 
 from typing import Literal
 
@@ -8,9 +8,9 @@ from clipft.config.fields import Section, Share, setting
 from clipft.core.errors import did_you_mean
 from clipft.core.part import ALL
 
-# Default distance of perceptual hashes up to which images are near-duplicates, in bits
+# The default of --near: images whose hashes differ in at most this many bits are near-duplicates
 NEAR_BITS = 4
-# Those that tables usually have, for suggestions; every other one of Python works too
+# Common encodings of tables, for suggestions; all other encodings of Python work too
 _ENCODINGS = ("utf-8", "utf-16", "cp1252", "cp1250", "cp1251", "latin-1", "gb18030", "shift_jis")
 
 

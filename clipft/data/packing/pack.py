@@ -1,9 +1,9 @@
 """Packs pairs into WebDataset shards, split for training and validation.
 
-The steps: list the source, download what it names by URL, scan every image and caption, split the
-pairs, plan the shards, write them to a hidden folder, and move that into place. The same input
-gives the same bytes, whatever the number of processes. A shard gets its final name only when it is
-complete, and a pack that was interrupted keeps its complete shards when it is run again.
+The steps are: list the source, download images that are given by URL, scan every image and caption,
+split the pairs, plan the shards, write them to a hidden folder, and move them into place. The same
+input gives the same bytes for any number of processes. A shard gets its final name only when it is
+complete, and if an interrupted pack is run again, it keeps its complete shards.
 """
 
 from collections import Counter
@@ -39,19 +39,19 @@ from clipft.data.shards.dataset import parse_metadata
 from clipft.data.shards.names import SPLITS
 from clipft.data.shards.tar import ByteRange
 
-# Share of the pairs in one group, above which a shared caption is not enough to stay together
+# If shared captions would put more than this share of the pairs into one group, they do not count
 _MOST_CHAINED = 0.5
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """What was packed; with --part, the counts of that part's own shards.
+    """The result of ``pack``. With --part, the counts are those of the part's own shards.
 
     ``captions`` counts those of all pairs, ``skipped`` pairs by reason, and ``not_read`` holds the
-    files of other kinds. The ``shared_...`` fields count validation pairs whose image,
+    files of other types. The ``shared_...`` fields count validation pairs whose image,
     near-duplicate image or caption is also in the training pairs, and ``test_shared_...`` test
-    pairs. If clipft made the split, only captions can be shared, by pairs with several. ``notes``
-    say how the source was read.
+    pairs. If clipft made the split, no images are shared, and shared captions are counted only if
+    pairs have several. ``notes`` say how the source was read.
     """
 
     out: Path
@@ -78,8 +78,7 @@ class PackResult:
 
 @dataclass
 class _Progress:
-    """Counts steps: each image is one when it is downloaded, when it is read and when it is
-    written."""
+    """Counts steps. Downloading, reading and writing an image are one step each."""
 
     report: Callable[[int, int], None]
     done: int = 0
@@ -173,10 +172,10 @@ def _metadata_of(listing: Listing) -> Iterator[dict[str, Any]]:
 
 
 def _notes(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[str]:
-    """Say how many pairs have no value in the field of the groups, and in that of the labels.
+    """Say how many pairs have no value in the group field and in the label field.
 
     Raises:
-        UsageError: No pair has one.
+        UsageError: No pair has a value.
     """
     groups, labels = ([pair.group for pair in pairs], [pair.label for pair in pairs])
     for option, field, values, kind, what in (
@@ -194,7 +193,7 @@ def _notes(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[str]:
 
 
 def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> DataError:
-    """Build the error for a source without training pairs; it says what is there instead."""
+    """Build the error for a source without training pairs. It says what the source has instead."""
     reasons = count_reasons(found.skipped)
     if splits:
         counts = " and ".join(f"{n:,} in {split}" for split, n in sorted(Counter(splits).items()))
@@ -216,9 +215,10 @@ def _nothing_to_train_on(source: Path, found: Scan, splits: Sequence[str]) -> Da
 
 
 def _download(listing: Listing, images: Path, part: Part, progress: _Progress) -> None:
-    """Replace the URL in each candidate by its image; skip the pairs whose image is not there.
+    """Replace the URL in each candidate by its image; skip the pairs whose download failed.
 
-    Each part begins elsewhere, and so finds most of what the others have downloaded meanwhile.
+    Each part starts at a different URL, so when it reaches those of the other parts, they have
+    downloaded most of them.
     """
     urls = list(dict.fromkeys(c.image for c in listing.candidates if isinstance(c.image, str)))
     progress.total += len(urls)
@@ -238,18 +238,18 @@ def _download(listing: Listing, images: Path, part: Part, progress: _Progress) -
 
 
 def _assign(found: Scan, options: PackOptions) -> list[str]:
-    """Return the split of each pair: its own, or one that is drawn.
+    """Return the split of each pair: as the source gives it, or drawn at random.
 
-    Pairs with the same image, caption or group, or with near-duplicate images, stay together. Those
-    with a label may share their captions, and each label is divided in proportion. If the source
-    has validation or test pairs, none are drawn for that split.
+    Pairs with the same image, caption or group, or with near-duplicate images, stay together. Pairs
+    with a label may share captions across splits, and each label is divided in proportion. If the
+    source has validation or test pairs, none are drawn for that split.
     """
     splits = [pair.split or "train" for pair in found.pairs]
     shares = {"val": options.val_share, "test": options.test_share}
     drawn = {split: share for split, share in shares.items() if share and split not in splits}
     rows = [row for row, split in enumerate(splits) if split == "train"]
     total, same = len(rows), _related(found, rows, options) if drawn else []
-    # The validation pairs are drawn first, so that a test set changes nothing about them
+    # The validation pairs are drawn first, so that they are the same with and without a test set
     for split, share in drawn.items():
         if rows:
             among = [[values[row] for row in rows] for values in same]
@@ -262,12 +262,12 @@ def _assign(found: Scan, options: PackOptions) -> list[str]:
 
 
 def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dict[int, object]]:
-    """Return, for each way in which the pairs in ``rows`` can belong together, a value for each
-    row that is equal where they do."""
+    """Return one dict for each way in which the pairs in ``rows`` can belong together. It maps each
+    row to a value, and rows with equal values belong together."""
     pairs = [found.pairs[row] for row in rows]
     same: list[Sequence[object]] = [[pair.image_hash for pair in pairs]]
     captions = _by_captions(pairs)
-    # A label is on all sides, and so is its name, or a description, as the caption of its pairs
+    # Each split has every label, so it also has the label's name or description as a caption
     same.append([f"\0{row}" if p.label else captions[row] for row, p in enumerate(pairs)])
     # A pair without the field is a group of its own
     same.append([pair.group or f"\0{row}" for row, pair in enumerate(pairs)])
@@ -279,10 +279,10 @@ def _related(found: Scan, rows: Sequence[int], options: PackOptions) -> list[dic
 
 
 def _by_captions(pairs: Sequence[PackPair]) -> Sequence[object]:
-    """Return a value for each pair that is equal where they share a caption.
+    """Return a value for each pair. Pairs that share a caption have equal values.
 
-    Where pairs have several captions, some that fit many images ("a man") may chain most of the
-    pairs together, and nothing would be left to draw. Then only equal sets of captions count.
+    If pairs have several captions, some that fit many images ("a man") may chain most of the pairs
+    together, and no pairs would be left to draw. Then only equal sets of captions count.
     """
     leaders = group_leaders(len(pairs), links=links_of(pair.caption_keys for pair in pairs))
     several = any(len(pair.caption_keys) > 1 for pair in pairs)
@@ -296,8 +296,8 @@ def _link_hashes(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the number of each image's hash, and all pairs of numbers that are near-duplicates.
 
-    Equal hashes share one number, so a placeholder that stands for a thousand products is compared
-    only once.
+    Equal hashes share one number, so a placeholder image of a thousand products is compared only
+    once.
     """
     numbers: dict[PerceptualHash, int] = {}
     kinds = [numbers.setdefault(hashed, len(numbers)) for hashed in hashes if hashed]
@@ -305,8 +305,8 @@ def _link_hashes(
 
 
 class _Shared(NamedTuple):
-    """Numbers of pairs whose image, near-duplicate image (but not the same one) and caption are in
-    the training pairs too."""
+    """How many pairs have an image, a near-duplicate image (but not an identical one) or a caption
+    that is also in the training pairs."""
 
     images: int = 0
     near: int = 0
@@ -316,17 +316,17 @@ class _Shared(NamedTuple):
 def _shared_with_training(
     found: Scan, splits: Sequence[str], options: PackOptions
 ) -> dict[str, _Shared]:
-    """Count for each split what it has in common with the training pairs."""
+    """Count for each split the images and captions that are also in the training pairs."""
     shared = dict.fromkeys(SPLITS, _Shared())
     given = any(pair.split for pair in found.pairs)
     if given or any(len(pair.caption_keys) > 1 for pair in found.pairs):
-        near = options.near if given else -1  # near-duplicates are never divided
+        near = options.near if given else -1  # a drawn split keeps near-duplicates together
         shared |= {split: _count_shared(found, splits, split, near) for split in SPLITS[1:]}
     return shared
 
 
 def _count_shared(found: Scan, splits: Sequence[str], split: str, near: int) -> _Shared:
-    """Count the pairs of ``split`` that are in the training pairs too."""
+    """Count the pairs of ``split`` whose images or captions are also in the training pairs."""
     train, own = (
         [row for row, name in enumerate(splits) if name == wanted] for wanted in ("train", split)
     )
@@ -337,7 +337,7 @@ def _count_shared(found: Scan, splits: Sequence[str], split: str, near: int) -> 
     if near >= 0 and own:
         kinds, links = _link_hashes([found.hashes[row] for row in [*train, *own]], near)
         theirs = set(kinds[: len(train)])
-        # Equal hashes count as near too, hence also the training pairs' own numbers
+        # Equal hashes count as near too, so the training pairs' own numbers are included
         reach = theirs.union(*({a, b} for a, b in links if a in theirs or b in theirs))
         alike = sum(
             kind in reach and pair.image_hash not in images

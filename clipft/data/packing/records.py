@@ -1,4 +1,4 @@
-"""The records that packing hands from one step to the next."""
+"""The records that the steps of packing pass on."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,11 +11,10 @@ from clipft.data.shards.tar import ByteRange
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image with a caption, as the source lists it; nothing of it has been read yet.
+    """An image with a caption, as the source lists it, before either is read.
 
-    ``name`` becomes its key in a shard, ``where`` is how messages refer to it, and ``image`` is a
-    URL until the image has been downloaded. ``split`` is the split that the source puts it in, ""
-    if it says none.
+    ``name`` becomes the key in a shard, ``where`` is the name in messages, and ``image`` is a URL
+    until the image is downloaded. ``split`` is the split that the source gives, or "".
     """
 
     name: str
@@ -28,8 +27,8 @@ class Candidate:
 
 @dataclass
 class Listing:
-    """The pairs of a source, what was skipped as ``{"file", "reason"}``, the files that are
-    neither, and what the user should know of how the source was read."""
+    """The pairs of a source, the skipped files as ``{"file", "reason"}``, all other files, and
+    notes for the user about how the source was read."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -44,7 +43,7 @@ class Listing:
 class PackPair:
     """A pair whose image and caption were read and can be used.
 
-    ``suffix`` is the image's real format, whatever its file is called; ``shorter_side`` is in
+    ``suffix`` is that of the image's real format, not of its file name; ``shorter_side`` is in
     pixels. ``image_hash`` is the SHA-256 of the image's bytes and ``caption_keys`` the cleaned,
     case-folded captions: pairs that share one of these stay in the same split, as do pairs with the
     same ``group``, the value of --group-field ("" without one). With a ``label``, the value of
@@ -77,6 +76,6 @@ class Scan:
 
 
 def count_reasons(skipped: Iterable[dict[str, str]]) -> dict[str, int]:
-    """Count what was skipped by reason, without what differs from image to image, as in "truncated
-    (7 bytes not processed)"."""
+    """Count skipped files by reason, without details in parentheses such as "truncated (7 bytes not
+    processed)"."""
     return dict(Counter(entry["reason"].partition(" (")[0] for entry in skipped))

@@ -1,8 +1,9 @@
-"""Reads what was listed: each image is hashed, checked and compared, in one pass over its bytes.
+"""Reads, checks and hashes the images and captions that were listed.
 
-The parts of a pack (``--part I/N``) divide this among them. Each cuts the list into the same
-pieces, and reads a piece only if no other part has read it or is reading it; what it finds is kept
-in a folder that all of them see. The parts need not run at once: one that is alone reads all.
+The parts of a pack (``--part I/N``) share this step. All parts divide the list into the same
+pieces, and a part skips a piece that another part has read or is reading. The results are stored in
+a folder that all parts can access. The parts need not run at the same time: a part that runs alone
+reads all pieces.
 """
 
 import fcntl
@@ -35,15 +36,15 @@ from clipft.data.shards.dataset import parse_metadata
 from clipft.data.shards.tar import ByteRange
 
 _CHUNK = 32
-# For the perceptual hash, JPEGs are decoded at more than twice this length of the shorter side. At
-# 1/8 of 500 pixels the edges of a thumbnail fall between the pixels, and two thirds of the enlarged
-# copies of an image are not recognized.
+# For the perceptual hash, a JPEG is decoded with more than twice this many pixels on the shorter
+# side. At 1/8 of 500 pixels the edges of a thumbnail fall between the pixels, and two thirds of the
+# enlarged copies of an image are not recognized.
 _HASH_SIDE = 96
 _MAX_BYTES = 512 << 20
 _DEFAULT_CAPTION = "{caption}"
 # Candidates in the largest piece that a part of a pack takes at a time
 _PIECE = 2048
-# Seconds between two looks at what other parts are reading
+# Seconds between two checks whether other parts have finished
 _WAIT = 0.2
 
 Read = tuple[PackPair, PerceptualHash | None] | str
@@ -58,10 +59,10 @@ def scan(
     step: Callable[[int], None],
     shared: Path,
 ) -> Scan:
-    """Read every candidate; the pairs stay in their order.
+    """Read every candidate. The pairs keep their order.
 
-    ``step`` receives the number of candidates that were read since the last call. In the folder
-    ``shared``, the parts of a pack exchange what they have read.
+    ``step`` receives the number of candidates that were read since the last call. The parts of a
+    pack exchange their results in the folder ``shared``.
     """
     found = Scan(skipped=list(listing.skipped))
     every = listing.candidates
@@ -92,7 +93,7 @@ def _read_shared(
     step: Callable[[int], None],
     shared: Path,
 ) -> Iterator[Read]:
-    """Read the pieces that no other part reads, this part's own first; yield what all have read."""
+    """Read the pieces that no other part reads, this part's own first; yield all parts' results."""
     size = min(_PIECE, max(_CHUNK, -(-len(every) // (4 * options.part.of))))
     pieces = [every[start : start + size] for start in range(0, len(every), size)]
     state = cache(_state)
@@ -125,8 +126,8 @@ def _read_shared(
 def _claim(lock: Path) -> Iterator[bool]:
     """Hold a lock during the block, and yield whether this process got it.
 
-    The system releases it however the process ends. Two that read the same piece would only lose
-    time, so that a file system without locks is no error.
+    The system releases the lock even if the process is killed. A file system without locks is not
+    an error: two processes may then read the same piece, which only costs time.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -146,7 +147,7 @@ def _claim(lock: Path) -> Iterator[bool]:
 def _fingerprint(
     piece: Sequence[Candidate], options: PackOptions, state: Callable[[str], object]
 ) -> str:
-    """Return a name that is equal where reading a piece finds the same."""
+    """Return a hash of everything that the result of reading a piece depends on."""
     decide = {"near", "check", "encoding", "caption", "caption_lines", "group_field", "label_field"}
     digest = hashlib.sha256(f"{__version__} {options.model_dump_json(include=decide)}".encode())
     for candidate in piece:
@@ -169,7 +170,7 @@ _FOUND = ("suffix", "shorter_side", "image_hash", "caption_keys", "group", "labe
 
 
 def _to_json(read: Read) -> Any:
-    """Keep of a pair what its candidate does not say yet."""
+    """Return the fields of a pair that its candidate does not have yet."""
     if isinstance(read, str):
         return read
     pair, hashed = read
@@ -211,7 +212,7 @@ def _read(candidate: Candidate, options: PackOptions) -> Read:
         caption = _read_text(candidate.caption, "caption", options)
         if candidate.metadata is not None:
             metadata = _read_text(candidate.metadata, "metadata", options)
-        # A table's captions are on lines of their own already
+        # Captions from a table are on separate lines already
         lines = options.caption_lines if isinstance(candidate.caption, ByteRange) else "separate"
         # Without a .txt, its captions may be in the .json beside the image
         composed = options.caption or (_in_metadata(candidate) and _DEFAULT_CAPTION)
@@ -225,7 +226,7 @@ def _read(candidate: Candidate, options: PackOptions) -> Read:
             caption = join_lines(captions)
         data = candidate.image.read(_MAX_BYTES)
         image = open_image(data)
-        if options.near >= 0:  # this decode also finds whatever --check would find
+        if options.near >= 0:  # this decode also finds all errors that --check would find
             hashed = perceptual_hash(image.decode(at_least=_HASH_SIDE))
         elif options.check:
             image.decode()
@@ -267,7 +268,7 @@ def _read_text(source: ByteRange | bytes, what: str, options: PackOptions) -> by
         BadCaption: It is not text.
         OSError: It cannot be read.
     """
-    if isinstance(source, bytes):  # from a table, whose reader decoded it
+    if isinstance(source, bytes):  # the reader of the table has decoded it already
         return source
     try:
         return decode(source.read(), options.encoding or None).encode()

@@ -1,8 +1,8 @@
 """Lists the pairs of a source: a folder of raw files, a folder of shards, or a table.
 
-In a folder, ``chair.jpg`` with ``chair.txt`` (and optionally ``chair.json``) is a pair, and so it
-is within a .tar. Without such pairs, the tables that ``layouts.py`` recognizes say what belongs
-together. A folder with both raw files and shards is refused, because such shards are often an
+In a folder or a .tar, ``chair.jpg`` with ``chair.txt`` (and optionally ``chair.json``) is a pair.
+If fewer than half of a folder's images are in such pairs, tables that ``layouts.py`` recognizes are
+used instead. A folder with both raw files and shards is refused, because such shards are often an
 older copy of the same files.
 """
 
@@ -29,8 +29,8 @@ _OUTSIDE = "in none of the splits train, val and test"
 
 @dataclass
 class _Files:
-    """The files of a folder by what they are for. ``samples`` holds raw files by sample, name up
-    to the last dot, and kind, as ``pair_up`` takes them."""
+    """The files of a folder by type. ``samples`` holds raw files by sample, name up to the last
+    dot, and kind, in the format of ``pair_up``."""
 
     shards: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
@@ -45,8 +45,8 @@ class _Files:
 def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> Listing:
     """List all pairs of a folder in the order of their paths, or of a table in its own order.
 
-    ``out`` is passed over if it is inside the source. Images within a table are saved in the
-    folder ``images``.
+    ``out`` is skipped if it is inside the source. Images inside a table are saved in the folder
+    ``images``.
 
     Raises:
         DataError: The source is neither a folder nor a readable table, or a shard is incomplete.
@@ -74,7 +74,7 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
             _list_shard(path, split_of_file(path.relative_to(source)), options, listing)
     else:
         found = _list_raw(files, photos, options)
-        # A stray .txt beside an image does not stand for a data set
+        # A few .txt files beside images do not mean that the data set consists of such pairs
         if tables and 2 * len(found.candidates) < max(1, len(photos.paths)):
             found = _list_tables(tables, options, images, photos)
             unused -= set(tables)
@@ -88,7 +88,7 @@ def list_pairs(source: Path, out: Path, options: PackOptions, images: Path) -> L
 
 
 def _sort_files(source: Path, out: Path, options: PackOptions, listing: Listing) -> _Files:
-    """Walk through the folder and sort its files by what they are for."""
+    """Walk through the folder and sort its files by type."""
     files = _Files()
     for path in _regular_files(source, out, options.follow_links, listing):
         suffix = path.suffix.lower()
@@ -120,8 +120,8 @@ def _unnamed_image(path: str) -> FileName | None:
 def _regular_files(folder: Path, out: Path, follow: bool, listing: Listing) -> Iterator[Path]:
     """Yield the files below ``folder``, sorted, without hidden ones.
 
-    Unless ``follow``, a link is followed only to a file inside the folder: the same pair would
-    count twice, or the walk might never end. With it, no folder is entered twice.
+    Links to files inside the folder are followed. Other links could reach the same pair twice or
+    never end, so they are followed only with ``follow``, and then no folder is entered twice.
     """
     root, target, entered = folder.resolve(), out.resolve(), set[str]()
     for place, folders, names in os.walk(
@@ -134,7 +134,7 @@ def _regular_files(folder: Path, out: Path, follow: bool, listing: Listing) -> I
             continue
         elif follow:
             entered.add(real)
-        # os.walk goes on with what this list holds, in its order
+        # os.walk continues with the folders in this list, in this order
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for path in [Path(place) / name for name in folders]:
             if path.is_symlink() and not follow:
@@ -159,7 +159,7 @@ def _list_raw(files: _Files, photos: Photos, options: PackOptions) -> Listing:
             captioned = "caption" in parts or "metadata" in parts
             if reason or "image" not in parts or not captioned:
                 where = parts.get("image") or parts.get("caption")
-                if where or "key" in reason:  # metadata alone are the file of another tool
+                if where or "key" in reason:  # a .json alone belongs to another tool
                     listing.skip(where or key, reason or "no caption")
                 continue
             where, rest = parts["image"], parts.get("metadata")
@@ -177,7 +177,7 @@ def _list_raw(files: _Files, photos: Photos, options: PackOptions) -> Listing:
 
 
 def _list_tables(tables: list[Path], options: PackOptions, images: Path, photos: Photos) -> Listing:
-    """List the pairs of the tables, and skip the images that none of them names."""
+    """List the pairs of the tables, and skip the images that no table names."""
     listing = Listing()
     for table in tables:
         found = list_layout(table, options, images, photos)
@@ -213,8 +213,8 @@ def _list_shard(path: Path, split: str, options: PackOptions, listing: Listing) 
 
 
 def _drop_outside(listing: Listing) -> None:
-    """Skip the pairs that are in no split, if others are in a training split: nobody has said
-    that they may be trained on."""
+    """Skip the pairs that are in no split if other pairs are in a training split, because they may
+    not be meant for training."""
     splits = {candidate.split for candidate in listing.candidates}
     if not {"", "train"} <= splits:
         return

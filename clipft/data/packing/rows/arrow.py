@@ -1,7 +1,7 @@
-"""Reads tables of Parquet and of Arrow, whatever types their columns have.
+"""Reads tables of Parquet and of Arrow, with columns of any type.
 
-Arrow files are what ``save_to_disk`` of ``datasets`` leaves. Their schema says which columns hold
-images, and has the names behind the numbers of class labels.
+``save_to_disk`` of ``datasets`` writes Arrow files. Their schema has the names of class labels, and
+says which columns hold images.
 """
 
 import json
@@ -17,12 +17,12 @@ from clipft.core.errors import DataError, UsageError, first_line
 from clipft.core.files import read_json
 
 _BATCH = 1024
-# A batch of images is in memory as a whole
+# Rows in a batch with images, which is in memory as a whole
 _IMAGES = 64
 _SAVE_AGAIN = "save the table again, as Parquet or as CSV"
-# What pyarrow raises for a value that Python cannot hold, or only with pandas or tzdata:
-# OverflowError (the year 20000), ValueError (nanoseconds, bytes that are not UTF-8), KeyError (a
-# time zone), and for types that it cannot convert at all
+# Errors of pyarrow for types that it cannot convert and for values that Python cannot hold, or only
+# with pandas or tzdata: OverflowError (the year 20000), ValueError (nanoseconds, bytes that are not
+# UTF-8), KeyError (a time zone)
 _NO_VALUE = (ArithmeticError, ValueError, TypeError, LookupError, ImportError, NotImplementedError)
 
 
@@ -31,7 +31,7 @@ class ArrowTable:
 
     Attributes:
         columns: The names of its columns.
-        image_columns: Those that hold images or their paths by their type.
+        image_columns: The columns whose type says that they hold images or their paths.
         left_out: The columns that could not be read so far, with the reason.
     """
 
@@ -53,14 +53,14 @@ class ArrowTable:
         ]
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Yield an object that has every field of the metadata."""
+        """Yield one row with placeholder values that has every field of the metadata."""
         yield {field.name: _sample(field.type) for field in _open(self.path).schema_arrow}
 
     def rows(self, image: str, *captions: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yield the number of each row, from 1, with its values.
 
-        Of the columns of bytes only the images and the captions are read, because metadata cannot
-        hold bytes. Other columns that cannot be read are left out.
+        Columns of bytes are left out unless they hold the images or captions, because metadata
+        cannot hold bytes. Other columns that cannot be read are left out too.
 
         Raises:
             DataError: The file, or the column of images or captions, cannot be read.
@@ -149,8 +149,8 @@ def _open(table: Path) -> Any:
 
 
 def is_saved_part(path: Path) -> bool:
-    """Return whether an Arrow file belongs to a data set that was saved with ``save_to_disk``, or
-    is one by itself; not so the caches that ``datasets`` leaves beside them."""
+    """Return whether an Arrow file is a data set, or part of one that ``save_to_disk`` wrote, and
+    not a cache file that ``datasets`` left beside it."""
     state = read_json(path.with_name("state.json"))
     if state is None:
         return not path.name.startswith("cache-")
@@ -165,7 +165,7 @@ def saved_split(path: Path) -> str:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return what datasets has noted of the columns; empty if it has not written the table."""
+    """Return the features that ``datasets`` stored in a schema; empty if there are none."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -191,7 +191,7 @@ def _named(values: list[Any], feature: object) -> list[Any]:
     names = feature.get("names") if isinstance(feature, dict) else None
     if _type_of(feature) != "ClassLabel" or not isinstance(names, list):
         return values
-    # datasets has -1 for a label that nobody knows
+    # datasets writes -1 for an unknown label
     return [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
 
 
@@ -207,7 +207,7 @@ def _sample(kind: Any) -> Any:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Return whether values of this Arrow type are bytes, or contain some."""
+    """Return whether values of this Arrow type are bytes or contain bytes."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -225,12 +225,12 @@ def holds_bytes(kind: Any) -> bool:
 def values_of(column: Any) -> list[Any]:
     """Return the values of an Arrow array as Python objects.
 
-    Dates and times become ISO text (UTC if they have a time zone) and durations seconds, computed
-    without the limits of Python's own types (years up to 9999, microseconds) and without pandas or
-    a database of time zones, which pyarrow would need for some of them.
+    Dates and times become ISO text (in UTC if they have a time zone) and durations become seconds.
+    They are computed without Python's own types, which are limited to the year 9999 and to
+    microseconds, and without pandas or a time zone database, which pyarrow would sometimes need.
 
     Raises:
-        ArrowException, or one of many others: Python cannot hold a value.
+        ArrowException, or one of ``_NO_VALUE``: Python cannot hold a value.
     """
     import pyarrow
     from pyarrow import types
@@ -270,7 +270,7 @@ def _iso_texts(column: Any, unit: str, is_date: bool, zone: str) -> list[str | N
 
 
 def plain_value(value: Any) -> Any:
-    """Return ``value`` as strict JSON can hold it.
+    """Return ``value`` in a form that strict JSON allows.
 
     NaN and infinity become null, dates and times their ISO text, durations their seconds; bytes in
     lists and objects are dropped.

@@ -7,7 +7,7 @@ from pathlib import Path
 from clipft.core.errors import UsageError, did_you_mean
 from clipft.data.packing.options import PackOptions
 
-# Usual names of the columns, the most specific first
+# Common names of the columns, the most specific first
 IMAGE_COLUMNS = (
     "image",
     "image_path",
@@ -56,18 +56,18 @@ def names_image(text: str) -> bool:
 
 
 def shortened(text: str) -> str:
-    """Return ``text`` for a message, which never needs thousands of characters of a cell."""
+    """Return the beginning of ``text``, for a message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def image_column(columns: Sequence[str], named: str) -> str | None:
-    """Return the column of images: the one the user named, or the first with a usual name."""
+    """Return the column of images: the one that the user named, or the first with a common name."""
     return _first(columns, [named] if named else IMAGE_COLUMNS)
 
 
 def caption_columns(columns: Sequence[str], named: str) -> tuple[str, ...]:
-    """Return the columns of captions: those the user named, with commas between them; or the first
-    with a usual name; or those with a usual name and a number. Empty if one is missing."""
+    """Return the columns of captions: those that the user named, separated by commas; or the first
+    with a common name; or all with a common name and a number. Empty if one is missing."""
     if found := _first(columns, [named] if named else CAPTION_COLUMNS):
         return (found,)
     if not named:
@@ -79,10 +79,10 @@ def caption_columns(columns: Sequence[str], named: str) -> tuple[str, ...]:
 def find_columns(
     table: Path, columns: Sequence[str], options: PackOptions, by_type: Sequence[str] = ()
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the column of images, and those of captions.
+    """Return the column of images and the columns of captions.
 
-    There are none of captions if a caption template makes them. ``by_type`` are columns that hold
-    images whatever they are called.
+    There are no columns of captions if a caption template makes the captions. ``by_type`` are the
+    columns whose type says that they hold images.
 
     Raises:
         UsageError: There is no such column.
@@ -99,7 +99,7 @@ def find_columns(
 
 
 def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Find a column by name: exactly, or else without regard to case, spaces and underscores."""
+    """Find a column by its exact name or, failing that, ignoring case, spaces and underscores."""
     alike = {_key(column): column for column in reversed(columns)}
     for name in names:
         found = name if name in columns else alike.get(_key(name))

@@ -1,10 +1,10 @@
 """Reads tables of delimited text (CSV, TSV): their encoding, delimiter, quotes and rows.
 
-Files in the world break the rules of CSV. A row counts as read only if it has as many cells as the
-header. If the plain reading of a row does not, a few others are tried on its first line: spaces
-after the delimiter, quotes escaped with a backslash, quotes inside of a quoted cell, and quotes
-that are text. A row that fits none of them is skipped with a reason, and the next line is read as
-if nothing had happened, so that one quotation mark never swallows the rest of a table.
+Real files often break the rules of CSV. A row must have as many cells as the header. If it does not
+when it is parsed by the rules, its first line is parsed in other ways: with spaces after the
+delimiter, quotes escaped with a backslash, quotes inside a quoted cell, and quotes that are text. A
+row that none of these can parse is skipped with a reason, and reading continues at the next line,
+so that one quotation mark never swallows the rest of a table.
 """
 
 import codecs
@@ -23,13 +23,13 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.rows.columns import caption_columns, image_column, names_image
 
 SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t", ".tab": "\t"}
-"""The suffixes of delimited text, each with the delimiter that it stands for."""
+"""The suffixes of delimited text, each with its usual delimiter."""
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
-# What pandas, R and databases write for a value that is missing
+# Pandas, R and databases write these for a missing value
 MISSING = {"nan", "NaN", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL", "None", "\\N"}
-# Excel writes this line to say which delimiter the file has
+# In files for Excel, this line states the delimiter
 _SEPARATOR_LINE = re.compile(r"sep=(.)")
 _START = 64
 _ESCAPED = re.compile(r'(?<!\\)\\"')
@@ -37,7 +37,7 @@ UNMATCHED = "a quotation mark without its partner"
 
 
 class DelimitedTable:
-    """A table of delimited text, opened at its first row.
+    """A table of delimited text.
 
     Attributes:
         columns: The names in the header, without spaces around them and without unnamed columns.
@@ -67,14 +67,14 @@ class DelimitedTable:
         return _NAMES.get(self._delimiter, repr(self._delimiter))
 
     def samples(self) -> Iterator[dict[str, str]]:
-        """Yield an object that has every field of the metadata."""
+        """Yield one row with empty values that has every field of the metadata."""
         yield dict.fromkeys(self.columns, "")
 
     def rows(self, image: str, *captions: str) -> Iterator[tuple[int, dict[str, str | None] | str]]:
         """Yield the number of each row, from 1, with its values or the reason why it is skipped.
 
-        Values that are missing are None. ``image`` is the column by which rows are told apart from
-        the lines of a text.
+        Missing values are None. A line inside a quoted cell is taken for a row if its column
+        ``image`` looks like an image.
 
         Raises:
             DataError: The file cannot be read, or not in this encoding.
@@ -104,11 +104,11 @@ class DelimitedTable:
             else:
                 if cells is None:
                     return
-                if not any(map(str.strip, cells)):  # a blank line, or one of delimiters alone
+                if not any(map(str.strip, cells)):  # a blank line, or one with only delimiters
                     number += bool(cells)
                     continue
             number += 1
-            # The plain path: as many cells as the header, on one line
+            # The normal case: as many cells as the header, on one line
             whole = len(cells) == width
             if whole and (len(lines.taken) == 1 or not self._swallows(lines.taken, image)):
                 yield number, cells
@@ -119,7 +119,7 @@ class DelimitedTable:
                 yield number, read
 
     def _swallows(self, taken: list[str], image: int) -> bool:
-        """Return whether a quoted cell of several lines holds what is a row of its own."""
+        """Return whether one of the lines inside a quoted cell looks like a row."""
         for line in taken[1:]:
             cells = line.rstrip("\r\n").split(self._delimiter)
             before = "".join(cells[: image + 1])
@@ -128,9 +128,10 @@ class DelimitedTable:
         return False
 
     def _repair(self, lines: "_Lines", cells: list[str], image: int) -> list[str] | str:
-        """Read a row in other ways; ``cells`` is the plain reading, empty if quotes do not match.
+        """Parse a row in other ways.
 
-        Only the first line is taken if quotes do not match; the others are read again.
+        ``cells`` is the result by the rules of CSV. It is empty if quotes do not match. Then only
+        the first line is used, and the others are read again.
         """
         width = len(self._header)
         if len(cells) > width and not any(cells[width:]):  # delimiters at the end of the line
@@ -147,9 +148,9 @@ class DelimitedTable:
         return _wrong_width(len(cells), width) if cells else UNMATCHED
 
     def _unescaped(self, lines: "_Lines", image: int) -> list[str]:
-        """Read a row whose quotes are escaped with backslashes, as MySQL and Spark write them.
+        """Parse a row whose quotes are escaped with backslashes, as MySQL and Spark write them.
 
-        If it is none, the result is empty and the lines are as before.
+        If this is no such row, the result is empty and the lines are given back.
         """
         count = len(lines.taken)
         lines.give_back(lines.taken)
@@ -175,7 +176,7 @@ class DelimitedTable:
             yield line.split(self._delimiter)
 
     def _lenient(self, line: str) -> list[str]:
-        """Split a line whose quoted cells may hold quotes: one ends a cell only before a
+        """Split a line whose quoted cells may contain quotes: a quote ends a cell only before a
         delimiter or at the end of the line."""
         end = rf" *(?:{re.escape(self._delimiter)}|$)"
         quoted = re.compile(rf' *"((?:""|\\"|[^"]|"(?!{end}))*+)"(?={end}) *')
@@ -194,7 +195,7 @@ class DelimitedTable:
 
     @contextmanager
     def _opened(self) -> Iterator["_Lines"]:
-        csv.field_size_limit(sys.maxsize)  # its default is 128 KiB, and shops keep pages in a cell
+        csv.field_size_limit(sys.maxsize)  # the default is 128 KiB, but a cell may hold a web page
         # newline="": the line ends within quotes are kept as they are
         with (
             reading(self.path, self.encoding),
@@ -204,7 +205,8 @@ class DelimitedTable:
 
 
 class _Lines:
-    """The lines of a file. ``taken`` are those since it was cleared; they can be given back."""
+    """The lines of a file. ``taken`` holds the lines read since it was last cleared; they can be
+    given back."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._again, self.taken = file, deque[str](), list[str]()
@@ -222,8 +224,8 @@ class _Lines:
 
 
 def encoding_of(path: Path, named: str) -> str:
-    """Return the encoding of a text file: that of its byte-order mark, the one that the user
-    named, or what its first bytes tell.
+    """Return the encoding of a text file, from its byte-order mark, the user's choice or its first
+    bytes, in this order.
 
     Raises:
         DataError: The file cannot be read.
@@ -239,7 +241,7 @@ def encoding_of(path: Path, named: str) -> str:
 
 @contextmanager
 def reading(path: Path, encoding: str) -> Iterator[None]:
-    """Raise a ``DataError``, which says what to do, if a text cannot be read in the block."""
+    """Raise a ``DataError`` with a hint if reading a text fails inside the block."""
     try:
         yield
     except UnicodeError as error:
@@ -260,7 +262,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _bad_line(path: Path, encoding: str) -> int:
-    """Return the number of the first line that is not in this encoding, 0 if lines cannot tell."""
+    """Return the number of the first line that is not in this encoding, or 0 if it is unknown."""
     if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
         return 0
     with path.open("rb") as file:
@@ -273,7 +275,7 @@ def _bad_line(path: Path, encoding: str) -> int:
 
 
 def _skip_to_header(lines: _Lines) -> str | None:
-    """Move to the header; return the delimiter that a line of Excel before it states, if any."""
+    """Move to the header. Return the delimiter if a line ``sep=...`` before it states one."""
     stated = None
     for line in lines:
         text = line.lstrip("\ufeff")
@@ -287,9 +289,9 @@ def _skip_to_header(lines: _Lines) -> str | None:
 
 
 def _find_delimiter(lines: _Lines, path: Path, options: PackOptions) -> str:
-    """Return the delimiter with which the header has columns that can be recognized.
+    """Return the delimiter that gives the header recognizable columns.
 
-    If several do, the one that the suffix stands for wins.
+    If several do, the usual delimiter of the suffix is preferred.
     """
     line = next(lines, "")
     lines.give_back([line] if line else [])

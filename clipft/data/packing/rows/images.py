@@ -12,26 +12,26 @@ from urllib.parse import unquote, urlsplit
 from clipft.data.packing.download import save_image
 from clipft.data.shards.tar import ByteRange
 
-# How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64
+# The first characters of JPEG, PNG, GIF, WebP, BMP and TIFF in base64
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0A")
 _URLSAFE = str.maketrans("-_", "+/", " \t\r\n")
-# Longer than any path without a suffix, so it is an image in base64
+# Longer text without a file suffix is no path but an image in base64
 _LONGEST_PATH = 255
 
 Place = tuple[str, str, ByteRange | str]
-"""The first three fields of a ``Candidate``: its name, where it is, and the image or its URL."""
+"""The first three fields of a ``Candidate``: ``name``, ``where`` and ``image``."""
 
 
 class ImageCells:
-    """Finds the images of one table; those within it are saved in the folder ``images``.
+    """Finds the images of one table. Images inside the table are saved in the folder ``images``.
 
-    Paths are relative to the folder of the table. If no image of the first rows is there, they are
-    looked for from the working folder, and without the folders at the start of their paths, which
-    may be those of another machine. What is found so holds for all rows.
+    Paths are relative to the folder of the table. If no image of the first rows exists there, paths
+    are also tried relative to the working folder, and without their first folders, which may be
+    those of another machine. The combination that finds most images is used for all rows.
     """
 
     def __init__(self, table: Path, images: Path, first: Sequence[Any]) -> None:
-        """Choose where paths start, from the cells of the first rows."""
+        """Choose the folder that paths are relative to, from the cells of the first rows."""
         self._table, self._images = table, images
         self.root, self.prefix = table.parent, ""
         paths = [cell.strip().replace("\\", "/") for cell in first if _is_path(cell)]
@@ -75,13 +75,13 @@ class ImageCells:
         if (cell.isascii() and "\\" not in cell) or os.path.exists(path):
             return path
         plain = str(self.root / cell.replace("\\", "/").removeprefix(self.prefix))
-        # A name with accents may be composed in the table and decomposed on the disk
+        # Accents may be composed in the table and decomposed in the file name
         variants = [plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]
         return next((path for path in variants if os.path.exists(path)), plain)
 
 
 def row_name(table: Path, number: int) -> str:
-    """Return how messages refer to a row, which is counted from 1 after the header."""
+    """Return the name of a row in messages. Rows are counted from 1, without the header."""
     return f"{table} row {number}"
 
 
@@ -96,7 +96,7 @@ def _is_path(cell: object) -> bool:
 
 
 def _starts(path: str) -> Iterator[str]:
-    """Yield the starts of a path that may be left out: none, its first folder, its first two..."""
+    """Yield the prefixes of a path that may be left out: none, its first folder, two folders ..."""
     yield ""
     at = path.find("/")
     while at >= 0:
@@ -105,7 +105,7 @@ def _starts(path: str) -> Iterator[str]:
 
 
 def _text_of(data: bytes) -> str | None:
-    """Return the text of bytes that are a path or a URL, as some writers store all their texts."""
+    """Return bytes as text if they are a path or a URL: some writers store all texts as bytes."""
     if len(data) > 4096:
         return None
     try:
@@ -138,6 +138,6 @@ def _url(cell: str) -> Place | str:
         return "neither a path nor an http or https address"
     try:
         name = PurePosixPath(unquote(urlsplit(url).path)).stem
-    except ValueError:  # it is reported when the download fails
+    except ValueError:  # reported when the download fails
         name = ""
     return name, url, url

@@ -11,7 +11,7 @@ from clipft.data.packing.options import PackOptions
 from clipft.data.packing.rows.delimited import encoding_of, reading
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-# Rows that are looked at for the names of the columns; a writer may leave out what is null
+# Rows that are read for the names of the columns, because a row may leave out null values
 _SAMPLED = 1000
 
 
@@ -42,7 +42,7 @@ class JsonTable:
     def rows(self, image: str = "", *captions: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yield the number of each row, from 1, with its values or the reason why it is skipped.
 
-        The names of the ``columns`` of images and captions make no difference here.
+        The names of the columns of images and captions are ignored.
 
         Raises:
             DataError: The file cannot be read, or not in this encoding.
