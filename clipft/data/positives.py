@@ -1,6 +1,6 @@
 """Groups of rows that are positives of each other, as an id for each row of a batch.
 
-An id follows from its pair alone, so it is equal in any batch, process and machine.
+An id depends only on the pair, so it is the same in any batch, process and machine.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from clipft.data.loader import Batch, Pairs
 from clipft.data.shards.dataset import PairDataset
 
 _MANY = 20_000
-"""Reading the metadata of more pairs takes so long that the user is told."""
+"""Above this number of pairs, reading the metadata is slow, and the user is told."""
 
 _POSITIVE = (1 << 63) - 1
 
@@ -67,7 +67,7 @@ def make_positives(
     """Make the positives that ``settings.positives`` names.
 
     Raises:
-        UsageError: Groups are asked for with a stream, or by a field that no pair has.
+        UsageError: Groups are used with a stream, or by a field that no pair has.
     """
     if settings.positives == "pair":
         return NO_GROUPS
@@ -84,12 +84,13 @@ def make_positives(
 
 
 def product_ids(settings: Settings, pairs: Pairs, note: Callable[[str], None]) -> Tensor | None:
-    """Return the product of each pair, int64 [pairs], if a run needs to know it.
+    """Return the product of each pair, int64 [pairs], if the run needs it.
 
-    None without ``photo_pairs`` and ``hard_negatives``, and in a scenario that trains nothing.
+    Returns None without ``photo_pairs`` and ``hard_negatives``, and in a scenario that trains
+    nothing.
 
     Raises:
-        UsageError: No pair has the field, or the settings do not fit each other.
+        UsageError: No pair has the field, or the settings do not fit together.
     """
     indexed = pairs if isinstance(pairs, PairDataset) else None
     check_products(settings, indexed)
@@ -110,9 +111,9 @@ def _group_ids(
 
 
 def _group_id(metadata: dict[str, Any], field: str, number: int) -> int:
-    """Hash the value of a field to a number from 0 on.
+    """Hash the value of a field to a non-negative number.
 
-    A pair without a value is a group of its own: its id is below 0, which no hash is.
+    A pair without a value is its own group, with a negative id.
     """
     value = field_value(metadata, field)
     text = "" if value is None else unicodedata.normalize("NFC", str(value)).strip()

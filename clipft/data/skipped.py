@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Skipped:
-    """A pair, or a member of a shard, that cannot be used. ``reason`` says why, for people."""
+    """A pair or a member of a shard that cannot be used. ``reason`` says why, for messages."""
 
     shard: str
     key: str

@@ -1,5 +1,5 @@
-"""Worker processes: the memory that they share with the main process, and what happens when they
-die, hang or are left over: the error names the pairs that they were at."""
+"""Worker processes: the memory that they share with the main process, and how workers are handled
+that die, hang or are left over. Errors name the pairs that the workers were decoding."""
 
 import ctypes
 import mmap
@@ -26,9 +26,8 @@ _MOST_BYTES = 200
 class SharedPixels:
     """Uint8 pixels [slots, rows, 3, S, S] that workers write and the main process reads.
 
-    The memory belongs to no file system, so it takes nothing from /dev/shm, which containers
-    limit to 64 MiB, and nothing has to be cleaned up. It is used again and again: memory that is
-    new to a process costs more time than copying the pixels.
+    The memory is not in /dev/shm, which containers limit to 64 MiB, and nothing has to be cleaned
+    up. It is reused, because allocating new memory takes longer than copying the pixels.
     """
 
     def __init__(self, shape: tuple[int, ...], descriptor: int = -1) -> None:
@@ -40,7 +39,7 @@ class SharedPixels:
         self.slots = self.slots[: torch.Size(shape).numel()].view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Used where workers are not forked: they open the same memory again."""
+        """Open the same memory in workers that are not forked."""
         return _reopened, (self.shape, DupFd(self._descriptor))
 
     def __del__(self) -> None:
@@ -52,8 +51,8 @@ def _reopened(shape: tuple[int, ...], descriptor: Any) -> SharedPixels:
 
 
 def _unnamed_file(size: int) -> int:
-    """Open memory that has a descriptor but no name; where the system has none, a deleted file."""
-    # By ctypes, since many builds of Python lack os.memfd_create although the system has it
+    """Open anonymous memory with a file descriptor, or a deleted file if the system has none."""
+    # By ctypes, because many builds of Python lack os.memfd_create although the system has it
     create = getattr(ctypes.CDLL(None), "memfd_create", None)
     descriptor = create(b"clipft", 1) if create else -1  # 1: closed in programs that are started
     if descriptor < 0:
@@ -64,13 +63,13 @@ def _unnamed_file(size: int) -> int:
 
 
 class UnderWay:
-    """What each worker is doing at this moment, in memory that the main process sees as well."""
+    """What each worker is currently doing, in memory shared with the main process."""
 
     def __init__(self, workers: int) -> None:
         self._texts: Any = RawArray(ctypes.c_char * _MOST_BYTES, max(1, workers))
 
     def set(self, what: str) -> None:
-        """Called by a worker: say what it is doing; "" when it has done it."""
+        """Record what the calling worker is doing; "" when it is done."""
         info = get_worker_info()
         text = self._texts[info.id if info else 0]
         text.value = what.encode("utf-8", "replace")[: _MOST_BYTES - 1]
@@ -81,7 +80,7 @@ class UnderWay:
 
 
 class _ChildSignals:
-    """Puts off torch's reaction to the death of a worker until a batch is waited for.
+    """Delays torch's reaction to the death of a worker until the main process waits for a batch.
 
     torch raises an exception from its SIGCHLD handler. In the middle of an optimizer step, that
     would leave some weights updated and others not.
@@ -91,7 +90,7 @@ class _ChildSignals:
     waiting = False
 
     def install(self) -> None:
-        """Take the place of torch's handler, once the first iterator has installed it."""
+        """Replace torch's handler, after the first iterator has installed it."""
         now = signal.getsignal(signal.SIGCHLD)
         if threading.current_thread() is threading.main_thread() and callable(now):
             if now != self.handle:
@@ -107,7 +106,7 @@ _child_signals = _ChildSignals()
 
 
 def started(batches: Iterator[Any]) -> Iterator[Any]:
-    """Prepare the iterator of a DataLoader, which from now on only ``next_batch`` may read."""
+    """Prepare the iterator of a DataLoader. Afterwards only ``next_batch`` may read it."""
     _child_signals.install()
     return batches
 
@@ -116,7 +115,7 @@ def next_batch(batches: Iterator[Any], under_way: UnderWay) -> Any:
     """Return the next batch.
 
     Raises:
-        DataError: A worker died, gave nothing within the loader's timeout, or sent this error.
+        DataError: A worker died, returned nothing within the timeout, or sent this error.
     """
     _child_signals.waiting = True
     try:
@@ -124,7 +123,7 @@ def next_batch(batches: Iterator[Any], under_way: UnderWay) -> Any:
             _child_signals.torch_handler(signal.SIGCHLD, None)
         batch = next(batches)
     except RuntimeError as error:
-        if "DataLoader" not in str(error):  # how torch words a dead or hung worker
+        if "DataLoader" not in str(error):  # torch's message for a dead or hung worker has this
             raise
         at = f"; under way were {under_way}" if str(under_way) else ""
         raise DataError(
@@ -140,11 +139,11 @@ def next_batch(batches: Iterator[Any], under_way: UnderWay) -> Any:
 
 
 def end_workers(batches: Iterator[Any]) -> None:
-    """End the workers of an iterator at once, whatever they are doing.
+    """Kill the workers of an iterator at once.
 
-    torch does so when the iterator is collected. If that happens together with its queues, such as
-    after an error whose traceback refers to them, the workers are no longer reached through these,
-    and torch waits for each in vain for ten seconds.
+    Otherwise torch ends them when the iterator is garbage-collected. If the queues are collected at
+    the same time, such as after an error whose traceback refers to them, torch can no longer reach
+    the workers, and waits ten seconds for each.
     """
     workers = [w for w in getattr(batches, "_workers", ()) if w._parent_pid == os.getpid()]
     for worker in workers:
@@ -154,16 +153,16 @@ def end_workers(batches: Iterator[Any]) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Make a worker ignore Ctrl-C, which reaches the whole process group: when to stop is for the
-    main process to decide."""
+    """Make a worker ignore SIGINT and SIGTERM. Ctrl-C reaches the whole process group, but the main
+    process decides when to stop."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers() -> None:
-    """Kill all child processes; to be called at exit.
+    """Kill all child processes. Call this at exit.
 
-    An iterator that a traceback keeps alive leaves its workers running. multiprocessing would send
+    If a traceback keeps an iterator alive, its workers keep running. multiprocessing would send
     them SIGTERM, which they ignore, and wait for them forever.
     """
     for child in multiprocessing.active_children():

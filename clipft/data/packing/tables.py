@@ -1,7 +1,7 @@
 """Lists the pairs of a table: CSV, TSV, JSON, JSONL, Parquet or Arrow.
 
-One column names the image (a path, a URL or the image itself) and one or several hold captions. All
-others become the pair's metadata.
+One column holds the images (paths, URLs or the images themselves) and one or several hold captions.
+All other columns become the pair's metadata.
 """
 
 import json
@@ -31,19 +31,20 @@ Table = DelimitedTable | JsonTable | ArrowTable
 _ARROW = (".parquet", ".pq", ".arrow")
 _SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _SHOWN = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-# Rows that decide where the paths of a table start
+# Rows that are checked to find the folder that the paths of a table are relative to
 _SAMPLED = 64
-# Rows that a note names by their numbers
+# The most rows that a note lists by number
 _NAMED = 5
 
 
 def list_single_table(table: Path, options: PackOptions, images: Path) -> Listing:
     """List the pairs of a table that is the whole source.
 
-    What the user named is checked before any image is saved, and that images are there after it.
+    The columns and fields that the user named are checked first. After the rows are listed, at
+    least one image must exist.
 
     Raises:
-        DataError: As ``list_table``, or none of the images is there.
+        DataError: As ``list_table``, or none of the images exists.
         UsageError: As ``list_table``, or no row has a field that an option names.
         OSError: The disk is full, or refuses to write.
     """
@@ -64,11 +65,11 @@ def list_single_table(table: Path, options: PackOptions, images: Path) -> Listin
 def list_table(table: Path, options: PackOptions, images: Path) -> Listing:
     """List the rows that have an image and a caption.
 
-    Images within the table are saved in the folder ``images``. Whether the others are there is
-    found out when they are read.
+    Images inside the table are saved in the folder ``images``. Other images are not checked until
+    they are read.
 
     Raises:
-        DataError: The file is not such a table, cannot be read, or most of its rows cannot.
+        DataError: The file is not a table, or the file or most of its rows cannot be read.
         UsageError: There is no column of images or captions, or pyarrow is not installed.
         OSError: The disk is full, or refuses to write.
     """
@@ -100,7 +101,7 @@ def _columns(table: Path, opened: Table, options: PackOptions) -> tuple[str, tup
 
 
 def is_table(path: Path) -> bool:
-    """Return whether the name of a file is that of a table."""
+    """Return whether a file is a table, judging by the suffix of its name."""
     known = {*delimited.SUFFIXES, *json_rows.SUFFIXES, *_ARROW}
     return path.suffix.lower() in known
 
@@ -134,8 +135,8 @@ def _add(
     *,
     keep: bool,
 ) -> None:
-    """Add the pair of a row. ``keep`` leaves the captions in the metadata, where a template can
-    find them under their own names."""
+    """Add the pair of a row. ``keep`` leaves the captions in the metadata, so that a template can
+    use the names of their columns."""
     texts = _texts([row.get(column) if keep else row.pop(column, None) for column in columns])
     if isinstance(found, str):
         listing.skip(where, found)
@@ -150,12 +151,12 @@ def _add(
 
 
 def _texts(cells: Sequence[object]) -> list[str] | None:
-    """Return the captions in some cells, each of which holds one or a list; None if a cell holds
-    something else."""
+    """Return the captions in some cells. Each cell holds a caption or a list of captions; return
+    None if a cell holds anything else."""
     texts = []
     for cell in cells:
         for value in cell if isinstance(cell, list) else [cell]:
-            if isinstance(value, dict):  # as COCO's captions are in many data sets of the hub
+            if isinstance(value, dict):  # COCO's captions in many data sets of the Hugging Face Hub
                 value = value.get("raw") or value.get("caption") or value.get("text") or value
             if isinstance(value, bool) or not isinstance(value, bytes | str | int | float | None):
                 return None
@@ -166,7 +167,7 @@ def _texts(cells: Sequence[object]) -> list[str] | None:
 
 
 def _check_rows(table: Path, opened: Table, unread: dict[int, str], total: int) -> None:
-    """Check that most rows could be read: otherwise the table is not what it is taken for.
+    """Check that most rows could be read. Otherwise the table is probably in another format.
 
     Raises:
         DataError: More than half of the rows were skipped.
@@ -190,10 +191,10 @@ def _check_rows(table: Path, opened: Table, unread: dict[int, str], total: int) 
 
 
 def _check_images(table: Path, listing: Listing) -> None:
-    """Check that the table names at least one image that is there, or may be downloaded.
+    """Check that the table names at least one image that exists or may be downloaded.
 
     Raises:
-        DataError: All of its images are paths, and there is no such file.
+        DataError: All images are paths, and none of the files exists.
     """
     images = [candidate.image for candidate in listing.candidates]
     if not images or any(isinstance(at, str) or os.path.exists(at.path) for at in images):
@@ -207,7 +208,7 @@ def _check_images(table: Path, listing: Listing) -> None:
 
 
 def _notes(table: Path, opened: Table, cells: ImageCells, unread: dict[int, str]) -> Iterator[str]:
-    """Say what was done beyond plain reading."""
+    """Yield notes about repaired, skipped and left-out rows or columns, and about image paths."""
     by_reason: dict[str, list[int]] = {}
     for number, reason in unread.items():
         by_reason.setdefault(reason.partition(" (")[0], []).append(number)

@@ -1,7 +1,8 @@
-"""The folder that shards are packed into: what it may hold, and how a finished pack gets there.
+"""The output folder of a pack: the checks on what it holds, and moving a finished pack into it.
 
-Everything is built in a hidden folder inside it. That folder stays when packing is interrupted, and
-the next try keeps its complete shards. A mark, ``.clipft-pack.json``, says that a pack is complete.
+Everything is built in a hidden folder inside the output folder. If packing is interrupted, the
+hidden folder stays, and the next run keeps its complete shards. The file ``.clipft-pack.json``, the
+mark, says that a pack is complete.
 """
 
 import json
@@ -27,10 +28,10 @@ _ANOTHER = "name a new folder for the shards"
 
 
 class Target:
-    """The folder ``out``, as one part of a pack sees it.
+    """The folder ``out`` for one part of a pack.
 
-    ``building`` is its own hidden folder. In ``shared`` are the images that are in no file of their
-    own, and what the parts tell each other.
+    ``building`` is the hidden folder of this part. ``shared`` holds images from a table or a URL,
+    and the data that the parts exchange.
     """
 
     def __init__(self, out: Path, part: Part) -> None:
@@ -56,8 +57,8 @@ class Target:
         marks = {name: mark for name in names if (mark := _MARK.fullmatch(name))}
         begun = any(name.startswith(_BUILDING) for name in names)
         others = [name for name in names if not name.startswith(_OWN)]
-        # Publishing removes the mark first: after a kill the building folder shows whose files
-        # the others are
+        # Publishing removes the mark first. If it is killed, the building folder is the sign that
+        # the other files are from a pack
         if others and not marks and not begun:
             raise UsageError(f"{self.out} is not empty, and it holds no earlier pack", _ANOTHER)
         if self.part.of > 1 and any(m[2] != str(self.part.of) for m in marks.values()):
@@ -70,7 +71,7 @@ class Target:
             )
 
     def begin(self) -> None:
-        """Tell the other parts that this one is at work.
+        """Tell the other parts that this one has started.
 
         Raises:
             OSError: The disk is full, or refuses to write.
@@ -98,7 +99,7 @@ class Target:
 
     @contextmanager
     def explain_disk_errors(self) -> Iterator[None]:
-        """Raise a ``StorageError``, which says what to do, for an ``OSError`` in the block."""
+        """Raise a ``StorageError`` with a hint for an ``OSError`` inside the block."""
         try:
             yield
         except OSError as error:
@@ -111,10 +112,10 @@ class Target:
     def publish(
         self, content: str, written: Sequence[Written], skipped: Sequence[dict[str, str]]
     ) -> None:
-        """Move what was built to ``out``, in place of an earlier pack.
+        """Move the finished files to ``out``, and replace an earlier pack.
 
-        A kill at any point leaves either a complete pack or one without its mark, which the next
-        try completes.
+        If the process is killed at any point, the pack is either complete or has no mark, and the
+        next run completes it.
 
         Raises:
             OSError: The disk is full, or refuses to write.
@@ -130,8 +131,8 @@ class Target:
         self._write_lines(notes[0], skipped)
         self._write_lines(notes[1], [mark])
         self.check_others(content)
-        # Remove the mark before the first shard: without it, a mixture of old and new shards does
-        # not pass for a complete pack
+        # Remove the mark before the first shard is moved, so that a mixture of old and new shards
+        # is not taken for a complete pack
         former = [_MARK, re.compile(r"skipped.*\.jsonl")]  # a whole pack replaces that of any part
         for path in list(self.out.iterdir()):
             whole = self.part.of == 1 and any(name.fullmatch(path.name) for name in former)
@@ -142,7 +143,7 @@ class Target:
         for name in notes:  # the mark is last
             if (self.building / name).exists():
                 os.replace(self.building / name, self.out / name)
-        # Parts that were interrupted are of no use to a whole pack
+        # A whole pack does not need the folders of interrupted parts
         for path in self.out.glob(f"{_BUILDING}*" if self.part.of == 1 else self.building.name):
             shutil.rmtree(path, ignore_errors=True)
         every = [Part(number, self.part.of) for number in range(1, self.part.of + 1)]
@@ -155,12 +156,12 @@ class Target:
         return f".clipft-pack{part.suffix}.json"
 
     def _write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """Write a file of JSON lines to the building folder; no file if there are no lines."""
+        """Write a file of JSON lines to the building folder, unless there are no lines."""
         place = self.building / name
         place.unlink(missing_ok=True)
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            # A file name that is not UTF-8 reaches Python as lone surrogates
+            # Python represents a file name that is not UTF-8 with lone surrogates
             place.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def _publish_split(self, split: str) -> None:

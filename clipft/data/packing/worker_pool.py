@@ -1,4 +1,4 @@
-"""A pool of worker processes that end with this process, however it ends."""
+"""A pool of worker processes that end with this process, even if it is killed."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from clipft.core.errors import DataError
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
-# Results per process that may wait for an earlier one, and are held in memory meanwhile
+# Results per process that may be held in memory while an earlier result is missing
 _AHEAD = 4
 _KILLED = (
     "a worker process was killed: memory ran out, or an image crashes the decoder",
@@ -28,12 +28,12 @@ _KILLED = (
 class Workers:
     """A context manager with up to ``processes`` worker processes (0: one per processor).
 
-    They start when there is more than one task. With ``processes`` 1, this process does the work.
-    Leaving the block on an exception terminates them at once.
+    They start when there is more than one task. With ``processes`` 1, tasks run in this process. If
+    the block raises, the workers are terminated at once.
 
-    This is not ``concurrent.futures``, because there a worker that is killed in the middle of a
-    large result leaves the parent waiting for the rest forever. Here each worker has a pipe of its
-    own, which ends with the worker.
+    ``concurrent.futures`` is not used because, if a worker is killed while it sends a large result,
+    the parent waits for the rest forever. Here each worker has its own pipe, which closes when the
+    worker ends.
     """
 
     def __init__(self, processes: int) -> None:
@@ -56,7 +56,7 @@ class Workers:
     def map(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
         """Yield ``work(task)`` of each task, in the order of the tasks.
 
-        ``work``, the tasks and the results are pickled. What ``work`` raises is raised here.
+        ``work``, the tasks and the results are pickled. An exception in ``work`` is raised here.
 
         Raises:
             DataError: A process was killed, or crashed.
@@ -70,7 +70,7 @@ class Workers:
         for wanted in range(len(tasks)):
             while wanted not in results:
                 while idle and following < min(len(tasks), wanted + _AHEAD * self.count):
-                    # Never two tasks at once: both ends would wait for the other to read
+                    # Never send two tasks at once: both ends could wait for the other to read
                     pipe = idle.pop()
                     try:
                         pipe.send((work, tasks[following]))
@@ -97,19 +97,19 @@ class Workers:
         for _ in range(count - len(self._running)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            # The process inherits the blocked SIGINT, so Ctrl-C cannot interrupt it before _serve
-            # ignores the signal; and this process must not lose track of one it has started
+            # SIGINT is blocked so that Ctrl-C does not interrupt the worker, which inherits the
+            # block, before _serve ignores the signal, nor this process before it records the worker
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
                 self._running.append((process, ours))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()  # or the pipe would not end with the worker
+            theirs.close()  # or the pipe would not close with the worker
 
 
 def _serve(pipe: Connection) -> None:
-    """Do what comes through the pipe until it ends or the parent process is gone."""
+    """Run the tasks that come through the pipe until it closes or the parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
@@ -117,7 +117,7 @@ def _serve(pipe: Connection) -> None:
             work, task = pipe.recv()
             try:
                 answer = True, work(task)
-            except Exception as error:  # raised again in the parent, which has no traceback of it
+            except Exception as error:  # raised in the parent, where the traceback is lost
                 error.add_note(traceback.format_exc())
                 answer = False, error
             pipe.send(answer)

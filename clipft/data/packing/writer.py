@@ -1,4 +1,4 @@
-"""Decides which shard gets which pairs, and writes it: the same pairs give the same bytes."""
+"""Divides pairs into shards and writes them. The same pairs give the same bytes."""
 
 import hashlib
 import io
@@ -20,16 +20,16 @@ from clipft.data.packing.records import PackPair
 from clipft.data.packing.worker_pool import Workers
 from clipft.data.shards.names import CAPTION_SUFFIX, METADATA_SUFFIX, SPLITS
 
-# Raise this when the same pairs and options give other bytes than before
+# Increase this number when the same pairs and options give different bytes than before
 _FORMAT = 3
-# Plain ustar headers hold 100 bytes of name: the key, a number and a suffix
+# A name in a plain ustar header has at most 100 bytes: the key, a number and a suffix
 _LONGEST_KEY = 80
 
 
 @dataclass(frozen=True)
 class Job:
     """A shard to write: its number within its split, and its pairs with their keys.
-    ``fingerprint`` is equal for equal bytes."""
+    Equal fingerprints mean equal bytes."""
 
     split: str
     number: int
@@ -44,7 +44,7 @@ class Job:
 @dataclass(frozen=True)
 class Written:
     """A complete shard: its number of pairs, captions and bytes, and the pairs that were skipped
-    because their image turned out to be broken. The notes in ``made`` hold these fields as JSON."""
+    because their image turned out to be broken. The files in ``made`` hold these fields as JSON."""
 
     split: str
     number: int
@@ -56,7 +56,7 @@ class Written:
 
 
 def plan(pairs: dict[str, list[PackPair]], options: PackOptions) -> list[Job]:
-    """Divide the pairs of each split into shards, in a shuffled order that follows the seed."""
+    """Divide the pairs of each split into shards, in a random order that depends on the seed."""
     jobs = []
     for which, split in enumerate(SPLITS):
         seed = derived_seed(options.seed, which)
@@ -69,7 +69,7 @@ def plan(pairs: dict[str, list[PackPair]], options: PackOptions) -> list[Job]:
 
 
 def content_of(jobs: Sequence[Job]) -> str:
-    """Return a hash that is equal for equal bytes of all shards."""
+    """Return a hash of the names and fingerprints of all shards."""
     lines = "".join(f"{job.name} {job.fingerprint}\n" for job in jobs)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -102,17 +102,17 @@ def write_all(
 
 
 def _place(pair: PackPair, seed: int) -> str:
-    """Return a place in a shuffled order that depends on the pair and the seed alone, so that a few
-    new pairs leave the order of the others as it was."""
+    """Return a sort key for a random order. It depends only on the pair and the seed, so that new
+    pairs do not change the order of the others."""
     text = f"{seed} {pair.image_hash} {pair.name}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _unique_keys(names: Iterable[str]) -> Iterator[str]:
-    """Yield a key for each name. Any reader of WebDataset takes these as they are: letters,
-    digits, ``_`` and ``-``, and no two that differ in case alone."""
+    """Yield a unique key for each name. Keys have only letters, digits, ``_`` and ``-``, and no two
+    differ only in case, so that any WebDataset reader accepts them."""
     used: set[str] = set()
-    numbers: dict[str, int] = {}  # the last one tried, or many equal names take quadratic time
+    numbers: dict[str, int] = {}  # the last number tried; otherwise equal names take quadratic time
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:_LONGEST_KEY] or "pair"
         key, number = plain, numbers.get(plain.casefold(), 1)
@@ -134,7 +134,7 @@ def _divide(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[Sequenc
     for at, pair in enumerate(pairs):
         image = pair.image.size
         if 0 < options.size < pair.shorter_side:
-            # An estimate by the number of pixels: all images would have to be resized to know
+            # An estimate from the number of pixels; the exact size is known only after resizing
             image = round(image * (options.size / pair.shorter_side) ** 2)
         members = [image, len(pair.caption)]
         members += [len(pair.metadata)] if pair.metadata is not None else []
@@ -147,7 +147,7 @@ def _divide(pairs: Sequence[PackPair], options: PackOptions) -> Iterator[Sequenc
 
 
 def _fingerprint(pairs: Sequence[tuple[str, PackPair]], options: PackOptions) -> str:
-    quality = options.quality if options.size else 0  # without a size it changes nothing
+    quality = options.quality if options.size else 0  # without --size, quality has no effect
     digest = hashlib.sha256(f"{_FORMAT} {options.size} {quality}".encode())
     for key, pair in pairs:
         digest.update(f"{key} {pair.image_hash} {pair.suffix}".encode())
@@ -157,7 +157,7 @@ def _fingerprint(pairs: Sequence[tuple[str, PackPair]], options: PackOptions) ->
 
 
 def _write(job: Job, building: Path, options: PackOptions) -> Written:
-    """Write a shard and a note of what it was made of, unless an earlier try already has."""
+    """Write a shard and a note with its fields, unless an earlier run has written them."""
     path, note = building / job.name, building / "made" / f"{job.name}.json"
     try:
         made = Written(**(read_json(note) or {}))
@@ -176,17 +176,17 @@ def _write(job: Job, building: Path, options: PackOptions) -> Written:
         size = file.tell()
     pairs = len(job.pairs) - len(skipped)
     written = Written(job.split, job.number, pairs, captions, size, skipped, job.fingerprint)
-    path.unlink(missing_ok=True)  # an older shard must not pass for what the new note says
+    path.unlink(missing_ok=True)  # an older shard must not be taken for the one in the new note
     note.write_text(json.dumps(asdict(written)), encoding="utf-8")
-    os.replace(temporary, path)  # last: a kill before this costs only this shard
+    os.replace(temporary, path)  # last, so that a kill costs at most this shard
     return written
 
 
 def _add_pairs(
     tar: tarfile.TarFile, pairs: Sequence[tuple[str, PackPair]], options: PackOptions
 ) -> tuple[int, list[dict[str, str]]]:
-    """Add the members of each pair; return the number of their captions, and the pairs that were
-    skipped, and why."""
+    """Add the members of each pair. Return the number of captions, and the skipped pairs with the
+    reasons."""
     captions, skipped = 0, list[dict[str, str]]()
     for key, pair in pairs:
         try:
@@ -199,7 +199,7 @@ def _add_pairs(
         if pair.metadata is not None:
             members.append((METADATA_SUFFIX, pair.metadata))
         for kind, content in members:
-            # TarInfo has no time and no owner, so the bytes follow from the content alone
+            # TarInfo has no time and no owner, so the bytes depend only on the content
             info = tarfile.TarInfo(f"{key}.{kind}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -207,10 +207,10 @@ def _add_pairs(
 
 
 def _encode_image(pair: PackPair, options: PackOptions) -> tuple[bytes, str]:
-    """Return the bytes and the suffix of an image: as it is, or as a smaller JPEG with --size.
+    """Return the bytes and the suffix of an image: unchanged, or as a smaller JPEG with --size.
 
     Raises:
-        BadImage: It can no longer be read, or it cannot be decoded.
+        BadImage: The image can no longer be read, or cannot be decoded.
     """
     try:
         data = pair.image.read()

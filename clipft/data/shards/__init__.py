@@ -1,1 +1,1 @@
-"""Reads WebDataset shards: through an index (any pair by number) or as a stream."""
+"""Reads WebDataset shards, with random access through an index or as a stream."""

@@ -1,4 +1,4 @@
-"""Describes what a folder holds, for the messages that have to say that something is missing."""
+"""Describes the content of a folder, for error messages about missing files."""
 
 import os
 import shlex
@@ -19,15 +19,15 @@ from clipft.data.shards.names import (
 PACK_HINT = "pack raw files with `clipft pack SRC OUT`"
 
 _ARCHIVES = {"zip": "unzip", "tgz": "tar -xf", "gz": "tar -xf", "7z": "7z x", "rar": "unrar x"}
-# Enough to know a folder; a message must not wait for the listing of a million files
+# Enough to describe a folder; an error message must not wait until a million files are listed
 _MOST_FILES = 20_000
 _NAMED, _COUNTED = 3, 5
 
 
 @dataclass
 class Contents:
-    """The files below a folder without the hidden ones: how many have each ending (in lower case,
-    without the dot), and the first few paths of each, relative to the folder."""
+    """Counts the files below a folder by extension (in lower case, without the dot), and keeps the
+    first few paths of each, relative to the folder. Hidden files are left out."""
 
     endings: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Contents:
             names.append(name)
 
     def __str__(self) -> str:
-        """Return such as ``20 .jpg, 1 without an ending (a.jpg, b.jpg, c.jpg, notes)``."""
+        """Return text such as ``20 .jpg, 1 without an ending (a.jpg, b.jpg, c.jpg, notes)``."""
         ranked = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
         counts = [f"{n:,} {f'.{end}' if end else 'without an ending'}" for end, n in ranked]
         listed = ", ".join(counts[:_COUNTED]) or "nothing"
@@ -56,7 +56,7 @@ class Contents:
 
 
 def contents_of(folder: Path) -> Contents:
-    """Count the files below a folder by their endings; of a very large folder, the first ones."""
+    """Count the files below a folder by extension; of a very large folder, only the first ones."""
     found = Contents()
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -71,8 +71,7 @@ def contents_of(folder: Path) -> Contents:
 
 
 def how_to_read(folder: Path, found: Contents) -> str:
-    """Return a hint: the command that makes shards of what was found in ``folder``, or names those
-    that are there."""
+    """Return a hint: the command that makes shards from ``folder``, or the names of its shards."""
     packing, endings = shell_command("pack", folder, "OUT"), found.endings
     if shards := found.first.get("tar"):
         within = (folder / shards[0]).parent
@@ -88,7 +87,7 @@ def how_to_read(folder: Path, found: Contents) -> str:
 
 
 def how_to_pack(folder: Path, found: Contents) -> str:
-    """Return a hint: what makes a ``folder`` that holds ``found`` readable for ``clipft pack``."""
+    """Return a hint: how ``clipft pack`` can read a ``folder`` with the content ``found``."""
     for ending in TABLE_SUFFIXES:
         if found.endings[ending]:
             table = found.first[ending][0]

@@ -1,8 +1,8 @@
-"""Access to any pair of any shard by its number.
+"""Random access to the pairs of shards by number.
 
-A shard is a plain tar whose members share a key: ``chair.jpg``, ``chair.txt`` and perhaps
-``chair.json``. The index of a shard says where each member starts, so shuffling all pairs costs
-nothing, nor does resuming in the middle of an epoch; images are read when they are asked for.
+A shard is a plain tar. The members of a pair share a key: ``chair.jpg``, ``chair.txt`` and perhaps
+``chair.json``. The index of a shard says where each member starts, so shuffling all pairs and
+resuming in the middle of an epoch take no extra time. Images are read on access.
 """
 
 import json
@@ -34,7 +34,7 @@ from clipft.data.skipped import Skipped
 
 @dataclass(frozen=True)
 class RawPair:
-    """The bytes of one pair as they lie in the shard; b"" if there is no caption or metadata."""
+    """The bytes of one pair as stored in the shard; b"" for a missing caption or metadata."""
 
     number: int
     key: str
@@ -48,7 +48,7 @@ class RawPair:
 class PairDataset:
     """The pairs of some shards, numbered from 0 in the order of the shards.
 
-    These are the first ``limit`` pairs, or all with 0; or of these, the ones that are ``chosen``.
+    The data set has the first ``limit`` pairs (0: all), or only the ``chosen`` ones among them.
     """
 
     shards: Sequence[Shard]
@@ -73,18 +73,18 @@ class PairDataset:
             DataError: The shard was changed or removed since it was indexed.
         """
         shard, row = self._locate(number)
-        # First, because it raises if the shard has changed; a reopened one may then have no keys
+        # Read first, because this raises if the shard has changed; then its keys may be missing
         members = _read(shard, row, FIELDS)
         return RawPair(number, shard.key(row), shard.path.name, *members)
 
     def first(self, most: int) -> "PairDataset":
-        """Return the first of these pairs, at ``most`` so many, with the same numbers."""
+        """Return the first ``most`` pairs, with the same numbers."""
         if self.chosen is not None:
             return PairDataset(self.shards, self.limit, self.chosen[:most])
         return PairDataset(self.shards, min(most, len(self)))
 
     def named(self, number: int) -> RawPair:
-        """Return a pair with its key and shard but without its bytes; nothing is read."""
+        """Return a pair with its key and shard, without reading its bytes."""
         shard, row = self._locate(number)
         return RawPair(number, shard.key(row), shard.path.name, b"", b"")
 
@@ -98,7 +98,7 @@ class PairDataset:
         return caption, metadata
 
     def image_end(self, number: int, most: int) -> bytes:
-        """Read the last bytes of an image, at ``most`` so many.
+        """Read the last ``most`` bytes of an image, or all if it has fewer.
 
         Raises:
             DataError: The shard was changed or removed since it was indexed.
@@ -118,7 +118,7 @@ class PairDataset:
         return [skipped for shard in self.shards for skipped in shard.skipped]
 
     def identity(self) -> str:
-        """A text that is equal for equal names, keys and sizes, whatever folder they are in."""
+        """A text that depends on the names, keys and sizes of the shards but not on the folder."""
         shards = (f"{s.path.name}:{len(s)}:{s.digest}" for s in self.shards)
         return ";".join(shards) + f";{len(self)}{self._choice}"
 
@@ -133,7 +133,7 @@ class PairDataset:
 
     @property
     def image_sizes(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        """How many bytes the image of each pair has, int64 [pairs]."""
+        """The size of each pair's image in bytes, int64 [pairs]."""
         sizes = np.concatenate([shard.places[:, 0, 1] for shard in self.shards])
         return sizes[: len(self)] if self.chosen is None else sizes[list(self.chosen)]
 
@@ -145,10 +145,10 @@ class PairDataset:
 
 
 def _read(shard: Shard, row: int, names: Sequence[str], last: int | None = None) -> list[bytes]:
-    """Read members of one pair, b"" for an absent one, and make sure that the shard is unchanged.
-    With ``last``, only so many bytes at the end of each are read.
+    """Read members of one pair, b"" for an absent one, and check that the shard is unchanged. With
+    ``last``, read only the last ``last`` bytes of each.
 
-    The file is opened each time: that takes 10 microseconds, and no descriptor is kept open or
+    The file is opened each time. This takes 10 microseconds, and no descriptor is kept open or
     inherited by a worker process.
     """
     try:
@@ -158,7 +158,7 @@ def _read(shard: Shard, row: int, names: Sequence[str], last: int | None = None)
         file = os.open(shard.path, os.O_RDONLY)
         try:
             found = [os.pread(file, max(0, size), max(0, offset)) for offset, size in places]
-            # The stamp is looked at (1 microsecond) after the reading: it vouches for what was read
+            # The stamp is checked after reading (1 microsecond), so that it covers the bytes read
             stamp = stamp_of(os.fstat(file))
         finally:
             os.close(file)
@@ -175,7 +175,7 @@ def _read(shard: Shard, row: int, names: Sequence[str], last: int | None = None)
 
 @dataclass(frozen=True)
 class ChosenPairs:
-    """Some pairs of a data set, each with the number that it has there."""
+    """Some pairs of a data set. They keep their numbers."""
 
     pairs: PairDataset
     numbers: Sequence[int]
@@ -188,7 +188,7 @@ class ChosenPairs:
 
 
 def open_pairs(folder: Path, limit: int = 0) -> PairDataset:
-    """Open every ``*.tar`` of a folder, and use the first ``limit`` pairs or, with 0, all of them.
+    """Open every ``*.tar`` of a folder, and use the first ``limit`` pairs (0: all).
 
     Raises:
         DataError: The folder does not exist, or has no tar (the message says what it has instead),
@@ -213,8 +213,10 @@ def validation_pairs(settings: Settings) -> PairDataset:
 
 
 def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, PairDataset]:
-    """Open the pairs to report figures on: the test pairs if there are any ("auto"), otherwise the
-    validation pairs; or those of ``split``, "test" or "val". Also return which.
+    """Open the pairs to evaluate, and return the name of their split with them.
+
+    With ``split`` "auto", these are the test pairs if there are any, otherwise the validation
+    pairs. "test" and "val" choose the split.
 
     Raises:
         DataError: there are no pairs.
@@ -226,12 +228,13 @@ def evaluation_pairs(settings: Settings, split: str = "auto") -> tuple[str, Pair
 
 
 def general_pairs(settings: Settings) -> PairDataset | None:
-    """Open ``{preserve_data}/train``, or ``preserve_data`` itself if the shards are directly in it:
-    the pairs that ``--preserve`` holds. Return None if no such set is named.
+    """Open the general set that ``--preserve`` uses, or return None if none is given.
+
+    It is ``{preserve_data}/train``, or ``preserve_data`` itself if the shards are directly in it.
 
     Raises:
         DataError: there are no pairs.
-        UsageError: the settings of ``--preserve`` do not fit each other.
+        UsageError: the settings of ``--preserve`` do not fit together.
     """
     if settings.preserve and settings.accumulation == "local":
         raise UsageError(
@@ -309,8 +312,8 @@ def _no_folder(folder: Path) -> DataError:
 
 
 def _split_hint(folder: Path) -> str:
-    """The command that splits the pairs, where ``folder`` is a train or val folder without shards
-    but there are shards that were never split; otherwise ""."""
+    """Return a hint with the command that splits the pairs, if ``folder`` is a train or val folder
+    without shards and there are shards that were never split; otherwise ""."""
     whole = folder.parent if folder.name == "train" else folder.parent / "train"
     if folder.name not in {"train", "val"} or any(folder.glob("[!.]*")):
         return ""

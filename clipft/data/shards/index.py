@@ -1,8 +1,8 @@
-"""The index of a shard: which pairs it holds, and where in the tar their bytes lie.
+"""The index of a shard: its pairs, and where their bytes are in the tar.
 
-An index is made once per shard from the headers of the tar and kept beside it, or in the cache
-folder if that place cannot be written to. It is reopened through a memory map, so all worker
-processes share one copy in the page cache. A pair takes 56 bytes and those of its key.
+An index is made once per shard from the headers of the tar and stored beside it, or in the cache
+folder if that fails. It is opened through a memory map, so all worker processes share one copy in
+the page cache. A pair takes 56 bytes and those of its key.
 
 The file has 8 bytes of magic, the length of a JSON header (little-endian uint64), the header, and
 then ``places`` int64 [pairs, 3, 2], ``key_ends`` int64 [pairs] and the UTF-8 bytes of the keys.
@@ -27,13 +27,13 @@ from clipft.data.shards.names import FIELDS, pair_up, parse_name
 from clipft.data.shards.tar import read_members
 from clipft.data.skipped import Skipped
 
-# Raise the number when the same tar gives other pairs than before
+# Increase the number when the same tar gives different pairs than before
 _MAGIC = b"clipftx3"
 _INT = np.dtype("<i8")
 _ABSENT = (-1, -1)
 
 Stamp = tuple[int, int]
-"""Size in bytes and time of the last change in ns; a file that was changed has another stamp."""
+"""Size in bytes and time of the last change in ns. A changed file has a different stamp."""
 
 
 def stamp_of(state: os.stat_result) -> Stamp:
@@ -45,8 +45,8 @@ class Shard:
     """An indexed tar.
 
     ``places`` int64 [pairs, 3, 2] holds (offset, bytes) of each pair's image, caption and metadata,
-    (-1, -1) for one that is absent. ``key_bytes`` uint8 holds all keys in a row and ``key_ends``
-    int64 [pairs] where each of them ends. ``stamp`` is that of the tar when it was indexed.
+    (-1, -1) if one is absent. ``key_bytes`` uint8 holds all keys in a row, and ``key_ends`` int64
+    [pairs] the end of each key. ``stamp`` is the stamp of the tar when it was indexed.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Shard:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the keys, the sizes of the members and their order, not of the path."""
+        """A hash of the keys, the sizes of the members and their order, but not of the path."""
         content = hashlib.blake2b(self.key_bytes.data, digest_size=8)
         for array in (self.key_ends, self.places[..., 1]):
             content.update(np.ascontiguousarray(array).data)
@@ -77,9 +77,9 @@ class Shard:
 
 
 def _reopen(path: Path, stamp: Stamp) -> Shard:
-    """The shard in the state in which it was indexed, or one without pairs if it has changed.
+    """Open a shard that has this stamp; if it has changed, return a shard without pairs.
 
-    Reading from the latter raises the same ``DataError`` as any other changed shard does.
+    Reading from a shard without pairs raises the same ``DataError`` as any changed shard.
     """
     try:
         shard = open_shard(path)
@@ -92,7 +92,7 @@ def _reopen(path: Path, stamp: Stamp) -> Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Open a shard through its index, which is made if there is none for its present state.
+    """Open a shard through its index. The index is made if it is missing or out of date.
 
     Raises:
         DataError: The file is not a complete, uncompressed tar, or cannot be read.
@@ -107,7 +107,7 @@ def open_shard(path: Path) -> Shard:
         try:
             return load_index(place, path, stamp)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # there is none, or it belongs to another state of the shard
+            continue  # the index is missing, or belongs to another state of the shard
     shard = index_shard(path)
     for place in index_places(path):
         try:
@@ -115,11 +115,11 @@ def open_shard(path: Path) -> Shard:
             return load_index(place, path, shard.stamp)
         except (StorageError, OSError, ValueError):
             continue
-    return shard  # no place can be written to: the index lives in this process's memory
+    return shard  # neither place can be written to, so the index is kept in memory
 
 
 def index_places(path: Path) -> tuple[Path, Path]:
-    """Where the index of a shard may be: beside it, or in the cache folder."""
+    """Return the two possible paths of an index: beside the shard and in the cache folder."""
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return path.with_name(f".{path.name}.clipft-index"), cache_folder() / "indexes" / name
 
@@ -127,15 +127,15 @@ def index_places(path: Path) -> tuple[Path, Path]:
 def index_shard(path: Path) -> Shard:
     """Read the headers of one tar and pair its members by key.
 
-    A member that is not a regular file, a second file of one kind, and a key without an image or
-    without words (caption or metadata) are listed in ``Shard.skipped`` with the reason. Nothing is
-    ever extracted, so no member can be written outside of a folder.
+    A member that is not a regular file, a second file of the same kind, and a key without an image
+    or without words (caption or metadata) are listed in ``Shard.skipped`` with the reason. Nothing
+    is ever extracted, so no member can be written outside a folder.
 
     Raises:
         DataError: The file is not a complete, uncompressed tar, or cannot be read.
     """
     try:
-        stamp = stamp_of(path.stat())  # before the reading, so that a change meanwhile is noticed
+        stamp = stamp_of(path.stat())  # before reading, so that a change during reading is noticed
         members = read_members(path)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
@@ -208,8 +208,8 @@ def load_index(place: Path, path: Path, stamp: Stamp) -> Shard:
     """Map the index file ``place`` of the shard ``path``.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: It does not exist, is damaged, or belongs to
-            another state of the shard than ``stamp``.
+        OSError, ValueError, KeyError, TypeError: The index does not exist, is damaged, or belongs
+            to another state of the shard than ``stamp``.
     """
     with place.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:

@@ -1,4 +1,4 @@
-"""Names of files and of members of a tar: which of them are a pair, and which are passed over.
+"""Decides by the names of files or tar members which ones form a pair, and which are skipped.
 
 ``chair.jpg`` and ``chair.txt`` share the name up to the last dot, so they are a pair. WebDataset's
 key ends at the first dot, so ``0001.image.jpg`` and ``0001.caption.txt`` are one sample as well.
@@ -19,16 +19,16 @@ METADATA_SUFFIX = "json"
 TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
 FIELDS = ("image", "caption", "metadata")
 SPLITS = ("train", "val", "test")
-"""The folders of a data set. ``test`` is never trained on, nor is anything chosen by it."""
+"""The folders of a data set. ``test`` is used neither for training nor for choosing anything."""
 
-# A part of a name between two dots that can be the name of a field. That of "sofa 1.5m.jpg" is
-# not, nor that of "v1.02.jpg".
+# Parts between dots that can be WebDataset's names of fields, unlike those in "sofa 1.5m.jpg" and
+# "v1.02.jpg".
 _WORDS = re.compile(r"[^\W\d][\w-]*(\.[^\W\d][\w-]*)*")
 
 
 class FileName(NamedTuple):
-    """What a name says: ``key`` is the name up to the last dot, ``sample`` the key of WebDataset,
-    and ``kind`` one of ``FIELDS``."""
+    """A parsed name: ``key`` is the name up to the last dot, ``sample`` the key of WebDataset, and
+    ``kind`` one of ``FIELDS``."""
 
     key: str
     sample: str
@@ -36,19 +36,19 @@ class FileName(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file is passed over, as are the ``._...`` files that macOS adds."""
+    """Return whether a file is hidden and skipped, such as the ``._...`` files that macOS adds."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """Return the shards of a folder, sorted by name; none if there is no such folder."""
+    """Return the shards of a folder, sorted by name; empty if the folder does not exist."""
     return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
 
 def parse_name(name: str) -> FileName | None:
     """Parse the name of a file or member.
 
-    None for files that belong to no pair: hidden ones and those with other suffixes.
+    Returns None for files that belong to no pair: hidden files and those with other suffixes.
     """
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.rpartition(".")
@@ -73,21 +73,21 @@ def parse_name(name: str) -> FileName | None:
 
 
 def is_pair(kinds: Collection[str]) -> bool:
-    """Return whether these kinds of files are a pair: an image, and words of either kind."""
+    """Return whether these kinds of files form a pair: an image with a caption or metadata."""
     return "image" in kinds and ("caption" in kinds or "metadata" in kinds)
 
 
 def pair_up(
     sample: str, files: Mapping[str, Mapping[str, T]]
 ) -> Iterator[tuple[str, Mapping[str, T], str]]:
-    """Decide which files of one sample are a pair.
+    """Decide which files of one sample form a pair.
 
     Args:
-        sample: The key that WebDataset gives them.
+        sample: The WebDataset key of the files.
         files: For each name up to the last dot, the files by kind.
 
     Yields:
-        A key, its files, and an empty reason if they are a pair, otherwise why they are not.
+        A key, its files, and a reason why they are no pair, which is empty if they are one.
     """
     pairs = [key for key, parts in files.items() if is_pair(parts)]
     if len(files) == 1 or len(pairs) > 1:
@@ -96,7 +96,7 @@ def pair_up(
         return
     counts = Counter(kind for parts in files.values() for kind in parts)
     key, own = (pairs[0], files[pairs[0]]) if pairs else (sample, {})
-    # What occurs once among these files completes the pair; of two images, neither is chosen
+    # A kind of file that occurs once completes the pair; of two images, neither is chosen
     for parts in files.values():
         own = {**{kind: part for kind, part in parts.items() if counts[kind] == 1}, **own}
     several = [kind for kind in ("image", "caption") if counts[kind] > 1 and kind not in own]

@@ -27,12 +27,12 @@ def split_named(name: str) -> str:
 
 
 def split_of(path: PurePath) -> str:
-    """Return the split that a folder in the relative path of a file names, or ""."""
+    """Return the split after which a folder in the relative path of a file is named, or ""."""
     return next((split for part in path.parts[:-1] if (split := split_named(part))), "")
 
 
 def split_of_file(path: PurePath) -> str:
-    """Return the split of a shard or table: by its folders, or by its own name, such as
+    """Return the split of a shard or table by its folders or by its own name, such as
     ``test-00000-of-00001.parquet`` or ``captions_val2017.json``."""
     coco = re.search(r"_([A-Za-z]+)(\d{4})?\.json$", path.name)
     own = _SPLIT_FILE.match(path.name)

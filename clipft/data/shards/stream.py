@@ -1,12 +1,12 @@
-"""Shards read in sequence, for catalogues that are too slow or too large for random access: on slow
-disks, on network file systems, or in a bucket.
+"""Reads shards in sequence, for catalogues that are too slow or too large for random access: on
+slow disks, on network file systems, or in a bucket.
 
 A ``ShardSource`` lists and opens the tars: a folder here, S3 in ``storage/s3/remote_shards.py``.
 
-The order is a function of (seed, epoch): the shards are shuffled, then every ``buffer`` pairs.
-The main process reads and the workers decode, so the number of workers changes nothing. A thread
-reads one buffer ahead, so two buffers of stored bytes are in memory. A resumed run skips whole
-shards and, in the buffer where it stopped, the pairs that it was trained on already.
+The order depends only on the seed and the epoch: the shards are shuffled, then every ``buffer``
+pairs. The main process reads and the workers decode, so the number of workers does not change the
+order. A thread reads one buffer ahead, so two buffers of undecoded pairs are in memory. A resumed
+run skips whole shards and, in the buffer where it stopped, the pairs that it has trained on.
 """
 
 import json
@@ -42,7 +42,7 @@ class ShardSource(Protocol):
 
     @property
     def place(self) -> str:
-        """Where they are, for messages."""
+        """The location of the tars, for messages."""
 
     def names(self) -> Sequence[str]:
         """Return the names of the tars, sorted.
@@ -55,13 +55,13 @@ class ShardSource(Protocol):
         """Return the content of each ``sizes*.json``."""
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a tar, to be read from its start in sequence."""
+        """Open a tar for sequential reading from the start."""
 
     def count(self, name: str) -> tuple[int, Sequence[Skipped]]:
-        """Count the pairs of a tar that is in no ``sizes*.json``; also return what is skipped.
+        """Count the pairs of a tar that is in no ``sizes*.json``; also return the skipped pairs.
 
         Raises:
-            DataError: It cannot be read, or this source cannot count.
+            DataError: The tar cannot be read, or this source cannot count.
         """
 
 
@@ -92,7 +92,7 @@ class ShardFolder:
 
 @dataclass(frozen=True)
 class StreamShard:
-    """One tar, of which the first ``pairs`` pairs are used."""
+    """A tar. Only its first ``pairs`` pairs are used."""
 
     name: str
     pairs: int
@@ -101,7 +101,7 @@ class StreamShard:
 
 @dataclass(frozen=True)
 class PairStream:
-    """Pairs to train on like a ``PairDataset``, except that they come in order, not by number."""
+    """Pairs to train on, like a ``PairDataset`` but read in sequence instead of by number."""
 
     shards: Sequence[StreamShard]
     skipped: Sequence[Skipped]
@@ -111,11 +111,11 @@ class PairStream:
         return sum(shard.pairs for shard in self.shards)
 
     def __getitem__(self, pair: RawPair) -> RawPair:
-        # ``order`` gives the pairs themselves: the main process has read them already
+        # ``order`` yields the pairs themselves, which the main process has read already
         return pair
 
     def identity(self) -> str:
-        """A text that is equal for equal data in an equal order; the buffer shapes the order."""
+        """A text that is equal for the same data in the same order, so it includes the buffer."""
         names = ";".join(f"{shard.name}:{shard.pairs}" for shard in self.shards)
         return f"{names};{len(self)};buffer {self.buffer}"
 
@@ -136,7 +136,7 @@ class PairStream:
             skip = 0
 
     def _in_sequence(self, seed: int, epoch: int, first: int) -> Iterator[RawPair]:
-        """The pairs in the order of their shards, and the shards shuffled for the epoch."""
+        """Yield the pairs shard by shard, with the shards shuffled for the epoch."""
         starts = np.cumsum([0, *(shard.pairs for shard in self.shards)])
         draw = np.random.default_rng(derived_seed(seed, epoch, _SHARDS))
         for which in draw.permutation(len(self.shards)):
@@ -149,10 +149,11 @@ class PairStream:
 
 
 def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> PairStream:
-    """Open the shards of a source or folder; ``limit`` 0 is none.
+    """Open the shards of a source or folder; with ``limit`` 0, all pairs are used.
 
-    The numbers of pairs are taken from ``sizes*.json`` beside the shards, as ``clipft pack`` and
-    others write it (``{"00000.tar": 1000}``); a shard that is not in there is counted.
+    The numbers of pairs are taken from ``sizes*.json`` beside the shards, which ``clipft pack`` and
+    other tools write (``{"00000.tar": 1000}``). The pairs of shards that it does not list are
+    counted.
 
     Raises:
         DataError: There is no folder, no tar, or no pair; or a ``sizes*.json`` is wrong.
@@ -189,7 +190,7 @@ def open_stream(source: ShardSource | Path, buffer: int, limit: int = 0) -> Pair
 
 
 def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]:
-    """The pairs of one shard from its ``first``-th on; its pairs are numbered from ``start``.
+    """Yield the pairs of a shard from the ``first``-th on; its pairs are numbered from ``start``.
 
     Raises:
         DataError: The shard cannot be read, is truncated, or has fewer pairs than expected.
@@ -219,7 +220,7 @@ def _read_shard(shard: StreamShard, start: int, first: int) -> Iterator[RawPair]
 
 
 def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    """The key and the contents of members that follow each other, share a key and make a pair."""
+    """Yield the key and the contents of consecutive members that share a key and form a pair."""
     samples = group_by_keys(
         _members(file),
         keys=lambda path: (_parsed(path).sample, path),
@@ -230,7 +231,7 @@ def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, Mapping[str, bytes]
         sample, files = members.pop("__key__"), dict[str, dict[str, bytes]]()
         del members["__url__"]
         for path, data in members.items():
-            name = _parsed(path)  # of a second file of one kind, the index uses the first
+            name = _parsed(path)  # of two files of the same kind, the index uses the first
             files.setdefault(name.key, {}).setdefault(name.kind, data)
         for key, parts, reason in pair_up(sample, files):
             if not reason:
@@ -238,7 +239,7 @@ def _grouped_members(file: IO[bytes]) -> Iterator[tuple[str, Mapping[str, bytes]
 
 
 def _pass_over_duplicate(error: Exception) -> bool:
-    """Of two members of one name, use the first, as the index does."""
+    """Use the first of two members with the same name, as the index does."""
     if isinstance(error, ValueError):
         return True
     raise error
@@ -251,9 +252,8 @@ def _parsed(path: str) -> FileName:
 
 
 def _members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The names and contents of the files that can belong to a pair, in their order."""
-    # ignore_zeros: after the end of a tar, go on with the one that was appended to it. WebDataset's
-    # own reader ends there
+    """Yield the names and contents of the files that can belong to a pair, in order."""
+    # ignore_zeros: continue with a tar that was appended to another, where WebDataset's reader ends
     with tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True) as tar:
         for info in tar:
             content = tar.extractfile(info) if info.isreg() and parse_name(info.name) else None
@@ -263,7 +263,7 @@ def _members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """``items``, read by a thread at most ``count`` ahead; what it raises is raised here."""
+    """Yield ``items``, which a thread reads up to ``count`` ahead. Its errors are raised here."""
     queue: Queue[tuple[str, Any]] = Queue(count)
     unwanted = threading.Event()
 

@@ -1,8 +1,8 @@
-"""Lists the members of a tar and where their bytes lie, without reading those bytes.
+"""Lists the members of a tar and the positions of their bytes, without reading the bytes.
 
-The plain tars that WebDataset's writers make (ustar headers, at most preceded by a pax record of
-times and owners) are parsed here, several times as fast as ``tarfile`` does it. A tar with anything
-else in it (long names, links, sparse files, a wrong checksum) is left to ``tarfile`` as a whole.
+The plain tars that WebDataset's writers make (ustar headers, possibly after a pax record of times
+and owners) are parsed here, several times as fast as by ``tarfile``. A tar with anything else in it
+(long names, links, sparse files, a wrong checksum) is parsed by ``tarfile`` as a whole.
 """
 
 import os
@@ -18,9 +18,9 @@ _END_OF_TAR = bytes(BLOCK)
 _READ = 1 << 16
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \x00"
 _OCTAL = re.compile(rb" *([0-7]+)[ \x00]*")
-# Of a pax header, only records that change neither the name nor the size of the next member
+# Records of a pax header that change neither the name nor the size of the next member
 _HARMLESS_RECORD = re.compile(rb"(\d+) (mtime|atime|ctime|uid|gid|uname|gname)=")
-# Mode, owner, group, time and device in their usual spelling. Nothing here needs them, but tarfile
+# Mode, owner, group, time and device in their usual format. They are not used here, but tarfile
 # refuses a header in which one of them is not a number, so this parser must not accept it.
 _SHORT = rb"(?:[0-7]{7}[ \x00]|[0-7]{6} \x00|\x00{8})"
 _UNUSED = re.compile(rb"(?s).{100}" + 3 * _SHORT + rb".{12}[0-7]{11}[ \x00].{181}" + 2 * _SHORT)
@@ -82,7 +82,7 @@ def plain_members(file: int) -> list[Member] | None:
         if size is None:
             return None
         magic, prefix = header[257:265], header[345:500].partition(b"\0")[0]
-        # GNU tar keeps other things than a prefix there
+        # GNU tar stores other data in the field of the prefix
         if magic != _USTAR and not (magic == _GNU and not any(header[345:500])):
             return None
         name = header[:100].partition(b"\0")[0]
@@ -98,8 +98,8 @@ def plain_members(file: int) -> list[Member] | None:
 
 
 def next_archive(file: int, end: int) -> int | None:
-    """Return where the tar begins that was appended after the ``end`` of another one, as ``cat``
-    does; None if nothing but zeros follows, with which every tar is filled up."""
+    """Return the start of a tar that was appended after the ``end`` of another one, as by ``cat``;
+    None if only zeros follow, which pad every tar."""
     while block := os.pread(file, _READ, end):
         zeros = len(block) - len(block.lstrip(b"\0"))
         if zeros < len(block):
@@ -109,7 +109,7 @@ def next_archive(file: int, end: int) -> int | None:
 
 
 def _stated_size(header: bytes) -> int | None:
-    """The member's size, if the header is complete, plain and has the right checksum."""
+    """Return the size of the member if the header is complete and plain and its checksum right."""
     if len(header) < BLOCK:
         return None
     checksum, size = _OCTAL.fullmatch(header[148:156]), _OCTAL.fullmatch(header[124:136])
@@ -135,7 +135,7 @@ def tarfile_members(path: Path) -> list[Member]:
                 end = _list_archive(file, start, members)
                 start = next_archive(file.fileno(), end)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
-        # What absurd sizes and thousands of nested pax headers lead to
+        # Absurd sizes and thousands of nested pax headers raise these errors
         raise tarfile.ReadError(f"damaged header: {error}") from error
     return members
 
@@ -149,14 +149,14 @@ def _list_archive(file: BinaryIO, start: int, members: list[Member]) -> int:
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
-            if info.size < 0:  # tarfile would step back by it and loop forever
+            if info.size < 0:  # tarfile would go back by this size and loop forever
                 raise ValueError(f"{info.size} bytes in {info.name}")
             kind = "folder" if info.isdir() else "other"
             if info.isreg() and not info.issparse():
                 kind = "file"
             members.append(Member(info.name, kind, info.offset_data, info.size))
-        # tarfile stops at a truncated or damaged header as it does at a proper end of the tar;
-        # only the block where it stopped tells the two apart
+        # tarfile stops at a truncated or damaged header just as at the end of a tar; only the block
+        # where it stopped shows which it was
         file.seek(tar.offset)
         if file.read(BLOCK) != _END_OF_TAR:
             raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset}")
@@ -165,9 +165,9 @@ def _list_archive(file: BinaryIO, start: int, members: list[Member]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """``size`` bytes of the file ``path`` from ``offset`` on; size -1 means up to its end.
+    """``size`` bytes of the file ``path`` from ``offset`` on; -1 means up to the end of the file.
 
-    A catalogue has millions of these, so the path is a string: it takes a fifth of a ``Path``.
+    The path is a string, which takes a fifth of the memory of a ``Path``: a catalogue has millions.
     """
 
     path: str
@@ -180,7 +180,7 @@ class ByteRange:
         Raises:
             OSError: They cannot be read, or there are more than ``limit`` or fewer than ``size``.
         """
-        # Opening a pipe would wait for whoever writes to it
+        # Opening a pipe would wait for a writer
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError(None, "not a regular file")
         with open(self.path, "rb", buffering=0) as file:
