@@ -1,7 +1,7 @@
 """The images to search among or to embed: pairs in shards, or loose files in a folder.
 
 They are divided into parts: some pairs of one shard, or some files of one folder. A part is
-embedded and stored as a whole, so a changed image costs only the work on its own part again.
+embedded and stored as a whole, so if an image changes, only its part is embedded again.
 """
 
 import hashlib
@@ -45,13 +45,13 @@ class ImagePart:
     """Images that are embedded and stored together.
 
     Attributes:
-        state: Changes whenever one of the images does, and only then.
+        state: A text that changes if and only if one of the images changes.
         count: The number of images.
-        read: Returns the image of a number below ``count`` as a pair, with an empty caption if it
+        read: Returns the image with a number below ``count`` as a pair, with an empty caption if it
             has none. It raises a DataError if the shard or file was changed or removed.
-        read_texts: The same without the bytes of the image, which are not read.
-        name: Tells the part from all others, and can be a file name.
-        split: The split that the images are in, "" if the folders do not say.
+        read_texts: Does the same without reading the bytes of the image.
+        name: A unique name that can be a file name.
+        split: The split of the images, or "" if the folders do not name one.
     """
 
     state: str
@@ -96,8 +96,8 @@ def open_images(source: Path, files_per_part: int = FILES_PER_PART) -> list[Imag
     """Find the images in a folder.
 
     If the folder, or train/, val/ or test/ in it, holds ``*.tar`` files, these are read as shards.
-    Otherwise the folder and those below it are searched for image files, except hidden ones; a part
-    then has about ``files_per_part`` of them.
+    Otherwise the folder and its subfolders are searched for image files, except hidden ones, and a
+    part has about ``files_per_part`` of them.
 
     Raises:
         DataError: There is no such folder or no image in it, or a shard is damaged.
@@ -137,7 +137,7 @@ def _parts_of_shard(path: Path, split: str) -> Iterator[ImagePart]:
 def _name(split: str, rest: str) -> str:
     """Return a name that sorts by split and can be a file name; ``rest`` differs in each part."""
     plain = re.sub(r"[^\w-]", "_", rest, flags=re.ASCII)[:_LONGEST_NAME]
-    if plain != rest:  # several names may have become one
+    if plain != rest:  # another name may have become the same
         plain += f"-{zlib.crc32(rest.encode('utf-8', 'surrogateescape')):08x}"
     return f"{split or 'data'}-{plain}"
 
@@ -155,7 +155,7 @@ def _read_texts_of_pair(pairs: PairDataset, first: int, number: int) -> RawPair:
 
 def _parts_of_folder(root: Path, files_per_part: int) -> Iterator[ImagePart]:
     """Divide the images of each folder by a hash of their names, so that an added or changed file
-    affects one part alone."""
+    affects only one part."""
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         stamps = {}
@@ -165,7 +165,7 @@ def _parts_of_folder(root: Path, files_per_part: int) -> Iterator[ImagePart]:
             wanted = suffix in IMAGE_SUFFIXES or is_unnamed_image(str(path))
             if wanted and not is_hidden(name) and path.is_file() and os.access(path, os.R_OK):
                 stamps[name] = stamp_of(path.stat())
-        # A power of two: as the folder grows, its parts are divided again only rarely
+        # A power of two, so that a growing folder is rarely divided into new parts
         parts = 1 << max(0, (len(stamps) // files_per_part).bit_length())
         buckets: dict[int, list[str]] = {}
         for name in sorted(stamps):
@@ -176,7 +176,7 @@ def _parts_of_folder(root: Path, files_per_part: int) -> Iterator[ImagePart]:
             listed = "\0".join(map(str, (*paths, *(stamps[name] for name in members))))
             digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
             split = split_of(within / "file")
-            # A slash would have to be replaced, so that no folder has the name of the root
+            # No slash in the name of the root, so that it differs from that of any folder
             name = "files-" if within == PurePath() else f"{within.as_posix()}/"
             yield ImagePart(
                 state=f"{root.resolve()} {digest}",

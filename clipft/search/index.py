@@ -1,9 +1,9 @@
 """Embeddings of images, made once and then searched by a text or by another image.
 
 Each part of the data has its own file in the cache folder, named by a hash of the model, the
-preprocessing and the state of the part. Changed data is embedded again part by part, and an
-interrupted search continues where it stopped. The files hold float32 and are memory-mapped:
-float16 would halve them but made a query slower, because it has to be converted first.
+preprocessing and the state of the part. Only changed parts are embedded again, and an interrupted
+search continues where it stopped. The files hold float32 and are memory-mapped. With float16 they
+would be half as large, but queries were slower, because float16 has to be converted first.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class ImageIndex:
         number, and images without a score are left out."""
         usable = np.flatnonzero(~np.isnan(scores))
         if count < len(usable):
-            # Sorting only those that can win: a partition of millions takes milliseconds
+            # Sort only the best scores: partitioning millions takes milliseconds
             least = np.partition(scores[usable], -count)[-count]
             usable = usable[scores[usable] >= least]
         best = usable[np.argsort(-scores[usable], kind="stable")][:count]
@@ -108,7 +108,7 @@ def open_index(
     for at, vectors in zip(missing, embedded, strict=True):
         with replacing(files[at], shared=True) as temporary, temporary.open("wb") as file:
             np.save(file, vectors)
-        found[at] = _load(files[at], parts[at].count)  # mapped, so that memory does not fill up
+        found[at] = _load(files[at], parts[at].count)  # memory-mapped, to free the memory
     complete = [vectors for vectors in found if vectors is not None]
     assert len(complete) == len(parts), "a part that was just saved cannot be read"
     mark_used(folder)
@@ -126,9 +126,9 @@ def _load(file: Path, rows: int) -> Vectors | None:
 
 
 def _model_key(opened: OpenedModel) -> str:
-    """Hash all that determines the embedding of an image, except for the image."""
+    """Hash everything but the image that its embedding depends on."""
     precision = opened.loaded.precision
-    # Not the model's name: its weights say more, and a copy of a model shares the cache
+    # The weights identify the model, not its name, so that copies of a model share the cache
     adapted = {name: getattr(opened.settings, name) for name in AdaptSettings.model_fields}
     adapted.pop("model")
     decided_by = (
@@ -148,7 +148,7 @@ def _embed_parts(
     options: LoaderOptions,
     report: Callable[[int, int], None],
 ) -> Iterator[Vectors]:
-    """Yield the embeddings [images, D] of one part after the other; batches run across parts."""
+    """Yield the embeddings [images, D] of one part after the other. Batches may span parts."""
     embedded = embed_images(opened, pairs, range(len(pairs)), options)
     for part in pairs.parts:
         rows = list[Vectors | str]()

@@ -1,4 +1,4 @@
-"""The contact sheet of a search: one HTML file with the images found, best first."""
+"""The contact sheet of a search: an HTML file with the images that were found, best first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class SheetImage:
 def contact_sheet(
     query: str, remarks: Sequence[str], images: Sequence[SheetImage], query_image: bytes | None
 ) -> str:
-    """Render the page. ``query_image`` is a small JPEG of the image that was searched with."""
+    """Render the page. ``query_image`` is a small JPEG of the image that was the query."""
     return render(
         "search.html", heading=query, remarks=remarks, images=images, query_image=query_image
     )

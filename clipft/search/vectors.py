@@ -1,4 +1,4 @@
-"""Embeds images one after the other, and says what else decides their embeddings."""
+"""Embeds images one after the other, and identifies the model and the preprocessing."""
 
 import hashlib
 from collections import deque
@@ -30,13 +30,13 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def preprocessing_of(opened: OpenedModel) -> str:
-    """A text that is equal for models that see an image in the same way."""
+    """Return a text that is equal for models with the same preprocessing of images."""
     inputs = opened.loaded.base.inputs
     return inputs.seen_images
 
 
 def weights_digest(opened: OpenedModel) -> str:
-    """Hash all weights, those of the pretrained model and those that were trained."""
+    """Hash all weights, pretrained and trained."""
     digest = hashlib.blake2b(opened.loaded.fingerprint.encode(), digest_size=16)
     for name, weight in opened.loaded.model.trainable_state().items():
         digest.update(name.encode())
@@ -53,10 +53,10 @@ def embedding_width(opened: OpenedModel) -> int:
 def embed_images(
     opened: OpenedModel, pairs: JoinedParts, numbers: Iterable[int], options: LoaderOptions
 ) -> Iterator[tuple[int, Vector | str]]:
-    """Yield the numbers in their order, each with its image's embedding, or with the reason why
-    the image cannot be decoded.
+    """Yield the numbers in order, each with the embedding of its image, or with the reason why the
+    image cannot be decoded.
 
-    The next numbers are asked for while images are embedded, so they can be found meanwhile.
+    ``numbers`` may be computed lazily: the next ones are requested while images are embedded.
 
     Raises:
         DataError: An image was changed or removed in the meantime.

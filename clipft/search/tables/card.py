@@ -31,7 +31,7 @@ FROM '{table}/*.parquet' LIMIT 10  -- DuckDB
 
 
 def card(made_with: Mapping[str, Any], rows: Mapping[str, int], names: Sequence[str]) -> str:
-    """Render the card of tables with so many ``rows``, whose files have these ``names``."""
+    """Render the card. ``rows`` holds the number of rows by table, ``names`` the names of files."""
     splits = list(dict.fromkeys(name.partition("-")[0] for name in names))
     lines = []
     for table in rows:

@@ -1,7 +1,7 @@
-"""The columns that the fields of the metadata become, in the whole data set alike.
+"""The columns for the fields of the metadata, which are the same in the whole data set.
 
-Each field has one kind: ``bool``, ``int``, ``float`` or ``text``. A field whose values differ in
-kind is text, and so are lists and objects, as JSON.
+Each field has one kind: ``bool``, ``int``, ``float`` or ``text``. A field with values of different
+kinds is text. Lists and objects are stored as JSON text.
 """
 
 import json
@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 FIXED = ("key", "split", "caption", "sha256", "vector")
-"""The columns that every table has besides those of the fields."""
+"""The columns of every table that are not fields of the metadata."""
 
 Fields = dict[str, str]
 """The kind of each field."""
 
 _MOST = 500
-"""Columns for fields. Metadata with more has names that are values, such as product numbers."""
+"""The most columns for fields. If metadata has more, its names are probably values, such as product
+numbers."""
 _INT64 = 1 << 63
 
 
@@ -25,14 +26,14 @@ class Column(NamedTuple):
 
 
 def add_kinds(fields: Fields, metadata: Mapping[str, Any]) -> None:
-    """Let ``fields`` hold the values of ``metadata`` as well."""
+    """Widen the kinds in ``fields`` so that they can hold the values of ``metadata``."""
     for name, value in metadata.items():
         if value is not None:
             fields[name] = _common(fields.get(name), _kind_of(value))
 
 
 def merged(several: Iterable[Fields]) -> Fields:
-    """Return fields that hold all values that each of ``several`` can hold."""
+    """Return the fields with kinds that can hold the values of all ``several``."""
     found: Fields = {}
     for fields in several:
         for name, kind in fields.items():
@@ -44,7 +45,7 @@ def columns_of(fields: Fields) -> dict[str, Column]:
     """Return the column of each field, in the order of their names; at most ``_MOST``."""
     taken, columns = {name.casefold() for name in FIXED}, dict[str, Column]()
     for field in sorted(fields)[:_MOST]:
-        # Lance has no dots in names, and DuckDB takes Color and color for the same column
+        # Lance does not allow dots in names, and Color and color are the same column in DuckDB
         plain = field.replace(".", "_").encode("utf-8", "replace").decode().strip() or "field"
         name = f"field_{plain}" if plain.casefold() in taken else plain
         while name.casefold() in taken:
@@ -55,7 +56,7 @@ def columns_of(fields: Fields) -> dict[str, Column]:
 
 
 def converted(value: Any, kind: str) -> Any:
-    """Return a value as its column holds it."""
+    """Convert a value to the kind of its column."""
     if value is None:
         return None
     if kind == "float":

@@ -1,11 +1,11 @@
 """Writes the embeddings of a data set to Parquet files.
 
-The data are divided into parts of up to 4,096 pairs, and each part becomes one file of a table. A
-file whose part has not changed is kept. Of a changed part, an image or a caption is embedded only
+The data are divided into parts of up to 4,096 pairs, and each part becomes one file of a table. If
+a part has not changed, its file is kept. In a changed part, an image or a caption is embedded only
 if no file has the vector of the same bytes yet. Only a few parts are in memory at a time.
 
-Several processes can share the work (``EmbedChoices.share``): each embeds some of the parts, and
-the first that finds all files complete moves them into place.
+The parts can be divided among several processes (``EmbedChoices.share``). The first process that
+finds all files complete moves them into place.
 """
 
 from collections import Counter
@@ -30,14 +30,14 @@ from clipft.search.tables.table import EmbeddedTable
 from clipft.search.vectors import embedding_width, preprocessing_of, weights_digest
 
 FILES_PER_PART = 4096
-"""Loose image files in a part. A search has fewer, because it embeds all files of a changed part
-again."""
+"""Image files in a part of a folder. In a search, parts are smaller, because all files of a changed
+part are embedded again."""
 
 
 @dataclass(frozen=True)
 class EmbedChoices:
-    """What is written: some of ``folder.TABLES``, with vectors of ``dtype`` and ``dim`` dimensions
-    (0: all), and with ``index`` a FAISS index of each table. ``share`` is this process's part."""
+    """What to write: some of ``folder.TABLES``, with vectors of ``dtype`` and ``dim`` dimensions
+    (0: all), and with ``index`` a FAISS index of each table. ``share`` is this process's share."""
 
     tables: tuple[str, ...]
     dtype: str = "float32"
@@ -49,11 +49,11 @@ class EmbedChoices:
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """How many images or captions of each table were embedded now, and what the folder holds: the
-    rows of each table, how many images were skipped, by reason, and the ``bytes`` of the tables.
+    """How many images or captions of each table this process embedded, and the content of the
+    folder: the rows of each table, skipped images by reason, and the ``bytes`` of the tables.
 
-    Of several processes that share the work, all but one return without the latter, and
-    ``joined`` is False. ``left`` counts the files that others still had to write.
+    If several processes embed the data, only the one that moves the files into place describes the
+    folder. For the others, ``joined`` is False. ``left`` counts the files that were still missing.
     """
 
     out: Path
@@ -78,7 +78,7 @@ def embed_dataset(
     choices: EmbedChoices,
     progress: Progress,
 ) -> EmbedResult:
-    """Write the embeddings of all parts to ``out``, or bring those that are there up to date.
+    """Write the embeddings of all parts to ``out``, or update an earlier result there.
 
     Raises:
         UsageError: ``out`` holds the embeddings of another model or other options; or the model
@@ -111,7 +111,7 @@ def embed_dataset(
             embedded[table.name] = table.write(changed, report)
     with folder.alone():
         left = sum(len(table.missing()) for table in tables)
-        # Without files in progress, another part has joined them
+        # If no files are in progress, another process has moved them into place
         joins = not left and (choices.share.of == 1 or folder.in_progress)
         found = _join(tables, parts, folder, choices, made_with) if joins else {}
     return EmbedResult(
@@ -133,11 +133,11 @@ def _join(
     choices: EmbedChoices,
     made_with: dict[str, Any],
 ) -> dict[str, Any]:
-    """Move the complete files into place and describe them; return what an ``EmbedResult`` says of
-    them.
+    """Move the complete files into place and write the files that describe them. Return the fields
+    of an ``EmbedResult`` about them.
 
     Raises:
-        DataError: They have no rows.
+        DataError: The tables have no rows.
         StorageError: The disk is full, or refuses to write.
     """
     out = folder.out
@@ -162,7 +162,7 @@ def _join(
 
 
 def _made_with(opened: OpenedModel, choices: EmbedChoices) -> dict[str, Any]:
-    """Everything that decides the vectors, besides the data; and for the record, the version."""
+    """Return all but the data that the vectors depend on, and the version, for the record."""
     width = embedding_width(opened)
     if choices.dim > width:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The folder that embeddings are written to: what it may hold, and how new files get there.
+"""The output folder of ``clipft embed``: its files, and how new files are moved into it.
 
     images/*.parquet, texts/*.parquet   a file for each part of the data
     embeddings.json                     how all of them were made; it marks a complete folder
@@ -7,11 +7,11 @@
     images.faiss, texts.faiss           exact indexes, if they were asked for; ``*.ids.parquet``
                                         have the keys of their rows
 
-New files are made in a hidden folder inside it, and moved when all of them are complete. If the
-work is interrupted, the next run reuses the files that it finds there. Several processes can share
-the work if they see the same folder, on one machine or on several: a lock in the hidden folder lets
-only one of them begin, write a file or move the files at a time. The system releases the lock
-however its holder ends.
+New files are written to a hidden folder inside the output folder, and moved when all of them are
+complete. If a run is interrupted, the next run reuses the files in the hidden folder. Several
+processes, on one machine or on several, can write to the same folder. They take turns through a
+lock in the hidden folder: only one at a time may begin, write a file or move the files. The system
+releases the lock even if its holder is killed.
 """
 
 import fcntl
@@ -43,33 +43,33 @@ class EmbeddingsFolder:
         self.out, self.building = out, out / ".clipft-building"
 
     def check(self) -> None:
-        """Check, before long work, that ``out`` can be written and holds nothing of the user's.
+        """Check, before anything is embedded, that ``out`` is writable and has no other files.
 
         Raises:
-            UsageError: It is not a folder, or it has other files.
-            StorageError: It cannot be written.
+            UsageError: ``out`` is not a folder, or it has other files.
+            StorageError: ``out`` cannot be written.
         """
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"{self.out} is not a folder", _ANOTHER)
         names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         known = names & {_MARK, self.building.name}
-        # Hidden files may be those of another process that has just begun
+        # Hidden files may belong to another process that has just begun
         if not known and any(not name.startswith(".") for name in names):
             raise UsageError(f"{self.out} is not empty, and it holds no embeddings", _ANOTHER)
-        # A folder that does not exist yet is not made before there is something to put in
+        # A folder that does not exist is not created before there are files to write
         check_writable(self.out / _MARK if self.out.is_dir() else self.out)
 
     def begin(self, made_with: Mapping[str, Any], overwrite: bool) -> None:
-        """Check that what is there was made in the same way; ``overwrite`` allows any other.
+        """Check that existing files were made in the same way, unless ``overwrite`` is True.
 
         Raises:
-            UsageError: It was made with another model or other options.
+            UsageError: The files were made with another model or other options.
             StorageError: The disk is full, or refuses to write.
         """
         for folder in (self.building, self.out):
             there = read_json(folder / _MARK) or {}
             differing = {name for name in there if there[name] != made_with.get(name)}
-            differing -= {"clipft"}  # a newer version goes on with what an older one began
+            differing -= {"clipft"}  # a newer version may continue what an older one began
             if differing and not overwrite:
                 raise UsageError(
                     f"{self.out} holds embeddings of {_difference(differing, there, made_with)}",
@@ -81,7 +81,7 @@ class EmbeddingsFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep all other processes from changing the folder during the block; wait for them first.
+        """Wait until no other process changes the folder, and prevent changes during the block.
 
         Raises:
             StorageError: The folder cannot be made, or its file system has no locks.
@@ -96,7 +96,7 @@ class EmbeddingsFolder:
                 for folder in (self.building, self.out):
                     with suppress(OSError):  # it has other files
                         folder.rmdir()
-            # A process that was forked meanwhile has the descriptor too, so closing is not enough
+            # A forked process may have the descriptor too, so closing it is not enough
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
@@ -106,13 +106,13 @@ class EmbeddingsFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # the holder before has just removed the folder
+            except FileNotFoundError:  # the previous holder has just removed the folder
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if os.path.samestat(os.fstat(lock), path.stat()):
                     return lock
-            except FileNotFoundError:  # it has just removed the file, so that this locks nothing
+            except FileNotFoundError:  # it has just removed the file, so this lock has no effect
                 pass
             except OSError:
                 os.close(lock)
@@ -121,11 +121,11 @@ class EmbeddingsFolder:
 
     @property
     def in_progress(self) -> bool:
-        """Whether files were begun that nobody has moved yet."""
+        """Whether there are files that are not moved into place yet."""
         return (self.building / _MARK).exists()
 
     def discard(self) -> None:
-        """Remove what was made but not moved yet."""
+        """Remove the files that are not moved into place yet."""
         for path in self.building.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -133,7 +133,7 @@ class EmbeddingsFolder:
                 path.unlink()
 
     def files(self, table: str, name: str) -> tuple[Path, Path]:
-        """Return where the new and the earlier file of a part are."""
+        """Return the paths of the new and of the earlier file of a part."""
         within = Path(table) / f"{name}.parquet"
         return self.building / within, self.out / within
 
@@ -149,14 +149,14 @@ class EmbeddingsFolder:
             Whether the table has changed.
 
         Raises:
-            StorageError: The disk refuses.
+            StorageError: The files cannot be moved or removed.
         """
         folder, kept = self.out / table, {f"{name}.parquet" for name in names}
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             old = [path for path in folder.glob("*.parquet") if path.name not in kept]
             new = [path for path in (self.building / table).glob("*.parquet") if path.name in kept]
-            if old or new:  # neither fits until all files are in place
+            if old or new:  # the mark and the index are out of date until all files are moved
                 for stale in (_MARK, f"{table}.faiss", f"{table}.ids.parquet"):
                     (self.out / stale).unlink(missing_ok=True)
             for path in old:
@@ -186,7 +186,7 @@ class EmbeddingsFolder:
 def _difference(
     differing: Collection[str], there: Mapping[str, Any], now: Mapping[str, Any]
 ) -> str:
-    """Name the first difference, and a change of the model before one of an option."""
+    """Describe the first difference. A change of the model comes before one of an option."""
     if _MODEL & set(differing):
         return f"another model, or of another state of it: {there['scenario']} of {there['model']}"
     name = next(name for name in there if name in differing)

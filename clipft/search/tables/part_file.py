@@ -1,17 +1,17 @@
 """A Parquet file with the embeddings of one part of a data set.
 
-``vector`` is the only column of vectors, because Lance searches the column of this name, and a list
-of fixed size is what all libraries can turn into a matrix without a copy. Images and captions are
-two tables: an image may have several captions, or none, and whoever searches wants the rows of one
+``vector`` is the only column of vectors, because Lance searches the column of this name. It is a
+list of fixed size, which all libraries can turn into a matrix without a copy. Images and captions
+are two tables, because an image may have several captions or none, and a search wants rows of one
 kind. The columns are
 
     key, split, caption    as in the data set
     ...                    the fields of the pair's metadata
-    sha256                 of the image file or the caption: equal rows are found by it
+    sha256                 of the image file or the caption, to find equal rows
     vector                 fixed_size_list<float32 or float16>[dim]
 
 The metadata of the schema have two JSON objects: ``clipft`` says how the vectors were made, and
-``clipft.part`` which state of the data the file belongs to.
+``clipft.part`` from which state of the data.
 """
 
 import json
@@ -50,12 +50,12 @@ class VectorFormat:
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself.
+    """The description of a part that its file contains.
 
     Attributes:
-        made: A hash of how its vectors were made: with which model and options.
-        state: The state of the data that it was made from.
-        fields: The kinds of the fields in this part alone.
+        made: A hash of the model and the options that made the vectors.
+        state: The state of the data that the file was made from.
+        fields: The kinds of the fields in this part.
         columns: The column of each field in the whole data set, as (name, kind).
         skipped: As in ``Rows``.
     """
@@ -74,7 +74,7 @@ def write_part(
     about: About,
     made_with: Mapping[str, Any],
 ) -> None:
-    """Write the rows of a part with their vectors, which are found by ``sha256``.
+    """Write the rows of a part with their vectors, which are given by ``sha256``.
 
     Raises:
         StorageError: The disk is full, or refuses to write.
@@ -121,7 +121,7 @@ def _table(
 
 
 def read_about(path: Path) -> About | None:
-    """Return what a file says of itself; None if it is missing or damaged."""
+    """Return the description in a file; None if the file is missing or damaged."""
     from pyarrow import ArrowException, parquet
 
     try:

@@ -13,8 +13,8 @@ from clipft.search.tables.columns import Fields, add_kinds
 
 @dataclass(frozen=True)
 class Row:
-    """A row without its vector. ``sha256`` is the hash of what is embedded: the bytes of the image
-    file, or the caption in UTF-8. ``fields`` are the metadata of the pair."""
+    """A row without its vector. ``sha256`` is the hash of the bytes of the image file, or of the
+    caption in UTF-8. ``fields`` are the metadata of the pair."""
 
     key: str
     caption: str | None
@@ -58,11 +58,11 @@ def fields_of(part: ImagePart) -> Fields:
 def _captions(pair: RawPair, template: CaptionTemplate) -> Iterator[str]:
     try:
         captions = template.captions(pair.caption, pair.metadata)
-    except BadCaption:  # an image needs none
+    except BadCaption:  # an image does not need a caption
         return
     yield from (caption.encode("utf-8", "replace").decode() for caption in captions)
 
 
 def _key(pair: RawPair) -> str:
-    """The key as Unicode: the name of a file may hold other bytes."""
+    """Return the key as valid Unicode. It may be a file name with other bytes."""
     return pair.key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

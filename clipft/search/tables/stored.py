@@ -1,4 +1,4 @@
-"""The vectors of an earlier run, found by the hash of what they embed."""
+"""The vectors of an earlier run, found by the hash of the embedded image or caption."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -11,12 +11,12 @@ import numpy as np
 from clipft.search.tables.part_file import read_vectors
 
 _SHORT = 16
-"""Hexadecimal digits of a hash that are kept in memory; the others are compared in the file."""
+"""Hexadecimal digits of a hash that are kept in memory. The full hash is compared in the file."""
 
 
 class _Places(NamedTuple):
-    """Ascending short hashes uint64, with the file and the row of each: 16 bytes for each vector,
-    so that ten million take 160 MB."""
+    """Sorted short hashes, uint64, with the file and the row of each. A vector takes 16 bytes, so
+    ten million take 160 MB."""
 
     keys: "np.ndarray[Any, np.dtype[np.uint64]]"
     files: "np.ndarray[Any, np.dtype[np.uint32]]"
@@ -24,14 +24,14 @@ class _Places(NamedTuple):
 
 
 class StoredVectors:
-    """The vectors in some part files, which must all be made in the same way. They are looked at
-    only when the first vector is asked for."""
+    """The vectors in some part files, which must all be made in the same way. The files are opened
+    when the first vector is looked up."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
 
     def find(self, hashes: Collection[str]) -> "dict[str, np.ndarray[Any, Any]]":
-        """Return the vectors [dim] of those hashes that there are."""
+        """Return the vectors [dim] by hash. Hashes without a vector are left out."""
         from pyarrow import ArrowException
 
         places = self._places
@@ -48,8 +48,8 @@ class StoredVectors:
             try:
                 names, vectors = read_vectors(self._files[file])
             except (OSError, ArrowException):
-                continue  # another process has moved it; its vectors are made again
-            # A file of an interrupted run may have been written anew, with fewer rows
+                continue  # another process has moved the file; its vectors are made again
+            # A file of an interrupted run may have been rewritten with fewer rows
             found |= {names[row]: vectors[row].copy() for row in rows if row < len(names)}
         return {name: found[name] for name in hashes if name in found}
 

@@ -1,4 +1,4 @@
-"""One table of embeddings, of all images or of all captions: what of it is there, and the rest."""
+"""One table of embeddings, of all images or of all captions: finds and writes the missing files."""
 
 import hashlib
 import json
@@ -29,8 +29,8 @@ _TEXTS = 64
 
 @dataclass
 class _Waiting:
-    """A part whose images are being embedded: ``left`` of them are not yet. The first image has the
-    number ``start`` among those of all changed parts."""
+    """A part whose images are being embedded; ``left`` images remain. Its first image has the
+    number ``start`` among the images of all changed parts."""
 
     rows: Rows
     start: int
@@ -50,7 +50,7 @@ class EmbeddedTable:
         folder: EmbeddingsFolder,
         made_with: Mapping[str, Any],
     ) -> None:
-        """Look for the files that are there and still in the state of their part."""
+        """Find the files that are up to date with their part."""
         self.name, self._parts, self._folder = name, parts, folder
         self._opened, self._made_with = opened, made_with
         settings = opened.settings
@@ -63,12 +63,13 @@ class EmbeddedTable:
         self.known = self._current()
 
     def file(self, part: ImagePart) -> Path:
-        """The file of a part, which may not exist: a new one or, without it, the earlier one."""
+        """Return the path of the new file of a part or, if there is none, of the earlier file,
+        which may not exist."""
         new, old = self._folder.files(self.name, part.name)
         return new if new.is_file() else old
 
     def choose_columns(self, fields: Mapping[str, Fields]) -> list[ImagePart]:
-        """Choose the columns for the fields of all parts; return the parts that must be written,
+        """Choose the columns for the fields of all parts. Return the parts that must be written
         because they have changed or their file has other columns."""
         columns = columns_of(merged(fields.values()))
         self._columns = {field: list(column) for field, column in columns.items()}
@@ -76,7 +77,7 @@ class EmbeddedTable:
         return self.missing()
 
     def missing(self) -> list[ImagePart]:
-        """Return the parts without a file in their state and with the chosen columns."""
+        """Return the parts without an up-to-date file that has the chosen columns."""
         known = self._current()
         return [
             part
@@ -85,7 +86,7 @@ class EmbeddedTable:
         ]
 
     def _current(self) -> dict[str, About]:
-        """What the files say that are in the state of their part, by the part's name."""
+        """Return the descriptions of the files that are up to date, by the name of the part."""
         abouts = ((part, read_about(self.file(part))) for part in self._parts)
         return {
             part.name: about
@@ -114,7 +115,7 @@ class EmbeddedTable:
                 pairs = (part.read(number) for number in range(part.count))
                 rows = Rows(part, [image_row(pair, self._template) for pair in pairs])
                 vectors = self._stored.find([row.sha256 for row in rows.rows])
-                # Of equal images, one is embedded
+                # Equal images are embedded once
                 first = {row.sha256: n for n, row in reversed(list(enumerate(rows.rows)))}
                 numbers = sorted(n for name, n in first.items() if name not in vectors)
                 if numbers:
@@ -148,7 +149,7 @@ class EmbeddedTable:
             rows = Rows(part, [row for pair in pairs for row in text_rows(pair, self._template)])
             vectors = self._stored.find([row.sha256 for row in rows.rows])
             new = {row.sha256: str(row.caption) for row in rows.rows if row.sha256 not in vectors}
-            # By length, so that batches need little padding
+            # Sorted by length, so that batches need little padding
             names = sorted(new, key=lambda name: (len(new[name]), name))
             for start in range(0, len(names), _TEXTS):
                 batch = names[start : start + _TEXTS]
@@ -177,7 +178,7 @@ class EmbeddedTable:
 
 
 def _without(rows: Rows, bad: Mapping[str, str]) -> Rows:
-    """Return the rows whose images can be decoded; the others are skipped with their reason."""
+    """Return the rows whose images can be decoded, and list the others as skipped."""
     skipped = [
         {"key": row.key, "split": rows.part.split, "reason": bad[row.sha256]}
         for row in rows.rows
@@ -187,5 +188,5 @@ def _without(rows: Rows, bad: Mapping[str, str]) -> Rows:
 
 
 def _state(part: ImagePart) -> str:
-    """The state of a part without its path, which others need not see."""
+    """Return a hash of the state of a part, so that its path is not published."""
     return hashlib.sha256(part.state.encode("utf-8", "surrogateescape")).hexdigest()[:32]
