@@ -1,4 +1,4 @@
-"""Copies folders to the Hugging Face Hub, and data sets from it."""
+"""Uploads folders to the Hugging Face Hub, and downloads data sets from it."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _URL = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?(?:/(.*))?")
 
 @dataclass(frozen=True)
 class HubUrl:
-    """A data set of the hub: its id, a revision ("" for the newest), and a folder or file in it
+    """A data set on the hub: its id, a revision ("" for the newest), and a folder or file in it
     ("" for all)."""
 
     id: str
@@ -32,10 +32,10 @@ class HubUrl:
 
 
 def parse_hub_url(text: object) -> HubUrl | None:
-    """Parse ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``; None if it is something else.
+    """Parse ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``; None for any other text.
 
     Raises:
-        UsageError: It begins like one and is none.
+        UsageError: The text begins with ``hf:/`` but is not such a URL.
     """
     # A Path object turns the two slashes after the scheme into one
     found = re.fullmatch(r"hf:/+(.*)", str(text), re.DOTALL | re.IGNORECASE)
@@ -44,14 +44,14 @@ def parse_hub_url(text: object) -> HubUrl | None:
     parsed = _URL.fullmatch(found[1].removeprefix("datasets/").rstrip("/"))
     if not parsed or not found[1].startswith("datasets/"):
         raise UsageError(f"{text} is not a data set of the hub", f"write it as {_WRITTEN}")
-    # The hub's own short name for the branch where it keeps a copy in Parquet
+    # The hub's short name for the branch with a copy in Parquet
     revision = {"~parquet": "refs/convert/parquet"}.get(parsed[2], parsed[2] or "")
     return HubUrl(parsed[1], revision, (parsed[3] or "").strip("/"))
 
 
 def download_dataset(url: HubUrl) -> Path:
-    """Download a data set to the cache of the hub, unless it is there; return its folder, or the
-    file that ``url`` names. Its files are links into the cache.
+    """Download a data set to the cache of the hub, unless it is there. Return its folder, or the
+    file that ``url`` names. The files are links into the cache.
 
     Raises:
         UsageError: The id is not valid, or the data set has several configurations and ``url``
@@ -74,8 +74,8 @@ def download_dataset(url: HubUrl) -> Path:
 
 
 def _check_one_configuration(url: HubUrl) -> None:
-    """Refuse a data set whose card lists several configurations: together they would have most
-    images more than once."""
+    """Refuse a data set whose card lists several configurations, because most images would be in
+    more than one of them."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -95,7 +95,7 @@ def _check_one_configuration(url: HubUrl) -> None:
 
 @contextmanager
 def _download_errors(url: HubUrl) -> Iterator[None]:
-    """Turn the hub's errors into ours."""
+    """Turn the errors of a download into ``ClipftError``."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -165,7 +165,7 @@ def push(folder: Path, repo: str, kind: Kind, own: Sequence[str] = ()) -> str:
 
 @contextmanager
 def _push_errors(repo: str) -> Iterator[None]:
-    """Turn the hub's errors into ours."""
+    """Turn the errors of an upload into ``ClipftError``."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     login = _LOGIN.format("write there")

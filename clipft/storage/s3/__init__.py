@@ -1,1 +1,1 @@
-"""Talks to S3: client, keys, errors, checksums, checkpoints and byte ranges."""
+"""Access to S3: client, keys, errors, checksums, checkpoints and byte ranges."""

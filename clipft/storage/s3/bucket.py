@@ -2,7 +2,7 @@
 
 obstore (written in Rust) moved small objects in a third of boto3's time and a quarter of its
 processor time. Its own retries are switched off: ``Retry`` repeats requests instead, each time
-with credentials that are fresh then.
+with current credentials.
 """
 
 import os
@@ -30,21 +30,22 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 RANGE = 8 << 20
-"""Bytes of one request at most: a larger object is fetched in several ranges."""
+"""The most bytes in one request. A larger object is fetched in several ranges."""
 
 SMALL = 1 << 20
 """Objects of up to this many bytes are held in memory while they are fetched."""
 
 _CHUNK, _BLOCK = 256 << 10, 1 << 20
 _NAMES, _LISTED = 1000, 10
-"""Names asked for where a prefix does not exist, and those that a message lists."""
+"""If a prefix does not exist: the names that are requested, and those that a message lists."""
 
 
 @dataclass(frozen=True)
 class Bucket:
     """An open bucket, made by ``open_bucket``. Threads may share it.
 
-    obstore limits the time of a whole request, so small and large ones have a store each.
+    obstore limits the time of a whole request, so there is one store for small and one for large
+    requests.
     """
 
     settings: StorageSettings
@@ -57,7 +58,7 @@ class Bucket:
 
     @property
     def client(self) -> Any:
-        """A boto3 client, made on first use: a sync often needs none, and it takes 0.2 s."""
+        """A boto3 client, made on first use: making it takes 0.2 s, and a sync often needs none."""
         return self._client()
 
     def url(self, key: str = "") -> str:
@@ -72,7 +73,7 @@ class Bucket:
         return answer
 
     def list(self, prefix: str) -> tuple[list[RemoteObject], list[Refused]]:
-        """The objects under ``prefix`` that have a path in a local folder, and those that do not.
+        """List the objects under ``prefix`` with a path in a local folder, and the refused keys.
 
         Raises:
             StorageError: the bucket cannot be listed.
@@ -81,7 +82,7 @@ class Bucket:
         refused: list[Refused] = []
         paths = LocalPaths(prefix)
         for entry in self.entries(prefix):
-            if entry.key.endswith("/") and entry.size == 0:  # how consoles mark a folder
+            if entry.key.endswith("/") and entry.size == 0:  # S3 consoles mark folders like this
                 continue
             try:
                 path = paths.take(entry.key)
@@ -93,7 +94,7 @@ class Bucket:
         return objects, refused
 
     def entries(self, prefix: str, page_size: int = 1000) -> Iterator[Entry]:
-        """List all objects under ``prefix``, in requests for ``page_size`` of them.
+        """List all objects under ``prefix``, in requests for ``page_size`` objects.
 
         Raises:
             StorageError: the bucket cannot be listed.
@@ -106,9 +107,9 @@ class Bucket:
                 return
 
     def names_near(self, prefix: str) -> str:
-        """Say which prefixes there are where ``prefix`` does not exist, and which one is closest.
+        """Return a hint for a ``prefix`` that does not exist: the existing and closest prefixes.
 
-        Returns "" if the bucket cannot tell.
+        Returns "" if the bucket cannot be listed.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -130,7 +131,7 @@ class Bucket:
         return ""
 
     def get(self, wanted: RemoteObject, start: int, end: int) -> memoryview:
-        """Bytes ``start`` to ``end`` of exactly the version that was listed.
+        """Fetch the bytes ``start`` to ``end`` of the version that was listed.
 
         Raises:
             StorageError: they cannot be fetched, or the object has changed.
@@ -139,7 +140,7 @@ class Bucket:
         return self.retry(lambda: self.get_once(wanted, start, end), self.url(wanted.key))
 
     def get_once(self, wanted: RemoteObject, start: int, end: int) -> memoryview:
-        """As ``get``, without retries: raises whatever obstore raises, or ``Changed``."""
+        """Do the same as ``get`` without retries. Raises errors of obstore, or ``Changed``."""
         body = memoryview(self._request(wanted, start, end).bytes())
         if len(body) != end - start:
             raise Changed
@@ -155,15 +156,15 @@ class Bucket:
     ) -> None:
         """Fetch a range and write it at the same offset of an open file.
 
-        Writing the bytes as they come takes a third of the processor time of holding 8 MiB
-        first, and little memory. ``arrived`` is called with each chunk, in order and once: what
-        is retried goes on where the last attempt broke off.
+        Writing the bytes as they arrive takes a third of the processor time of buffering 8 MiB
+        first, and little memory. ``arrived`` is called once with each chunk, in order: a retry
+        continues where the last attempt ended.
         """
         offset = start
 
         def fetch() -> None:
             nonlocal offset
-            if offset == end:  # it broke off after the last byte
+            if offset == end:  # the last attempt failed after the last byte
                 return
             for chunk in self._request(wanted, offset, end).stream(min_chunk_size=_CHUNK):
                 body = memoryview(chunk)
@@ -192,14 +193,14 @@ class Bucket:
         return answer
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """A small object and its ETag, or None if S3 itself says that it does not exist."""
+        """Fetch a small object and its ETag; None if S3 itself says that it does not exist."""
         from botocore.exceptions import ClientError
 
         def fetch() -> tuple[bytes, str] | None:
             try:
                 answer = self.client.get_object(Bucket=self.name, Key=key)
             except ClientError as error:
-                # A bare 404 may come from any web server or a wrong path: that proves nothing
+                # A 404 without this code may come from any web server or from a wrong path
                 if code_and_status(error)[0] == "NoSuchKey":
                     return None
                 raise
@@ -215,10 +216,10 @@ class Bucket:
         unchanged: Callable[[], bool] = lambda: True,
         concurrency: int = 4,
     ) -> str:
-        """Upload a file, compare what the server received with it, and return the ETag.
+        """Upload a file, check that the server has the same bytes, and return the ETag.
 
-        ``unchanged`` tells after the upload whether the file is still the one that was sent.
-        ``concurrency`` is the number of parts of a large file that are on their way at a time.
+        ``unchanged`` is called after the upload and returns whether the file has not changed.
+        ``concurrency`` is the number of parts of a large file that are sent at a time.
 
         Raises:
             StorageError: the object did not arrive as it was sent, or the file changed.
@@ -234,7 +235,7 @@ class Bucket:
 
             def blocks() -> Iterator[bytes]:
                 while block := file.read(_BLOCK if in_parts else -1):
-                    running.update(block)  # while other parts are on their way
+                    running.update(block)  # while other parts are being sent
                     yield block
 
             answer = obstore.put(
@@ -250,7 +251,7 @@ class Bucket:
                 raise Changed
             if answer["e_tag"] == expected:
                 return expected
-            # Some servers give no ETag in answer to an upload in parts
+            # Some servers return no ETag for an upload in parts
             head = self.client.head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
             same = head["ETag"] == expected
             if not same and has_opaque_etag(head):
@@ -264,7 +265,7 @@ class Bucket:
 
 
 def has_opaque_etag(head: dict[str, Any]) -> bool:
-    """Whether the object is encrypted with a KMS or customer key: its ETag is then not an md5,
-    even if it looks like one. ``head`` is the answer to ``head_object``."""
+    """Return whether the object is encrypted with a KMS or customer key. Its ETag is then not an
+    md5, even if it looks like one. ``head`` is the answer to ``head_object``."""
     encryption = str(head.get("ServerSideEncryption", ""))
     return bool(head.get("SSECustomerAlgorithm")) or "kms" in encryption

@@ -1,11 +1,11 @@
-"""Checkpoints in a bucket: a reader finds whole saves only, and no save replaces a newer one.
+"""Checkpoints in a bucket. A reader finds only complete saves, and no save replaces a newer one.
 
-{prefix}/{name}.json                       the manifest: which saves there are, newest first
+{prefix}/{name}.json                       the manifest: a list of the saves, newest first
 {prefix}/{name}/{run}/{sha256}-{file}      their files: the checkpoint, best.pt, the metrics
 
-Files are uploaded under names of their own and verified. The manifest is written last, on
-condition that it is still the one that was read (If-Match, If-None-Match): of two writers at the
-same time, one is refused and reads again what the other wrote.
+Files are uploaded under unique names and verified. The manifest is written last, and only if it has
+not changed since it was read (If-Match, If-None-Match). If two processes write at the same time,
+one is refused and reads the manifest again.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ class Manifest:
         """
         Raises:
             ValueError, KeyError, TypeError, RefusedKey: it is not a manifest, or it names a
-                file outside of the run's folder.
+                file outside the run's folder.
         """
         content = json.loads(text)
         if content["version"] > VERSION:
@@ -91,8 +91,8 @@ class Manifest:
         return Manifest(Run(**content["run"]), saves, earlier)
 
     def with_save(self, save: Save, run: Run, keep: int) -> "Manifest":
-        """Put ``save`` first and keep at most ``keep`` saves. A new run replaces the saves of
-        the one before, except for the last."""
+        """Return the manifest with ``save`` first and at most ``keep`` saves. A new run replaces
+        the saves of the run before it, except for the last."""
         if self.run.id != run.id:
             return Manifest(run, (save,), self.saves[0] if self.saves else None)
         older = [other for other in self.saves if other.step < save.step]
@@ -105,7 +105,7 @@ class Manifest:
 
 
 class _Damaged(Exception):
-    """A save that cannot be fetched whole; the text is the reason."""
+    """A save cannot be fetched completely; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CheckpointStore:
         return self.bucket.url(self.manifest_key)
 
     def manifest(self) -> Manifest | None:
-        """The manifest, or None if S3 says that there is none.
+        """Fetch the manifest; None if S3 says that it does not exist.
 
         Raises:
             StorageError: it cannot be read for any other reason.
@@ -146,12 +146,12 @@ class CheckpointStore:
             ) from error
 
     def upload(self, step: int, files: Mapping[str, BinaryFile], run: Run, keep: int) -> bool:
-        """Add a save and drop all but the newest ``keep`` of the run. Return False, and change
-        nothing, if the run already has a newer one.
+        """Add a save and delete all but the newest ``keep`` of the run. If the run already has a
+        newer save, change nothing and return False.
 
         Raises:
-            StorageError: a file did not arrive as it was sent, or a run that started later
-                saves there.
+            StorageError: a file did not arrive intact, or a run that started later saves to the
+                same place.
             Stopped: the bucket's ``retry`` was told to stop.
         """
         from botocore.exceptions import BotoCoreError, ClientError
@@ -165,7 +165,7 @@ class CheckpointStore:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             key = f"{self.prefix}/{self.name}/{run.id}/{digest[:32]}-{name}".lstrip("/")
-            if key not in known:  # otherwise a former save has the same bytes
+            if key not in known:  # otherwise an earlier save has the same bytes
                 size = file.seek(0, os.SEEK_END)
                 known[key] = StoredFile(key, size, digest, self.bucket.put(key, file, size))
             stored[name] = known[key]
@@ -184,14 +184,14 @@ class CheckpointStore:
                 "give each run its own --s3-checkpoint-prefix",
             )
         for key in former.keys() - manifest.keys() if former else ():
-            # Without the right to delete, files that no manifest names any more stay; a
-            # lifecycle rule of the bucket may clear them
+            # Without permission to delete, files that are no longer in the manifest stay; a
+            # lifecycle rule of the bucket may remove them
             with suppress(BotoCoreError, ClientError):
                 self.bucket.client.delete_object(Bucket=self.bucket.name, Key=key)
         return True
 
     def _may_follow(self, former: Manifest | None, step: int, run: Run) -> bool:
-        """Whether a save of ``run`` at ``step`` would be the newest.
+        """Return whether a save of ``run`` at ``step`` would be the newest.
 
         Raises:
             StorageError: the manifest belongs to a run that started later.
@@ -208,9 +208,9 @@ class CheckpointStore:
         )
 
     def _write(self, manifest: Manifest, etag: str) -> bool:
-        """Write the manifest if it still has this ETag ("": if there is still none). Return
-        False if it has changed."""
-        # Servers differ in whether the quotes belong to an ETag
+        """Write the manifest if the one in the bucket still has this ETag ("": if there is still
+        none). Return False if it has changed."""
+        # Some servers expect the ETag with quotes, others without
         matching = [{"IfMatch": etag.strip('"')}, {"IfMatch": etag}]
         key, body = self.manifest_key, manifest.to_json()
         for condition in matching if etag else [{"IfNoneMatch": "*"}]:
@@ -223,12 +223,12 @@ class CheckpointStore:
         return False
 
     def fetch(self, manifest: Manifest, local: Callable[[str], Path], note: Note) -> Save:
-        """Download the newest save that is whole; ``local`` gives the path for each file name.
+        """Download the newest complete save; ``local`` returns the path for each file name.
 
         Local files are replaced only when all files of the save have arrived.
 
         Raises:
-            StorageError: no save is whole, or the server or the disk fails.
+            StorageError: no save is complete, or the server or the disk fails.
         """
         for save in manifest.saves:
             try:
@@ -255,7 +255,7 @@ class CheckpointStore:
             try:
                 for name, stored in wanted.items():
                     self._download(stored, temporary / name)
-                # The checkpoint last: once it is in place, the save is considered whole
+                # The checkpoint last: once it is in place, the save counts as complete
                 for name in sorted(wanted, key=lambda name: name == f"{self.name}.pt"):
                     with replacing(local(name)) as part:
                         os.replace(temporary / name, part)
@@ -291,7 +291,7 @@ class CheckpointStore:
 
 
 def _is_there(path: Path, stored: StoredFile) -> bool:
-    """Whether a local file has the bytes of a stored one."""
+    """Return whether a local file has the bytes of a stored one."""
     with suppress(OSError):
         if path.stat().st_size == stored.size:
             with open(path, "rb") as file:

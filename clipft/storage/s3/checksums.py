@@ -1,11 +1,11 @@
-"""Tell from what a server says about an object whether bytes are those of it.
+"""Check by ETag or checksum whether bytes are those of an object.
 
-The ETag of an object that was uploaded in one request is its md5. One that was uploaded in parts
-has the md5 of the parts' md5s and their number (``...-6``). With KMS or customer keys the ETag
-says nothing about the bytes.
+The ETag of an object that was uploaded in one request is its md5. If it was uploaded in parts, the
+ETag is the md5 of the parts' md5s and the number of parts (``...-6``). With KMS or customer keys
+the ETag says nothing about the bytes.
 
-Newer servers also keep a checksum, which a HEAD request asks for. Most are those of the whole
-object; a ``COMPOSITE`` one is a checksum of the checksums of the parts, whose sizes are not known.
+Newer servers also store a checksum, which a HEAD request returns. Most checksums cover the whole
+object. A ``COMPOSITE`` one is a checksum of the checksums of the parts, whose sizes are not known.
 """
 
 import base64
@@ -19,7 +19,7 @@ from io import BufferedReader, BytesIO
 from typing import Any, NamedTuple, Protocol
 
 PART_BYTES = 16 << 20
-"""Size of a part of an upload. As many are held in memory as are on their way at a time."""
+"""Size in bytes of a part of an upload. All parts that are being sent are in memory."""
 
 BinaryFile = BufferedReader | BytesIO
 
@@ -37,7 +37,7 @@ def plain_md5(etag: str) -> str | None:
 
 
 def md5(data: bytes | memoryview = b"") -> "hashlib._Hash":
-    """An md5 that also works where OpenSSL allows it for nothing that concerns security."""
+    """Return an md5 object, even if OpenSSL does not allow md5 for security."""
     return hashlib.md5(data, usedforsecurity=False)
 
 
@@ -51,7 +51,7 @@ def etag_of(file: BinaryFile, size: int, part_bytes: int) -> str:
 
 
 def possible_parts(size: int, etag: str) -> list[int]:
-    """The usual sizes of parts that an object of ``size`` bytes with this ETag can have had."""
+    """Return the usual part sizes with which an object of ``size`` bytes can have this ETag."""
     found = _IN_PARTS.fullmatch(etag)
     count = int(found[2]) if found else 0
     return [part for part in _USUAL_PARTS if (count - 1) * part < size <= count * part]
@@ -60,10 +60,10 @@ def possible_parts(size: int, etag: str) -> list[int]:
 def matches(
     file: BinaryFile, size: int, etag: str, first_part: Callable[[], int] = lambda: 0
 ) -> bool | None:
-    """Whether a file has the bytes that ``etag`` identifies; None if that cannot be told.
+    """Return whether a file has the bytes that ``etag`` identifies; None if that is unknown.
 
-    The size of the parts is not in the ETag: the usual sizes are tried first, then
-    ``first_part`` asks the server for the size of the first part (0 if it does not say).
+    The size of the parts is not in the ETag. The usual sizes are tried first, then the size that
+    ``first_part`` gets from the server (0 if the server does not say).
     """
     if plain_md5(etag):
         return etag_of(file, size, size) == f'"{plain_md5(etag)}"'
@@ -97,7 +97,7 @@ def checksum_in(head: Mapping[str, Any]) -> Checksum | None:
     if head.get("ChecksumType") == "COMPOSITE":
         return None
     for algorithm in ALGORITHMS:
-        # Before there was a type, a composite one ended in the number of parts, as an ETag does
+        # Older composite checksums have no type but end in the number of parts, as an ETag does
         text = head.get(f"Checksum{algorithm}")
         if text and "-" not in text:
             with suppress(binascii.Error):
@@ -106,7 +106,7 @@ def checksum_in(head: Mapping[str, Any]) -> Checksum | None:
 
 
 def has_checksum(file: BinaryFile, checksum: Checksum) -> bool | None:
-    """Whether the checksum is that of a file; None if the algorithm is not installed."""
+    """Return whether a file has this checksum; None if the algorithm is not installed."""
     running = ALGORITHMS[checksum.algorithm]()
     if running is None:
         return None
@@ -177,8 +177,8 @@ ALGORITHMS: dict[str, Callable[[], Running | None]] = {
     "CRC64NVME": lambda: _crt("crc64nvme", 8),
     "CRC32C": lambda: _crt("crc32c", 4),
 }
-"""Those that S3 has, in the order in which they are looked for, as ``head_object`` names them.
-Each gives a new running digest, or None if it is not installed."""
+"""The checksum algorithms of S3 by their names in ``head_object``, in the order in which they are
+tried. Each function returns a new running digest, or None if the algorithm is not installed."""
 
 QUICK = ("CRC32", "CRC32C", "CRC64NVME")
-"""Those that take less processor time than an md5."""
+"""The algorithms that take less processor time than an md5."""

@@ -1,4 +1,4 @@
-"""Open a bucket: botocore finds credentials, region and address, and obstore is given them."""
+"""Open a bucket. botocore finds the credentials, region and address, and obstore uses them."""
 
 import threading
 from collections.abc import Callable
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 30
-"""How long to wait for an answer, and for each further byte of it."""
+"""How many seconds to wait for an answer, and for each further byte of it."""
 
 _SMALL_SECONDS, _RANGE_SECONDS = 60, 960
-"""Limits for a whole request of up to 1 MiB, and of a range of 32 MiB. With 16 requests in flight
-a connection of 5 Mbit/s still meets them. One that only drips does not: another connection then
-goes on with what is missing."""
+"""Time limits in seconds for a whole request of up to 1 MiB, and for a range of 32 MiB. With 16
+requests in flight, a connection of 5 Mbit/s meets them. If a connection is much slower, a new one
+fetches the missing bytes."""
 
 _CREDENTIALS_LIFETIME = timedelta(minutes=9)
-"""obstore renews credentials 5 minutes before they end, boto3 10 minutes before: with this
-lifetime obstore asks boto3 again after 4 minutes, and never holds stale ones."""
+"""obstore renews credentials 5 minutes before they expire, and boto3 10 minutes before. With this
+lifetime, obstore asks boto3 again after 4 minutes, so its credentials never expire."""
 
 
 def open_bucket(settings: StorageSettings, note: Note = lambda message: None) -> Bucket:
@@ -49,7 +49,7 @@ def open_bucket(settings: StorageSettings, note: Note = lambda message: None) ->
     retry, url = Retry(settings, note), f"s3://{settings.s3_bucket}/"
     addressing = settings.s3_addressing
     if addressing == "auto" and settings.endpoint_url:
-        addressing = "path"  # few servers other than AWS have a host name for each bucket
+        addressing = "path"  # most servers other than AWS have no host name for each bucket
     try:
         core = Session(profile=settings.s3_profile)
         if settings.s3_region:
@@ -73,7 +73,7 @@ def open_bucket(settings: StorageSettings, note: Note = lambda message: None) ->
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Return what ``make`` made for the first caller; threads may share it."""
+    """Return a thread-safe function that calls ``make`` once and always returns its result."""
     lock, made = threading.Lock(), list[Any]()
 
     def get() -> Any:
@@ -102,7 +102,7 @@ def _client(core: Any, settings: StorageSettings, addressing: str, region: str |
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},  # ``Retry`` does it
+        retries={"mode": "standard", "total_max_attempts": 1},  # ``Retry`` repeats requests
         connect_timeout=CONNECT_SECONDS,
         read_timeout=SILENT_SECONDS,
         max_pool_connections=settings.s3_requests + 2,
@@ -118,8 +118,8 @@ def _client(core: Any, settings: StorageSettings, addressing: str, region: str |
 
 
 def _region(client: Any, settings: StorageSettings, retry: Retry, url: str) -> str:
-    """The region of the bucket. On AWS each region has an address of its own, and obstore does
-    not follow the redirect to it, so the bucket is asked where it is."""
+    """Request the region of the bucket. On AWS each region has its own address, and obstore does
+    not follow a redirect to it."""
     from botocore.exceptions import ClientError
 
     configured = str(client.meta.region_name or "us-east-1")
@@ -149,8 +149,8 @@ class _Place:
 
     @property
     def virtual(self) -> bool:
-        """Whether the bucket has a host name of its own."""
-        # As boto3 chooses: a bucket with dots in its name has no certificate for its own host
+        """Whether the bucket has its own host name."""
+        # As in boto3: no certificate fits the host name of a bucket with dots in its name
         dotted = "." in str(self.settings.s3_bucket)
         return self.addressing == "virtual" or (self.addressing == "auto" and not dotted)
 
@@ -198,7 +198,7 @@ class _Place:
         credentials = self.credentials()
 
         def current_credentials() -> "S3Credential":
-            now = credentials.get_frozen_credentials()  # botocore renews them if they are due
+            now = credentials.get_frozen_credentials()  # botocore renews them if necessary
             return {
                 "access_key_id": now.access_key,
                 "secret_access_key": now.secret_key,

@@ -1,4 +1,4 @@
-"""Turn what boto3 and obstore raise into one sentence and one hint for the user.
+"""Turn errors of boto3 and obstore into one sentence and one hint for the user.
 
 The two libraries report the same failure in different ways: by S3's error code, by HTTP status,
 by the class of the exception, or only in its text. ``kind_of`` maps all of them to the kinds
@@ -22,11 +22,11 @@ class Corrupt(Exception):
 
 
 class Stopped(Exception):
-    """The work was abandoned, so the request is not repeated."""
+    """The request is not repeated, because the caller has given up."""
 
 
 TEMPORARY = frozenset({"busy", "unreachable", "dns", "broken"})
-"""Kinds of failure that may be gone on the next attempt."""
+"""Kinds of failure for which another attempt may succeed."""
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile: --s3-profile"
 _KINDS = {
@@ -141,8 +141,8 @@ _KIND_OF_TEXT = (
     ("unreachable", ("tcp connect error", "kind: connect")),
     ("broken", ("http error", "timedout")),
 )
-"""obstore's transport errors have no types: these are the words of reqwest, its HTTP library.
-The first match counts."""
+"""Texts of reqwest, obstore's HTTP library, because obstore's transport errors have no types. The
+first match counts."""
 
 
 def kind_of(error: Any) -> str:
@@ -168,9 +168,9 @@ def kind_of(error: Any) -> str:
 
 
 def code_and_status(error: Any) -> tuple[str, int]:
-    """S3's own name for the failure, such as ``NoSuchKey``, and the HTTP status.
+    """Return S3's code for the failure, such as ``NoSuchKey``, and the HTTP status.
 
-    They are "" and 0 if the server did not give them.
+    They are "" and 0 if the server did not send them.
     """
     if hasattr(error, "response"):  # botocore
         code = error.response.get("Error", {}).get("Code", "")
@@ -181,8 +181,8 @@ def code_and_status(error: Any) -> tuple[str, int]:
 
 
 def explained(error: Exception, settings: StorageSettings, url: str) -> StorageError:
-    """The error to show the user for what boto3 or obstore raised about ``url``."""
-    # obstore appends a dump of its state, and repeats the answer of a failed request in full
+    """Return the error for the user for an exception of boto3 or obstore about ``url``."""
+    # obstore appends a dump of its state, and repeats the whole answer to a failed request
     detail = " ".join(str(error).partition("\n\nDebug source")[0].split())
     code, status = code_and_status(error)
     if not hasattr(error, "response") and (code or status):

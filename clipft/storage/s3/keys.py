@@ -1,4 +1,4 @@
-"""Map the keys of a bucket to paths in a local folder, and refuse those that have no safe one."""
+"""Map the keys of a bucket to paths in a local folder, and refuse keys without a safe path."""
 
 import fnmatch
 import os
@@ -10,7 +10,7 @@ from clipft.config.sections.data import StorageSettings
 from clipft.core.errors import UsageError
 
 OWN_PREFIX = ".clipft-"
-"""Names that begin like this belong to clipft itself."""
+"""The prefix of the names of clipft's own files."""
 
 _MAX_NAME_BYTES = 255
 
@@ -29,11 +29,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """One object of the bucket: ``path`` is its place below a target folder, with slashes, and
-    ``size`` is in bytes, and ``checksum`` the algorithm of the one that the server has of the whole
-    object, or "".
+    """An object in the bucket. ``path`` is relative to a target folder, with slashes, and ``size``
+    is in bytes. ``checksum`` is the algorithm of the server's checksum of the whole object, or "".
 
-    Strings, because making path objects takes longer than all the rest of a listing.
+    Paths are strings, because making path objects takes longer than the rest of a listing.
     """
 
     key: str
@@ -57,8 +56,8 @@ class Filter:
 
 
 def folder_prefixes(settings: StorageSettings) -> tuple[str, str, str]:
-    """The prefixes of train, val and test. They end with a slash, so that ``data/train`` does not
-    bring ``data/training/``.
+    """Return the prefixes of train, val and test. They end with a slash, so that ``data/train``
+    does not match ``data/training/``.
 
     Raises:
         UsageError: one prefix contains the other.
@@ -108,8 +107,8 @@ def local_path(relative: str) -> str:
 
 
 def spelling(name: str) -> str:
-    """One spelling for all names that some file system cannot tell apart: macOS and Windows
-    ignore case, and macOS composes accents."""
+    """Return the same spelling for all names that are equal on some file system: macOS and Windows
+    ignore case, and macOS ignores whether accents are composed."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -123,7 +122,7 @@ def parents(path: str) -> list[str]:
 
 @dataclass
 class LocalPaths:
-    """Gives each key under a prefix a path of its own, on every file system."""
+    """Gives each key under a prefix a path that is unique on every file system."""
 
     prefix: str
     _taken: dict[str, str] = field(default_factory=dict)  # spelling -> "file" or "folder"

@@ -1,7 +1,7 @@
-"""List a bucket with requests of our own, signed and sent by botocore.
+"""List a bucket with HTTP requests that botocore signs and sends.
 
-A boto3 client would have to load the description of the S3 service first, and it parses long
-listings slowly. Each of these took longer than syncing a few files.
+A boto3 client would first load the description of the S3 service, and it parses long listings
+slowly. Each of these took longer than syncing a few files.
 """
 
 import re
@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 
 class Entry(NamedTuple):
-    """One object as listed: ``size`` in bytes, ``modified`` in ISO format, and the algorithm of the
-    checksum that the server has of the whole object, or ""."""
+    """One object of a listing: ``size`` in bytes, ``modified`` in ISO format, and the algorithm of
+    the server's checksum of the whole object, or ""."""
 
     key: str
     size: int
@@ -34,7 +34,7 @@ class Listing:
         last page).
 
         Raises:
-            ClientError: the server refuses; or another exception of botocore, if it is not reached.
+            ClientError: the server refuses. Other exceptions of botocore: it cannot be reached.
             ValueError: the answer is not XML.
         """
         from botocore.awsrequest import AWSRequest

@@ -1,8 +1,8 @@
 """Read shards from a bucket in sequence, without a copy on disk.
 
-An open tar is fetched in ranges, a few of them ahead of the reader; no more than those are held
-in memory. Every range asks for the version that was listed, so a shard that is replaced in the
-meantime stops the run instead of being mixed from two versions.
+An open tar is fetched in ranges. A few ranges ahead of the reader are in memory. Every request is
+for the version that was listed, so if a shard is replaced in the meantime, the run stops instead of
+mixing two versions.
 """
 
 import io
@@ -21,7 +21,7 @@ from clipft.storage.s3.keys import RemoteObject, folder_prefixes
 from clipft.storage.s3.retry import Retry
 
 AHEAD = 4
-"""Ranges that are fetched ahead of the reader: 40 MiB, with the one that is being read."""
+"""Ranges that are fetched ahead of the reader: 40 MiB together with the one that is being read."""
 
 _BUFFER = 1 << 20
 
@@ -52,11 +52,11 @@ class RemoteShards:
         return {name: bytes(self.bucket.get(o, 0, o.size)) for name, o in wanted.items()}
 
     def open(self, name: str) -> IO[bytes]:
-        """A tar from its start. Reading raises ``StorageError`` if a range cannot be fetched."""
+        """Open a tar at its start. Reading raises ``StorageError`` if a range cannot be fetched."""
         return io.BufferedReader(_Ranges(self.bucket, self._objects[name]), _BUFFER)
 
     def count(self, name: str) -> tuple[int, Sequence[Any]]:
-        """Always refuses: counting the pairs of a tar would mean downloading all of it."""
+        """Always raise a ``DataError``: to count its pairs, the whole tar would be downloaded."""
         raise DataError(
             f"no sizes.json under {self.place} has the number of pairs in {name}",
             "upload the sizes.json that `clipft pack` wrote beside the shards, or train without "

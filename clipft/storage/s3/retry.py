@@ -1,4 +1,4 @@
-"""Repeat requests that fail for a reason that may pass."""
+"""Repeat requests that fail for a temporary reason."""
 
 import random
 import threading
@@ -15,14 +15,14 @@ from clipft.storage.s3.errors import TEMPORARY, Corrupt, Stopped, explained, kin
 Answer = TypeVar("Answer")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
-"""Seconds between attempts: the pause doubles each time. A random part of up to half of it is
-dropped, so that many machines do not come back at the same moment."""
+"""Seconds between attempts. The pause doubles each time, and is shortened at random by up to half,
+so that many machines do not retry at the same moment."""
 
 UNKNOWN_SERVER_TIMEOUT = 20.0
-"""Seconds to retry a server that has never answered: its name is probably wrong."""
+"""Seconds to retry a server that has never answered, because its name is probably wrong."""
 
 CORRUPT_ATTEMPTS = 4
-"""A body that is corrupt this often is corrupt at its source."""
+"""After this many corrupt bodies, the object itself is considered corrupt."""
 
 _NOTE_AFTER = 5.0
 """Seconds of failures before the user is told that clipft is retrying."""
@@ -32,9 +32,9 @@ _NOTE_AFTER = 5.0
 class Retry:
     """Retry requests until they succeed or the retry timeout is over: ``retry(request, url)``.
 
-    One object is shared by all threads of a piece of work. Set ``stopping`` to end every pause
-    and give the work up. ``failing`` tells whether a request is being retried at this moment.
-    ``note`` is called once, when failures last.
+    All threads of a transfer share one object. Setting ``stopping`` ends every pause and stops all
+    requests. ``failing`` says whether a request is currently being retried. ``note`` is called once
+    if requests keep failing.
     """
 
     settings: StorageSettings
@@ -45,7 +45,7 @@ class Retry:
     _noted: bool = False
 
     def __call__(self, request: Callable[[], Answer], url: str) -> Answer:
-        """Return what ``request`` returns; call it again while its failure may pass.
+        """Return the result of ``request``; call it again after temporary failures.
 
         Raises:
             StorageError: the failure is permanent, or it lasted for the retry timeout.

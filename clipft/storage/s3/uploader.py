@@ -1,8 +1,8 @@
 """Upload saved checkpoints in the background while training continues.
 
-Training hands over open files, so a newer save that is renamed over them changes nothing. One
-upload runs at a time and one waits. A newer save replaces the one that waits, and one that keeps
-failing. A failure is reported once; the last save is tried again at the end.
+Training passes open files, which do not change when a newer save is renamed over them. One upload
+runs at a time and one waits. A newer save replaces a waiting one and one that keeps failing. A
+failure is reported once, and the last save is tried again at the end.
 """
 
 import threading
@@ -21,7 +21,7 @@ from clipft.storage.s3.errors import Stopped
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The files of a save as they were when it was made, open until ``opened`` is closed."""
+    """The files of a save in the state of that save, open until ``opened`` is closed."""
 
     step: int
     files: dict[str, BinaryFile]
@@ -42,7 +42,7 @@ class Uploader:
         self.given_up = False
         """Whether ``close`` stopped waiting before the last save was uploaded."""
         self.error: StorageError | None = None
-        """Why the last save that was tried is not in the bucket; None if it is."""
+        """Why the last attempted save is not in the bucket; None if it is."""
         self._thread = threading.Thread(target=self._serve, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -52,8 +52,8 @@ class Uploader:
         opened = ExitStack()
         for name, path in paths.items():
             with suppress(FileNotFoundError):
-                # A checkpoint is only ever replaced by a rename, which leaves an open file as it
-                # is. Other files, such as the metrics, grow in place.
+                # A checkpoint is always replaced by a rename, which does not change an open file.
+                # Other files, such as the metrics, grow in place.
                 grows = path.suffix != ".pt"
                 files[name] = BytesIO(path.read_bytes()) if grows else open(path, "rb")  # noqa: SIM115
                 opened.callback(files[name].close)
@@ -61,14 +61,14 @@ class Uploader:
             if self._waiting:
                 self._waiting.opened.close()
             self._waiting = _Snapshot(step, files, opened)
-            if self._retry.failing:  # the upload that is under way has become pointless
+            if self._retry.failing:  # the current upload is no longer needed
                 self._retry.stopping.set()
             self.saves += 1
             self._changed.notify()
 
     def close(self, give_up: Callable[[], bool] = lambda: False) -> StorageError | None:
-        """Wait until the last save is in the bucket, trying it once more if it failed before.
-        ``give_up`` is asked several times a second whether to stop waiting.
+        """Wait until the last save is in the bucket, and try it once more if it failed before.
+        ``give_up`` is called several times a second and returns whether to stop waiting.
 
         Returns:
             The reason why the last save is not in the bucket, or None if it is.
@@ -89,11 +89,11 @@ class Uploader:
         return self.error
 
     def abandon(self) -> None:
-        """Give up the running upload, because the user wants to leave at once."""
+        """Stop the running upload, because the user wants to quit at once."""
         self._retry.stopping.set()
 
     def _serve(self) -> None:
-        """The thread: upload what waits until ``close`` is called, then what failed last."""
+        """Run the thread: upload saves until ``close`` is called, then the last failed one."""
         while True:
             with self._changed:
                 self._busy = False
@@ -110,7 +110,7 @@ class Uploader:
             try:
                 self._store.upload(snapshot.step, snapshot.files, self._run, self._keep)
                 self.error = None
-            except Stopped:  # a newer save waits
+            except Stopped:  # a newer save is waiting
                 pass
             except Exception as error:
                 may_pass = isinstance(error, StorageError)

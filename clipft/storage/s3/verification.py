@@ -1,11 +1,11 @@
-"""Check that the bytes that arrived are those of an object, by what the server says about it.
+"""Check that the bytes that arrived are those of an object, by its ETag or checksum.
 
-An ETag that is an md5 is enough, and costs no request. For all others one HEAD request asks for
-the checksum that newer servers keep: it also tells where the ETag is no md5 (KMS), and is quicker
-than the md5 of parts whose size must be guessed. Where there is none, the ETag of the parts counts.
+If the ETag is an md5, it is enough, and no request is needed. Otherwise one HEAD request gets the
+checksum that newer servers store. It also works if the ETag is not an md5 (KMS), and is faster than
+the md5 of parts whose size must be guessed. If there is no checksum, the ETag of the parts is used.
 
-The bytes of large objects are digested while they arrive, by the threads that bring them. For those
-a CRC that the server has is preferred: it takes a tenth of the processor time of an md5.
+The bytes of large objects are digested while they arrive, by the threads that fetch them. For these
+objects a CRC is preferred if the server has one: it takes a tenth of the processor time of an md5.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from clipft.storage.s3.keys import RemoteObject
 
 @dataclass(frozen=True)
 class Arriving:
-    """What is computed of the bytes of an object while they arrive: an ETag or, if ``algorithm``
+    """The digest that is computed while the bytes of an object arrive: an ETag or, if ``algorithm``
     is not "", a checksum."""
 
     running: RunningEtag | Running
@@ -40,14 +40,14 @@ class Arriving:
         return isinstance(self.running, RunningEtag) and self.running.etag() == etag
 
     def is_checksum(self, stated: Checksum) -> bool | None:
-        """Whether ``stated`` is the checksum of the bytes; None if another was computed."""
+        """Return whether the bytes have the checksum ``stated``; None if it was not computed."""
         if isinstance(self.running, RunningEtag) or self.algorithm != stated.algorithm:
             return None
         return self.running.digest() == stated.value
 
 
 def digest_while_arriving(wanted: RemoteObject) -> Arriving | None:
-    """What to compute of the bytes of ``wanted``, or None if it is not known what is needed."""
+    """Return the digest to compute for ``wanted``, or None if the right one is not known yet."""
     if wanted.checksum in QUICK and (running := ALGORITHMS[wanted.checksum]()):
         return Arriving(running, wanted.checksum)
     if plain_md5(wanted.etag):
@@ -62,7 +62,7 @@ def check_bytes(
     """Check that ``file`` has the bytes of an object; ``arrived`` has digested all of them.
 
     Returns:
-        The algorithm of the checksum that would have told it, but is not installed; otherwise "".
+        The algorithm that the check would need, if it is not installed; otherwise "".
 
     Raises:
         Corrupt: the file has other bytes.
@@ -91,7 +91,7 @@ def check_bytes(
 
 def _has_etag(bucket: Bucket, wanted: RemoteObject, file: BinaryFile) -> bool | None:
     def first_part() -> int:
-        """Bytes of the first part of the upload, or 0 if the server does not say."""
+        """Return the bytes of the first part of the upload, or 0 if the server does not say."""
         answer = bucket.call("head_object", wanted.key, Key=wanted.key, PartNumber=1)
         size = int(answer["ContentLength"])
         return size if size < wanted.size else 0

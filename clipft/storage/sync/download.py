@@ -1,10 +1,10 @@
 """Fetch many objects in a fixed set of threads.
 
-Small objects are held whole; larger ones come in ranges that are written to their file as they
-arrive. So memory is bounded by the number of threads times ``SMALL``.
+Small objects are held in memory. Larger ones are fetched in ranges, which are written to their file
+as they arrive. So memory is bounded by the number of threads times ``SMALL``.
 
-Threads and not an event loop: for 5,000 small files obstore took about 1.2 s of processor time
-in 16 threads and 1.6 s in one loop, at the same speed.
+Threads are used and not an event loop: for 5,000 small files obstore took about 1.2 s of processor
+time in 16 threads and 1.6 s in one loop, at the same speed.
 """
 
 import threading
@@ -24,12 +24,12 @@ from clipft.storage.sync.incoming import RANGE, Incoming
 _RECORD_EVERY = 5.0
 _REPORT_EVERY = 0.1
 _STOP_SECONDS = 10.0
-"""How long the threads get to finish their requests when the work is stopped."""
+"""Seconds for the threads to finish their requests when the download is stopped."""
 
 
 @dataclass(frozen=True)
 class TransferProgress:
-    """How much of what has to be transferred is done."""
+    """The progress of a transfer."""
 
     files_done: int
     files: int
@@ -38,10 +38,10 @@ class TransferProgress:
 
 
 class Download:
-    """Fetch ``work``: threads of its own fetch, and the caller's thread records and reports.
+    """Fetches the objects in ``work`` in threads; the caller's thread records and reports.
 
-    After ``run``, ``fetched`` and ``bytes`` count what was really transferred, and ``unverified``
-    the objects whose checksum could not be computed, by its algorithm.
+    After ``run``, ``fetched`` and ``bytes`` count what was actually transferred, and ``unverified``
+    counts the objects whose checksum could not be computed, by algorithm.
     """
 
     def __init__(self, bucket: Bucket, work: list[tuple[Folder, RemoteObject]]) -> None:
@@ -106,7 +106,7 @@ class Download:
         return TransferProgress(self._files_done, len(self._work), self._bytes_done, self._total)
 
     def _serve(self) -> None:
-        """A thread: fetch one range after the other until there are none left."""
+        """Run a thread: fetch one range after the other until there are none left."""
         own = None
         try:
             while not self._stopping.is_set():
@@ -126,9 +126,11 @@ class Download:
             self._stopping.set()
 
     def _next(self, own: Incoming | None) -> tuple[Incoming | None, int]:
-        """A range for a thread that has fetched one of ``own``: the next one of it, so that the
-        bytes of an object arrive in order; then one of an object that nobody has begun; then of
-        one that other threads are at."""
+        """Return the next range for a thread that has fetched a range of the object ``own``.
+
+        It is the next range of ``own``, so that the bytes of an object arrive in order. If there is
+        none, it is a range of a new object, and then of an object that other threads are fetching.
+        """
         with self._lock:
             if own is None or not own.untaken:
                 own = next(self._waiting, None)

@@ -1,10 +1,10 @@
-"""A local folder that mirrors a prefix, and its journal of the files that a sync put there.
+"""A local folder that mirrors a prefix, and its journal of the files that a sync has written.
 
-The journal records the ETag of each object and how its file looked afterwards. A sync does not
-wait until the bytes are on the disk, which for large shards can take longer than fetching them. Its
-records name the current boot of the machine and count only until the next one, so that after a
-power cut the files are checked again by their md5. A later sync in the same boot makes the records
-lasting.
+The journal records the ETag of each object, and the size and time of its file. A sync does not wait
+until the bytes are on the disk, which for large shards can take longer than fetching them. Its
+records contain an id of the current boot of the machine and are valid only until the next boot, so
+that after a power cut the files are checked again by their md5. A later sync in the same boot makes
+the records permanent.
 """
 
 import ctypes
@@ -31,16 +31,16 @@ PART = f"{OWN_PREFIX}part-"
 _INDEX_SUFFIX = ".clipft-index"
 
 _WRITTEN_AFTER = 60.0
-"""Seconds after which Linux has begun to write a changed file to disk by itself (30 by default)."""
+"""Seconds after which Linux has started to write a changed file to disk (30 by default)."""
 
 Record = list[Any]
-"""ETag of the object, then size and time of change (ns) of the file, then the boot in which the
-record counts; without one it always counts."""
+"""ETag of the object, size and time of change (ns) of the file, and the boot in which the record is
+valid; without a boot it is always valid."""
 
 
 @dataclass
 class Folder:
-    """The objects that belong in ``path``, and in ``records`` what the journal says is there."""
+    """The objects that belong in ``path``, and the journal's ``records`` of the files there."""
 
     path: Path
     objects: list[RemoteObject]
@@ -86,7 +86,7 @@ class Folder:
                     self.records[str(entry["path"])] = list(entry["state"])
 
     def record(self, wanted: RemoteObject) -> None:
-        """Note that the file of an object is in place; ``write_records`` writes it down."""
+        """Note that the file of an object is in place, for ``write_records``."""
         status = os.lstat(self.local(wanted))
         self._new[wanted.path] = [wanted.etag, status.st_size, status.st_mtime_ns]
 
@@ -111,7 +111,7 @@ class Folder:
         self._new = {}
 
     def _make_lasting(self) -> None:
-        """Flush files that an earlier sync in this boot recorded, and record them for good."""
+        """Flush the files of an earlier sync in this boot, and make their records permanent."""
         before = time.time_ns() - int(_WRITTEN_AFTER * 1e9)
         boot = current_boot()
         lasting = {
@@ -120,7 +120,7 @@ class Folder:
             if len(record) == 4 and record[3] == boot and record[2] < before
         }
         if lasting:
-            # A failure costs only a check after the next boot
+            # If this fails, the files are only checked again after the next boot
             with suppress(OSError):
                 flush_files(self.path, list(lasting))
                 self._append(lasting)
@@ -131,7 +131,7 @@ class Folder:
             file.writelines(_lines(records))
 
     def delete(self, names: list[str]) -> None:
-        """Remove files, then folders that this leaves empty, and rewrite the journal without them.
+        """Remove files and folders that become empty, and rewrite the journal without the files.
         ``path`` itself stays.
 
         Raises:
@@ -156,8 +156,8 @@ class Folder:
         return f"{self.path}/{wanted.path}"
 
     def status(self, wanted: RemoteObject) -> os.stat_result | None:
-        """The status of whatever is at the object's path, or None if there is nothing or the way
-        to it leads through a link."""
+        """Return the status of the file at the object's path, or None if there is none or one of
+        its folders is a link."""
         if any(os.path.islink(f"{self.path}/{parent}") for parent in parents(wanted.path)):
             return None
         try:
@@ -166,7 +166,7 @@ class Folder:
             return None
 
     def has(self, wanted: RemoteObject) -> bool:
-        """Whether the file is as a sync left it, and the object is still the same version."""
+        """Return whether the file is unchanged since a sync, and the object is the same version."""
         record = self.records.get(wanted.path)
         status = self.status(wanted) if record is not None else None
         return (
@@ -179,11 +179,11 @@ class Folder:
         )
 
     def needs(self, wanted: RemoteObject) -> bool:
-        """Whether the object has to be fetched, because the file at its path does not have its
-        md5, or that of its parts. If there is no file, the folders on the way to it are created.
+        """Return whether the object has to be fetched, because the file at its path does not have
+        the md5 of the object or of its parts. If there is no file, its folders are created.
 
         Raises:
-            RefusedKey: something else is in the way.
+            RefusedKey: something other than a file is at the path.
         """
         status = self.status(wanted)
         if status is None:
@@ -214,7 +214,7 @@ def _lines(records: dict[str, Record]) -> Iterable[str]:
 
 @cache
 def current_boot() -> str | None:
-    """What changes when the machine starts again, or None if the system does not say."""
+    """Return an id that changes when the machine restarts, or None if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return None
@@ -223,8 +223,8 @@ def current_boot() -> str | None:
 def flush_files(folder: Path, names: list[str]) -> None:
     """Make sure that the bytes and the names of files are on disk.
 
-    Linux has ``syncfs``: one flush instead of one for each of thousands of small files, and it
-    reports what could not be written. Other systems get an ``fsync`` per file.
+    On Linux, ``syncfs`` flushes thousands of small files at once, and reports write errors. On
+    other systems, ``fsync`` is called for each file.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -243,9 +243,10 @@ def flush_files(folder: Path, names: list[str]) -> None:
 
 
 def local_files(folder: Path) -> list[str]:
-    """Sorted paths of the user's files below ``folder``, with slashes; [] if it does not exist.
+    """Return the sorted paths of the user's files below ``folder``, with slashes; [] if it does not
+    exist.
 
-    A link to a file counts as that file; a link to a folder is not followed.
+    A link to a file counts as that file. A link to a folder is not followed.
     """
     found = []
     for parent, folders, names in os.walk(folder):

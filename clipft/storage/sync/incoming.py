@@ -1,9 +1,9 @@
-"""One object on its way to its file.
+"""The download of one object to its file.
 
-A small object is held whole. A larger one comes in ranges, which several threads write to the same
-part file. Its digest is computed while the bytes arrive: by the thread whose range begins where
-the digest has come to, and for ranges that arrived before their turn from the part file, which is
-still in memory then.
+A small object is held in memory. A larger one is fetched in ranges, which several threads write to
+the same part file. Its digest is computed while the bytes arrive, by the thread whose range comes
+next in the digest. Ranges that arrived too early are read back from the part file, which is still
+in the page cache then.
 """
 
 import hashlib
@@ -36,15 +36,15 @@ def part_name(wanted: RemoteObject) -> str:
 class Incoming:
     """One object and the state of its ranges; several threads may ``fetch``.
 
-    ``needed`` is False if the file is already there, and ``refusal`` says why the object has no
-    place. ``unverified`` is the algorithm of a checksum that could not be computed.
+    ``needed`` is False if the file is already there, and ``refusal`` says why the object cannot
+    have a file. ``unverified`` is the algorithm of a checksum that could not be computed.
     """
 
     def __init__(self, folder: Folder, wanted: RemoteObject) -> None:
         self.folder, self.wanted = folder, wanted
         self.needed, self.refusal, self.unverified = True, "", ""
         self._part = folder.path / part_name(wanted)
-        # The offsets of the ranges that are in the part file, to resume after a kill
+        # The offsets of the ranges in the part file, to resume after a kill
         self._ranges_file = self._part.with_suffix(".pieces")
         # An empty object has one range too
         self._starts = range(0, max(1, wanted.size), RANGE)
@@ -60,14 +60,14 @@ class Incoming:
         return self._taken < len(self._starts)
 
     def take(self) -> int:
-        """The start of the next range, which the caller must fetch."""
+        """Return the start of the next range, which the caller must fetch."""
         self._taken += 1
         return self._starts[self._taken - 1]
 
     def fetch(self, bucket: Bucket, start: int, arrived: Callable[[int], None]) -> bool:
-        """Fetch a range and return True if that completes the object, which then has its name.
+        """Fetch a range. Return True if that completes the object, which is then renamed.
 
-        ``arrived`` is called with the number of bytes, several times.
+        ``arrived`` is called several times with the number of new bytes.
 
         Raises:
             StorageError: the range cannot be fetched, or the object has other bytes.
@@ -91,8 +91,8 @@ class Incoming:
         return last
 
     def _begin(self) -> bool:
-        """Whether the object has to be fetched. The first thread that gets to it finds out, and
-        makes room for a large one."""
+        """Return whether the object has to be fetched. The first thread checks this, and reserves
+        space for a large object."""
         with self._lock:
             if self._begun:
                 return self.needed
@@ -103,7 +103,7 @@ class Incoming:
                 self.refusal, self.needed = str(refusal), False
             if self.needed and self.wanted.size > SMALL:
                 self._digest = digest_while_arriving(self.wanted)
-                with suppress(OSError, ValueError):  # there is nothing to resume
+                with suppress(OSError, ValueError):  # nothing to resume
                     if self._part.stat().st_size == self.wanted.size:
                         lines = self._ranges_file.read_text().splitlines()
                         self._arrived = {int(line) for line in lines} & {*self._starts}
@@ -121,7 +121,7 @@ class Incoming:
 
         body = bucket.retry(get_checked, bucket.url(wanted.key))
         try:
-            # Unbuffered: with many small files a copy per file is noticeable
+            # Unbuffered, because with many small files one more copy per file is noticeable
             descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 while body:
@@ -159,7 +159,7 @@ class Incoming:
                 file.write(f"{start}\n")
 
     def _catch_up(self) -> None:
-        """Digest ranges that are there and whose turn it is, unless another thread does."""
+        """Digest the ranges that have arrived and come next, unless another thread is doing it."""
         while digest := self._digest:
             with self._lock:
                 start = self._hashed
@@ -176,7 +176,7 @@ class Incoming:
                 self._hashed, self._hashing = end, False
 
     def _finish(self, bucket: Bucket) -> None:
-        """Check the bytes of a large object, all of whose ranges are there, and publish it."""
+        """Check the bytes of a large object after all ranges have arrived, and publish it."""
         try:
             with open(self._part, "rb") as file:
                 self.unverified = check_bytes(bucket, self.wanted, file, self._digest)

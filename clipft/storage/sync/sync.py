@@ -1,8 +1,8 @@
-"""``clipft sync``: bring the pairs in a bucket to a local folder.
+"""``clipft sync``: download the pairs in a bucket to a local folder.
 
-An object arrives under a temporary name, is checked and only then renamed. Files that are already
-there are recognized by the journal of their folder or, without an entry, by their md5. Nothing is
-deleted unless the user asks for it.
+An object is written under a temporary name, checked and only then renamed. Existing files are
+recognized by the journal of their folder or, without an entry, by their md5. Nothing is deleted
+unless the user asks for it.
 """
 
 import shutil
@@ -25,12 +25,12 @@ from clipft.storage.sync.incoming import part_name
 
 SIDES = ("train", "val", "test")
 WHOLE = "."
-"""The side of a listing that is one prefix: its folder is the target itself."""
+"""The side of a listing with only one prefix, whose folder is the target itself."""
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """``delete`` removes what the source lacks, only inside the two folders or prefixes;
+    """``delete`` removes files that the source does not have, only inside the folders or prefixes;
     ``dry_run`` changes nothing."""
 
     filter: Filter = field(default_factory=Filter)
@@ -40,8 +40,8 @@ class SyncOptions:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What a sync did: ``transferred`` objects with ``bytes`` bytes came or went. ``notes`` are
-    sentences for the user; ``planned`` is what a dry run would have transferred or deleted."""
+    """The result of a sync: it moved ``transferred`` objects with ``bytes`` bytes. ``notes`` are
+    sentences for the user; ``planned`` lists what a dry run would have transferred or deleted."""
 
     objects: int
     transferred: int
@@ -93,7 +93,7 @@ def list_bucket(
 def list_prefix(
     settings: StorageSettings, prefix: str, note: Note = lambda message: None
 ) -> BucketListing:
-    """List everything under ``prefix`` as one side, whose folder is the target of a download
+    """List everything under ``prefix`` as one side, which is downloaded to the target folder
     itself. ``note`` is called when requests keep failing.
 
     Raises:
@@ -113,11 +113,10 @@ def download(
     options: SyncOptions = SyncOptions(),
     sides: Sequence[str] = SIDES,
 ) -> SyncResult:
-    """Bring the listed objects to folders of ``target`` that are named after their sides.
+    """Download the listed objects to folders in ``target`` that are named after their sides.
 
-    A test folder is not made if there is nothing for it.
-
-    ``report`` is called in the caller's thread, several times a second.
+    A test folder is not created if it would be empty. ``report`` is called in the caller's thread,
+    several times a second.
 
     Raises:
         StorageError: there are no training pairs, an object does not arrive intact, or the disk
@@ -157,7 +156,7 @@ def download(
                 folder.delete(surplus)
                 deleted += len(surplus)
             elif gone := [name for name in surplus if name in folder.records]:
-                # An earlier sync fetched these, and training would read them
+                # An earlier sync fetched these files, and training would read them
                 notes.append(
                     f"{folder.path} has {counted(len(gone), 'file')} that the bucket no longer "
                     f"has, for example {gone[0]} (--delete removes them)"
@@ -177,7 +176,7 @@ def download(
 
 
 def _check_not_empty(listing: BucketListing) -> list[str]:
-    """Refuse to sync nothing to train on; return a note if there is nothing to validate on."""
+    """Refuse a bucket without training pairs; return a note if it has no validation pairs."""
     settings = listing.bucket.settings
     if not listing.objects["train"] and not listing.refused["train"]:
         if listing.left_out:
@@ -215,7 +214,7 @@ def _check_space(target: Path, work: list[tuple[Folder, RemoteObject]]) -> None:
 
 
 def _planned(folders: list[Folder], options: SyncOptions, start: float) -> SyncResult:
-    """What ``download`` would do. Nothing is locked or created."""
+    """Return what ``download`` would do. Nothing is locked or created."""
     work, gone = [], list[str]()
     for folder in folders:
         folder.load()
@@ -241,6 +240,6 @@ def _planned(folders: list[Folder], options: SyncOptions, start: float) -> SyncR
 
 
 def _surplus(folder: Folder, options: SyncOptions) -> list[str]:
-    """Files of the folder that match the filter and are not in the bucket."""
+    """Return the files of the folder that match the filter and are not in the bucket."""
     present, names = {wanted.path for wanted in folder.objects}, local_files(folder.path)
     return [name for name in names if name not in present and options.filter.matches(name)]

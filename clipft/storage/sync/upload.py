@@ -1,4 +1,4 @@
-"""``clipft sync --up``: send local pairs to the bucket, except for those that are already there."""
+"""``clipft sync --up``: upload local pairs to a bucket, except for those that are already there."""
 
 import time
 from collections.abc import Callable
@@ -33,13 +33,13 @@ def upload(
     options: SyncOptions,
     note: Note = lambda message: None,
 ) -> SyncResult:
-    """Send the folders train, val and test of ``data_dir`` to their prefixes.
+    """Upload the folders train, val and test of ``data_dir`` to their prefixes.
 
     ``report`` is called after each file, ``note`` when requests keep failing.
 
     Raises:
         UsageError: no bucket is set.
-        StorageError: there is nothing to send, or a file did not arrive as it was sent.
+        StorageError: there is nothing to upload, or a file did not arrive intact.
     """
     start = time.monotonic()
     listing = list_bucket(settings, options.filter, note)
@@ -56,7 +56,7 @@ def upload(
     surplus = list[str]()
     if options.delete:
         for side in SIDES:
-            # An empty local side is not a wish to empty it in the bucket too
+            # An empty local folder does not mean that the bucket should be emptied too
             if kept := set(names[side]):
                 surplus += [o.key for o in listing.objects[side] if o.path not in kept]
     planned: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def upload(
 def _missing_or_different(
     listing: BucketListing, data_dir: Path, names: dict[str, list[str]]
 ) -> list[_Upload]:
-    """The local files that the bucket lacks, or has with other bytes according to the ETag."""
+    """Return the local files that are not in the bucket, or differ according to the ETag."""
 
     def differs(there: RemoteObject | None, upload: _Upload) -> bool:
         if there is None or there.size != upload.size:
