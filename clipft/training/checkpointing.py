@@ -1,8 +1,8 @@
-"""What a run saves on its way: its newest state, and the weights of its best epoch.
+"""Saves the newest state of a run, and the weights of its best epoch.
 
 The newest state (``{scenario}_checkpoint.pt``) is saved at the end of each epoch, every
 ``checkpoint_every`` steps, and when a signal or an error ends the run. The best epoch's weights
-(``best.pt``) are saved when an epoch improved, as ``EarlyStopping`` judges it.
+(``best.pt``) are saved when ``EarlyStopping`` finds that an epoch has improved.
 """
 
 import math
@@ -26,27 +26,27 @@ _BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "lo
 
 
 def is_save_due(step: int, steps_per_epoch: int, every: int) -> bool:
-    """Whether a run saves its state after ``step``: at the end of an epoch, and every ``every``
-    steps (0: only then). ``train --plan`` counts the saves of a run with it."""
+    """Return whether a run saves its state after ``step``: at the end of an epoch, and every
+    ``every`` steps (0: only at the end of epochs). ``train --plan`` counts saves with it."""
     return step % steps_per_epoch == 0 or (every > 0 and step % every == 0)
 
 
 class Saver:
     """Saves the state of a run. Rank zero writes, but all processes must call these methods,
-    since with sharded weights each holds a part of them."""
+    because with sharded weights each process holds a part of the weights."""
 
     def __init__(
         self, state: RunState, setup: RunSetup, paths: RunPaths, callbacks: Callbacks
     ) -> None:
         self.state, self.setup, self.paths, self.callbacks = state, setup, paths, callbacks
         self.saved_step = 0
-        """The step of the newest checkpoint; later steps would be lost without another save."""
+        """The step of the newest checkpoint. Later steps are not saved yet."""
 
     def save_if_due(self, training: TrainState) -> None:
         """Save at the end of an epoch, and every ``checkpoint_every`` steps.
 
-        The answer must be the same on all processes, because they save together: it follows from
-        the step alone. A rule that reads a clock would have to be decided ``on_rank_zero``.
+        The decision must be the same on all processes, because they save together, so it depends
+        only on the step. A rule based on time would have to be decided ``on_rank_zero``.
         """
         setup = self.setup
         due = is_save_due(training.step, setup.epoch_plan.steps, setup.settings.checkpoint_every)
@@ -54,13 +54,13 @@ class Saver:
             self.save()
 
     def save_after(self, error: ClipftError, training: TrainState) -> None:
-        """Save the steps that would be lost by ``error``, as far as that is possible."""
+        """Save the steps that would be lost because of ``error``, if possible."""
         if training.step <= self.saved_step or not math.isfinite(training.loss):
             return
         if not error.alone:
             self.save()
         elif self.setup.processes.rank == 0 and not self.setup.weights.sharded:
-            self._write(training.state_dict)  # without the others, who do not know of the error
+            self._write(training.state_dict)  # alone: other processes do not know of the error
 
     def save(self) -> None:
         """Save the newest state."""
@@ -70,7 +70,7 @@ class Saver:
         self.saved_step = self.state.step
 
     def save_best(self, training: TrainState) -> None:
-        """Save the weights alone, as those of the best epoch."""
+        """Save only the weights, as those of the best epoch."""
         state = self.setup.weights.gather_if_sharded(training.weights_dict)
 
         def write() -> None:
@@ -81,7 +81,7 @@ class Saver:
         on_rank_zero(self.setup.processes, write)
 
     def _write(self, state: Callable[[], dict[str, Any]]) -> None:
-        # After a power cut no checkpoint may be newer than the lines of its steps
+        # After a power cut, the lines of all steps in a checkpoint must be on disk
         settle(self.paths.folder, self.paths.metrics.name, self.paths.skipped.name)
         save_newest(self.paths.checkpoint, self._content(state()))
         self.callbacks.saved(self.paths.checkpoint, self.state.step)
@@ -116,7 +116,7 @@ def load_best(path: Path, epoch: int) -> dict[str, Any]:
 
 
 class Best(Enum):
-    """What a resumed run finds as ``best.pt``."""
+    """The state of ``best.pt`` when a run is resumed."""
 
     THERE = "the weights of the best epoch"
     LATER = "the weights of a later epoch, which the run will repeat"
@@ -126,7 +126,7 @@ class Best(Enum):
 def find_best(path: Path, epoch: int, step: int, replaceable: bool) -> Best:
     """Look for the weights of ``epoch``, which is the best one as of the checkpoint of ``step``.
 
-    ``replaceable``: the checkpoint holds the same weights, so a damaged file counts as gone.
+    ``replaceable``: the checkpoint holds the same weights, so a damaged file counts as missing.
 
     Raises:
         ModelError: the file is damaged and not replaceable.

@@ -1,9 +1,9 @@
-"""Defaults that follow the catalogue and the base model, where the user has set nothing.
+"""Defaults that depend on the catalogue and the base model, for settings that the user has not set.
 
 A run needs a few hundred optimizer steps to learn, so a small catalogue gets a smaller effective
-batch and, where that is not enough, more epochs. Early stopping then waits for more of these
-short epochs. A base model may also bring its own learning rates, in the file ``clipft.json`` of
-its folder.
+batch and, if that is not enough, more epochs. Early stopping then waits for more of these short
+epochs. A base model may also have its own learning rates, in the file ``clipft.json`` of its
+folder.
 """
 
 from dataclasses import replace
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 ENOUGH_STEPS = 300
 """Optimizer steps that a run should have."""
 SMALLEST_BATCH = 32
-"""The smallest effective batch that is chosen: fewer pairs have too few negatives."""
+"""The smallest effective batch that is chosen. A smaller batch has too few negatives."""
 MOST_EPOCHS = 100
 PATIENT_STEPS = ENOUGH_STEPS // 2
-"""About so many steps without improvement do not end a run yet, however short its epochs are."""
+"""A run is not stopped before about this many steps without improvement, even with short epochs."""
 
 
 def follow_catalogue(
@@ -39,9 +39,9 @@ def follow_catalogue(
 ) -> LoadedSettings:
     """Replace defaults by values that suit the training pairs and the base model.
 
-    Values that were set anywhere stay as they are. A run that is resumed keeps the ones that it
-    began with. ``note`` receives a sentence that says what was chosen. ``source`` gives the
-    training shards of a stream if they are not in ``data_dir``.
+    Values that the user has set do not change, and a resumed run keeps its earlier values. ``note``
+    receives a sentence about the chosen values. ``source`` gives the training shards of a stream if
+    they are not in ``data_dir``.
 
     Raises:
         DataError: there are no training pairs.
@@ -50,7 +50,7 @@ def follow_catalogue(
     free = {name for name in FOLLOWING if loaded.is_default(name)}
     if not free or not settings.declared_scenario.trains:
         return loaded
-    # Other machines may not have the folder of the run
+    # Only rank zero, because other machines may not have the folder of the run
     chosen, said = on_rank_zero(processes, lambda: _choose(settings, free, source))
     if said:
         note(said)
@@ -64,7 +64,7 @@ def follow_catalogue(
 def _choose(
     settings: Settings, free: set[str], source: "ShardSource | None"
 ) -> tuple[dict[str, tuple[Any, str]], str]:
-    """Return values by name, each with its origin, and a sentence about those that changed."""
+    """Return values by name, each with its origin, and a sentence about the changed values."""
     paths = RunPaths(settings.run_dir)
     left = (paths.checkpoint, paths.settings, paths.metrics)
     if settings.resume_from_checkpoint and all(path.exists() for path in left):
@@ -89,25 +89,25 @@ def _choose(
 
 
 def count_training_pairs(settings: Settings, source: "ShardSource | None" = None) -> int:
-    """Count the pairs of ``data_dir`` to train on, or those of ``source``.
+    """Count the training pairs of ``data_dir`` or, if given, of ``source``.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no pairs.
     """
     folder = settings.data_dir / "train"
     if not settings.stream:
         return len(training_pairs(settings))
-    from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
+    from clipft.data.shards.stream import open_stream  # webdataset is slow to import
 
     return len(open_stream(source or folder, settings.shuffle_buffer, settings.max_train_pairs))
 
 
 def steps_for(settings: Settings, pairs: int, free: set[str]) -> dict[str, int]:
-    """Choose effective batch, epochs and patience for ``pairs``, as far as they are ``free``.
+    """Choose the effective batch, epochs and patience for ``pairs``. Only ``free`` settings change.
 
-    The effective batch is halved first, to a power of two, until there are ``ENOUGH_STEPS``.
-    Epochs are raised where the smallest batch does not make enough steps, and patience where
-    so few epochs would have less than ``PATIENT_STEPS``.
+    The effective batch is halved first, until there are ``ENOUGH_STEPS``. Epochs are raised if the
+    smallest batch does not give enough steps, and patience if its epochs have fewer than
+    ``PATIENT_STEPS``.
     """
     batch, epochs, patience = settings.effective_batch_size, settings.epochs, settings.patience
     if "effective_batch_size" in free:

@@ -1,8 +1,8 @@
-"""``train --plan``: what a run would do and take, from its own setup and some of its own steps.
+"""``train --plan``: estimates what a run would do, and the time, memory and disk it would take.
 
-The output folder is not touched. What the setup leaves in the cache folder (indexes, captions, the
-micro-batch) is what the run itself would have made first. The features of frozen towers, which can
-take hours, are computed for a sample of the pairs only.
+The run is set up as usual and trains a few steps. Nothing is written to the output folder. The
+setup fills the cache folder (indexes, captions, the micro-batch), and the run itself will use these
+files. The features of frozen towers, which can take hours, are computed only for a sample of pairs.
 """
 
 import shutil
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
 
 _STEPS = 8
-# After this many seconds, and at least two steps, no further step is measured
+# Measuring ends after this many seconds and at least two steps
 _ENOUGH_SECONDS = 30.0
 # Validation pairs whose embedding is measured
 _VALIDATED = 512
-# Training images among which look-alikes are found
+# Training images for which look-alikes are searched, to measure the time
 _COMPARED = 512
 # The evaluation at the end embeds with the pretrained model and with the best epoch
 _FINAL_PASSES = 2
@@ -53,10 +53,10 @@ def forecast(
     progress: Progress,
     source: "ShardSource | None" = None,
 ) -> Forecast:
-    """Set the run up, train some of its steps and forget them.
+    """Set up the run and train some of its steps, without saving anything.
 
     Raises:
-        DataError, ModelError, UsageError: what the run would raise before its first step.
+        DataError, ModelError, UsageError: the run would raise this before its first step.
     """
     paths = RunPaths(settings.run_dir)
     whole = checkpoint_to_resume(settings, paths, note)
@@ -78,7 +78,7 @@ def forecast(
             weights_bytes = checkpoint_size({"weights": content["model_state_dict"]})
         validation_seconds, unusable = _validate_some(setup)
 
-    settled = steps[1:] or steps  # the first step starts workers and libraries, once in a run
+    settled = steps[1:] or steps  # the first step is slower, because workers and libraries start
     worked, waited = sum(s.seconds for s in settled), sum(s.data_seconds for s in settled)
     plan, done = setup.plan, checkpoint["step"] if checkpoint else 0
     epochs_left = plan.epochs - (checkpoint["epoch"] if checkpoint else 0)
@@ -103,7 +103,7 @@ def forecast(
         cache_bytes=sum(cache.bytes.values()),
         peak_bytes=peak.bytes,
         usable_bytes=usable_memory(setup.loaded.precision.device, processes.local_world_size),
-        saves=saves + 1,  # and once more at the very end
+        saves=saves + 1,  # one more at the end of the run
         checkpoint_bytes=checkpoint_bytes,
         best_bytes=weights_bytes,
         disk_bytes=2 * checkpoint_bytes + weights_bytes + adapter_bytes,
@@ -114,7 +114,8 @@ def forecast(
 
 
 def _find_some_look_alikes(setup: RunSetup, state: TrainState) -> float:
-    """Find the look-alikes of some images: seconds for all of them; 0 if epochs do not do this."""
+    """Find the look-alikes of some images. Return the estimated seconds for all images, or 0 if
+    epochs do not search for look-alikes."""
     search = setup.look_alike_search
     if search is None:
         return 0.0
@@ -127,7 +128,7 @@ def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResu
     """Train as many steps of the first epochs as there is time for.
 
     Raises:
-        DataError: none of their pairs can be used.
+        DataError: none of the pairs of a step can be used.
     """
     accumulate = setup.make_accumulation(state.optimizer, note)
     batches = setup.step_batches(Position(), look_alikes=state.look_alikes)
@@ -148,7 +149,8 @@ def _train_some(setup: RunSetup, state: TrainState, note: Note) -> list[StepResu
 
 
 def _validate_some(setup: RunSetup) -> tuple[float, int]:
-    """Embed some validation pairs: seconds of a whole pass, and how many of them are unusable."""
+    """Embed some validation pairs. Return the estimated seconds for all validation pairs, and how
+    many of the embedded ones are unusable."""
     some = setup.val.first(_VALIDATED)
     started = time.perf_counter()
     embedded = embed_pairs(
@@ -164,7 +166,7 @@ def _validate_some(setup: RunSetup) -> tuple[float, int]:
 
 
 def _known_unusable(setup: RunSetup) -> int:
-    """How many pairs the shards' indexes and the caption tables already call unusable."""
+    """Return how many pairs are unusable according to the shards' indexes and caption tables."""
     members = len(setup.train.skipped) + len(setup.val.skipped)
     captions = (setup.encoding.preprocessing.captions, setup.val_encoding.preprocessing.captions)
     return members + sum(c.figures.none for c in captions if isinstance(c, CaptionTable))

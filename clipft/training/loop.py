@@ -22,7 +22,7 @@ def fit(
 ) -> Generator[StepResult, None, None]:
     """Train on each batch and yield the result of the step.
 
-    The caller (``_Run.train_epochs`` in ``run.py``) shows it, evaluates and saves.
+    The caller (``_Run.train_epochs`` in ``run.py``) shows the result, validates and saves.
     """
     state.model.train()
     started = time.perf_counter()
@@ -31,7 +31,7 @@ def fit(
 
         for attempt in accumulate.recovery.attempts(state.step):  # one, unless memory runs out
             with attempt:
-                # Its gradient is left in the parameters
+                # This also leaves the gradient in the parameters
                 loss = accumulate(state.step, batch.micro_batches, batch.pairs, batch.general)
         with no_second_attempt(_IN_UPDATE, _AFTER_UPDATE):
             update = state.optimizer.update(loss)
@@ -65,15 +65,14 @@ def step_batches(
     check: Callable[[], None] = lambda: None,
     start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
 ) -> Iterator[StepBatch]:
-    """The batches of the steps that are left, to the end of the last epoch, or of this one, if it
-    has look-alikes of its own.
+    """Yield the batches of the remaining steps, to the end of the last epoch, or to the end of this
+    epoch if each epoch finds its own look-alikes.
 
-    On CUDA, ``start_to_copy`` is called with each batch during the step before it.
-
-    ``check`` is called before each step and may end the iteration by raising a ``ClipftError``.
+    On CUDA, ``start_to_copy`` is called with each batch during the step before it. ``check`` is
+    called before each step and may end the iteration by raising a ``ClipftError``.
 
     Raises:
-        DataError: none of a step's pairs can be used; they are then listed in ``skipped``.
+        DataError: none of a step's pairs can be used; they are listed in ``skipped``.
     """
     for batch in setup.step_batches(state.position, check, start_to_copy, state.look_alikes):
         if not batch.pairs:
@@ -89,11 +88,11 @@ def step_batches(
 def find_look_alikes(
     setup: RunSetup, state: TrainState, check: Callable[[], None] = lambda: None
 ) -> None:
-    """Find the look-alikes of the epoch that begins, in a run where each epoch finds its own.
+    """Find the look-alikes for the next epoch, if each epoch of the run finds its own.
 
     With ``--ema``, the averages of the weights are used, as in validations.
     """
-    # An epoch in progress keeps those that it began with, which its checkpoints hold
+    # An epoch in progress keeps its look-alikes, which are in its checkpoints
     if setup.look_alike_search is None or state.position.step:
         return
     began = time.perf_counter()

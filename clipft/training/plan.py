@@ -1,4 +1,4 @@
-"""What a run will do, decided before it starts: its micro-batch, its steps, its remarks."""
+"""The plan of a run, made before it starts: its micro-batch, steps and remarks for the user."""
 
 from collections.abc import Callable, Sequence
 
@@ -61,17 +61,17 @@ def micro_batch(
     processes: int,
     sharding: bool = False,
 ) -> int:
-    """The micro-batch that is set, as far as it fits in memory, or the fastest one found.
+    """Return the micro-batch of the settings, limited by memory, or the fastest one found.
 
-    ``processes`` share the machine. With ``sharding`` the model is still whole at this point, so
-    measuring it would tell nothing about the memory it will take.
+    ``processes`` processes share the machine. With ``sharding`` the model is not sharded yet at
+    this point, so its memory cannot be measured.
     """
     device = loaded.precision.device
     if settings.micro_batch_size:
         asked = min(settings.micro_batch_size, effective)
         if device.type != "cpu":
-            return asked  # a GPU refuses what does not fit, and step/oom.py deals with it
-        # On a CPU the system kills the process instead, so ask for no more than there is
+            return asked  # if a GPU runs out of memory, step/oom.py handles it
+        # On a CPU the system would kill the process instead
         budget = MemoryBudget.now(device, sharers=processes)
         per_pair = ModelProbe.of(loaded, settings).graph_bytes_per_pair
         largest = budget.largest_micro_batch(per_pair)
@@ -104,10 +104,10 @@ def find_micro_batch(
     processes: int = 1,
     note: Note = lambda said: None,
 ) -> SearchResult:
-    """Search for the micro-batch of an effective batch, or return what was found before.
+    """Search for the micro-batch of an effective batch, or return an earlier result.
 
-    ``processes`` share the machine. ``note`` is told when a search begins, ``report`` of each size
-    that was tried.
+    ``processes`` processes share the machine. ``note`` is called when a search begins, and
+    ``report`` for each size that is tried.
     """
     device = loaded.precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -127,7 +127,7 @@ def find_micro_batch(
     )
     key = "|".join(map(str, decisive))
     found = cached_result(key)
-    # Found where more memory was free than now, it would not fit
+    # A result that was found with much more free memory may not fit now
     if found is None or found.usable_bytes * _LESS_MEMORY > usable_memory(device, processes):
         note(
             "Finding the micro-batch size (once for each model, scenario, effective batch and "
@@ -139,7 +139,7 @@ def find_micro_batch(
 
 
 def even_micro_batch(effective: int, micro: int, processes: int) -> int:
-    """The largest size up to ``micro`` that gives every process equally many micro-batches."""
+    """Return a size up to ``micro`` that gives all processes the same number of micro-batches."""
     if processes == 1:
         return micro
     share = -(-effective // processes)
@@ -147,7 +147,7 @@ def even_micro_batch(effective: int, micro: int, processes: int) -> int:
 
 
 def step_remarks(settings: Settings, plan: EpochPlan) -> list[str]:
-    """What a user should know about the steps before the run starts."""
+    """Return remarks for the user about the steps of the run."""
     remarks = []
     if settings.effective_batch_size > plan.pairs:
         remarks.append(
@@ -167,8 +167,8 @@ def step_remarks(settings: Settings, plan: EpochPlan) -> list[str]:
 
 
 def smaller_batch(plan: EpochPlan, epochs: int) -> str:
-    """The option for an effective batch, a power of two, that makes about ``ENOUGH_STEPS``
-    steps, as the default would be; empty if it would not be smaller."""
+    """Return the option for an effective batch, a power of two, that gives about ``ENOUGH_STEPS``
+    steps; empty if it would not be smaller than the current one."""
     wanted = max(SMALLEST_BATCH, plan.pairs * epochs // ENOUGH_STEPS)
     power = 1 << (wanted.bit_length() - 1)
     return f"--effective-batch-size {power} or " if power < plan.effective else ""

@@ -64,16 +64,16 @@ def prepare(
 ) -> RunSetup:
     """Open the data, load the model, choose the micro-batch and make the plan.
 
-    ``began`` is what a run that is resumed decided when it began. With ``cache``, the features of
-    frozen towers are not computed, and it says what that would take: the setup is for a forecast.
+    ``began`` holds the choices that a resumed run made at its start. With ``cache``, for a
+    forecast, the features of frozen towers are not computed, and ``cache`` receives estimates.
 
-    Every process ends with the same setup. Work that leaves something in the cache folder is done
-    by one process of each machine first, so that the others find it there.
+    Every process gets the same setup. One process of each machine fills the cache folder first, and
+    the others then read from it.
 
     Raises:
         DataError: pairs are missing or cannot be used.
         ModelError: the base model cannot be loaded, or does not fit the scenario.
-        UsageError: settings do not fit each other or the data.
+        UsageError: settings do not fit together or do not fit the data.
     """
     check_sharding(settings)
     check_label_options(settings)
@@ -101,7 +101,7 @@ def prepare(
     ) -> Encoding:
         shapes = choose_shapes(model, settings.compile, *(sizes or (epoch_plan.micro, own)))
         found = open_encoding(model, pairs, preprocessing, settings, note, shapes, progress, cache)
-        # The pretrained model is whole on each process
+        # The pretrained model is not sharded
         towers = weights.wrap_towers(found.towers) if model is loaded else found.towers
         return replace(found, towers=towers)
 
@@ -154,12 +154,12 @@ def _plan_epochs(
     began: Choices,
     note: Note,
 ) -> EpochPlan:
-    """Choose the micro-batch and divide an epoch into steps; alike on all processes."""
+    """Choose the micro-batch and divide an epoch into steps, in the same way on all processes."""
     micro = effective = min(settings.effective_batch_size, len(train))
     if settings.declared_scenario.trains:
         most, beside = -(-effective // processes.world_size), processes.local_world_size
         sharding = will_shard(settings, processes)
-        found = on_rank_zero(  # measured on one process: others would take its memory
+        found = on_rank_zero(  # measured on one process, because others would take memory
             processes, lambda: micro_batch(settings, loaded, most, note, beside, sharding)
         )
         micro = even_micro_batch(effective, found, processes.world_size)
@@ -173,7 +173,8 @@ def _with_products(
     found: Tensor | None,
     find: Callable[[], Tensor],
 ) -> EpochPlan:
-    """Add products and look-alikes by the pretrained model, ``found`` when the run began or now."""
+    """Add products, and look-alikes by the pretrained model, which were ``found`` at the start of
+    the run or are found now."""
     if settings.hard_negatives and settings.hard_negatives_by == "pretrained" and found is None:
         found = find()
     return replace(
@@ -192,7 +193,7 @@ def _agreed_optimizer(
     began: Choices,
     note: Note,
 ) -> str:
-    """The optimizer of all processes: AdamW if only some of them can use the 8-bit one."""
+    """Return the optimizer for all processes: AdamW unless all of them can use the 8-bit one."""
     if not settings.declared_scenario.trains:
         return "adamw"
     trainable, device = loaded.model.parameters_count().trainable, loaded.precision.device
@@ -206,8 +207,8 @@ def _agreed_optimizer(
 
 @dataclass(frozen=True)
 class _Data:
-    """The pairs of a run and their captions; ``general`` are those of ``--preserve-data``, and
-    ``remarks`` are only made by rank zero."""
+    """The pairs of a run and their captions. ``general`` holds those of ``--preserve-data``.
+    ``remarks`` are made only by rank zero."""
 
     train: Pairs
     val: PairDataset
@@ -223,7 +224,7 @@ def _open_data(
     general_set = general_pairs(settings)
     folder = settings.data_dir / "train"
     if settings.stream:
-        from clipft.data.shards.stream import open_stream  # webdataset takes its time to import
+        from clipft.data.shards.stream import open_stream  # webdataset is slow to import
 
         train: Pairs = open_stream(
             source or folder, settings.shuffle_buffer, settings.max_train_pairs
@@ -261,7 +262,7 @@ def _open_data(
 def _load_everywhere(
     settings: Settings, train: Pairs, processes: Processes, began: str, note: Note
 ) -> LoadedModel:
-    """Load the model on all processes, in the precision in which the run ``began``.
+    """Load the model on all processes; a resumed run keeps the precision in ``began``.
 
     Raises:
         ModelError: the base model cannot be loaded, or does not fit the scenario.

@@ -1,5 +1,5 @@
-"""Resume checks and cleanup: which checkpoint a run may continue from, and what of the files in
-its folder stays."""
+"""Checks and cleanup before a run is resumed: the checkpoint that it may continue from, and the
+files in its folder that stay."""
 
 import shutil
 from typing import Any
@@ -24,11 +24,11 @@ from clipft.training.setup import RunSetup
 def checkpoint_to_resume(
     settings: Settings, paths: RunPaths, note: Note
 ) -> NewestCheckpoint | None:
-    """The checkpoint to resume from, or None to start from scratch. No file is changed.
+    """Return the checkpoint to resume from, or None to start from scratch. No file is changed.
 
     Raises:
-        ModelError: there is a checkpoint, but none that can be resumed from.
-        UsageError: a setting that decides the weights was changed.
+        ModelError: there are checkpoints, but none of them can be resumed from.
+        UsageError: a setting that affects the weights was changed.
     """
     if not settings.resume_from_checkpoint:
         return None
@@ -41,7 +41,7 @@ def checkpoint_to_resume(
 
 
 def replace_damaged(whole: NewestCheckpoint, paths: RunPaths, note: Note) -> None:
-    """Put the checkpoint before the newest one in its place, if the newest is damaged."""
+    """If the newest checkpoint is damaged, replace it by the one before it."""
     if not whole.damage:
         return
     aside = restore_previous(paths.checkpoint)
@@ -51,7 +51,7 @@ def replace_damaged(whole: NewestCheckpoint, paths: RunPaths, note: Note) -> Non
 
 
 def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
-    """Compare the checkpoint with the model and the pairs at hand.
+    """Check that the checkpoint belongs to the model and the pairs of this run.
 
     Raises:
         UsageError: it was trained from another base model or on other pairs.
@@ -71,16 +71,16 @@ def check_same_run(checkpoint: dict[str, Any], setup: RunSetup) -> None:
 
 
 def drop_later_lines(paths: RunPaths, checkpoint: dict[str, Any]) -> None:
-    """Remove the lines about what came after the checkpoint; the resumed run writes them again."""
+    """Remove the lines of later steps than the checkpoint; the resumed run writes them again."""
     epochs = checkpoint["epoch"] - (not checkpoint.get("validated", True))
     for path in (paths.metrics, paths.skipped):
         cut_lines(path, checkpoint["step"], epochs)
 
 
 def set_aside(paths: RunPaths, note: Note) -> None:
-    """Clear the folder of what an earlier run left, for one that starts from scratch.
+    """Remove the files of an earlier run from the folder, for a run that starts from scratch.
 
-    If the earlier run left weights, all of its files are kept in a folder of their own.
+    If the earlier run left weights, all of its files are moved to a separate folder.
 
     Raises:
         StorageError: the files cannot be moved.

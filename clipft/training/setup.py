@@ -1,4 +1,4 @@
-"""What a run consists of, made once before its first step."""
+"""The parts of a run, made once before its first step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything that a run is made of, except its state.
+    """Everything that a run consists of, except its state.
 
-    ``products`` and ``val_products`` hold the product of each pair, int64 [pairs], if its photos
-    attract each other. ``look_alike_search`` finds the look-alikes of each epoch, if it is done
-    anew.
+    ``products`` and ``val_products`` hold the product of each pair, int64 [pairs], if photos of a
+    product attract each other. ``look_alike_search`` finds the look-alikes of each epoch, if each
+    epoch finds its own.
     """
 
     settings: Settings
@@ -79,7 +79,7 @@ class RunSetup:
 
     @property
     def choices(self) -> Choices:
-        """What a resumed run keeps of what this one decided for itself."""
+        """The choices of this run that a resumed run keeps."""
         plan, look_alikes = self.plan, self.epoch_plan.look_alikes
         return Choices(
             plan.precision,
@@ -101,15 +101,15 @@ class RunSetup:
         start_to_copy: Callable[[StepBatch], None] = lambda batch: None,
         look_alikes: Tensor | None = None,
     ) -> Iterator[StepBatch]:
-        """This process's part of each step from ``start`` to the end of the last epoch, or of this
-        epoch, if its ``look_alikes`` are given.
+        """Yield this process's part of each step from ``start`` to the end of the last epoch, or of
+        this epoch if its ``look_alikes`` are given.
 
         ``pairs`` and ``skipped`` of a batch are those of all processes. ``check`` is called before
-        each step; what it raises is raised on all processes. ``start_to_copy``: see the loop's
-        ``step_batches``.
+        each step, and its errors are raised on all processes. ``start_to_copy``: see
+        ``loop.step_batches``.
         """
         plan, epochs = self.epoch_plan, self.plan.epochs
-        if look_alikes is not None:  # the next epoch has others
+        if look_alikes is not None:  # the next epoch has different ones
             plan = replace(plan, look_alikes=look_alikes.numpy())
             epochs = min(epochs, start.epoch + 1)
         batches = training_batches(
@@ -125,7 +125,7 @@ class RunSetup:
         return steps_in_lockstep(self.processes, batches, check)
 
     def make_optimizer(self) -> Optimizer:
-        """The optimizer of this run, before its first step."""
+        """Make the optimizer of this run, before its first step."""
         settings, precision = self.settings, self.loaded.precision
         groups = parameter_groups(self.loaded.model, settings)
         for group in groups:
@@ -136,7 +136,7 @@ class RunSetup:
         return Optimizer(adamw, scheduler, scaler, settings.grad_clip, self.weights)
 
     def make_state(self) -> TrainState:
-        """The state of this run before its first step."""
+        """Make the state of this run before its first step."""
         model = self.loaded.model
         average: WeightAverage = NO_AVERAGE
         if self.settings.ema:
@@ -145,7 +145,7 @@ class RunSetup:
         return TrainState(model, self.make_optimizer(), self.epoch_plan.steps, average)
 
     def make_accumulation(self, optimizer: Optimizer, note: Note) -> Accumulation:
-        """What computes the gradient of each step, and deals with running out of memory."""
+        """Make the object that computes the gradient of each step and handles a full memory."""
 
         def budget() -> MemoryBudget:
             if self.settings.graph_memory is not None:
@@ -184,7 +184,7 @@ class RunSetup:
         )
 
     def text_tower(self) -> Tower:
-        """The text tower itself, where ``val_encoding`` may know the features of captions only."""
+        """The text tower itself: ``val_encoding`` may only have the features of captions."""
         pad_token_id = self.val_preprocessing.captions.pad_token_id
         towers = make_towers(self.loaded, self.settings.seed, pad_token_id)
         return self.weights.wrap_towers(towers).texts
@@ -196,8 +196,8 @@ class RunSetup:
 
     @torch.no_grad()
     def validation_loss(self, embedded: Embeddings) -> float:
-        """The training loss over the whole validation set as one batch. If pairs have several
-        captions, it is the mean over batches in which each of them has its turn."""
+        """Return the training loss over the whole validation set as one batch. If pairs have
+        several captions, it is the mean over batches that use each caption in turn."""
         device = self.loaded.precision.device
         images, products = embedded.images.to(device), self._products_of(embedded)
         return fmean(
@@ -206,7 +206,7 @@ class RunSetup:
         )
 
     def loss_lower_bound(self, embedded: Embeddings) -> float:
-        """The smallest value that ``validation_loss`` can have."""
+        """Return the smallest value that ``validation_loss`` can have."""
         products = self._products_of(embedded)
         return fmean(self.loss.lower_bound(one.groups, products) for one in embedded.rounds())
 
@@ -215,9 +215,9 @@ class RunSetup:
 
 
 def validation_batch(settings: Settings, loaded: LoadedModel, micro: int) -> int:
-    """The number of validation pairs that pass through the towers together.
+    """Return the number of validation pairs that pass through the towers together.
 
-    On a GPU that is a micro-batch, which is known to fit. A CPU is no faster with more.
+    On a GPU this is a micro-batch, which is known to fit. On a CPU, larger batches are not faster.
     """
     device = loaded.precision.device
     return micro if device.type == "cuda" else evaluation_batch(settings, device)

@@ -24,15 +24,15 @@ _AT_ONCE = (
 
 @dataclass
 class StopRequest:
-    """Set by the first signal; ``name`` is the signal's."""
+    """A request to stop. The first signal sets ``name`` to its name."""
 
     name: str | None = None
 
     def check(self, when: str, checkpoint: Path | None) -> None:
         """Stop here if a signal asked for it.
 
-        ``when`` completes the message. ``checkpoint`` is where the state will be once the error
-        has left the run, or None if there is no state to save.
+        ``when`` completes the message. ``checkpoint`` is the path to which the run will save its
+        state because of the error, or None if there is no state to save.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -50,10 +50,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
-    """Catch the signals within the block.
+    """Catch the signals inside the block.
 
-    Only the main thread can do so; elsewhere nothing is caught. ``speaks``: acknowledge a Ctrl-C
-    on the terminal, since a step may take long.
+    Only the main thread can catch signals; in other threads this does nothing. ``speaks``:
+    acknowledge a Ctrl-C on the terminal, because a step may take long.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -63,7 +63,7 @@ def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
     def handle(number: int, frame: FrameType | None) -> None:
         again = request.name is not None and number == signal.SIGINT
         if speaks and number == signal.SIGINT:
-            # Not print, which the signal may have interrupted
+            # Not print, because the signal may have interrupted another print
             with suppress(OSError):
                 os.write(2, _AT_ONCE if again else _HEARD)
         if again:
@@ -79,7 +79,7 @@ def stop_on_signals(speaks: bool = True) -> Iterator[StopRequest]:
 
 
 def end_with_parent() -> None:
-    """End this process, its state saved, once its parent is gone: killed, it can tell nobody."""
+    """Save the state and end this process if its parent dies: if killed, it sends no signal."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What a run knows between two steps. With its settings this is what a checkpoint keeps."""
+"""The state of a run between two steps. A checkpoint contains this state and the settings."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,12 +24,12 @@ from clipft.training.step.optimizer import Optimizer
 
 @dataclass
 class TrainState:
-    """Model, optimizer and position: all that changes from step to step.
+    """Model, optimizer and position: everything that changes from step to step.
 
-    ``step`` counts the optimizer steps done; ``loss`` is that of the last one. ``epoch_loss_sum``
-    adds up the losses of the epoch's ``epoch_pairs`` pairs. ``average`` is that of the weights.
-    ``look_alikes`` are those of the epoch, int32 [pairs, any], if each epoch finds its own; that
-    took ``look_alike_seconds``.
+    ``step`` counts the optimizer steps done; ``loss`` is that of the last step. ``epoch_loss_sum``
+    is the sum of the losses of the epoch's ``epoch_pairs`` pairs. ``average`` is that of the
+    weights. ``look_alikes`` are those of the epoch, int32 [pairs, any], if each epoch finds its
+    own; finding them took ``look_alike_seconds``.
     """
 
     model: TrainableModel
@@ -51,8 +51,8 @@ class TrainState:
 
     @property
     def mean_loss(self) -> float:
-        """Mean training loss of the epoch's pairs: a step counts by its number of pairs, and not
-        at all if its loss is not a number, because it was not applied."""
+        """The mean training loss of the epoch's pairs. Steps are weighted by their number of pairs;
+        steps whose loss is NaN do not count, because they were not applied."""
         return self.epoch_loss_sum / self.epoch_pairs if self.epoch_pairs else math.nan
 
     def advance(self, batch: StepBatch, loss: float) -> None:
@@ -68,17 +68,18 @@ class TrainState:
         self.position = Position(batch.epoch + last, 0 if last else batch.step + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs; whole on rank zero, which with sharded weights takes
-        all processes."""
+        """Return everything that resuming needs, complete on rank zero. With sharded weights, all
+        processes must call this."""
         state = {**self.weights_dict(), **self.optimizer.state_dict()}
         if self.average.kept:
             state["trained_state_dict"] = self.optimizer.weights.model_state(self.model)
-        if self.look_alikes is not None:  # the weights that they were found with are gone
+        if self.look_alikes is not None:  # they cannot be found again: the weights have changed
             state["look_alikes"] = self.look_alikes
         return state
 
     def weights_dict(self) -> dict[str, Any]:
-        """``state_dict`` without what only resuming needs: the averages if there are any."""
+        """Return ``state_dict`` without the parts that only resuming needs. The weights are the
+        averages, if there are any."""
         with self.average.in_place():
             weights = self.optimizer.weights.model_state(self.model)
         return {
@@ -95,7 +96,7 @@ class TrainState:
         """Load what ``state_dict`` returned.
 
         Raises:
-            ModelError: it belongs to another model or another optimizer.
+            ModelError: the state belongs to another model or another optimizer.
         """
         self.optimizer.weights.load_model_state(self.model, state["model_state_dict"])
         if self.average.kept:
@@ -112,8 +113,8 @@ class TrainState:
 class EarlyStopping:
     """Stops after ``patience`` epochs that did not improve by more than ``min_delta``.
 
-    ``watches`` is ``loss`` (of validation), ``recall`` (its mean), ``accuracy``, or ``never``: then
-    only the epoch with the lowest loss is remembered. Not-a-number counts as the worst value.
+    ``watches`` is ``loss`` (of validation), ``recall`` (its mean), ``accuracy``, or ``never``. With
+    ``never``, only the epoch with the lowest loss is remembered. NaN counts as the worst value.
     """
 
     watches: str
@@ -123,13 +124,13 @@ class EarlyStopping:
     waited: int = 0
 
     def update(self, result: EpochResult) -> bool:
-        """Take an epoch into account; True if it is better than the best one so far."""
+        """Record an epoch; return True if it is better than the best one so far."""
         value = result.val_loss
         if self.watches == "recall":
             value = -result.recall()
         elif self.watches == "accuracy":
             value = math.nan if result.accuracy is None else -result.accuracy
-        improved = value < self.best - self.min_delta  # False for not-a-number
+        improved = value < self.best - self.min_delta  # False for NaN
         if improved:
             self.best, self.waited = value, 0
         else:
@@ -150,7 +151,7 @@ class EarlyStopping:
 class SkippedPairs:
     """The pairs of a run that could not be used, listed in ``path``.
 
-    ``count`` is how many of the ``pairs`` to train on they are.
+    ``count`` is the number of skipped training pairs, of ``pairs`` in all.
     """
 
     def __init__(
@@ -165,12 +166,12 @@ class SkippedPairs:
         on_rank_zero(self._processes, lambda: append_lines(self.path, lines))
 
     def add(self, epoch: int, step: int, skipped: Sequence[dict[str, str]]) -> None:
-        """Count the skipped pairs of a training step and write them down.
+        """Count the skipped pairs of a training step and write them to the file.
 
-        Only those of the first epoch: later epochs meet the same pairs again.
+        Only the first epoch counts, because later epochs skip the same pairs again.
 
         Raises:
-            DataError: by now there are more than ``max_bad`` allows.
+            DataError: there are now more than ``max_bad`` allows.
         """
         if not skipped or epoch > 1:
             return
@@ -207,7 +208,7 @@ class RunState:
         return self.training.step if self.training else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides ``training``; plain values only."""
+        """Return what a checkpoint contains besides ``training``, as plain values."""
         assert self.before
         return {
             "early_stopping": self.stopping.state_dict(),
@@ -258,7 +259,7 @@ class TrainResult:
 
     @classmethod
     def of(cls, state: RunState, paths: RunPaths) -> "TrainResult":
-        """The result of a run that has trained to its end."""
+        """Return the result of a run that has trained to its end."""
         assert state.before
         return cls(
             before=state.before,
@@ -272,7 +273,7 @@ class TrainResult:
 
     @classmethod
     def of_finished(cls, checkpoint: dict[str, Any], paths: RunPaths) -> "TrainResult":
-        """The result of a run whose checkpoint says that it has finished."""
+        """Return the result of a run whose checkpoint says that it has finished."""
         best = checkpoint["best"]
         return cls(
             before=EpochResult(**checkpoint["before"]),

@@ -1,1 +1,1 @@
-"""Finds the largest micro-batch that fits into memory, by training steps of several sizes."""
+"""Finds the fastest micro-batch that fits into memory, with training steps of several sizes."""

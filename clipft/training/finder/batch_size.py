@@ -1,11 +1,11 @@
-"""The search for the micro-batch: how many pairs go through the model at once.
+"""The search for the micro-batch: how many pairs pass through the model at once.
 
-Memory grows linearly with the size, so after a few small sizes its limit is known well enough to
-go there directly. A GPU reports that its memory is full, so a size is simply tried; on a CPU the
-system might kill the process instead, so no size is tried for which the line leaves no room.
+Memory grows linearly with the size, so the largest size that fits can be extrapolated from a few
+small sizes. On a GPU any size can be tried, because a GPU reports that its memory is full. On a CPU
+the system might kill the process instead, so only sizes are tried that fit by extrapolation.
 
-The largest size is not always the fastest. The choice goes by the time per pair of a whole step,
-including the second forward pass of those pairs whose graphs do not fit in memory.
+The largest size is not always the fastest. The size is chosen by the time per pair of a whole step,
+including the second forward pass of the pairs whose graphs do not fit in memory.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from clipft.core.memory import MemoryBudget
 
 MAX_PROBES = 10
 SMALLEST = 4
-# On a CPU, growing ends when a size twice as large is less than 5% faster
+# On a CPU, no larger sizes are tried when doubling the size gains less than 5% of speed
 _GROWTH_THAT_PAYS = 1.05
-# Of two sizes so close in speed the smaller is chosen, because it leaves memory
+# Of two sizes this close in speed, the smaller one is chosen, because it takes less memory
 _AS_FAST = 1.02
-# Share of the usable memory that the chosen size may take: a run holds more than a step
+# Share of the usable memory that the chosen size may take: a run needs more than a single step
 _EASY = 0.9
-# Margins on the slope of memory: beyond twice the largest size tried, and up to there
+# Factors on the slope of memory: beyond twice the largest size tried, and up to there
 _FAR, _NEAR = 1.15, 1.02
 _CLOSE_ENOUGH = 0.04
-# A guess this close to what is known to fit tells nothing new
+# A guess this close to a size that fits is not worth trying
 _ON_THE_LINE = 1.01
-# Seconds that a size may take on a CPU when it is tried only to know the largest
+# Seconds that a size may take on a CPU if it is tried only to find the largest size
 _PATIENCE = 90.0
 
 
@@ -47,9 +47,9 @@ class Probe:
     graph_bytes_per_pair: float = 0.0
 
     def pairs_per_s(self, effective: int, kept: float = 0.0) -> float:
-        """Training speed at an effective batch.
+        """Return the training speed at an effective batch.
 
-        With several micro-batches all pairs but the ``kept`` share run forward a second time.
+        With several micro-batches, all pairs but the share ``kept`` need a second forward pass.
         """
         again = self.forward_seconds * (1 - kept) if self.size < effective else 0.0
         return self.size / (self.step_seconds + again)
@@ -57,11 +57,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
-    ``largest`` fits in memory (if ``extrapolated``, by calculation); ``chosen`` is the fastest and
-    leaves ``left_bytes`` of ``usable_bytes`` free. ``kept`` is the share of the effective batch
-    whose graphs fit in memory.
+    ``largest`` is the largest size that fits in memory (if ``extrapolated``, by calculation);
+    ``chosen`` is the fastest and leaves ``left_bytes`` of ``usable_bytes`` free. ``kept`` is the
+    share of the effective batch whose graphs fit in memory.
     """
 
     chosen: int
@@ -82,7 +82,7 @@ class SearchResult:
 
 
 TrySize = Callable[[int], Probe]
-"""Run one size for real; the probe does not fit if memory refused it."""
+"""Runs a step with one size. If memory runs out, the probe does not fit."""
 
 
 def search(
@@ -91,7 +91,7 @@ def search(
     """Find the micro-batch for an effective batch, with at most ``MAX_PROBES`` sizes tried.
 
     ``device_refuses``: the device reports when its memory is full, so any size may be tried.
-    Otherwise only sizes whose extrapolated memory is within ``usable_bytes``.
+    Otherwise only sizes are tried whose extrapolated memory is within ``usable_bytes``.
     """
     sizes = _Search(try_size, effective, usable_bytes, device_refuses)
     sizes.grow()
@@ -112,7 +112,7 @@ class _Search:
         return sorted((p for p in self.probes if p.fits), key=lambda p: p.size)
 
     def bounds(self) -> tuple[int, int]:
-        """The largest size known to fit (0: none), and the smallest known to be too large."""
+        """Return the largest size known to fit (0: none), and the smallest known not to fit."""
         low = max((p.size for p in self.probes if p.fits), default=0)
         return low, min([p.size for p in self.probes if not p.fits] + [self.effective + 1])
 
@@ -139,7 +139,7 @@ class _Search:
             if high - low <= max(1, int(low * _CLOSE_ENOUGH)):
                 return
             guess = self.limit() if len(self.fitting) > 1 else (low + high) // 2
-            if guess <= low * _ON_THE_LINE:  # go beyond the line only where that is harmless
+            if guess <= low * _ON_THE_LINE:  # go beyond the extrapolation only if it is harmless
                 guess = low + max(1, int(low * _CLOSE_ENOUGH)) if self.device_refuses else low
             if not low < guess < high:
                 return
@@ -173,14 +173,14 @@ class _Search:
         )
 
     def kept(self, probe: Probe) -> float:
-        """The share of the graphs of an effective batch that a step keeps at this size."""
+        """Return the share of the graphs of an effective batch that a step keeps at this size."""
         fixed = probe.peak_bytes - self.slope() * probe.size  # weights and their gradients
         device = "cuda" if self.device_refuses else "cpu"
         budget = MemoryBudget.of(self.usable_bytes - fixed, device)
         return budget.kept(probe.size, self.effective, probe.graph_bytes_per_pair)
 
     def slope(self) -> float:
-        """Bytes per pair, between the largest size that fits and the next one well below it."""
+        """Return the bytes per pair, by the largest fitting size and one at most 80% as large."""
         largest = self.fitting[-1]
         other = next((p for p in reversed(self.fitting) if p.size <= largest.size * 0.8), None)
         if other is None:
@@ -188,7 +188,7 @@ class _Search:
         return max(0.0, (largest.peak_bytes - other.peak_bytes) / (largest.size - other.size))
 
     def bytes_at(self, size: int, far: float = _FAR) -> int:
-        """Extrapolated peak memory at ``size``, with a margin; 0 while nothing is known."""
+        """Return the extrapolated peak memory at ``size``, with a margin; 0 if it is unknown."""
         if len(self.fitting) < 2:
             return 0
         largest = self.fitting[-1]
@@ -196,7 +196,7 @@ class _Search:
         return int(largest.peak_bytes + self.slope() * (size - largest.size) * margin)
 
     def limit(self, far: float = _FAR) -> int:
-        """The largest size whose extrapolated memory fits, below what was refused."""
+        """Return the largest size whose extrapolated memory fits, below sizes that did not fit."""
         low, high = self.bounds()
         high -= 1
         while low < high:
@@ -209,12 +209,12 @@ class _Search:
 
 
 def result_cache() -> Path:
-    """The file that keeps results, by model, scenario and machine. Losing it costs a search."""
+    """Return the file with earlier results, by model, scenario and machine. It may be deleted."""
     return cache_folder() / "batch_sizes.json"
 
 
 def cached_result(key: str) -> SearchResult | None:
-    """What an earlier search found under this key, if the file is there and readable."""
+    """Return the result of an earlier search with this key, if the file can be read."""
     try:
         stored = (read_json(result_cache()) or {})[key]
         probes = tuple(Probe(**probe) for probe in stored.pop("probes"))

@@ -1,4 +1,4 @@
-"""Trying sizes of micro-batch on a real model, for the search of ``batch_size``."""
+"""Tries sizes of the micro-batch on a real model, for the search in ``batch_size``."""
 
 import math
 import time
@@ -23,7 +23,7 @@ from clipft.training.step.gradcache import ExactAccumulation
 from clipft.training.step.losses import ContrastiveLoss, make_loss
 from clipft.training.step.tower_pass import GraphMemory, counting_saved
 
-# Seconds for which a small size is repeated: a single pass is too short to time
+# Seconds for which a small size is repeated, because a single pass is too short to measure
 _TIMED = 0.3
 # AdamW keeps two moments of each trainable weight, each of the weight's size
 _STATES = 2
@@ -44,7 +44,7 @@ class ModelProbe:
 
     @classmethod
     def of(cls, loaded: LoadedModel, settings: Settings) -> "ModelProbe":
-        """For a model as it is: its scenario, adapters and gradient checkpointing."""
+        """Make a probe of a model with its scenario, adapters and gradient checkpointing."""
         inputs = loaded.base.inputs
         towers = make_towers(loaded, settings.seed, int(inputs.tokenizer.eos_token_id))
         loss = make_loss(settings, loaded.model)
@@ -54,7 +54,7 @@ class ModelProbe:
         """Try one size: a training step, and a forward pass alone."""
         self.model.train()
         probe = self._attempt(size)
-        # Not in _attempt: its frame, and those of its error, hold the memory
+        # Not in _attempt, because its frame and the frames of its error hold the memory
         self.model.zero_grad(set_to_none=True)
         give_back(self.device)
         return probe
@@ -63,7 +63,7 @@ class ModelProbe:
         try:
             batch = self._batch(size)
             with peak_memory(self.device) as peak:
-                # Not timed: libraries set themselves up, on a GPU for each size anew
+                # Warm up without timing: libraries initialize, on a GPU again for each size
                 if self.device.type == "cuda" or size <= SMALLEST:
                     self._step(batch)
                 step_seconds = self._timed(lambda: self._step(batch))
@@ -78,7 +78,7 @@ class ModelProbe:
 
     @cached_property
     def graph_bytes_per_pair(self) -> float:
-        """The bytes of the graph of one pair with a caption of full length, measured on two."""
+        """The bytes of the graph of a pair with a caption of full length, measured on two pairs."""
         self.model.train()
         batch = self._batch(2)
         with counting_saved() as saved:
@@ -111,7 +111,7 @@ class ModelProbe:
         accumulate(0, [batch])
 
     def _timed(self, work: Callable[[], Any]) -> float:
-        """Seconds of one pass, the shortest of as many as there is time for."""
+        """Return the seconds of one pass: the shortest of all passes that there is time for."""
         best, began = float("inf"), time.perf_counter()
         while best == float("inf") or time.perf_counter() - began < _TIMED:
             started = time.perf_counter()
@@ -125,9 +125,9 @@ class ModelProbe:
 def measure(
     probe: ModelProbe, effective: int, report: Callable[[Probe], None], processes: int = 1
 ) -> SearchResult:
-    """Search on the probe's device, and report each size tried.
+    """Search on the probe's device, and report each size that is tried.
 
-    On a CPU ``processes`` share the memory.
+    On a CPU, ``processes`` processes share the memory.
     """
     weights = sum(p.nbytes for _, p in probe.model.trainable())
     usable = usable_memory(probe.device, sharers=processes) - _STATES * weights

@@ -1,7 +1,7 @@
 """The moving average of the trained weights that ``--ema`` keeps (Polyak & Juditsky 1992).
 
-The optimizer goes on from the weights themselves. What a run validates, saves as its best epoch,
-evaluates and exports are the averages.
+The optimizer continues from the weights themselves. A run validates, saves as its best epoch,
+evaluates and exports the averages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Averages of the trained weights. This base class keeps none: the weights themselves count."""
+    """Averages of the trained weights. This base class keeps none, and the weights are used."""
 
     kept = False
 
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step ``step``, counted from 0."""
+        """Update the averages with the weights after optimizer step ``step``, counted from 0."""
 
     def restart(self) -> None:
-        """Begin again with the weights as they are now."""
+        """Start again from the current weights."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have the averages in the model during the block, and the same weights again after it."""
+        """Put the averages into the model during the block, and restore the weights afterwards."""
         yield
 
 
@@ -35,8 +35,8 @@ NO_AVERAGE = WeightAverage()
 class MovingAverage(WeightAverage):
     """An exponential moving average of ``parameters``, with torch's own update.
 
-    The decay rises to ``decay`` as (1 + step) / (10 + step), so that a run of few steps forgets its
-    first weights as well. Before the first step, the averages are the weights.
+    The decay is (1 + step) / (10 + step) but at most ``decay``, so that a run of few steps forgets
+    its first weights too. Before the first step, the averages are the weights.
     """
 
     kept = True
@@ -67,7 +67,7 @@ class MovingAverage(WeightAverage):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Exchange weights and averages, one after the other: that takes hardly any memory."""
+        """Exchange weights and averages one after the other, which takes hardly any memory."""
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             held = parameter.clone()
             parameter.copy_(average)

@@ -1,12 +1,12 @@
-"""Weights, gradients and optimizer states in parts, one on each process (PyTorch's FSDP2).
+"""Shards weights, gradients and optimizer states over all processes (PyTorch's FSDP2).
 
-Each encoder layer is fetched from all processes before it runs and dropped afterwards, so all
-processes must pass through a tower together, and equally often. A process with fewer chunks than
-another adds blank ones, whose gradient is zero, and a graph is kept only where all keep theirs.
-Gradients are summed part by part after each chunk.
+Each encoder layer is fetched from all processes before it runs and freed afterwards, so all
+processes must run a tower at the same time and equally often. A process with fewer chunks than
+another adds blank chunks, whose gradient is zero, and all processes keep the same number of graphs.
+Gradients are summed shard by shard after each chunk.
 
-Temperature and bias, which the loss reads outside any tower, stay whole. The optimizer works on
-plain tensors, the process's own parts.
+Temperature and bias are not sharded, because the loss reads them outside the towers. The optimizer
+works on plain tensors: the shards of its process.
 """
 
 import math
@@ -47,7 +47,7 @@ def check_sharding(settings: Settings) -> None:
     """Refuse settings with which weights cannot be sharded.
 
     Raises:
-        UsageError: another scenario than ``full``, or the 8-bit optimizer.
+        UsageError: the scenario is not ``full``, or the 8-bit optimizer is used.
     """
     if not settings.shard_weights:
         return
@@ -66,7 +66,7 @@ def check_sharding(settings: Settings) -> None:
 
 
 def will_shard(settings: Settings, processes: Processes) -> bool:
-    """True if the settings ask for sharded weights and there are processes to share them."""
+    """Return whether the settings ask for sharded weights and there are several processes."""
     return settings.shard_weights and processes.world_size > 1
 
 
@@ -108,7 +108,7 @@ class ShardedWeights(Weights):
             if isinstance(p, DTensor)
         }
         self._wholes = {part: whole for whole, part in self._parts.items()}
-        # A row of each tower that makes up the blank chunks
+        # One row for each tower, of which the blank chunks consist
         inputs = loaded.base.inputs
         end = int(inputs.tokenizer.eos_token_id)
         self._blank_image = inputs.blank_images(1)
@@ -169,7 +169,7 @@ class ShardedWeights(Weights):
     def make_scaler(self, precision: Precision) -> "torch.amp.GradScaler":
         if precision.name != "fp16":
             return precision.make_scaler()
-        # A gradient that overflows in one part must make all processes skip the step
+        # If a gradient overflows in one shard, all processes must skip the step
         return ShardedGradScaler(precision.device.type)
 
     def model_state(self, model: TrainableModel) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class ShardedWeights(Weights):
         state: dict[str, Any],
         change: Callable[[Tensor, nn.Parameter], Tensor],
     ) -> dict[str, Any]:
-        """Apply ``change`` to what has the shape of a sharded weight; step counts stay."""
+        """Apply ``change`` to tensors with the shape of a sharded weight, not to step counts."""
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         wholes = {i: self._wholes[p] for i, p in enumerate(owned) if p in self._wholes}
         changed = {
@@ -214,10 +214,10 @@ class ShardedWeights(Weights):
         return lambda: made
 
     def _gather(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Put the parts of all processes together, on rank zero's CPU.
+        """Gather the shards of all processes on rank zero's CPU.
 
-        Other ranks get a tensor of the same shape without memory. ``parameter`` is split in the
-        same way as what ``part`` belongs to, or not at all.
+        Other ranks get a tensor of the same shape without memory. ``part`` is sharded in the same
+        way as ``parameter``, which may also be whole.
         """
         whole = part.detach()
         if isinstance(parameter, DTensor):
@@ -232,7 +232,7 @@ class ShardedWeights(Weights):
         return whole.cpu().clone() if self._processes.rank == 0 else whole.to("meta")
 
     def _part(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This process's part of ``whole``, empty if there are fewer rows than processes."""
+        """Return this process's shard of ``whole``, which may be empty."""
         if not isinstance(parameter, DTensor):
             return whole
         parts = torch.chunk(whole, self._processes.world_size)
@@ -241,14 +241,14 @@ class ShardedWeights(Weights):
 
 
 def _shard_model(model: TrainableModel, mesh: DeviceMesh) -> None:
-    """Shard each layer and both embeddings on their own, then whatever is left."""
+    """Shard each layer and both embeddings separately, then the remaining weights."""
 
     def shard(module: nn.Module, whole: set[nn.Parameter]) -> None:
         sharded: FSDPModule = fully_shard(
             module, mesh=mesh, reshard_after_forward=True, ignored_params=whole
         )
-        # The loss already covers all pairs, so gradients add up instead of being averaged; and
-        # gloo has no sum with a factor
+        # The loss already covers all pairs, so gradients are summed and not averaged. Gloo does not
+        # support a sum with a factor
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
@@ -268,11 +268,11 @@ def _shard_model(model: TrainableModel, mesh: DeviceMesh) -> None:
 def _encode(encode_inputs: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     with ExitStack() as held:
         held.enter_context(sharded_pass())
-        # Each weight is cast once in a pass; a cast that is kept would be a whole weight
+        # Each weight is cast only once in a pass, and a cached cast would keep a whole weight
         held.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
         if torch.is_inference_mode_enabled():
-            # Training later uses what is fetched here, and could not if it were inference tensors
+            # Training later uses the weights fetched here, so they must not be inference tensors
             held.enter_context(torch.inference_mode(False))
             held.enter_context(torch.no_grad())
         return encode_inputs(inputs)

@@ -1,7 +1,7 @@
-"""The pairs of ``--preserve-data``: which of them each step takes, and how both models encode them.
+"""The pairs of ``--preserve-data``: which of them each step uses, and how both models encode them.
 
-A step takes as many pairs as it trains on, or all that there are. Their order is a function of the
-seed and the number of steps done, like that of the training pairs.
+A step uses as many of these pairs as it trains on, or all if there are fewer. Their order depends
+on the seed and the number of steps done, as for training pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Open = Callable[[LoadedModel, Pairs, Preprocessing], Encoding]
 
 @dataclass(frozen=True)
 class GeneralSet:
-    """Pairs whose embeddings a run holds, and how they fall into steps."""
+    """Pairs whose embeddings a run preserves, and how they are divided into steps."""
 
     pairs: PairDataset
     preprocessing: Preprocessing
@@ -50,7 +50,7 @@ class GeneralSet:
 
 @dataclass(frozen=True)
 class Held:
-    """What a run preserves: the penalty, and the general set if there is one."""
+    """The penalty by which a run preserves embeddings, and the general set if there is one."""
 
     preservation: Preservation = NOTHING_PRESERVED
     general: GeneralSet | None = None
@@ -72,14 +72,14 @@ def open_held(
     plan: EpochPlan,
     open_encoding: Open,
 ) -> Held:
-    """Load the pretrained model, and open what ``--preserve`` holds.
+    """Load the pretrained model, and open the pairs that ``--preserve`` needs.
 
     Args:
-        settings: those of the run, with the precision that was chosen.
+        settings: the settings of the run, with the precision that was chosen.
         loaded: the model that is trained.
         train: the training pairs, and how they are prepared.
-        general: the same of ``--preserve-data``.
-        plan: how the training pairs fall into steps.
+        general: the pairs of ``--preserve-data``, and how they are prepared.
+        plan: how the training pairs are divided into steps.
         open_encoding: opens the encoding of a model for some pairs.
     """
     if not settings.preserve or not settings.declared_scenario.trains:

@@ -1,17 +1,17 @@
 """The loss over the effective batch, in the memory of a micro-batch.
 
-The loss compares every image with every text of the batch, so averaging the losses of
-micro-batches is another loss, with fewer negatives. ``ExactAccumulation`` computes it whole
-(GradCache, Gao et al. 2021, arXiv:2101.06983):
+The loss compares every image with every text of the batch, so the mean of the losses of
+micro-batches is a different loss, with fewer negatives. ``ExactAccumulation`` computes the loss of
+the whole batch (GradCache, Gao et al. 2021, arXiv:2101.06983):
 
 1. embed all pairs, chunk by chunk;
-2. take the loss over all embeddings, and its gradient with respect to them;
-3. push each chunk's part of that gradient back through its tower. A chunk whose graph did not fit
-   in memory runs forward once more for this.
+2. compute the loss over all embeddings, and its gradient with respect to the embeddings;
+3. backpropagate each chunk's part of this gradient through its tower. If the graph of a chunk did
+   not fit in memory, the chunk runs forward again first.
 
-The gradients are those of one large batch, on any number of processes: each process embeds its
-own pairs, and all see all embeddings. A penalty on the drift of the embeddings (``--preserve``) is
-a sum over rows, so it joins the loss between 2 and 3, each process with its own rows.
+The gradients are those of one large batch, on any number of processes: each process embeds its own
+pairs, and all processes get all embeddings. A penalty on the drift of the embeddings
+(``--preserve``) is a sum over rows, so each process adds it for its own rows between 2 and 3.
 """
 
 from abc import ABC, abstractmethod
@@ -39,15 +39,15 @@ from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
 class Accumulation(ABC):
     """Computes the loss of a step and leaves its gradient in the parameters.
 
-    With many processes each is given its own micro-batches, and all end with the same gradient
-    and loss. ``lower_bound`` is the smallest loss that any model could have had on the pairs of
-    the last step, and ``drift`` how far its embeddings were from the pretrained ones, if
-    ``preservation`` measures that.
+    With several processes, each has its own micro-batches, and all get the same gradient and loss.
+    ``lower_bound`` is the smallest loss that any model could have on the pairs of the last step.
+    ``drift`` is how far their embeddings were from the pretrained ones, if ``preservation``
+    measures it.
     """
 
     smallest_micro_batch: ClassVar[int]
     if_smaller: ClassVar[str]
-    """What smaller micro-batches mean for the loss, as the end of a warning."""
+    """The effect of smaller micro-batches on the loss, as the end of a warning."""
 
     model: TrainableModel
     towers: Towers
@@ -76,8 +76,8 @@ class Accumulation(ABC):
     ) -> Tensor:
         """Add the gradient of ``step`` (from 0) to the parameters; return its detached loss.
 
-        ``pairs`` is how many there are on all processes; those of ``micro_batches`` by default.
-        ``general`` are micro-batches of the general set. The loss is without the penalty.
+        ``pairs`` is the number of pairs on all processes, by default that of ``micro_batches``.
+        ``general`` holds micro-batches of the general set. The loss does not include the penalty.
         """
 
     def start_to_copy(self, batch: StepBatch) -> None:
@@ -86,8 +86,8 @@ class Accumulation(ABC):
             self.towers.images.transfer.start(micro_batch.pixel_values)
 
     def not_finite(self) -> list[tuple[str, int]]:
-        """List what this process embedded in the last step as NaN or infinity: ``image`` or
-        ``caption``, and the number of its pair."""
+        """List the embeddings of this process that were NaN or infinite in the last step, as
+        ``image`` or ``caption`` and the number of the pair."""
         return [
             (what, numbers[row])
             for numbers, images, texts in self._embedded
@@ -142,8 +142,8 @@ class ExactAccumulation(Accumulation):
         if total.requires_grad:  # not if both towers are frozen
             torch.autograd.backward(self.scaler.scale(total))
         backward(images, texts, *penalty.passes)
-        # Every process takes the loss of all pairs, so the gradients of temperature and bias,
-        # which the loss reads directly, are already complete everywhere
+        # Every process computes the loss of all pairs, so the gradients of temperature and bias,
+        # which the loss reads directly, are already complete on each process
         scalars = [p for _, p in self.model.trainable() if p.ndim == 0 or p.shape == (1,)]
         sums = self.weights.sum_gradients(self.model, self.channel, scalars, [penalty.number()])
         self.drift = self.preservation.drift(sums[0])
@@ -181,7 +181,7 @@ class LocalAccumulation(Accumulation):
                     torch.autograd.backward(self.scaler.scale(share))
                 mean += share.detach()
             backward(images, texts)
-        alone = self.channel is ALONE  # then nothing here needs to wait for the device
+        alone = self.channel is ALONE  # then this need not wait for the device
         figures = (0.0 if alone else float(mean), lower_bound)
         loss, self.lower_bound = self.weights.sum_gradients(
             self.model, self.channel, figures=figures

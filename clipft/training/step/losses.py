@@ -4,11 +4,11 @@
 ``siglip``  each image with each text on its own, with a bias (Zhai et al. 2023).
 
 A loss is a function of all logits, minus the logits of the positives. The positives are subtracted
-row by row, because rounding could make the difference of two large sums negative. Rows of one group
-are never negatives of each other: ``soft`` makes them positives, in softmax with equal shares;
-``mask`` removes them from the comparison. The photos of a product may attract each other as well
-(see ``photo_pairs``). A small matrix of logits is computed whole, by autograd,
-and a large one in blocks of rows.
+row by row, because rounding could make the difference of two large sums negative. Rows of the same
+group are never negatives of each other: ``soft`` makes them positives, in softmax with equal
+shares; ``mask`` removes them from the comparison. Photos of a product may attract each other too
+(see ``photo_pairs``). A small matrix of logits is computed at once, with autograd, and a large one
+in blocks of rows.
 """
 
 import math
@@ -28,7 +28,8 @@ from clipft.core.errors import UsageError
 from clipft.models.trainable import TrainableModel
 from clipft.training.step.photo_pairs import group_sizes, photo_losses, with_partner
 
-# Logits that exist at once, by device; the work needs a few times as much. More is slower on a CPU
+# Logits that exist at once, by device. The computation needs a few times as much memory. On a CPU,
+# larger blocks are slower
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
@@ -42,8 +43,9 @@ class ContrastiveLoss:
     block_logits: int | None = None
     """Logits that exist at once; by default those of ``BLOCK_LOGITS``."""
     dimensions: tuple[int, ...] = ()
-    """Where embeddings are also cut off (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147): the
-    loss is the mean over these and all dimensions, with equal weights."""
+    """Numbers of dimensions to which embeddings are also truncated (Matryoshka, Kusupati et al.
+    2022, arXiv:2205.13147). The loss is the mean over these and all dimensions, with equal
+    weights."""
     photo_pairs: float = 0.0
     """The weight of the loss between photos of one product."""
 
@@ -54,7 +56,7 @@ class ContrastiveLoss:
         groups: Tensor | None = None,
         products: Tensor | None = None,
     ) -> Tensor:
-        """The loss of unit embeddings, float32 [N, D] each, as a scalar tensor.
+        """Return the loss of unit embeddings, float32 [N, D] each, as a scalar tensor.
 
         ``groups``, int64 [N]: rows with equal ids are not negatives of each other; without it each
         row is its own group. ``products``, int64 [N]: images with equal ids attract each other.
@@ -77,9 +79,9 @@ class ContrastiveLoss:
         return total
 
     def _between_photos(self, images: Tensor, products: Tensor) -> Tensor:
-        """The mean over all pairs of the loss of ``photo_pairs``, 0 for a photo without partner.
+        """Return the mean over all pairs of the loss of ``photo_pairs``; it is 0 for single photos.
 
-        The temperature is the model's, and stays what images and texts make it.
+        The model's temperature is used, but this loss has no gradient with respect to it.
         """
         device = images.device
         at_once = self.block_logits or BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"])
@@ -105,7 +107,7 @@ class ContrastiveLoss:
         with _full_precision(device):
             images = images * self.model.logit_scale.to(device).exp()
             if self.kind.pairwise and self.model.logit_bias is not None:
-                # One more dimension adds the bias to every product
+                # One more dimension adds the bias to every dot product
                 bias = self.model.logit_bias.to(device).reshape(1, 1).expand(n, 1)
                 images = torch.cat([images, bias], dim=1)
                 texts = torch.cat([texts, torch.ones_like(texts[:, :1])], dim=1)
@@ -115,9 +117,9 @@ class ContrastiveLoss:
             return _computed(compute, images, texts) / n
 
     def lower_bound(self, groups: Tensor | None, products: Tensor | None = None) -> float:
-        """The smallest value that the loss can have for these groups and products.
+        """Return the smallest value that the loss can have for these groups and products.
 
-        For softmax with shared targets this is the targets' entropy, in nats; otherwise 0.
+        For softmax with several positives this is the entropy of the targets in nats, otherwise 0.
         """
         bound = 0.0
         if groups is not None and not self.masked and not self.kind.pairwise:
@@ -129,7 +131,7 @@ class ContrastiveLoss:
 
 
 def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
-    """The loss that ``settings`` name; ``auto`` is the one the base model was trained with.
+    """Make the loss that ``settings`` name; ``auto`` is that of the base model's pretraining.
 
     Raises:
         UsageError: the model has no more dimensions than ``matryoshka`` names.
@@ -148,7 +150,7 @@ def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute without autocast and TF32, which at a scale of 100 is off by 0.05 of a logit."""
+    """Switch off autocast and TF32, whose error at a scale of 100 is 0.05 of a logit."""
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
@@ -162,16 +164,16 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 class _Targets:
     """Which pairs are positives, negatives or neither.
 
-    Without ``groups`` (int64 [N]) image i has text i as its only positive. With ``weights`` [N] all
-    texts of its group are positives, each with the weight of its row; with groups alone the others
-    of the group are neither. Both methods return [rows, N], from row ``first`` on.
+    Without ``groups`` (int64 [N]), image i has text i as its only positive. With ``weights`` [N],
+    all texts of its group are positives, each with the weight of its row. With ``groups`` only, the
+    other texts of its group are neither. Both methods return [rows, N], from row ``first`` on.
     """
 
     groups: Tensor | None = None
     weights: Tensor | None = None
 
     def mask(self, first: int, rows: int) -> Tensor | None:
-        """True where a pair is neither positive nor negative; None if there are none."""
+        """Return True where a pair is neither positive nor negative; None if there are none."""
         if self.groups is None or self.weights is not None:
             return None
         others = self.groups[first : first + rows, None] == self.groups
@@ -179,7 +181,7 @@ class _Targets:
         return others
 
     def weight(self, first: int, rows: int, out: Tensor | None = None) -> Tensor | None:
-        """The weights of the positives; None if each row has only its own, with a weight of 1."""
+        """Return the weights of the positives; None if each row has one, with a weight of 1."""
         if self.groups is None or self.weights is None:
             return None
         own = slice(first, first + rows)
@@ -189,14 +191,14 @@ class _Targets:
 def _positive_logits(
     logits: Tensor, weight: Tensor | None, first: int = 0, scratch: Tensor | None = None
 ) -> Tensor:
-    """The logits of each row's positives, [rows], added up with their weights."""
+    """Return the weighted sum of the logits of each row's positives, [rows]."""
     if weight is None:
         return logits.diagonal(first)
     return torch.mul(logits, weight, out=scratch).sum(1)
 
 
 _Computed = tuple[Tensor, tuple[Tensor, ...] | None]
-"""The loss summed over the rows, and its gradients in images and texts if they were wanted."""
+"""The loss summed over the rows, and, if requested, its gradients for images and texts."""
 
 
 def _whole(
@@ -209,7 +211,7 @@ def _whole(
         logits = leaves[0] @ leaves[1].T
         compared = logits if mask is None else logits.masked_fill(mask, -math.inf)
         total = (kind.whole(compared) - _positive_logits(logits, weight)).sum()
-        # Here, and not in the backward pass of the step, so that this is in full precision too
+        # Here and not in the backward pass of the step, so that it is in full precision too
         gradients = torch.autograd.grad(total, leaves) if differentiate else None
     return total.detach(), gradients
 
@@ -224,18 +226,18 @@ class Block(NamedTuple):
 
 
 Blocks = Callable[[], Iterator[Block]]
-"""Computes the blocks, one after the other in the same memory, each time that it is called."""
+"""Yields the blocks one after the other, in the same memory; may be called several times."""
 
 Add = Callable[[Block, Tensor], None]
-"""Takes in the gradient of a block's logits, which it overwrites."""
+"""Uses, and overwrites, the gradient of a block's logits."""
 
 
 def _streamed(
     kind: "Loss", targets: _Targets, size: int, images: Tensor, texts: Tensor, differentiate: bool
 ) -> _Computed:
-    """Compute the same from blocks of ``size`` rows, in memory that is allocated once.
+    """Compute the same as ``_whole`` from blocks of ``size`` rows, in memory allocated once.
 
-    With an allocation for each block, a CPU's heap ends up in fragments of many times its size.
+    Allocating memory for each block would fragment the heap of a CPU to many times its size.
     """
     n = len(images)
     logits, scratch, weights = images.new_empty(3, size, n)
@@ -266,7 +268,7 @@ def _streamed(
 
 
 def _computed(compute: Callable[..., _Computed], left: Tensor, right: Tensor) -> Tensor:
-    """The value of a loss, which can be differentiated if that is wanted."""
+    """Return the value of a loss, differentiable if its inputs require a gradient."""
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         total: Tensor = _Differentiable.apply(left, right, compute)
         return total
@@ -274,7 +276,7 @@ def _computed(compute: Callable[..., _Computed], left: Tensor, right: Tensor) ->
 
 
 class _Differentiable(torch.autograd.Function):
-    """A loss as one node of the graph: its gradients are computed together with its value."""
+    """A loss as one node of the graph, whose gradients are computed together with its value."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, texts: Tensor, compute: Callable[..., Any]) -> Any:
@@ -285,7 +287,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: with copies, the memory of a step would grow faster with its pairs
+        # In place, because copies would take memory for each pair of a step
         parts = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(part.mul_(gradient) if needed else None for part, needed in parts), None
 
@@ -312,9 +314,9 @@ def _softmax_streamed(blocks: Blocks, add: Add | None) -> Tensor:
 
 
 def logsumexp(block: Block, dim: int) -> Tensor:
-    """``torch.logsumexp`` of the block's logits, in its scratch."""
+    """Compute ``torch.logsumexp`` of the block's logits in its scratch memory."""
     most = block.logits.amax(dim, keepdim=True)
-    most.masked_fill_(most.isneginf(), 0)  # all masked: -inf - -inf would be not-a-number
+    most.masked_fill_(most.isneginf(), 0)  # all masked: -inf - -inf would be NaN
     terms = torch.sub(block.logits, most, out=block.scratch).exp_()
     return terms.sum(dim).log_() + most.squeeze(dim)
 
@@ -329,7 +331,7 @@ def _sigmoid_streamed(blocks: Blocks, add: Add | None) -> Tensor:
         zero = block.logits.new_zeros(())
         if totals is None:
             totals = block.logits.new_empty(block.logits.shape[1])
-        # A tensor for each block would keep the heap from reusing the memory of what lay before it
+        # A tensor for each block would fragment the heap
         totals[block.rows] = torch.logaddexp(block.logits, zero, out=block.scratch).sum(1)
         if add:
             add(block, block.logits.sigmoid_())
@@ -339,12 +341,12 @@ def _sigmoid_streamed(blocks: Blocks, add: Add | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """The function of all logits that a loss consists of, beside the positives, in two forms.
+    """The function of all logits in a loss, without the positives, in two forms.
 
-    ``whole`` maps the masked logits, [N, N], to a value of each row, [N], and ``streamed`` computes
-    the same from blocks; ``add``, if given, wants the gradient of each. In a pairwise loss every
-    positive has a weight of 1 and the bias of the model counts; otherwise the positives of a row
-    share that weight.
+    ``whole`` maps the masked logits, [N, N], to a value for each row, [N]. ``streamed`` computes
+    the same from blocks and, if ``add`` is given, calls it with the gradient of each. In a pairwise
+    loss every positive has a weight of 1 and the model's bias is used. Otherwise the positives of a
+    row share a weight of 1.
     """
 
     whole: Callable[[Tensor], Tensor]

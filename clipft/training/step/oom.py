@@ -1,12 +1,12 @@
-"""What happens when a step runs out of memory: the same step again, in smaller pieces.
+"""Repeats a step that runs out of memory in smaller pieces.
 
-First half as many activation graphs are kept, then a quarter, and so on; when no more than the
-first of each tower is left, the micro-batch is halved each time. The exact loss covers all pairs
-however they are split, so nothing else changes; the local loss does change, and the warning says
-so. All processes shrink together, because the steps of one would not fit those of the others.
+First half as many activation graphs are kept, then a quarter, and so on. When only the first graph
+of each tower is kept, the micro-batch is halved each time. The exact loss covers all pairs for any
+size of the pieces, so it does not change; the local loss changes, and the warning says so. All
+processes use the same smaller pieces, because their steps must match.
 
-With sharded weights this is impossible: other processes wait for this one within a forward pass,
-so the run ends and can be resumed with other settings.
+With sharded weights this is impossible, because other processes wait for this one inside a forward
+pass. So the run ends, and can be resumed with other settings.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,27 +25,27 @@ from clipft.models.trainable import TrainableModel
 
 
 class Recovery:
-    """How a step deals with running out of memory. This base class does nothing about it."""
+    """How a step handles running out of memory. This base class does nothing."""
 
     def attempts(self, step: int) -> Iterator[AbstractContextManager[None]]:
-        """Yield a context to run the step in, until one of them ends well.
+        """Yield a context for each attempt to run the step, until one succeeds.
 
-        ``for attempt in recovery.attempts(step): with attempt: ...`` repeats the step as often
-        as the recovery finds something to make smaller.
+        ``for attempt in recovery.attempts(step): with attempt: ...`` repeats the step as long as
+        the recovery can make something smaller.
         """
         yield nullcontext()
 
     def split(self, micro_batches: list[Batch]) -> list[Batch]:
-        """The micro-batches in the size that memory has room for."""
+        """Split the micro-batches into the size that fits in memory."""
         return micro_batches
 
 
 @dataclass
 class SmallerPieces(Recovery):
-    """Keep fewer graphs, then halve the micro-batches, down to ``smallest`` pairs.
+    """Keeps fewer graphs, then halves the micro-batches, down to ``smallest`` pairs.
 
-    ``micro`` is the size in which micro-batches come from the loader. ``consequence`` completes
-    the warning: what smaller micro-batches mean for the loss.
+    ``micro`` is the size of the loader's micro-batches. ``consequence`` is the effect of smaller
+    micro-batches on the loss, which completes the warning.
     """
 
     halve_graphs: Callable[[], bool]
@@ -67,7 +67,7 @@ class SmallerPieces(Recovery):
             self._ran_out = False
             yield self._attempt()
             if self._ran_out:
-                # Not where the error was caught: its frames still held the memory there
+                # Not where the error was caught, because its frames still held the memory there
                 self.model.zero_grad(set_to_none=True)
                 give_back(self.model.logit_scale.device)
                 self._shrink(step)

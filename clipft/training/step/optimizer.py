@@ -1,4 +1,4 @@
-"""From gradients to new weights: AdamW, one-cycle learning rate, clipping, loss scaling."""
+"""Updates the weights from gradients: AdamW, one-cycle learning rate, clipping, loss scaling."""
 
 import math
 import warnings
@@ -20,18 +20,18 @@ from clipft.training.step.weights import WHOLE_WEIGHTS, Weights
 _STATE_BYTES = 12
 """Bytes for each trained weight in fp32: its gradient, and the two moments of AdamW."""
 _LARGE_SHARE = 0.25
-"""From this share of the memory on, ``auto`` takes 8 bits. They halve the ``_STATE_BYTES``, so at
-least an eighth of the memory becomes free. Below that, fused AdamW is the better choice: it
-updates all weights in one call, and bitsandbytes waits for the device after each of them."""
+"""From this share of the memory on, ``auto`` uses 8-bit states. They halve the ``_STATE_BYTES``, so
+at least an eighth of the memory becomes free. Below it, fused AdamW is the better choice: it
+updates all weights in one call, whereas bitsandbytes waits for the device after each weight."""
 
 MAX_SKIPPED_STEPS = 10
-"""With this many steps in a row whose gradient is not finite, training has diverged."""
+"""After this many steps in a row without a finite gradient, training has diverged."""
 
 
 def warmup_steps(asked: int, total_steps: int) -> int:
-    """Steps of rising learning rate: those asked for, but at most a tenth of the run."""
+    """Return the number of warm-up steps: those asked for, but at most a tenth of the run."""
     steps = min(asked, total_steps // 10)
-    return steps if steps >= 2 else 0  # OneCycleLR cannot draw a rise of a single step
+    return steps if steps >= 2 else 0  # OneCycleLR does not support a single warm-up step
 
 
 def choose_optimizer(
@@ -42,11 +42,11 @@ def choose_optimizer(
     began: str,
     note: Note,
 ) -> str:
-    """``adamw`` or ``adamw8bit``, which is tried before it is chosen.
+    """Choose ``adamw`` or ``adamw8bit``, which is tested first.
 
-    A run that is resumed goes on with the one it ``began`` with ("" for a new run): the two keep
-    different states. ``trainable`` is the number of weights that train. 8-bit states work on whole
-    weights only, not on ``sharded`` ones.
+    A resumed run continues with the optimizer that it ``began`` with ("" for a new run), because
+    the two have different states. ``trainable`` is the number of trained weights. 8-bit states work
+    only with whole weights, not with ``sharded`` ones.
 
     Raises:
         UsageError: ``adamw8bit`` was asked for, or the run began with it, and it does not run here.
@@ -82,7 +82,7 @@ def _fills_memory(trainable: int, device: torch.device) -> bool:
 def eight_bit_fault(device: torch.device) -> str | None:
     """Take one step with bitsandbytes' AdamW8bit on ``device``; return why it fails, or None.
 
-    Its library may be missing, or lack the functions for this device, which only a step shows.
+    The library may be missing, or lack functions for this device, which only a step shows.
     """
     start = torch.zeros(128, 128, device=device)  # smaller weights would get 32-bit states
     weight = nn.Parameter(start.clone())
@@ -122,7 +122,7 @@ def parameter_groups(model: TrainableModel, settings: OptimSettings) -> list[dic
 def make_adamw(
     name: str, groups: list[dict[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``choose_optimizer`` named."""
+    """Make the optimizer that ``choose_optimizer`` returned."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in {"cpu", "cuda"})
     from bitsandbytes.optim import AdamW8bit
@@ -136,7 +136,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, warmup: int) -
 
     One cycle as in Smith & Topin (2018).
     """
-    length = total_steps + 1  # at the end of the cycle the rate is 0: the last step comes before
+    length = total_steps + 1  # the rate is 0 at the end of the cycle, which no step should use
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
@@ -148,10 +148,10 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, warmup: int) -
 
 @dataclass(frozen=True)
 class Update:
-    """What came of one step: its loss, the norm of the gradient before clipping, and whether it
+    """The result of one step: its loss, the norm of the gradient before clipping, and whether it
     was applied.
 
-    ``lr`` is the rate of the first group: that of encoders or adapters where these train.
+    ``lr`` is the rate of the first group: that of encoders or adapters, if they are trained.
     """
 
     loss: float
@@ -161,9 +161,9 @@ class Update:
 
 
 class Optimizer:
-    """Turns the gradients in the parameters into one step; nothing else changes the weights.
+    """Updates the weights from the gradients in the parameters. Nothing else changes the weights.
 
-    ``adamw`` is torch's optimizer, or the 8-bit one. ``grad_clip`` 0 switches clipping off.
+    ``adamw`` is torch's optimizer or the 8-bit one. ``grad_clip`` 0 switches clipping off.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ class Optimizer:
     def update(self, loss: Tensor) -> Update:
         """Unscale and clip the gradients, step, advance the learning rate, clear the gradients.
 
-        A gradient that is not finite is not applied. ``loss`` is only read, together with the
-        norm: nothing else in a step waits for the device.
+        A gradient that is not finite is not applied. ``loss`` is read here together with the norm,
+        so that a step waits for the device only once.
 
         Raises:
             DivergedError: the gradients of ``MAX_SKIPPED_STEPS`` steps in a row were not finite.
@@ -210,7 +210,7 @@ class Optimizer:
         return Update(loss_here, norm, lr, applied)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; whole on rank zero."""
+        """Return the state for a checkpoint, complete on rank zero."""
         return {
             "optimizer_state_dict": self.weights.optimizer_state(self.adamw),
             "scheduler_state_dict": self.scheduler.state_dict(),

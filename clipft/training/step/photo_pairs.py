@@ -1,9 +1,9 @@
 """The loss between photos of one product, which ``--photo-pairs`` adds to the run's own loss.
 
 It is the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, L_out) with products as
-classes: each photo chooses among all other images of the step, and the other photos of its product
-share the target. A photo that is the only one of its product in the step is a negative for others,
-and has no loss of its own.
+classes: the softmax of each photo is over all other images of the step, and the other photos of its
+product share the target. If a photo is the only one of its product in the step, it is a negative
+for others but has no loss of its own.
 """
 
 import math
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def group_sizes(groups: Tensor) -> Tensor:
-    """How many rows the group of each row has, int64 [N]."""
+    """Return the size of each row's group, int64 [N]."""
     ordered = groups.sort().values  # unlike torch.unique, this does not wait for a GPU
     ends = torch.searchsorted(ordered, groups, right=True)
     return ends - torch.searchsorted(ordered, groups)
 
 
 def with_partner(products: Tensor) -> Tensor:
-    """The rows whose product has another one, int64 [A], of the products int64 [N]."""
+    """Return the rows, int64 [A], of ``products``, int64 [N], that have an equal product."""
     return (group_sizes(products) > 1).nonzero().flatten()
 
 
@@ -32,18 +32,18 @@ def photo_losses(
     images: Tensor,
     differentiate: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Sum the losses of the photos in ``rows``, a block of queries after the other.
+    """Sum the losses of the photos in ``rows``, one block of queries after the other.
 
     Args:
         products: int64 [N], equal for photos of one product, on the device of the images.
-        rows: int64 [A], those of ``with_partner``, on the same device.
-        block_logits: how many logits exist at once, at most.
+        rows: int64 [A], the result of ``with_partner``, on the same device.
+        block_logits: the most logits that exist at once.
         queries: the images of ``rows`` times the scale, float32 [A, D].
         images: unit embeddings, float32 [N, D].
         differentiate: whether to compute gradients.
 
     Returns:
-        The sum, and its gradients in queries and images if they were wanted.
+        The sum, and, with ``differentiate``, its gradients for queries and images.
     """
     total, size = images.new_zeros(()), max(1, block_logits // len(images))
     gradients = (torch.empty_like(queries), torch.zeros_like(images)) if differentiate else None

@@ -1,13 +1,13 @@
 """The penalty on the drift of embeddings away from the pretrained ones, for ``--preserve``.
 
-The drift of a unit embedding is half its squared distance to the one that the pretrained model has
-of the same input, which is 1 - their cosine similarity. Its mean over the images and captions of a
-step, times the weight, is added to the loss. The rows are those of the step's own pairs, or of as
-many pairs of a general set, which pass through the towers besides.
+The drift of a unit embedding is half the squared distance to the pretrained model's embedding of
+the same input, which equals 1 - their cosine similarity. The mean drift of the images and captions
+of a step, times the weight, is added to the loss. The rows are those of the step's own pairs, or of
+the same number of pairs of a general set, which also pass through the towers.
 
-A frozen copy of the pretrained model makes its embeddings in the same step, or looks them up in the
-feature cache where inputs do not change. It is exact in each scenario; switching adapters off is
-not, if their initial values changed the base weights.
+A frozen copy of the pretrained model makes its embeddings in the same step, or reads them from the
+feature cache if inputs do not change. A copy is exact in every scenario. Switching adapters off is
+not exact if their initial values changed the base weights.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from clipft.training.step.tower_pass import GraphMemory, TowerPass
 class OwnRows(NamedTuple):
     """This process's rows of a step: its micro-batches and their unit embeddings, float32 [n, D].
 
-    ``pairs`` is how many rows all processes have.
+    ``pairs`` is the number of rows on all processes.
     """
 
     step: int
@@ -37,7 +37,7 @@ class OwnRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Penalty:
-    """This process's share of a step's penalty, and the passes that it took besides."""
+    """This process's share of a step's penalty, and the additional passes through the towers."""
 
     value: Tensor | float = 0.0
     passes: tuple[TowerPass, ...] = ()
@@ -48,14 +48,14 @@ class Penalty:
 
 
 class Preservation:
-    """What holds the embeddings. This base class holds nothing."""
+    """Computes the penalty on drift. This base class preserves nothing."""
 
     def penalty(self, own: OwnRows, general: Sequence[Batch], graphs: GraphMemory) -> Penalty:
         """Return the penalty of a step; its gradient is not computed yet."""
         return Penalty()
 
     def drift(self, penalty: float) -> float | None:
-        """Return the mean drift of a step whose penalty, that of all processes, is given."""
+        """Return the mean drift of a step from its ``penalty``, summed over all processes."""
         return None
 
 
@@ -64,7 +64,7 @@ NOTHING_PRESERVED = Preservation()
 
 @dataclass(frozen=True)
 class HeldPairs(Preservation):
-    """Holds the embeddings of the training pairs, in the state in which a step sees them.
+    """Preserves the embeddings of the training pairs, with the same augmentation as the step.
 
     ``pretrained`` are the towers of the pretrained model on the same pairs.
     """
@@ -82,7 +82,7 @@ class HeldPairs(Preservation):
 
 @dataclass(frozen=True)
 class HeldGeneralSet(HeldPairs):
-    """Holds the embeddings of a general set, of which a step takes ``at_once`` pairs.
+    """Preserves the embeddings of a general set, of which a step uses ``at_once`` pairs.
 
     ``trained`` and ``pretrained`` are the towers of both models on this set.
     """
@@ -101,12 +101,12 @@ class HeldGeneralSet(HeldPairs):
 def _drift(
     pretrained: Towers, step: int, batches: Sequence[Batch], images: Tensor, texts: Tensor
 ) -> Tensor:
-    """Add up the drift of this process's pairs, the mean of image and caption, as a scalar."""
+    """Return the sum of the drift of this process's pairs, each the mean of image and caption."""
     total = torch.zeros((), device=pretrained.images.precision.device)
     if not batches:
         return total
     for tower, rows in ((pretrained.images, images), (pretrained.texts, texts)):
-        if rows.requires_grad:  # an embedding that no weight changes stays where it is
+        if rows.requires_grad:  # embeddings of a frozen tower do not drift
             total = total + (rows - _pretrained_rows(tower, step, batches)).square().sum() / 4
     return total
 

@@ -1,7 +1,7 @@
-"""The two passes of a step through one tower: rows to embeddings, and the gradient back.
+"""The forward and backward pass of a step through one tower.
 
-Activation graphs of the first pass are kept as far as memory allows. A chunk whose graph was not
-kept runs forward once more for its backward pass.
+Activation graphs of the forward pass are kept as far as memory allows. A chunk whose graph was not
+kept runs forward again before its backward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,21 +21,22 @@ from clipft.embedding.towers import Chunk, Tower
 class GraphMemory:
     """Decides which chunks of a step keep their graphs.
 
-    ``find_budget`` is asked once, before the first step encodes anything. How much the graph of a
-    chunk takes is measured on the first chunk of each tower, in ``bytes_per_cell``.
+    ``find_budget`` is called once, before the first step encodes anything. The memory of a chunk's
+    graph is measured on the first chunk of each tower, in ``bytes_per_cell``.
     """
 
     find_budget: Callable[[], MemoryBudget]
     fewest: Callable[[int], int] = int
-    """Maps the number of graphs that this process can keep to the number that it keeps. Processes
-    with sharded weights all keep as many as the one with the least memory."""
+    """Maps the number of graphs that this process can keep to the number that it keeps. With
+    sharded weights, all processes keep as many as the one with the least memory."""
     bytes_per_cell: dict[str, float] = field(default_factory=dict)
     _budget: MemoryBudget | None = None
     _held: float = 0
     _largest: float = 0
-    """The largest graph of a chunk in this step; its backward pass runs while all are held."""
+    """The size of the largest graph of a chunk in this step. Its backward pass runs while all kept
+    graphs are in memory."""
     _spared: bool = False
-    """Whether a step has kept more than it must."""
+    """Whether a step has kept more graphs than necessary."""
 
     def begin_step(self) -> None:
         if self._budget is None:
@@ -43,17 +44,17 @@ class GraphMemory:
         self._held = self._largest = 0
 
     def halve(self) -> bool:
-        """Keep half as much from now on, because memory has run out; False if that would change
-        nothing, because only what is always kept was kept since the last time."""
+        """Keep half as much from now on, because memory has run out. Return False if that changes
+        nothing: since the last call, only the graphs that are always kept were kept."""
         if self._budget is None or not self._spared:
             return False
         self._budget, self._spared = self._budget.halved(), False
         return True
 
     def kept(self, tower: Tower, chunks: Sequence[Chunk]) -> int:
-        """How many of these chunks keep their graphs, the first ones, as memory allows.
+        """Return how many of these chunks, from the first on, keep their graphs.
 
-        One of a tower always does: a backward pass needs the memory for one graph anyway.
+        A tower always keeps one, because a backward pass needs the memory for one graph anyway.
         """
         assert self._budget
         per_cell, count = self.bytes_per_cell[tower.name], 0
@@ -70,10 +71,10 @@ class GraphMemory:
 
 @dataclass
 class TowerPass:
-    """One tower's part of a step: ``embed``, and when the loss is known, the backward passes.
+    """One tower's part of a step: ``embed`` and, once the loss is known, the backward passes.
 
-    ``leaf`` [rows, D] holds the embeddings of all chunks, cut off from the graphs that made them,
-    and collects the gradient of the loss.
+    ``leaf`` [rows, D] holds the embeddings of all chunks, detached from their graphs, and collects
+    the gradient of the loss.
     """
 
     tower: Tower
@@ -84,7 +85,7 @@ class TowerPass:
     _kept: list[Tensor | None] = field(default_factory=list)
 
     def embed(self, batches: Sequence[Batch]) -> Tensor:
-        """Embed the pairs of all micro-batches: float32 [pairs, D], in their order."""
+        """Embed the pairs of all micro-batches, in order: float32 [pairs, D]."""
         made, device = self.tower.make_chunks(batches), self.tower.precision.device
         self.chunks = made.chunks
         for chunk in self.chunks[:2]:
@@ -111,7 +112,7 @@ class TowerPass:
         return rows
 
     def backward_kept(self) -> None:
-        """Carry the gradient in ``leaf`` back through the kept graphs, each freed at once."""
+        """Backpropagate the gradient in ``leaf`` through the kept graphs, and free each at once."""
         for i, gradient in enumerate(self._gradients()[: len(self._kept)]):
             rows, self._kept[i] = self._kept[i], None
             assert rows is not None
@@ -119,7 +120,7 @@ class TowerPass:
             torch.autograd.backward(rows, gradient)
 
     def backward_rest(self) -> None:
-        """Encode the other chunks once more, and carry the gradient back through them."""
+        """Encode the other chunks again, and backpropagate the gradient through them."""
         rest = slice(len(self._kept), None)
         for chunk, gradient in zip(self.chunks[rest], self._gradients()[rest], strict=True):
             torch.autograd.backward(self.tower.encode(self.step, chunk), gradient)
@@ -127,7 +128,7 @@ class TowerPass:
     def _gradients(self) -> Sequence[Tensor]:
         """The gradient of the loss for the rows of each chunk."""
         gradient = self.leaf.grad
-        if gradient is None:  # a process without pairs has no loss, but others may wait for it
+        if gradient is None:  # a process without pairs has no loss, but others wait for its passes
             gradient = torch.zeros_like(self.leaf)
         return torch.split(gradient, [chunk.rows for chunk in self.chunks])
 
@@ -135,7 +136,7 @@ class TowerPass:
 def backward(*passes: TowerPass) -> None:
     """Run all backward passes of a step.
 
-    Kept graphs go first, those of all towers: they leave the memory that the others need.
+    The kept graphs of all towers are first, which frees the memory that the other chunks need.
     """
     trainable = [each for each in passes if each.tower.trainable]
     for each in trainable:
@@ -148,7 +149,7 @@ def backward(*passes: TowerPass) -> None:
 def counting_saved() -> Iterator[dict[int, int]]:
     """Count the bytes that autograd saves for the backward pass, by address of their storage.
 
-    Parameters and views of them are not counted: they are in memory anyway.
+    Parameters and their views are not counted, because they are in memory anyway.
     """
     saved: dict[int, int] = {}
 

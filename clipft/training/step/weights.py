@@ -1,7 +1,6 @@
-"""How the trainable weights of a run are held: whole on every process, or in parts.
+"""How processes hold the trainable weights of a run: whole on each process, or sharded.
 
-``setup.prepare`` chooses once; the code of a step then calls these methods without asking which
-of the two it is.
+``fsdp.hold_weights`` chooses once, and the code of a step calls these methods in both cases.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,27 +21,27 @@ T = TypeVar("T")
 class Weights:
     """The usual case: every process holds all weights.
 
-    ``fsdp.ShardedWeights`` overrides all of this for weights in parts. All processes must then
-    call the same methods in the same order, and each call may raise ``ProcessError`` when another
+    ``fsdp.ShardedWeights`` overrides these methods for sharded weights. Then all processes must
+    call the same methods in the same order, and each call may raise ``ProcessError`` if another
     process has ended.
     """
 
     sharded = False
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The part of ``parameter`` that this process holds and its optimizer changes."""
+        """Return the part of ``parameter`` that this process holds and its optimizer changes."""
         return parameter
 
     def fewest(self, count: int) -> int:
-        """The smallest of the counts of those processes that must do the same."""
+        """Return the smallest count of all processes that must do the same."""
         return count
 
     def even_out(self, micro_batches: list[Batch]) -> list[Batch]:
-        """Add empty micro-batches where all processes must have equally many of them."""
+        """Add empty micro-batches if all processes must have the same number."""
         return micro_batches
 
     def wrap_towers(self, towers: Towers) -> Towers:
-        """The same towers, made to run equally often on all processes where that is needed."""
+        """Return the towers, which run equally often on all processes if that is necessary."""
         return towers
 
     def sum_gradients(
@@ -54,8 +53,8 @@ class Weights:
     ) -> list[float]:
         """Add up the gradients and ``figures`` of all processes, after a step's backward passes.
 
-        The gradients are left in the parameters that ``own`` returns. Those of ``complete`` are
-        already the sum on every process.
+        The gradients are left in the parameters that ``own`` returns. The gradients of ``complete``
+        are already the sum on every process.
         """
         return channel.sum([p for _, p in model.trainable()], complete, figures)
 
@@ -86,14 +85,14 @@ class Weights:
     def own_optimizer_state(
         self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> dict[str, Any]:
-        """This process's part of a whole ``state_dict``."""
+        """Return this process's part of a whole ``state_dict``."""
         return state
 
     def gather_if_sharded(self, make: Callable[[], T]) -> Callable[[], T]:
         """Prepare a state that only rank zero will use.
 
-        Gathering sharded weights takes all processes, so ``make`` is called here on each of them.
-        Whole weights need nobody else: ``make`` is returned, for rank zero to call.
+        All processes must take part in gathering sharded weights, so ``make`` is called here on
+        each of them. For whole weights, ``make`` itself is returned, and rank zero calls it.
         """
         return make
 
