@@ -28,7 +28,7 @@ from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Tower
 
 _MOST_ROUNDS = 10
-"""Captions of a pair whose loss is measured in a validation; all are used for retrieval."""
+"""The most captions per pair for which a validation measures the loss. Retrieval uses all."""
 _TEXTS = 64
 """The number of prompts in one pass through the text tower."""
 
@@ -38,8 +38,8 @@ class Embeddings:
     """Unit embeddings of N pairs with T captions, float32 [N, D] and [T, D] on the CPU.
 
     ``numbers`` are the pairs' numbers in the data set; ``skipped`` pairs have no embeddings.
-    ``groups``, int64 [T], marks captions that are not negatives of each other; None if all are.
-    ``owners``, int64 [T], is the row of the image of each caption, ascending; None if each pair has
+    Captions with equal ``groups``, int64 [T], are not negatives of each other; None if all captions
+    are. ``owners``, int64 [T], is the row of each caption's image, ascending; None if each pair has
     one caption, in the row of its image.
     """
 
@@ -51,10 +51,10 @@ class Embeddings:
     owners: Tensor | None = None
 
     def rounds(self) -> "Iterator[Embeddings]":
-        """Yield all images with one caption each, until every caption has had its turn.
+        """Yield all images with one caption each, until every caption was used.
 
-        An image with fewer captions than others meets its own again. There are at most
-        ``_MOST_ROUNDS``.
+        The captions of an image with fewer captions than others are repeated. There are at most
+        ``_MOST_ROUNDS`` rounds.
         """
         if self.owners is None:
             yield self
@@ -85,8 +85,8 @@ class Embeddings:
         )
 
     def where_ranked(self, device: torch.device) -> "Embeddings":
-        """The same with their rows on a CUDA device, which ranks them fastest. For another device,
-        they stay on the CPU."""
+        """Return the embeddings on ``device`` if it is a CUDA device, which ranks them fastest,
+        otherwise on the CPU."""
         if device.type != "cuda":
             return self
         return replace(self, images=self.images.to(device), texts=self.texts.to(device))
@@ -94,7 +94,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process embedded of pairs, or of captions alone, which have no ``images``.
+    """The embeddings of one process's share of pairs, or of captions only, without ``images``.
 
     ``captions``, int64 [N], is equal for equal captions; the rest is as in ``Embeddings``.
     """
@@ -117,12 +117,12 @@ def embed_pairs(
     check: Callable[[], None] = lambda: None,
     batch_size: int = 0,
 ) -> Embeddings:
-    """Embed all pairs with dropout off. Each process embeds its share, and all get everything.
+    """Embed all pairs without dropout. Each process embeds its share and gets all embeddings.
 
     If pairs have several captions in a table, all of them are embedded.
 
-    ``batch_size`` pairs pass through the towers together; 0 chooses. ``check`` is called before
-    each batch, and may end the work by raising a ``ClipftError``.
+    ``batch_size`` pairs pass through the towers together (0: chosen automatically). ``check`` is
+    called before each batch and may stop the embedding by raising a ``ClipftError``.
 
     Raises:
         DataError: no pair can be used, or more than ``max_bad`` of them cannot.
@@ -175,8 +175,8 @@ def embed_images(
     """Embed the images that can be read: float32 [N, D] of unit length on the CPU, and the N
     numbers of their pairs.
 
-    Each process embeds its share with dropout off, and all get everything. ``check`` and
-    ``batch_size`` are those of ``embed_pairs``.
+    Each process embeds its share without dropout and gets all embeddings. ``check`` and
+    ``batch_size`` are as in ``embed_pairs``.
 
     Raises:
         DataError: a shard was changed or removed.
@@ -199,7 +199,7 @@ def embed_images(
 def _with_captions(
     found: Embeddings, own: _Share, more: _Share, processes: Processes
 ) -> Embeddings:
-    """Add the captions of all processes: the first of each pair, and those that follow it."""
+    """Gather the captions of all processes: the first of each pair, and its further ones."""
 
     def gathered(first: Tensor, following: Tensor) -> Tensor:
         parts = [processes.gather_rows(rows) for rows in (first, following)]
@@ -208,8 +208,8 @@ def _with_captions(
     texts, groups = gathered(own.texts, more.texts), None
     if own.groups is not None and more.groups is not None:
         groups = gathered(own.groups, more.groups)
-    # Equal captions in different batches differ by rounding, which would break ties between
-    # them: they all get the embedding of the first
+    # Embeddings of equal captions in different batches differ by rounding. All get the embedding of
+    # the first, so that equal captions have equal scores
     captions = gathered(own.captions, more.captions).numpy()
     _, firsts, which = np.unique(captions, return_index=True, return_inverse=True)
     texts = texts[torch.from_numpy(firsts[which])]
@@ -228,9 +228,9 @@ def _with_captions(
 def _further_captions(
     how: Encoding, pairs: PairSource, batch_size: int, share: Share
 ) -> Iterator[Batch]:
-    """Yield this process's batches of the captions that follow the first of a pair.
+    """Yield this process's batches of all captions but the first of each pair.
 
-    They have no images. Empty batches are added, so that each process has as many as the others.
+    They have no images. Empty batches are added so that all processes have the same number.
     """
     captions = how.preprocessing.captions
     if not isinstance(captions, CaptionTable) or not isinstance(pairs, PairDataset):
@@ -261,7 +261,7 @@ def _embed_share(
 ) -> _Share:
     was_training = loaded.model.training
     loaded.model.eval()
-    # Start with empty tensors, so that a process without any pairs can concatenate as well
+    # Start with empty tensors, so that a process without pairs can concatenate them too
     images, texts = [torch.empty(0)], [torch.empty(0)]
     captions = [torch.empty(0, dtype=torch.int64)]
     groups = [] if (none := positives.ids(EMPTY_BATCH)) is None else [none]
@@ -302,7 +302,7 @@ def _encode(tower: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
 def embed_in_tower(loaded: LoadedModel, tower: Tower, texts: Sequence[str]) -> Tensor:
     """Embed texts with a tower of a run, whose weights may be sharded: float32 [len(texts), D].
 
-    All processes embed the same texts. Whether the model is in training stays as it is.
+    All processes embed the same texts. The training mode of the model does not change.
 
     Raises:
         NotFiniteError: an embedding is not a number.

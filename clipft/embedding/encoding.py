@@ -1,4 +1,4 @@
-"""Decides how the pairs of a run become embeddings: what the loader prepares, what towers do."""
+"""Chooses how the pairs of a run are embedded: the preprocessing in the loader, and the towers."""
 
 from dataclasses import dataclass, replace
 
@@ -29,11 +29,11 @@ from clipft.embedding.towers import (
 from clipft.models.pretrained import ModelInputs
 
 _NOTICEABLE = 20_000
-"""Pairs whose captions take so long to tokenize that the user is told."""
+"""From this number of pairs on, tokenizing the captions is slow, and the user is told."""
 
 
 _BATCH = {"cpu": 64, "cuda": 256}
-"""Pairs per forward pass without gradients, where no micro-batch size is set."""
+"""Pairs per forward pass without gradients, if no micro-batch size is set."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def live_encoding(
     settings: Settings,
     shapes: Shapes | None = None,
 ) -> Encoding:
-    """Return an encoding in which both towers run every time.
+    """Return an encoding in which both towers always run.
 
-    Chunks have these shapes, or those of batches of ``evaluation_batch`` pairs.
+    Chunks have ``shapes`` or, if it is None, the shapes for batches of ``evaluation_batch`` pairs.
     """
     if shapes is None:
         at_once = evaluation_batch(settings, loaded.precision.device)
@@ -79,7 +79,7 @@ def open_encoding(
 ) -> Encoding:
     """Return an encoding in which cached features replace each tower whose output never changes.
 
-    With a ``forecast``, a sample of them may stand for those that are not in the cache yet. If the
+    With a ``forecast``, features that are not in the cache may be replaced by a sample. If the
     cache cannot be written, the user is told and both towers run, as in ``live_encoding``.
     """
     live = live_encoding(loaded, preprocessing, settings, shapes)
@@ -111,8 +111,8 @@ def open_encoding(
 def training_preprocessing(
     model: ModelInputs, pairs: Pairs, settings: Settings, note: Note
 ) -> Preprocessing:
-    """Return preprocessing with augmented images. A pair with several captions uses another one
-    in each epoch.
+    """Return preprocessing with augmented images. If a pair has several captions, one is drawn in
+    each epoch.
 
     Raises:
         UsageError: the caption template is invalid, or names a field that no pair has.
@@ -128,7 +128,7 @@ def validation_preprocessing(
 ) -> Preprocessing:
     """Return the model's own preprocessing, with the first caption of each pair.
 
-    The table has all captions that the pairs are evaluated with.
+    The caption table has all captions with which the pairs are evaluated.
 
     Raises:
         UsageError, DataError: as for ``training_preprocessing``.
@@ -160,7 +160,7 @@ def _captions(
     note: Note,
 ) -> CaptionSource:
     encoder = CaptionEncoder(model.tokenizer, model.context_length)
-    if not isinstance(pairs, PairDataset):  # a stream: nothing can be known of it beforehand
+    if not isinstance(pairs, PairDataset):  # the captions of a stream are not known beforehand
         return LiveCaptions(template, encoder, seed)
     check_fields(template, pairs)
 
@@ -184,9 +184,10 @@ def _captions(
 def data_remarks(
     train: Pairs, val: PairDataset, captions: tuple[CaptionSource, CaptionSource], context: int
 ) -> list[str]:
-    """List what a user should know about the pairs before a run.
+    """Return remarks for the user about the pairs, before a run.
 
-    ``captions`` are those of ``train`` and of ``val``; ``context`` is the model's in tokens.
+    ``captions`` are those of ``train`` and of ``val``; ``context`` is the model's context length in
+    tokens.
     """
     remarks = []
     for name, skipped in (("train", train.skipped), ("val", val.skipped)):

@@ -1,11 +1,11 @@
-"""Computes once what a frozen tower makes of inputs that do not change.
+"""Caches the output of frozen towers for inputs that do not change.
 
-Features are kept in the cache folder, under a hash of everything that decides them: the weights
-of the pretrained model, the pairs, the preprocessing, the precision, the hardware, and the
-versions of the libraries that compute them. Files:
+Features are stored in the cache folder, under a hash of everything that they depend on: the weights
+of the pretrained model, the pairs, the preprocessing, the precision, the hardware, and the versions
+of the libraries that compute them. Files:
 
     values       float32 [rows, W] in the order in which they were computed; memory-mapped
-    keys.npy     uint64 [rows], ascending
+    keys.npy     uint64 [rows], in ascending order
     places.npy   int64 [rows], the row in ``values`` of each key
     about.json   W, and the pairs whose images cannot be used
 """
@@ -39,9 +39,9 @@ from clipft.models.device import instruction_set
 
 _FORMAT = "2"
 _BATCH = 64
-"""Rows per forward pass. It never changes, so that features computed again are the same bits."""
+"""Rows per forward pass. The number is fixed so that recomputed features have the same bits."""
 _SAMPLE, _SAMPLE_SECONDS = 8 * _BATCH, 10.0
-"""How many rows a forecast computes, and after how many seconds it stops."""
+"""A forecast stops after this many rows or this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Features:
 
 
 class _SampledFeatures(Features):
-    """Some rows, which stand for all others: they take the same time, and have other values."""
+    """A sample of rows that replaces all rows: looking them up takes as long, but values differ."""
 
     def rows(self, keys: Keys) -> Tensor:
         places = keys % np.uint64(len(self.values))
@@ -69,11 +69,11 @@ class _SampledFeatures(Features):
 
 @dataclass
 class CacheForecast:
-    """What it would take to compute the features that are not in the cache.
+    """The time and space that computing the missing features would take.
 
-    Where one is given, only a sample of such features is computed, and nothing is cached. That
-    is enough to measure a run, and not to train. ``seconds`` and ``bytes`` have a value for each
-    entry that the cache lacks, by its name.
+    A function that gets a forecast may compute only a sample of the features that are not in the
+    cache, and not cache them. This is enough to measure a run but not to train. ``seconds`` and
+    ``bytes`` have a value for each such entry of the cache, by its name.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -84,9 +84,9 @@ class CacheForecast:
 class _Rows:
     """Rows to compute.
 
-    ``decided_by`` names the tower and everything besides the model that decides its features.
-    ``compute`` yields rows with their keys, of all or of so many, and meanwhile fills ``bad``.
-    There are ``total`` rows at most.
+    ``decided_by`` names the tower and everything besides the model that its features depend on.
+    ``compute`` yields all rows or a given number with their keys, and fills ``bad`` meanwhile.
+    There are at most ``total`` rows.
     """
 
     decided_by: tuple[str, ...]
@@ -163,8 +163,8 @@ def caption_features(
     device, pad_token_id = loaded.precision.device, captions.pad_token_id
     dtype = captions.ids_of_all.dtype
     different = {ids for of_pair in captions.by_pair() for ids in of_pair}
-    # By length, so that batches need little padding; then by their tokens, because the order of a
-    # set differs between processes, and the last bits of a row depend on the rows beside it
+    # Sorted by length, so that batches need little padding; then by tokens, because the order of a
+    # set differs between processes, and the last bits of a row depend on the rows in its batch
     ordered = sorted(
         (np.frombuffer(ids, dtype).tolist() for ids in different), key=lambda ids: (len(ids), ids)
     )
@@ -195,7 +195,7 @@ def caption_features(
 def _cached(
     loaded: LoadedModel, wanted: _Rows, progress: Progress, forecast: CacheForecast | None
 ) -> Features:
-    """Read features from the cache, or compute them there first."""
+    """Read features from the cache. If they are missing, compute and store them first."""
     tower, *inputs = wanted.decided_by
     parts = (_FORMAT, loaded.fingerprint, *_computed_with(loaded), *inputs)
     name = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -203,12 +203,12 @@ def _cached(
     try:
         return _read(folder)
     except (OSError, ValueError, KeyError):  # missing or broken
-        loaded.model.eval()  # whoever trains or measures sets the mode that it needs
-    few = wanted.total <= _SAMPLE  # which are computed while a sample would be
+        loaded.model.eval()  # training and measuring set their own mode later
+    few = wanted.total <= _SAMPLE  # computing all takes no longer than a sample
     if forecast and not few and (sampled := _sampled(wanted, folder.name, forecast)):
         return sampled
     keys, width, done = [np.empty(0, np.uint64)], 0, 0
-    # Another run may be computing the same features: complete folders replace each other
+    # If another run computes the same features, the last complete folder replaces the other
     with replacing(folder, shared=True) as temporary, progress(wanted.title) as report:
         temporary.mkdir(parents=True)
         with (temporary / "values").open("wb") as file:
@@ -227,8 +227,8 @@ def _cached(
 
 
 def _sampled(wanted: _Rows, name: str, forecast: CacheForecast) -> Features | None:
-    """Compute some rows, and add what all of them would take to the ``forecast``; None if none of
-    their images can be used."""
+    """Compute some rows, and add the estimated cost of all rows to the ``forecast``. Return None if
+    none of the images can be used."""
     began, batches, ends = time.perf_counter(), list[np.ndarray[Any, np.dtype[np.float32]]](), []
     with closing(wanted.compute(_SAMPLE)) as rows:  # type: ignore[type-var]
         for _, batch in rows:
@@ -238,7 +238,7 @@ def _sampled(wanted: _Rows, name: str, forecast: CacheForecast) -> Features | No
                 break
     if not batches:
         return None
-    # The first batch starts workers and libraries, once in a run
+    # The first batch is not timed, because workers and libraries start
     started, counted_rows = began, sum(map(len, batches))
     if len(batches) > 1:
         started, counted_rows = ends[0], counted_rows - len(batches[0])
@@ -250,7 +250,7 @@ def _sampled(wanted: _Rows, name: str, forecast: CacheForecast) -> Features | No
 
 
 def _computed_with(loaded: LoadedModel) -> list[str]:
-    """Everything besides weights and inputs that decides the last bits of features."""
+    """Return everything besides weights and inputs that the last bits of features depend on."""
     config, precision = loaded.base.model.config, loaded.precision
     norms = [config.vision_config.layer_norm_eps, config.text_config.layer_norm_eps]
     versions = map(version, ("torch", "torchvision", "transformers", "pillow"))

@@ -1,7 +1,7 @@
-"""Refuses embeddings that are not numbers, by the pair that they belong to.
+"""Refuses embeddings with NaN or infinity, and names their pair.
 
-Such an embedding has no similarity to anything, and pixels and token ids are always numbers. So it
-is the model's fault: its weights come from a training that diverged, or fp16 is too narrow for it.
+Such an embedding has no similarity to anything. Pixels and token ids are always finite, so the
+cause is the model: its weights are from a training that diverged, or its values overflow fp16.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class NotFiniteError(ModelError):
 
 
 def check_finite_rows(rows: Tensor, name_of: Callable[[int], str]) -> None:
-    """Check that all rows of [N, D] are numbers; ``name_of`` says what a row is the embedding of.
+    """Check that all rows of [N, D] are finite; ``name_of`` returns the name of a row's input.
 
     Raises:
-        NotFiniteError: some are not.
+        NotFiniteError: some rows are not finite.
     """
     broken = not_finite_rows(rows)
     if broken:

@@ -1,4 +1,4 @@
-"""Loads a model ready for work: under its scenario, on its device, in its precision."""
+"""Loads a model ready for use: adapted to its scenario, on its device, in its precision."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,10 @@ from clipft.models.trainable import TrainableModel, adapt
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model under the scenario of some settings, on its device.
+    """A pretrained model, adapted to the scenario of some settings, on its device.
 
-    ``image_masks`` and ``text_masks`` are the dropout masks of each tower's adapters; None
-    where nothing is dropped.
+    ``image_masks`` and ``text_masks`` are the dropout masks of each tower's adapters; None without
+    dropout.
     """
 
     base: PretrainedModel
@@ -48,10 +48,9 @@ def load_model(
 ) -> LoadedModel:
     """Load the pretrained model of ``settings``, adapted to their scenario.
 
-    The first values of adapters follow from the seed. With ``pretrained``, the scenario is
-    ignored and the model is loaded as it was published. ``began`` is the precision in which a run
-    that is resumed began, for ``choose_precision``. ``runs.load.load_fine_tuned`` also
-    loads the weights of a checkpoint.
+    The initial values of adapters depend on the seed. With ``pretrained``, the scenario is ignored
+    and the model is loaded as published. ``began`` is the precision in which a resumed run began,
+    for ``choose_precision``. ``runs.load.load_fine_tuned`` also loads the weights of a checkpoint.
 
     Raises:
         ModelError: the model cannot be loaded, or the scenario does not fit it.
@@ -60,7 +59,7 @@ def load_model(
     if pretrained:
         own = {"scenario": "zero_shot", "context_length": 0, "image_size": 0}
         settings = settings.model_copy(update=own)
-    choose_device(settings)  # refuse one that is not here before the weights are read
+    choose_device(settings)  # refuse a missing device before the weights are read
     compute_fp32_exactly()
     base = load_pretrained(settings.model, settings.input_sizes)
     precision = choose_precision(settings, base.width, began, note)
@@ -68,8 +67,8 @@ def load_model(
     torch.manual_seed(settings.seed)
     model = adapt(base, settings.declared_scenario, settings).to(precision.device)
     if settings.gradient_checkpointing:
-        # Only the inputs of encoder layers are kept for the backward pass. There each layer runs
-        # again, with the same dropout: that saves memory and costs about one forward pass.
+        # Only the inputs of encoder layers are kept for the backward pass, in which each layer runs
+        # again with the same dropout. This saves memory and costs about one forward pass.
         model.clip.gradient_checkpointing_enable({"use_reentrant": False})
     image_masks, text_masks = (
         use_fast_adapters(tower, settings.lora_dropout, precision.device)

@@ -1,7 +1,7 @@
 """Look-alikes: for each training image the nearest images of other products.
 
-They are rows of a table, int32 [pairs, ``hard_negatives`` times three or fewer], the nearest first.
--1 stands for none, and images that cannot be read have none and are none.
+They are stored as int32 [pairs, at most three times ``hard_negatives``], the nearest first, with -1
+for none. Images that cannot be read have no look-alikes and are no look-alikes.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from clipft.embedding.load import LoadedModel, load_model
 from clipft.metrics.ranking import score_blocks
 
 _CANDIDATES = 3
-"""Look-alikes that are kept for each one that is wanted: others may have taken the nearest."""
+"""Look-alikes that are stored for each one wanted: the nearest may already be in another block."""
 _BLOCK_SCORES = 1 << 24
 
 
@@ -36,15 +36,15 @@ def look_alikes(
     progress: Progress,
     forecast: CacheForecast | None = None,
 ) -> Tensor:
-    """Find look-alikes with the pretrained model, by its embeddings of the images as they are.
+    """Find look-alikes by the pretrained model's embeddings of the images without augmentation.
 
-    With a ``forecast``, which does without some features, no image has any.
+    With a ``forecast``, for which some features are missing, no image has look-alikes.
 
     Args:
         settings: the model, and ``hard_negatives``.
         pairs: the training pairs.
         products: int64 [pairs], equal for photos of one product.
-        progress: shows the work.
+        progress: shows the progress.
 
     Raises:
         DataError: a shard was changed or removed.
@@ -83,9 +83,10 @@ class LookAlikeSearch:
         return replace(self, pairs=self.pairs.first(most))
 
     def find(self, processes: Processes, check: Callable[[], None] = lambda: None) -> Tensor:
-        """Embed all images, each process its share, and find look-alikes, equal on all processes.
+        """Embed all images and find their look-alikes. Each process embeds its share, and all get
+        the same result.
 
-        ``check`` is called before each batch, and may end the work by raising a ``ClipftError``.
+        ``check`` is called before each batch and may stop the search by raising a ``ClipftError``.
 
         Raises:
             DataError: a shard was changed or removed.
@@ -93,12 +94,12 @@ class LookAlikeSearch:
         images, numbers = embed_images(
             self.loaded, self.pairs, self.how, self.settings, processes, check, self.batch_size
         )
-        if not numbers:  # the first step will say what is wrong with them
+        if not numbers:  # the first step will report what is wrong with the images
             return torch.full((len(self.products), 0), -1, dtype=torch.int32)
 
         def compare() -> Tensor:
             device, most = self.loaded.precision.device, self.settings.hard_negatives
-            # Training skips a step with an embedding that is not a number, and so does this
+            # Ignore embeddings that are not finite; training skips their steps as well
             usable = images.isfinite().all(1)
             chosen = torch.tensor(numbers)[usable]
             return nearest_of_others(images[usable].to(device), chosen, self.products, most)

@@ -1,12 +1,12 @@
 """The two towers of CLIP during a step: which rows pass through a tower, and in which chunks.
 
-Images pass in the micro-batches in which they come. Captions do not have to. A caption that
-occurs several times in a step is encoded once, and captions of similar length go together, so
-that hardly any padding is computed. ``Chunks.order`` leads from the chunks' rows back to the
-pairs. A frozen tower whose inputs do not change does not run at all: its features are looked up,
-and only its projection remains.
+Images pass in the loader's micro-batches. Captions are regrouped: a caption that occurs several
+times in a step is encoded once, and captions of similar length are in the same chunk, so that there
+is hardly any padding. ``Chunks.order`` maps the rows of the chunks back to the pairs. A frozen
+tower whose inputs do not change does not run at all: its features are looked up, and only its
+projection is computed.
 
-Chunks are cut from tensors on the CPU; ``Tower.encode`` moves each to the device when it is due.
+Chunks are cut from tensors on the CPU, and ``Tower.encode`` moves each to the device when needed.
 """
 
 import os
@@ -35,9 +35,9 @@ from clipft.models.dropout import RowMasks
 from clipft.models.trainable import TrainableModel
 
 _MIN_TOKENS = 256
-"""Tokens in a chunk of captions that keep a CPU busy: above this, chunks split by length."""
+"""Enough tokens in a chunk of captions for a CPU. Above this, chunks are split by length."""
 _LENGTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Lengths to which captions are padded where shapes are bounded, besides the whole context."""
+"""Lengths to which captions are padded if shapes are bounded, besides the context length."""
 _IMAGE_PARTS = 4
 _CAPTION_PARTS = 16
 _FEWEST_CAPTIONS = 32
@@ -45,21 +45,21 @@ _FEWEST_CAPTIONS = 32
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which shapes the chunks of a run may have. This base class allows any.
+    """The shapes that the chunks of a run may have. This base class allows any shape.
 
-    A CPU computes any shape equally well, so that no padding is best there.
+    A CPU is equally fast for all shapes, so it is best not to pad there.
     """
 
     def image_rows(self, rows: int) -> int:
-        """The number of rows to which a chunk of images is filled up."""
+        """Return the number of rows to which a chunk of images is filled up."""
         return rows
 
     def cut_captions(
         self, tokens: "np.ndarray[Any, Any]", max_rows: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Cut captions of rising length into chunks: (start, end, rows, tokens) of each.
+        """Cut captions, sorted by length, into chunks: (start, end, rows, tokens) of each.
 
-        A chunk has at most ``max_rows`` captions. It also ends where the length rises, once it
+        A chunk has at most ``max_rows`` captions. It also ends where the length increases, once it
         has ``_MIN_TOKENS`` tokens.
         """
         start = 0
@@ -75,9 +75,9 @@ class Shapes:
 class BoundedShapes(Shapes):
     """At most 16 shapes in a whole run: 4 of images, and 12 of captions.
 
-    CUDA's attention kernels prepare themselves for each new shape, and a compiled tower is compiled
-    again for each. The price is padding: over furniture captions it makes 17% more tokens in
-    steps of 1,024 pairs, and 26% more in steps of 256.
+    CUDA's attention kernels are set up for each new shape, and a compiled tower is compiled again.
+    The cost is padding: with furniture captions, there are 17% more tokens in steps of 1,024 pairs,
+    and 26% more in steps of 256.
 
     ``micro`` is the size of a micro-batch, ``effective`` is the number of pairs that a process has
     in a step, and ``context`` is the model's context length in tokens.
@@ -100,10 +100,10 @@ class BoundedShapes(Shapes):
         self, tokens: "np.ndarray[Any, Any]", max_rows: int
     ) -> Iterator[tuple[int, int, int, int]]:
         rows = self.caption_rows
-        while rows >= 2 * max_rows:  # memory ran out, and micro-batches were halved
+        while rows >= 2 * max_rows:  # micro-batches were halved because memory ran out
             rows = -(-rows // 2)
         allowed = [length for length in _LENGTHS if length < self.context] + [self.context]
-        # The first chunk, of the shortest captions, is the one that is filled up
+        # Only the first chunk, with the shortest captions, is filled up
         ends = range(len(tokens), 0, -rows)
         for end in reversed(ends):
             longest = int(tokens[end - 1])
@@ -112,7 +112,7 @@ class BoundedShapes(Shapes):
 
 
 def choose_shapes(loaded: LoadedModel, compiled: bool, micro: int, effective: int) -> Shapes:
-    """Bound the shapes where each costs something: on CUDA, and where towers are compiled."""
+    """Bound the shapes if each new shape takes time: on CUDA, and if towers are compiled."""
     if loaded.precision.device.type == "cuda" or compiled:
         return BoundedShapes(micro, effective, loaded.base.inputs.context_length)
     return Shapes()
@@ -122,9 +122,9 @@ def choose_shapes(loaded: LoadedModel, compiled: bool, micro: int, effective: in
 class Chunk:
     """Rows that pass through a tower together.
 
-    ``inputs`` may have more rows than ``rows``, to fill a shape up: their embeddings are dropped.
-    ``keys``, uint64, identify all of them. Memory grows with ``cells``: the number of rows, or of
-    rows x tokens. ``shifts`` is what ``augment`` has yet to do to images.
+    ``inputs`` may have more rows than ``rows``, to fill up a shape; their embeddings are dropped.
+    ``keys``, uint64, identify all rows. Memory grows with ``cells``: the number of rows, or of
+    rows x tokens. ``shifts`` is the augmentation that ``augment`` still has to apply to images.
     """
 
     inputs: Tensor
@@ -152,9 +152,8 @@ class Tower:
     """One tower: ``make_chunks`` splits its inputs, and ``encode_inputs`` encodes a chunk's
     inputs into unit rows [rows, D].
 
-    ``trainable`` is true if its embeddings change in training. ``masks`` are those of its
-    dropouts, for rows of ``positions`` positions, or of as many as a chunk has tokens; they
-    follow from ``seed``.
+    ``trainable`` is true if its embeddings change in training. ``masks`` are its dropout masks, for
+    rows of ``positions`` positions or of as many as a chunk has tokens. They depend on ``seed``.
     """
 
     name: str
@@ -168,7 +167,7 @@ class Tower:
     positions: int | None = None
 
     def encode(self, step: int, chunk: Chunk) -> Tensor:
-        """Encode a chunk into float32 [rows, D]; the same again for the same step and chunk."""
+        """Encode a chunk into float32 [rows, D]. The same step and chunk give the same result."""
         inputs = self.transfer.take(chunk.inputs)
         if chunk.shifts is not None:
             inputs = augment(inputs, chunk.shifts.to(self.precision.device, non_blocking=True))
@@ -179,8 +178,8 @@ class Tower:
     def use_masks(self, step: int, chunk: Chunk) -> None:
         """Draw the dropout masks of a chunk in a step.
 
-        Gradient checkpointing, which runs parts of the forward pass again, needs this before a
-        backward pass too.
+        With gradient checkpointing, call this before a backward pass too, because it repeats parts
+        of the forward pass.
         """
         if self.masks:
             positions = self.positions or chunk.inputs.shape[1]
@@ -189,11 +188,11 @@ class Tower:
 
 
 def _attention(device: torch.device) -> AbstractContextManager[Any]:
-    """Choose the attention of CUDA in the towers.
+    """Choose the attention kernels for the towers on CUDA.
 
-    torch 2.15 prefers cuDNN's on Hopper cards, which plans every new shape anew. Both towers have
-    short rows, where there is little to gain; so flash attention is first, and the others take what
-    it cannot: fp32, and the mask of the pooled layer.
+    On Hopper cards torch 2.15 prefers cuDNN's attention, which makes a new plan for every shape.
+    Both towers have short rows, for which it is hardly faster. So flash attention is preferred, and
+    others are used only if it does not apply: for fp32, and for the mask of the pooled layer.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -216,9 +215,9 @@ def make_towers(
     shapes: Shapes = Shapes(),
     compiled: bool = False,
 ) -> Towers:
-    """Return both towers of a model, both of them running. ``pad_token_id`` pads the texts.
+    """Return both towers of a model, without cached features. ``pad_token_id`` pads the texts.
 
-    ``compiled`` towers are compiled for each shape that they meet.
+    ``compiled`` towers are compiled for each shape of their inputs.
     """
     model, inputs = loaded.model, loaded.base.inputs
     width = inputs.context_length if model.architecture.pads_texts else 0
@@ -256,7 +255,7 @@ def make_towers(
 
 
 def _check_compiler() -> None:
-    """Refuse to compile without a compiler of C++, which torch calls on any device.
+    """Check that there is a C++ compiler, which torch needs to compile towers on any device.
 
     Raises:
         UsageError: there is none.
@@ -295,7 +294,7 @@ def with_text_features(
 def _look_up(
     micro_batches: Sequence[Batch], features: Features, keys_of: Callable[[Batch], Keys]
 ) -> Chunks:
-    """Look up all rows of the step as one chunk, for a projection is all that remains."""
+    """Look up all rows of the step as one chunk, because only the projection is computed."""
     if not micro_batches:
         return Chunks([], torch.arange(0))
     keys = np.concatenate([keys_of(batch) for batch in micro_batches])
@@ -309,7 +308,7 @@ def _chunk_images(micro_batches: Sequence[Batch], shapes: Shapes) -> Chunks:
         pixels, shifts = batch.pixel_values, batch.shifts
         keys, rows = np.asarray(batch.numbers, np.uint64), shapes.image_rows(len(batch))
         if rows > len(batch):
-            chosen = torch.arange(rows) % len(batch)  # repeats rows of its own
+            chosen = torch.arange(rows) % len(batch)  # fill up with repeated rows
             pixels, keys = pixels[chosen], keys[chosen.numpy()]
             shifts = None if shifts is None else shifts[chosen]
         chunks.append(Chunk(pixels, keys, len(batch), rows, shifts))
@@ -319,9 +318,9 @@ def _chunk_images(micro_batches: Sequence[Batch], shapes: Shapes) -> Chunks:
 def _chunk_captions(
     micro_batches: Sequence[Batch], pad_token_id: int, width: int, shapes: Shapes
 ) -> Chunks:
-    """Put each caption once, the shortest first, into chunks of at most a micro-batch's rows.
+    """Put each distinct caption, the shortest first, into chunks of at most a micro-batch's rows.
 
-    With ``width``, each caption is padded to so many tokens; with 0, to the longest of its chunk.
+    Captions are padded to ``width`` tokens or, if it is 0, to the longest in their chunk.
     """
     if not micro_batches:
         return Chunks([], torch.arange(0))

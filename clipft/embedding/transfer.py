@@ -1,4 +1,4 @@
-"""Copies tensors to the device while the device still computes with others."""
+"""Copies tensors to the device while the device computes with other tensors."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 _MOST = 4
-"""The most copies that are kept until they are taken. A step needs fewer at a time, so an older one
-belongs to a step that was repeated in other chunks."""
+"""The most copies that are kept until they are taken. A step needs fewer at a time, so an older
+copy belongs to a step that was repeated in smaller chunks."""
 
 
 class Transfer:
-    """Copies of one run. On CUDA they are made on a stream of their own.
+    """The copies of a run. On CUDA they are made on a separate stream.
 
-    ``start`` a copy as early as possible, and ``take`` it when it is needed.
+    Call ``start`` as early as possible, and ``take`` when the copy is needed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,12 +24,12 @@ class Transfer:
         self._under_way = dict[int, tuple[Tensor, Tensor]]()
 
     def start(self, tensor: Tensor) -> None:
-        """Start to copy a tensor, which must be in pinned memory for this to be any use."""
+        """Start to copy a tensor. This only helps if the tensor is in pinned memory."""
         if self._stream is None or id(tensor) in self._under_way:
             return
         with torch.cuda.stream(self._stream):
             copy = tensor.to(self._device, non_blocking=True)
-        self._under_way[id(tensor)] = (tensor, copy)  # while it is here, its id is no other's
+        self._under_way[id(tensor)] = (tensor, copy)  # keeping the tensor keeps its id unique
         if len(self._under_way) > _MOST:
             del self._under_way[next(iter(self._under_way))]
 
@@ -41,5 +41,5 @@ class Transfer:
         _, copy = self._under_way.pop(id(tensor))
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        copy.record_stream(current)  # its memory is not given to others before it is used
+        copy.record_stream(current)  # so that its memory is not reused too early
         return copy

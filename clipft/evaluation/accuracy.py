@@ -1,4 +1,4 @@
-"""Accuracy of a model that is trained on labels: after each epoch, and beside other classifiers."""
+"""Accuracy of a model that is trained on labels: after each epoch, and compared with others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from clipft.metrics.retrieval import Part
 from clipft.metrics.tip_adapter import tip_adapter
 
 _MOST_TRAINING_IMAGES = 2000
-"""The most training images of the linear classifier and of Tip-Adapter."""
+"""The most training images for the linear classifier and Tip-Adapter."""
 
 
 @dataclass(frozen=True)
 class PromptClassifier:
     """Classifies the validation images by the prompts that a run trains on.
 
-    ``labels`` holds the label of each pair, None where it has none. ``tower`` encodes prompts.
+    ``labels`` holds the label of each pair, or None. ``tower`` encodes prompts.
     """
 
     chosen: ChosenLabels
@@ -55,7 +55,7 @@ class PromptClassifier:
     def label_vectors(self, loaded: LoadedModel) -> Tensor:
         """Embed each label as the mean of its prompts: float32 [L, D] of unit length.
 
-        All processes of a run call this, as their weights may be sharded.
+        All processes of a run must call this, because their weights may be sharded.
         """
         labels, templates = self.chosen.labels, self.chosen.templates
         prompts = [template.replace("{}", label) for label in labels for template in templates]
@@ -63,7 +63,7 @@ class PromptClassifier:
         return normalize(rows.view(len(labels), len(templates), -1).mean(1), dim=1)
 
     def accuracy(self, embedded: Embeddings, vectors: Tensor) -> float:
-        """Return the share of the labeled images whose nearest label is their own."""
+        """Return the share of the labeled images whose nearest label is right."""
         test = labelled(embedded, self.chosen, self.labels)
         return classify(test.features, test.targets, vectors, self.chosen.labels).top1
 
@@ -85,7 +85,7 @@ def labelled(embedded: Embeddings, chosen: ChosenLabels, labels: Sequence[str | 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Accuracy of the fine-tuned model beside classifiers on the pretrained one.
+    """Accuracy of the fine-tuned model, and of classifiers on the pretrained model.
 
     ``parts`` maps ``zero_shot`` and, with labeled training images, ``linear`` and ``tip_adapter``
     to their figures. ``after`` is None if nothing was trained.
@@ -125,7 +125,7 @@ def compare_accuracy(
     pretrained: tuple[LoadedModel, Embeddings],
     fine_tuned: tuple[LoadedModel, Embeddings] | None,
 ) -> Accuracies | None:
-    """Classify the embedded images with each model's prompts, and by the training images.
+    """Classify the embedded images by each model's prompts, and by the training images.
 
     Returns:
         None without ``label_prompts``, or if no image has a label.
@@ -161,7 +161,7 @@ def compare_accuracy(
 
 
 def _part(figures: Classification, settings: Settings) -> Part:
-    """Resample the images; the same resamples for all classifiers of as many images."""
+    """Resample the images. Classifiers of the same number of images get the same resamples."""
     hits = figures.right[:, 0].astype(np.float64)
     sample = PerQuery({"top1": hits}, np.arange(len(hits)))
     values = resampled([sample], settings.resamples, settings.seed)[0]

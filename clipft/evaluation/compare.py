@@ -1,7 +1,7 @@
 """Compares a checkpoint with its pretrained model, as ``clipft evaluate`` does.
 
-Both are measured on the checkpoint's own pairs; if asked for, also on a general data set, and at
-points between their weights.
+Both are measured on the checkpoint's own pairs and, if requested, on a general data set. Models
+with weights between the two can be measured too.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,9 @@ from clipft.runs.load import load_fine_tuned
 class Evaluated:
     """The results of an evaluation.
 
-    ``split`` names the pairs they were measured on, "test" or "val". ``figures`` are those of the
-    fine-tuned model in short, as after each epoch. ``keep`` compares
-    the models on the general data set in ``keep_dir``. ``points`` and ``runs`` are empty unless
-    asked for.
+    ``split`` names the pairs that were used, "test" or "val". ``figures`` are those of the
+    fine-tuned model in the short form, as after each epoch. ``keep`` compares the models on the
+    general data set in ``keep_dir``. ``points`` and ``runs`` are empty unless requested.
     """
 
     split: str
@@ -68,7 +67,7 @@ class Evaluated:
         return found | ({"runs": [run.to_dict() for run in self.runs]} if self.runs else {})
 
     def write(self, folder: Path, settings: Settings) -> None:
-        """Write kept.json and interpolation.json into a run folder, if they were asked for.
+        """Write kept.json and interpolation.json into a run folder, if they were requested.
 
         Raises:
             StorageError: the disk is full or cannot be written.
@@ -88,9 +87,9 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint and its pretrained model.
 
     Args:
-        content: what the checkpoint holds.
+        content: the content of the checkpoint.
         settings: its settings, with those of the evaluation.
-        request: what to do besides.
+        request: what to measure besides.
         note: receives sentences for the user.
 
     Raises:
@@ -101,21 +100,21 @@ def evaluate_checkpoint(
     """
     fine_tuned = load_fine_tuned(content, settings)
     inputs = fine_tuned.base.inputs
-    # Everything that can be refused is opened before the first pair is embedded
+    # Open everything that may be refused before the first pair is embedded
     own = EvaluationSet.open(inputs, settings, request.split)
     by = f", with {own.caption} as captions" if settings.fields else ""
     note(f"Evaluating on the {own.title.lower()} pairs of {settings.data_dir}{by}.")
     general = None
     if request.keep:
         general = EvaluationSet.open(inputs, general_settings(settings, request.keep))
-    # Alpha is chosen by what is measured along the path, so no test pairs may take part in that
+    # Alpha is chosen by the results at the alphas, so these must not be measured on test pairs
     along, general_along = own, general
     if request.alphas:
         along = _for_choosing(own, inputs)
         general_along = _for_choosing(general, inputs) if general else None
     path = None
     if request.alphas or request.save_to:
-        # A model of this scenario before its first step; its seed makes the same adapters again
+        # The model of this scenario before its first step; the seed gives the same adapters again
         start = load_model(settings).model.trainable_state()
         path = Interpolation(start, content["model_state_dict"])
 

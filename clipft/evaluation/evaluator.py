@@ -36,10 +36,9 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Pairs to measure on, and which of them belong together; read once for all models.
+    """Pairs for an evaluation, and which of them belong together. It is read once for all models.
 
-    ``labels`` holds the category of each pair, None where it has none. ``split`` is "val" or
-    "test".
+    ``labels`` holds the category of each pair, or None. ``split`` is "val" or "test".
     """
 
     pairs: PairDataset
@@ -57,7 +56,7 @@ class EvaluationSet:
         settings: Settings,
         split: str = "val",
     ) -> "EvaluationSet":
-        """Read from captions, images and metadata which pairs belong together.
+        """Find out from captions, images and metadata which pairs belong together.
 
         Raises:
             UsageError: no pair has ``group_field`` or the chosen ``label_field``, or the groups
@@ -73,13 +72,13 @@ class EvaluationSet:
         owners = np.repeat(np.arange(len(said)), [len(d.captions) for d in said])
         grades = np.array([d.grade for d in said]) if settings.grade_field else None
         identities = Identities(captions, same_images(pairs), groups, owners, grades)
-        relevance(identities)  # refuses groups that are too large now, not after the training
+        relevance(identities)  # refuses too large groups now and not after the training
         return cls(pairs, preprocessing, settings, identities, [d.label for d in said], split)
 
     @classmethod
     def open(cls, inputs: ModelInputs, settings: Settings, split: str = "auto") -> "EvaluationSet":
-        """Open the test or the validation pairs of ``settings``, as ``evaluation_pairs`` chooses
-        them, for models that take ``inputs``.
+        """Open the test or the validation pairs of ``settings`` for models that take ``inputs``.
+        ``evaluation_pairs`` chooses the pairs.
 
         Raises:
             DataError: there are no pairs, or they cannot be read.
@@ -90,12 +89,12 @@ class EvaluationSet:
 
     @property
     def caption(self) -> str:
-        """The template of the captions, or the field, that is measured."""
+        """The template or the field of the captions that are measured."""
         return CaptionTemplate.of(self.settings).first
 
     @property
     def title(self) -> str:
-        """The name of the split, for people."""
+        """The name of the split, for the user."""
         return SPLIT_TITLES[self.split]
 
     def evaluate(
@@ -103,7 +102,7 @@ class EvaluationSet:
     ) -> ModelEvaluation:
         """Embed all pairs with a model and measure retrieval.
 
-        ``check`` is called between batches, and may end the work by raising an error.
+        ``check`` is called between batches and may stop the evaluation by raising an error.
         """
         settings, progress = self.settings, checked(silent, check)
         preprocessing = self.preprocessing
@@ -134,8 +133,8 @@ class EvaluationSet:
 class Comparison:
     """The pretrained and the fine-tuned model on the same pairs.
 
-    ``after`` is None if nothing was trained. ``caption`` is the template of the captions, and
-    ``accuracy`` that of a model that is trained on labels.
+    ``after`` is None if nothing was trained. ``caption`` is the template of the captions.
+    ``accuracy`` is only there for a model that is trained on labels.
     """
 
     before: Evaluation

@@ -1,8 +1,8 @@
-"""Gain against retention: other runs beside the weights between two models.
+"""Compares gain and retention of other runs with those of interpolated weights.
 
-A run trained with ``--preserve`` and a point of WiSE-FT are two ways to gain on the own pairs and
-lose less on general ones. Both are measured on the same pairs, so that each can be compared with
-each, resample by resample.
+Training with ``--preserve`` and interpolation by WiSE-FT are two ways to gain on the own pairs and
+lose less on general ones. Both are measured on the same pairs, so that they can be compared
+resample by resample.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,14 +59,14 @@ def measure_runs(
     sets: tuple[EvaluationSet, EvaluationSet],
     points: Sequence[Point],
 ) -> Iterator[RunPoint]:
-    """Evaluate runs on the own and the general pairs, beside ``points`` between the two models.
+    """Evaluate runs on the own and the general pairs, and compare them with ``points``.
 
     Args:
         runs: checkpoints or run folders.
-        pretrained: the model that all of them began with.
-        settings: those of the evaluation.
+        pretrained: the pretrained model of all runs.
+        settings: the settings of the evaluation.
         sets: the own and the general pairs.
-        points: what ``wise_ft.sweep`` found on the same pairs.
+        points: the result of ``wise_ft.sweep`` on the same pairs.
 
     Raises:
         ModelError: a checkpoint cannot be loaded, or began with another model.
@@ -86,14 +86,14 @@ def measure_runs(
 
 
 def evaluation_settings(content: dict[str, Any], settings: Settings) -> Settings:
-    """Return the settings of a checkpoint, with those of an evaluation under other settings."""
+    """Return the settings of a checkpoint, with the evaluation settings taken from ``settings``."""
     shared = (*EVALUATION_OVERRIDES, "model")
     now = LoadedSettings(settings, dict.fromkeys(Settings.model_fields, "command"))
     return saved_settings(content, now, shared)
 
 
 def dominates(one: Point, other: Point) -> bool:
-    """Whether a point is clearly better than another on one set, and clearly worse on none."""
+    """Return whether ``one`` is clearly better on one set, and clearly worse on none."""
     if not one.general or not other.general:
         return False
     changes = recall_difference(one.own, other.own), recall_difference(one.general, other.general)

@@ -1,7 +1,7 @@
-"""The rankings that a run keeps, and the cases that the report's gallery shows of them.
+"""The rankings that a run stores, and the cases from them in the gallery of the report.
 
-``evaluation.rankings`` makes them while a run has the embeddings. Nothing here needs torch, so that
-a report is written at once.
+``evaluation.rankings`` makes the rankings while a run has the embeddings. This module does not
+import torch, so that a report is written quickly.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ SHOWN = 5
 """Images kept for each query."""
 _GAINS, _LOSSES, _MISSES, _OTHERS = 5, 5, 4, 4
 _MOST_IMAGES = 240
-"""Different images of the queries that a reader can look up in a page."""
+"""The most different images of the queries that a reader can look up in a page."""
 
 
 @dataclass(frozen=True)
 class Rankings:
-    """What a model ranks first, by query.
+    """The images that a model ranks first for each query.
 
     ``queries`` are pair numbers. ``ranks`` holds the rank of each query's first right image,
     counted from 1, and ``first`` the pair numbers of its first ``SHOWN`` images. ``data`` is the
@@ -46,7 +46,7 @@ class Rankings:
 
     @classmethod
     def read(cls, path: Path) -> "Rankings | None":
-        """Return None if there is no such file, or it holds something else."""
+        """Read rankings; None if the file does not exist or has other content."""
         try:
             return cls(**(read_json(path) or {}))
         except TypeError:
@@ -54,16 +54,16 @@ class Rankings:
 
 
 def data_name(pairs: PairDataset) -> str:
-    """Return a short name of some pairs that is equal for equal pairs."""
+    """Return a short name that is equal for equal pairs."""
     return hashlib.sha256(pairs.identity().encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A query and the pair numbers of the images that came first.
+    """A query and the pair numbers of the images that were ranked first.
 
-    ``kind`` is why it is shown: ``gain``, ``loss``, ``miss`` or ``any``. The ranks are those of the
-    first right image; ``rank_after`` is None if there is no fine-tuned model.
+    ``kind`` is the reason to show it: ``gain``, ``loss``, ``miss`` or ``any``. The ranks are those
+    of the first right image; ``rank_after`` is None if there is no fine-tuned model.
     """
 
     kind: str
@@ -77,9 +77,9 @@ class Case:
 def choose_cases(before: Rankings, after: Rankings | None) -> list[Case]:
     """Choose the greatest gains and losses, queries that both models miss, and some others.
 
-    Gains are compared by the ratio of the ranks: from 40 to 2 is more than from 400 to 300. A miss
-    has no right image among the first of either model. The others are spread evenly. Without
-    rankings of the same queries in ``after``, there are only others.
+    Gains are compared by the ratio of the ranks: from 40 to 2 is more than from 400 to 300. In a
+    miss, neither model has a right image among the first. The others are spread evenly. If
+    ``after`` has no rankings of the same queries, there are only others.
     """
     cases = all_cases(before, after)
     compared = [case for case in cases if case.rank_after]
@@ -103,7 +103,7 @@ def choose_cases(before: Rankings, after: Rankings | None) -> list[Case]:
 
 
 def all_cases(before: Rankings, after: Rankings | None) -> list[Case]:
-    """Return a case for every query; without the same queries in ``after``, that of one model."""
+    """Return a case for every query; of one model if ``after`` does not have the same queries."""
     if after and (after.data, after.queries) != (before.data, before.queries):
         after = None
     return [
@@ -120,8 +120,8 @@ def all_cases(before: Rankings, after: Rankings | None) -> list[Case]:
 
 
 def choose_to_look_up(cases: Sequence[Case]) -> list[Case]:
-    """Choose the queries that a reader can look up in a page: as many, drawn at random, as show
-    at most ``_MOST_IMAGES`` different images."""
+    """Choose the queries that a reader can look up in a page: random queries that
+    together show at most ``_MOST_IMAGES`` different images."""
     chosen, shown = list[int](), set[int]()
     for at in np.random.default_rng(0).permutation(len(cases)).tolist():
         images = shown | {*cases[at].first_before, *cases[at].first_after}
@@ -134,10 +134,10 @@ def choose_to_look_up(cases: Sequence[Case]) -> list[Case]:
 def mistaken_categories(
     cases: Sequence[Case], labels: Sequence[str | None]
 ) -> list[dict[str, Any]]:
-    """Count which category was taken for which: that of a query, and that of its first image.
+    """Count how often the first image of a query of one category is from another category.
 
-    ``labels`` are those of all pairs, None without a category. The most frequent come first, by
-    the fine-tuned model's count, or the pretrained model's if there is no other.
+    ``labels`` are those of all pairs, None without a category. The most frequent confusions of the
+    fine-tuned model, or of the pretrained model if there is no other, come first.
     """
     counts: dict[tuple[str, str], list[int]] = {}
     asked = Counter(labels[case.query] for case in cases)
@@ -169,16 +169,16 @@ class PairReader:
     template: CaptionTemplate
 
     def captions(self, number: int) -> list[str]:
-        """Return the captions of a pair; only "" if it has none."""
+        """Return the captions of a pair, or [""] if it has none."""
         try:
             return self.template.captions(*self.pairs.caption_and_metadata(number))
         except BadCaption:
             return [""]
 
     def image(self, number: int, at_least: int) -> tuple[str, Image.Image | None]:
-        """Return a pair's place and its image, None if it cannot be decoded.
+        """Return a pair's place and its image; the image is None if it cannot be decoded.
 
-        The image may be decoded smaller than it is, but not below ``at_least`` pixels.
+        The image may be decoded at a smaller size, but not below ``at_least`` pixels.
         """
         pair = self.pairs[number]
         try:
@@ -226,7 +226,7 @@ def gallery_content(
 def lookup_content(
     cases: Sequence[Case], read: PairReader, keep_image: Callable[[int], str]
 ) -> dict[str, Any]:
-    """Return queries to look up, as JSON: ``queries`` name the numbers of their images, and
+    """Return queries to look up, as JSON: ``queries`` have the pair numbers of their images, and
     ``pairs`` the caption and place of each number."""
     pairs = dict[int, dict[str, str]]()
     for case in cases:

@@ -12,16 +12,16 @@ from clipft.core.files import did_you_mean_path
 from clipft.core.text import folded
 
 _MISSPELLED = 0.8
-"""How similar (0 to 1) a label that no pair has must be to one of the data to be called a typo.
+"""A label that no pair has is a typo if its similarity (0 to 1) to a label in the data is higher.
 
-A list may well have labels that no pair has: ``armchair`` beside a catalogue's ``chair``.
+A list may have labels that no pair has: ``armchair`` if the catalogue has ``chair``.
 """
 _LISTED = 5
 
 
 @dataclass(frozen=True)
 class ChosenLabels:
-    """Labels and prompt templates, and what the user should know about the labels."""
+    """Labels and prompt templates, and remarks for the user about the labels."""
 
     labels: tuple[str, ...]
     templates: tuple[str, ...]
@@ -41,8 +41,7 @@ def choose_labels(
 ) -> ChosenLabels | None:
     """Choose the labels to classify by, and the templates of their prompts.
 
-    Two labels are the same if they differ in upper and lower case only, or in how an accent is
-    encoded.
+    Two labels are the same if they differ only in case or in how an accent is encoded.
 
     Args:
         labels: labels separated by commas, or a file with one per line; None takes those in the
@@ -92,7 +91,7 @@ def choose_labels(
 
 
 def _labels(given: str, in_data: dict[str, str]) -> list[str]:
-    """Read ``--labels``. A text without a comma is a file, unless pairs have it as their label."""
+    """Read ``--labels``. Text without a comma is a file name, unless it is the label of a pair."""
     if (lines := lines_of("--labels", given)) is not None:
         return lines
     labels = [label.strip() for label in given.replace(",", "\n").splitlines() if label.strip()]

@@ -20,8 +20,8 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class CaptionGroups:
-    """The T captions of all pairs: ``groups`` is equal for equal captions, and ``owners`` is the
-    pair of each, ascending. Both are int64 [T]."""
+    """The T captions of all pairs. ``groups`` has equal numbers for equal captions, and ``owners``
+    the pair of each caption, ascending. Both are int64 [T]."""
 
     groups: Tensor
     owners: Tensor
@@ -38,14 +38,14 @@ class CaptionGroups:
 
 @torch.inference_mode()
 def rank_images(embedded: Embeddings, captions: CaptionGroups, data: str) -> Rankings:
-    """Rank all images for each different first caption, which the first pair that has it queries.
+    """Rank all images for each distinct first caption. The query is the first pair that has it.
 
-    Every image that has the caption, as its first or another one, is right. If there are too many
-    captions, some are chosen, spread evenly. Among equal scores, right images rank last.
+    Every image with the caption, as its first or another caption, is right. If there are too many
+    captions, evenly spread ones are chosen. Among equal scores, right images rank last.
 
     Args:
-        embedded: embeddings of the pairs that could be used.
-        captions: those of all pairs.
+        embedded: embeddings of the usable pairs.
+        captions: the captions of all pairs.
         data: ``data_name`` of the pairs.
     """
     pairs = torch.tensor(embedded.numbers)

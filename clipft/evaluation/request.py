@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, checked before the work begins and without torch."""
+"""The request for an evaluation, checked before it starts and without importing torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ _MAX_POINTS = 101
 
 @dataclass(frozen=True)
 class Request:
-    """What to do besides the comparison.
+    """What to measure besides the comparison of the two models.
 
-    ``keep`` is a general data set on which to measure what fine-tuning has cost. The weights
-    between the two models are evaluated at each of ``alphas``, and written to ``save_to`` at
-    ``save_at``. ``split`` chooses the pairs as ``evaluation_pairs`` does. ``frontier`` are other
-    runs to measure beside these weights.
+    ``keep`` is a general data set on which the loss by fine-tuning is measured. Weights between the
+    two models are evaluated at each of ``alphas``, and those at ``save_at`` are written to
+    ``save_to``. ``split`` chooses the pairs as in ``evaluation_pairs``. ``frontier`` holds other
+    runs to compare with these weights.
     """
 
     keep: Path | None
@@ -37,7 +37,7 @@ class Request:
         split: str = "auto",
         frontier: tuple[Path, ...] = (),
     ) -> "Request":
-        """Check a request before the work begins; ``interpolate`` is as ``parse_alphas`` reads it.
+        """Check and return a request. ``interpolate`` has the format of ``parse_alphas``.
 
         Raises:
             UsageError: ``interpolate`` or ``at`` is not between 0 and 1, or the frontier lacks a

@@ -31,7 +31,7 @@ def training_features(
     drawn = np.random.default_rng(settings.seed).permutation(rows)[:most]
     preprocessing = validation_preprocessing(loaded.base.inputs, pairs, settings)
     numbers = sorted(drawn.tolist())
-    # Not cached: a cache of a random choice of pairs would hardly be used again
+    # Not cached, because a random choice of pairs is hardly ever used again
     encoding = live_encoding(loaded, preprocessing, settings)
     embedded = embed_pairs(loaded, ChosenPairs(pairs, numbers), encoding, settings)
     return Labelled(embedded.images, torch.tensor([targets[n] for n in embedded.numbers]))

@@ -1,9 +1,9 @@
 """WiSE-FT: weights between the pretrained and the fine-tuned model (Wortsman et al. 2022).
 
-At alpha 0 they are the pretrained weights, at alpha 1 the fine-tuned ones. In between, a model
-often keeps most of what it gained on its own pairs and loses less on general ones. Full weights
-are interpolated linearly. Of a LoRA adapter only the output matrix is scaled, so that half an
-adapter makes exactly half of its change.
+Alpha 0 gives the pretrained weights, and alpha 1 the fine-tuned ones. In between, a model often
+keeps most of its gain on its own pairs and loses less on general ones. Full weights are
+interpolated linearly. Only the output matrix of a LoRA adapter is scaled, so that alpha 0.5 gives
+exactly half of its change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ TRAINING_KEYS = frozenset(
         "trained_state_dict",
     }
 )
-"""Keys of a checkpoint that only a resumed run needs."""
+"""Keys of a checkpoint that are only needed to resume a run."""
 
 State = dict[str, Tensor]
 
@@ -82,7 +82,7 @@ def _has_part(name: str, parts: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Point:
-    """What the weights at ``alpha`` are worth on the checkpoint's own and on general pairs.
+    """The results of the weights at ``alpha`` on the checkpoint's own and on general pairs.
 
     ``gain`` and ``retention`` are the differences in mean recall to the pretrained model, on the
     own and on the general pairs, as JSON with ``value``, ``low``, ``high`` and ``clear``.
@@ -120,7 +120,7 @@ def sweep(
     own: EvaluationSet,
     general: EvaluationSet | None,
 ) -> Iterator[Point]:
-    """Evaluate a model at each alpha; it is left with the fine-tuned weights.
+    """Evaluate a model at each alpha. Afterwards it has the fine-tuned weights again.
 
     Each alpha costs one pass over all pairs, and the pretrained weights another one.
     """
@@ -141,9 +141,9 @@ def sweep(
 
 
 def best_point(points: Sequence[Point]) -> Point:
-    """Return the point of highest recall among those without a clear loss on general pairs.
+    """Return the point with the highest recall among those without a clear loss on general pairs.
 
-    Alpha 0 never has such a loss. If no point qualifies, all of them compete.
+    Alpha 0 never has such a loss. If all points have one, the best of all points is returned.
     """
 
     def retains(point: Point) -> bool:

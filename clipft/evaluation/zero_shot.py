@@ -61,7 +61,7 @@ def label_validation(
     A linear classifier is trained for comparison, on at most ``linear_pairs`` training pairs.
 
     Returns:
-        None if none of the images that can be used has one of the labels.
+        None if no usable image has one of the labels.
     """
     numbers = [chosen.number(pairs.labels[number]) for number in embedded.numbers]
     rows = [i for i, number in enumerate(numbers) if number is not None]
@@ -82,7 +82,7 @@ def label_validation(
 def save_classifier(
     path: Path, loaded: LoadedModel, labelling: Labelling, checkpoint: Path | None
 ) -> None:
-    """Write label vectors as safetensors, with all that is needed to classify by them.
+    """Write label vectors as safetensors, with everything that classification needs.
 
     The tensor ``label_vectors`` is float32 [L, D]. The metadata holds ``format``, and as JSON
     ``labels``, ``templates``, ``logit_scale``, ``base_model`` and ``checkpoint``.

@@ -7,13 +7,13 @@ from clipft.core.common import counted, duration
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _CONFIRMING = 0.4
-"""Share of a budget in time that is kept, at most, to confirm the winner over seeds."""
+"""The largest share of a time budget that is reserved to confirm the winner over seeds."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of trials, or the seconds of the whole search with the confirmation of its winner;
-    the other one is None."""
+    """A number of trials, or the seconds for the whole search, including the confirmation of its
+    winner. The other one is None."""
 
     trials: int | None = None
     seconds: float | None = None
@@ -23,7 +23,7 @@ class Budget:
         """Read ``20`` (trials), ``90s``, ``30m``, ``2h`` or ``1.5h``.
 
         Raises:
-            ValueError: it is none of these, or nothing at all.
+            ValueError: it is none of these, or zero.
         """
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
         if not found or float(found[1]) == 0 or (not found[2] and "." in found[1]):
@@ -36,5 +36,5 @@ class Budget:
         return counted(self.trials, "trial") if self.trials else duration(self.seconds or 0)
 
     def reserve(self, confirming: float) -> float:
-        """The seconds to keep for confirming the winner, which takes ``confirming`` seconds."""
+        """Return the seconds to reserve if confirming the winner takes ``confirming`` seconds."""
         return min(confirming, _CONFIRMING * (self.seconds or 0))

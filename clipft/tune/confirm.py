@@ -1,8 +1,8 @@
-"""Confirms the winner of a search over seeds, and measures it on pairs that chose nothing.
+"""Confirms the winner of a search over seeds, and measures it on pairs that did not choose it.
 
-The defaults and the best trial are trained with the same seeds. The best trial has been chosen by
-its validation recall with the first seed, where it may have been lucky, so the other seeds decide
-which of the two is recommended. The test pairs only say what that is worth.
+The defaults and the best trial are trained with the same seeds. The best trial was chosen by its
+validation recall with the first seed, which may have been luck, so the other seeds decide which of
+the two is recommended. The test pairs are only used to measure the improvement.
 """
 
 import time
@@ -34,22 +34,22 @@ from clipft.tune.search import FAILURES, Search, best_of, remove_weights
 
 _POLL_SECONDS = 0.5
 _FAILED = "failed.json"
-"""The error of a confirming run, in its home."""
+"""The file with the error of a confirming run, in its ``home``."""
 DEFAULTS, WINNER = "defaults", "winner"
 SPLIT_TITLES = {"test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean recall on some pairs, and in each resample of them, float64 [resamples]."""
+    """Mean recall on some pairs, and in each resample of these pairs, float64 [resamples]."""
 
     recall: float
     resampled: Floats
 
 
 OpenPairs = Callable[[Settings, str], Callable[[Path | None], Measured]]
-"""Opens the pairs of a split, and returns what measures a run folder on them, or the pretrained
-model for None."""
+"""Opens the pairs of a split, and returns a function that measures a run folder on them, or the
+pretrained model for None."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ConfirmingRun:
 def confirming_runs(search: Search) -> list[ConfirmingRun]:
     """List the runs of the defaults and of the best trial, seed by seed.
 
-    Those with the first seed are trials, which exist already. If no trial was better than the
+    The runs with the first seed are trials, which exist already. If no trial was better than the
     defaults, only the runs of the defaults are listed.
     """
     trials = search.study.trials()
@@ -99,10 +99,10 @@ def confirming_runs(search: Search) -> list[ConfirmingRun]:
 
 
 def confirm(search: Search) -> None:
-    """Train the runs that there is time for, and wait for those that other processes train.
+    """Train the runs that there is time for, and wait for runs that other processes train.
 
     Raises:
-        Interrupted: a signal asked to stop; what was begun can be continued.
+        Interrupted: a signal asked to stop; the search can be continued.
         ClipftError: as for ``clipft.api.train``.
     """
     runs = confirming_runs(search)
@@ -118,7 +118,7 @@ def confirm(search: Search) -> None:
 
 
 def _fits(search: Search) -> bool:
-    """Whether there is time for the runs of another seed."""
+    """Return whether there is time for the runs of another seed."""
     if search.budget.seconds is None:
         return True
     trials = search.study.trials()
@@ -127,7 +127,7 @@ def _fits(search: Search) -> bool:
 
 
 def _confirmed_here(search: Search, run: ConfirmingRun) -> bool:
-    """Train a run unless another process does; False if it does."""
+    """Train a run; return False if another process is training it."""
     with ExitStack() as held:
         try:
             held.enter_context(run_lock(run.home))
@@ -157,8 +157,8 @@ def compared(runs: Sequence[ConfirmingRun], chosen_by: int) -> dict[str, Any]:
     """Compare the winner with the defaults on the validation pairs, seed by seed.
 
     Args:
-        runs: those that have ended.
-        chosen_by: the seed with which the winner was chosen, which is left out.
+        runs: the runs that have ended.
+        chosen_by: the seed with which the winner was chosen; it is left out.
     """
     recalls: dict[str, dict[int, float]] = {DEFAULTS: {}, WINNER: {}}
     for run in runs:
@@ -174,9 +174,9 @@ def compared(runs: Sequence[ConfirmingRun], chosen_by: int) -> dict[str, Any]:
 
 
 def better(comparison: Mapping[str, Any]) -> str:
-    """Which of the two to recommend: the one with the higher recall over the same seeds.
+    """Return the variant to recommend: the one with the higher recall over the same seeds.
 
-    If no other seed was tried, that is the winner, which was better with the first one.
+    If no other seed was tried, this is the winner, which was better with the first seed.
     """
     change = comparison["difference"]["mean"]
     return WINNER if change is None or change > 0 else DEFAULTS
@@ -187,8 +187,8 @@ def measured(
 ) -> dict[str, Any]:
     """Measure the pretrained model and the confirming runs, on the test pairs if there are any.
 
-    ``place`` keeps the figures, so that nothing is measured twice. Without test pairs the
-    validation pairs are taken, which have chosen the winner and flatter it.
+    The figures are stored in ``place``, so that nothing is measured twice. Without test pairs, the
+    validation pairs are used, on which the winner looks too good because it was chosen by them.
     """
     base = search.space.base.values
     runs = [run for run in runs if not run.failed]
@@ -228,9 +228,9 @@ def _figures(found: Mapping[str, Mapping[int, Measured]], seed: int) -> dict[str
 
 
 def open_pairs_to_measure(settings: Settings, split: str) -> Callable[[Path | None], Measured]:
-    """Open the pairs of a split, and return what measures a run folder on them.
+    """Open the pairs of a split, and return a function that measures a run folder on them.
 
-    All runs are measured with the same resamples, which ``settings`` decide.
+    All runs are measured with the same resamples, which depend on ``settings``.
 
     Raises:
         ClipftError: a checkpoint or the pairs cannot be read.

@@ -1,10 +1,10 @@
-"""The first trials of a search: what an engineer would try before leaving it to a sampler.
+"""The first trials of a search: changes that an engineer would try before using a sampler.
 
-With five to thirty trials, a sampler has too little to learn from. So a search begins with the
-defaults and makes one move at a time: each changes one setting of the best trial so far, or a few.
-A step of the learning rate that wins is repeated, so one that should be ten times higher is reached
-in a few trials, wherever the defaults are. A move that loses is not tried again. When no move is
-left, the sampler takes over.
+A sampler cannot learn much from five to thirty trials. So a search begins with the defaults and
+makes one move at a time. A move changes one or a few settings of the best trial so far. If a change
+of the learning rate improves the result, it is repeated, so a rate that should be ten times higher
+is reached in a few trials. A move that does not improve the result is not tried again. When no move
+is left, the sampler takes over.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from clipft.tune.space import Parameters, Space
 
 
 class Times(float):
-    """A factor to multiply the present value of a setting by."""
+    """A factor by which the current value of a setting is multiplied."""
 
 
 MOVES: dict[str, Mapping[str, Any]] = {
-    # Nothing matters as much as what is trained and the learning rate
+    # The trained weights and the learning rate matter most
     "every weight": {"scenario": "full", "lr": 1.0, "lr_projections": 1.0},
     "four times the rate": {"lr": Times(4)},
     "stronger adapters": {
@@ -48,8 +48,8 @@ _REPEATED = frozenset({"higher rate", "lower rate", "longer", "larger batch", "s
 
 @dataclass(frozen=True)
 class Attempt:
-    """A trial that has begun: its parameters, its recall if it was trained to its end, and the
-    move that led to it, None if the sampler chose it."""
+    """A trial that has begun: its parameters, its recall if it was trained to its end, and its
+    move, or None if the sampler chose it."""
 
     parameters: Parameters
     recall: float | None
@@ -59,7 +59,7 @@ class Attempt:
 def next_move(space: Space, attempts: Sequence[Attempt]) -> tuple[str, dict[str, Any]] | None:
     """Choose the next change to the best attempt so far.
 
-    Returns its name and the parameters that it leads to; None if no move is left.
+    Returns the name of the move and the new parameters, or None if no move is left.
     """
     if not attempts:
         return "defaults", space.default()

@@ -1,4 +1,4 @@
-"""The search itself: trial after trial, each a normal run, until the budget is used up."""
+"""The search: runs one trial after the other, each a normal run, until the budget is used up."""
 
 import gc
 import math
@@ -31,24 +31,24 @@ Train = Callable[[LoadedSettings, Callbacks], TrainResult]
 """Trains a run from its settings, as ``clipft.api.train`` does."""
 
 FAILURES = (DivergedError, MemoryShortage, ModelError, UsageError)
-"""Errors that settings can cause; the search goes on with others."""
+"""Errors that settings can cause. The search continues with other settings."""
 _POLL_SECONDS = 0.5
 _KEPT_EVERY = 2.0
-"""Seconds between two notes about a trial under way, each of which is written to the disk."""
+"""Seconds between two notes about a running trial. Each note is written to the disk."""
 AGAIN = "run the same command again to continue"
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a process needs to take part in a search.
+    """Everything that a process needs to take part in a search.
 
     Attributes:
-        study: the search's memory.
-        budget: how much may be tried.
-        seeds: those of the runs that confirm the winner; trials use the first.
+        study: the trials of the search, stored on disk.
+        budget: the number of trials or the time.
+        seeds: the seeds of the runs that confirm the winner; trials use the first.
         train: trains a run.
-        note: receives a sentence as each trial begins and ends.
-        stop: a signal that asks to stop.
+        note: receives a sentence when a trial begins and when it ends.
+        stop: set by a signal that asks to stop.
     """
 
     study: SearchStudy
@@ -63,12 +63,12 @@ class Search:
         return self.study.space
 
     def run(self) -> None:
-        """Try until the budget is used up and no other process is still at a trial.
+        """Run trials until the budget is used up and all other processes have finished theirs.
 
         Raises:
-            Interrupted: a signal asked to stop; what was begun can be continued.
-            UsageError: the budget ended within the very first run.
-            ClipftError: the run without any change failed, or the disk or the data did.
+            Interrupted: a signal asked to stop; the search can be continued.
+            UsageError: the budget ended during the first run.
+            ClipftError: the run with the defaults failed, or there was an error of disk or data.
         """
         while True:
             self.check_stop()
@@ -78,12 +78,12 @@ class Search:
             if not claim:
                 if not any(trial.state == "running" for trial in self.study.trials()):
                     return
-                time.sleep(_POLL_SECONDS)  # another process is still at its last trial
+                time.sleep(_POLL_SECONDS)  # another process is still running its last trial
 
     def train_run(
         self, settings: LoadedSettings, home: Path, callback: TrainingCallback
     ) -> TrainResult:
-        """Train a run, or continue it, with its notes in ``log.txt`` of its ``home``.
+        """Train or continue a run. Its notes are written to ``log.txt`` in its ``home``.
 
         Raises:
             Interrupted: a signal asked to stop; the state is saved.
@@ -104,32 +104,32 @@ class Search:
             )
 
     def epochs_of_next(self) -> float:
-        """The most epochs that another trial may have; 0 if no more may begin."""
+        """Return the most epochs that another trial may have; 0 if no more trials may begin."""
         trials = self.study.trials()
         if self.budget.trials is not None:
             return math.inf if len(trials) < self.budget.trials else 0
         done = [t for t in trials if t.state == "finished"]
-        if not done:  # before the first one has ended, nothing is known of their time
+        if not done:  # the time of a trial is unknown until the first one has ended
             return math.inf
         per_epoch = max(t.about["seconds"] / t.about["epochs_run"] for t in done)
         epochs = self.seconds_left() / per_epoch
         return epochs if epochs >= self.space.fewest_epochs else 0
 
     def seconds_left(self) -> float:
-        """The seconds that are left for trials."""
+        """Return the seconds that are left for trials."""
         assert self.budget.seconds
         confirming = (len(self.seeds) - 1) * self._seconds_of_both()
         return self.budget.seconds - self.budget.reserve(confirming) - self.study.elapsed()
 
     def _seconds_of_both(self) -> float:
-        """The seconds of the run without any change and of the best one."""
+        """Return the total seconds of the run with the defaults and of the best run."""
         done = [t for t in self.study.trials() if t.state == "finished"]
         if not done:
             return 0.0
         return float(done[0].about["seconds"] + best_of(done).about["seconds"])
 
     def _try(self, claim: Claim) -> None:
-        """Train one trial, and tell the study how it ended."""
+        """Train a trial, and record in the study how it ended."""
         settings = self.space.settings(
             claim.changes, output_dir=claim.home.resolve(), seed=self.seeds[0]
         )
@@ -175,7 +175,7 @@ class _Ended(Exception):
 
 
 class _Watch(TrainingCallback):
-    """Follows a trial: reports each epoch, ends it if it falls behind or time is up."""
+    """Follows a trial. It reports each epoch, and ends the trial if it is pruned or time is up."""
 
     def __init__(self, search: Search, claim: Claim, epochs: int) -> None:
         self.search, self.claim, self.epochs = search, claim, epochs
@@ -222,7 +222,7 @@ class _Watch(TrainingCallback):
         raise _Ended(f"stopped after epoch {epoch} of {self.epochs}, as the budget is used up")
 
     def keep(self) -> None:
-        """Note in the study how long the trial has taken."""
+        """Record in the study how long the trial has taken."""
         self.kept = time.monotonic()
         self.facts["seconds"] = self.seconds_before + self.kept - self.began
         self.claim.note(**self.facts)
@@ -233,7 +233,7 @@ class BudgetTooSmall(UsageError):
 
 
 def _logged(home: Path, callback: TrainingCallback, note: Note) -> Callbacks:
-    """Callbacks that write what a run says to ``log.txt`` of its home, and pass on warnings."""
+    """Return callbacks that write the notes of a run to ``log.txt`` and pass on warnings."""
     home.mkdir(parents=True, exist_ok=True)
 
     def write(text: str) -> None:
@@ -246,13 +246,13 @@ def _logged(home: Path, callback: TrainingCallback, note: Note) -> Callbacks:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The finished trial with the highest recall; the earliest of equal ones."""
+    """Return the finished trial with the highest recall, or the earliest of several equal ones."""
     done = [trial for trial in trials if trial.state == "finished"]
     return max(done, key=lambda trial: (trial.recall, -trial.number))
 
 
 def _failure(error: BaseException) -> ClipftError | None:
-    """How a trial failed because of its settings; None if they are not to blame."""
+    """Return the error if a trial's settings caused it, otherwise None."""
     if isinstance(error, BudgetTooSmall):
         return None
     if isinstance(error, FAILURES):
@@ -263,7 +263,7 @@ def _failure(error: BaseException) -> ClipftError | None:
 
 
 def train_and_release(settings: LoadedSettings, callbacks: Callbacks) -> TrainResult:
-    """Train as ``clipft.api.train`` does, and release all memory, so that the next run has it."""
+    """Train as ``clipft.api.train`` does, and release all memory for the next run."""
     import torch
 
     from clipft.api import train
@@ -276,9 +276,9 @@ def train_and_release(settings: LoadedSettings, callbacks: Callbacks) -> TrainRe
 
 
 def remove_weights(home: Path, keep_best: bool) -> None:
-    """Remove the checkpoint of a trial that has ended, as nothing will resume it.
+    """Remove the checkpoint of a trial that has ended, because it is never resumed.
 
-    Also the weights of its best epoch, unless ``keep_best`` is set.
+    Also remove the weights of its best epoch, unless ``keep_best`` is set.
     """
     for checkpoint in home.glob("*_checkpoint.pt"):
         best = RunPaths(home / checkpoint.name.removesuffix("_checkpoint.pt")).best

@@ -1,4 +1,4 @@
-"""One start of a search: its settings, its processes, and the answer at the end."""
+"""Starts or continues a search: its settings, its processes, and its result."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Session:
-    """What was asked for. ``seeds`` is the number of those that confirm the best trial."""
+    """The request for a search. ``seeds`` is the number of seeds that confirm the best trial."""
 
     space: Space
     budget: Budget
@@ -38,14 +38,14 @@ class Session:
     workers: int
 
     def search(self, note: Note, stop: StopRequest) -> Search:
-        """What a process needs to take part."""
+        """Return the ``Search`` with which a process takes part."""
         settings = self.space.base.values
         study = SearchStudy(settings.output_dir, self.space, settings.seed)
         seeds = range(settings.seed, settings.seed + self.seeds)
         return Search(study, self.budget, seeds, train_and_release, note, stop)
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same for a search to be continued."""
+        """Return everything that must be the same to continue a search."""
         values = self.space.base.values.model_dump(mode="json")
         fixed = {name: values[name] for name in fixed_on_resume()}
         return fixed | {"searched": ", ".join(self.space.names)}
@@ -54,9 +54,9 @@ class Session:
 def open_session(
     loaded: LoadedSettings, wanted: Sequence[str], budget: Budget, seeds: int, workers: int
 ) -> tuple[Session, list[str]]:
-    """Decide what is searched, beginning from what ``clipft train`` would do with the settings.
+    """Choose the settings to search. The search begins with what ``clipft train`` would do.
 
-    Returns the session, and sentences about the defaults that follow the catalogue.
+    Returns the session, and sentences about the defaults that depend on the catalogue.
 
     Raises:
         DataError: there are no training pairs.
@@ -71,12 +71,12 @@ def open_session(
 
 
 def run_session(session: Session, note: Note) -> dict[str, Any]:
-    """Search, confirm the best trial, and write what was found; return the content of tune.json.
+    """Search, confirm the best trial, and write the result. Return the content of tune.json.
 
     Raises:
-        Interrupted: a signal asked to stop; what was begun can be continued.
-        UsageError: the folder holds another search, or the budget ended within the first run.
-        ClipftError: the run without any change failed, or the disk or the data did.
+        Interrupted: a signal asked to stop; the search can be continued.
+        UsageError: the folder holds another search, or the budget ended during the first run.
+        ClipftError: the run with the defaults failed, or there was an error of disk or data.
     """
     session.space.base.values.output_dir.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop:
@@ -94,8 +94,8 @@ def _side_by_side(session: Session, stop: StopRequest) -> None:
     """Search and confirm in several processes, and wait for them.
 
     Raises:
-        Interrupted: a signal asked to stop; what was begun can be continued.
-        ClipftError: the first error that one of them had.
+        Interrupted: a signal asked to stop; the search can be continued.
+        ClipftError: the first error of any process.
         ProcessError: all of them were killed.
     """
     context = multiprocessing.get_context("spawn")
@@ -117,14 +117,14 @@ def _side_by_side(session: Session, stop: StopRequest) -> None:
         raise Interrupted(f"stopped by {stop.name}; everything so far is kept", AGAIN)
     if not errors.empty():
         raise errors.get()
-    if all(worker.exitcode for worker in workers):  # the others do the work of one that was killed
+    if all(worker.exitcode for worker in workers):  # others continue the trials of a killed one
         code = workers[0].exitcode
         raise ProcessError(f"the processes of the search ended with exit code {code}", AGAIN)
 
 
 def _work(environment: dict[str, str], session: Session, errors: Any) -> None:
-    """Take part in a search, in a process of its own."""
-    os.environ.update(environment)  # before CUDA is asked for its devices
+    """Take part in a search; runs in a separate process."""
+    os.environ.update(environment)  # before CUDA lists its devices
     _use_threads(environment.get("OMP_NUM_THREADS"))
     end_with_parent()
 
@@ -142,7 +142,7 @@ def _work(environment: dict[str, str], session: Session, errors: Any) -> None:
 
 
 def _use_threads(count: str | None) -> None:
-    """Let torch use so many threads: it was imported before the environment was set."""
+    """Set torch's number of threads, because torch was imported before the environment was set."""
     if count:
         import torch
 

@@ -26,14 +26,14 @@ MakeSoup = Callable[[Sequence[Path], Path, Settings, Note], Mapping[str, Any] | 
 def souped(
     search: Search, runs: Sequence[ConfirmingRun], variant: str, make: MakeSoup
 ) -> dict[str, Any] | None:
-    """Average the chosen settings' runs and the next best trials.
+    """Average the runs with the chosen settings and the next best trials.
 
-    What was found is kept, so that nothing is measured twice.
+    The result is stored, so that nothing is measured twice.
 
     Args:
-        search: whose trials are averaged.
+        search: the search whose trials are averaged.
         runs: the confirming runs that have ended.
-        variant: the variant of these that was chosen.
+        variant: the variant that was chosen.
         make: makes the soup.
 
     Returns:
@@ -46,7 +46,7 @@ def souped(
     if saved and saved.get("of") == key:
         return saved["found"]  # type: ignore[no-any-return]
     target = search.study.folder / FOLDER
-    shutil.rmtree(target, ignore_errors=True)  # of a smaller budget
+    shutil.rmtree(target, ignore_errors=True)  # from a search with a smaller budget
     made = make(members, target, search.space.base.values, search.note)
     found = {**made, "folder": str(target)} if made else None
     write_json(state, {"of": key, "found": found}, indent=1)
@@ -54,7 +54,7 @@ def souped(
 
 
 def _members(search: Search, runs: Sequence[ConfirmingRun], variant: str) -> list[Path]:
-    """The folders of the runs to average: one of the chosen settings is the first."""
+    """Return the folders of the runs to average. The first one has the chosen settings."""
     chosen = [run.folder for run in runs if run.variant == variant and not run.failed]
     finished = [trial for trial in search.study.trials() if trial.state == "finished"]
     finished.sort(key=lambda trial: (-(trial.recall or 0.0), trial.number))
@@ -69,12 +69,12 @@ def _members(search: Search, runs: Sequence[ConfirmingRun], variant: str) -> lis
 def greedy_soup(
     folders: Sequence[Path], target: Path, settings: Settings, note: Note
 ) -> dict[str, Any] | None:
-    """Average the runs that share their base model and their kind of weights with the first one.
+    """Average the runs that have the same base model and kind of weights as the first one.
 
     Args:
-        folders: of the runs.
+        folders: the folders of the runs.
         target: the folder that receives the soup.
-        settings: what all runs are measured on.
+        settings: the settings with which all runs are measured.
         note: receives a sentence.
 
     Returns:
@@ -105,7 +105,7 @@ def _mixable(folders: Sequence[Path], settings: Settings) -> "list[Member]":
     for folder in folders:
         checkpoint = find_checkpoint(folder, settings)
         content = check_checkpoint(checkpoint)
-        # A trial may add captions in training, but all are measured with those of the user
+        # A trial may add captions in training, but all trials are measured with the user's captions
         own = Settings(**{**content["settings"], "caption": settings.caption})
         member = Member(folder, checkpoint, own)
         try:

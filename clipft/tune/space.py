@@ -1,9 +1,9 @@
-"""What a search may change, and between which values.
+"""The settings that a search may change, and their values.
 
-A search changes settings that the user has not set. Each of its parameters has the name of its
-setting, except for learning rates: these are multiples of the rate that is the default for the
-scenario and the model, so that what was learned in one scenario helps in another. That of the
-projections is a multiple of the trial's own rate.
+A search changes settings that the user has not set. Each parameter of a trial has the name of its
+setting. Learning rates are given as multiples of the default rate for the scenario and the model,
+so that a good value in one scenario is a good guess in another. The rate of the projections is a
+multiple of the trial's own rate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _ROUNDED = frozenset((*RATES, "lora_dropout", "wd", "layer_decay"))
 _SMALLEST_BATCH = 16
 _MOST_FIELDS = 4
 _LONGEST_FIELD = 60
-"""Characters of a field's value. Longer ones are descriptions rather than attributes."""
+"""The most characters in the value of an attribute. Longer values are descriptions."""
 _SAMPLED = 64
 """Pairs whose metadata is read to find fields for captions."""
 
@@ -38,10 +38,10 @@ SEARCHED = (
     *("effective_batch_size", "epochs", "ema", "augmentation", "positives"),
     "caption",
 )
-"""What is searched unless the user names the settings."""
+"""The settings that are searched unless the user names others."""
 
 SEARCHABLE = (*SEARCHED, "layer_decay", "logit_scale", "loss")
-"""All that can be searched. The last ones rarely help, so they are left out by default."""
+"""All settings that can be searched. The last ones rarely help, so they are not in ``SEARCHED``."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Space:
     """The settings that are searched, and the run that the search begins from.
 
     Attributes:
-        base: the run without any change, as bare ``clipft train`` would do it.
+        base: the run without any change, as plain ``clipft train`` would do it.
         given: the settings that the user has set, by name.
         names: the settings that are searched, in the order of ``SEARCHABLE``.
         pairs: the number of training pairs.
@@ -75,7 +75,7 @@ class Space:
         return {name: parameters.get(name, _standard(name)) for name in names}
 
     def allows(self, name: str, value: Any) -> bool:
-        """Whether a searched setting may have a value."""
+        """Return whether a searched setting may have this value."""
         if name in RATES:
             return _RATE_RANGE[0] <= float(value) <= _RATE_RANGE[1]
         if name == "epochs":
@@ -88,8 +88,8 @@ class Space:
         """Let Optuna choose the parameters of a trial.
 
         Args:
-            trial: Optuna's.
-            most_epochs: what there is time for.
+            trial: the trial of Optuna.
+            most_epochs: the most epochs that there is time for.
             best: the parameters of the best trial so far, whose learning rates are varied.
         """
         found = dict[str, Any]()
@@ -105,7 +105,7 @@ class Space:
         base = self.base.values
         if name == "epochs":
             high = int(min(2 * base.epochs, max(most_epochs, self.fewest_epochs)))
-            # A move may want more, and would get it
+            # A move may ask for more epochs, and Optuna would accept them
             return min(high, trial.suggest_int(name, self.fewest_epochs, high, log=True))
         if name == "lora_dropout":
             return trial.suggest_float(name, 0.0, 0.5, step=0.05)
@@ -117,7 +117,7 @@ class Space:
 
     @property
     def fewest_epochs(self) -> int:
-        """The epochs of the shortest trial."""
+        """The fewest epochs of a trial."""
         epochs = self.base.values.epochs
         return max(1, epochs // 2) if "epochs" in self.names else epochs
 
@@ -146,7 +146,7 @@ class Space:
         return listed[name]
 
     def changes(self, parameters: Parameters) -> dict[str, Any]:
-        """The settings that a trial changes. Of the default parameters these are none."""
+        """Return the settings that a trial changes; empty for the default parameters."""
         default, base = self.default(), self.base.values
         rounded = {n: _rounded(v) if n in _ROUNDED else v for n, v in parameters.items()}
         changed = {n: v for n, v in rounded.items() if v != default.get(n, _standard(n))}
@@ -158,23 +158,23 @@ class Space:
         if "lora_r" in changed and "lora_alpha" not in self.given:
             changed["lora_alpha"] = base.lora_alpha / base.lora_r * changed["lora_r"]
         if {"epochs", "effective_batch_size"} & changed.keys():
-            # Otherwise one of them would be chosen anew to suit the other
+            # Otherwise one of them would be adjusted to the other
             sizes = {n: getattr(base, n) for n in ("epochs", "effective_batch_size")}
             changed |= {n: v for n, v in sizes.items() if n not in {*self.given, *changed}}
         return changed
 
     def rate(self, scenario: str) -> float:
-        """The learning rate of a scenario if the search does not change it."""
+        """Return the learning rate of a scenario if the search does not change it."""
         if "lr" in self.given:
             return float(self.given["lr"])
         own = own_learning_rates(self.base.values.model)
         return own.get(scenario) or SCENARIOS[scenario].lr or Settings.model_fields["lr"].default
 
     def settings(self, changed: Mapping[str, Any], **own: Any) -> LoadedSettings:
-        """The settings of a run with these changes; ``own`` are its folder and its seed."""
+        """Return the settings of a run with these changes; ``own`` has its folder and its seed."""
         fixed = {
             "enable_s3_checkpoints": False,  # they would all have the same name in the bucket
-            "processes": 1,  # several trials at once use a machine better than one that shares it
+            "processes": 1,  # several trials at a time use a machine better than a distributed one
             "shard_weights": False,
         }
         return load_settings({**self.given, **changed, **fixed, **own}, environ={})
@@ -206,12 +206,12 @@ def open_space(
     pairs: int,
     metadata: WithMetadata | None,
 ) -> Space:
-    """Decide what is searched, from a run that trains something.
+    """Choose the settings to search, starting from a run that trains something.
 
     Args:
         base: the run without any change.
         given: the settings that the user has set.
-        wanted: the settings to search; none means those of ``SEARCHED`` that the user left open.
+        wanted: the settings to search; if empty, those of ``SEARCHED`` that the user has not set.
         pairs: the number of training pairs.
         metadata: these pairs, if their metadata can be read.
 
@@ -236,13 +236,13 @@ def open_space(
 
 
 def caption_choices(settings: Settings, metadata: WithMetadata | None) -> tuple[str, ...]:
-    """Caption templates to choose from; the first one is that of the settings.
+    """Return the caption templates to choose from; the first one is that of the settings.
 
     The others only add captions for training. Evaluation uses the first alternative of a template,
     so all trials are measured with the same captions.
     """
     own = settings.caption
-    if "||" in own or settings.fields:  # the user has already said what to train with
+    if "||" in own or settings.fields:  # the user has chosen the captions to train with
         return (own,)
     found = [own]
     if own.strip() == "{caption}":
@@ -254,7 +254,7 @@ def caption_choices(settings: Settings, metadata: WithMetadata | None) -> tuple[
 
 
 def _attributes(settings: Settings, metadata: WithMetadata) -> list[str]:
-    """Fields that half of the pairs have as a short text: a name, a color, a material."""
+    """Return the fields with a short text in half of the pairs: a name, a color, a material."""
     count = min(_SAMPLED, len(metadata))
     sample = [metadata.metadata(n * len(metadata) // count) for n in range(count)]
     names = list(dict.fromkeys(name for pair in sample for name in field_names(pair)))
@@ -268,7 +268,7 @@ def _attributes(settings: Settings, metadata: WithMetadata) -> list[str]:
 
 
 def _is_attribute(value: str) -> bool:
-    """Whether a value reads like a name, a color or a material: no code, path or description."""
+    """Return whether a value looks like a name, a color or a material: no code, path or text."""
     letters = any(character.isalpha() for character in value)
     code = " " not in value and any(character.isdigit() for character in value)
     return letters and not code and len(value) <= _LONGEST_FIELD and "/" not in value
@@ -284,7 +284,7 @@ def _applies(name: str, scenario: str) -> bool:
     declared = SCENARIOS[scenario]
     if name.startswith("lora_"):
         return bool(declared.lora)
-    if name == "lr_projections":  # without other weights beside them it is the same as lr
+    if name == "lr_projections":  # if only projections are trained, it is the same as lr
         return bool(declared.lora) or declared.full
     return declared.full or name != "layer_decay"
 
@@ -295,11 +295,11 @@ def _standard(name: str) -> Any:
 
 
 def _rounded(value: float) -> float:
-    """Two digits say enough of a rate."""
+    """Round a rate to two significant digits."""
     return float(f"{value:.2g}")
 
 
 def described(changes: Mapping[str, Any]) -> str:
-    """Changes in short, for people: ``scenario=full lr=0.002``."""
+    """Format changes for the user: ``scenario=full lr=0.002``."""
     shown = (f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in changes.items())
     return " ".join(shown) or "the defaults"

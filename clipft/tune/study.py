@@ -1,9 +1,9 @@
-"""The memory of a search: Optuna's study in the output folder, and who works on which trial.
+"""Stores the state of a search: Optuna's study in the output folder, and who runs which trial.
 
-The study is a journal that several processes append to, so a search goes on after a kill, and more
-than one process can work on it. A process holds a lock on the folder of the trial that it trains:
-a trial that is not finished and whose folder nobody holds belongs to a process that is gone, and
-the next one continues it from its checkpoint.
+The study is a journal that several processes append to, so a search can continue after a kill, and
+several processes can run trials. A process locks the folder of the trial that it trains. If a trial
+is not finished and its folder is not locked, its process has ended, and another process continues
+it from its checkpoint.
 """
 
 import fcntl
@@ -27,19 +27,19 @@ JOURNAL = "study.log"
 _TURN = ".turn"
 _NAME = "clipft"
 _RANDOM_TRIALS = 4
-"""Trials, with the defaults and the moves, before the sampler learns from them."""
+"""The number of trials, including the defaults and the moves, from which the sampler learns."""
 _NEVER_STOPPED = 4
-"""The first trials run to their end: among so few, the slower start of a higher rate or of more
+"""The first trials are never pruned: among so few, the slower start of a higher rate or of more
 dropout would decide."""
 _ENOUGH_TO_TELL = 12
-"""Trials of a scenario from which the importance of its settings is estimated."""
+"""The fewest trials of a scenario from which the importance of its settings is estimated."""
 _FIRST_RUNG, _KEPT = 50, 2
-"""Successive halving compares trials after 50% of their epochs, and the better half goes on. A
-quarter of them says little: the rates that end highest are no better yet."""
+"""Successive halving compares trials after 50% of their epochs, and the better half continues.
+After 25%, the rates that are best in the end are not better yet."""
 _MOST_STARTS = 3
-"""A trial whose process is killed so often within one epoch is given up: memory may be short."""
+"""A trial is given up if its process is killed this often in one epoch: memory may run out."""
 _NOTED_EVERY = 2.0
-"""Seconds between two notes of the time that was spent, each of which is written to the disk."""
+"""Seconds between two records of the elapsed time. Each record is written to the disk."""
 _SETTINGS, _CHANGES, _STARTS, _ABOUT = "settings", "changes", "starts", "about"
 _MOVE = "move"
 
@@ -50,21 +50,21 @@ def quiet_optuna() -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    # A move may lead further than the sampler goes
+    # A move may use values outside the sampler's range
     warnings.filterwarnings("ignore", message="Fixed parameter .* is out of range")
     return optuna
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial of the search, as far as it has come.
+    """The current state of a trial.
 
     Attributes:
         number: counted from 0, which is the run without any change.
         state: ``running``, ``finished``, ``pruned`` or ``failed``.
         changes: the settings that differ from the base run.
         recall: the best mean recall on the validation pairs so far, None before the first epoch.
-        about: what was noted of it, such as ``error``, ``seconds`` and ``steps``.
+        about: recorded facts, such as ``error``, ``seconds`` and ``steps``.
     """
 
     number: int
@@ -76,7 +76,7 @@ class Trial:
 
 @dataclass
 class Claim:
-    """A trial that this process works on; ``handle`` is Optuna's."""
+    """A trial that this process runs. ``handle`` is the trial of Optuna."""
 
     handle: Any
     changes: dict[str, Any]
@@ -87,27 +87,27 @@ class Claim:
         return int(self.handle.number)
 
     def report(self, percent: int, recall: float) -> bool:
-        """Report the best recall after so many percent of the epochs; True ends the trial."""
+        """Report the best recall after ``percent``% of the epochs; return True to end the trial."""
         if percent in self.reported():
-            return False  # before this process took the trial over
+            return False  # an earlier process has reported it
         self.handle.report(recall, percent)
-        prune = bool(self.handle.should_prune())  # asked of each, as later trials compare with it
+        prune = bool(self.handle.should_prune())  # always asked, because later trials compare
         return prune and self.number >= _NEVER_STOPPED
 
     def note(self, **facts: Any) -> None:
-        """Keep facts about the trial, besides those that are kept already."""
+        """Add facts about the trial to the stored ones."""
         self.handle.set_user_attr(_ABOUT, {**self.handle.user_attrs.get(_ABOUT, {}), **facts})
 
     def about(self) -> dict[str, Any]:
-        """The facts that are kept."""
+        """Return the stored facts."""
         return dict(self.handle.user_attrs.get(_ABOUT, {}))
 
     def release(self) -> None:
-        """Leave the trial to whoever continues it, as the user wants."""
+        """Let another process continue the trial, because the user has stopped this one."""
         self.handle.set_user_attr(_STARTS, (0, 0))
 
     def reported(self) -> dict[int, float]:
-        """What was reported of the trial, by this process or an earlier one."""
+        """Return the reported recall by percent, from this process or an earlier one."""
         trials = self.handle.study.get_trials(deepcopy=False)
         return dict(trials[self.number].intermediate_values)
 
@@ -129,7 +129,7 @@ class Claim:
 
 
 class SearchStudy:
-    """The study in a folder. ``seed`` decides, with a trial's number, what the sampler draws."""
+    """The study in a folder. The sampler depends on ``seed`` and the number of the trial."""
 
     def __init__(self, folder: Path, space: Space, seed: int) -> None:
         self.folder, self.space, self.seed = folder, space, seed
@@ -151,7 +151,7 @@ class SearchStudy:
         self._began = self._noted = time.time()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Begin the search, or make sure that the one in the folder is the same.
+        """Begin the search, or check that the search in the folder is the same.
 
         Raises:
             UsageError: the folder holds a search with other settings.
@@ -172,13 +172,14 @@ class SearchStudy:
 
     @contextmanager
     def claim(self, most_epochs: Callable[[], float]) -> Iterator[Claim | None]:
-        """Take a trial that its process has left, or begin one.
+        """Claim an abandoned trial, or begin a new one.
 
         Args:
-            most_epochs: returns how many epochs another trial may have, 0 if none may begin. It is
-                called while no other process begins one.
+            most_epochs: returns the most epochs of another trial, 0 if none may begin. While it
+                runs, no other process can begin a trial.
 
-        Yields None if there is nothing to do now. Nobody else takes the trial within the block.
+        Yields None if there is nothing to do now. No other process can claim the trial inside the
+        block.
         """
         with ExitStack() as held:
             with self.turn():
@@ -228,13 +229,13 @@ class SearchStudy:
         ]
 
     def _best_parameters(self) -> Parameters:
-        """The parameters of the best trial that has ended; none before the first one has."""
+        """Return the parameters of the best trial that has ended; empty if none has."""
         done = [attempt for attempt in self._attempts() if attempt.recall is not None]
         best = max(done, key=lambda attempt: attempt.recall or 0.0, default=None)
         return best.parameters if best else {}
 
     def _prepare_sampler(self, number: int) -> None:
-        """Draw by the number of the trial, so that a search that was killed continues alike."""
+        """Seed the sampler by the trial's number, so that a killed search continues as before."""
         self.study.sampler = self._optuna.samplers.TPESampler(
             n_startup_trials=_RANDOM_TRIALS,
             seed=self.seed * 100_003 + number,
@@ -270,16 +271,16 @@ class SearchStudy:
         return found
 
     def importances(self) -> dict[str, float]:
-        """The share of each setting in what separates the best trials from the others.
+        """Return the importance of each setting: its share in what makes the best trials better.
 
-        Computed by PED-ANOVA (Watanabe et al. 2023) for the trials in the scenario of the best one;
-        empty if these are too few to tell.
+        It is computed by PED-ANOVA (Watanabe et al. 2023) for the trials in the scenario of the
+        best one; empty if there are too few.
         """
         trials, frozen = self.trials(), self.study.get_trials(deepcopy=False)
         done = [t for t in trials if t.state in ("finished", "pruned") and t.recall is not None]
         best = max(done, key=lambda trial: trial.recall or 0.0, default=None)
         scenario = frozen[best.number].params.get("scenario") if best else None
-        # Optuna looks at finished trials alone, which are all good in what mattered
+        # Optuna only uses finished trials, which all have good values of the important settings
         every = self._optuna.create_study(direction="maximize")
         for trial in done:
             own = frozen[trial.number]
@@ -295,14 +296,14 @@ class SearchStudy:
         return {name: float(share) for name, share in found.items() if name != "scenario"}
 
     def tick(self) -> None:
-        """Note from time to time that this process is still at work."""
+        """Record from time to time that this process is still running."""
         now = time.time()
         if now - self._noted > _NOTED_EVERY:
             self._noted = now
             self.study.set_user_attr(self._worker, [self._began, now])
 
     def elapsed(self) -> float:
-        """The seconds in which any process has been at work, on this and earlier starts."""
+        """Return the seconds in which any process has been running, including earlier starts."""
         times = [v for n, v in self.study.user_attrs.items() if n.startswith("worker ")]
         return covered([*times, [self._began, time.time()]])
 
@@ -311,7 +312,7 @@ class SearchStudy:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait until no other process is choosing a trial or writing what was found."""
+        """Wait until no other process is choosing a trial or writing the result."""
         descriptor = os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -321,7 +322,7 @@ class SearchStudy:
 
 
 def covered(intervals: Sequence[Sequence[float]]) -> float:
-    """The total length of intervals, where those that overlap count once."""
+    """Return the total length of intervals; overlaps count once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted((start, end) for start, end in intervals):
         total += max(0.0, end - max(start, reached))

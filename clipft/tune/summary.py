@@ -1,4 +1,4 @@
-"""What a search found: its trials ranked, what mattered, the verdict, and the settings to use."""
+"""The result of a search: ranked trials, importances, the verdict, and the settings to use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from clipft.tune.study import Trial
 
 RESULT, BEST, MEASURED = "tune.json", "best.toml", "measured.json"
 _OF_A_RUN = frozenset({"output_dir", "resume_from_checkpoint", "enable_s3_checkpoints"})
-"""Settings that say where a run is kept, rather than what it does."""
+"""Settings for where a run is stored, which do not change its results."""
 
 Json = Mapping[str, Any]
 
@@ -79,14 +79,14 @@ def _trial(trial: Trial, search: Search) -> dict[str, Any]:
 
 
 def ranked(trials: Sequence[Json]) -> list[Json]:
-    """The trials of tune.json: finished ones by recall, then those that were stopped, by recall,
-    then those that failed."""
+    """Sort the trials of tune.json: finished trials by recall, then pruned ones by recall, then
+    running and failed ones."""
     order = {"finished": 0, "pruned": 1, "running": 2, "failed": 3}
     return sorted(trials, key=lambda t: (order[t["state"]], -(t["recall"] or 0.0), t["number"]))
 
 
 def verdict(chosen: Trial, best: Trial, comparison: Json, figures: Json) -> str:
-    """Say which settings to use, and what they are worth on pairs that have not chosen them."""
+    """Say which settings to use, and their result on pairs that were not used to choose them."""
     pairs = f"the {SPLIT_TITLES[figures['split']]} pairs"
     before, after, change = (figures[name] for name in (DEFAULTS, WINNER, "difference"))
     if not best.number:
@@ -121,7 +121,7 @@ def _soup_words(soup: Json | None) -> str:
 
 
 def _subject(number: int, pairs: str, change: Json) -> str:
-    """The beginning of the verdict on a trial, up to its figures."""
+    """Return the beginning of the verdict on a trial, up to its figures."""
     if change.get("clear") is False:
         return f"No clear difference: with trial {number}, mean recall on {pairs} goes"
     if change["value"] > 0:
@@ -141,8 +141,8 @@ def _points(difference: float) -> str:
 
 
 def best_toml(search: Search, chosen: Trial) -> str:
-    """The chosen settings as TOML for ``train --config``: those that the user has set, and those
-    that the search has changed."""
+    """Return the chosen settings as TOML for ``train --config``: those that the user has set, and
+    those that the search has changed."""
     values = search.space.settings(chosen.changes).values.model_dump(mode="json")
     own = {name for name in search.space.given if name not in _OF_A_RUN}
     lines = [

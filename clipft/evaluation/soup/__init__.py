@@ -1,1 +1,1 @@
-"""``clipft soup``: the mean of several models' weights, and which of them to take."""
+"""``clipft soup``: averages the weights of several models, and chooses which models to use."""

@@ -1,8 +1,9 @@
 """Model soups: the mean of the weights of several runs (Wortsman et al. 2022, arXiv:2203.05482).
 
-The greedy soup starts with the run of the highest validation recall and tries the others in their
-order. A run is kept unless the soup with it is clearly worse than the best so far, by the paired
-interval of the difference. Test pairs take no part in that, so the verdict on them is fair.
+The greedy soup starts with the run of the highest validation recall and tries to add the others in
+the order of their recall. A run is kept unless it makes the soup clearly worse than the best so
+far, by the paired interval of the difference. Test pairs are not used for this, so the final result
+on them is fair.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ from clipft.runs.folder import RunPaths
 
 @dataclass(frozen=True)
 class Tried:
-    """A run, its own validation recall, and what came of adding it to the soup.
+    """A run, its own validation recall, and the result of adding it to the soup.
 
-    ``recall`` and ``change`` are those of the soup with it, against the best so far; None for the
-    first run, and for a soup without a choice.
+    ``recall`` is that of the soup with the run, and ``change`` the difference to the best so far.
+    Both are None for the first run, and if all runs are used without a choice.
     """
 
     member: Member
@@ -96,12 +97,12 @@ class Soup:
 
 
 def make_soup(members: Sequence[Member], uniform: bool, note: Note) -> Soup:
-    """Average runs and measure the result beside its best member and the pretrained model.
+    """Average runs, and compare the result with the best member and the pretrained model.
 
     Args:
-        members: at least two, which ``check_mixable`` lets pass; their settings are those of the
-            evaluation.
-        uniform: take all of them, instead of choosing by the validation pairs.
+        members: at least two members that ``check_mixable`` accepts; their settings are those of
+            the evaluation.
+        uniform: use all members instead of choosing by the validation pairs.
         note: receives a sentence for each run.
 
     Raises:
@@ -143,7 +144,7 @@ def choose(
 
     Args:
         measured: the members and their figures on the validation pairs, the best first.
-        validation: what each soup is measured on.
+        validation: the pairs on which each soup is measured.
         note: receives a sentence for each member but the first.
     """
     best, first = measured[0]

@@ -1,10 +1,11 @@
 """The mean of several fine-tuned models' weights, exact for whole weights and for LoRA.
 
-Whole weights are averaged one by one. The mean of LoRA adapters is not the adapter of mean
-matrices, because a product is not linear in both. So the ranks are put side by side: with
-``B = [s1 B1 / k, s2 B2 / k, ...]`` and ``A = [A1; A2; ...]``, ``B A`` is the mean of the k changes
-``si Bi Ai``. The mixture is a LoRA model of the sum of their ranks and with a scale of 1, which all
-of clipft opens; a member without an adapter at some layer adds no change there.
+Whole weights are averaged one by one. The mean of LoRA adapters is not the adapter with the mean
+matrices, because the product of two means is not the mean of the products. So the matrices are
+concatenated along the rank: with ``B = [s1 B1 / k, s2 B2 / k, ...]`` and ``A = [A1; A2; ...]``,
+``B A`` is the mean of the k changes ``si Bi Ai``. The mixture is a LoRA model whose rank is the sum
+of the ranks and whose scale is 1, which all commands can open. A member without an adapter at some
+layer adds no change there.
 """
 
 import math
@@ -19,15 +20,15 @@ from clipft.config.sources import option_of
 from clipft.core.errors import UsageError
 
 _SAME = ("context_length", "image_size", "loss")
-"""Settings that decide what the weights are for; only equal ones can be averaged."""
+"""Settings that determine the meaning of the weights. They must be equal in all members."""
 _MEASURED = ("caption", "caption_lines", "fields", "label_prompts", "group_field")
-"""Settings that decide what the members are measured on."""
+"""Settings that determine on what the members are measured."""
 _CHANGED_BASE = {"olora", "pissa"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A model to average: a checkpoint, the run it was named by, and its settings."""
+    """A model to average: its checkpoint, its run as the user named it, and its settings."""
 
     run: Path
     checkpoint: Path
@@ -42,20 +43,20 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """Which weights train: models of one kind can be averaged."""
+        """The kind of the trained weights. Models of the same kind can be averaged."""
         scenario = self.settings.declared_scenario
         return "LoRA" if scenario.lora else scenario.name
 
     @property
     def lora_scale(self) -> float:
-        """What PEFT multiplies the product of both matrices with."""
+        """The factor by which PEFT multiplies the product of both matrices."""
         rank = self.settings.lora_r
         return self.settings.lora_alpha / (math.sqrt(rank) if self.settings.lora_rslora else rank)
 
 
 def check_mixable(members: Sequence[Member], contents: Sequence[dict[str, Any]]) -> None:
-    """Check that the weights of several checkpoints can be averaged. ``contents`` may be those of
-    ``check_checkpoint``; an empty one is not checked.
+    """Check that the weights of several checkpoints can be averaged. ``contents`` may be from
+    ``check_checkpoint``; empty ones are not checked.
 
     Raises:
         UsageError: they were trained from other models or on other pairs, or train other weights.
@@ -124,13 +125,13 @@ def mixed_settings(members: Sequence[Member]) -> Settings:
 
 
 def _scenario_of(members: Sequence[Member]) -> str:
-    """The LoRA scenario that trains what any of the members trains."""
+    """Return the LoRA scenario that trains the towers of all members."""
     towers = {tower for member in members for tower in member.settings.declared_scenario.lora}
     return next(name for name, known in SCENARIOS.items() if towers and set(known.lora) == towers)
 
 
 def _targets_of(members: Sequence[Member]) -> str:
-    """The smallest set of layers that has the adapters of all members."""
+    """Return the smallest set of layers that covers the adapters of all members."""
     from clipft.models.trainable import TARGETS
 
     needed = {layer for m in members for layer in TARGETS[m.settings.lora_targets]}
@@ -142,9 +143,9 @@ def mixed_state(members: Sequence[Member], start: dict[str, Any]) -> dict[str, A
     """Average the trained weights of ``members``.
 
     Args:
-        members: models that ``check_mixable`` lets pass.
-        start: the weights of ``mixed_settings`` before training, which a member has that does not
-            train them.
+        members: models that ``check_mixable`` accepts.
+        start: the weights of ``mixed_settings`` before training, used for members that do not train
+            them.
     """
     import torch
 
