@@ -1,1 +1,1 @@
-"""Lets several processes work on one run: collectives, work for rank zero, and the rendezvous."""
+"""Runs with several processes: collectives, functions for rank zero, and the rendezvous."""

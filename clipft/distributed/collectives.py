@@ -1,8 +1,8 @@
-"""What the processes of one run do together, as explicit collectives.
+"""The collectives between the processes of a run.
 
 ``Processes`` is a run of one process, in which every collective is trivial.
-``DistributedProcesses`` does the same over torch.distributed. What happens within a training step
-goes through ``step_channel.py``.
+``DistributedProcesses`` uses torch.distributed. Inside a training step, processes communicate
+through ``step_channel.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,11 +65,11 @@ class Processes:
         return [value]
 
     def broadcast_object(self, value: T) -> T:
-        """Return rank zero's (pickled) value, however long rank zero takes to get here."""
+        """Return rank zero's (pickled) value. There is no timeout for rank zero."""
         return value
 
     def barrier(self) -> None:
-        """Wait until all processes are here, however long they take."""
+        """Wait without a timeout until all processes have called this."""
 
 
 ALONE = Processes()
@@ -80,9 +80,9 @@ ALONE = Processes()
 class DistributedProcesses(Processes):
     """Processes that talk over torch's default group: gloo for CPU tensors, NCCL for CUDA's.
 
-    ``patient_group`` is a gloo group without a timeout, for work that takes as long as it takes.
-    ``roll`` tells who is missing there, in lines for ``note``.
-    A process that ends closes its sockets, which the others notice at once.
+    ``patient_group`` is a gloo group without a timeout, for work of unknown duration. ``roll``
+    tells which processes are missing there, in lines for ``note``. A process that ends closes its
+    sockets, which the others notice at once.
     """
 
     patient_group: Any = None

@@ -1,4 +1,4 @@
-"""Work that one process does for the others, and errors that all of them raise together."""
+"""Runs functions on one process for all others, and raises the same error on all processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ def _attempt(work: Callable[[], Any]) -> _Outcome:
 def _agree(processes: Processes, outcome: _Outcome, numbers: Sequence[int] = ()) -> list[list[int]]:
     """Return the numbers of all processes, or raise the error of the lowest rank that had one.
 
-    Errors are seldom, so a number tells first whether there are any to be gathered.
+    Errors are rare, so they are gathered only if a number from some process announces one.
     """
     told = processes.gather_integers([int(outcome.error is not None), *numbers])
     if any(header[0] for header in told):
@@ -76,8 +76,8 @@ def on_each_machine(processes: Processes, work: Callable[[], object]) -> None:
 def rank_zero_first(processes: Processes, work: Callable[[], T]) -> T:
     """Run ``work`` on one process of each machine, and then on the others.
 
-    Use it for work that leaves a cache on disk: the others find it there. If the first process
-    fails, the others do not try, and its error is raised on every rank.
+    Use it for work that writes a cache on disk, which the other processes then read. If the first
+    process fails, the others do not try, and its error is raised on every rank.
     """
     made: list[T] = []
     on_each_machine(processes, lambda: made.append(work()))

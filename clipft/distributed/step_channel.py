@@ -1,7 +1,7 @@
-"""What the processes of a run tell each other during a training step.
+"""The communication between the processes of a run during a training step.
 
-``exchange`` shows every process the embeddings of all, and ``sum`` adds up the gradients. Each of
-the two has four parts:
+``exchange`` gives every process the embeddings of all processes, and ``sum`` adds up the gradients.
+Each of the two has four parts:
 
 1. agree: a header of fixed length over the CPUs (gloo). It says what each process brings, and
    whether it has run out of memory since the last agreement;
@@ -125,7 +125,7 @@ ALONE = StepChannel()
 
 
 def open_channel(processes: Processes, parameters: int) -> StepChannel:
-    """The channel between ``processes``, which add up at most so many ``parameters``."""
+    """Open the channel between ``processes``; ``parameters`` is the most that ``sum`` adds up."""
     if processes.world_size == 1:
         return ALONE
     return DistributedStepChannel(processes, parameters)

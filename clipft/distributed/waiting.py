@@ -1,8 +1,8 @@
-"""Waits for the other processes of a run, and says for whom and for how long.
+"""Waits for the other processes of a run, and tells the user which ones are missing.
 
 The processes meet at a ``TCPStore``, a small table of keys that rank zero (or torchrun's agent)
-serves. torch would wait for the others inside of C++, where nothing is printed and Ctrl-C is not
-heard. Here each process writes a key when it arrives, and the others look for it.
+serves. torch would wait inside C++, where it prints nothing and does not react to Ctrl-C. Here each
+process writes a key when it arrives, and the others look for it.
 """
 
 import os
@@ -55,7 +55,7 @@ def named(ranks: Sequence[int]) -> str:
 
 
 class Roll:
-    """The keys by which the processes know who has arrived at a place in the run."""
+    """The keys that show which processes have arrived at a place in the run."""
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size

@@ -1,1 +1,1 @@
-"""Turns arrays of embeddings into figures with intervals. Knows no model and reads no file."""
+"""Computes figures with intervals from arrays of embeddings, without models or files."""

@@ -2,9 +2,9 @@
 
 Whole clusters are resampled with replacement, and each figure is recomputed as the mean over the
 queries of the resampled clusters (percentile intervals: Efron & Tibshirani 1993, chapter 13). The
-resamples depend on the seed and the number of clusters alone. Two models measured on the same
-pairs therefore meet the same resamples, and subtracting them resample by resample gives the
-interval of their difference.
+resamples depend only on the seed and the number of clusters. Two models measured on the same pairs
+therefore have the same resamples, and subtracting them resample by resample gives the interval of
+their difference.
 """
 
 from collections.abc import Sequence

@@ -110,7 +110,7 @@ def label_embeddings(
 def classify(
     images: Tensor, targets: Tensor, label_vectors: Tensor, names: Sequence[str]
 ) -> Classification:
-    """Give each image the label with the nearest vector, and none to an image that is not a number.
+    """Give each image the label with the nearest vector; embeddings with NaN get no label.
 
     Args:
         images: float [N, D] of unit length.

@@ -1,8 +1,7 @@
-"""How sure a difference is: over seeds, over queries, and among several comparisons at once.
+"""The significance of a difference: over seeds, over queries, and among several comparisons.
 
-Ablations, searches and soups compare runs with these functions. Runs are compared pair by pair,
-since two runs with the same seed, or two models that answer the same queries, share much of their
-chance.
+Ablations, searches and soups compare runs with these functions. Comparisons are paired, because two
+runs with the same seed, or two models with the same queries, share much of their random variation.
 
 - Over seeds: the mean difference with Student's t interval and the p-value of the paired t-test.
 - Over queries: the percentiles of resampled differences (see ``metrics.bootstrap``).

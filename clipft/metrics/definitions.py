@@ -145,10 +145,10 @@ def upper_bound_ranks(
 
 
 def _ranks_apart(queries: Integers, least: Integers, weights: Integers) -> Integers:
-    """Give equal queries different ranks, as low as can be but none below its own ``least``.
+    """Give equal queries different ranks, as low as possible but not below their own ``least``.
 
-    Of two that could have a rank, the one with the larger weight gets it. As what is not chosen
-    can still be chosen for the next rank, this is best for every cutoff and for the mean.
+    If two queries could have a rank, the one with the larger weight gets it. The other can still
+    get the next rank, so this is best for every cutoff and for the mean.
     """
     order = np.lexsort((least, queries))
     place = places_among_equals(queries[order])

@@ -48,7 +48,7 @@ def photo_figures(
     distinct = images[related.image_pairs]
     edges = torch.from_numpy(queries), torch.from_numpy(right)
     ranks = ranks_of(distinct, distinct, *edges, memory).numpy()
-    # A query is no candidate of its own: what it is ranked before moves up by one
+    # A query is not its own candidate, so all candidates ranked after it move up by one
     itself = queries == right
     asked, numbers = np.unique(queries, return_inverse=True)
     ranks = ranks - (ranks > ranks[itself][numbers])

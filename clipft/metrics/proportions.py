@@ -1,4 +1,4 @@
-"""The share of yes-or-no outcomes: its interval, and the test of two sides that compete."""
+"""The interval of a share of yes-or-no outcomes, and the sign test of wins against losses."""
 
 from math import comb, sqrt
 

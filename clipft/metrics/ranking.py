@@ -1,10 +1,10 @@
 """Ranks of the right candidates, computed without ever holding the whole score matrix.
 
 The rank of a candidate for a query is its place, counted from 1, when all candidates are sorted
-by falling score (dot product); equal scores are sorted by rising index. A candidate that is not a
-number comes after all others, and a query that is not a number finds its candidate last. Queries
-are processed in blocks and only the wanted ranks of a block are kept, so memory does not grow with
-the number of queries.
+by descending score (dot product); equal scores are sorted by ascending index. A candidate with NaN
+comes after all others, and for a query with NaN, its candidate ranks last. Queries are processed in
+blocks and only the wanted ranks of a block are kept, so memory does not grow with the number of
+queries.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ _BYTES_PER_SCORE = 14
 """The score itself, its copy in the row of one right candidate, the comparison (4 bytes each),
 and what ties take at worst."""
 _FEWEST_ROWS = 16
-"""The fewest rows in a block of scores. Matrix products of fewer rows run other code, which adds up
-in another order: the last bits of a score would depend on the size of the block."""
+"""The fewest rows in a block of scores. Matrix products of fewer rows are summed in another order,
+so the last bits of a score would depend on the size of the block."""
 _HASHED_ROWS = 1 << 14
 
 

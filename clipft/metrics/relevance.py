@@ -1,6 +1,6 @@
 """Which candidates are right for a query, and which queries depend on each other.
 
-Each distinct text and image is taken once: equal captions are one text, equal files one image.
+Each distinct text and image counts once: equal captions are one text, equal files one image.
 An image is right for a text if any pair joins them, or if a group (one product, say) holds both.
 Texts and images that are joined, directly or in several steps, form a cluster. Clusters are the
 unit of the bootstrap, because their queries are not independent of each other.

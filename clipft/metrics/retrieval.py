@@ -110,10 +110,10 @@ class Category:
 class Evaluation:
     """All figures of one model on some pairs.
 
-    ``clusters`` is the number that is resampled, and ``queries`` that of the pairs whose captions
-    and images are queries. Each of the ``captions`` belongs to one of the
-    pairs. ``retrieval`` is the short form of the paired figures, as measured after each epoch, and
-    ``by_dimensions`` the same of embeddings that are cut off after that many dimensions.
+    ``clusters`` is the number of clusters that are resampled, and ``queries`` the number of pairs
+    whose captions and images are queries. Each of the ``captions`` belongs to one of the pairs.
+    ``retrieval`` is the short form of the paired figures, as measured after each epoch, and
+    ``by_dimensions`` the same for embeddings truncated to that many dimensions.
     """
 
     pairs: int

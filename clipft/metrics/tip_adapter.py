@@ -1,8 +1,7 @@
 """Classification by prompts and by cached features of training images, without any training.
 
-Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): the similarity to each training image, made
-sharper by an exponential, votes for the label of that image, and is added to the logits of the
-prompts.
+Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): the similarity to each training image is
+sharpened by an exponential and added to the prompts' logit for the label of that image.
 """
 
 from collections.abc import Sequence

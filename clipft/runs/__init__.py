@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, records, logs and checkpoints, and how they are read."""
+"""Reads and writes the files of a run: its folder, records, logs and checkpoints."""

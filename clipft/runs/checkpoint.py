@@ -1,13 +1,13 @@
-"""Checkpoints: what they contain, and the pair of files that keeps one of them whole.
+"""Checkpoints: their content, and the pair of files of which one is always intact.
 
-A checkpoint holds all that a run needs to resume, and of the model only the weights that train.
+A checkpoint holds all that a run needs to resume, and of the model only the trained weights.
 It is a ``torch.save`` zip of plain values and tensors, read with ``weights_only=True``, so nothing
 in it is executed. ``checkpoint_format`` defines its bytes, and ``docs/guides/runs.md`` each key.
 
-No random state is saved: all that is random is a function of the seed and the position.
+No random state is saved, because all random numbers depend on the seed and the position.
 
-Next to the newest checkpoint, the run keeps the one before it (``.previous.pt``). At every moment
-one of the two is whole, whatever happens to the machine.
+Next to the newest checkpoint, the run keeps the one before it (``.previous.pt``). At any time one
+of the two is intact, even after a crash of the machine.
 """
 
 import os
@@ -95,7 +95,7 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 class DamagedCheckpoint(ModelError):
-    """The file does not hold the bytes that were written; the one before it may be whole."""
+    """The file does not have the bytes that were written. The one before it may be intact."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and check a checkpoint; its tensors are on the CPU, its keys those of the newest format.
+    """Read and check a checkpoint. Tensors are on the CPU, and the keys are of the newest format.
 
     Raises:
         DamagedCheckpoint: The file was truncated or altered.
@@ -134,7 +134,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Check what can be checked of a checkpoint quickly and without torch.
+    """Check a checkpoint as far as this is possible quickly and without torch.
 
     Returns:
         Its content with a ``Weight`` for each tensor; empty if only torch can read it.
@@ -260,9 +260,9 @@ def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
     link = previous.with_name(f".{previous.name}.part")
     with replacing(checkpoint) as temporary:
         write_file(temporary, content)
-        # The new file was read back and is whole: only now may the last one become the previous
+        # The new file was read back and is intact. Only now may the last one become the previous
         with suppress(FileNotFoundError):
-            link.unlink()  # a kill may have left it
+            link.unlink()  # it may be left over from a killed run
         try:
             # A second name for the same file: ``checkpoint`` itself stays until it is replaced
             os.link(checkpoint, link)
@@ -280,9 +280,9 @@ def save_newest(checkpoint: Path, content: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class NewestCheckpoint:
-    """The newest checkpoint that is whole.
+    """The newest intact checkpoint.
 
-    ``damage`` says what is wrong with a newer one, if the one before had to be used.
+    ``damage`` says what is wrong with a newer one, if the one before it had to be used.
     """
 
     content: dict[str, Any]
@@ -293,12 +293,12 @@ class NewestCheckpoint:
 def load_newest(
     checkpoint: Path, load: Callable[[Path], dict[str, Any]] = load_checkpoint
 ) -> NewestCheckpoint:
-    """Load a checkpoint, or the one before it if it is damaged or gone.
+    """Load a checkpoint, or the one before it if it is damaged or missing.
 
     ``load`` is ``load_checkpoint``, or ``check_checkpoint`` to do without the weights.
 
     Raises:
-        ModelError: Neither of the two is whole, or the newest was refused for its content.
+        ModelError: Neither of the two is intact, or the newest was refused for its content.
     """
     previous = previous_of(checkpoint)
     if not checkpoint.exists() and previous.exists():
@@ -313,9 +313,9 @@ def load_newest(
 
 
 def restore_previous(checkpoint: Path) -> Path | None:
-    """Put the checkpoint before it in the place of a damaged one.
+    """Replace a damaged checkpoint by the one before it.
 
-    The damaged file is kept; its new path is returned, or None if it did not exist.
+    The damaged file is renamed; returns its new path, or None if it did not exist.
     """
     aside = checkpoint.with_suffix(".damaged.pt")
     if checkpoint.exists():
@@ -328,8 +328,8 @@ def check_unchanged(whole: NewestCheckpoint, settings: Settings) -> None:
     """Check that ``settings`` continue the run of a checkpoint.
 
     Raises:
-        ModelError: It holds weights alone.
-        UsageError: A setting that decides the weights was changed.
+        ModelError: It holds only weights.
+        UsageError: A setting that affects the weights was changed.
     """
     if not whole.content:  # only torch can read it
         return

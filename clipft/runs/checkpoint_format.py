@@ -1,9 +1,8 @@
 """The bytes of a checkpoint: a zip file of torch whose comment is the SHA-256 of all before it.
 
-A file is therefore known to be complete and unaltered, whichever program wrote it to whichever
-disk. The CRC-32 values of a zip file are not enough: they cover the records but not the bytes
-between them, and torch does not even compare them. ``torch.load`` and all zip tools ignore the
-comment. The layout is:
+The checksum shows whether a file is complete and unaltered. The CRC-32 values of a zip file are not
+enough: they cover the records but not the bytes between them, and torch does not even compare them.
+``torch.load`` and all zip tools ignore the comment. The layout is:
 
     all that torch wrote, without its last two bytes (the length of the comment, which is 0)
     uint16 78, "clipft sha256 ", 64 hexadecimal digits: the SHA-256 of what torch wrote
@@ -31,10 +30,10 @@ class Damaged(Exception):
 
 @dataclass
 class _HashingWriter:
-    """The file-like object that ``torch.save`` writes to; it needs no more than these methods.
+    """The file-like object that ``torch.save`` writes to, with the methods that it needs.
 
-    Without a file it only counts the bytes. An error is kept in ``error`` and not raised: torch
-    turns an exception in a writer into an unrelated message, or ends the process.
+    Without a file it only counts the bytes. An error is stored in ``error`` and not raised, because
+    torch turns an exception in a writer into an unrelated message, or ends the process.
     """
 
     file: IO[bytes] | None = None
@@ -149,7 +148,7 @@ def _verify_checksum(path: Path) -> bool:
 
 
 class Weight:
-    """Stands for a tensor, or for anything else of torch, in what ``read_values`` returns."""
+    """Replaces tensors and other objects of torch in the result of ``read_values``."""
 
     def __init__(self, *given: Any) -> None: ...
 
@@ -157,7 +156,7 @@ class Weight:
 
 
 class _ValuesUnpickler(pickle.Unpickler):
-    """Reads plain values; what torch would build becomes a ``Weight``, and nothing is imported."""
+    """Reads plain values without imports. Objects of torch become a ``Weight``."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):

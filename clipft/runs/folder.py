@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and what is read from it afterwards.
+"""The folder of a run: its files, its lock, and reading it afterwards.
 
 {output_dir}/{scenario}_checkpoint.pt    all that resume needs; .previous.pt is the one before it
 {output_dir}/{scenario}/settings.toml    the settings of the run
@@ -68,7 +68,7 @@ class RunPaths:
         self.report = folder / "report.html"
 
     def contents(self) -> list[Path]:
-        """List all that a run may leave in its folder."""
+        """List all files and folders that a run may leave in its folder."""
         within = [path for path in vars(self).values() if path.parent == self.folder]
         return [*within, self.report.with_suffix(".json")]
 
@@ -80,10 +80,10 @@ class RunPaths:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[int]:
-    """Keep other runs out of ``folder``, and yield the file descriptor of the lock.
+    """Lock ``folder`` against other runs, and yield the file descriptor of the lock.
 
-    A process that inherits the descriptor holds the lock too. The system releases the lock
-    however the process ends.
+    A process that inherits the descriptor holds the lock too. The system releases the lock even if
+    the process is killed.
 
     Raises:
         StorageError: The folder cannot be made or written to.
@@ -99,7 +99,7 @@ def run_lock(folder: Path) -> Iterator[int]:
         ) from error
     with file:
         _take_lock(file, path)
-        # Decoding processes outlive a killed run by seconds and must not keep its lock
+        # Decoding processes run for some seconds after a run is killed, and must not keep its lock
         os.register_at_fork(after_in_child=file.close)
         file.truncate(0)
         file.write(f"process {os.getpid()}, started {time.strftime('%F %T')}")
@@ -108,7 +108,7 @@ def run_lock(folder: Path) -> Iterator[int]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no other run is in progress in ``folder``. Nothing is made.
+    """Check that no other run is in progress in ``folder``. No file is created.
 
     Raises:
         UsageError: Another run holds the lock.

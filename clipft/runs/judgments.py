@@ -1,4 +1,4 @@
-"""What people judged of a run's two models without knowing which was which, and the tally of it.
+"""Blind judgments that compare a run's two models, and their counts.
 
 ``clipft browse`` appends a line to ``judgments.jsonl`` in the run folder for each judgment.
 """
@@ -46,8 +46,8 @@ class Judgment:
 def append_judgment(path: Path, judgment: Judgment) -> None:
     """Append a judgment to the file, and wait until it is on the disk.
 
-    A kill or a full disk can cut off only the last line. The next one then begins on a line of
-    its own, so no other judgment is lost.
+    A kill or a full disk can cut off only the last line. The next judgment then starts on a new
+    line, so no other judgment is lost.
 
     Raises:
         StorageError: The disk is full or refuses to write.
@@ -69,7 +69,7 @@ def append_judgment(path: Path, judgment: Judgment) -> None:
 
 
 def read_judgments(path: Path, epoch: int) -> dict[str, Outcome]:
-    """Return query -> verdict for the weights of an epoch; the last one of each query counts."""
+    """Return query -> verdict for the weights of an epoch; the last verdict on a query counts."""
     return {
         str(line["query"]): line["outcome"]
         for line in json_lines(path)

@@ -1,4 +1,4 @@
-"""Opens the models that checkpoints hold.
+"""Opens fine-tuned and pretrained models.
 
 Each loader builds on the one before: ``models.pretrained.load_pretrained`` loads a published
 model, ``embedding.load.load_model`` adapts it to a scenario, ``load_fine_tuned`` gives it a

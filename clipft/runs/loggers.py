@@ -77,8 +77,8 @@ class FileLogger(TrainingCallback):
 class TrackerLogger(TrainingCallback):
     """Sends the figures to a tracker.
 
-    The tracker runs in a thread of its own behind a queue. Training neither waits for it nor stops
-    for it, whatever happens to its server, its disk or its process.
+    The tracker runs in a separate thread behind a queue. Training does not wait for it, and does
+    not stop if its server, its disk or its process fails.
     """
 
     def __init__(self, tracker: Tracker, note: Note) -> None:

@@ -1,6 +1,6 @@
-"""Finds what a command is given to work with: a checkpoint, a run folder or a pretrained model.
+"""Finds the model that a command is given: a checkpoint, a run folder or a pretrained model.
 
-Nothing here imports torch, so that a wrong place is refused at once.
+This module does not import torch, so that a wrong name is refused at once.
 """
 
 from collections.abc import Collection
@@ -114,7 +114,7 @@ def resumable_checkpoint(place: Path | None, output_dir: Path) -> Path:
     """Find the checkpoint to resume from: ``place`` itself if it is a file, else the checkpoint
     of that run folder, else the one that was written last in a folder of runs.
 
-    Where only its predecessor is left, this is the path that the lost checkpoint had.
+    If only the checkpoint before it exists, the path of the missing checkpoint is returned.
 
     Raises:
         ModelError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: its plan, each step, each epoch, and who is told of them."""
+"""The reports of a run while it trains: its plan, steps and epochs, and the callbacks for them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, field
@@ -13,7 +13,7 @@ from clipft.runs.judgments import Tally
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, decided once before it starts."""
+    """The plan of a run, made once before it starts."""
 
     scenario: str
     model: str
@@ -67,12 +67,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run decided for itself when it began, and keeps when it is resumed elsewhere.
+    """The automatic choices of a run at its start, which it keeps when it is resumed elsewhere.
 
-    ``precision`` and ``optimizer`` are what ``auto`` chose for the hardware ("" is unknown), and
-    ``smallest_step`` is the fewest pairs that were a step of their own (0: not decided yet).
-    ``look_alikes`` are those of each training image by the pretrained model, int32 [pairs, any],
-    with ``hard_negatives``: on other hardware, rounding could make them others.
+    ``precision`` and ``optimizer`` were chosen by ``auto`` for the hardware ("" is unknown), and
+    ``smallest_step`` is the fewest pairs in a step (0: not chosen yet). ``look_alikes``, int32
+    [pairs, any], are those of each training image by the pretrained model, with
+    ``hard_negatives``: on other hardware, rounding could change them.
     """
 
     precision: str = ""
@@ -82,7 +82,7 @@ class Choices:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any] | None) -> "Choices":
-        """Return those of the run that a checkpoint belongs to; of a new run, none."""
+        """Return the choices in a checkpoint; for a new run (None), nothing is chosen."""
         return cls(**(checkpoint or {}).get("choices", {}))
 
 
@@ -94,12 +94,11 @@ class Forecast:
     """What a run would take, measured on some of its own steps.
 
     Sizes are in bytes, times in seconds. ``unusable`` counts the training and validation pairs
-    that are known to be skipped. ``validation_seconds`` is one pass over the validation pairs, of
-    which the run makes ``validations``, and ``look_alike_seconds`` one search for look-alikes, of
-    which it makes ``look_alike_searches``. ``cache_seconds`` and ``cache_bytes`` are for the
-    features of frozen towers that are not in the cache yet. ``saves`` is how often the run writes a
-    checkpoint, and ``disk_bytes`` the most that its output folder holds, while one checkpoint
-    replaces another.
+    that are known to be skipped. The run makes ``validations`` passes over the validation pairs,
+    each in ``validation_seconds``, and ``look_alike_searches``, each in ``look_alike_seconds``.
+    ``cache_seconds`` and ``cache_bytes`` are for the features of frozen towers that are not in the
+    cache yet. ``saves`` is how often the run writes a checkpoint, and ``disk_bytes`` the largest
+    size of its output folder, which it has while one checkpoint replaces another.
     """
 
     plan: Plan

@@ -1,8 +1,8 @@
 """The services that can follow a run: W&B, TensorBoard, MLflow and Trackio.
 
 Each has a class with the same three methods, called from one thread in this order: ``open``, which
-takes up the run where an earlier start of it left off, ``log`` for each step and epoch, and
-``finish``. Any of them may raise any error; ``tracking.py`` sees to it that training never notices.
+also continues an earlier run, ``log`` for each step and epoch, and ``finish``. They may raise any
+error: ``loggers.TrackerLogger`` catches it, so that training continues.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ class Tracker:
         """Add the figures of the report, and end."""
 
     def abandon(self) -> None:
-        """Leave nothing behind that would keep this process from ending."""
+        """Stop everything that would keep this process from ending."""
 
 
 class Wandb(Tracker):
