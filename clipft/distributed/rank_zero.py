@@ -16,7 +16,7 @@ class _Outcome:
 
 
 def _attempt(work: Callable[[], Any]) -> _Outcome:
-    """Run ``work`` and hold its error, so that it can be told to the other processes."""
+    """Run ``work`` and store its error, so that it can be sent to the other processes."""
     try:
         return _Outcome(work())
     except ClipftError as error:

@@ -1,9 +1,9 @@
 """Finds the other processes of a run in the environment of torchrun or SLURM.
 
 torchrun (and ``clipft train --processes``) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT. ``srun`` sets its own names for the same. There the processes meet on the job's
-first node, at a port that follows from the job id. SLURM_STEP_NUM_TASKS tells how many there
-are. SLURM_NTASKS does not: it is also set in a batch script, which runs alone.
+MASTER_PORT. ``srun`` sets variables of other names. There the processes meet on the job's first
+node, at a port derived from the job id. SLURM_STEP_NUM_TASKS is the number of processes.
+SLURM_NTASKS is not used, because it is also set in a batch script, which runs alone.
 """
 
 import os
@@ -106,7 +106,7 @@ def start_processes(settings: Settings, note: Note = lambda text: None) -> Itera
 
     Raises:
         UsageError: the environment is incomplete, or there are fewer GPUs than processes.
-        ProcessError: the others did not come within the timeout.
+        ProcessError: other processes did not arrive within the timeout.
     """
     place = find_rendezvous(os.environ)
     if place is None or place.world_size == 1:
@@ -179,8 +179,8 @@ def _take_device(place: Rendezvous, settings: Settings) -> str:
 def _connect_devices(world_size: int) -> None:
     """Let NCCL connect the GPUs while there is memory for its buffers.
 
-    It would otherwise do so in the first step, after the model and its activations, and could run
-    out of memory where the others already wait.
+    Otherwise NCCL would connect them in the first step, when the model and its activations fill the
+    memory, and could run out of memory while other processes already wait.
     """
     own = torch.ones(1, device="cuda")
     dist.all_reduce(own)

@@ -36,7 +36,7 @@ _BUCKET_BYTES = 64 << 20
 _GOES_ON, _RAN_OUT = 0, 1
 """The first number of a header."""
 _FIGURES = 4
-"""Numbers in a header of which each agreement makes its own use."""
+"""Numbers in a header whose meaning depends on the agreement."""
 _BITS = 60
 """Flags that are packed into one number of a header, an int64."""
 
@@ -286,7 +286,7 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _flat_buffers(buckets: list[list[Tensor]]) -> dict[torch.dtype, Tensor]:
-    """One buffer per dtype, as long as its longest message: the messages go one after another."""
+    """Return a buffer for each dtype, as long as its longest message; messages are sent in turn."""
     longest: dict[torch.dtype, tuple[int, Tensor]] = {}
     for bucket in buckets:
         first, length = bucket[0], sum(gradient.numel() for gradient in bucket)

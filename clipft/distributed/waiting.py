@@ -28,7 +28,7 @@ _LISTED = 8
 
 
 class Waiting:
-    """Says every few seconds which processes are missing, and how the wait can be ended."""
+    """Tells the user every few seconds which processes are missing, and how to end the wait."""
 
     def __init__(self, note: Note, world_size: int, ending: str, every: float) -> None:
         self._note, self._world_size, self._ending = note, world_size, ending
@@ -62,7 +62,7 @@ class Roll:
         self._calls = 0
 
     def arrive(self) -> int:
-        """Say that this process is here; return the number of the place for ``missing``."""
+        """Record that this process has arrived; return the number of the place for ``missing``."""
         self._calls += 1
         self._store.set(f"roll/{self._calls}/{self._rank}", "here")
         return self._calls
@@ -103,7 +103,8 @@ def meet(
 ) -> tuple[Any, Roll]:
     """Wait until all processes of the run are there; return their store.
 
-    Ctrl-C ends the wait. Rank zero says who is missing, and the others say that rank zero is.
+    Ctrl-C ends the wait. Rank zero says which processes are missing, and the others say that rank
+    zero is missing.
 
     Args:
         address, port: where rank zero serves the store.

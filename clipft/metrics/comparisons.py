@@ -116,7 +116,7 @@ def paired_difference(value: float, ours: Floats, theirs: Floats) -> dict[str, A
     Args:
         value: the difference that was measured.
         ours: the figure of one model in each resample, float64 [resamples].
-        theirs: that of the other model in the same resamples.
+        theirs: the same figure of the other model in the same resamples.
     """
     return _clear({"value": value, **percentiles(ours - theirs)})
 

@@ -34,7 +34,7 @@ GROUPED = {
 """Each distinct caption and image counts once; everything that belongs together is right."""
 
 PHOTOS = {name: GROUPED[name] for name in ("hit@1", "hit@5", "hit@10", "map")}
-"""Each distinct image of a product that has several is a query for the other ones."""
+"""If a product has several distinct images, each is a query for the others."""
 
 GRADED = {
     "ndcg@10": "DCG of the first 10 (gain: the grade, discount log2(rank + 1)) divided by the DCG "

@@ -12,7 +12,7 @@ from clipft.core.common import counted
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 """The two directions of retrieval in their order: JSON key -> label."""
 ALL_DIRECTIONS = {**DIRECTIONS, "image_to_image": "image → image"}
-"""The same, with that between photos of a product."""
+"""The two directions, and the one between photos of a product."""
 PROTOCOLS = ("paired", "grouped", "graded", "photos")
 """The protocols of an evaluation in their order. ``graded`` is only there for pairs with grades,
 and ``photos`` for products that have several."""
@@ -65,8 +65,8 @@ def mean_recall(figures: Json) -> float:
 
 
 def counted_pairs(evaluation: Json) -> str:
-    """Say how many pairs an evaluation has, and how many captions and queries if these are other
-    numbers.
+    """Say how many pairs an evaluation has, and how many captions and queries if these numbers
+    differ.
 
     ``evaluation`` may also be what an epoch measured.
     """

@@ -1,4 +1,4 @@
-"""nDCG by grades: how relevant an image is to a text, as the data say it."""
+"""nDCG by grades, with which the data say how relevant an image is to a text."""
 
 from dataclasses import dataclass
 

@@ -43,8 +43,8 @@ _MIN_PAIRS = 5
 class EvaluationOptions:
     """``memory`` limits the bytes of scores held at a time; ``resamples`` 0 means no intervals.
 
-    Embeddings are also measured when they are cut off after each number of ``dimensions``. At most
-    ``queries`` pairs have queries, or all if it is 0.
+    Embeddings are also measured when truncated to each number of ``dimensions``. At most
+    ``queries`` pairs are used as queries (0: all).
     """
 
     memory: int
@@ -59,8 +59,8 @@ class Part:
     """The figures of one protocol in one direction.
 
     ``resampled`` maps the name of a figure to its value in each resample, float64 [resamples];
-    it is empty without resamples. ``upper_bound`` is what duplicates leave to reach, for the
-    paired protocol.
+    it is empty without resamples. ``upper_bound`` is the best that can be reached with the
+    duplicates in the data, for the paired protocol.
     """
 
     queries: int

@@ -247,7 +247,7 @@ def ignore(*args: object) -> None:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told of a run. By default nobody is.
+    """The receivers of a run's reports. By default there are none.
 
     Attributes:
         callback: Follows the plan, the steps and the epochs.
@@ -274,9 +274,9 @@ class RunRecords:
 
     ``settings`` has the section, name, value and default of each setting, and whether it was
     changed. ``run`` is what ``loggers.FileLogger`` writes. ``result`` and ``evaluation`` are None
-    until the run has ended, ``interpolation`` and ``kept`` until ``clipft evaluate`` was asked for
-    them. ``skipped`` has the first pairs that could not be used, ``skipped_counts`` the number of
-    all of them by split. ``judgments`` are those of the best epoch, made in ``clipft browse``.
+    until the run has ended, ``interpolation`` and ``kept`` until ``clipft evaluate`` has made them.
+    ``skipped`` has the first pairs that could not be used, ``skipped_counts`` the number of all
+    such pairs by split. ``judgments`` are those of the best epoch, made in ``clipft browse``.
     """
 
     folder: str

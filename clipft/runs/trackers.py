@@ -37,7 +37,7 @@ class Tracker:
         self.paths = RunPaths(settings.run_dir)
 
     def open(self, done_steps: int) -> None:
-        """Begin the run, or go on with it after ``done_steps`` steps."""
+        """Begin the run, or continue it after ``done_steps`` steps."""
 
     def log(self, step: int, figures: Figures) -> None:
         """Add the figures of a step."""
@@ -78,7 +78,7 @@ class Wandb(Tracker):
         self.run.finish()
 
     def abandon(self) -> None:
-        # Python would wait minutes for this process of wandb's at its own exit
+        # At exit, Python would wait minutes for wandb's process
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if child.name().startswith("wandb"):
