@@ -14,8 +14,8 @@ from clipft.evaluation.gallery import SHOWN, Rankings
 from clipft.metrics.ranking import score_blocks
 
 _MAX_QUERIES = 1000
-_BLOCK = 64
-"""Queries scored at a time. Memory grows with this number times the number of images."""
+_BLOCK_SCORES = 1 << 23
+"""Scores held at a time, of 64 queries at most; as float32 they take 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def rank_images(embedded: Embeddings, captions: CaptionGroups, data: str) -> Ran
 
     ranks, first = list[int](), list[list[int]]()
     asked = embedded.texts[own[queries]]
-    for start, end, scores in score_blocks(asked, embedded.images, _BLOCK):
+    block_size = min(64, _BLOCK_SCORES // max(1, len(embedded.images)))
+    for start, end, scores in score_blocks(asked, embedded.images, block_size):
         block = queries[start:end]
         right = groups[None] == group[block, None]
         if embedded.owners is not None:  # from captions to their images

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BYTES_PER_SCORE = 14
-"""The score itself, its copy in the row of one right candidate, the comparison (4 bytes each),
-and what ties take at worst."""
+_BYTES_PER_SCORE = 16
+"""The score itself, its copy in the row of one right candidate, the comparison, and the scores that
+repeated candidates copy (4 bytes each)."""
 _FEWEST_ROWS = 16
 """The fewest rows in a block of scores. Matrix products of fewer rows are summed in another order,
 so the last bits of a score would depend on the size of the block."""
@@ -95,9 +95,8 @@ def ranks_of(
     size = min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries))
     size = max(size, _FEWEST_ROWS)
     all_picked, all_compared = candidates.new_empty(2, size, len(candidates))
-    index = torch.arange(len(candidates), device=candidates.device)
     all_finite = bool(torch.isfinite(queries).all() & torch.isfinite(candidates).all())
-    ranks = [torch.empty(0, dtype=torch.int64)]
+    ranks = torch.empty(len(rows), dtype=torch.int64)
     for start, end, scores in score_blocks(queries, candidates, size):
         first, last = torch.searchsorted(rows.contiguous(), torch.tensor([start, end])).tolist()
         for at in range(first, last, size):
@@ -115,13 +114,14 @@ def ranks_of(
             compared = all_compared[: until - at]
             behind = torch.lt(picked, own, out=compared).sum(1).long()
             tied = torch.eq(picked, own, out=compared).sum(1) > 1
-            for few in torch.split(tied.nonzero().flatten(), -(-size // 4)):
-                later = (picked[few] == own[few]) & (index > own_column[few])
-                behind[few] += later.sum(1)
+            # Row by row, because it takes no memory: arrays of as many rows as happen to be tied
+            # would differ in size from block to block, and leave holes that no other one fits
+            for row in tied.nonzero().flatten().tolist():
+                behind[row] += compared[row, int(columns[at + row]) + 1 :].sum().long()
             if not all_finite:  # the NaN of other candidates are behind every number
                 behind += torch.where(own.flatten().isnan(), 0, picked.isnan().sum(1))
-            ranks.append((picked.shape[1] - behind).cpu())
-    return torch.cat(ranks)
+            ranks[at:until] = picked.shape[1] - behind
+    return ranks
 
 
 def partner_ranks(queries: Tensor, candidates: Tensor, memory: int) -> Tensor:
