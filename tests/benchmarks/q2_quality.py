@@ -14,11 +14,11 @@ Time is the CPU time of the whole process on one thread, which is the wall time 
 idle machine; so the work of others on the machine does not count. That of ``clipft train`` has its
 validation and report in it, and that of the peers only their training.
 
-Run the same command again to continue: what is finished in --out is not repeated. With --out in
-common, several processes can each take some of the catalogues.
+Run the same command again to continue: what is finished in --out is not repeated. With --fold, only
+the runs of one fold are made, so several processes can share the work.
 
     python tests/benchmarks/q2_quality.py --data furniture=DIR,garments=DIR --out DIR [--quick]
-        [--seeds 3] [--json FILE]
+        [--seeds 3] [--fold N] [--json FILE]
 """
 
 import argparse
@@ -43,6 +43,7 @@ from clipft.metrics.comparisons import over_seeds_and_queries
 from clipft.metrics.definitions import Floats
 from clipft.metrics.retrieval import Evaluation
 
+OURS = ("train", "tune")
 PEERS = ("transformers", "sentence-transformers")
 RATES = (5e-4, 1.5e-3, 4.5e-3)
 PEERS_FILE = Path(__file__).with_name("q2_peers.py")
@@ -205,19 +206,19 @@ class Tested:
         return np.average(values, 1, self.queries)
 
 
+def train_all(place: Place, seeds: range) -> dict[str, Trained]:
+    """Train all ways, unless that is done."""
+    bare = bare_train(place, seeds)
+    peers = {peer: best_of_peer(peer, place, bare.cpu_s, seeds) for peer in PEERS}
+    return {"train": bare, "tune": tuned(place, seeds), **peers}
+
+
 def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
-    bare = [bare_train(place, seeds) for place in places]
-    ways = {"train": bare, "tune": [tuned(place, seeds) for place in places]}
-    peers = {
-        peer: [
-            best_of_peer(peer, place, train.cpu_s, seeds)
-            for place, train in zip(places, bare, strict=True)
-        ]
-        for peer in PEERS
-    }
+    folds = [train_all(place, seeds) for place in places]
+    trained = {way: [fold[way] for fold in folds] for way in folds[0]}
     before = Tested(places, [Trained([Path("tiny")], 0, 0, "")] * len(places)).recalls()[0]
-    tested = {way: Tested(places, trained) for way, trained in (ways | peers).items()}
-    for way, trained in ways.items():
+    tested = {way: Tested(places, models) for way, models in trained.items()}
+    for way in OURS:
         for peer in PEERS:
             ours, theirs = tested[way], tested[peer]
             values = (ours.recalls() - theirs.recalls()).tolist()
@@ -233,9 +234,9 @@ def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
                 f"{100 * change['value']:+.1f} "
                 f"({100 * change['low']:+.1f}..{100 * change['high']:+.1f})",
                 verdict(change),
-                round(sum(fold.whole_s for fold in trained)),
-                round(sum(fold.whole_s for fold in peers[peer])),
-                f"{spoken(trained)}; {spoken(peers[peer])}",
+                round(sum(fold.whole_s for fold in trained[way])),
+                round(sum(fold.whole_s for fold in trained[peer])),
+                f"{spoken(trained[way])}; {spoken(trained[peer])}",
             )
 
 
@@ -259,6 +260,7 @@ def chosen() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="NAME=DIR,..., as they came")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fold", type=int, help="only make the runs of this fold, from 1")
     return parser.parse_args()
 
 
@@ -274,6 +276,9 @@ def main() -> None:
             Place(data, out / f"runs-{number}", given, number, wish.quick)
             for number, data in enumerate(folders, 1)
         ]
+        if wish.fold:
+            train_all(places[wish.fold - 1], seeds)
+            continue
         for row in results(name, places[: 1 if wish.quick else None], seeds):
             print(json.dumps(row.__dict__), flush=True)
             rows.append(row)

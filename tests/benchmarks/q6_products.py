@@ -55,7 +55,7 @@ COMPARED = (
 FIGURES = (
     ("photos", "image_to_image", "hit@1"),
     ("photos", "image_to_image", "map"),
-    ("grouped", "text_to_image", "hit@1"),
+    ("grouped", "text_to_image", "hit@10"),
     ("paired", "text_to_image", "r@10"),
 )
 SMALL_FILES = ("--size", "128")

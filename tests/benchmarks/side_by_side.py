@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,10 @@ def publish(figure: str, rows: list[Row], packages: tuple[str, ...], file: Path 
 
 
 def write_figures(file: Path, figure: str, rows: Sequence[Any], packages: Sequence[str]) -> None:
+    """Write ``rows``, which are dataclasses or dicts, with the machine, date and versions."""
     figures = {
         "figure": figure,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) if is_dataclass(row) else row for row in rows],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), **_gpu()},
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
