@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +85,30 @@ def test_a_gpu_gives_the_same_ranks():
     queries, candidates = tied(300, 1), tied(300, 2)
     on_gpu = partner_ranks(queries.cuda(), candidates.cuda(), 50_000)
     assert on_gpu.tolist() == partner_ranks(queries, candidates, PLENTY).tolist()
+
+
+GROWTH = """
+import torch
+from clipft.metrics.ranking import ranks_of
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+torch.set_num_threads(1)
+one = torch.Generator().manual_seed(0)
+queries, candidates = (torch.randn(n, 16, generator=one) for n in (1_000, 100_000))
+candidates = candidates[torch.randint(0, 100_000, (100_000,), generator=one)]
+rows = torch.arange(1_000)
+ranks_of(queries[:64], candidates, rows[:64], rows[:64], 32 << 20)
+before = peak()
+ranks_of(queries, candidates, rows, rows, 32 << 20)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_blocks_where_candidates_are_tied():
+    """Arrays of as many rows as are tied left holes in the heap: 20 GB for a million pairs."""
+    found = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
+    assert float(found.stdout) < 32, found.stderr  # MiB
