@@ -1,4 +1,4 @@
-"""Opens PEFT adapters as models: the adapter is merged into the base model that it names."""
+"""Opens PEFT adapters as models, by merging each into the base model that it names."""
 
 import sys
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from clipft.models.source import ADAPTER_CONFIG
 
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Keep PEFT from importing bitsandbytes in the block, which takes a second.
+    """Keep PEFT from importing bitsandbytes within the block, because the import takes a second.
 
-    PEFT needs it for quantized weights only, which clipft refuses.
+    PEFT needs bitsandbytes only for quantized weights, which clipft does not accept.
     """
     if "bitsandbytes" in sys.modules:
         yield
@@ -29,7 +29,7 @@ def without_bitsandbytes() -> Iterator[None]:
 
 
 def _look_for_bitsandbytes_again() -> None:
-    """Let PEFT forget whether bitsandbytes is installed, which it looks up once."""
+    """Clear PEFT's cached answer to whether bitsandbytes is installed."""
     if peft := sys.modules.get("peft.import_utils"):
         peft.is_bnb_available.cache_clear()
         peft.is_bnb_4bit_available.cache_clear()

@@ -1,8 +1,8 @@
 """The families of CLIP: where their projections are, and how their towers pool.
 
-A tower turns images or texts into pooled features, and its projection maps those into the
-shared embedding space. Towers are split there so that the features of a frozen tower can be
-computed once and cached.
+A tower turns images or texts into pooled features, and its projection maps the features into the
+shared embedding space. The two are separate, so that the features of a frozen tower can be computed
+once and cached.
 """
 
 from clipft.models.families.bert import AltClip, ChineseClip
@@ -29,4 +29,4 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         strict=True,
     )
 )
-"""By the ``model_type`` of a checkpoint's configuration."""
+"""The architecture for each ``model_type`` of a checkpoint's configuration."""

@@ -1,8 +1,7 @@
-"""Refuses a model that the libraries would complete with made-up parts.
+"""Rejects incomplete models, whose missing parts the libraries would make up.
 
-transformers and PEFT fill what they do not find: missing weights with random numbers, a missing
-tokenizer with one that gives every letter the same id. They only log it, and all that is computed
-with such a model looks like a result.
+transformers and PEFT initialize missing weights at random, and replace a missing tokenizer with one
+that gives every letter the same id. They only log this, so the output of such a model looks valid.
 """
 
 import math
@@ -17,11 +16,11 @@ from clipft.core.errors import ModelError
 
 _SHOWN = 3
 _SAMPLES = ("a", "b", "1", "é", "д", "あ")
-"""Texts that any tokenizer tells apart, whatever language it was made for."""
+"""Texts to which every tokenizer gives different ids, whatever its language."""
 
 
 def first_names(names: Sequence[str]) -> str:
-    """List the first names, and say how many others there are."""
+    """List the first names and the number of the remaining ones."""
     shown, rest = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
     return f"{shown} and {rest:,} more" if rest > 0 else shown
 
@@ -30,10 +29,10 @@ def check_weights(name: str, found: Mapping[str, Any], config: str = "config.jso
     """Check that a file held all weights of a model, and no others.
 
     ``found`` is the loading info of transformers, which leaves out harmless buffers such as
-    position ids. ``config`` is the file that says which weights there are.
+    position ids. ``config`` is the file that determines the weights.
 
     Raises:
-        ModelError: some are missing, unexpected, or of another shape.
+        ModelError: weights are missing, unexpected, or of another shape.
     """
     again = f"take {config} and the weights from the same model, and download or save both again"
     if mismatched := sorted(found["mismatched_keys"]):
@@ -62,10 +61,10 @@ def check_weights(name: str, found: Mapping[str, Any], config: str = "config.jso
 
 
 def check_finite(what: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that weights are numbers; ``what`` says whose they are.
+    """Check that all weights are finite. ``what`` names their owner in the error message.
 
     Raises:
-        ModelError: some are NaN or infinite.
+        ModelError: some weights are NaN or infinite.
     """
     broken = [name for name, weight in weights if not torch.isfinite(weight).all()]
     if broken:
@@ -77,10 +76,11 @@ def check_finite(what: str, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_normalization(name: str, processor: Any) -> None:
-    """Check what an image processor's configuration says of the mean and std of each channel.
+    """Check the mean and std of each channel in an image processor's configuration.
 
     Raises:
-        ModelError: it is not a JSON object, or one of the two is not three numbers, or a std is 0.
+        ModelError: the configuration is not a JSON object, mean or std is not three numbers, or a
+            std is not positive.
     """
     known = processor if isinstance(processor, dict) else {}
     for key in ("image_mean", "image_std"):
@@ -102,7 +102,7 @@ def check_normalization(name: str, processor: Any) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any, vocab_size: int, pools_at_end: bool) -> None:
-    """Check that a tokenizer tells texts apart and fits the token embedding of its model.
+    """Check that a tokenizer distinguishes texts and fits the token embedding of its model.
 
     Args:
         name: the model.
@@ -111,7 +111,7 @@ def check_tokenizer(name: str, tokenizer: Any, vocab_size: int, pools_at_end: bo
         pools_at_end: whether the text tower needs the end token in each text.
 
     Raises:
-        ModelError: it does not.
+        ModelError: the tokenizer is missing, or does not fit the model.
     """
     files = ", ".join(dict.fromkeys(["tokenizer.json", *tokenizer.vocab_files_names.values()]))
     restore = f"restore the tokenizer's files ({files}) from where the model comes from"
@@ -134,7 +134,7 @@ def check_tokenizer(name: str, tokenizer: Any, vocab_size: int, pools_at_end: bo
             "resize the model with resize_token_embeddings and train it with the new tokens, or "
             + restore,
         )
-    if len(known) < vocab_size / 2:  # embeddings are padded, but not so far
+    if len(known) < vocab_size / 2:  # token embeddings may be padded, but not by this much
         raise ModelError(
             f"the tokenizer of {name} has {len(known)} ids, the model {vocab_size}: it belongs to "
             "another model",
@@ -151,7 +151,7 @@ def _shape(size: Iterable[int]) -> str:
 
 
 def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Return what stands before every missing name in the file, such as ``module.``."""
+    """Return the prefix that every missing name has in the file, such as ``module.``."""
     known = set(unexpected)
     for name in unexpected if missing else ():
         prefix = name.removesuffix(missing[0])

@@ -17,11 +17,12 @@ from clipft.core.common import Note
 from clipft.core.errors import UsageError
 
 _PREFERRED = {"cuda": ("bf16", "fp16"), "cpu": ("bf16", "fp32"), "mps": ("fp32",)}
-"""What ``auto`` tries on each kind of device, in this order."""
+"""The precisions that ``auto`` tries on each kind of device, in this order."""
 
 NARROW = 256
-"""Below this width of its encoders, casting a model's activations to bf16 on a CPU takes longer
-than the faster products save: measured with AMX, one thread, widths of 128, 256 and 384."""
+"""If a model's encoders are narrower than this, casting its activations to bf16 on a CPU takes
+longer than the faster products save. Measured with AMX, one thread, and widths of 128, 256 and
+384."""
 
 _RECORDED_PACKAGES = (
     "torch",
@@ -36,7 +37,7 @@ _RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class Precision:
-    """What forward passes compute in, under ``autocast``. Trained weights stay in fp32."""
+    """The precision of forward passes under ``autocast``. Trained weights stay in fp32."""
 
     name: str
     device: torch.device
@@ -51,8 +52,8 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
     def make_scaler(self) -> "torch.amp.GradScaler":
-        """Return a loss scaler for fp16, whose gradients would underflow; else one that does
-        nothing."""
+        """Return a loss scaler, which is disabled unless the precision is fp16, whose gradients
+        would underflow without it."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
@@ -84,12 +85,12 @@ def choose_device(settings: OptimSettings) -> torch.device:
 def choose_precision(
     settings: OptimSettings, width: int, began: str = "", note: Note = lambda text: None
 ) -> Precision:
-    """Choose the device and the precision of a model whose encoders have so many dimensions.
+    """Choose the device and the precision for a model whose wider encoder has ``width`` dimensions.
 
-    With ``auto``, a run that ``began`` in a precision ("" for a new run) keeps it wherever the
-    device computes in it, because another precision gives different weights. Elsewhere it
-    continues with what ``auto`` chooses there: the trained weights and the optimizer's states are
-    fp32 in each of them.
+    With ``auto``, a run that ``began`` in a precision ("" for a new run) keeps it if the device
+    supports it, because another precision gives different weights. Otherwise the run continues in
+    the precision that ``auto`` chooses for the device. This is possible because the trained weights
+    and the optimizer's states are always fp32.
 
     Raises:
         UsageError: the requested device or precision is not available here.
@@ -117,9 +118,9 @@ def choose_precision(
 
 
 def computes_in(kind: str, name: str) -> bool:
-    """True if this machine's device of a kind has instructions for a precision.
+    """Return True if this machine's device of a kind has instructions for a precision.
 
-    A precision without instructions is emulated, if it works at all, and far slower.
+    A precision without instructions is emulated and far slower, if it works at all.
     """
     if name == "bf16" and kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -132,20 +133,20 @@ def computes_in(kind: str, name: str) -> bool:
 def compute_fp32_exactly() -> None:
     """Compute matrix products and convolutions of fp32 in fp32, on every device.
 
-    This is the one place that decides it. torch's own default rounds the inputs of convolutions to
-    TF32's 10 bits of mantissa on a GPU since Ampere. A run that wants speed has bf16.
+    By default, torch rounds the inputs of convolutions to TF32's 10 bits of mantissa on Ampere and
+    newer GPUs. For speed, a run can use bf16 instead.
     """
     backends: Any = torch.backends  # its module has no type for the setting
     backends.fp32_precision = "ieee"
-    # torch refuses to read the older forms of the setting while they say something else
+    # torch refuses to read the older forms of the setting while they contradict the new one
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
 
 
 def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
-    """Keep frozen weights in the dtype to which autocast would cast them at every use.
+    """Store frozen weights in the dtype to which autocast would cast them at every use.
 
-    The results are the same, in half the memory and without the casts.
+    The results are the same, but the weights take half the memory and need no casts.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -155,8 +156,11 @@ def cast_frozen_weights(model: nn.Module, precision: Precision) -> None:
 
 
 def instruction_set(device: torch.device) -> str:
-    """Name what the same computation must run on to give the same bits: on a GPU its generation,
-    on a CPU its vector instructions and the number of threads, between which sums are divided."""
+    """Name the hardware on which the same computation gives the same bits.
+
+    This is the generation of a GPU, or the vector instructions of a CPU with the number of threads,
+    because sums are divided between the threads.
+    """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda sm_{major}{minor}"
@@ -166,8 +170,8 @@ def instruction_set(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Describe the software and hardware of a run, by name, without anything that identifies
-    the user, the host or its network."""
+    """Return the software and hardware of a run by name. Nothing in it identifies the user, the
+    host or its network."""
     found = {"clipft": __version__, "Python": platform.python_version()}
     for package in _RECORDED_PACKAGES:
         try:

@@ -1,9 +1,9 @@
-"""Dropout whose masks belong to the rows, on every device and however the rows are batched.
+"""Dropout whose masks depend on the row, and not on the device or on how the rows are batched.
 
-Whether a value is dropped is a hash of (seed, step, tower, key of the row, dropout, position,
-column), computed with integer operations on tensors. A row has the same mask in every chunk,
-process and pass, so a second forward pass draws the masks of the first, and no random state has to
-be saved or restored.
+A hash of (seed, step, tower, key of the row, dropout, position, column) decides whether a value is
+dropped. It is computed with integer operations on tensors. A row has the same mask in every
+chunk, process and pass, so a second forward pass draws the masks of the first, and no random state
+has to be saved or restored.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from clipft.core.hashing import INCREMENT, Words, mix64
 _LEVELS = 1 << 16
 """Masks are drawn with 16 bits per value: two values from each 32-bit word."""
 _MOST_POSITIONS = 1 << 16
-"""Positions of a row that get different masks: more than any tower has."""
+"""Positions of a row that get different masks. No tower has this many."""
 _COLUMN_BITS = 12
-"""Bits that number the words of a row: one table serves all widths up to 8,192."""
+"""Bits that number the 32-bit words of a row, so that one table serves all widths up to 8,192."""
 
 
 class RowMasks:
-    """The masks of all dropouts in one tower, for the rows that are passing through it.
+    """The masks of all dropouts in one tower, for the current rows.
 
-    ``p`` is the share of values that is dropped; what is kept must be multiplied by ``scale``.
+    ``p`` is the share of values that is dropped. The other values must be multiplied by ``scale``.
     """
 
     def __init__(self, p: float, device: torch.device | str = "cpu") -> None:
@@ -46,7 +46,7 @@ class RowMasks:
         return self._dropouts - 1
 
     def use(self, seed: Sequence[int], keys: Words, positions: int) -> None:
-        """Continue with the rows that have these keys, uint64 [rows], of up to ``positions``."""
+        """Set the current rows by their keys, uint64 [rows]. A row has up to ``positions``."""
         hashed = keys.astype(np.uint64)
         for word in seed:
             state = hashed ^ mix64(np.full(1, word, np.uint64) + INCREMENT)
@@ -61,10 +61,10 @@ class RowMasks:
         self._factors = _mix32(self._keys ^ second) | 1
 
     def kept(self, dropout: int, positions: int, width: int) -> Tensor:
-        """Return which values of the current rows stay: bool [rows, positions, width].
+        """Return which values of the current rows are kept: bool [rows, positions, width].
 
-        A multiply-shift hash (Dietzfelbinger et al. 1997) of the column, with a key and an odd
-        factor of its own for each row and position: two operations on half a word per value.
+        The decision is a multiply-shift hash (Dietzfelbinger et al. 1997) of the column. Each row
+        and position has its own key and odd factor. Two operations on a word serve two values.
         """
         keys, factors = self._keys[dropout, :, :positions], self._factors[dropout, :, :positions]
         drawn = (self._columns[: -(-width // 2)] ^ keys[..., None]).mul_(factors[..., None])
@@ -72,7 +72,7 @@ class RowMasks:
 
 
 class RowDropout(nn.Module):
-    """Replaces ``nn.Dropout`` before an adapter, over [rows, positions, width]."""
+    """Replaces ``nn.Dropout`` before an adapter. Its input is [rows, positions, width]."""
 
     def __init__(self, width: int, masks: RowMasks) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class RowDropout(nn.Module):
         self._number = masks.reserve(width)
 
     def zero(self, values: Tensor) -> Tensor:
-        """Drop values without scaling up the others, which ``masks.scale`` would do."""
+        """Set dropped values to 0. The caller must multiply the others by ``masks.scale``."""
         return torch.where(self.masks.kept(self._number, values.shape[1], self._width), values, 0)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -88,10 +88,10 @@ class RowDropout(nn.Module):
 
 
 def _column_words(count: int) -> Tensor:
-    """Constants that stand for pairs of columns, int32 [count].
+    """Return a constant for each pair of columns, int32 [count].
 
-    The low bits are a permutation: two constants that differ only in their highest bits would have
-    products that differ only there, and their columns would be dropped together.
+    The low bits are a permutation. If two constants differed only in their highest bits, so would
+    their products, and their columns would be dropped together.
     """
     bits = max(_COLUMN_BITS, (count - 1).bit_length())
     source = np.random.Generator(np.random.SFC64(bits))
@@ -101,12 +101,12 @@ def _column_words(count: int) -> Tensor:
 
 
 def _mix32(words: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3, on int32 tensors."""
+    """Apply the finalizer of MurmurHash3 to an int32 tensor."""
     words = (words ^ _shifted(words, 16)) * -0x7A143595
     words = (words ^ _shifted(words, 13)) * -0x3D4D51CB
     return words ^ _shifted(words, 16)
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    # torch shifts signed integers arithmetically: the copies of the sign are cut off
+    # torch shifts signed integers arithmetically, so the copies of the sign must be cleared
     return (words >> bits) & ((1 << (32 - bits)) - 1)

@@ -1,9 +1,8 @@
-"""Computes what CLIP computes with less work and less memory: the same numbers.
+"""Runs CLIP's encoders with less work and less memory. Results differ at most in rounding.
 
-Only one position of a tower's last layer is ever read: the one that is pooled. So only that
-position goes through the layer's attention query and its MLP, which saves nearly 7% of the
-multiplications in twelve layers. The gradients are the same, because the outputs at the other
-positions reach no loss.
+Only the pooled position of a tower's last layer is used. So only this position passes through the
+layer's attention query and its MLP, which saves nearly 7% of the multiplications in twelve layers.
+The gradients are the same, because the outputs at the other positions do not affect the loss.
 """
 
 from functools import partial
@@ -17,11 +16,12 @@ from clipft.core.errors import ModelError
 
 QUICK_GELU = 1.702
 FOLDING_DEVICES = frozenset(["cuda"])
-"""Where the scale of QuickGELU is part of the products around it. They are bound by memory there:
-that saves two of three passes over the largest activations, for results that round differently."""
+"""Devices on which the scale of QuickGELU is part of the matrix products around it. Activations are
+limited by memory bandwidth there, and this saves two of three passes over the largest ones. Results
+round differently."""
 ENCODE = "encode"
-"""Name of the attribute that replaces ``encoder_layer`` for one layer. Sharded layers have it, as
-they must fetch their weights first."""
+"""Name of the attribute that replaces ``encoder_layer`` for one layer. Sharded layers have it,
+because they must gather their weights first."""
 
 
 def encode_pooled(tower: Any, hidden: Tensor, positions: Tensor, causal: bool) -> Tensor:
@@ -48,7 +48,7 @@ def encoder_layer(
 ) -> Tensor:
     """Run one encoder layer: [B, T, C] -> [B, T, C], or [B, 1, C] with ``positions``, int64 [B].
 
-    With gradient checkpointing, nothing but ``hidden`` is kept for the backward pass.
+    With gradient checkpointing, only ``hidden`` is kept for the backward pass.
     """
     if layer.gradient_checkpointing and layer.training:
         run = partial(_attend_and_transform, layer)
@@ -104,7 +104,7 @@ def _can_fold(mlp: Any, x: Tensor) -> bool:
 
 
 def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """Normalize, and cast once to what autocast would cast each following product's input to."""
+    """Normalize, and cast once to the dtype to which autocast would cast for each product."""
     normed: Tensor = norm(hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         return normed.to(torch.get_autocast_dtype(hidden.device.type))
@@ -112,12 +112,12 @@ def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _at(positions: Tensor, hidden: Tensor) -> Tensor:
-    # [B, T, C] -> [B, 1, C]. Not take_along_dim, which exporters tie to this batch's size
+    # [B, T, C] -> [B, 1, C]. With take_along_dim, exporters would fix the batch size
     return hidden.gather(1, positions[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
 class _QuickGelu(torch.autograd.Function):
-    """x * sigmoid(1.702 x). Plain autograd would keep two more tensors of the size of x."""
+    """Computes x * sigmoid(1.702 x). Plain autograd would keep two more tensors as large as x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -128,16 +128,17 @@ class _QuickGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (scaled,) = ctx.saved_tensors
-        # With z = 1.702 x: the derivative of z sigmoid(z) with respect to z
+        # The derivative of z sigmoid(z) with respect to z, where z = 1.702 x
         found: Tensor = torch.ops.aten.silu_backward(gradients[0], scaled)
         return found
 
 
 class FoldedMlp(torch.autograd.Function):
-    """``W2 (u * sigmoid(1.702 u)) + b2`` with ``u = W1 x + b1``, for x [rows, C].
+    """Computes ``W2 (u * sigmoid(1.702 u)) + b2`` with ``u = W1 x + b1``, for x [rows, C].
 
-    With z = 1.702 u the activation is silu(z) / 1.702. The first product computes z at once, and
-    the second divides. The gradient of u is then that of silu alone: the factors cancel.
+    With z = 1.702 u the activation is silu(z) / 1.702. The first product computes z directly, and
+    the second includes the division. The gradient of u is then that of silu(z), because the factors
+    cancel.
     """
 
     @staticmethod
@@ -175,13 +176,13 @@ class FastQuickGelu(nn.Module):
 
 
 def check_attention(clip: Any) -> None:
-    """Check that both towers attend as ``encode_pooled`` expects.
+    """Check that both towers have the attention that ``encode_pooled`` expects.
 
-    It passes no mask but ``is_causal`` alone, which transformers' own (``eager``) attention
-    ignores: each token of a text would attend to those after it.
+    ``encode_pooled`` passes only ``is_causal`` and no mask. The ``eager`` attention of transformers
+    ignores ``is_causal``, so each token of a text would attend to later tokens.
 
     Raises:
-        ModelError: a tower has another attention than torch's ``scaled_dot_product_attention``.
+        ModelError: a tower does not use torch's ``scaled_dot_product_attention``.
     """
     for tower in (clip.vision_model, clip.text_model):
         attention = tower.config._attn_implementation

@@ -47,7 +47,7 @@ _SENTENCE_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-"""What sentence-transformers 6 itself writes for a CLIP, followed by a normalization."""
+"""The files that sentence-transformers 6 writes for a CLIP, and a final normalization."""
 
 
 def hub_id(name: str) -> str | None:
@@ -59,14 +59,14 @@ def hub_id(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """Return what may be published of a model's name: of a folder only its last part."""
+    """Return a model's name for publication: for a folder, only the last part of its path."""
     if is_open_clip(name):
         return public_open_clip_name(name)
     return hub_id(name) or (name if name == TINY else Path(name).resolve().name)
 
 
 def license_of(name: str) -> str | None:
-    """Return the license in the model's own card; None if there is no card, or none in it."""
+    """Return the license in the model's card; None if there is no card, or no license in it."""
     from huggingface_hub import ModelCard, hf_hub_download
 
     if name == TINY:
@@ -89,8 +89,8 @@ def has_adapter(model: TrainableModel) -> bool:
 
 
 def added_bias(model: TrainableModel) -> float | None:
-    """Return the bias that the sigmoid loss added to a model whose class in transformers has no
-    place for it; None if there is no such bias."""
+    """Return the bias that the sigmoid loss added to a model whose class in transformers has none;
+    None if no bias was added."""
     bias = model.logit_bias
     return None if bias is None or model.architecture.loss == "siglip" else bias.item()
 
@@ -120,7 +120,7 @@ def write_adapter(model: TrainableModel, base: str, folder: Path) -> None:
     with disk_errors():
         model.clip.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    # Not before saving: PEFT looks for the base model's files under the name in the config
+    # Changed only after saving, because PEFT finds the base model's files by this name
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = public_name(base)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -150,7 +150,7 @@ def write_tokenizer(base: PretrainedModel, folder: Path) -> None:
 
 
 def processor_of(base: PretrainedModel) -> Any:
-    """Return tokenizer and image processor as one processor of transformers, such as
+    """Return the tokenizer and the image processor as one processor of transformers, such as
     ``CLIPProcessor``.
 
     Raises:
@@ -164,10 +164,10 @@ def processor_of(base: PretrainedModel) -> Any:
 
 
 def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
-    """Load tokenizer and image processor as their files describe them, in a state to be written.
+    """Load the tokenizer and the image processor from their files, ready to be written.
 
-    Texts are truncated where the model's context ends: some tokenizers carry the length of
-    their last use, or remember how they were loaded.
+    Texts are truncated to the model's context length. Settings that some tokenizers keep from
+    loading or from their last use are removed.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -177,7 +177,8 @@ def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     tokenizer.model_max_length = base.inputs.context_length
     if base.architecture.pads_texts:
-        # As in its training, and not as Siglip2Tokenizer has it; what is written are init_kwargs
+        # The model was trained with padding on the right, unlike the default of Siglip2Tokenizer.
+        # Only init_kwargs are written
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     if base.inputs.patches:
         image_processor.max_num_patches = base.inputs.patches.most
@@ -197,7 +198,7 @@ def _load_processors(base: PretrainedModel) -> tuple[Any, Any]:
 
 
 def write_sentence_transformers(clip: Any, base: PretrainedModel, folder: Path) -> None:
-    """Write the folder of ``write_transformers`` with what ``SentenceTransformer(folder)`` needs.
+    """Write the folder of ``write_transformers``, and files for ``SentenceTransformer(folder)``.
 
     Its ``encode`` takes texts and images, and returns unit embeddings.
 
@@ -221,7 +222,7 @@ def write_sentence_transformers(clip: Any, base: PretrainedModel, folder: Path) 
                 "return_attention_mask": False,  # the tower was trained to attend to padding
             }
         }
-    if patches := base.inputs.patches:  # which Siglip2Processor does not take from its files
+    if patches := base.inputs.patches:  # Siglip2Processor does not read them from its files
         limits = {"patch_size": patches.size, "max_num_patches": patches.most}
         transformer["processing_kwargs"]["image"] = limits
     for name, content in {**_SENTENCE_FILES, "sentence_bert_config.json": transformer}.items():

@@ -9,13 +9,13 @@ from torch.nn.functional import interpolate
 from clipft.core.errors import UsageError
 
 _WELL_TRAINED = 20
-"""Positions of texts that keep their embeddings. CLIP saw few captions that were longer, so these
-carry most of what it learned of positions (Long-CLIP, Zhang et al. 2024, arXiv:2403.15378)."""
+"""Positions of texts whose embeddings are not changed. CLIP was trained on few longer captions, so
+these positions are the well-trained ones (Long-CLIP, Zhang et al. 2024, arXiv:2403.15378)."""
 
 
 def resize_texts(clip: Any, length: int) -> None:
-    """Change the text tower of a transformers CLIP or SigLIP, in fp32, to texts of ``length``
-    tokens."""
+    """Change the text tower of a transformers CLIP or SigLIP, in fp32, to a context length of
+    ``length`` tokens."""
     embeddings = clip.text_model.embeddings
     clip.config.text_config.max_position_embeddings = length
     _replace(embeddings, stretched(embeddings.position_embedding.weight, length))
@@ -40,7 +40,7 @@ def whole_patches(size: int, patch: int) -> int:
     """Return how many patches of ``patch`` pixels a side of ``size`` pixels has.
 
     Raises:
-        UsageError: it does not have a whole number of them.
+        UsageError: the number of patches is not whole.
     """
     count, rest = divmod(size, patch)
     if rest:
@@ -52,10 +52,10 @@ def whole_patches(size: int, patch: int) -> int:
 
 
 def stretched(rows: Tensor, length: int) -> Tensor:
-    """Return the position embeddings of texts, [T, W], at another length, [length, W].
+    """Resize the position embeddings of texts from [T, W] to [length, W].
 
-    The first 20 stay as they are, and the others are interpolated linearly between the 21st and
-    the last. A shorter length keeps the first ones.
+    For a greater length, the first 20 do not change, and the others are interpolated linearly
+    between the 21st and the last. For a smaller length, the first ones are kept.
     """
     if length <= len(rows):
         return rows[:length]
@@ -65,10 +65,10 @@ def stretched(rows: Tensor, length: int) -> Tensor:
 
 
 def resampled_grid(rows: Tensor, side: int) -> Tensor:
-    """Return the position embeddings of patches, [P, W], on a grid of ``side`` x ``side``.
+    """Resample the position embeddings of patches, [P, W], to a grid of ``side`` x ``side``.
 
-    They are resampled bicubically, as ``interpolate_pos_encoding`` of transformers does. The
-    embedding of CLIP's class token, which comes first, stays as it is.
+    The resampling is bicubic, as in ``interpolate_pos_encoding`` of transformers. The embedding of
+    CLIP's class token, which comes first, does not change.
     """
     before = int(len(rows) ** 0.5)
     first = rows[: len(rows) - before * before]

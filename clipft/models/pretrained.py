@@ -22,7 +22,7 @@ from clipft.models.source import base_of, find_model, loading_errors, quiet_libr
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model expects of texts and images.
+    """The texts and images that a model takes.
 
     Images are squares with a side of ``image_size`` pixels. ``mean`` and ``std`` normalize pixel
     values in 0..1, per channel. If ``squashed``, an image of any shape is resized to the square;
@@ -40,7 +40,7 @@ class ModelInputs:
     patches: Patches | None = None
 
     def blank_images(self, count: int) -> Any:
-        """Make black images as the loader does: uint8 [count, ...]. None of them is padded."""
+        """Make black images in the form of the loader's: uint8 [count, ...]. None is padded."""
         import torch
 
         if not self.patches:
@@ -59,16 +59,16 @@ class ModelInputs:
 
     @property
     def seen_images(self) -> str:
-        """A text that is equal for models that see an image in the same way."""
+        """A text that is equal for models that preprocess images in the same way."""
         size = str(self.patches) if self.patches else f"{self.image_size} {self.squashed}"
         return f"{size} {self.mean} {self.std}"
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained CLIP: ``model`` is the model that its architecture loads, in fp32.
+    """A pretrained CLIP. ``model`` is the model that its architecture loads, in fp32.
 
-    ``conversion`` says how it was made from a checkpoint of open_clip; it is "" for any other.
+    ``conversion`` says how it was converted from a checkpoint of open_clip, "" if it was not.
     """
 
     name: str
@@ -83,7 +83,7 @@ class PretrainedModel:
         return ARCHITECTURES[self.model.config.model_type]
 
     def remarks(self) -> list[str]:
-        """Say how the model was made, and which part of it is not as fast as CLIP's."""
+        """Say how the model was converted, and which part of it is not as fast as CLIP's."""
         remarks = [f"{self.name}: {self.conversion}."] if self.conversion else []
         if slower := self.architecture.slower:
             remarks.append(
@@ -94,14 +94,14 @@ class PretrainedModel:
 
     @property
     def width(self) -> int:
-        """The number of dimensions inside the wider of its two encoders."""
+        """The hidden size of the wider of the two encoders."""
         config = self.model.config
         parts = (config.vision_config, config.text_config)
         return max(getattr(part, "hidden_size", 0) for part in parts)
 
     def fingerprint(self) -> str:
-        """Hash the shape of the model and every weight: equal for equal models."""
-        # Only what does not differ between versions of transformers
+        """A hash of the model's shape and of every weight. It is equal for equal models."""
+        # Only settings that do not differ between versions of transformers
         shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         vision, text = self.model.config.vision_config, self.model.config.text_config
         config = {
@@ -123,11 +123,11 @@ def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel
     """Load the model of a hub id, of a local folder, or ``tiny``, in fp32 on the CPU.
 
     A folder or hub id may also hold a PEFT adapter, which is merged into its base model. ``sizes``
-    change the lengths of texts and the size of images that it takes.
+    change the model's context length and image size.
 
     Raises:
         ModelError: it is missing, broken, incomplete, not a CLIP, or cannot be downloaded.
-        UsageError: it cannot take images of that size.
+        UsageError: the model cannot have these sizes.
     """
     inputs = load_inputs(name, sizes)
     files = find_model(name)
@@ -137,9 +137,9 @@ def load_pretrained(name: str, sizes: InputSizes = OWN_SIZES) -> PretrainedModel
         if base_of(name):
             model = merge_adapter(model, name)
         check_finite(name, model.named_parameters())
-    # Pool a text where its tokenizer ends it, and pad it as its tokenizer does. Configurations
-    # cannot be trusted there: early CLIPs say that the end is 2, for which transformers pools at
-    # the highest id instead, and SigLIP's name ids beyond its vocabulary.
+    # Texts are pooled at the tokenizer's end token and padded with its padding token. The ids in
+    # the configuration are unreliable: in early CLIPs the end token is 2, for which transformers
+    # pools at the highest id instead, and in SigLIP the ids are outside the vocabulary.
     tokenizer, config = inputs.tokenizer, model.config.text_config
     end = tokenizer.eos_token_id
     config.eos_token_id = model.text_model.eos_token_id = end
@@ -165,11 +165,12 @@ def load_inputs(name: str, sizes: InputSizes = OWN_SIZES) -> ModelInputs:
         config = architecture.read_config(files.source)
         tokenizer = AutoTokenizer.from_pretrained(files.source, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
-            tokenizer.eos_token = tokenizer.sep_token  # how BERT's tokenizers call it
+            tokenizer.eos_token = tokenizer.sep_token  # BERT's name for it
         check_normalization(name, processor)
         vocab_size = config.text_config.vocab_size
         check_tokenizer(name, tokenizer, vocab_size, pools_at_end=not architecture.pads_texts)
-    # Image processors have a size by shortest_edge, which crops, or by height and width
+    # An image processor's size has either shortest_edge, and images are cropped, or height and
+    # width
     size, defaults = processor.get("size"), architecture.image_defaults
     patches = architecture.patches(config, processor, sizes.image_size)
     side = patches.side if patches else sizes.image_size or _image_size(name, config)

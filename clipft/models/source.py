@@ -1,7 +1,7 @@
-"""Finds a pretrained model, and checks what its files tell without torch: its family, its adapter.
+"""Finds a pretrained model, and checks its family and its adapter without torch.
 
 A name is ``tiny``, a local folder or a hub id. Importing torch and transformers takes seconds, so a
-model that is missing or no CLIP is refused before that.
+model that is missing or is not a CLIP is refused before that.
 """
 
 import json
@@ -23,7 +23,7 @@ from clipft.core.files import read_json
 from clipft.models.open_clip.names import is_open_clip
 
 TINY = "tiny"
-"""Name of the small CLIP that the package carries."""
+"""Name of the small CLIP that is part of the package."""
 FAMILIES = (
     "clip",
     "siglip",
@@ -34,7 +34,7 @@ FAMILIES = (
     "open_clip",
     "open_clip_bidirectional",
 )
-"""Each ``model_type`` that ``models.architectures`` has an architecture for."""
+"""Each ``model_type`` for which ``models.architectures`` has an architecture."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 _TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -44,7 +44,7 @@ _LFS_POINTER = b"version https://git-lfs"
 def quiet_libraries() -> None:
     """Silence warnings of the model libraries. Call it before the first of them is imported."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # It warns of each of its tries to reach the hub; the last one ends in an error of ours
+    # It warns about each attempt to reach the hub. If the last one fails, clipft raises an error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -53,10 +53,10 @@ def quiet_libraries() -> None:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose files are there.
+    """A model whose files were found.
 
-    ``source`` is what ``from_pretrained`` needs to find it, ``family`` one of ``FAMILIES``, and
-    ``image_processor`` the configuration of its image processor as it is in the file.
+    ``source`` is the name for ``from_pretrained``, ``family`` is one of ``FAMILIES``, and
+    ``image_processor`` is the configuration of the image processor as it is in the file.
     """
 
     source: str
@@ -65,9 +65,9 @@ class FoundModel:
 
 
 def check_model(name: str) -> None:
-    """Check a model as far as that is possible without its libraries.
+    """Check a model as far as that is possible without torch and transformers.
 
-    Nothing is told of a model in open_clip's notation, which has to be converted first.
+    A model in open_clip's notation has to be converted first and is not checked here.
 
     Raises:
         ModelError: it is missing, cannot be downloaded, is not a CLIP, or lacks a part.
@@ -92,7 +92,7 @@ def find_model(name: str) -> FoundModel:
 
 
 def model_source(name: str) -> str:
-    """Return what ``from_pretrained`` needs to find a model; for an adapter, its base model.
+    """Return the name of a model for ``from_pretrained``; for an adapter, that of its base model.
 
     Raises:
         ModelError: there is no model in the folder, or more than one.
@@ -114,7 +114,7 @@ def model_source(name: str) -> str:
 
 
 def _check_hub_is_known(name: str) -> None:
-    """Notice at once that there is no network; the hub's own client tries for a minute.
+    """Fail at once if there is no network. The hub's own client would try for a minute.
 
     Raises:
         OSError: the hub's name cannot be resolved, and the model is not in the local cache.
@@ -138,7 +138,8 @@ def base_of(name: str) -> str | None:
     """Return the name of the base model of a PEFT adapter; None for a model that is no adapter.
 
     Raises:
-        ModelError: it holds both an adapter and a whole model, or the adapter names no base.
+        ModelError: the folder holds both an adapter and a whole model, or the adapter's
+            configuration contains no base model.
     """
     missing = looks_local(name) and not Path(name).is_dir()
     if name == TINY or missing or is_open_clip(name):
@@ -162,9 +163,9 @@ def base_of(name: str) -> str | None:
 
 
 def own_learning_rates(name: str) -> dict[str, float]:
-    """Return the learning rates by scenario that a model's folder has in its ``clipft.json``.
+    """Return the learning rates by scenario in the ``clipft.json`` of a model's folder.
 
-    A model that was pretrained in another way than OpenAI's CLIP may need other rates.
+    A model that was not pretrained like OpenAI's CLIP may need other rates.
     """
     said = read_json((_TINY_FOLDER if name == TINY else Path(name)) / "clipft.json") or {}
     rates = said.get("learning_rates")
@@ -179,11 +180,11 @@ def _is_rate(value: Any) -> bool:
 
 
 def _find_file(source: str, file: str, required: bool = False) -> Path | None:
-    """Find a file of a local folder or, downloading it if necessary, of a model of the hub.
+    """Find a file of a local folder or of a model on the hub; download it if necessary.
 
     Raises:
-        OSError: there is no such model on the hub. A ``required`` file is also refused if the hub
-            cannot be reached and the file is not in the cache.
+        OSError: there is no such model on the hub; or the file is ``required``, the hub cannot be
+            reached, and the file is not in the cache.
     """
     if Path(source).is_dir():
         path = Path(source) / file
@@ -194,7 +195,7 @@ def _find_file(source: str, file: str, required: bool = False) -> Path | None:
     try:
         return Path(hf_hub_download(source, file))
     except EntryNotFoundError as error:
-        if required and isinstance(error, OSError):  # without a network, nobody can tell
+        if required and isinstance(error, OSError):  # without a network, the file may exist
             raise
         return None
     except HFValidationError as error:
@@ -205,9 +206,10 @@ def _family_of(name: str, source: str) -> str:
     """Read a model's family from its configuration.
 
     Raises:
-        ModelError: it is not CLIP or SigLIP, is quantized, or lacks the head that pools images.
-        OSError: it has no configuration.
-        ValueError: its configuration is not JSON.
+        ModelError: the family is not supported, or the model is quantized or lacks the head that
+            pools images.
+        OSError: the model has no configuration.
+        ValueError: the configuration is not JSON.
     """
     path = _find_file(source, "config.json", required=True)
     config: Any = json.loads(path.read_text(encoding="utf-8")) if path else None
@@ -229,11 +231,12 @@ def _family_of(name: str, source: str) -> str:
 
 
 def _image_processor_of(name: str, source: str) -> Any:
-    """Read the configuration of an image processor; newer models have it in their processor's.
+    """Read the configuration of an image processor, which newer models have in the configuration of
+    their processor.
 
     Raises:
-        ModelError: there is none.
-        ValueError: it is not JSON.
+        ModelError: there is no such configuration.
+        ValueError: the configuration is not JSON.
     """
     path = _find_file(source, "processor_config.json")
     nested: Any = json.loads(path.read_text(encoding="utf-8")) if path else None
@@ -249,7 +252,7 @@ def _image_processor_of(name: str, source: str) -> Any:
 
 
 def _not_downloaded(name: str) -> str:
-    """Return the first file of a folder that is a pointer of Git LFS instead of the file itself."""
+    """Return the first file of a folder that is only a Git LFS pointer; "" if there is none."""
     for path in sorted(Path(name).glob("*")) if looks_local(name) else ():
         if path.is_file():
             with path.open("rb") as file:
@@ -259,7 +262,7 @@ def _not_downloaded(name: str) -> str:
 
 
 def hub_refusal(name: str, error: Exception) -> ModelError | None:
-    """Say why the hub does not hand out a model; None if ``error`` is of another kind."""
+    """Return the reason why the hub refuses a model; None if ``error`` is another error."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -275,7 +278,7 @@ def hub_refusal(name: str, error: Exception) -> ModelError | None:
 
 @contextmanager
 def loading_errors(name: str) -> Iterator[None]:
-    """Raise the loaders' errors, which share no base class, as ``ModelError``."""
+    """Raise the errors of model libraries, which have no common base class, as ``ModelError``."""
     try:
         yield
     except ClipftError:

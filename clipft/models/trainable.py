@@ -24,7 +24,7 @@ TARGETS = {
     "mlp": _MLP,
     "all": (*_ATTENTION, *_MLP),
 }
-"""Linear maps of an encoder layer that get adapters, by CLIP's names for them."""
+"""Linear maps of an encoder layer that get adapters, by their names in CLIP."""
 
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 """Temperature and bias at which the sigmoid loss starts (Zhai et al. 2023)."""
@@ -32,7 +32,7 @@ SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of weights in the pretrained model, and of those that train (with adapters)."""
+    """The number of parameters in the pretrained model, and of trainable ones (with adapters)."""
 
     base: int
     trainable: int
@@ -43,12 +43,12 @@ class Parameters:
 
 
 class TrainableModel(nn.Module):
-    """CLIP under a scenario: takes uint8 pixels and token ids, and returns unit embeddings.
+    """CLIP prepared for a scenario. It takes uint8 pixels and token ids; returns unit embeddings.
 
-    Images are [B, 3, S, S], or strips of patches as ``Patches`` describes them.
+    Images are [B, 3, S, S], or strips of patches as described in ``Patches``.
 
-    A tower is trainable if any of its encoder's weights train. ``images_trainable`` is also true
-    if only its projection trains: then image embeddings change in training.
+    A tower is trainable if any weights of its encoder are. ``images_trainable`` is also true if
+    only the image projection is trainable, because image embeddings then change in training.
     """
 
     clip: Any
@@ -129,9 +129,9 @@ class TrainableModel(nn.Module):
         return bias
 
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature of a CLIP at or below 100 while it trains, as its authors do.
+        """Limit a trainable temperature to that of its family: 100 for CLIP, as its authors do.
 
-        A frozen temperature stays as it was pretrained: no checkpoint holds it.
+        A frozen temperature does not change, because no checkpoint contains it.
         """
         if self.logit_scale.requires_grad:
             with torch.no_grad():
@@ -149,8 +149,8 @@ class TrainableModel(nn.Module):
     def layers_above(self, name: str) -> int:
         """Count the encoder layers from a parameter up to the end of its tower.
 
-        That is 0 for what follows the encoder and for the temperature, and one more than the
-        number of layers for the token and patch embeddings.
+        The result is 0 for parameters after the encoder and for the temperature, and one more than
+        the number of layers for the token and patch embeddings.
         """
         part = self.part_of(name)
         if part not in {"vision", "text"}:
@@ -158,18 +158,19 @@ class TrainableModel(nn.Module):
         return self.architecture.layers_above(self.clip, name, part)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the names and parameters that train, in a fixed order."""
+        """Yield the names and trainable parameters in a fixed order."""
         return ((n, p) for n, p in self.clip.named_parameters() if p.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Copy the weights that train to the CPU."""
+        """Copy the trainable weights to the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.trainable()}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Load weights that ``trainable_state`` returned.
 
         Raises:
-            ModelError: they belong to another scenario, rank or model.
+            ModelError: the weights belong to another scenario, LoRA rank or model, or are not
+                finite.
         """
         self.check_state(state)
         with torch.no_grad():
@@ -177,12 +178,11 @@ class TrainableModel(nn.Module):
                 parameter.copy_(state[name])
 
     def check_state(self, state: dict[str, Tensor]) -> None:
-        """Check that the names and shapes of weights are those of this model, and their values
-        finite.
+        """Check that weights have the names and shapes of this model's and are finite.
 
         Raises:
-            ModelError: they are not; they belong to another scenario, rank or model, or to a
-                training that diverged.
+            ModelError: the weights belong to another scenario, LoRA rank or model, or to a run that
+                diverged.
         """
         own = dict(self.trainable())
         wrong = sorted(set(own) ^ set(state))
@@ -213,7 +213,7 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     bias_added = settings.loss == "siglip" and getattr(clip, "logit_bias", None) is None
     if bias_added:
         # CLIP's own temperature of 100 would classify nearly all negatives as positives, and push
-        # the towers apart before any bias could compensate: so the temperature is reset as well
+        # the towers apart before any bias could compensate, so the temperature is reset as well
         clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, SIGLIP_BIAS))
         with torch.no_grad():
             clip.logit_scale.fill_(math.log(SIGLIP_SCALE))
@@ -233,7 +233,7 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
     model = TrainableModel(base, clip)
     train_scale = settings.logit_scale == "trained"
     if settings.logit_scale == "auto":
-        # Where the sigmoid loss starts from a new bias, temperature and bias must move
+        # If the sigmoid loss starts with a new bias, temperature and bias must be trained
         train_scale = scenario.full or (scenario.trains and bias_added)
     for value in (model.logit_scale, model.logit_bias):
         if value is not None:
@@ -242,9 +242,9 @@ def adapt(base: PretrainedModel, scenario: Scenario, settings: AdaptSettings) ->
 
 
 def _remove_dropout(clip: nn.Module) -> None:
-    """Turn off the dropout that a model has itself.
+    """Turn off a model's own dropout, whose masks would not depend on the row alone.
 
-    Its masks would not belong to the rows. Only text towers that are a BERT were trained with it.
+    Only text towers that are a BERT were pretrained with dropout.
     """
     for module in clip.modules():
         if isinstance(module, nn.Dropout):
@@ -258,10 +258,10 @@ def _remove_dropout(clip: nn.Module) -> None:
 def _add_lora(
     base: PretrainedModel, scenario: Scenario, projections: list[str], settings: ModelSettings
 ) -> Any:
-    """Add adapters to the encoders of a scenario, and train ``projections`` as a whole.
+    """Add adapters to the encoders of a scenario, and make ``projections`` trainable as a whole.
 
-    ``pissa`` and ``olora`` subtract the adapters' initial product from the base weights. This
-    happens again whenever the model is loaded, and gives the same result: the product of the
+    ``pissa`` and ``olora`` subtract the adapters' initial product from the base weights. This is
+    repeated whenever the model is loaded, and gives the same result, because the product of the
     leading parts of an SVD or QR does not depend on their signs, which differ between machines.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What tells the families of CLIP apart, one class for each."""
+"""The differences between the families of CLIP, with one class for each family."""

@@ -1,7 +1,7 @@
 """Families whose text tower is a BERT: each token attends to all others, and the first is pooled.
 
-Their image tower is CLIP's. Such text towers have far more positions than the captions that they
-were trained on in CLIP's way had tokens.
+Their image tower is CLIP's. The text towers have far more positions than the captions of their
+contrastive training had tokens.
 """
 
 from typing import Any, ClassVar
@@ -39,12 +39,12 @@ class ChineseClip(Architecture):
     """The context length with which the authors trained, in tokens."""
 
     def positions(self, config: Any) -> int:
-        """Return how many tokens the text tower has position embeddings for."""
+        """Return the number of tokens for which the text tower has position embeddings."""
         count: int = config.text_config.max_position_embeddings
         return count
 
     def context_length(self, config: Any, tokenizer: Any) -> int:
-        # An export with another context length says so in its tokenizer's configuration
+        # The tokenizer's configuration in an export contains a changed context length
         positions, stated = self.positions(config), int(tokenizer.model_max_length)
         return stated if stated < positions else min(self.trained_length, positions)
 
@@ -64,8 +64,8 @@ class ChineseClip(Architecture):
     def _encoded(self, bert: Any, config: Any, input_ids: Tensor) -> Tensor:
         padding = is_padding(input_ids, config.eos_token_id)
         hidden = bert.embeddings(input_ids=input_ids.masked_fill(padding, config.pad_token_id))
-        # Not the mask that transformers makes: it leaves out one that hides nothing, for which it
-        # must wait for the device
+        # transformers leaves out a mask that hides nothing, and must wait for the device to check
+        # this, so the mask is made here
         mask = ~padding[:, None, None]
         first: Tensor = bert.encoder(hidden, attention_mask=mask).last_hidden_state[:, 0]
         return first
@@ -80,7 +80,7 @@ class AltClip(ChineseClip):
     trained_length = 77
 
     def positions(self, config: Any) -> int:
-        # RoBERTa counts from the id that follows that of padding
+        # RoBERTa's first position is one more than the id of the padding token
         text = config.text_config
         count: int = text.max_position_embeddings - text.pad_token_id - 1
         return count

@@ -1,4 +1,4 @@
-"""CLIP itself, on which the descriptions of the other families build."""
+"""CLIP itself, and the base class of the other families."""
 
 import math
 import re
@@ -19,12 +19,12 @@ CLIP_MAPS = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
     **{name: f"mlp.{name}" for name in ("fc1", "fc2")},
 }
-"""The linear maps of an encoder layer by the names that ``trainable.TARGETS`` has for them."""
+"""The linear maps of an encoder layer, by their names in ``trainable.TARGETS``."""
 
 
 @dataclass(frozen=True)
 class ImageDefaults:
-    """Image preprocessing of a family, for checkpoints whose own configuration leaves it out.
+    """Image preprocessing of a family, for checkpoints whose configuration does not contain it.
 
     The fields mean the same as in ``ModelInputs``.
     """
@@ -35,9 +35,9 @@ class ImageDefaults:
 
 
 class Architecture:
-    """A family of models, and how to take one apart.
+    """A family of models: where its modules are, and how its towers are run.
 
-    This base class is CLIP itself, transformers' ``CLIPModel``: OpenAI's checkpoints, and the
+    This base class is CLIP itself, ``CLIPModel`` in transformers: OpenAI's checkpoints, and the
     converted ones of LAION, DataComp and MetaCLIP. Methods take ``clip``, a transformers model
     or PEFT's wrapper around one.
     """
@@ -55,7 +55,7 @@ class Architecture:
     maps: ClassVar[Mapping[str, Mapping[str, str]]] = {"vision": CLIP_MAPS, "text": CLIP_MAPS}
     """Paths, in a layer of each tower, of the linear maps that may get adapters."""
     slower: ClassVar[str] = ""
-    """The part that runs in transformers' own code, because the fast encoder does not fit it."""
+    """The part that runs in transformers' code, because it does not fit the fast encoder."""
     loss: ClassVar[str] = "clip"
     """The loss that the family was pretrained with."""
     max_logit_scale: ClassVar[float] = math.log(100)
@@ -65,7 +65,7 @@ class Architecture:
     model_class: ClassVar[str] = "CLIPModel"
     processor_class: ClassVar[str] = "CLIPProcessor"
     not_exported: ClassVar[Mapping[str, str]] = {}
-    """Why its models cannot be exported in some formats, by the format."""
+    """The reason for each format in which the family's models cannot be exported."""
     unshardable: ClassVar[str] = ""
     """Why ``--shard-weights`` does not find the layers of both towers; empty if it does."""
     image_defaults: ClassVar[ImageDefaults] = ImageDefaults(
@@ -86,7 +86,7 @@ class Architecture:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
     def load(self, source: str) -> tuple[Any, dict[str, Any]]:
-        """Load a model in fp32, and tell which of its weights were missing or unexpected."""
+        """Load a model in fp32; return it, and the names of missing and unexpected weights."""
         import transformers
 
         loaded: tuple[Any, dict[str, Any]] = getattr(
@@ -101,7 +101,7 @@ class Architecture:
         return loaded
 
     def context_length(self, config: Any, tokenizer: Any) -> int:
-        """Return how many tokens a text has at most, unless ``--context-length`` says."""
+        """Return the most tokens that a text may have without ``--context-length``."""
         return int(config.text_config.max_position_embeddings)
 
     def patches(self, config: Any, processor: Any, image_size: int) -> Patches | None:
@@ -116,7 +116,7 @@ class Architecture:
         """Give a model in fp32 another context length or image size.
 
         Raises:
-            UsageError: it cannot have that size.
+            UsageError: the model cannot have that size.
         """
         if sizes.context_length:
             resize_texts(clip, sizes.context_length)
@@ -131,9 +131,10 @@ class Architecture:
     def lora_targets(
         self, clip: Any, towers: Sequence[str], maps: Sequence[str]
     ) -> str | list[str]:
-        """Name the modules that get adapters as PEFT's ``target_modules`` do.
+        """Return the modules that get adapters, in the form of PEFT's ``target_modules``.
 
-        ``towers`` are ``vision`` and ``text``, ``maps`` the linear maps of a layer by CLIP's names.
+        ``towers`` are some of ``vision`` and ``text``. ``maps`` are linear maps of a layer, by
+        CLIP's names.
         """
         paths = []
         for tower in towers:
@@ -144,7 +145,7 @@ class Architecture:
     def layers_above(self, clip: Any, name: str, part: str) -> int:
         """Count the encoder layers from a parameter of ``vision`` or ``text`` to the tower's end.
 
-        That is one more than the number of layers for the token and patch embeddings.
+        For the token and patch embeddings, the result is one more than the number of layers.
         """
         layers: int = getattr(clip.config, f"{part}_config").num_hidden_layers
         if inside := re.search(rf"{re.escape(self.layers[part])}\.(\d+)\.", name):
@@ -155,7 +156,7 @@ class Architecture:
     def pixel_features(
         self, clip: Any, pixels: Tensor, normalize: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Encode what the loader made of images, uint8, into features [B, W].
+        """Encode the loader's images, uint8, into features [B, W].
 
         ``normalize`` takes uint8 [B, 3, H, W] and returns float.
         """
@@ -191,13 +192,12 @@ class Architecture:
 
 
 class MetaClip2(Architecture):
-    """``transformers.MetaClip2Model``: CLIP's modules under another name, with a multilingual
-    tokenizer."""
+    """``transformers.MetaClip2Model``, which has CLIP's modules and a multilingual tokenizer."""
 
     model_class = "MetaClip2Model"
 
 
 def is_padding(input_ids: Tensor, end: int) -> Tensor:
-    """Mark what follows the first end token of each text: int64 [B, T] -> bool [B, T]."""
+    """Mark the tokens after the first end token of each text: int64 [B, T] -> bool [B, T]."""
     ends = (input_ids == end).long()
     return ends.cumsum(1) - ends > 0

@@ -1,4 +1,4 @@
-"""CLIPs whose image tower is timm's, which open_clip runs (``models.open_clip.backed``)."""
+"""Models whose image tower is from timm and run by open_clip (``models.open_clip.backed``)."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _NOT_OF_TRANSFORMERS = "transformers has no model like this one"
 
 
 class OpenClip(Architecture):
-    """One with CLIP's own text tower."""
+    """A model with an image tower from timm and CLIP's own text tower."""
 
     not_exported = {  # noqa: RUF012
         **dict.fromkeys(("transformers", "onnx", "sentence-transformers"), _NOT_OF_TRANSFORMERS),
@@ -68,14 +68,14 @@ class OpenClip(Architecture):
 
 
 class BidirectionalOpenClip(OpenClip):
-    """One in whose text tower tokens attend to those after them, and to padding: MobileCLIP."""
+    """A model such as MobileCLIP, whose text tower also attends to later tokens and to padding."""
 
     pads_texts = True
 
     def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
         tower, config = clip.text_model, clip.config.text_config
         missing = config.max_position_embeddings - input_ids.shape[1]
-        # open_clip's tokenizer pads with 0, whatever that id stands for
+        # open_clip's tokenizer always pads with 0, whatever token has that id
         whole = input_ids.masked_fill(is_padding(input_ids, config.eos_token_id), 0)
         hidden = tower.embeddings(input_ids=functional.pad(whole, (0, missing)))
         end = (input_ids == config.eos_token_id).int().argmax(-1)

@@ -1,7 +1,7 @@
-"""SigLIP, whose towers were trained with a sigmoid loss, and whose images pool by attention.
+"""SigLIP, which was trained with a sigmoid loss, and pools images by attention.
 
-It has no modules that are called projections. Whatever follows its pooling takes their place: for
-images the MLP of the attention pool, with its norm and its residual; for texts the linear head.
+SigLIP has no modules that are called projections. The modules after its pooling take their place:
+for images the MLP of the attention pool, with its norm and its residual; for texts the linear head.
 """
 
 import math
@@ -19,7 +19,7 @@ from clipft.models.families.clip import Architecture, ImageDefaults, is_padding
 from clipft.models.positions import whole_patches
 
 _MOST_PATCHES = 256
-"""Where the image processor does not say."""
+"""The limit if the image processor does not contain one."""
 
 
 class Siglip(Architecture):
@@ -45,7 +45,7 @@ class Siglip(Architecture):
 
     def text_features(self, clip: Any, input_ids: Tensor) -> Tensor:
         tower, config = clip.text_model, clip.config.text_config
-        # The tower was trained on texts whose end is followed by padding up to the full context
+        # The tower was trained on texts that were padded to the full context
         padding: int = config.pad_token_id
         missing = config.max_position_embeddings - input_ids.shape[1]
         whole = input_ids.masked_fill(is_padding(input_ids, config.eos_token_id), padding)
@@ -67,9 +67,9 @@ class Siglip(Architecture):
 class NaFlex(Siglip):
     """``transformers.Siglip2Model``: SigLIP 2 NaFlex, whose images keep their shape.
 
-    An image has as many rows and columns of patches as its shape asks for, and the grid of position
-    embeddings is resampled to them. What is missing to the greatest number of patches is padding,
-    to which nothing attends.
+    The rows and columns of patches depend on the shape of the image, and the grid of position
+    embeddings is resampled to them. Each image is padded to the greatest number of patches, and
+    nothing attends to the padding.
     """
 
     model_class = "Siglip2Model"
@@ -108,8 +108,8 @@ class NaFlex(Siglip):
 
 
 def pooled_by_attention(tower: Any, encoded: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Pool patches [B, P, W] to [B, W] by attention, without those where ``padding``, bool [B, P],
-    is true."""
+    """Pool patches [B, P, W] to [B, W] by attention. Patches where ``padding``, bool [B, P], is
+    true are ignored."""
     patches = tower.post_layernorm(encoded)
     # Not len(): ONNX export would fix the batch size to this batch's
     probe = tower.head.probe.expand(patches.shape[0], -1, -1)

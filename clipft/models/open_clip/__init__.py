@@ -1,1 +1,1 @@
-"""open_clip's checkpoints and OpenAI's: found, read without running code, and converted."""
+"""Finds checkpoints of open_clip and OpenAI, reads them without running code, and converts them."""

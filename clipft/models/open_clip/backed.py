@@ -1,7 +1,7 @@
-"""CLIPs whose image tower transformers does not have: open_clip runs it, with timm.
+"""Models whose image tower is not in transformers, so that open_clip runs it with timm.
 
-The text tower is CLIP's, in the modules of transformers. So is everything else that a scenario
-names: the projections, the temperature.
+The text tower is CLIP's, in the modules of transformers. The projections and the temperature, which
+scenarios refer to, also have the names of transformers.
 """
 
 import json
@@ -27,12 +27,12 @@ _MAPS = {
     "fc1": ("fc1", "fc1_g", "fc1_x"),
     "fc2": ("fc2",),
 }
-"""timm's names of the linear maps in an encoder layer. Most towers fuse query, key and value."""
+"""timm's names for the linear maps of an encoder layer. Most towers fuse query, key and value."""
 _PROBES = 3
 
 
 class OpenClipConfig:
-    """What ``config.json`` of a converted folder says; ``model_cfg`` is open_clip's own."""
+    """The content of ``config.json`` in a converted folder. ``model_cfg`` is open_clip's."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         from transformers import CLIPTextConfig
@@ -66,14 +66,14 @@ class OpenClipConfig:
 class ImageTower(nn.Module):
     """open_clip's image tower without its projection: pixels [B, 3, S, S] -> features [B, W].
 
-    It has no dropout of its own, and its batch norms keep the statistics that they were pretrained
-    with: what either drew or measured would depend on how pairs are batched.
+    Its dropout is turned off, and its batch norms keep their pretrained statistics. Otherwise the
+    results would depend on how pairs are batched.
     """
 
     def __init__(self, visual: nn.Module, config: SimpleNamespace) -> None:
         super().__init__()
         self.tower, self.config = visual, config
-        self.encoder = SimpleNamespace(layers=())  # there is none that the fast encoder knows
+        self.encoder = SimpleNamespace(layers=())  # none that the fast encoder can run
         self.positions: dict[str, int] = {}  # of the linear maps that may get adapters
         for module in visual.modules():
             if isinstance(module, nn.Dropout):
@@ -92,9 +92,9 @@ class ImageTower(nn.Module):
 
 
 class OpenClipModel(nn.Module):
-    """Has the parts of a ``CLIPModel`` under the same names."""
+    """A model with the parts of a ``CLIPModel`` under the same names."""
 
-    base_model_prefix = ""  # which PEFT reads wherever it finds a module of transformers
+    base_model_prefix = ""  # PEFT reads it from models that contain modules of transformers
 
     def __init__(self, config: OpenClipConfig) -> None:
         from open_clip.model import _build_vision_tower
@@ -120,7 +120,7 @@ class OpenClipModel(nn.Module):
         tower.set_grad_checkpointing(True)
 
     def rules(self) -> list[Rule]:
-        """Return how the tensors are named in open_clip."""
+        """Return the names of the tensors in open_clip, as rules."""
         return backed_rules(
             [name for name, _ in self.state_dict().items()],
             self.projection_path,
@@ -132,7 +132,7 @@ def load_backed(source: str) -> tuple[OpenClipModel, dict[str, Any]]:
     """Load a converted folder in float32.
 
     Returns:
-        The model, and what transformers calls its loading info.
+        The model, and its loading info as transformers returns it.
 
     Raises:
         ModelError: open_clip is not installed.
@@ -150,10 +150,10 @@ def load_backed(source: str) -> tuple[OpenClipModel, dict[str, Any]]:
 
 
 def require_open_clip(name: str, why: str) -> None:
-    """Check that open_clip is installed, which must run the image tower of a model.
+    """Check that open_clip, which must run the image tower of a model, is installed.
 
     Raises:
-        ModelError: it is not.
+        ModelError: open_clip is not installed.
     """
     if not open_clip_installed():
         raise ModelError(
@@ -163,10 +163,11 @@ def require_open_clip(name: str, why: str) -> None:
 
 
 def lora_targets(model: OpenClipModel, maps: Sequence[str]) -> list[str]:
-    """Name the linear maps of the image tower that take adapters.
+    """Return the names of the linear maps of the image tower that can have adapters.
 
-    They are found by a pass of a few images: their input must be [images, positions, width], for
-    which dropout has masks. Towers that work on windows or on maps of pixels have none.
+    They are found in a forward pass of a few images. The input of a map must be [images, positions,
+    width], because dropout has masks only for this shape. Towers that work on windows or on feature
+    maps have no such maps.
     """
     wanted = {name for each in maps for name in _MAPS[each]}
     positions = model.vision_model.positions = positions_of(model.vision_model)
@@ -175,8 +176,8 @@ def lora_targets(model: OpenClipModel, maps: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def positions_of(tower: ImageTower) -> dict[str, int]:
-    """Return the number of positions at each linear map within a layer, by its name in the
-    tower."""
+    """Return the number of positions in the input of each linear map in a layer, by the map's name
+    in the tower."""
     found: dict[str, int] = {}
     hooks = []
     for name, module in tower.tower.named_modules():

@@ -1,4 +1,4 @@
-"""Compares a converted model with the encoders of open_clip itself, which must be installed."""
+"""Compares a converted model with open_clip's own encoders. open_clip must be installed."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ from clipft.models.open_clip.names import FOLDER
 from clipft.models.open_clip.sources import Source
 
 TOLERANCE = 1e-3
-"""Between components of unit embeddings. Rounding in the largest models stays far below."""
+"""The largest allowed difference between components of unit embeddings. Rounding errors are far
+smaller, even in the largest models."""
 _TEXTS = [
     "a photo of two red chairs",
     "An oak table, with 4 drawers!",
@@ -42,7 +43,7 @@ def check_difference(
         The largest difference of a component.
 
     Raises:
-        ModelError: open_clip cannot open it, or it gives other embeddings.
+        ModelError: open_clip cannot open the checkpoint, or gives other embeddings.
     """
     from transformers import AutoTokenizer
 
@@ -73,7 +74,7 @@ def check_difference(
 
 @torch.inference_mode()
 def difference_of_folder(folder: Path, clip: Any, tokenizer: Any) -> float:
-    """Open a folder with open_clip, and compare it with the model of transformers in it.
+    """Open a folder with open_clip, and compare its embeddings with those of ``clip``.
 
     Returns:
         The largest difference of a component.
@@ -85,7 +86,7 @@ def difference_of_folder(folder: Path, clip: Any, tokenizer: Any) -> float:
 
 
 def _our_embeddings(clip: Any, tokenizer: Any) -> list[Tensor]:
-    """Embed with the encoders that train."""
+    """Embed the inputs with the encoders that are used in training."""
     architecture = ARCHITECTURES[clip.config.model_type]
     context = clip.config.text_config.max_position_embeddings
     rows = [tokenizer(text, truncation=True, max_length=context).input_ids for text in _TEXTS]
@@ -114,7 +115,7 @@ def _largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def make_open_clip(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """Make open_clip's model of a ``model_cfg`` with weights under the names of its ``CLIP``."""
+    """Make open_clip's model from a ``model_cfg`` and weights with the names of its ``CLIP``."""
     settings = {name: value for name, value in config.items() if name != "custom_text"}
     if not config.get("custom_text"):
         model: Any = open_clip.CLIP(**settings)

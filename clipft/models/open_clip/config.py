@@ -1,4 +1,4 @@
-"""The same architecture in open_clip's configuration and in that of transformers."""
+"""Translates open_clip's configurations of models to configurations of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _TOP = {
 }
 _ANYWHERE = {"layers", "width", "mlp_ratio", "ls_init_value", "norm_kwargs", "act_kwargs"}
 _HARMLESS = {"output_tokens", "final_ln_after_pool", "block_type"}
-"""Settings that change nothing in the towers that are mapped."""
+"""Settings without effect on the towers that can be converted."""
 _VISION = {"head_width", "patch_size", "image_size", "pos_embed_type", "patch_dropout"}
 _TEXT = {"heads", "context_length", "vocab_size", "pool_type", "eos_id", "pad_id"}
 _TOKENIZER = {"hf_tokenizer_name", "tokenizer_kwargs"}
@@ -36,7 +36,7 @@ _UNLIKE_CLIP = {
     "no_causal_mask": "the tokens of a text attend to those after them",
     "proj_bias": "its text projection has a bias",
 }
-"""Settings that, if true, ask for what transformers' CLIP does not have."""
+"""Settings that, if true, need something that transformers' CLIP does not have."""
 _SIGLIP_TRUNK = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)")
 SIGLIP_TOWERS = {
     "base": (768, 12, 12, 3072),
@@ -51,7 +51,7 @@ _WITH_TANH = re.compile(r"base_patch32_256|large_patch16_512|(so400m|giantopt)_p
 
 
 def siglip_activation(size: str, patch: int, side: int) -> str:
-    """Return the activation of timm's tower of this size, as transformers names it."""
+    """Return the activation of timm's tower of this size, by its name in transformers."""
     tanh = _WITH_TANH.fullmatch(f"{size}_patch{patch}_{side}")
     return "gelu_pytorch_tanh" if tanh else "gelu"
 
@@ -62,11 +62,11 @@ class UnmappableError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a checkpoint becomes.
+    """The model to which a checkpoint is converted.
 
-    ``config`` are the arguments of its configuration, and ``rules`` how its tensors are named.
-    Where transformers has no such model, ``model_class`` is ``OpenClipModel``, ``backed`` says why,
-    and ``config`` is the content of its ``config.json``.
+    ``config`` are the arguments of its configuration, and ``rules`` are the names of its tensors.
+    If transformers has no such model, ``model_class`` is ``OpenClipModel``, ``backed`` is the
+    reason, and ``config`` is the content of ``config.json``.
     """
 
     model_class: str
@@ -83,7 +83,7 @@ def target_of(config: Mapping[str, Any], end: int | None) -> Target:
         end: the id of the tokenizer's end token, -1 if it has none; None before it is known.
 
     Raises:
-        UnmappableError: there is none.
+        UnmappableError: there is no such model.
     """
     try:
         return _of_transformers(config, end)
@@ -98,7 +98,7 @@ def check_supported(name: str, config: Mapping[str, Any]) -> None:
     """Check, before weights are downloaded, that there is a model for a configuration.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such model.
     """
     try:
         target_of(config, None)
@@ -129,7 +129,7 @@ def _clip(config: Mapping[str, Any], end: int | None) -> Target:
     if vision.get("pool_type", "tok") != "tok":
         raise UnmappableError(f"its image tower pools with {vision['pool_type']}")
     _check_text(text, end)
-    family = "MetaClip2" if end == 2 else "CLIP"  # for which CLIPModel pools at the highest id
+    family = "MetaClip2" if end == 2 else "CLIP"  # with 2, CLIPModel pools at the highest id
     towers = {
         "vision_config": {**_vision(config), **_image_shape(vision)},
         "text_config": _text(config, end),
@@ -142,13 +142,13 @@ def _clip(config: Mapping[str, Any], end: int | None) -> Target:
 
 
 def _backed(config: Mapping[str, Any], end: int | None, why: str) -> Target:
-    """Describe an ``OpenClipModel``: timm's image tower, CLIP's text tower.
+    """Describe an ``OpenClipModel``, with timm's image tower and CLIP's text tower.
 
-    In some, such as MobileCLIP, tokens attend in both directions, and to padding.
+    In some models, such as MobileCLIP, tokens attend in both directions, and to padding.
     """
     vision, text = config["vision_cfg"], dict(config["text_cfg"])
     name = str(vision.get("timm_model_name") or "")
-    if config.keys() - _TOP or not re.fullmatch(r"[\w.]+", name):  # nor one of the hub
+    if config.keys() - _TOP or not re.fullmatch(r"[\w.]+", name):  # nor on the hub
         raise UnmappableError("its image tower is not timm's")
     both_ways = bool(text.pop("no_causal_mask", False))
     _check_text(text, end)
@@ -179,7 +179,7 @@ def _check_pooling(text: Mapping[str, Any], end: int) -> None:
     """Check that texts are pooled at their end token.
 
     Raises:
-        UnmappableError: they are pooled elsewhere.
+        UnmappableError: texts are pooled elsewhere.
     """
     pool, pooled_id = text.get("pool_type", "argmax"), text.get("eos_id", 2)
     if pool == "argmax":  # the highest id of a text
@@ -235,10 +235,10 @@ def _image_shape(vision: Mapping[str, Any]) -> dict[str, int]:
 
 
 def image_side(vision: Mapping[str, Any]) -> int:
-    """Return the side of the square images that a ``vision_cfg`` asks for, in pixels.
+    """Return the side of the square images in a ``vision_cfg``, in pixels.
 
     Raises:
-        UnmappableError: they are not square.
+        UnmappableError: the images are not square.
     """
     size = vision.get("image_size", 224)
     sides = {size} if isinstance(size, int) else set(size)
@@ -281,7 +281,7 @@ def _encoder(tower: Mapping[str, Any], width: int, quick_gelu: bool) -> dict[str
 
 
 def openai_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Read open_clip's configuration from the shapes of OpenAI's weights.
+    """Derive open_clip's configuration from the shapes of OpenAI's weights.
 
     All of OpenAI's models have QuickGELU and heads of width 64.
 

@@ -1,7 +1,7 @@
 """Converts checkpoints of open_clip and OpenAI to folders of transformers.
 
-A converted model is kept in the cache. From there it is loaded like any other, so that nothing else
-has to know where it comes from.
+A converted model is kept in the cache, and loaded from there like any other model. So no other part
+of the program depends on where a model comes from.
 """
 
 import hashlib
@@ -37,18 +37,17 @@ from clipft.models.open_clip.weights import Weights, disk_errors, read_weights, 
 
 REPORT = "open_clip.json"
 _VERSION = 2
-"""Converted models of other versions are converted again."""
+"""The version of the conversion. A cached model of another version is converted again."""
 _RESAMPLE = {"bicubic": 3, "bilinear": 2, "random": 3}
-"""Pillow's numbers. open_clip draws at random in training, and otherwise takes bicubic."""
-"""Pillow's numbers."""
+"""Pillow's numbers. With ``random``, open_clip draws one in training, and else uses bicubic."""
 
 
 @dataclass(frozen=True)
 class Report:
     """What was read from a checkpoint.
 
-    ``difference`` is the largest difference between a component of a unit embedding here and in
-    open_clip; None if the two were not compared.
+    ``difference`` is the largest difference of a component between our unit embeddings and
+    open_clip's; None if they were not compared.
     """
 
     name: str
@@ -67,10 +66,11 @@ class Report:
 
 
 def converted_folder(name: str) -> Path:
-    """Return the folder of transformers that a checkpoint is converted to; convert it if it is new.
+    """Return the folder of a converted checkpoint, and convert it if this was not done before.
 
     Raises:
-        ModelError: it is missing, damaged, holds code, or transformers has no model like it.
+        ModelError: the checkpoint is missing, damaged, or holds code, or transformers has no such
+            model.
         StorageError: the cache cannot be written.
     """
     source = find_source(name)
@@ -84,7 +84,8 @@ def converted_folder(name: str) -> Path:
 
 @contextmanager
 def _conversion_errors(name: str) -> Iterator[None]:
-    """Keep ``replacing`` from taking an error of open_clip or timm for one of the disk."""
+    """Raise errors of open_clip and timm as ``ModelError``, or ``replacing`` would take them for
+    disk errors."""
     try:
         yield
     except RuntimeError as error:
@@ -101,7 +102,7 @@ def read_report(folder: Path) -> Report | None:
 
 
 def _key(source: Source) -> str:
-    """Hash everything that decides the result. Weights are told apart by their file."""
+    """Hash everything that determines the result. Files count by path, size and time."""
     described = [_VERSION, source.config, source.preprocess, source.tokenizer]
     place = Path(source.tokenizer)
     files = [source.weights.resolve(), *(sorted(place.glob("*token*")) if place.is_dir() else ())]
@@ -176,10 +177,10 @@ def _write_backed(
 def _check_fit(
     source: Source, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    """Check that a file holds the tensors, by open_clip's names, that a configuration describes.
+    """Check that a file holds the tensors of a configuration, by their names in open_clip.
 
     Raises:
-        ModelError: some are missing, unexpected, or of another shape.
+        ModelError: tensors are missing, unexpected, or of another shape.
     """
     found = {
         "missing_keys": expected.keys() - tensors.keys(),
@@ -210,7 +211,7 @@ def _config_of(source: Source, weights: Weights) -> dict[str, Any]:
 def _prepared(
     tensors: Mapping[str, Tensor], model_class: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors that a model has a place for, and a note for each that it has not."""
+    """Return the tensors that the model class has, and a note for each of the others."""
     prepared, notes = fold_layer_scale(tensors), list[str]()
     for name in {"logit_scale", "logit_bias"} & prepared.keys():
         prepared[name] = prepared[name].reshape(())  # some are vectors of length 1

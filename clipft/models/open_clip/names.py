@@ -19,9 +19,10 @@ def is_open_clip(name: str) -> bool:
 
 
 def names_weights(place: str) -> bool:
-    """Return True where a command that also takes checkpoints of clipft is given a model of
-    open_clip: a ``.pt`` file alone is a checkpoint of clipft unless an open_clip configuration
-    stands beside it."""
+    """Return True for a model of open_clip, False for a checkpoint of clipft.
+
+    A ``.pt`` file is a checkpoint of clipft, unless an open_clip configuration is in its folder.
+    """
     path = Path(place)
     if path.suffix == ".pt" and not place.startswith((REGISTRY, HUB, FOLDER)):
         return path.is_file() and (path.parent / CONFIG_FILE).is_file()

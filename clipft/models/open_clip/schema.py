@@ -1,4 +1,4 @@
-"""What an ``open_clip_config.json`` must hold, checked before anything is made of it."""
+"""Checks the content of an ``open_clip_config.json`` before it is used."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ _Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class _Part(BaseModel):
-    # The file is used as it is, so that "12" must not pass for a number
+    # The file is used without conversion, so "12" must not pass for a number
     model_config = ConfigDict(strict=True, extra="allow")
 
 
@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
         _File.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
-        # Of a value that may have several types, the location also names the type that was tried
+        # If a value may have several types, the location also contains the type that was tried
         place = ".".join(str(part) for part in first["loc"][:3] if isinstance(part, str))
         problem = first["msg"].lower().partition(" or instance")[0]
         raise _refused(

@@ -1,4 +1,4 @@
-"""Finds the files of a checkpoint that is named in open_clip's notation, and downloads them."""
+"""Finds the files of a checkpoint given in open_clip's notation, and downloads them."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ _ON_HUB = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 class Source:
     """The files of a checkpoint.
 
-    ``config`` is open_clip's ``model_cfg``, None where it follows from OpenAI's weights.
+    ``config`` is open_clip's ``model_cfg``, or None if it is derived from OpenAI's weights.
     ``preprocess`` is its ``preprocess_cfg``. ``tokenizer`` is the folder or hub id of a tokenizer
     of transformers, "" for CLIP's own.
     """
@@ -133,7 +133,7 @@ def _registered(name: str, model: str, pretrained: str) -> Source:
             f"open_clip has no pretrained weights {pretrained!r} for {model}",
             sentences(did_you_mean(pretrained, tags), known),
         )
-    # Models pretrained with QuickGELU give other embeddings without it, at which open_clip warns
+    # Models pretrained with QuickGELU give other embeddings without it. open_clip only warns then
     config["quick_gelu"] = bool(found.get("quick_gelu") or config.get("quick_gelu"))
     return Source(name, _download_registered(name, found), config, found, tokenizer)
 
@@ -159,7 +159,7 @@ def _described(name: str, weights: Path, config: Mapping[str, Any], place: str) 
 
 
 def _download(name: str, repo: str, *files: str) -> Path:
-    """Download the first of some files that a repository has."""
+    """Download the first of ``files`` that is in a repository."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

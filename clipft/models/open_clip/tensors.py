@@ -1,4 +1,4 @@
-"""The same weights under open_clip's names and under those of transformers."""
+"""Maps weights from open_clip's names to those of transformers, and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Tensors = list[Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tensors on one side become those on the other, and back."""
+    """Functions that turn tensors of open_clip into tensors of transformers, and back."""
 
     to_transformers: Callable[[Tensors], Tensors]
     to_open_clip: Callable[[Tensors], Tensors]
@@ -39,7 +39,7 @@ TRANSPOSED = Layout(_transposed, _transposed)
 FUSED = Layout(lambda fused: [part.clone() for part in fused[0].chunk(3)], _joined)
 """Query, key and value are one matrix in open_clip and three in transformers."""
 FUSED_POOL = Layout(_joined, _query_and_rest)
-"""In SigLIP's attention pool it is the other way round: timm keeps the query apart."""
+"""In SigLIP's attention pool, transformers has one matrix, and timm a separate query."""
 POSITIONS = Layout(lambda rows: [rows[0][0]], lambda rows: [rows[0][None]])
 """timm's positions have a leading axis of length 1."""
 SCALAR = Layout(lambda value: [value[0].reshape(())], lambda value: [value[0].reshape(())])
@@ -66,7 +66,8 @@ def _with_bias(theirs: str, ours: str) -> Iterator[Rule]:
 
 
 def _layers(count: int, theirs: str, ours: str, names: Mapping[str, str], fused: str) -> list[Rule]:
-    """The rules of an encoder's layers; ``fused`` is the name before ``weight`` and ``bias``."""
+    """Return the rules of an encoder's layers. ``fused`` is the name of the fused matrix of query,
+    key and value, without ``weight`` and ``bias``."""
     rules = list[Rule]()
     for number in range(count):
         layer, block = f"{ours}.encoder.layers.{number}", f"{theirs}.{number}"
@@ -130,8 +131,8 @@ def _projected_text_tower(layers: int) -> list[Rule]:
 def backed_rules(names: Iterable[str], projection: str, text_layers: int) -> list[Rule]:
     """Map a model whose image tower is open_clip's own to ``OpenClipModel``.
 
-    ``names`` are those of the latter's tensors, ``projection`` is the path of the projection in
-    open_clip's image tower.
+    ``names`` are the tensors of the ``OpenClipModel``. ``projection`` is the path of the projection
+    in open_clip's image tower.
     """
     places = {"vision_model.tower.": "visual.", "visual_projection.": f"visual.{projection}."}
     images = [
@@ -173,7 +174,7 @@ def siglip_rules(image_layers: int, text_layers: int) -> list[Rule]:
 
 
 def to_transformers(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
-    """Rename and reshape the tensors of an open_clip model. All that the rules name must exist."""
+    """Rename and reshape the tensors of an open_clip model. All tensors in the rules must exist."""
     found: dict[str, Tensor] = {}
     for rule in rules:
         results = rule.layout.to_transformers([tensors[name] for name in rule.theirs])
@@ -191,7 +192,7 @@ def to_open_clip(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, 
 
 
 def fold_layer_scale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply layer scales into the maps before them, because transformers' CLIP has none."""
+    """Multiply layer scales into the preceding maps, because transformers' CLIP has no scales."""
     folded = dict(tensors)
     for name in tensors:
         for scale, before in (("ls_1", "attn.out_proj"), ("ls_2", "mlp.c_proj")):

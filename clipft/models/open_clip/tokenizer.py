@@ -1,4 +1,4 @@
-"""The tokenizer of an open_clip model as one of transformers."""
+"""Loads the tokenizer of an open_clip model as a tokenizer of transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def load_tokenizer(source: Source, text: Mapping[str, Any]) -> Any:
     """Load the tokenizer that the ``text_cfg`` of a model asks for.
 
     Raises:
-        ModelError: it cannot be loaded, or it works like none of transformers.
+        ModelError: it cannot be loaded, or transformers has no equivalent.
     """
     options = dict(text.get("tokenizer_kwargs") or {})
     odd = sorted(name for name, value in options.items() if name not in _CLEANING and value)
@@ -48,8 +48,8 @@ def _of_transformers(source: Source) -> Any:
 
 
 def _of_clip(source: Source) -> Any:
-    """Build CLIP's tokenizer from the vocabulary that open_clip carries; without it, load it from
-    the hub."""
+    """Build CLIP's tokenizer from the vocabulary in open_clip. If open_clip is not installed, load
+    the tokenizer from the hub."""
     if open_clip_installed():
         from open_clip.tokenizer import SimpleTokenizer
         from transformers import CLIPTokenizer
@@ -71,11 +71,11 @@ def _of_clip(source: Source) -> Any:
 
 
 def _remove_punctuation(tokenizer: Any) -> None:
-    """Let a tokenizer read lower case without ASCII punctuation, as SigLIP was trained to."""
+    """Make a tokenizer lower its input and remove ASCII punctuation, as in SigLIP's training."""
     from tokenizers import Regex, normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # transformers' SiglipTokenizer, which does it itself
+    if backend is None:  # SiglipTokenizer of transformers already does this
         return
     cleaning = [
         normalizers.Replace("_", " "),

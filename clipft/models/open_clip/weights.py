@@ -1,8 +1,8 @@
-"""Reads weights, and nothing but weights: no code in a file is ever run.
+"""Reads weights from files, without ever running code in a file.
 
-PyTorch's own reader refuses TorchScript archives, which is how OpenAI published CLIP, unless it may
-run the code in them. Their tensors lie in ``data.pkl`` and ``data/``, though, which a reader that
-knows only tensors and containers can read.
+OpenAI published CLIP as TorchScript archives. PyTorch's own reader can only read them by running
+the code in them. But their tensors are in ``data.pkl`` and ``data/``, which can be read by a reader
+that knows only tensors and containers.
 """
 
 import pickle
@@ -23,13 +23,13 @@ from clipft.core.errors import ModelError, first_line
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 """Numbers that OpenAI's archives hold as buffers."""
 _CONSTANT = ".attn_mask"
-"""Name of what OpenAI's archives hold in each layer of the text tower, and no state dict does."""
+"""A constant in each layer of the text tower in OpenAI's archives. State dicts do not have it."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by open_clip's names, in float32 unless they hold integers; ``archived`` if they were
-    in TorchScript."""
+    """Tensors by their names in open_clip, in float32 unless they hold integers. ``archived`` is
+    true if they were in a TorchScript archive."""
 
     tensors: dict[str, Tensor]
     archived: bool
@@ -38,11 +38,11 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Read the state dict in a file: safetensors, a PyTorch checkpoint, or a TorchScript archive.
 
-    The tensors are those of a ``CLIP``: what wrappers put before their names (``module.``,
-    ``text.``) is removed.
+    The tensors have the names of open_clip's ``CLIP``: prefixes of wrappers (``module.``,
+    ``text.``) are removed.
 
     Raises:
-        ModelError: the file is missing, is not one of these, is damaged, or holds code.
+        ModelError: the file is missing, has another format, is damaged, or holds code.
     """
     kind = _kind_of(path)
     try:
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> Weights:
             found = _read_archive(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickles that it then refuses
+                warnings.simplefilter("ignore")  # about pickles that it then refuses
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> Weights:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise safetensors' own error, also of a full disk, as ``OSError``."""
+    """Raise safetensors' own errors, such as that of a full disk, as ``OSError``."""
     from safetensors import SafetensorError
 
     try:
@@ -104,10 +104,10 @@ def is_archive(path: Path) -> bool:
 
 
 def _kind_of(path: Path) -> str:
-    """Tell the format of a file from its first bytes.
+    """Return the format of a file, according to its first bytes.
 
     Raises:
-        ModelError: the file is missing, or it is none that holds weights.
+        ModelError: the file is missing, or is not in a format for weights.
     """
     try:
         with path.open("rb") as file:
@@ -150,16 +150,16 @@ def _unwrapped(path: Path, found: Any) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """Name the global that a pickle asks for, from torch's message or ours."""
+    """Return which global a pickle asks for, according to torch's message or ours."""
     text = str(error)
     if asked := text.partition("GLOBAL ")[2].split(" ")[0]:
         return f"it asks for {asked}"
-    # Torch's first line tells programmers how its defaults have changed
+    # Only programmers need torch's first line, which is about a changed default
     return "torch takes it for no state dict" if "weights_only" in text else first_line(error)
 
 
 class _Module:
-    """Stands for any module of an archive; its attributes are its parameters and submodules."""
+    """Replaces any module of an archive. Its attributes are its parameters and submodules."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,7 +174,7 @@ _DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-"""An archive names the dtype of a tensor by the class of its storage."""
+"""The class of a storage in an archive, and the dtype of its tensor."""
 
 
 def _read_archive(path: Path) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def _tensors_in(module: Any, prefix: str) -> "list[tuple[str, Tensor]]":
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Reads tensors, containers and modules' attributes; any other global is refused."""
+    """Reads tensors, containers and attributes of modules, and refuses any other global."""
 
     def __init__(self, file: Any, storage: Callable[[str, torch.dtype], Tensor]) -> None:
         super().__init__(file)
