@@ -1,7 +1,7 @@
-"""The cache folder: where it is, what is in it, and how it is cleaned.
+"""Finds, lists and cleans the cache folder.
 
-All of it can be made again, so removing it costs time and nothing else. An entry is a file or a
-folder that one use of a command has made, such as the features of one data set under one tower.
+All entries can be made again, so removing them only costs time. An entry is a file or folder that a
+command has made, such as the features of one data set from one tower.
 """
 
 import os
@@ -25,13 +25,15 @@ CACHES = {
     "s3": ("*", "pairs downloaded from a bucket"),
     "batch sizes": ("batch_sizes.json", "results of find-batch-size"),
 }
-"""Each kind of entry with the pattern of its names and with what it holds."""
+"""Each kind of entry with the pattern of its names and a description of its content."""
 
 _COMPUTED = ("features", "pictures", "captions", "open_clip")
-"""What a bound removes: what is computed on this machine, and neither downloads nor checkpoints."""
+"""Kinds of entries that are removed to keep a limit. They were computed on this machine; downloads
+and checkpoints are kept."""
 
 _IN_USE = 3600
-"""Seconds after its last use for which an entry is taken to be in use: a bound leaves it alone."""
+"""An entry counts as in use for this many seconds after its last use, and is then not removed to
+keep a limit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class CacheEntry:
     last_used: float
     """Seconds since 1970."""
     unfinished: bool = False
-    """True for what a process was writing; it is left behind when the process is killed."""
+    """True if the entry is still being written, or if the process that wrote it was killed."""
 
     def to_dict(self) -> dict[str, object]:
         return {**self.__dict__, "path": str(self.path)}
@@ -58,13 +60,13 @@ def cache_folder() -> Path:
 
 
 def mark_used(path: Path) -> None:
-    """Note that an entry is used now. File systems do not reliably keep the time of reading."""
-    with suppress(OSError):  # a cache that cannot be written to is used nevertheless
+    """Record that an entry is used now. File systems do not reliably record the time of reading."""
+    with suppress(OSError):  # a read-only cache can still be used
         os.utime(path)
 
 
 def cache_entries() -> list[CacheEntry]:
-    """List what is in the cache, the entry that was last used longest ago first."""
+    """List the entries of the cache, the least recently used first."""
     return sorted(_entries(), key=lambda entry: entry.last_used)
 
 
@@ -78,10 +80,10 @@ def to_prune(
     """Choose the entries to remove.
 
     Args:
-        entries: as ``cache_entries`` lists them.
-        kinds: only these kinds; all if empty.
-        unused_days: only entries that were not used for so many days.
-        keep_bytes: only as many as are needed for the rest of the cache to have at most this size.
+        entries: the entries that ``cache_entries`` returned.
+        kinds: only choose these kinds; all if empty.
+        unused_days: only choose entries that were not used for this many days.
+        keep_bytes: choose only as many entries as needed to reduce the cache to this size.
         now: the time, in seconds since 1970.
     """
     before = (time.time() if now is None else now) - unused_days * 86400
@@ -99,12 +101,12 @@ def to_prune(
 
 
 def remove(entry: CacheEntry) -> None:
-    """Remove an entry. What has it open can read it to the end.
+    """Remove an entry. A process that has it open can still read it.
 
     Raises:
         StorageError: The folder of the cache cannot be written to.
     """
-    # Renamed first, so that no reader finds half of a folder
+    # Renamed first, so that no reader finds a partly removed folder
     doomed = entry.path.with_name(f".{entry.path.name.lstrip('.')}.{os.getpid()}")
     try:
         os.replace(entry.path, doomed)
@@ -121,10 +123,10 @@ def remove(entry: CacheEntry) -> None:
 
 
 def keep_within(limit: int) -> list[CacheEntry]:
-    """Remove what was last used longest ago until what is computed has at most ``limit`` bytes.
+    """Remove the least recently used computed entries until all have at most ``limit`` bytes.
 
-    Downloads are not counted. What was used within the last hour stays, because a process may
-    still be at work with it.
+    Downloads are not counted. Entries that were used within the last hour are kept, because a
+    process may still use them.
 
     Raises:
         StorageError: The folder of the cache cannot be written to.
@@ -144,7 +146,7 @@ def _entries() -> Iterator[CacheEntry]:
             unfinished = path.name.startswith(".")
             if unfinished and process.isdecimal() and _is_alive(int(process)):
                 continue
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # removed in the meantime
                 found = [file.lstat() for file in (path, *path.rglob("*"))]
                 size = sum(stat.st_size for stat in found if S_ISREG(stat.st_mode))
                 last_used = max(stat.st_mtime for stat in found)

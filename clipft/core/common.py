@@ -20,8 +20,8 @@ def silent(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def checked(progress: Progress, check: Callable[[], None]) -> Progress:
-    """Call ``check`` after each batch of a progress display, so that it can stop the work by
-    raising an error."""
+    """Call ``check`` at each update of a progress display, so that it can stop the computation with
+    an error."""
 
     @contextmanager
     def opened(title: str) -> Iterator[Callable[[int, int], None]]:
@@ -51,10 +51,10 @@ def duration(seconds: float) -> str:
 
 
 def shell_command(*words: object) -> str:
-    """Return ``clipft WORDS`` as a shell reads it: words with spaces and the like are quoted.
+    """Return ``clipft WORDS`` for a shell, with quotes around words that need them.
 
-    Every command that a message suggests with a path in it is made here, so that it can be copied.
-    A path that begins with a dash gets ``./`` before it, or it would be read as an option.
+    Every command with a path in a message is made here, so that it can be copied. A path that
+    begins with a dash gets the prefix ``./``, or it would be read as an option.
     """
     given = [str(word) for word in words]
     for at, word in enumerate(words):
@@ -64,19 +64,19 @@ def shell_command(*words: object) -> str:
 
 
 def processors() -> int:
-    """Return how many processors this process may use; a container or scheduler may limit them."""
+    """Return how many processors this process may use. Containers and schedulers may limit them."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinities
+    except AttributeError:  # macOS does not have it
         return os.cpu_count() or 1
 
 
 def expand_home(path: str | Path) -> Path:
     """Replace a ``~`` at the beginning by the user's home folder.
 
-    A shell does so for most words, but not within ``--data-dir=~/x``, quotes, or files.
+    A shell does this for most words, but not within ``--data-dir=~/x``, quotes, or files.
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # ~name, and there is no such user: a folder may be called so
+    except RuntimeError:  # no such user, so ~name may be a folder
         return Path(path)

@@ -43,7 +43,7 @@ class ClipftError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type["ClipftError"], tuple[str, str]]:
-        # The default would unpickle with ``message`` alone; errors travel between processes
+        # Errors are sent between processes, and the default would unpickle only ``message``
         return type(self), (self.message, self.hint)
 
 
@@ -89,9 +89,9 @@ class Interrupted(ClipftError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error; what follows is often a whole report.
+    """Return the first line of a library's error, which may be followed by a long report.
 
-    The second line is added to one that ends with a colon.
+    If the first line ends with a colon, the second line is added.
     """
     first, _, rest = str(error).strip().partition("\n")
     second = rest.strip().partition("\n")[0] if first.rstrip().endswith(":") else ""
@@ -116,7 +116,7 @@ def did_you_mean(
 
 
 def sentences(*parts: str) -> str:
-    """Join the parts of a hint, without those that are empty."""
+    """Join the parts of a hint that are not empty."""
     return " ".join(part for part in parts if part)
 
 

@@ -1,7 +1,7 @@
-"""Writing files so that the one under the final name is always whole: the old one or the new one.
+"""Writes files atomically: the file with the final name is either the old or the new one, complete.
 
-Everything that a user may find after a crash (checkpoints, figures, reports, exports) is written
-under a temporary name beside its final one, flushed to the disk, and then renamed.
+Everything that a user may find after a crash (checkpoints, figures, reports, exports) is written to
+a temporary name in the same folder, flushed to the disk, and then renamed.
 """
 
 import errno
@@ -23,24 +23,24 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
 
-    The block makes the temporary file, or a folder of files. Set ``shared`` where other processes
-    may write to the same path at the same moment: the temporary name then contains the process id,
-    and a kill leaves that file behind.
+    The block makes the temporary file or folder. Set ``shared`` if other processes may write to the
+    same path at the same time. The temporary name then contains the process id, and the file stays
+    behind if the process is killed.
 
     Raises:
         StorageError: The disk is full, or refuses to write or to rename.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid() if shared else 'part'}")
-    shutil.rmtree(temporary, ignore_errors=True)  # a kill may have left a folder
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for within in (*temporary.rglob("*"), temporary):
             _flush(within)
         if temporary.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # a rename replaces no folder with content
+            shutil.rmtree(path, ignore_errors=True)  # a rename cannot replace a full folder
         os.replace(temporary, path)
-        _flush(path.parent)  # a power cut could undo the rename otherwise
+        _flush(path.parent)  # otherwise a power cut could undo the rename
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         raise disk_error(path, error) from error
     finally:
@@ -51,7 +51,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush the content of a file, or the list of names of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,7 +66,7 @@ def write_text(path: Path, text: str, shared: bool = False) -> None:
         StorageError: The disk is full, or refuses to write.
     """
     with replacing(path, shared) as temporary:
-        # The name of a file within a tar may hold bytes that are not UTF-8
+        # The name of a file in a tar may contain bytes that are not UTF-8
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -86,7 +86,7 @@ def write_json(
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in ``path``, or None if there is no such file or no such object."""
+    """Return the JSON object in ``path``, or None if there is no such file or no object in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # ValueError includes text that is not UTF-8
@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in a JSONL file, an empty list if it does not exist.
 
-    Lines that do not parse are skipped: a kill may have cut off the last one.
+    Invalid lines are skipped, because the last one may be cut off if a process was killed.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -120,9 +120,9 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def settle(folder: Path, *names: str) -> None:
-    """Flush files that are appended to, and then ``folder`` itself, to the disk.
+    """Flush files that were appended to, and then ``folder`` itself, to the disk.
 
-    Names that do not exist are skipped.
+    Files that do not exist are skipped.
 
     Raises:
         StorageError: The disk refuses to write.
@@ -140,7 +140,7 @@ def check_writable(path: Path) -> None:
     """Check before a long computation that its result can be written to ``path``.
 
     Raises:
-        StorageError: The folder cannot be made or written to, or ``path`` is a folder itself.
+        StorageError: The folder cannot be made or written to, or ``path`` is a folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def check_writable(path: Path) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return ``path``, or its closest parent that exists. Nothing is created."""
+    """Return ``path``, or its closest parent that exists. No folder is created."""
     candidates = (path.absolute(), *path.absolute().parents)
     return next(candidate for candidate in candidates if os.path.lexists(candidate))
 
@@ -160,7 +160,7 @@ def nearest_folder(path: Path) -> Path:
 def did_you_mean_path(path: Path) -> str:
     """Return ``did you mean PATH?`` for a path that does not exist, or "" if nothing is close.
 
-    Only the first part that does not exist is taken for a mistake: ``./catlogue/train`` leads to
+    Only the first part that does not exist is corrected: ``./catlogue/train`` becomes
     ``./catalogue/train``.
     """
     if path.exists():
@@ -171,7 +171,7 @@ def did_you_mean_path(path: Path) -> str:
     except OSError:
         return ""
     rest = path.relative_to(missing)
-    # Compare stems, because equal endings make any two short names alike
+    # Stems are compared, because equal suffixes make short names similar
     by_stem: dict[str, Path] = {}
     for name in sorted(names, key=lambda name: Path(name).suffix == missing.suffix):
         candidate = missing.with_name(name) / rest
@@ -183,8 +183,8 @@ def did_you_mean_path(path: Path) -> str:
 def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> StorageError:
     """Build the error for a ``path`` that could not be written.
 
-    ``needed`` is the size of the file in bytes. If it is known, and the disk is full, the message
-    says it.
+    ``needed`` is the size of the file in bytes, or 0 if unknown. If the disk is full, a known size
+    is part of the message.
     """
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
@@ -196,7 +196,7 @@ def disk_error(path: Path, error: OSError | RuntimeError, needed: int = 0) -> St
 
 
 def disk_hint(error: OSError | RuntimeError) -> str:
-    """Say what to do after a failed write; freeing space is suggested only if it can help."""
+    """Return the hint for a failed write. It suggests to free space only if that can help."""
     action = (
         "free some space or choose another place" if _may_be_full(error) else "choose another place"
     )

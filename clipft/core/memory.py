@@ -1,4 +1,4 @@
-"""Memory: how much this process may use, and how much a piece of work took."""
+"""Measures how much memory this process may use, and how much a computation used."""
 
 import ctypes
 import gc
@@ -13,22 +13,22 @@ import psutil
 import torch
 
 USABLE_SHARE = 0.8
-"""The share of the machine's free memory that may be used: other programs need some, and a run
-needs more later."""
+"""The share of the machine's free memory that may be used. The rest is for other programs, and for
+later in the run."""
 _LIMIT_SHARE = 0.97
-"""The share of what is left below a limit that applies to this job alone."""
+"""The share of the memory left below a limit that may be used, if only this job has the limit."""
 _STEP_SHARE = {"cpu": 0.6, "cuda": 0.9}
-"""The share of free memory that a step may fill. The rest is for fragmentation and for what a run
-needs later. The share of a CPU is smaller, because its heap keeps much of what it frees, and the
-system ends a process that takes too much instead of refusing memory."""
+"""The share of free memory that a step may use. The rest is for fragmentation and for later in the
+run. The share is smaller on a CPU, because the heap keeps much of the freed memory, and the system
+kills a process that uses too much instead of refusing memory."""
 _PEAK_OVER_GRAPH = 2.0
-"""Peak memory of a backward pass, as a multiple of the graph: 1.6 measured on ViT-B/32, 1.8 on
-``tiny``."""
+"""Peak memory of a backward pass, as a multiple of the memory of its graph. Measured: 1.6 on
+ViT-B/32, 1.8 on ``tiny``."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _NO_LIMIT = 1 << 60
-"""cgroup v1 writes about 2^63 where v2 writes ``max``."""
+"""Larger limits mean that there is none: cgroup v1 has about 2^63 where v2 has ``max``."""
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the peak bytes during the block: reserved on a GPU, resident on a CPU.
 
-    The value is absolute. An allocator keeps and reuses what an earlier block freed, so the
-    difference from the start would be too low.
+    The value is absolute. The difference from the start would be too low, because an allocator
+    keeps and reuses memory that an earlier block freed.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Where this fails, the peak covers the whole life of the process: never too low
+        # If this fails, the peak is that of the whole process, and so never too low
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     peak = Peak()
@@ -55,7 +55,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def peak_memory_so_far(device: torch.device) -> int:
-    """Return peak bytes: reserved on a GPU, resident in this process (not its workers) on a CPU."""
+    """Return the peak bytes: reserved on a GPU; resident in this process, not its workers, on a
+    CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     with suppress(OSError):
@@ -74,10 +75,10 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def usable_memory(device: torch.device, sharers: int = 1) -> int:
-    """Return how many bytes this process may hold, including those it holds already.
+    """Return how many bytes this process may use, including those it already uses.
 
-    On a CPU, the limits of the machine, the cgroup and the process are all respected, and
-    ``sharers`` processes share the first two.
+    On a CPU, the limits of the machine, the cgroup and the process all apply, and ``sharers``
+    processes share the first two.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
@@ -95,8 +96,8 @@ def usable_memory(device: torch.device, sharers: int = 1) -> int:
 def cgroup_free(root: Path, membership: Path) -> list[int]:
     """Return the bytes left below each memory limit of this process's cgroup and its parents.
 
-    ``root`` is where cgroups are mounted, ``membership`` names the group of this process. Both
-    versions of cgroups are read.
+    ``root`` is the folder where cgroups are mounted, and ``membership`` is the file with the group
+    of this process. Both versions of cgroups are supported.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -110,10 +111,10 @@ def cgroup_free(root: Path, membership: Path) -> list[int]:
         if controllers:
             top, limit_name, used_name = root / "memory", "limit_in_bytes", "usage_in_bytes"
             reclaimable = "total_inactive_file"
-        else:  # version 2 names no controllers
+        else:  # version 2 lists no controllers
             top, limit_name, used_name, reclaimable = root, "max", "current", "inactive_file"
         own = top / path.lstrip("/")
-        # Within a container its own group is mounted at the top, whatever the path says
+        # In a container, its own group is mounted at the top, whatever the path is
         for folder in {own, *own.parents, top}:
             if folder != top and top not in folder.parents:
                 continue
@@ -125,18 +126,17 @@ def cgroup_free(root: Path, membership: Path) -> list[int]:
             except (OSError, ValueError):
                 continue
             if limit != "max" and int(limit) <= _NO_LIMIT:
-                # Files that the kernel merely caches count as used, but are dropped when memory
-                # runs short
+                # Files in the kernel's page cache count as used, but are dropped if memory is short
                 free.append(max(0, int(limit) - used + int(stat.get(reclaimable, 0))))
     return free
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """The memory of a step: the search for a micro-batch, the plan and the step all ask it.
+    """The memory for a step. The search for a micro-batch, the plan and the step itself use it.
 
-    ``free`` bytes are left beside the weights, their gradients and the states of the optimizer.
-    A backward pass takes ``over_graph`` times the bytes of the graph that it runs through.
+    ``free`` is the number of bytes beside the weights, their gradients and the optimizer's states.
+    A backward pass takes ``over_graph`` times the bytes of its graph.
     """
 
     free: float
@@ -144,47 +144,47 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, free: float, device_type: str) -> "MemoryBudget":
-        """The budget where so many bytes are free on a type of device."""
+        """Return the budget for ``free`` bytes on a type of device."""
         share = _STEP_SHARE.get(device_type, 0.0)  # the memory of mps cannot be measured
         return cls(max(0.0, free * share))
 
     @classmethod
     def now(cls, device: torch.device, to_come: int = 0, sharers: int = 1) -> "MemoryBudget":
-        """The budget at this moment, of which ``to_come`` bytes are needed for something else.
+        """Return the current budget, without ``to_come`` bytes that are needed for something else.
 
         On a CPU, ``sharers`` processes share the memory.
         """
         if device.type == "mps":
             return cls(0.0)
-        # Not the peak, as ``memory_in_use`` has it on a GPU: what is free counts, not what was
+        # ``memory_in_use`` returns the peak on a GPU, but the memory in use now is needed here
         cuda = device.type == "cuda"
         used = int(torch.cuda.memory_allocated(device)) if cuda else memory_in_use(device)
         return cls.of(usable_memory(device, sharers) - used - to_come, device.type)
 
     def graphs(self, chunk: float) -> float:
-        """Bytes that kept graphs may fill, beside the backward pass of one chunk whose graph has
-        ``chunk`` bytes."""
+        """Return the bytes that kept graphs may use beside the backward pass of a chunk whose graph
+        has ``chunk`` bytes."""
         return max(0.0, self.free - (self.over_graph - 1) * chunk)
 
     def largest_micro_batch(self, per_pair: float) -> int:
-        """The most pairs that can go through together, if the graph of one has so many bytes."""
+        """Return the largest micro-batch if the graph of a pair has ``per_pair`` bytes."""
         return int(self.free / (self.over_graph * per_pair))
 
     def kept(self, micro: int, effective: int, per_pair: float) -> float:
-        """The share of the graphs of an effective batch that a step keeps, in whole micro-batches
-        of ``micro``."""
+        """Return the share of an effective batch whose graphs a step can keep, in whole
+        micro-batches of ``micro`` pairs."""
         if micro >= effective or not per_pair:
             return 1.0
         kept = max(1, int(self.graphs(per_pair * micro) / (per_pair * micro)))
         return min(1.0, kept * micro / effective)
 
     def halved(self) -> "MemoryBudget":
-        """Half of this, after memory has run out."""
+        """Return half of the budget, for use after memory has run out."""
         return MemoryBudget(self.free / 2, self.over_graph)
 
 
 def give_back(device: torch.device) -> None:
-    """Return free memory to the system; allocators would keep it for later."""
+    """Return free memory to the system, which allocators would otherwise keep."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

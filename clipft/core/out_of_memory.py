@@ -12,7 +12,7 @@ _REFUSALS = re.compile(
     "|".join(
         (
             # The allocators of CUDA, HIP and MPS, the drivers, and NCCL's "Cuda failure 2 'out of
-            # memory'". "Out of shared memory" is another fault, which a smaller batch does not cure
+            # memory'". "Out of shared memory" is another error, which a smaller batch does not fix
             "out of memory",
             # cuBLAS, cuDNN and hipBLAS, which allocate their handles and workspaces themselves
             "STATUS_ALLOC_FAILED",
@@ -31,11 +31,11 @@ _REFUSALS = re.compile(
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """True if the device or the system refused memory.
+    """Return True if the device or the system refused memory.
 
-    torch raises ``OutOfMemoryError`` for its own allocators only. When a library that torch calls
+    torch raises ``OutOfMemoryError`` for its own allocators only. If a library that torch calls
     cannot allocate, the error is a ``RuntimeError``, ``AcceleratorError`` or ``DistBackendError``,
-    and only its text tells what happened.
+    and only its text contains the reason.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -49,7 +49,7 @@ def no_second_attempt(where: str, hint: str) -> Iterator[None]:
     ``where`` completes the message "memory ran out"; ``hint`` says what to do.
 
     Raises:
-        MemoryShortage: this process ran out of memory; the others do not know.
+        MemoryShortage: this process ran out of memory; other processes do not know of it.
     """
     try:
         yield

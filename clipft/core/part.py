@@ -1,4 +1,4 @@
-"""One process's part of work that several share."""
+"""The part of a computation that one of several processes does."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from clipft.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Part:
-    """Every ``of``-th piece of the work, from the piece ``number`` - 1 on."""
+    """Every ``of``-th piece, starting with the piece at index ``number`` - 1."""
 
     number: int = 1
     of: int = 1
 
     @staticmethod
     def parse(text: str) -> "Part":
-        """Parse a text such as ``2/4``; an empty one means all of the work.
+        """Parse a text such as ``2/4``. An empty text means all pieces.
 
         Raises:
             UsageError: The text is not I/N with 1 <= I <= N.
@@ -31,7 +31,7 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """The suffix of this part's own files; empty for all of the work."""
+        """The suffix of this part's own files, "" for all pieces."""
         return f"-{self.number}-of-{self.of}" if self.of > 1 else ""
 
     def has(self, piece: int) -> bool:

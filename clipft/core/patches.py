@@ -1,4 +1,4 @@
-"""Images that keep their shape: how many patches they become, and how those are stored."""
+"""Describes images that keep their shape: the number of their patches, and how they are stored."""
 
 import math
 from dataclasses import dataclass
@@ -23,22 +23,23 @@ class Patches:
     def shape(self) -> tuple[int, int, int]:
         """The shape of the strip that holds an image: [3, size, (1 + most) * size], uint8.
 
-        The first patch of a strip is no part of the image: it says the grid of the others, which
-        follow row by row. Rows are in the upper left corner, columns to the right of them, both
-        in 16 bits: the high byte in the first channel, the low one in the second.
+        The first patch of a strip is not part of the image. It contains the size of the grid of the
+        other patches, which follow row by row. The number of rows is in the upper left pixel, and
+        the number of columns in the pixel to its right, both in 16 bits: the high byte in the first
+        channel, the low byte in the second.
         """
         return 3, self.size, (1 + self.most) * self.size
 
     def write_grid(self, strips: Any, rows: int, columns: int) -> None:
-        """Write the grid of an image into its strip, or into several: [..., *shape]."""
+        """Write the size of a grid into one strip or several: uint8 [..., *shape]."""
         for corner, count in enumerate((rows, columns)):
             strips[..., 0, 0, corner], strips[..., 1, 0, corner] = divmod(count, 256)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Return the rows and columns of patches that an image of this size is resized to.
 
-        Its scale is the greatest that leaves at most ``most`` patches, found by bisection in the
-        same steps as in ``Siglip2ImageProcessor``, whose result depends on them.
+        The scale is the greatest with at most ``most`` patches. It is found by bisection with the
+        same steps as in ``Siglip2ImageProcessor``, because the result depends on them.
         """
 
         def at(scale: float) -> tuple[int, int]:

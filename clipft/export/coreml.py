@@ -1,9 +1,9 @@
-"""Both towers for Core ML, which runs on Apple's devices.
+"""Writes both towers for Core ML, which runs on Apple's devices.
 
-Shapes are fixed, because the Neural Engine takes no others: one image, or one text with as many ids
-as the context has. Whatever follows the first end token changes nothing. coremltools converts on
-any system, but Core ML itself runs only on Apple's. Therefore ``mil`` computes the operations of
-the written files instead, on every system alike.
+The Neural Engine needs fixed shapes, so the input is one image, or one text padded to the context
+length. Tokens after the first end token have no effect. coremltools converts on any system, but
+Core ML runs only on Apple's. Therefore the written files are checked with ``mil``, which computes
+their operations on every system.
 """
 
 import io
@@ -84,7 +84,7 @@ class CoreMl(Runtime):
         return encode
 
     def convert(self, path: Path, precision: str, target: Path) -> None:
-        """Write fp16, or weights in int8 whose products are computed in fp16."""
+        """Write the tower in fp16, or with int8 weights whose products are computed in fp16."""
         ct = _coremltools()
         with self.errors(f"convert {path.name} to {precision}"):
             model = _converted(_program(path), ct.precision.FLOAT16)
@@ -102,7 +102,7 @@ class CoreMl(Runtime):
 def _save(model: Any, path: Path) -> None:
     model.save(str(path))
     file, folder = (path / "Manifest.json").stat().st_mode, path.parent.stat().st_mode
-    for part in path.rglob("*"):  # coremltools makes some of them private to their owner
+    for part in path.rglob("*"):  # some are only readable by their owner
         part.chmod(folder if part.is_dir() else file)
 
 
@@ -119,7 +119,7 @@ def _converted(model: Any, precision: Any, **more: Any) -> Any:
                 **more,
             )
     except RuntimeError as error:
-        if "FileWriter" in str(error):  # it writes the weights to a temporary folder
+        if "FileWriter" in str(error):  # the temporary file of the weights
             raise OSError(str(error)) from error
         raise
 
@@ -129,7 +129,7 @@ def _quantized(model: Any) -> Any:
 
     how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # channels of zeros
+        warnings.simplefilter("ignore")  # about channels of zeros
         return optimize.linear_quantize_weights(
             model, optimize.OptimizationConfig(global_config=how)
         )
@@ -146,10 +146,10 @@ def _program(path: Path) -> Any:
 
 @cache
 def _coremltools() -> Any:
-    """Import coremltools, which warns of newer versions of torch, and of Core ML where it is not.
+    """Import coremltools without its warnings about newer versions of torch and a missing Core ML.
 
-    Its own conversion of a constant to ``int`` takes a length of the shape [1], which numpy 2.4 and
-    later refuse, so it is replaced.
+    Its conversion of a constant to ``int`` is replaced, because it passes an array of shape [1],
+    which numpy 2.4 and later refuse.
     """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with redirect_stderr(io.StringIO()):

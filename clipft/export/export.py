@@ -1,4 +1,4 @@
-"""``clipft export``: one folder per format, each written whole or not at all."""
+"""``clipft export``: writes a folder for each format, completely or not at all."""
 
 import json
 import shutil
@@ -35,9 +35,14 @@ _CHECK_BATCHES = 16
 
 @dataclass(frozen=True)
 class Written:
-    """The folder of each format; by the format, how the towers for a runtime compare with torch,
-    and those of a lower precision with them; and the largest difference of open_clip's
-    embeddings."""
+    """The result of an export.
+
+    Attributes:
+        folders: The folder of each format.
+        checks: By format, the comparison of a runtime's towers with torch.
+        reduced: By format, the comparison of the towers in a lower precision with fp32.
+        open_clip: The largest difference of a component of open_clip's embeddings, if measured.
+    """
 
     folders: dict[str, Path]
     checks: dict[str, TowerCheck]
@@ -47,9 +52,13 @@ class Written:
 
 @dataclass(frozen=True)
 class RuntimeChoices:
-    """How the towers for runtimes are written and checked: their precision, the most points of
-    R@10 that it may cost, and the settings whose validation pairs they are compared on (None: on
-    made-up inputs)."""
+    """How the towers for runtimes are written and checked.
+
+    Attributes:
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        max_loss: The largest loss of R@10 in points; None means any.
+        settings: The settings of the validation pairs for the check; None means random inputs.
+    """
 
     precision: str = "fp32"
     max_loss: float | None = None
@@ -63,24 +72,24 @@ def export_model(
     note: Callable[[str], None],
     choices: RuntimeChoices = RuntimeChoices(),
 ) -> Written:
-    """Write a model in some formats, each with a model card.
+    """Write a model in one or several formats, each with a model card.
 
-    One format is written into ``out`` itself, several into a folder each within it.
+    A single format is written into ``out`` itself. Several formats each get a folder in ``out``.
 
     Args:
         opened: the model; merging its adapters changes it.
         out: the folder to write or replace.
         formats: some of ``FORMATS``.
-        note: called with what is being done.
+        note: called with sentences about the progress.
         choices: how the towers for runtimes are written and checked.
 
     Raises:
-        StorageError: the disk is full or refuses; an earlier ``out`` is unchanged.
+        StorageError: the disk is full or refuses to write; an earlier ``out`` is unchanged.
         ModelError: a runtime or open_clip gives other embeddings than torch, or the precision
-            costs too much.
+            lowers R@10 by more than ``max_loss``.
     """
     base, model = opened.loaded.base, opened.loaded.model
-    facts = card_facts(opened)  # before merging, which removes the adapters that it counts
+    facts = card_facts(opened)  # before merging removes the adapters, which it counts
     several = len(formats) > 1
     checks, reduced = dict[str, TowerCheck](), dict[str, Reduced]()
     difference: float | None = None
@@ -130,7 +139,7 @@ def _describe(folder: Path, card: str, opened: OpenedModel, kind: str | list[str
     """Add the model card and the mark of an export."""
     readme = folder / "README.md"
     readme.write_text(card, encoding="utf-8")
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them private to their owner
+    for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
         weights.chmod(readme.stat().st_mode)
     mark = {
         "clipft": __version__,
@@ -177,7 +186,7 @@ def _inputs(base: PretrainedModel, settings: Settings | None) -> Iterator[TowerI
 
 
 def unfit_formats(opened: OpenedModel) -> dict[str, str]:
-    """Say of each format in which a model cannot be exported why not."""
+    """Return the formats in which a model cannot be exported, with the reasons."""
     base = opened.loaded.base
     unfit = {**base.architecture.not_exported}
     unfit |= unfit_for(opened.settings, unfit)

@@ -1,7 +1,7 @@
-"""Computes a program of Core ML (MIL) with torch, to check it where Core ML does not run.
+"""Runs a program of Core ML (MIL) with torch, to check it on systems without Core ML.
 
-Only the operations that the towers consist of are here. A program with another one is refused,
-because an export that nothing has checked may be wrong.
+Only the operations in the towers are implemented. A program with another operation is refused,
+because it could not be checked.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _FLOATS = {"fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool}
-"""The types of results; all others are integers, and torch indexes with int64."""
+"""The dtypes of results. All other results are integers, which become int64 for torch."""
 _GELU = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
 
 
@@ -21,11 +21,14 @@ def run(function: Any, inputs: Tensor) -> Tensor:
     """Compute a function of a program.
 
     Args:
-        function: of ``coremltools``, with one input and one output.
-        inputs: as the input wants it.
+        function: a function of ``coremltools`` with one input and one output.
+        inputs: its input.
+
+    Returns:
+        Its output in float32.
 
     Raises:
-        ValueError: it has an operation that is not known here.
+        ValueError: the function has an operation that is not implemented here.
     """
     from coremltools.converters.mil.mil.types import builtin_to_string
 
@@ -53,7 +56,7 @@ def _value(variable: Any, values: dict[str, Any]) -> Any:
 
 
 def _constant(value: Any) -> Any:
-    """Return an array as a tensor, and a number or a string as it is."""
+    """Turn an array into a tensor; return a number or a string unchanged."""
     if not isinstance(value, np.ndarray):
         return value.item() if isinstance(value, np.generic) else value
     tensor = torch.from_numpy(np.ascontiguousarray(value))
@@ -183,7 +186,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "slice_by_index": _slice,
     "gather": _gather,
     "gather_along_axis": lambda x, indices, axis, **_: x.gather(axis, indices.long()),
-    "cast": lambda x, dtype: torch.as_tensor(x),  # every result gets the type of its variable
+    "cast": lambda x, dtype: torch.as_tensor(x),  # ``run`` casts every result
     "identity": lambda x: x,
     "constexpr_affine_dequantize": _dequantized,
 }

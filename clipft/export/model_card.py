@@ -1,6 +1,6 @@
-"""The model card (README.md) of an exported model.
+"""Writes the model card (README.md) of an exported model.
 
-Its header is the hub's metadata in YAML. Nothing in the card names a path of this machine.
+Its header is the hub's metadata in YAML. The card contains no path of this machine.
 """
 
 import string
@@ -31,7 +31,7 @@ _FIGURES = (("R@1", "r@1"), ("R@5", "r@5"), ("R@10", "r@10"), ("median rank", "m
 _ALWAYS_LISTED = frozenset(
     {"caption", "augmentation", "lora_r", "lora_alpha", "epochs", "effective_batch_size", "lr"}
 )
-"""Settings in every card; the others are listed where they were changed."""
+"""Settings in every card. Other settings are listed if they were changed."""
 
 Figures = Mapping[str, Mapping[str, Any]]
 """Direction -> name of a figure -> its value, or ``value``, ``low`` and ``high``."""
@@ -39,11 +39,11 @@ Figures = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything a card can say.
+    """The content of a card.
 
-    ``base_id`` is the base model's name on the hub and ``license`` what its own card states, None
-    if unknown. ``logit_scale`` is set if training changed it, and ``logit_bias`` if the model's
-    class has no place for the bias that was learned. ``before`` and ``after`` are paired figures.
+    ``base_id`` is the base model's name on the hub, and ``license`` is the license in its own card,
+    None if unknown. ``logit_scale`` is set if training changed it, and ``logit_bias`` if the class
+    of the model in transformers has none. ``before`` and ``after`` are paired figures.
     """
 
     base: str
@@ -65,7 +65,7 @@ class CardFacts:
 
 
 def card_facts(opened: "OpenedModel") -> CardFacts:
-    """Collect the facts of a model, with its training and figures if it is a checkpoint."""
+    """Collect the facts about a model. A checkpoint also has facts about training and figures."""
     from clipft.config.scenarios import SCENARIOS
     from clipft.models.huggingface import added_bias, hub_id, license_of, public_name
     from clipft.runs.folder import RunPaths
@@ -89,7 +89,7 @@ def card_facts(opened: "OpenedModel") -> CardFacts:
         return facts
     before, best = content["before"]["retrieval"], content["best"]
     paths = RunPaths(checkpoint.parent)
-    # The run's evaluation measured its best epoch, so it fits that checkpoint alone
+    # The run's evaluation measured the best epoch, so it is only valid for this checkpoint
     evaluation = (read_json(paths.evaluation) if checkpoint == paths.best else None) or {}
     listed = _listed_settings(content["settings"])
     if "interpolated_at" in content:
@@ -106,7 +106,8 @@ def card_facts(opened: "OpenedModel") -> CardFacts:
 
 
 def _listed_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the weights: the usual ones, and those that were changed."""
+    """Return the settings for a card: those in every card, and changed ones that affect the
+    weights."""
     from clipft.config.scenarios import SCENARIOS
     from clipft.config.settings import beside_defaults, fixed_on_resume
 
@@ -122,7 +123,7 @@ def _listed_settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _paired(retrieval: Mapping[str, Any] | None) -> Figures | None:
-    """The figures of an epoch, or the paired ones of an evaluation with intervals."""
+    """Return the figures of an epoch, or the paired figures of an evaluation with intervals."""
     if not retrieval:
         return None
     paired = retrieval.get("paired", retrieval)
@@ -140,8 +141,8 @@ def model_card(
     Args:
         facts: from ``card_facts``.
         kind: the format of the folder, "" for one that holds several.
-        check: how the towers compare with torch, for the formats of other runtimes.
-        reduced: how those of a lower precision compare with them.
+        check: the comparison of the towers with torch, for the formats of other runtimes.
+        reduced: the comparison of the towers in a lower precision with fp32.
     """
     from huggingface_hub import ModelCardData
 
@@ -235,7 +236,7 @@ def _training(facts: CardFacts) -> str:
         lines.append(f"- weights after epoch {facts.epoch}")
     for name, value in facts.settings.items():
         text = " ".join(str(value).split())
-        # Markdown shows backticks within code only between two of them
+        # In Markdown, code that contains backticks needs double ones around it
         lines.append(f"- {name}: " + (f"`` {text} ``" if "`" in text else f"`{text}`"))
     return "\n".join(lines) + "\n"
 

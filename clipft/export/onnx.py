@@ -1,11 +1,12 @@
-"""Both towers as ONNX, which onnxruntime, transformers.js and others run.
+"""Writes both towers as ONNX, which onnxruntime, transformers.js and others run.
 
-``onnx/vision_model.onnx``: pixel_values float32 [batch, 3, S, S], normalized as the image processor
-does -> image_embeds float32 [batch, D]. ``onnx/text_model.onnx``: input_ids int64 [batch, length]
--> text_embeds float32 [batch, D]. Both have unit length. There is no attention mask, because what
-follows the first end token changes nothing: CLIP's text tower attends backwards only, and SigLIP's
-was trained with its padding. The names of files, inputs and outputs are those that transformers.js
-expects beside the configuration, the tokenizer and the image processor.
+``onnx/vision_model.onnx``: pixel_values float32 [batch, 3, S, S], normalized as by the image
+processor -> image_embeds float32 [batch, D]. ``onnx/text_model.onnx``: input_ids int64
+[batch, length] -> text_embeds float32 [batch, D]. Embeddings have unit length. No attention mask is
+needed, because tokens after the first end token have no effect: tokens in CLIP's text tower attend
+only to earlier ones, and SigLIP's text tower was trained with its padding. transformers.js expects
+these names of files, inputs and outputs, beside the configuration, the tokenizer and the image
+processor.
 """
 
 import logging
@@ -22,10 +23,10 @@ from clipft.models.huggingface import write_processors
 from clipft.models.pretrained import PretrainedModel
 
 OPSET = 18
-"""Torch's exporter writes it without a conversion, and runtimes have read it since 2023."""
+"""torch's exporter writes this version without a conversion, and runtimes read it since 2023."""
 
 PROTOBUF_LIMIT = 1_900_000_000
-"""Bytes of weights that fit in the file itself; protobuf limits it to 2 GiB."""
+"""Most bytes of weights in the file itself. protobuf limits the file to 2 GiB."""
 
 
 class Onnx(Runtime):
@@ -38,7 +39,7 @@ class Onnx(Runtime):
         side, end = inputs.image_size, int(inputs.tokenizer.eos_token_id)
         batch = torch.export.Dim("batch")
         length = torch.export.Dim("length", max=inputs.context_length)
-        # Two rows and eight ids, because the exporter takes a dimension of 1 for a constant
+        # Two rows and eight ids, because the exporter treats a dimension of 1 as constant
         pixels, ids = torch.zeros(2, 3, side, side), torch.full((2, 8), end)
         images, texts = (folder / self.files[kind] for kind in ("images", "texts"))
         images.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def _write_fp16(path: Path, target: Path, large: bool) -> None:
 
 
 def _write_int8(path: Path, target: Path, large: bool) -> None:
-    """Quantize the weights, and activations while they are computed (dynamic quantization)."""
+    """Quantize the weights now, and activations at run time (dynamic quantization)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.getLogger().addFilter(_no_advice)  # it logs to the root
@@ -116,7 +117,7 @@ def _write_int8(path: Path, target: Path, large: bool) -> None:
             str(target),
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # Also the tables of tokens and positions, which are half of a text tower
+            # Gather is for the token and position embeddings, which are half of a text tower
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             use_external_data_format=large,
         )

@@ -1,7 +1,7 @@
-"""Writes the folder that ``open_clip.create_model_and_transforms("local-dir:...")`` opens.
+"""Writes a folder that ``open_clip.create_model_and_transforms("local-dir:...")`` opens.
 
-It holds the configuration, the weights as safetensors, and the tokenizer where it is not CLIP's
-own, which open_clip carries.
+The folder holds the configuration, the weights as safetensors, and the tokenizer, unless it is
+CLIP's, which is part of open_clip.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 _CLIP_VOCABULARY = "47f9dc80b53d1df77f5261384b5a9101"
 """Hash of the tokens and ids of CLIP's own tokenizer."""
 _EPS = 1e-5
-"""Of open_clip's norms, unless its configuration names another."""
+"""The epsilon of open_clip's norms, unless its configuration contains another."""
 _RESOLUTIONS = {
     ("base", 16): {224, 256, 384, 512},
     ("base", 32): {256},
@@ -33,7 +33,7 @@ _RESOLUTIONS = {
     ("so400m", 16): {256, 384, 512},
     ("giantopt", 16): {256, 384},
 }
-"""Sides of the images that timm's image towers of SigLIP take, by size and patch."""
+"""Image sizes of timm's image towers of SigLIP, by the tower's size and its patch size."""
 
 
 class _NoForm(Exception):
@@ -41,7 +41,7 @@ class _NoForm(Exception):
 
 
 def open_clip_lacks(base: PretrainedModel) -> str:
-    """Return why open_clip has no model like this one, or "" if it has."""
+    """Return the reason why open_clip has no model like this one; "" if it has one."""
     try:
         _config(base)
     except _NoForm as error:
@@ -55,8 +55,8 @@ def write_open_clip(clip: Any, base: PretrainedModel, bias: float | None, folder
     Args:
         clip: the model of transformers, with adapters merged.
         base: the pretrained model.
-        bias: what the sigmoid loss learned for a CLIP, None without it.
-        folder: is made.
+        bias: the bias that the sigmoid loss added to a CLIP, or None.
+        folder: the folder to make.
 
     Raises:
         OSError: the disk is full or cannot be written to.
@@ -108,7 +108,7 @@ def check_open_clip(folder: Path, clip: Any, base: PretrainedModel) -> float | N
 
 
 def _rules(clip: Any) -> list[Rule]:
-    """Return how the tensors of a model of transformers are named in open_clip."""
+    """Return the names of a transformers model's tensors in open_clip, as rules."""
     kind = clip.config.model_type
     if kind.startswith("open_clip"):
         own: list[Rule] = clip.rules()
@@ -120,7 +120,7 @@ def _rules(clip: Any) -> list[Rule]:
 
 
 def _config(base: PretrainedModel) -> Mapping[str, Any]:
-    """Describe a model as open_clip's ``model_cfg`` does.
+    """Return the ``model_cfg`` of a model in open_clip.
 
     Raises:
         _NoForm: open_clip has no such model.
@@ -207,7 +207,7 @@ def _text(base: PretrainedModel) -> dict[str, Any]:
 
 
 def _encoder(tower: Any) -> dict[str, Any]:
-    """Describe an encoder of transformers as open_clip does."""
+    """Return open_clip's configuration of an encoder of transformers."""
     config: dict[str, Any] = {"width": tower.hidden_size, "layers": tower.num_hidden_layers}
     ratio = tower.intermediate_size / tower.hidden_size
     if int(tower.hidden_size * ratio) != tower.intermediate_size:  # open_clip rounds down

@@ -1,8 +1,7 @@
-"""Both towers for OpenVINO, which is fast on Intel's processors, GPUs and NPUs.
+"""Writes both towers for OpenVINO, which is fast on Intel's processors, GPUs and NPUs.
 
-The inputs and outputs are those of the ONNX towers. Computed with OpenVINO's defaults, processors
-with AMX round to bf16; ``INFERENCE_PRECISION_HINT`` decides about that, and all comparisons here
-ask for f32.
+The inputs and outputs are the same as for ONNX. By default, OpenVINO rounds to bf16 on processors
+with AMX. All comparisons here set ``INFERENCE_PRECISION_HINT`` to f32 instead.
 """
 
 import functools
@@ -78,17 +77,17 @@ class OpenVino(Runtime):
 
 @functools.cache
 def core() -> Any:
-    """Return the one core of this process.
+    """Return the only OpenVINO core of this process.
 
-    Each core sets a stack for signals of its own, and the one that it puts back in the end may be
-    gone by then. The next signal, such as that of a worker that ends, would be a segmentation
-    fault.
+    Each core sets its own stack for signals, and later restores the earlier one, which may no
+    longer exist. The next signal, such as that of a worker that ends, would then cause a
+    segmentation fault.
     """
     return _library("openvino").Core()
 
 
 def _quantized(model: Any) -> Any:
-    # nncf imports torch's tools for CUDA, which warn where there is none
+    # nncf imports torch's tools for CUDA, which warn if CUDA is missing
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     nncf = _library("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -97,6 +96,6 @@ def _quantized(model: Any) -> Any:
 
 
 def _library(name: str) -> Any:
-    """Import ``openvino`` or ``nncf`` without its telemetry, which it would send on import."""
+    """Import ``openvino`` or ``nncf`` without the telemetry that each would send on import."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module(name)

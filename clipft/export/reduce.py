@@ -1,7 +1,7 @@
-"""Makes exported towers smaller and faster, and measures what that costs.
+"""Makes exported towers smaller and faster, and measures the loss of quality.
 
-fp16 takes half the space, and a tower whose embeddings it changes too much stays fp32. int8 takes
-a quarter, in the way that each runtime does it.
+fp16 takes half the space. A tower stays fp32 if fp16 changes its embeddings too much. int8 takes a
+quarter of the space, and each runtime has its own method.
 """
 
 import time
@@ -23,17 +23,18 @@ from clipft.metrics.retrieval import EvaluationOptions, evaluate
 from clipft.models.pretrained import ModelInputs
 
 LEAST_COSINE = 0.999
-"""Below this similarity of any embedding to that of fp32, a tower is not kept in fp16."""
+"""A tower stays fp32 if any embedding in fp16 has a lower cosine to its embedding in fp32."""
 _RESAMPLES, _SEED = 1000, 0
 _MEMORY = 256 << 20
 
 
 @dataclass
 class ReducedTower:
-    """A tower before and after: megabytes (10^6), milliseconds for an input (None where the program
-    itself was not run), and the smallest cosine of an embedding to that of the tower in fp32.
+    """A tower before and after: megabytes (10^6 bytes), and milliseconds per input, which are None
+    if the runtime itself was not run.
 
-    ``file`` is the path in the exported folder.
+    ``cosine`` is the smallest cosine of an embedding to its embedding in fp32. ``file`` is the path
+    in the exported folder.
     """
 
     precision: str
@@ -45,8 +46,11 @@ class ReducedTower:
 
 @dataclass(frozen=True)
 class Reduced:
-    """Both towers; and R@10 over ``pairs`` pairs, the mean of both directions, in points: before,
-    after, their difference and its 95% interval. It is None where there were no pairs."""
+    """Both towers, and their R@10 over ``pairs`` pairs.
+
+    ``recall`` is the mean of both directions in points: before, after, the difference and its 95%
+    interval. It is None if the towers were not compared on pairs.
+    """
 
     towers: dict[str, ReducedTower]
     pairs: int
@@ -58,7 +62,7 @@ class Reduced:
 
 @dataclass
 class _Measured:
-    """The embeddings [N, D] of one encoder and the seconds they took."""
+    """Collects the embeddings [N, D] of one encoder and measures its time."""
 
     encoder: Encoder
     rows: list[Tensor] = field(default_factory=list)
@@ -88,17 +92,17 @@ def reduce_towers(
     """Replace the fp32 towers in ``folder`` by smaller ones.
 
     Args:
-        runtime: what wrote them.
+        runtime: the runtime that wrote the towers.
         folder: the exported folder.
         precision: ``fp16`` or ``int8``.
-        batches: what to compare on. With ``are_pairs`` each text belongs to its image.
-        inputs: how the image tower takes pixels.
-        note: called with what the user should know.
-        are_pairs: whether recall means something on the batches.
+        batches: the inputs of the comparison. With ``are_pairs``, each text belongs to its image.
+        inputs: the normalization of pixels for the image tower.
+        note: called with sentences for the user.
+        are_pairs: whether to measure recall on the batches.
 
     Raises:
         ModelError: the runtime cannot convert or run a tower.
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or refuses to write.
     """
     paths = {kind: folder / file for kind, file in runtime.files.items()}
     small = {kind: runtime.reduced_path(path, precision) for kind, path in paths.items()}
@@ -130,10 +134,10 @@ def reduce_towers(
 
 
 def check_loss(reduced: Reduced, most: float | None) -> None:
-    """Refuse towers that lost more than ``most`` points of R@10.
+    """Check that the towers lost at most ``most`` points of R@10.
 
     Raises:
-        ModelError: they did.
+        ModelError: the loss is larger.
     """
     recall = reduced.recall
     if most is None or recall is None or -recall["difference"] <= most:

@@ -1,4 +1,4 @@
-"""What an export must know of a program that runs the towers without torch."""
+"""The base class for formats of programs that run the towers without torch."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from clipft.export.towers import Encoder, TowerCheck, TowerInputs, compare_tower
 from clipft.models.pretrained import PretrainedModel
 
 TOLERANCE = 1e-4
-"""The most by which a component of an embedding in fp32 may differ from torch's."""
+"""The largest allowed difference of a component of an embedding in fp32 from torch's."""
 
 
 class Unconvertible(ModelError):
@@ -18,25 +18,27 @@ class Unconvertible(ModelError):
 
 
 class Runtime:
-    """A format that such a program opens. Each subclass writes and opens one.
+    """A format for a program that runs the towers without torch.
 
-    ``program`` is how messages call it, and ``files`` are the paths of the towers in an exported
-    folder. A tower in a lower precision has a suffix in its name, as transformers.js has it.
+    Each subclass writes and opens one format. ``program`` is the program's name in messages, and
+    ``files`` are the paths of the towers in an exported folder. The name of a tower in a lower
+    precision has a suffix, as in transformers.js.
     """
 
     name: ClassVar[str]
     program: ClassVar[str]
     files: ClassVar[Mapping[str, str]]
     other_versions: ClassVar[str]
-    """The hint where the program fails."""
+    """The hint of an error if the program fails."""
     stand_in: ClassVar[str] = ""
-    """What ``open`` runs a tower with in place of the program, so that its time means nothing."""
+    """The library with which ``open`` runs a tower instead of the program; "" if it does not. The
+    time of such a run is not reported."""
 
     def write(self, clip: Any, base: PretrainedModel, folder: Path) -> None:
         """Write both towers of a merged model in fp32, with the tokenizer and the image processor.
 
         Raises:
-            OSError: the disk is full or refuses.
+            OSError: the disk is full or refuses to write.
             Unconvertible: the program cannot convert the model.
         """
         raise NotImplementedError
@@ -45,7 +47,8 @@ class Runtime:
         """Open a tower.
 
         Raises:
-            Unconvertible: the program cannot read it; or later, when it is called, cannot run it.
+            Unconvertible: the program cannot read the tower. The encoder raises it if the program
+                cannot run the tower.
         """
         raise NotImplementedError
 
@@ -54,7 +57,7 @@ class Runtime:
         raise NotImplementedError
 
     def parts(self, path: Path) -> list[Path]:
-        """Return the files that a tower consists of, whether they exist or not."""
+        """Return the files of a tower, whether they exist or not."""
         return [path]
 
     def reduced_path(self, path: Path, precision: str) -> Path:
@@ -89,7 +92,7 @@ class Runtime:
 
     @contextmanager
     def errors(self, what: str) -> Iterator[None]:
-        """Turn what the program raises, which may be of any type, into one line."""
+        """Raise errors of the program, which may have any type, as ``Unconvertible``."""
         try:
             yield
         except (ClipftError, OSError):

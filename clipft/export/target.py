@@ -1,4 +1,4 @@
-"""What an export is asked to write, and where: checked before the work begins and without torch."""
+"""Checks the formats and the target folder of an export before it begins, without torch."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -15,24 +15,24 @@ Format = Literal[
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
 MARK = "clipft.json"
-"""Distinguishes an exported folder, which may be replaced, from any other."""
+"""The file that marks an exported folder, which may be replaced."""
 
 RUNTIME_PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "coreml": ("coremltools",),
 }
-"""What writing and checking each format for another runtime needs. Only these formats have a
-``--precision``."""
+"""The packages that are needed to write and check each format for another runtime. Only these
+formats have a ``--precision``."""
 _NONE: Mapping[str, str] = {}
 
 
 def check_target(out: Path) -> None:
-    """Check, before long work, that ``out`` can be written and holds nothing of the user's.
+    """Check, before a long export, that ``out`` can be written and contains no files of the user.
 
     Raises:
-        UsageError: it is not a folder, or it is neither empty nor an earlier export.
-        StorageError: it cannot be written.
+        UsageError: ``out`` is not a folder, or is neither empty nor an earlier export.
+        StorageError: ``out`` cannot be written.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} is not a folder", "name a folder that does not exist yet")
@@ -53,10 +53,10 @@ def chosen_formats(
 
     Args:
         asked: one of ``FORMATS``, or ``all``.
-        unfit: why the model cannot be exported in a format, by the format.
+        unfit: the formats in which the model cannot be exported, with the reasons.
 
     Returns:
-        The formats, and why others are skipped.
+        The formats, and the skipped formats with the reasons.
 
     Raises:
         UsageError: the format asked for does not fit the model, or a package for it is missing.
@@ -79,17 +79,18 @@ def chosen_formats(
 
 
 def unfit_for(settings: Settings, unfit: Mapping[str, str] = _NONE) -> dict[str, str]:
-    """Say why a model of these settings cannot be exported as an adapter; empty if it can.
+    """Return ``{"peft": reason}`` if a model with these settings cannot be exported as an adapter,
+    else an empty dict.
 
-    ``unfit`` are the formats in which no model of its architecture can be exported, where that is
-    known, and the reasons.
+    ``unfit`` are the formats in which models of its architecture cannot be exported, with the
+    reasons, if the architecture is known.
     """
     why = why_no_adapter(settings, unfit)
     return {"peft": why} if why else {}
 
 
 def why_no_adapter(settings: Settings, unfit: Mapping[str, str] = _NONE) -> str:
-    """Say why a model cannot be written as an adapter, as in ``unfit_for``; empty if it can."""
+    """Return the reason why a model cannot be written as an adapter; "" if it can."""
     if not settings.declared_scenario.lora:
         return f"{settings.scenario} trains no adapter"
     if settings.input_sizes != OWN_SIZES:
@@ -98,15 +99,15 @@ def why_no_adapter(settings: Settings, unfit: Mapping[str, str] = _NONE) -> str:
 
 
 def missing_packages(name: str) -> list[str]:
-    """Return the packages that a format needs and that are not installed."""
+    """Return the packages for a format that are not installed."""
     return [p for p in RUNTIME_PACKAGES.get(name, ()) if importlib.util.find_spec(p) is None]
 
 
 def check_installed(name: str) -> None:
-    """Check for the packages that writing and checking a format needs.
+    """Check that the packages for writing and checking a format are installed.
 
     Raises:
-        UsageError: one of them is missing.
+        UsageError: a package is missing.
     """
     if missing := missing_packages(name):
         raise UsageError(

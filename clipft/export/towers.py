@@ -1,4 +1,4 @@
-"""The two towers as functions of one tensor, and what is needed to compare a runtime with them."""
+"""Provides the two towers as functions of one tensor, and compares a runtime with them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 class _Tower(nn.Module):
-    """One tower with its projection; returns unit embeddings, float32 [batch, D]."""
+    """A tower with its projection. It returns unit embeddings, float32 [batch, D]."""
 
     def __init__(self, clip: Any, architecture: Architecture) -> None:
         super().__init__()
@@ -38,15 +38,15 @@ class TextTower(_Tower):
 
 
 def towers_of(clip: Any, base: PretrainedModel) -> dict[str, nn.Module]:
-    """Return both towers of a merged model, in eval mode, by the names of ``TOWERS``."""
+    """Return both towers of a merged model, in eval mode, by their names in ``TOWERS``."""
     images, texts = ImageTower(clip, base.architecture), TextTower(clip, base.architecture)
     return {"images": images.eval(), "texts": texts.eval()}
 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Let ``nn.MultiheadAttention``, which SigLIP pools with, run as operations that every
-    converter knows."""
+    """Make ``nn.MultiheadAttention``, which SigLIP uses for pooling, run as plain operations, which
+    every converter supports."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -57,20 +57,22 @@ def plain_attention() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """``pixel_values`` uint8 [B, 3, S, S] and ``input_ids`` int64 [B, T] to run both towers on."""
+    """Inputs for both towers: ``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` int64 [B, T]."""
 
     pixel_values: Tensor
     input_ids: Tensor
 
     def by_tower(self, inputs: ModelInputs) -> dict[str, Tensor]:
-        """Return what each tower takes; pixels are normalized to float32."""
+        """Return the input of each tower. Pixels are normalized to float32."""
         return {"images": normalized(inputs, self.pixel_values), "texts": self.input_ids}
 
 
 @dataclass(frozen=True)
 class TowerCheck:
-    """The largest difference of a component between a runtime and torch over some pairs.
-    ``checked_with`` is what ran the runtime's towers."""
+    """The largest difference of a component of an embedding between a runtime and torch.
+
+    ``checked_with`` is the program that ran the runtime's towers, on ``pairs`` pairs.
+    """
 
     pairs: int
     image_difference: float
@@ -86,7 +88,7 @@ class TowerCheck:
 
 
 def normalized(inputs: ModelInputs, pixels: Tensor) -> Tensor:
-    """Turn uint8 pixels [B, 3, S, S] into what the image tower takes, float32."""
+    """Normalize uint8 pixels [B, 3, S, S] for the image tower, to float32."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (inputs.mean, inputs.std))
     return (pixels.float() / 255 - mean) / std
 
@@ -105,14 +107,14 @@ def compare_towers(
         pairs += len(batch.pixel_values)
         for kind, inputs in batch.by_tower(base.inputs).items():
             differences = (encoders[kind](inputs) - towers[kind](inputs)).abs()
-            # A NaN would be lost in max
+            # max would ignore a NaN
             largest = float(differences.nan_to_num(nan=torch.inf).max())
             worst[kind] = max(worst[kind], largest)
     return TowerCheck(pairs, worst["images"], worst["texts"], checked_with)
 
 
 def made_up_inputs(inputs: ModelInputs) -> list[TowerInputs]:
-    """Make noise and random words, in batches of several sizes and texts of several lengths."""
+    """Make random pixels and texts, in batches of several sizes and texts of several lengths."""
     generator = torch.Generator().manual_seed(0)
     special = set(inputs.tokenizer.all_special_ids)
     words = torch.tensor([i for i in range(len(inputs.tokenizer)) if i not in special])

@@ -1,1 +1,1 @@
-"""Renders the HTML pages that a run, an inspection, an ablation or a search leaves."""
+"""Renders the HTML pages of a run, an inspection, an ablation or a search."""

@@ -1,6 +1,6 @@
 """The charts of the pages, as data that ``assets/charts.js`` draws with Chart.js.
 
-Chart.js is 210 KB. Plotly would be 4.8 MB in every page, and an ablation leaves dozens of them.
+Chart.js is 210 KB. Plotly would add 4.8 MB to every page, and an ablation writes dozens of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,18 @@ Json = Mapping[str, Any]
 Interval = tuple[float, float] | None
 
 _CATEGORIES = 20
-"""Bars of a chart; the JSON has all categories."""
+"""Most bars in a chart. The JSON has all categories."""
 _BAR_HEIGHT, _AXIS_HEIGHT, _LINE_HEIGHT, _LEGEND_HEIGHT = 18, 64, 17, 40  # pixels
 _LABEL_LENGTH = 16
-"""Characters on a line of a bar's label on a phone, where charts.js breaks it."""
+"""Characters after which charts.js breaks a bar's label into lines on a phone."""
 
 
 @dataclass(frozen=True)
 class Series:
     """One line, path, set of points or set of bars.
 
-    ``points`` are (x, y) or (x, y, label); ``values`` are those of bars, one for each of the
-    chart's labels. ``color`` counts the page's colors from 0.
+    ``points`` are (x, y) or (x, y, label). ``values`` are the values of bars, one for each of the
+    chart's labels. ``color`` is the index of a color of the page, from 0.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Chart:
         return {key: value for key, value in asdict(self).items() if key not in {"title", "note"}}
 
     def description(self) -> str:
-        """Describe the chart for readers who cannot see it: first and last value of each line."""
+        """Describe the chart for screen readers, with the first and last value of each line."""
 
         def short(value: float | None) -> str:
             return "nothing" if value is None else f"{value:.4g}"

@@ -16,7 +16,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Mark:
-    """A figure and where it is on the axis. Places are percentages of the axis's length."""
+    """A figure and its place on the axis. Places are percentages of the axis's length."""
 
     text: str
     at: float
@@ -26,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference with its interval; ``direction`` is "better" or "worse" where that does not
+    """A difference with its interval. ``direction`` is "better" or "worse" if the interval does not
     include 0."""
 
     text: str = ""
@@ -48,8 +48,8 @@ class DumbbellRow:
 class Dumbbell:
     """Shares on one axis that begins at 0.
 
-    ``columns`` are the headings of the differences, and ``label`` that of the names. ``ticks`` are
-    labels with their places, in percent of the axis's length.
+    ``columns`` are the headings of the differences, and ``label`` is the heading of the names.
+    ``ticks`` are labels with their places, in percent of the axis's length.
     """
 
     title: str
@@ -67,10 +67,10 @@ class Dumbbell:
 def dumbbell(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, Json, Json | None, Sequence[Any]]]
 ) -> Dumbbell:
-    """Lay ``rows`` out on an axis that has room for all of them.
+    """Place ``rows`` on an axis that is long enough for all of them.
 
     Args:
-        title: what is shown.
+        title: the title.
         columns: headings of the differences.
         rows: a name, the figure before and after training, and a difference (or None) for each
             of ``columns``.

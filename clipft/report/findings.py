@@ -1,4 +1,4 @@
-"""What an inspection says: whether the data can be trained on, what is wrong, and what to do."""
+"""Judges an inspection: whether the data can be trained on, what is wrong, and what to do."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ Json = Mapping[str, Any]
 
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 _FEW = {"train": 300, "val": 100, "test": 100}
-"""Pairs of a split below which results are weak."""
+"""Pairs that a split needs for reliable results."""
 _CLEAR_LIMIT, _MANY_SMALL, _MANY_CUT = 0.95, 0.1, 0.01
-"""Upper bound of R@1, share of small images and of truncated captions that are worth a look."""
+"""Limits for a finding: an upper bound of R@1 below the first; a share of small images and a share
+of truncated captions above the others."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Finding:
 def findings(
     splits: Mapping[str, Json], leaks: Mapping[str, Json], max_bad: float
 ) -> list[Finding]:
-    """Judge the figures of an inspection, the worst first.
+    """Return the findings of an inspection, the worst first.
 
     Args:
         splits: name -> ``SplitFacts`` as a dict.
@@ -77,7 +78,7 @@ def _split_of(splits: Mapping[str, Json]) -> Iterator[Finding]:
 
 
 def _unusable(name: str, split: Json, max_bad: float) -> Iterator[Finding]:
-    """Pairs that cannot be used, as a run counts them."""
+    """Yield a finding about pairs that cannot be used, counted as in a run."""
     bad, pairs, kind = split["pairs"] - split["usable"], split["pairs"], SPLIT_NAMES.get(name, name)
     section = f"Broken in {name}"
     if not split["usable"]:

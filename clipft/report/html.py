@@ -1,8 +1,8 @@
-"""What all HTML pages share: templates, thumbnails, tables, and writing the file.
+"""The common parts of all HTML pages: templates, thumbnails, tables, and writing the file.
 
-Every page is one file that needs no network, follows the reader's light or dark colors and can be
-read on a phone. The templates escape everything they insert, so captions, keys and file names are
-shown as they are, markup included.
+Every page is a single file that needs no network, uses the reader's light or dark mode, and can be
+read on a phone. The templates escape all values, so captions, keys and file names are shown
+unchanged, even if they contain markup.
 """
 
 import base64
@@ -23,16 +23,16 @@ from PIL import Image
 from clipft.core.files import write_text
 
 SIDE = 96
-"""Longer side of a thumbnail in pixels. It keeps a page small enough to be mailed."""
+"""Longer side of a thumbnail in pixels. With this size, a page can be sent by mail."""
 
 
 @dataclass(frozen=True)
 class PageTable:
     """A table of a page.
 
-    Each row holds a label and a cell for each of ``columns``; what follows a line feed in a cell
-    is set small. ``texts`` are the numbers, from 0, of the columns that hold words, and ``best``
-    those of the rows that stand out. ``heading`` shows the title as a heading.
+    Each row holds a label and a cell for each of ``columns``. Text after a line feed in a cell is
+    small. ``texts`` are the indexes, from 0, of the columns that hold words, and ``best`` are the
+    indexes of the rows to highlight. ``heading`` shows the title as a heading.
     """
 
     title: str
@@ -45,8 +45,8 @@ class PageTable:
 
 @dataclass(frozen=True)
 class PageImage:
-    """A thumbnail with its place in the data and its caption; ``jpeg`` is empty if the image
-    cannot be decoded."""
+    """A thumbnail with its place in the data and its caption. ``jpeg`` is empty if the image cannot
+    be decoded."""
 
     place: str
     caption: str
@@ -56,7 +56,7 @@ class PageImage:
 def thumbnail(image: Image.Image, side: int = SIDE) -> bytes:
     """Encode an upright RGB image as a JPEG that fits a square of ``side`` pixels.
 
-    The image itself is shrunk in place.
+    ``image`` is resized in place.
     """
     buffer = io.BytesIO()
     image.thumbnail((side, side))
@@ -75,14 +75,14 @@ def anchor(title: str) -> str:
 
 
 def code(text: str) -> Markup:
-    """Escape a sentence, and set what it has in backticks as code."""
+    """Escape a sentence, and show text in backticks as code."""
     parts = text.split("`")
     marked = [Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts)]
     return Markup("").join(marked)
 
 
 def data_uri(jpeg: bytes) -> str:
-    """Return the address of a JPEG that holds the image itself."""
+    """Return a JPEG as a data URI."""
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
@@ -90,7 +90,7 @@ def data_uri(jpeg: bytes) -> str:
 def _templates() -> jinja2.Environment:
     def asset(name: str) -> str:
         text = files("clipft.report").joinpath("assets", name).read_text(encoding="utf-8")
-        # A page must not ask for the source map, which is not in it
+        # The source map is not part of the page, and the browser would request it
         return re.sub(r"\n//# sourceMappingURL=.*", "", text)
 
     environment = jinja2.Environment(
@@ -106,12 +106,12 @@ def _templates() -> jinja2.Environment:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write the whole page or nothing; an earlier one is replaced at once.
+    """Write a page atomically, and replace an earlier one.
 
     Raises:
         StorageError: the disk is full or ``path`` cannot be written.
     """
-    # A file name in a tar may hold bytes that are not UTF-8; they are shown as "?"
+    # A file name in a tar may contain bytes that are not UTF-8. They are shown as "?"
     write_text(path, page.encode("utf-8", errors="replace").decode("utf-8"))
 
 
@@ -119,7 +119,7 @@ def write_page_and_json(page: Path, html: str, content: dict[str, Any]) -> None:
     """Write a page, and its content as JSON beside it.
 
     Raises:
-        StorageError: the disk is full or one of them cannot be written.
+        StorageError: the disk is full or one of the files cannot be written.
     """
     write_page(page, html)
     write_page(page.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The page of ``clipft inspect``: what is in a catalogue and what is wrong with it."""
+"""Renders the page of ``clipft inspect``: the content of a catalogue, and its problems."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from clipft.report.findings import Finding
 from clipft.report.html import PageImage, PageTable, anchor, render
 
 MOST = 60
-"""Thumbnails in a page."""
+"""Most thumbnails in a page."""
 _IN_GROUP = 6
 _ROWS = 50
 _LABELS = 12
-"""Labels of a histogram; the table has more."""
-# The JSON of `inspect` has said "photo" since its first version
+"""Most labels in a histogram. The table has more."""
+# The JSON of `inspect` has used "photo" since its first version
 _SHARED = {
     "photo": "same image",
     "near photo": "near-duplicate image",
@@ -26,18 +26,18 @@ Groups = Sequence[tuple[str, Sequence[PageImage]]]
 
 @dataclass(frozen=True)
 class Inspected:
-    """What an inspection found.
+    """The results of an inspection.
 
     Attributes:
         title: Heading of the page.
         verdict: Whether the data can be trained on.
-        findings: What is wrong, the worst first.
+        findings: The problems, the worst first.
         tables: All figures.
         splits: Name -> ``SplitFacts`` as a dict.
         leaks: Title -> ``Leak`` as a dict.
         samples: Name of a split -> places of some of its pairs.
         image_size: Pixels of a side of the model's input.
-        context: Tokens that the model reads.
+        context: The model's context length in tokens.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Ranges or labels with their counts; ``share`` is the length of a bar in percent."""
+    """Ranges or labels with their counts. ``share`` is the length of a bar in percent."""
 
     title: str
     note: str
@@ -61,9 +61,9 @@ class Histogram:
 
 
 def findings_page(found: Inspected, read_image: Callable[[str], PageImage]) -> str:
-    """Render the page, which runs no script.
+    """Render the page, which contains no script.
 
-    ``read_image`` reads the image of a pair by its place; it is called ``MOST`` times at most.
+    ``read_image`` reads the image of a pair by its place, and is called at most ``MOST`` times.
     """
     galleries = _galleries(found, read_image)
     lists = _lists(found.splits)
@@ -84,7 +84,7 @@ def findings_page(found: Inspected, read_image: Callable[[str], PageImage]) -> s
 
 
 def _lists(splits: Splits) -> list[PageTable]:
-    """The pairs that cannot be used, what is not a pair, and the labels."""
+    """Return tables of the pairs that cannot be used, of other files, and of the labels."""
     tables = []
     for name, split in splits.items():
         broken = [[b["pair"], b["reason"]] for b in (*split["broken"], *split["bad_captions"])]
@@ -130,10 +130,10 @@ def _histograms(name: str, found: Inspected) -> list[Histogram]:
 
 
 def _galleries(found: Inspected, read_image: Callable[[str], PageImage]) -> dict[str, Groups]:
-    """Title -> groups of images, each with a remark on what they have in common.
+    """Return galleries by title: groups of images, each with a remark on what they have in common.
 
-    The galleries get equal shares of ``MOST`` images, and groups are shown whole, up to
-    ``_IN_GROUP`` images, while there is room.
+    Each gallery gets an equal share of ``MOST`` images. Each group in it shows up to ``_IN_GROUP``
+    images, while there is room.
     """
     wanted: dict[str, list[tuple[str, Sequence[str]]]] = {}
     for title, leak in found.leaks.items():

@@ -1,4 +1,4 @@
-"""The first screen of a run's report: its main figures on one axis, and some cases."""
+"""Chooses the main figures and the cases for the first screen of a run's report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from clipft.report.dumbbell import Dumbbell, dumbbell
 Json = Mapping[str, Any]
 
 _GAINS, _CASES = 4, 6
-"""Cases of the first screen: at most so many gains, and losses as far as there are any."""
+"""Gains on the first screen if there are enough losses, and most cases in total."""
 
 
 def main_figures(tables: Sequence[Json], kept: Json | None) -> Dumbbell | None:
-    """Draw the main figures of report.json that are shares.
+    """Place the main figures of report.json that are shares on one axis.
 
     Args:
         tables: ``figures`` of report.json.
-        kept: ``kept`` of report.json, of which mean recall is added.
+        kept: ``kept`` of report.json, whose mean recall is added.
 
     Returns:
         None if nothing has been measured yet.
@@ -34,9 +34,9 @@ def main_figures(tables: Sequence[Json], kept: Json | None) -> Dumbbell | None:
 
 
 def main_cases(gallery: Sequence[Json]) -> list[tuple[int, Json]]:
-    """Choose the cases of the first screen, each with its number in the gallery.
+    """Choose the cases for the first screen, each with its number in the gallery.
 
-    Losses are shown as well as gains, and unchanged queries where there are too few of both.
+    Gains and losses are chosen first, and unchanged queries if there are too few of both.
     """
     by_kind: dict[str, list[tuple[int, Json]]] = {}
     for number_, case in enumerate(gallery):

@@ -1,4 +1,4 @@
-"""The content of a run's report, and the files that ``train`` and ``report`` write from it."""
+"""Collects the content of a run's report, and writes the files of ``train`` and ``report``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 _POINTS = 500
-"""Points of a curve over steps."""
+"""Most points in a curve over steps."""
 
 
 def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -44,9 +44,9 @@ def write_run_report(folder: Path, page: Path, data_dir: Path | None = None) -> 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What the rankings of a run show.
+    """Examples from the rankings of a run.
 
-    ``images`` are JPEGs by pair number. ``note`` says why there is nothing, or is "".
+    ``images`` are JPEGs by pair number. ``note`` is the reason if there are no examples, else "".
     """
 
     cases: Sequence[Json] = ()
@@ -109,7 +109,7 @@ def _gallery(folder: Path, settings: "Settings") -> Gallery:
 
 
 def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
-    """Return the content of report.json from what the run left in its folder."""
+    """Return the content of report.json from the records in a run folder."""
     kept = records.kept
     settings = {entry["name"]: entry["value"] for entry in records.settings}
     tables = figure_tables(records.epochs, records.evaluation)
@@ -131,7 +131,7 @@ def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
         "epochs": epoch_curves(records.epochs),
         "categories": _categories(records.evaluation),
         "interpolation": records.interpolation,
-        # Of the general pairs only the paired figures are shown
+        # Only the paired figures of the general pairs are shown
         "kept": {"keep_dir": kept["keep_dir"], "figures": figure_tables([], kept)[:1]}
         if kept
         else None,
@@ -146,7 +146,7 @@ def run_content(records: RunRecords, gallery: Gallery) -> dict[str, Any]:
 
 
 def _categories(evaluation: Json | None) -> list[dict[str, Any]]:
-    """Text-to-image R@10 of each category, the largest first."""
+    """Return text-to-image R@10 of each category, the largest category first."""
     if not evaluation:
         return []
 
@@ -166,7 +166,7 @@ def _categories(evaluation: Json | None) -> list[dict[str, Any]]:
 
 
 def _verdict(records: RunRecords, tables: Sequence[Json]) -> str:
-    """Say in a sentence what the run did, in the words of ``clipft evaluate``."""
+    """Return a sentence about the result of the run, the same as in ``clipft evaluate``."""
     if not tables:
         return "The pretrained model has not been measured yet."
     recall = tables[0]["rows"][0]

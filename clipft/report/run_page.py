@@ -1,4 +1,4 @@
-"""The page of a run's report, made from its content and thumbnails alone."""
+"""Renders the page of a run's report from its content and thumbnails."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 
 _FIRST = frozenset({0})
 _MISTAKEN = 12
-"""Confusions that are shown; the JSON has all."""
+"""Most confusions that are shown. The JSON has all."""
 
 
 def run_page(content: Json, images: Mapping[int, bytes]) -> str:
@@ -62,7 +62,7 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
         mistaken=PageTable("Category of the caption, and of its first image", models, mistaken),
         command=train_command(content["settings"]),
         figures=[_figure_tables(found) for found in content["figures"]],
-        # A title of their own: screen readers list all tables of a page by their titles
+        # Tables need different titles, because screen readers list them by title
         kept=[
             _figure_tables({**found, "title": f"{GENERAL_SET.capitalize()}: {found['title']}"})
             for found in (kept["figures"] if kept else ())
@@ -76,7 +76,8 @@ def run_page(content: Json, images: Mapping[int, bytes]) -> str:
 
 
 def _figure_tables(found: Json) -> tuple[PageTable, PageTable]:
-    """The figures, with intervals and upper bounds where there are any, and their definitions."""
+    """Return a table of figures, with their intervals and upper bounds if there are any, and a
+    table of their definitions."""
 
     def cell(figure: Json | None, unit: Unit, sign: str = "") -> str:
         if figure is None or figure["value"] is None:
@@ -134,7 +135,7 @@ def settings_tables(settings: Sequence[Json]) -> tuple[PageTable, PageTable]:
 
 
 def train_command(settings: Sequence[Json]) -> str:
-    """Return the command that trains with the same settings, one option a line."""
+    """Return the command that trains with the same settings, with one option on each line."""
     options = []
     for setting in settings:
         if not setting["changed"] or setting["name"] == "resume_from_checkpoint":
@@ -149,7 +150,7 @@ def train_command(settings: Sequence[Json]) -> str:
 
 
 def environment_table(environment: Mapping[str, str]) -> PageTable:
-    """Return a table of versions and device."""
+    """Return a table of software versions and the device."""
     rows = [list(entry) for entry in environment.items()]
     return PageTable("Versions and device", ["value"], rows, texts=_FIRST)
 
