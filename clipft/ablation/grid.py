@@ -1,4 +1,4 @@
-"""The runs of an ablation: every combination of scenarios, settings and seeds."""
+"""Plans the runs of an ablation: every combination of scenarios, settings and seeds."""
 
 import hashlib
 import itertools
@@ -19,8 +19,8 @@ from clipft.runs.folder import RunPaths
 OWN = frozenset(
     {"scenario", "seed", "output_dir", "resume_from_checkpoint", "enable_s3_checkpoints"}
 )
-"""Settings that an ablation decides itself. It uploads no checkpoints, because those of all seeds
-would have the same name in the bucket."""
+"""Settings that an ablation sets itself. It uploads no checkpoints, because the checkpoints of all
+seeds would have the same name in the bucket."""
 
 _WITHOUT_TRAINING = frozenset(
     {
@@ -39,7 +39,8 @@ _WITHOUT_TRAINING = frozenset(
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied. ``varied`` maps the name of a setting to its values."""
+    """The scenarios, settings and seeds to combine. ``varied`` maps the name of a setting to its
+    values."""
 
     scenarios: Sequence[str]
     seeds: Sequence[int]
@@ -48,9 +49,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of an ablation. Runs with the same ``variant`` differ in their seed alone.
+    """A run of an ablation. Runs with the same ``variant`` differ only in their seed.
 
-    ``varied`` are the values of the grid that this run uses, by setting.
+    ``varied`` are the values of the grid in this run, by setting.
     """
 
     variant: str
@@ -75,25 +76,25 @@ class PlannedRun:
 
     @property
     def log(self) -> Path:
-        """The file with what the run wrote to stderr."""
+        """The file with the run's stderr."""
         return self.home / "log.txt"
 
     @property
     def finished(self) -> bool:
-        """Whether the run has left its result."""
+        """Whether the run has written its result."""
         return RunPaths(self.folder).result.is_file()
 
 
 def plan_runs(grid: Grid, base: Mapping[str, Any], folder: Path) -> list[PlannedRun]:
-    """List every run, seed by seed, so that an ablation cut short has all variants of some seeds.
+    """List all runs, seed by seed, so that an interrupted ablation has all variants of some seeds.
 
-    A setting that a scenario does not use makes no run of its own: ``zero_shot`` has no
-    learning rate and ``linear_probe`` no LoRA rank. What is not trained needs only one seed.
+    A setting is only varied in scenarios that use it: ``zero_shot`` has no learning rate, and
+    ``linear_probe`` has no LoRA rank. A scenario without training needs only one seed.
 
     Args:
-        grid: what is varied.
-        base: settings of all runs that the user set; where nothing is set, the scenario's own
-            defaults hold.
+        grid: the scenarios, settings and seeds to combine.
+        base: the settings of all runs that the user set. Other settings have the scenario's
+            defaults.
         folder: the ablation's folder.
 
     Raises:
@@ -141,7 +142,7 @@ def _planned(
     varied = {key: values[key] for key in used}
     shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in varied.items())
     variant = " ".join([scenario.name, *shown])
-    # The folder is named after the variant; a digest tells apart names that had to be changed
+    # The folder has the name of the variant. If it had to be changed, a digest makes it unique
     name = re.sub(r"[^\w.=+-]+", "-", variant)[:80]
     if name != variant.replace(" ", "-"):
         name += f"-{hashlib.sha256(json.dumps(varied).encode()).hexdigest()[:6]}"
@@ -151,7 +152,7 @@ def _planned(
 
 
 def check_same_ablation(runs: Sequence[PlannedRun]) -> None:
-    """Refuse to continue an ablation with other settings.
+    """Check that runs which exist already have the same settings.
 
     Raises:
         UsageError: the folder holds runs with other settings.

@@ -1,4 +1,4 @@
-"""An ablation for people: its tables for the terminal, and its page."""
+"""Renders an ablation as tables for the terminal and as a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ EXPLANATION = (
 
 FIGURES = ("runs", "mean recall", "gain", "test recall", "text→image R@10", "image→text R@10")
 COSTS = ("parameters", "time", "memory")
-"""Columns of the two tables that fit a terminal."""
+"""Columns of the two tables that are narrow enough for a terminal."""
 
 
 def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def write_ablation_report(folder: Path, page: Path) -> dict[str, Any]:
 
 
 def ablation_page(content: Json) -> str:
-    """Render the page, which links to the runs' own reports.
+    """Render the page, which links to the reports of the runs.
 
     Args:
         content: the content of report.json, from ``ablation_content``.
@@ -97,11 +97,11 @@ def ablation_page(content: Json) -> str:
 
 
 def _dumbbell(variants: Sequence[Json]) -> Dumbbell:
-    """Mean recall of each variant beside that of its pretrained model, the best first."""
+    """Return mean recall of each variant and of its pretrained model, the best variant first."""
     rows = []
     for variant in variants:
         before, after = as_figure(variant["pretrained"]), as_figure(variant["mean_recall"])
-        # One evaluation of the same weights: the seeds add nothing to it
+        # The pretrained model does not depend on the seed, so it has no interval
         before = {"value": before["value"]}
         changes = [as_figure(variant["gain"]) if variant["trains"] else None]
         changes.append(as_figure(variant["to_best"]) if variant["to_best"] else None)
@@ -122,7 +122,7 @@ def ranked(content: Json) -> list[Json]:
 
 
 def _cells(variant: Json) -> dict[str, str]:
-    """The cells of a variant by the name of their column."""
+    """Return the cells of a variant by the names of their columns."""
 
     def amount(found: Json | None, sign: str = "") -> str:
         if not found or found["mean"] is None:
@@ -155,10 +155,10 @@ def _cells(variant: Json) -> dict[str, str]:
 
 
 def _charts(variants: Sequence[Json]) -> list[Chart]:
-    """Mean recall by epoch and by the number of trainable parameters."""
+    """Return charts of mean recall over the epochs and over the number of trainable parameters."""
     charts = []
     y = RECALL_NAME
-    # Colors 1 to 7 of the page in turn; beyond those the dashes differ
+    # Colors 1 to 7 of the page are used in turn. Lines of the same color have different dashes
     curves = [
         Series(variant["name"], variant["curve"], color=1 + at % 7, dash=at // 7)
         for at, variant in enumerate(v for v in variants if len(v["curve"]) > 1)

@@ -1,4 +1,4 @@
-"""Runs the runs of an ablation, each in a process of its own so that a failure ends no other."""
+"""Starts the runs of an ablation, each in its own process, so that a failure affects no other."""
 
 import json
 import os
@@ -24,16 +24,16 @@ from clipft.training.signals import stop_on_signals
 
 STATE = "ablation.json"
 TEST = "test.json"
-"""What a finished run's best epoch reaches on the test pairs, in its ``home``."""
+"""The file in ``home`` with the figures of a finished run's best epoch on the test pairs."""
 _ANSWER = "answer.json"
-"""What a run wrote to stdout: its result or its error as JSON."""
+"""The file with the stdout of a run: its result or its error as JSON."""
 _POLL_SECONDS = 0.05
 _LOG_LINES = 5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. ``error`` and ``hint`` are its own words, and empty if it finished."""
+    """The end of a run. ``error`` and ``hint`` are the run's messages, and empty if it finished."""
 
     run: PlannedRun
     exit_code: int
@@ -55,18 +55,18 @@ def run_all(
     on_start: Callable[[PlannedRun], None],
     on_end: Callable[[Outcome], None],
 ) -> str | None:
-    """Run those that have not finished, ``jobs`` at a time.
+    """Start the runs that have not finished, ``jobs`` at a time, and wait for them.
 
-    A signal asks the runs under way to save their state, and waits for them.
+    After a signal, current runs are asked to save their state, and no others are started.
 
     Args:
         runs: the ablation's runs.
-        jobs: processes at a time.
-        lock: descriptor of the ablation's lock. The processes inherit it, so that no second
-            ablation starts beside them if this process is killed.
+        jobs: the number of processes at a time.
+        lock: file descriptor of the ablation's lock. The processes inherit it, so that no second
+            ablation can start beside them if this process is killed.
         on_start: called in this process when a run starts.
-        on_end: called in this process when a run ends, unless the ablation was stopped and the
-            run ended because of that.
+        on_end: called in this process when a run ends, unless the run ended because the ablation
+            was stopped.
 
     Returns:
         The name of the signal that stopped the ablation, or None.
@@ -91,21 +91,22 @@ def run_all(
                             process.popen.send_signal(signal.SIGTERM)
                 for process in [p for p in alive if p.popen.poll() is not None]:
                     alive.remove(process)
-                    # It may have ended as asked: with its state saved, or before it had any
+                    # A stopped run ends with its state saved, or before it had a state
                     as_asked = (Interrupted.exit_code, -signal.SIGTERM)
                     if not (stop.name and process.popen.returncode in as_asked):
                         on_end(_outcome(process.run, process.popen.returncode))
-        finally:  # nothing is left alive after a second Ctrl-C or a bug
+        finally:  # no process may be left after a second Ctrl-C or a bug
             for process in alive:
                 process.popen.kill()
     return stop.name
 
 
 def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun], None]) -> None:
-    """Measure each finished run on the test pairs, if its data set has some, and note it in its
-    ``home``. What was measured before is not measured again.
+    """Measure each finished run on the test pairs, if there are any, and write the figures to its
+    ``home``. Runs that were measured before are skipped.
 
-    ``on_start`` is called before each of them. Nothing of this decides which run is best.
+    ``on_start`` is called before each measurement. The choice of the best run does not use these
+    figures.
 
     Raises:
         ClipftError: A checkpoint or the pairs cannot be read.
@@ -125,7 +126,7 @@ def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun],
         request = Request(None, [], None, None, "test")
         found = evaluate_checkpoint(content, settings, request, lambda note: None)
         before, after = found.comparison.before, found.comparison.after
-        # Without an epoch that was better, a run's result is the pretrained model
+        # If no epoch was better, the result of a run is the pretrained model
         better = after and (read_run(run.folder).result or {}).get("after")
         figures = {
             "before": before.retrieval.to_dict(),
@@ -135,10 +136,10 @@ def measure_on_test(runs: Sequence[PlannedRun], on_start: Callable[[PlannedRun],
 
 
 def environments(jobs: int) -> list[dict[str, str]]:
-    """Environment variables for each of ``jobs`` processes that run at the same time.
+    """Return the environment variables for each of ``jobs`` processes that run at the same time.
 
-    GPUs are assigned in turn. Without a GPU each process gets a share of the processors, unless
-    the user has decided otherwise.
+    GPUs are assigned in turn. Without a GPU, each process gets an equal share of the processors,
+    unless the user has set it.
     """
     if jobs == 1:
         return [{}]
@@ -157,7 +158,7 @@ def environments(jobs: int) -> list[dict[str, str]]:
 def _start(run: PlannedRun, environment: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
     write_text(run.config, run.settings.to_toml())
     train = ["train", "--config", str(run.config), "--resume-from-checkpoint", "--json"]
-    # The file already holds the settings of the environment, which would override the run's own
+    # Settings from the environment are already in the file, and would override those of the run
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in ENV_OTHERS}
     kept.pop("CLIPFT_CONFIG", None)
     with run.log.open("ab") as log, (run.home / _ANSWER).open("wb") as answer:
@@ -168,7 +169,7 @@ def _start(run: PlannedRun, environment: dict[str, str], lock: int) -> "subproce
             stderr=log,
             env={**kept, **environment},
             pass_fds=[lock],
-            # Ctrl-C must reach this process alone, which passes it on once
+            # Only this process may receive Ctrl-C, and passes it on once
             start_new_session=True,
         )
 
@@ -197,7 +198,7 @@ def write_state(folder: Path, runs: Sequence[PlannedRun], ended: Mapping[Path, O
     Args:
         folder: the ablation's folder.
         runs: all runs.
-        ended: run folder -> how it ended. A run that is neither in it nor finished is waiting.
+        ended: run folder -> its outcome. A run that is neither in it nor finished is waiting.
     """
     entries = []
     for run in runs:
@@ -225,9 +226,9 @@ def write_state(folder: Path, runs: Sequence[PlannedRun], ended: Mapping[Path, O
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read ``ablation.json``, and add to each finished run what it left in its folder.
+    """Read ``ablation.json``, and add the results in the folder of each finished run.
 
-    That is ``before`` and ``after`` (retrieval; None if no epoch was better), ``epochs``,
+    These are ``before`` and ``after`` (retrieval; None if no epoch was better), ``epochs``,
     ``evaluation``, ``plan``, ``environment``, time, memory, and ``test`` (None without test pairs).
 
     Raises:

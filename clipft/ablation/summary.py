@@ -1,4 +1,4 @@
-"""The content of an ablation's report: a table of the variants, and which of them to choose."""
+"""Collects the content of an ablation's report: a table of the variants, and the one to choose."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from clipft.metrics.figures import DIRECTIONS, RECALLS, as_figure, mean_recall
 from clipft.report.report import epoch_curves
 
 _NAMED = 3
-"""Variants that are named in a sentence; of more, the number is given."""
+"""Most variants that a sentence lists by name. If there are more, it contains their number."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Json = Mapping[str, Any]
@@ -24,7 +24,7 @@ def ablation_content(folder: str, state: Json) -> dict[str, Any]:
     """Return the content of report.json.
 
     Args:
-        folder: the ablation's folder, as the user named it.
+        folder: the ablation's folder, as the user wrote it.
         state: from ``ablation.runner.read_state``.
     """
     runs = state["runs"]
@@ -58,9 +58,9 @@ def ablation_content(folder: str, state: Json) -> dict[str, Any]:
 
 
 def _variant(name: str, runs: Sequence[Json]) -> dict[str, Any]:
-    """One row of the table, from the runs of all its seeds."""
+    """Return a row of the table, from the runs of a variant with all seeds."""
     done = {run["seed"]: run for run in runs if run["state"] == "finished"}
-    # Without an epoch that was better, a run's result is the pretrained model
+    # If no epoch was better, the result of a run is the pretrained model
     best = {seed: run["after"] or run["before"] for seed, run in done.items()}
     recall = {seed: mean_recall(figures) for seed, figures in best.items()}
     pretrained = {seed: mean_recall(run["before"]) for seed, run in done.items()}
@@ -124,7 +124,7 @@ def _best(variants: Sequence[Json]) -> Json | None:
 
 
 def _to_best(variant: Json, best: Json) -> Values:
-    """Subtract the mean recall of ``best`` from that of ``variant``, seed by seed."""
+    """Return mean recall of ``variant`` minus that of ``best``, seed by seed."""
 
     ours, theirs = _by_seed(variant["mean_recall"]), _by_seed(best["mean_recall"])
     if not variant["trains"]:  # measured once, because its figure does not depend on the seed
@@ -137,7 +137,8 @@ def _by_seed(spread: Json) -> dict[int, float]:
 
 
 def _verdict(variants: Sequence[Json]) -> str:
-    """Say which variant is best, and what it reaches on pairs that have not chosen it."""
+    """Return a sentence with the best variant and its figures on pairs that were not used to choose
+    it."""
     best = _best(variants)
     if not best:
         return "No run has finished."
@@ -160,7 +161,8 @@ def _verdict(variants: Sequence[Json]) -> str:
 
 
 def _compared(best: Json, others: Sequence[Json]) -> str:
-    """Say which variants the seeds cannot tell from the best, and how far the next one is."""
+    """Return a sentence with the variants that do not differ clearly from the best, and the
+    distance of the next one."""
     seeds = best["finished"]
     if not others:
         return ""
@@ -192,5 +194,5 @@ def _points(change: Json) -> str:
 
 
 def _is_clear(change: Json) -> bool | None:
-    """Whether a difference is beyond chance; None for a single seed."""
+    """Return whether a difference is beyond chance; None for a single seed."""
     return as_figure(change).get("clear")

@@ -1,1 +1,1 @@
-"""``clipft browse``: a local page that searches with both models of a run, and judges them."""
+"""``clipft browse``: a local page to search with both models of a run, and to compare them."""

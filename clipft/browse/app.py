@@ -1,15 +1,15 @@
-"""The page of ``clipft browse`` and what it asks for.
+"""Serves the page of ``clipft browse`` and answers its requests.
 
-GET  /TOKEN/              the page; page.css, browse.css and browse.js beside it
-GET  /TOKEN/state         what is searched, the run's verdict, and the tally
+GET  /TOKEN/              the page; page.css, browse.css and browse.js are beside it
+GET  /TOKEN/state         the searched images, the run's verdict, and the count of judgments
 GET  /TOKEN/image/N       a small JPEG of image number N
 POST /TOKEN/search        the lists of both models: {"words": ..., "blind": true or false}
 POST /TOKEN/picture       the same for the image in the body; ?blind=1 without names
 POST /TOKEN/draw          a caption drawn at random, without names
 POST /TOKEN/judge         the verdict of a blind comparison: {"trial": ..., "choice": ...}
 
-With names, a reply has the ranks of each image with both models; without, only what is needed to
-show the images. Errors are {"error": ..., "hint": ...}.
+A reply with names has the ranks of each image with both models. A reply without names only has what
+is needed to show the images. Errors are {"error": ..., "hint": ...}.
 """
 
 import json
@@ -31,9 +31,9 @@ from clipft.core.errors import ClipftError, StorageError, UsageError
 from clipft.report.html import data_uri
 
 MOST_CHARACTERS = 1000
-"""A longer query is refused; the models read about 77 tokens of it."""
+"""The longest query that is accepted. The models read about 77 tokens of it."""
 MOST_BYTES = 32 << 20
-"""A larger image is refused, before all of it is in memory."""
+"""The largest image that is accepted. A larger one is refused before all of it is in memory."""
 _MOST_JSON_BYTES = 64 << 10
 _NAMES = {"pretrained": "Pretrained", "fine_tuned": "Fine-tuned"}
 _ASSETS = {
@@ -46,11 +46,11 @@ _ASSETS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What the page is about.
+    """The run and the images of the page.
 
-    ``verdict`` says what the run gained. ``held_out`` is the number of ``images`` that it was not
-    trained on; captions are drawn from them, or from all images if it is 0. ``examples`` are some
-    captions to begin with.
+    ``verdict`` is a sentence about the gain of the run. ``held_out`` is the number of ``images``
+    that the run was not trained on. Captions are drawn from these images, or from all images if
+    there are none. ``examples`` are some captions as suggestions.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Subject:
 def make_app(
     token: str, ticket: str, subject: Subject, comparison: Comparison, judging: Judging
 ) -> Guard:
-    """Return the ASGI application; all its paths begin with the token. /TICKET leads there once."""
+    """Return the ASGI application. All its paths begin with the token; /TICKET redirects once."""
     pages = _Pages(subject, comparison, judging)
     routes = [
         *(Route(f"/{path}", _asset(*asset)) for path, asset in _ASSETS.items()),
@@ -81,7 +81,7 @@ def make_app(
 
 
 class _Pages:
-    """Answers requests. What computes runs in a thread, so a slow query holds up no other."""
+    """Answers requests. Computations run in threads, so a slow query does not delay others."""
 
     def __init__(self, subject: Subject, comparison: Comparison, judging: Judging) -> None:
         self._subject, self._comparison, self._judging = subject, comparison, judging
@@ -95,7 +95,7 @@ class _Pages:
         if number >= len(self._comparison.images):
             return _json({"error": "no such image", "hint": ""}, 404)
         jpeg = await run_in_threadpool(self._comparison.thumbnail, number)
-        # The token is in the address, so a later server is never asked for what is cached here
+        # Each server has another token in its addresses, so cached images are never outdated
         kept = {"cache-control": "private, max-age=86400, immutable"}
         return Response(jpeg, media_type="image/jpeg", headers=kept)
 
@@ -129,7 +129,7 @@ class _Pages:
 
 
 def _blind(name: str, trial: Trial) -> dict[str, Any]:
-    """Describe a trial by what does not tell the models apart, as scores and ranks would."""
+    """Describe a trial without scores and ranks, which would reveal the models."""
     lists = [
         {
             "name": letter,
@@ -144,7 +144,7 @@ def _blind(name: str, trial: Trial) -> dict[str, Any]:
 
 
 def _named(found: Found, trial: Trial | None = None) -> dict[str, Any]:
-    """Describe what both models found; in the order of a trial once it is judged."""
+    """Describe the results of both models, in the order of a trial if it was judged."""
     order = trial.order if trial else ("pretrained", "fine_tuned")
     letters = [f"{letter}: " if trial else "" for letter in "AB"]
     lists = [
@@ -169,7 +169,7 @@ async def _body(request: Request, most: int) -> bytes:
     """Read the body of a request.
 
     Raises:
-        UsageError: It has more than ``most`` bytes.
+        UsageError: The body has more than ``most`` bytes.
     """
     body = bytearray()
     async for chunk in request.stream():
@@ -190,7 +190,7 @@ async def _json_body(request: Request) -> dict[str, Any]:
 
 
 def _json(content: Mapping[str, Any], status: int = 200) -> Response:
-    # ASCII alone: a key may hold bytes that are not UTF-8, which no other encoding can carry
+    # Only ASCII, with escapes: a key may contain bytes that are not UTF-8
     return Response(json.dumps(content), status, media_type="application/json")
 
 

@@ -28,13 +28,14 @@ from clipft.search.vectors import Vectors, embed_image
 THUMBNAIL_SIDE = 240
 """Longer side in pixels of an image on the page."""
 _KEPT_THUMBNAILS = 4096
-"""About 40 MB; others are made again."""
+"""Thumbnails in memory, about 40 MB. Others are made again when needed."""
 _EXAMPLES = 4
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image that a model found. Ranks count from 1; ``other_rank`` is the other model's."""
+    """An image in the results of a model. Ranks count from 1; ``other_rank`` is that of the other
+    model."""
 
     number: int
     rank: int
@@ -47,14 +48,14 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class Query:
-    """What was searched for.
+    """A query by words or by an image.
 
     Attributes:
         name: The words, or ``image:`` and a hash; equal for equal queries.
         words: The words; "" for an image.
         image: A small JPEG of the image; b"" for words.
-        note: What the person should know of it, such as that it was truncated.
-        own: The number of the image that the words are the caption of, or None.
+        note: A remark for the user, such as that the words were truncated.
+        own: The number of the image whose caption the words are, or None.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Found:
         return [i.number for i in self.pretrained] == [i.number for i in self.fine_tuned]
 
     def summary(self) -> str:
-        """Say how much the two lists differ."""
+        """Return a sentence on how much the two lists differ."""
         if self.same:
             return "Both models find the same images in the same order."
         shared = {i.number for i in self.pretrained} & {i.number for i in self.fine_tuned}
@@ -90,14 +91,14 @@ class Found:
 
 @dataclass(frozen=True)
 class SearchedModel:
-    """A model with the index of the images that it embedded."""
+    """A model with the index of the image embeddings that it computed."""
 
     opened: OpenedModel
     index: ImageIndex
 
 
 class Comparison:
-    """The two models of a run over the same images. Any number of threads may use it.
+    """The two models of a run with the same images. It is safe to use from several threads.
 
     ``top`` is the number of images that each model lists.
     """
@@ -116,13 +117,13 @@ class Comparison:
         """Find the images that fit the words best.
 
         Raises:
-            UsageError: No word is left once the text is cleaned.
+            UsageError: No words are left after cleaning the text.
             DataError: An image was changed or removed in the meantime.
         """
         text = clean_text(words)
         if not text:
             raise UsageError("there are no words to search for", "type a description of an image")
-        with self._encoding:  # the tokenizer is not safe in threads either
+        with self._encoding:  # the tokenizer is not thread-safe either
             length, note = self._encoder([text])[0].length, ""
             vectors = [embed_texts(model.opened.loaded, [text])[0] for model in self._models]
         if length > self._encoder.context:
@@ -162,7 +163,7 @@ class Comparison:
         return self._caption(self.images.texts(number))
 
     def examples(self, numbers: Sequence[int]) -> list[str]:
-        """Return some different captions of the images with these numbers, far apart in them."""
+        """Return some different captions of images that are evenly spread over ``numbers``."""
         spread = numbers[:: max(1, len(numbers) // _EXAMPLES)]
         captions = dict.fromkeys(self.caption(number) for number in spread)
         return [caption for caption in captions if caption][:_EXAMPLES]
@@ -177,7 +178,7 @@ class Comparison:
         """Return an image as a small JPEG.
 
         Raises:
-            DataError: It cannot be decoded, or was changed or removed in the meantime.
+            DataError: The image cannot be decoded, or was changed or removed in the meantime.
         """
         return self._small(self.images[number].image)
 
@@ -191,7 +192,7 @@ class Comparison:
 
 
 def rank_of(number: int, scores: Vectors) -> int:
-    """Return the rank of an image, from 1; equal scores rank by number, as in ``best``."""
+    """Return the rank of an image, from 1. Equal scores rank by number, as in ``best``."""
     score = scores[number]
     above, before = np.count_nonzero(scores > score), np.count_nonzero(scores[:number] == score)
     return 1 + int(above) + int(before)
@@ -200,16 +201,16 @@ def rank_of(number: int, scores: Vectors) -> int:
 def open_comparison(
     fine_tuned: OpenedModel, parts: Sequence[ImagePart], top: int, progress: Progress
 ) -> Comparison:
-    """Load the pretrained model beside the fine-tuned one, and embed all images with both.
+    """Load the pretrained model of a fine-tuned one, and embed all images with both models.
 
-    Embeddings are kept in the cache of ``clipft search``.
+    Embeddings are stored in the cache of ``clipft search``.
 
     Raises:
         DataError: An image was changed or removed in the meantime.
         ModelError: The pretrained model cannot be loaded.
         StorageError: The cache folder cannot be written to.
     """
-    # Otherwise as the fine-tuned one, so that only the weights differ
+    # All other settings are those of the fine-tuned model, so that only the weights differ
     settings = fine_tuned.settings.model_copy(update={"scenario": "zero_shot"})
     pretrained = OpenedModel(load_model(settings), settings)
 

@@ -1,9 +1,9 @@
-"""Who may talk to the page: only this machine, and only those who know the address.
+"""Limits access to the page to browsers on this machine that know its address.
 
-Any page that is open in the browser can send requests to a server on the same machine, and a name
-of its own can be made to lead there (DNS rebinding). So each request needs the random token in its
-path and a local name in its Host header. What changes something needs the token in a header too,
-which no other page can send without being asked for it first.
+Any page in a browser can send requests to a server on the same machine, and can point its own host
+name to this machine (DNS rebinding). So each request needs the random token in its path and a local
+name in its Host header. Requests other than GET and HEAD also need the token in a header, which no
+other page can send without permission from the server (CORS).
 """
 
 from secrets import compare_digest
@@ -28,9 +28,9 @@ _HEADERS = {
 class Guard:
     """Refuses requests with 403 unless they have the token and a local Host header.
 
-    The browser is started with ``/TICKET``, which leads to ``/TOKEN/`` once and is worthless then:
-    all users of a machine can see the arguments that its programs were started with. A file that
-    leads to the page would be out of reach for browsers in a sandbox, such as those of snap.
+    The browser is started with ``/TICKET``, which redirects to ``/TOKEN/`` only once, because all
+    users of a machine can see the arguments of its programs. A file with a redirect would not work
+    for browsers in a sandbox, such as those from snap.
     """
 
     def __init__(self, app: ASGIApp, token: str, ticket: str) -> None:
@@ -47,10 +47,10 @@ class Guard:
         await self._choose(scope)(scope, receive, send_with_headers)
 
     def _choose(self, scope: Scope) -> ASGIApp:
-        """Return what answers a request: the app, the way to it, or a refusal."""
+        """Return the application for a request: the app, a redirect to it, or a refusal."""
         headers, changes = Headers(scope=scope), scope["method"] not in {"GET", "HEAD"}
         name = scope["path"].lstrip("/").partition("/")[0]
-        # Not the port: it differs where the page is reached through a tunnel of ssh
+        # The port is ignored, because it may differ behind an ssh tunnel
         if headers.get("host", "").partition(":")[0] not in _LOCAL:
             return _refuse("The page is only for this machine.")
         if self._ticket and scope["method"] == "GET" and _equal(name, self._ticket):

@@ -1,4 +1,4 @@
-"""Blind comparisons: which model found the better images, judged without knowing which is which."""
+"""Blind comparisons: the user judges which list of images is better without knowing the models."""
 
 import random
 import secrets
@@ -16,18 +16,18 @@ from clipft.runs.judgments import Judgment, Outcome, Tally, append_judgment, rea
 from clipft.search.images import ImagePart
 
 HELD_OUT = ("val", "test")
-"""The folders of a data set that no run is trained on."""
+"""The folders of a data set that are not used for training."""
 _MOST_OPEN = 1000
-"""Trials that wait for a verdict; the oldest is dropped for a new one."""
+"""Most trials that wait for a verdict. A new one then replaces the oldest."""
 _MOST_DRAWS = 100
-"""Captions that are tried to find one on which the models differ."""
+"""Most captions that are tried to find one for which the models differ."""
 
 Side = Literal["fine_tuned", "pretrained"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A comparison that waits for its verdict. ``order`` has the models of list A and list B."""
+    """A comparison without a verdict yet. ``order`` has the models of list A and list B."""
 
     found: Found
     order: tuple[Side, Side]
@@ -38,10 +38,10 @@ class Trial:
         return [getattr(self.found, side) for side in self.order]
 
     def outcome(self, choice: str) -> Outcome:
-        """Return what ``a``, ``b``, ``same`` or ``neither`` says of the models.
+        """Return the outcome for the choice ``a``, ``b``, ``same`` or ``neither``.
 
         Raises:
-            UsageError: It is none of them.
+            UsageError: The choice is another word.
         """
         first, second = self.order
         chosen: dict[str, Outcome] = {
@@ -54,10 +54,10 @@ class Trial:
 
 
 class Judging:
-    """Makes trials, takes their verdicts, and keeps them in the run folder.
+    """Makes trials, and stores their verdicts in the run folder.
 
-    Any number of threads may use it. ``draws_from`` are the numbers of the images whose captions
-    are drawn as queries.
+    It is safe to use from several threads. ``draws_from`` are the numbers of the images whose
+    captions are drawn as queries.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Judging:
         self._shown = set[str]()
         self._trials: OrderedDict[str, Trial] = OrderedDict()
         self._lock = threading.Lock()
-        # Not a fixed seed: the next session goes on with other captions
+        # Without a fixed seed, so that the next session has other captions
         self._to_draw = iter(random.Random().sample(draws_from, len(draws_from)))  # noqa: S311
 
     @property
@@ -82,10 +82,10 @@ class Judging:
             self._shown.add(found.query.name)
 
     def start(self, found: Found) -> tuple[str, Trial]:
-        """Make a trial, and return its name with it.
+        """Make a trial; return its name and the trial.
 
         Raises:
-            UsageError: There is nothing to judge, or the answer is known already.
+            UsageError: Both lists are equal, or were already shown with the names of the models.
         """
         with self._lock:
             if found.query.name in self._shown:
@@ -110,12 +110,12 @@ class Judging:
             return name, trial
 
     def draw(self) -> tuple[str, Trial]:
-        """Make a trial of a caption that is drawn at random and has not been judged.
+        """Make a trial with a random caption that has not been judged.
 
-        Captions for which both models find the same images are passed over.
+        Captions for which both models find the same images are skipped.
 
         Raises:
-            UsageError: No such caption is left.
+            UsageError: No such caption was found in ``_MOST_DRAWS`` tries, or none is left.
             DataError: An image was changed or removed in the meantime.
         """
         for _ in range(_MOST_DRAWS):
@@ -136,7 +136,7 @@ class Judging:
         """Record the verdict of a trial, and return the trial.
 
         Raises:
-            UsageError: There is no such trial, it was judged already, or there is no such verdict.
+            UsageError: There is no such trial, it was already judged, or there is no such verdict.
             StorageError: The verdict cannot be written; the trial can be judged again.
         """
         with self._lock:
@@ -164,8 +164,8 @@ class Judging:
 
 
 def held_out_numbers(parts: Sequence[ImagePart], data: Path) -> list[int]:
-    """Return the numbers of the images that no run is trained on: those in val/ and test/ of
-    ``data``, or all if it is such a folder itself."""
+    """Return the numbers of the images that are not used for training: those in val/ and test/ of
+    ``data``, or all images if ``data`` itself is such a folder."""
     if data.resolve().name in HELD_OUT:
         return list(range(sum(part.count for part in parts)))
     numbers, start = list[int](), 0

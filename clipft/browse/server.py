@@ -1,4 +1,4 @@
-"""Serves the page on this machine until Ctrl-C, SIGTERM or the end of the terminal."""
+"""Serves the page on this machine until Ctrl-C, SIGTERM or the end of the terminal session."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ HOST = "127.0.0.1"
 
 
 def bind(port: int) -> socket.socket:
-    """Take a port of this machine; 0 is any that is free.
+    """Listen on a port of this machine; 0 means any free port.
 
     Raises:
         UsageError: Another program uses the port, or the system does not allow it.
     """
     try:
         listener = socket.create_server((HOST, port))
-        # asyncio sets this only for sockets that name their protocol. Without it, the body of each
-        # reply waits 40 ms for the browser to acknowledge its head
+        # asyncio sets this only for sockets with an explicit protocol. Without it, the body of each
+        # reply waits 40 ms for the browser to acknowledge the headers
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
@@ -37,14 +37,14 @@ def bind(port: int) -> socket.socket:
 
 
 def serve(app: "ASGIApp", listener: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM. SIGHUP, which the end of the terminal sends, ends the process
-    itself: there is nobody left to say goodbye to."""
+    """Serve until SIGINT or SIGTERM. SIGHUP, which is sent when the terminal is closed, ends the
+    process directly, because no output can be shown."""
     server = make_server(app)
 
     def stop(number: int, frame: object) -> None:
         server.should_exit = True
 
-    # In a thread of its own, because in the main thread uvicorn raises the signals once more
+    # In a separate thread, because in the main thread uvicorn would raise the signals again
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -57,7 +57,7 @@ def serve(app: "ASGIApp", listener: socket.socket) -> None:
 
 
 def make_server(app: "ASGIApp") -> "uvicorn.Server":
-    """Return a server that says nothing: the page shows errors, and addresses with the token must
+    """Return a server without log output. The page shows errors, and addresses with the token must
     not be logged."""
     import uvicorn
 
@@ -77,8 +77,8 @@ def make_server(app: "ASGIApp") -> "uvicorn.Server":
 
 
 def open_browser(url: str) -> bool:
-    """Open the page in a browser; False if there is none. A browser in the terminal is not used:
-    it could not show images."""
+    """Open the page in a browser; return False if there is none. Browsers in the terminal are not
+    used, because they cannot show images."""
     graphical = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in graphical):
         return False

@@ -1,4 +1,4 @@
-"""All checks, in an order in which the cause of a problem comes before its consequences."""
+"""Runs all checks. The cause of a problem is checked before its consequences."""
 
 from collections.abc import Callable
 
@@ -27,9 +27,9 @@ CHECKS: dict[str, Callable[[Settings], Finding]] = {
 
 
 def examine(settings: Settings, report: Callable[[int, int], None]) -> dict[str, Finding]:
-    """Run all checks and return what they found, by name.
+    """Run all checks and return their findings, by name.
 
-    ``report`` is called with (done, total) before each check. No check changes or leaves anything.
+    ``report`` is called with (done, total) before each check. Checks leave nothing behind.
     """
     quiet_libraries()
     findings = dict[str, Finding]()
@@ -40,7 +40,7 @@ def examine(settings: Settings, report: Callable[[int, int], None]) -> dict[str,
 
 
 def run_check(name: str, settings: Settings) -> Finding:
-    """Run one check. An exception becomes a finding, because the other checks still matter."""
+    """Run one check. An exception becomes a finding, so that the other checks still run."""
     try:
         return CHECKS[name](settings)
     except ClipftError as error:

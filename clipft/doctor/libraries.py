@@ -1,4 +1,4 @@
-"""Checks of the installed libraries and of the device that they find."""
+"""Checks the installed libraries and the device that they find."""
 
 import importlib
 import subprocess
@@ -23,7 +23,7 @@ def packages(settings: Settings) -> Finding:
 
     try:
         required = [Requirement(line) for line in requires("clipft") or ()]
-    except PackageNotFoundError:  # clipft runs from a folder and was never installed
+    except PackageNotFoundError:  # clipft runs from a folder without being installed
         required = []
     wrong = []
     for requirement in required:
@@ -66,9 +66,9 @@ def fit(settings: Settings) -> Finding:
 
 
 def cuda_major(cuda: str | int | None) -> int | None:
-    """Return 13 for ``"13.2"``, as torch writes a version, and for 13020, as torchvision does.
+    """Return 13 for ``"13.2"``, the format of torch, and for 13020, the format of torchvision.
 
-    None is a build for the CPU.
+    None means a build for the CPU.
     """
     if cuda is None:
         return None
@@ -77,12 +77,12 @@ def cuda_major(cuda: str | int | None) -> int | None:
 
 
 def device(settings: Settings) -> Finding:
-    """Say on which device a run would compute, and why not on a GPU if the machine has one."""
+    """Find the device of a run, and the reason if it is not the GPU that the machine has."""
     import torch
 
     from clipft.models.device import choose_device
 
-    # torch sees no GPU: does the driver?
+    # If torch finds no GPU, ask the driver
     card = "" if torch.cuda.is_available() else _nvidia_card()
     unusable = (
         f"PyTorch {torch.__version__} cannot use the GPU: it was built for the CPU, or for a "
@@ -127,7 +127,7 @@ def _nvidia_card() -> str:
 
 
 def precision(settings: Settings) -> Finding:
-    """Say in which precision a run would compute."""
+    """Find the precision of a run."""
     from clipft.models.device import NARROW, choose_precision, computes_in
 
     chosen = choose_precision(settings, NARROW)

@@ -1,4 +1,4 @@
-"""Checks of the machine: memory, disks, limits."""
+"""Checks the memory, the disks and the limits of the machine."""
 
 import resource
 import shutil
@@ -19,14 +19,14 @@ _LITTLE_SPACE = 5 * _GIB
 """Three files of the scenario ``full`` on ViT-B/32: weights and two moments, 1.8 GiB each."""
 _NO_SPACE = 256 << 20
 _IMAGE_SIDE = 224
-"""Of most CLIP models: the model itself is not loaded to know it."""
+"""The image size of most CLIP models, because the model itself is not loaded for this check."""
 _MOST_SHARED = 0.25
 _FEW_DESCRIPTORS = 1024
 _NO_DESCRIPTORS = 128
 
 
 def python(settings: Settings) -> Finding:
-    """Name the Python interpreter; PyTorch needs one with 64 bits."""
+    """Check that the Python interpreter has 64 bits, which PyTorch needs."""
     found = f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
     if sys.maxsize < 1 << 32:
         return Finding("error", f"{found}, 32 bit", "install a 64-bit Python, as PyTorch needs")
@@ -34,7 +34,7 @@ def python(settings: Settings) -> Finding:
 
 
 def memory(settings: Settings) -> Finding:
-    """Check the memory that is left within all limits."""
+    """Check the free memory within all limits."""
     import psutil
     import torch
 
@@ -57,7 +57,7 @@ def memory(settings: Settings) -> Finding:
 
 
 def shared_memory(settings: Settings) -> Finding:
-    """Say how much memory workers share with the main process, and check /dev/shm for NCCL."""
+    """Find how much memory workers share with the main process, and check /dev/shm for NCCL."""
     import torch
 
     from clipft.core.memory import usable_memory
@@ -111,13 +111,14 @@ def output_folder(settings: Settings) -> Finding:
 
 
 def cache(settings: Settings) -> Finding:
-    """Check the cache folder. Without one, each run only computes more than it needs to."""
+    """Check the cache folder. Without a cache, runs still work, but compute more than necessary."""
     found = _folder(cache_folder(), "CLIPFT_CACHE")
     return Finding("warning", found.found, found.hint) if found.status == "error" else found
 
 
 def _folder(folder: Path, name: str) -> Finding:
-    """Create a file where ``folder`` is or would be made, and measure the free space there."""
+    """Create a file in ``folder``, or in the folder where it would be made, and measure the free
+    space there."""
     existing = nearest_folder(folder)
     try:
         if not existing.is_dir():

@@ -1,4 +1,4 @@
-"""Checks of what a run reads and where it sends figures: pairs, model, bucket, W&B."""
+"""Checks access to the pairs, the model, the bucket and W&B."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ _SECONDS = 5
 
 
 def pairs(settings: Settings) -> Finding:
-    """Look for shards. Only their names and sizes are read."""
+    """Find the shards. Only their names and sizes are read."""
     shards = {side: tars_in(settings.data_dir / side) for side in ("train", "val")}
     missing = [f"{side}/*.tar" for side, found in shards.items() if not found]
     if not missing:
@@ -32,7 +32,7 @@ def pairs(settings: Settings) -> Finding:
 
 
 def model(settings: Settings) -> Finding:
-    """Load a local or cached model. For any other, ask the hub whether it has it."""
+    """Load a local or cached model. For any other model, ask the hub whether it exists."""
     from clipft.models.open_clip.names import is_open_clip
     from clipft.models.pretrained import load_pretrained
     from clipft.models.source import TINY, looks_local
@@ -49,7 +49,7 @@ def model(settings: Settings) -> Finding:
         cached = Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return _on_hub(name)
-    # Reading a configuration alone makes a folder in the cache, too
+    # A folder in the cache may contain only the configuration
     if not [*cached.glob("*.safetensors"), *cached.glob("*.bin")]:
         return _on_hub(name)
     base = load_pretrained(str(cached))
@@ -79,10 +79,10 @@ def _on_hub(name: str) -> Finding:
 
 
 def bucket(settings: Settings) -> Finding:
-    """List the bucket, and if checkpoints are to be uploaded, write an empty object and delete it.
+    """List the bucket. If checkpoints are to be uploaded, write an empty object and delete it.
 
     Raises:
-        StorageError: Credentials, address or rights are wrong.
+        StorageError: Credentials, address or permissions are wrong.
     """
     if not settings.s3_bucket:
         if settings.enable_s3_checkpoints:
@@ -91,7 +91,7 @@ def bucket(settings: Settings) -> Finding:
         return Finding("ok", "no bucket is set")
     from clipft.storage.s3.client import open_bucket
 
-    # Without retries: an answer is wanted at once
+    # Without retries, so that the check does not wait
     opened = open_bucket(settings.model_copy(update={"s3_retry_timeout": 0.0}))
     prefix = settings.s3_prefix.strip("/") + "/"
     listed = f"{opened.url(prefix)} can be listed"
@@ -107,8 +107,8 @@ def bucket(settings: Settings) -> Finding:
 
 
 def tracking(settings: Settings) -> Finding:
-    """Check that the trackers are installed, and W&B. It never stops a run, so any problem with it
-    is only a warning."""
+    """Check that the trackers are installed, and check W&B. Problems with W&B are only warnings,
+    because they never stop a run."""
     names = settings.tracker_names
     try:
         check_installed(names)
@@ -132,7 +132,7 @@ def tracking(settings: Settings) -> Finding:
 
 
 def reachable(address: str) -> Finding:
-    """Connect to the server of W&B at a URL."""
+    """Connect to the W&B server at ``address``, a URL."""
     parts = urlsplit(address)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
