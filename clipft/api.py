@@ -1,4 +1,4 @@
-"""What ``from clipft import ...`` offers. The command line calls the same functions."""
+"""The public functions of ``clipft``. The command line calls the same functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
 
 Given = Settings | LoadedSettings | Mapping[str, Any]
-"""Complete settings, or some of them by name; ``load_settings`` then adds the others."""
+"""Complete settings, or some settings by name, to which ``load_settings`` adds the others."""
 
 SILENT = Callbacks()
 
@@ -47,15 +47,15 @@ def train(
 ) -> TrainResult:
     """Fine-tune on the pairs in ``data_dir``, and write the run folder with figures and a report.
 
-    Training ends after the last epoch, or earlier if the validation stops improving. Ctrl-C and
-    SIGTERM save the state first.
+    Training ends after the last epoch, or earlier if the validation stops improving. After Ctrl-C
+    or SIGTERM, the state is saved first.
 
     Args:
         settings: The settings of the run. Pairs in a bucket must have been fetched before
             (``clipft sync``), unless ``source`` reads them.
-        callbacks: Who is told of the plan, the steps, the epochs and the checkpoints.
+        callbacks: The receivers of the plan, the steps, the epochs and the checkpoints.
         processes: The processes that train together; by default this one alone.
-        source: Where a streamed run reads its training shards, if not from ``data_dir``.
+        source: The training shards of a streamed run, if they are not in ``data_dir``.
         watchers: The former name of ``callbacks``, still accepted.
 
     Raises:
@@ -76,7 +76,7 @@ def train(
             "use `clipft train`, or upload them yourself in Callbacks(saved=...)",
         )
     check_installed(values.tracker_names)
-    # One process writes and reports for all
+    # Only rank zero writes and reports
     members = [callbacks.callback, *_loggers(values, callbacks.note)] if processes.rank == 0 else []
     told = replace(callbacks, callback=CallbackList(members))
     result = run_training(values, told, loaded.to_toml(), processes, source)
@@ -84,7 +84,7 @@ def train(
     def report() -> None:
         try:
             write_run_report(result.folder, RunPaths(result.folder).report)
-        except ClipftError as error:  # never a reason to lose the result of a run
+        except ClipftError as error:  # the run itself has succeeded
             callbacks.note(f"warning: the report could not be written: {error.message}")
 
     on_rank_zero(processes, report)
@@ -100,7 +100,7 @@ def _loaded(given: Given) -> LoadedSettings:
 
 
 def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
-    """Return the callbacks that write the figures of a run down."""
+    """Return the callbacks that log the figures of a run."""
     device, paths = choose_device(settings), RunPaths(settings.run_dir)
     memory, price = partial(peak_memory_so_far, device), settings.price_per_hour
     loggers: list[TrainingCallback] = [FileLogger(paths, environment(device), memory, price)]
@@ -110,14 +110,14 @@ def _loggers(settings: Settings, note: Note) -> list[TrainingCallback]:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A checkpoint, the settings it was evaluated with, and its figures."""
+    """A checkpoint, the settings of its evaluation, and its figures."""
 
     checkpoint: Path
     settings: Settings
     found: Evaluated
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``clipft evaluate --json`` prints."""
+        """Return the JSON object that ``clipft evaluate --json`` prints."""
         at = {"scenario": self.settings.scenario, "checkpoint": str(self.checkpoint)}
         return {**at, **self.found.to_dict()}
 
@@ -131,10 +131,10 @@ def evaluate(
     """Evaluate a checkpoint and its pretrained model on the validation pairs.
 
     Args:
-        place: A checkpoint or run folder. None means the run that ``settings`` describe.
-        settings: Replaces settings the checkpoint was trained with: the data, the evaluation, the
+        place: A checkpoint or run folder. None means the run of these ``settings``.
+        settings: Replaces settings of the checkpoint's training: the data, the evaluation, the
             hardware (``EVALUATION_OVERRIDES``) and the ``model``. All others are ignored.
-        request: What to measure besides, such as interpolated weights.
+        request: Additional measurements, such as interpolated weights.
         note: Receives sentences for the user.
 
     Raises:

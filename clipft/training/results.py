@@ -1,4 +1,4 @@
-"""What a finished run leaves: its adapter, the evaluation of the best epoch, and the result."""
+"""Writes the results of a run: the adapter, the evaluation of the best epoch, and the result."""
 
 from collections.abc import Callable
 
@@ -21,10 +21,10 @@ def write_results(
     result: TrainResult,
     check_stop: Callable[[], None],
 ) -> None:
-    """Evaluate the best epoch beside the pretrained model and write what it gave; for rank zero.
+    """Evaluate the best epoch and the pretrained model, and write the results.
 
-    ``result.json`` is written last. If a signal ends this between two batches, the file is
-    missing, and a resumed run does all of it again.
+    Only rank zero may call this. ``result.json`` is written last. If a signal interrupts this
+    between two batches, the file is missing, and a resumed run repeats all of it.
     """
     precision = setup.loaded.precision.name
     settings = setup.settings.model_copy(update={"precision": precision})
@@ -44,7 +44,7 @@ def _best_model(setup: RunSetup, paths: RunPaths, result: TrainResult) -> Loaded
     if not result.best:
         return None
     content = load_best(paths.best, result.best.epoch)
-    if setup.weights.sharded:  # a whole model, as the other processes are not here
+    if setup.weights.sharded:  # load all weights, because other processes are not here
         precision = setup.loaded.precision.name
         return load_fine_tuned(content, setup.settings.model_copy(update={"precision": precision}))
     setup.loaded.model.load_trainable_state(content["model_state_dict"])

@@ -1,4 +1,4 @@
-"""``train``: from settings to a fine-tuned model in a run folder, from scratch or resumed."""
+"""Trains a model from settings, from scratch or resumed, and writes the run folder."""
 
 import math
 from collections.abc import Iterator
@@ -47,14 +47,14 @@ def train(
 ) -> TrainResult:
     """Train to the end of the last epoch, or until early stopping, and evaluate the best epoch.
 
-    All processes of the run call this; rank zero writes the files. ``toml`` is the settings as
-    text, kept in the run folder. ``source`` gives the training shards of a stream if they are not
-    in ``data_dir``.
+    All processes of the run must call this; rank zero writes the files. ``toml`` is the text of the
+    settings, which is saved in the run folder. ``source`` gives the training shards of a stream if
+    they are not in ``data_dir``.
 
     Raises:
-        Interrupted: a signal asked to stop; if a step was done, the state is saved.
+        Interrupted: a signal stopped the run; if a step was done, the state is saved.
         DataError: pairs are missing, or too many cannot be used.
-        StorageError: the disk is full or cannot be written.
+        StorageError: the disk is full or cannot be written to.
         ModelError: the base model or the checkpoint cannot be loaded.
         DivergedError: the loss or the gradients are no longer finite.
         MemoryShortage: not even the smallest micro-batch fits.
@@ -79,7 +79,7 @@ def train(
         checkpoint = on_rank_zero(processes, lambda: claim_folder(held))
         if checkpoint and checkpoint["finished"]:
             callbacks.note(f"{paths.checkpoint} belongs to a finished run: nothing left to train.")
-            # A kill, or a move to a new machine, may have cost the files that come last
+            # The last files may be missing after a kill or a move to a new machine
             if processes.broadcast_object(paths.result.exists()):
                 return TrainResult.of_finished(checkpoint, paths)
         saved = paths.checkpoint if checkpoint else None
@@ -89,8 +89,8 @@ def train(
         try:
             began = Choices.of(checkpoint)
             setup = prepare(settings, callbacks.note, processes, progress, source, began)
-            run = _Run(setup, paths, callbacks, stop)  # may refuse what the user named
-            on_rank_zero(processes, begin_folder)  # after that: this sets an earlier run aside
+            run = _Run(setup, paths, callbacks, stop)  # may raise a UsageError
+            on_rank_zero(processes, begin_folder)  # only now, because it moves an earlier run
             try:
                 if checkpoint:
                     run.resume(checkpoint)
@@ -101,14 +101,14 @@ def train(
             finally:
                 callbacks.callback.closed()
         except Interrupted:
-            processes.barrier()  # the launcher would end the others as soon as one is gone
+            processes.barrier()  # the launcher ends all as soon as one has ended
             raise
 
 
 class _Run:
-    """A run under way, and what happens between its steps.
+    """A run in progress. It validates and saves between the steps.
 
-    All processes make the same calls in the same order; files are written ``on_rank_zero``.
+    All processes must make the same calls in the same order. Files are written ``on_rank_zero``.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class _Run:
         self.saver = Saver(self.state, setup, paths, callbacks)
 
     def start(self) -> None:
-        """Begin from scratch: validate the pretrained model."""
+        """Begin a new run, and validate the pretrained model."""
         for split, pairs in (("train", self.setup.train), ("val", self.setup.val)):
             self.state.skipped.write(split, 0, map(asdict, pairs.skipped))
         self.callbacks.callback.started(self.setup.plan, 0)
@@ -142,7 +142,8 @@ class _Run:
 
         Raises:
             UsageError: the checkpoint was trained from another base model or on other pairs.
-            ModelError: it does not fit the model; or the best epoch's weights are damaged.
+            ModelError: the checkpoint does not fit the model, or the best epoch's weights are
+                damaged.
         """
         on_all_ranks(self.processes, lambda: check_same_run(checkpoint, self.setup))
         self.state.load(checkpoint)
@@ -156,7 +157,7 @@ class _Run:
             self._check_best(self.state.training, self.state.best)
 
     def _check_best(self, training: TrainState, best: EpochResult) -> None:
-        """Make sure, before hours of training, that the best epoch's weights are still there."""
+        """Check, before a long training, that the weights of the best epoch still exist."""
         ended = training.epoch_ended and self.state.validated
         # If the checkpoint is from the end of the best epoch, it holds the same weights
         in_checkpoint = ended and best.epoch == training.position.epoch
@@ -181,15 +182,15 @@ class _Run:
                 self._take_as_best(training, replace(measured, improved=True))
 
     def train_epochs(self) -> None:
-        """Train the steps that are left, validating and saving in between.
+        """Train the remaining steps, and validate and save in between.
 
-        If an error or a signal ends the run, the steps that are not saved yet are saved first.
+        If an error or a signal ends the run, the latest steps are saved first.
         """
         training = self.state.training
         if training is None or self.state.stopping.should_stop:
             return
         try:
-            if not self.state.validated:  # the last run was stopped while it validated this epoch
+            if not self.state.validated:  # stopped during this epoch's validation
                 self._end_epoch(training)
                 self.saver.save_if_due(training)
             accumulate = self.setup.make_accumulation(training.optimizer, self.callbacks.note)
@@ -206,7 +207,7 @@ class _Run:
             raise
 
     def _train_steps(self, training: TrainState, accumulate: Accumulation) -> None:
-        """Train to the end of what ``step_batches`` yields, or until early stopping."""
+        """Train on all batches from ``step_batches``, or until early stopping."""
         skipped, copy = self.state.skipped, accumulate.start_to_copy
         batches = step_batches(self.setup, training, skipped, self._check_stop, copy)
         steps = fit(training, batches, accumulate)
@@ -223,7 +224,7 @@ class _Run:
     def _next_step(
         self, steps: Iterator[StepResult], accumulate: Accumulation
     ) -> StepResult | None:
-        """Take a step. If its gradient is not finite, say which embedding was not a number."""
+        """Take a step. The error for a gradient that is not finite describes NaN embeddings."""
         try:
             result = next(steps, None)
         except DivergedError as error:
@@ -235,7 +236,7 @@ class _Run:
         return result
 
     def _not_finite(self, accumulate: Accumulation) -> str:
-        """Describe what any process embedded as NaN in the last step; "" if that is nothing."""
+        """Describe the NaN embeddings of all processes in the last step; "" if there are none."""
         found, train, first = accumulate.not_finite(), self.setup.train, ""
         if found:
             what, number = found[0]
@@ -245,7 +246,7 @@ class _Run:
         return describe_broken(sum(count for count, _ in told), told[0][1]) if told else ""
 
     def _end_epoch(self, training: TrainState) -> None:
-        """Validate; if the epoch is the best one so far, save its weights."""
+        """Validate, and save the weights if the epoch is the best so far."""
         epoch = training.position.epoch
         try:
             measured = self._validate(epoch, training.mean_loss)
@@ -273,13 +274,13 @@ class _Run:
         self._keep_rankings(self.paths.rankings_best)
 
     def _validate(self, epoch: int, train_loss: float | None) -> EpochResult:
-        """Validate the weights in training, or their averages with ``--ema``."""
+        """Validate the current weights, or their averages with ``--ema``."""
         training = self.state.training
         with training.average.in_place() if training else nullcontext():
             measured, skipped = self.validation.measure(
                 epoch, self.state.step, train_loss, self._check_stop
             )
-        if not epoch:  # later epochs meet the same ones again
+        if not epoch:  # they are the same in later epochs
             self.state.skipped.write("val", self.state.step, map(asdict, skipped))
         return measured
 

@@ -1,4 +1,4 @@
-"""What is measured of the model in training: before the first epoch, and after each."""
+"""Measures the model on the validation pairs, before the first epoch and after each epoch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from clipft.training.setup import RunSetup
 
 @dataclass
 class Validation:
-    """The validation pairs of a run, and how the model is measured on them."""
+    """The validation pairs of a run, and what is needed to measure the model on them."""
 
     setup: RunSetup
     evaluation_set: EvaluationSet
     rank: Callable[[Embeddings], Rankings]
     classifier: PromptClassifier | None
     rankings: Rankings | None = None
-    """Those of the last epoch that was measured; rank zero alone has them."""
+    """The rankings of the last measured epoch. Only rank zero has them."""
 
     @classmethod
     def of(cls, setup: RunSetup) -> "Validation":
@@ -99,6 +99,6 @@ class Validation:
         )
 
     def write_rankings(self, path: Path) -> None:
-        """Write the rankings of the last measurement; for rank zero."""
+        """Write the rankings of the last measurement. Only rank zero may call this."""
         assert self.rankings
         self.rankings.write(path)
