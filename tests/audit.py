@@ -1,6 +1,6 @@
 """Look for known vulnerabilities in the versions of constraints.txt: ``python tests/audit.py``.
 
-Exits with 1 if it finds any. If the advisory database cannot be reached, it says so and exits with
+Exits with 1 if it finds any. If the advisory database cannot be reached, prints this and exits with
 0.
 """
 

@@ -11,12 +11,12 @@ import pytest
 from clipft.data.demo.catalogue import RenderedPair, render_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One thread for each test and each program that it starts, and as many tests at once as there are
-# cores: with more threads than cores, spinning ones turn seconds into minutes.
+# Each test and each program that it starts has one thread, and as many tests run at once as there
+# are cores. With more threads than cores, spinning threads would turn seconds into minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell makes its background jobs ignore Ctrl-C, and child processes inherit that: the programs
-# that the tests interrupt must receive it.
+# A shell makes its background jobs ignore Ctrl-C, and child processes inherit this. But the
+# programs that the tests interrupt must receive it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # below nohup
@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # below nohup
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-    """Starts programs in processes of their own, and ends those that are left."""
+    """Start programs in their own processes, and end the remaining ones after the test."""
     from tests.faults.outside import Programs
 
     started = Programs(tmp_path_factory.mktemp("programs"))
@@ -59,7 +59,7 @@ def write_shard(path: Path, numbers: Iterable[int], bad: Iterable[int] = ()) -> 
 
 @pytest.fixture(scope="session")
 def catalogue(tmp_path_factory) -> Path:
-    """96 training pairs in 2 shards, 40 validation pairs. Read only."""
+    """Make a read-only catalogue of 96 training pairs in 2 shards and 40 validation pairs."""
     folder = tmp_path_factory.mktemp("catalogue")
     write_shard(folder / "train" / "00000.tar", range(60))
     write_shard(folder / "train" / "00001.tar", range(60, 96))

@@ -1,7 +1,7 @@
 """Count the package's files, lines and functions: ``python -m tests.count_code [FOLDER]``.
 
-The figures describe how the code reads, not how good it is: many tiny functions hide a story as
-much as a few huge ones do.
+The figures describe the structure of the code, not its quality. Code is hard to follow with many
+tiny functions as well as with a few huge ones.
 """
 
 import argparse
@@ -17,19 +17,19 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions(tree: ast.Module) -> Iterator[Function]:
-    """Every function and method of a module, nested ones included."""
+    """Yield every function and method of a module, including nested ones."""
     for node in ast.walk(tree):
         if isinstance(node, Function):
             yield node
 
 
 def length(function: Function) -> int:
-    """Lines from ``def`` to the last line of the body."""
+    """Return the number of lines from ``def`` to the end of the body."""
     return (function.end_lineno or function.lineno) - function.lineno + 1
 
 
 def used_once(sources: dict[Path, str], trees: dict[Path, ast.Module]) -> list[tuple[str, int]]:
-    """Private functions that their module names in one other place only, with their lengths."""
+    """Return private functions that are used only once in their module, with their lengths."""
     found = []
     for path, tree in trees.items():
         for function in functions(tree):
@@ -48,7 +48,7 @@ def is_protocol(node: ast.AST) -> bool:
 
 
 def report(package: Path) -> dict[str, float]:
-    """The figures of one package, by name."""
+    """Return the figures of a package, by name."""
     sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
     trees = {path: ast.parse(source) for path, source in sources.items()}
     lengths = [length(f) for tree in trees.values() for f in functions(tree)]

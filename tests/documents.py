@@ -1,7 +1,7 @@
 """Read the code blocks of the documents, and run their commands.
 
-The tests run a block after ``<!-- run -->``, the slow tests one after ``<!-- run slow -->``. The
-blocks of a page run one after another in the same folder.
+The tests run blocks that follow ``<!-- run -->``, and the slow tests blocks that follow
+``<!-- run slow -->``. The blocks of a page run one after another in the same folder.
 """
 
 import ast
@@ -37,7 +37,7 @@ SMALL = {
     "CLIPFT_RESAMPLES": "20",
     "CLIPFT_PRECISION": "fp32",
 }
-"""Environment in which the commands of the documents take seconds."""
+"""Environment variables with which the commands of the documents take only seconds."""
 
 _SMALLER = {"clipft demo": "clipft demo --pairs 160"}
 
@@ -50,7 +50,7 @@ class Block:
     slow: bool
 
     def lines(self) -> list[str]:
-        """Its lines, continued ones joined, without empty lines and comments."""
+        """Return the lines without empty lines and comments; continued lines are joined."""
         joined = [line.strip() for line in self.text.replace("\\\n", " ").splitlines()]
         return [line for line in joined if line and not line.startswith("#")]
 
@@ -77,7 +77,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def shell_lines(block: Block) -> list[str]:
-    """The lines of a block that a shell runs; also those in a manifest or a Python program."""
+    """Return the lines of a block that a shell runs, also from a manifest or a Python program."""
     if block.kind in SHELLS:
         return block.lines()
     if block.kind == "yaml":
@@ -95,7 +95,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def _scripts(part: Any) -> Iterator[str]:
-    """What a SkyPilot task (setup, run) or a container of a Kubernetes manifest (args) runs."""
+    """Yield the scripts of a SkyPilot task (setup, run) or a Kubernetes container (args)."""
     if isinstance(part, dict):
         yield from (part[name] for name in ("setup", "run") if name in part)
         if "args" in part:

@@ -1,4 +1,4 @@
-"""Evaluations of made-up embeddings, for what shows them."""
+"""Evaluations of generated embeddings, for tests of code that displays them."""
 
 from functools import cache
 from typing import Any
@@ -16,8 +16,8 @@ from clipft.metrics.retrieval import EvaluationOptions, evaluate
 def evaluation_json(before: float = 0.3, after: float | None = 1.0) -> dict[str, Any]:
     """Return an ``evaluation.json`` of 60 pairs in two categories.
 
-    ``before`` and ``after`` say how much the texts of the two models follow their images. It is
-    shared: do not change it.
+    ``before`` and ``after`` say how similar the texts of the two models are to their images. The
+    result is shared between tests and must not be changed.
     """
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(60, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""Checkpoints of every scenario without training: the weights that learn are moved at random."""
+"""Makes checkpoints of every scenario without training, by random changes of trainable weights."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.loaded_settings import loaded_settings
 
 
 def write_checkpoint(folder: Path, scenario: str, **more: Any) -> Path:
-    """As a run leaves it, of the tiny model."""
+    """Write a checkpoint of the tiny model like that of a run."""
     settings = Settings(model="tiny", scenario=scenario, device="cpu", precision="fp32", **more)
     loaded = load_model(settings)
     generator = torch.Generator().manual_seed(3)
@@ -41,6 +41,6 @@ def write_checkpoint(folder: Path, scenario: str, **more: Any) -> Path:
 
 
 def opened(place: object) -> OpenedModel:
-    """On the CPU, in fp32."""
+    """Open a model on the CPU in fp32."""
     now = loaded_settings(device="cpu", precision="fp32")
     return open_model(str(place), now, ("device", "precision"))

@@ -1,4 +1,4 @@
-"""Preprocessing as the tiny model has it."""
+"""The preprocessing of the tiny model."""
 
 from functools import cache
 

@@ -4,5 +4,5 @@ from clipft.config.sources import LoadedSettings, load_settings
 
 
 def loaded_settings(**flags: Any) -> LoadedSettings:
-    """Settings as flags alone give them, whatever the environment says."""
+    """Return settings from flags alone, without the environment."""
     return load_settings(flags, environ={})

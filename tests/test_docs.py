@@ -1,4 +1,4 @@
-"""The documents agree with the code and the measured figures, and their commands work."""
+"""The documents match the code and the measured figures, and their commands work."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from tests.write_reference import PAGES as REFERENCE_PAGES
 from tests.write_reference import REFERENCE
 
 BY_THE_SERVER = {"s3.md"}
-"""Guides whose commands are run by tests/storage, which has a server."""
+"""Guides whose commands need a server and are run in tests/storage."""
 
 GUIDES = [DOCS / "tutorial.md", *sorted((DOCS / "guides").glob("*.md"))]
 RUN = [page for page in GUIDES if page.name not in BY_THE_SERVER]
@@ -35,7 +35,7 @@ def has_blocks(page: Path, slow: bool) -> bool:
 
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch) -> Path:
-    """A folder with what a reader of the guides has: images, a table, a general data set."""
+    """A folder with the files of a reader of the guides: images, a table, a general data set."""
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def read(text: Path) -> str:
 
 
 def with_catalogue(folder: Path, page: Path) -> None:
-    """Provide the packed catalogue, unless the page has its reader pack it."""
+    """Provide the packed catalogue, unless the commands of the page make it."""
     if not re.search(r"clipft pack \./photos \./catalogue\s", page.read_text(encoding="utf-8")):
         write_shard(folder / "catalogue" / "train" / "00000.tar", range(60))
         write_shard(folder / "catalogue" / "val" / "00000.tar", range(1000, 1030))
@@ -94,7 +94,7 @@ def test_options_named_in_the_documents_exist(page):
         context = group.commands[words[0]].make_context(words[0], list(words[1:]))
         settings = {k: v for k, v in context.params.items() if k in Settings.model_fields}
         if words[0] == "export":
-            settings.pop("precision", None)  # that of ONNX, an option of its own
+            settings.pop("precision", None)  # not the setting, but an option of the export
         load_settings({k: v for k, v in settings.items() if isinstance(v, str)}, environ={})
 
 
@@ -133,7 +133,7 @@ OUTSIDE = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "fault
 
 @pytest.mark.parametrize("page", sorted({*PAGES, *OUTSIDE}), ids=lambda p: p.stem)
 def test_the_pages_link_to_existing_files(page):
-    """The build does not check images, and sees only the pages in docs/."""
+    """The build itself does not check images, and only checks the pages in docs/."""
     for target in _linked(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
@@ -177,7 +177,7 @@ def test_the_readme_has_the_benchmark_figures_and_stays_short():
 
 
 def _shares(page: Path) -> dict[str, str]:
-    """Read from a page's table how many parameters each scenario trains."""
+    """Return the share of parameters that each scenario trains, from the table of a page."""
     rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d,]+) \|", page.read_text("utf-8"), re.M)
     return dict(rows)
 

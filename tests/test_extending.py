@@ -24,7 +24,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests"]))
 
 
 def apply(folder: Path, file: str, change: str) -> None:
-    """Apply a diff: the lines marked by a space or - must be in the file exactly once."""
+    """Apply a diff. The lines marked by a space or - must be in the file exactly once."""
     lines = change.splitlines(keepends=True)
     old = "".join(line[1:] for line in lines if line[0] in " -")
     new = "".join(line[1:] for line in lines if line[0] in " +")

@@ -1,4 +1,4 @@
-"""The scripts and manifests that the pages on launching have their readers copy."""
+"""The scripts and manifests in the pages on launching, which readers copy."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def manifests(page: str) -> list[dict]:
 
 
 def job_script(folder: Path) -> Path:
-    """Write the script of the page as a file, with the shared folder below ``folder``."""
+    """Write the script of the page to a file. Its shared folder is in ``folder``."""
     (script,) = [block.text for block in blocks(LAUNCH / "slurm.md") if block.kind == "bash"]
     path = folder / "train.sbatch"
     path.write_text(script.replace("/shared/", f"{folder}/"))
@@ -98,7 +98,7 @@ def test_a_slurm_job_that_is_warned_continues_when_it_runs_again(tmp_path):
 
 
 def test_a_saved_state_is_continued_and_a_mistake_is_not_repeated():
-    """The manifests tell by the exit code what a job that ended needs."""
+    """The manifests decide by the exit code whether a job is restarted."""
     mistakes = {kind.exit_code for kind in ClipftError.__subclasses__()} - {75}
     one, _, several = manifests("kubernetes.md")
     rules = one["spec"]["podFailurePolicy"]["rules"]
@@ -109,7 +109,7 @@ def test_a_saved_state_is_continued_and_a_mistake_is_not_repeated():
     single, _ = manifests("skypilot.md")
     recovery = single["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [Interrupted.exit_code]
-    # Behind torchrun, whose code is always 1, no code tells anything
+    # The exit code of torchrun is always 1, so it cannot be used
     policy = several["spec"]["podFailurePolicy"]["rules"]
     assert [list(rule) for rule in policy] == [["action", "onPodConditions"]]
 
@@ -127,7 +127,7 @@ def test_the_containers_have_time_to_save():
 
 
 def test_lines_of_a_manifest_and_of_a_program_are_found():
-    """Otherwise the tests of their options would pass for want of commands."""
+    """Otherwise the tests of their options would pass without any commands."""
     for page, count in (("kubernetes.md", 2), ("skypilot.md", 2), ("sagemaker.md", 2)):
         lines = [line for block in blocks(LAUNCH / page) for line in shell_lines(block)]
         assert sum("clipft train" in line for line in lines) == count

@@ -1,4 +1,4 @@
-"""Who may import whom: data flows one way through the house, from the upper floors down."""
+"""The subpackages of clipft ("rooms") form layers ("floors"), and import only from lower ones."""
 
 import ast
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ FLOORS = (
     {"config"},
     {"core"},
 )
-"""From the top down. A room imports only from floors below its own; the package's own
-``__init__`` (the version, the lazy public names) and ``__main__`` stand outside."""
+"""The floors from the top down. A room imports only from floors below its own. The rule does not
+apply to the package's ``__init__`` (the version, the lazy public names) and ``__main__``."""
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 MOST_MODULES = 12
 
 
 def imported_rooms(path: Path) -> Iterator[str]:
-    """Names right under ``clipft`` that a file imports, in functions as well."""
+    """Yield the subpackages of ``clipft`` that a file imports, also within functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:

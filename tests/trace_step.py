@@ -1,7 +1,7 @@
 """Print clipft's own call stack from ``clipft train`` to the first ``backward()``.
 
 ``python -m tests.trace_step`` renders a small catalogue, trains on it, and prints each function of
-the package between the command and ``backward()``, then how many functions and files there are.
+the package between the command and ``backward()``, and the number of functions and files.
 """
 
 import sys
@@ -17,22 +17,23 @@ from clipft.cli.app import run
 
 PACKAGE = Path(clipft.__file__).parent
 LAUNCHER = {"run", "main", "<module>"}
-"""The app's own entry, before the command: every command passes it."""
+"""Functions that start the app, which are on the stack of every command."""
 
 
 class FirstBackward(BaseException):
-    """Ends the run at the first backward pass. Not an Exception: nothing catches it on the way."""
+    """Ends the run at the first backward pass. No handler of ``Exception`` catches it."""
 
 
 def own_frames() -> list[tuple[str, str]]:
-    """(file, function) of the package's frames that are on the stack, outermost first."""
+    """Return (file, function) of the package's frames on the stack, outermost first."""
     frames = [(Path(f.filename), f.name) for f in traceback.extract_stack()]
     own = [(f.relative_to(PACKAGE).as_posix(), n) for f, n in frames if PACKAGE in f.parents]
     return [(f, n) for f, n in own if not (f == "cli/app.py" and n in LAUNCHER)]
 
 
 def stack_of_a_step() -> list[tuple[str, str]]:
-    """The frames between ``clipft train`` and ``backward()`` in a run on a small catalogue."""
+    """Return the frames between ``clipft train`` and ``backward()``, in a run on a small
+    catalogue."""
     stack: list[tuple[str, str]] = []
 
     def record(*args: object, **named: object) -> None:

@@ -1,13 +1,14 @@
-"""Starts Python programs warm: forked from a server that has imported torch and clipft already.
+"""Starts Python programs warm: forked from a server that has already imported torch and clipft.
 
-A cold start takes several seconds of imports, which is most of the time of a test that needs a
-process. ``warm.Popen`` and ``warm.run`` take the arguments of their namesakes in ``subprocess``,
-for ``[sys.executable, "-m", MODULE, ...]`` and ``[sys.executable, "-c", CODE, ...]``. The process
-has a session, environment, working folder, files, limits and signals of its own, and the processes
-that clipft starts from it are warm as well.
+A cold start takes several seconds for imports, which is most of the time of a test with a process.
+``warm.Popen`` and ``warm.run`` take the same arguments as in ``subprocess``, for
+``[sys.executable, "-m", MODULE, ...]`` and ``[sys.executable, "-c", CODE, ...]``. The process has
+its own session, environment, working folder, files, limits and signals. Processes that clipft
+starts from it are warm as well.
 
-Start cold what an import decides: whether a package is there, ``PYTHONPATH``, ``PYTHONHASHSEED``,
-``LD_PRELOAD``, the hub's address. ``/proc`` shows the command and environment of the server.
+Use a cold start for anything that is decided by an import: whether a package is installed,
+``PYTHONPATH``, ``PYTHONHASHSEED``, ``LD_PRELOAD``, the hub's address. ``/proc`` shows the command
+and environment of the server.
 """
 
 import atexit
@@ -48,7 +49,7 @@ class _Link:
             self.socket.sendall(body)
 
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
-        """Return what was sent, or None when the other end is closed."""
+        """Return the next request and its files, or None when the other end is closed."""
         head, files, _, _ = socket.recv_fds(self.socket, 8, _MOST_FILES)
         if not head:
             return None
@@ -67,7 +68,7 @@ class _Server(_Link):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                start_new_session=True,  # it does not hear the Ctrl-C of the tests
+                start_new_session=True,  # it does not receive the Ctrl-C of the tests
             )
         super().__init__(ours)
         atexit.register(self._end)
@@ -93,15 +94,15 @@ def _requested(
 
 
 def _standard_files(reads: int, writes: int, errs: int) -> list[int]:
-    """Return the three files, of which those that are -1 are this process's own."""
+    """Return the three files. A file of -1 is replaced by that of this process."""
     return [own if given == -1 else given for own, given in enumerate((reads, writes, errs))]
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """``subprocess.Popen`` of a warm process. ``limits`` maps names such as FSIZE to soft limits.
 
-    The process is a child of a keeper, which reports its end here and lets it be a zombie until
-    then, so that its number is its own until it was waited for.
+    The process is a child of a keeper process, which reports its end here. Until ``wait`` has
+    returned here, the keeper leaves it as a zombie, so that its process id is not used again.
     """
 
     def __init__(self, *args: Any, limits: dict[str, int] | None = None, **more: Any) -> None:
@@ -131,7 +132,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             return 0, 0
         status = self._told()
         self._keeper.shutdown(socket.SHUT_WR)
-        self._keeper.recv(1)  # ends when the keeper has let the zombie go
+        self._keeper.recv(1)  # returns when the keeper has reaped the zombie
         self._keeper.close()
         return self.pid, status
 
@@ -169,7 +170,7 @@ def run(
     return done
 
 
-# What follows runs in the server and in the processes that it forks.
+# The code below runs in the server and in the processes that it forks.
 
 
 def _serve(link: _Link) -> None:
@@ -186,7 +187,7 @@ def _serve(link: _Link) -> None:
 
 
 def _keep(request: dict[str, Any], stdio: list[int], tests: socket.socket) -> NoReturn:
-    """Fork the process that was asked for, which tells the tests its number; tell them its end."""
+    """Fork the requested process, which sends its process id to the tests; send its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if not pid:
@@ -208,12 +209,12 @@ def _keep(request: dict[str, Any], stdio: list[int], tests: socket.socket) -> No
 def _close_files(kept: int = -1) -> None:
     numbers = {int(name) for name in os.listdir("/proc/self/fd")}
     for number in numbers - {0, 1, 2, kept}:
-        with contextlib.suppress(OSError):  # the one that listed the folder is closed
+        with contextlib.suppress(OSError):  # the file of the listing is already closed
             os.close(number)
 
 
 def _become(request: dict[str, Any], stdio: list[int]) -> NoReturn:
-    """Turn this process into the one that was asked for, and run its program."""
+    """Turn this process into the requested one, and run its program."""
     for number, file in enumerate(stdio):
         os.dup2(file, number)
     _close_files()
@@ -235,7 +236,7 @@ def _become(request: dict[str, Any], stdio: list[int]) -> NoReturn:
 
 
 def _open_streams(unbuffered: bool) -> None:
-    """Open anew what still knows the files of the server."""
+    """Reopen the standard streams, which still belong to the files of the server."""
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     told = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
@@ -245,7 +246,7 @@ def _open_streams(unbuffered: bool) -> None:
 
 
 def _run(args: list[str]) -> NoReturn:
-    """Run ``-m MODULE ...`` or ``-c CODE ...``, and end as Python does."""
+    """Run ``-m MODULE ...`` or ``-c CODE ...``, and exit as Python would."""
     how, program, *rest = args
     sys.argv = [how, *rest]
     code: Any = None
@@ -268,7 +269,7 @@ def _run(args: list[str]) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """End without taking down thousands of modules one by one, which takes two seconds."""
+    """Exit without the cleanup of thousands of modules, which would take two seconds."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
@@ -279,14 +280,14 @@ def _exit(code: int) -> NoReturn:
 
 
 def _name_after_rank() -> None:
-    """Let ``ps`` and the tests tell the processes of a run apart: ``rank-0``, ``rank-1``."""
+    """Name the process ``rank-0``, ``rank-1`` etc., for ``ps`` and the tests."""
     if rank := os.environ.get("RANK"):
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{rank}".encode())
 
 
 _spares: list[tuple[int, _Link]] = []
-"""Forked children of this process that wait to become the programs that it starts. They are forked
-before it has threads, which a fork would not survive."""
+"""Forked children of this process, which become the programs that it starts. They are forked before
+this process has threads, because a fork with threads is not safe."""
 
 
 def _keep_spares(args: list[str]) -> None:
@@ -316,11 +317,11 @@ def _wait_as_spare(link: _Link) -> NoReturn:
     _spares.clear()
     if asked := link.receive():
         _become(*asked)
-    os._exit(0)  # the parent process has ended without a use for it
+    os._exit(0)  # the parent process has ended without using it
 
 
 class _FromSpare(subprocess.Popen):  # type: ignore[type-arg]
-    """``subprocess.Popen``, which takes a spare for a Python program while there is one."""
+    """``subprocess.Popen`` that uses a spare child for a Python program if there is one."""
 
     def _execute_child(self, args: Any, *more: Any) -> None:
         if args[0] != sys.executable or not _spares:
@@ -354,5 +355,5 @@ def _import_what_takes_long() -> None:
 
 if __name__ == "__main__":
     _import_what_takes_long()
-    gc.freeze()  # or each process copies what it collects
+    gc.freeze()  # otherwise garbage collection would copy memory in each process
     _serve(_Link(socket.socket(fileno=int(sys.argv[1]))))

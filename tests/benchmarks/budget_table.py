@@ -1,12 +1,12 @@
-"""What the search for a micro-batch promises on cards of several sizes, and what a step keeps.
+"""Compare the graphs that a step keeps on cards of several sizes with the forecast of the search.
 
     python tests/benchmarks/budget_table.py [--quick] [--json FILE]
 
-The search, the plan and the step are clipft's own. The card is modelled: it holds the weights of
-ViT-B/32 or ViT-L/14 under dual_lora in bf16, and a step needs twice the bytes of its activation
-graphs. ``processes`` share the effective batch; each has a card. ``promised`` is the share of the
-graphs that the search expects a step to keep with the micro-batch that it chose, and ``kept`` is
-what the step keeps.
+The search for a micro-batch, the plan and the step are clipft's own. The card is simulated: it
+holds the weights of ViT-B/32 or ViT-L/14 with dual_lora in bf16, and a step needs twice the bytes
+of its activation graphs. ``processes`` share the effective batch, and each has a card. ``promised``
+is the share of the graphs that the search expects a step to keep with the chosen micro-batch, and
+``kept`` is the share that the step keeps.
 """
 
 import sys

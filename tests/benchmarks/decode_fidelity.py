@@ -1,7 +1,7 @@
-"""Measure what decoding JPEGs at a reduced scale changes in pixels and image features.
+"""Measure how decoding JPEGs at a reduced scale changes pixels and image features.
 
 Compares full and scaled decoding without augmentation, on photos in their own size and enlarged.
-The features are those of the packaged tiny model and of a ViT-B/32 with random weights (or of
+The features are from the packaged tiny model and from a ViT-B/32 with random weights (or from
 ``--model``).
 
     python tests/benchmarks/decode_fidelity.py --photos DIR [--quick] [--model NAME] [--json FILE]
@@ -38,7 +38,7 @@ class Fidelity:
 
 
 def publish(rows: list[Fidelity], file: Path | None) -> None:
-    """Print one table, and write the figures to ``path`` if it is given."""
+    """Print a table, and write the figures to ``file`` if it is given."""
     print(f"{'':48} {'cosine: least':>14} {'median':>10} {'pixels: mean':>13} {'most':>6}")
     for row in rows:
         cosines = f"{row.least_cosine:14.6f} {row.median_cosine:10.6f}"
@@ -48,7 +48,7 @@ def publish(rows: list[Fidelity], file: Path | None) -> None:
 
 
 def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
-    """The photos of a folder, resized to this shorter side, as JPEGs of quality 90."""
+    """Yield the photos of a folder as JPEGs of quality 90, resized to this shorter side."""
     for path in sorted(folder.rglob("*.jpg"))[:count]:
         with Image.open(path) as photo:
             photo = photo.convert("RGB")
@@ -60,7 +60,7 @@ def jpegs(folder: Path, side: int, count: int) -> Iterator[bytes]:
 
 
 def pixels(pictures: list[bytes], size: int, margin: float) -> Tensor:
-    """Decode to uint8 [N, 3, size, size]; a ``margin`` of 0 decodes in full."""
+    """Decode to uint8 [N, 3, size, size]. A ``margin`` of 0 decodes at full scale."""
     decode._DRAFT_MARGIN = margin  # type: ignore[assignment]
     transform = Transform("none", size)
     at_least = size if margin else 0

@@ -1,6 +1,6 @@
-"""Peak memory and time of ``clipft embed`` as the data set grows.
+"""Measure peak memory and time of ``clipft embed`` for data sets of several sizes.
 
-Embeds drawn pairs with the packaged tiny model, each size in a process of its own.
+Embeds drawn pairs with the packaged tiny model. Each size has its own process.
 
     python tests/benchmarks/embed_memory.py [--quick] [--json FILE]
 """

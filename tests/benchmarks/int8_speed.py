@@ -1,8 +1,8 @@
-"""Speed and size of the towers that ``clipft export --precision int8`` writes, against fp32.
+"""Compare speed and size of the towers from ``clipft export --precision int8`` with fp32.
 
-The model is ViT-B/32 with random weights, on which neither depends. Each runtime runs its own
-towers with its default number of threads, in turn, on 32 images of 224 x 224 and on 32 texts of 24
-tokens. The share of the bytes is that of the files of a tower.
+The model is ViT-B/32 with random weights, because speed and size do not depend on them. Each
+runtime runs its towers in turn, with its default number of threads, on 32 images of 224 x 224 and
+on 32 texts of 24 tokens. The share of the bytes compares the files of a tower.
 
     python tests/benchmarks/int8_speed.py [--quick] [--json FILE]
 """
@@ -29,7 +29,7 @@ GOAL = 1.3
 
 
 def vit_b_32() -> PretrainedModel:
-    """Make the model; its tokenizer is that of the packaged one."""
+    """Make the model, with the tokenizer of the packaged one."""
     torch.manual_seed(0)
     tiny, clip = load_pretrained("tiny"), CLIPModel(CLIPConfig()).eval()
     end = int(tiny.inputs.tokenizer.eos_token_id)

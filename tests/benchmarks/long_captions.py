@@ -1,11 +1,11 @@
-"""What ``--context-length`` gives for captions that the model would otherwise cut.
+"""Measure the gain of ``--context-length`` for captions that would otherwise be truncated.
 
 Trains the packaged tiny model on the descriptions of a table of products, once with its own context
 of 77 tokens and once with a longer one, on several splits by product. R@5 of both runs on the
-validation pairs is compared for descriptions past 77 tokens, for shorter ones, and for the name
-and the color in their place. A text finds its image if any photo of its product is among the first
-five, and an image its text if its own text is. The intervals are those of the paired difference,
-with products drawn anew (bootstrap, 95 %).
+validation pairs is compared for descriptions of more than 77 tokens, for shorter ones, and for the
+name and the color instead. A text finds its image if any photo of its product is among the first
+five, and an image finds its text if its own text is among them. The intervals are 95 % bootstrap
+intervals of the paired difference, with products resampled.
 
     python tests/benchmarks/long_captions.py --table products.csv [--quick] [--json FILE]
 """
@@ -30,9 +30,9 @@ RESAMPLES = 4000
 
 
 class Query(NamedTuple):
-    """An image or a text of the validation pairs, and whether each run found what belongs to it.
+    """An image or a text of the validation pairs, and whether each run found its match.
 
-    ``tokens`` are those of its caption.
+    ``tokens`` is the number of tokens of its caption.
     """
 
     product: str
@@ -43,8 +43,8 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """R@5 in percent with each context, the difference in points and its interval; and of the
-    queries, the percentage whose caption is cut with each."""
+    """R@5 in percent with each context, the difference in points and its interval, and the
+    percentage of queries whose caption is truncated with each context."""
 
     captions: str
     queries: int
@@ -78,7 +78,7 @@ def train(data: Path, out: Path, context: int, seed: int, epochs: int) -> Path:
 
 
 def hits(checkpoint: Path, data: Path, caption: str) -> list[tuple[str, str, float]]:
-    """Return of each text and each image its product, its caption, and whether it was found."""
+    """Return the product and the caption of each text and each image, and whether it was found."""
     with tempfile.TemporaryDirectory() as made:
         clipft_json("embed", str(checkpoint), str(data), made, "--caption", caption)
         images, texts = (polars.read_parquet(f"{made}/{name}/*.parquet") for name in TABLES)

@@ -1,10 +1,10 @@
-"""Measure whether torch.compile pays: a step of 64 pairs with both towers compiled, and uncompiled.
+"""Compare the speed of a step of 64 pairs with both towers compiled (torch.compile) and without.
 
     python tests/benchmarks/p1_compile.py --photos DIR [--quick] [--json FILE]
 
-Chunks have a bounded number of shapes, for each of which a tower is compiled. ``graphs`` counts
-what was compiled during all rounds, and ``compile_s`` is how much longer the first step took than a
-later one.
+Chunks have a limited number of shapes, and a tower is compiled for each shape. ``graphs`` is the
+number of graphs that were compiled in all rounds, and ``compile_s`` is how much longer the first
+step took than a later one.
 """
 
 import statistics

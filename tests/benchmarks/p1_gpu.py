@@ -1,4 +1,4 @@
-"""P1 on a GPU: what only a GPU can tell about speed, for ViT-B/32, dual_lora r = 16, bf16.
+"""P1 on a GPU: measurements of speed that need a GPU, for ViT-B/32, dual_lora r = 16, bf16.
 
     python tests/benchmarks/p1_gpu.py [--photos DIR] [--json FILE]
     python tests/benchmarks/p1_gpu.py --device cpu --quick   # only checks that it runs
@@ -8,15 +8,16 @@ The figures, in this order:
 - the largest micro-batch that the search finds, against the largest that runs;
 - pairs per second from packed shards to the optimizer step, in steps of 1,024, against
   transformers' Trainer, open_clip's loop and sentence-transformers' cached loss (see
-  p1_training.py); and in steps of 32,768 as 32 x 1,024 against the last, which alone has that loss;
+  p1_training.py); and in steps of 32,768 as 32 x 1,024 against sentence-transformers, because no
+  other peer has a cached loss;
 - the share of the speed of a bf16 matrix product of 8,192 x 8,192 in the same run. It counts the
   products that the model needs, once forward and once backward, even if some are computed twice;
 - the share of the time in which training waited for data;
 - a step of 1,024 with compiled towers against one without, in TFLOP/s of needed products.
 
-It takes under five minutes on an H100. When ``--minutes`` are over, what is left is left out, which
-is said, as is the reason why a peer cannot run. DIR holds NAME.jpg and NAME.txt; without it, images
-are made up. Each pair is repeated as often as necessary, with a caption of its own.
+It takes under five minutes on an H100. After ``--minutes``, the remaining figures are skipped with
+a note. If a peer cannot run, the reason is printed. DIR holds NAME.jpg and NAME.txt; without it,
+images are generated. Each pair is repeated as often as necessary, each time with another caption.
 """
 
 import argparse
@@ -74,7 +75,7 @@ SMALL_CLIP = CLIPConfig(vision_config=SMALL, text_config=SMALL, projection_dim=3
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of clipft and what it is measured against.
+    """A figure of clipft and the figure to which it is compared.
 
     ``ours_over_other`` is the median of all rounds.
     """
@@ -89,7 +90,7 @@ class Row:
 
 @dataclass
 class Ours:
-    """clipft's work on one epoch after the other; ``steps`` are those of the last one."""
+    """Trains with clipft, one epoch after another. ``steps`` are the steps of the last epoch."""
 
     setup: RunSetup
     steps: list[StepResult] = field(default_factory=list)
@@ -101,7 +102,7 @@ class Ours:
         self.accumulate = setup.make_accumulation(optimizer, print)
 
     def work(self) -> int:
-        """Train the next epoch, as a run does."""
+        """Train the next epoch, as in a run."""
         setup, position = self.setup, self.state.position
         batches = training_batches(
             setup.train,
@@ -118,8 +119,8 @@ class Ours:
 
     @property
     def waiting(self) -> tuple[float, float]:
-        """Seconds in which training waited for data, and all seconds, but for the first step: it
-        waits until the workers have started."""
+        """Seconds in which training waited for data, and all seconds. The first step is excluded,
+        because it waits for the workers to start."""
         later = self.steps[1:] or self.steps
         return sum(s.data_seconds for s in later), sum(s.seconds for s in later)
 
@@ -130,7 +131,7 @@ def ours(place: Place, size: Size, **given: Any) -> Ours:
 
 @dataclass
 class Benchmark:
-    """All figures on one device. A ``quick`` one runs everything and tells nothing about speed."""
+    """All figures on one device. With ``quick``, everything runs, but speeds are meaningless."""
 
     place: Place
     quick: bool
@@ -158,7 +159,7 @@ class Benchmark:
         return True
 
     def speed(self, work: Work) -> float:
-        """Pairs per second, from an empty allocator to an idle device."""
+        """Return pairs per second, starting with an empty allocator, until the device is idle."""
         give_back(self.device)
         began = time.perf_counter()
         pairs = work()
@@ -168,14 +169,14 @@ class Benchmark:
 
     @contextmanager
     def left_out(self, peer: str) -> Iterator[None]:
-        """Say why a peer cannot run, and go on: the other figures stand for themselves."""
+        """Print the reason if a peer cannot run, and continue with the other figures."""
         try:
             yield
         except Exception as error:
             print(f"left out: {peer}: {type(error).__name__}: {error}", flush=True)
 
     def run_each(self, ways: dict[str, Work]) -> dict[str, float]:
-        """Run all ways in turn, and forget those that fail; return their pairs per second."""
+        """Run all ways in turn, without those that fail; return their pairs per second."""
         speeds = {"clipft": self.speed(ways["clipft"])}
         for peer in [way for way in ways if way not in speeds]:
             with self.left_out(peer):
@@ -185,7 +186,7 @@ class Benchmark:
         return speeds
 
     def found_and_true(self) -> Iterator[Row]:
-        """The largest micro-batch found, and the one that bisection finds by running each."""
+        """Compare the largest micro-batch of the search with the largest that runs (bisection)."""
         size = Size(16, 8, 8) if self.quick else Size(MOST_PAIRS, MOST_PAIRS, 1_024)
         setup = setup_of(self.place, size)
         probe = ModelProbe.of(setup.loaded, setup.settings)
@@ -206,7 +207,7 @@ class Benchmark:
         rounds: int,
         warm: bool = False,
     ) -> Iterator[Row]:
-        """Run clipft and its peers in turn, after a warm-up of each unless they are ``warm``."""
+        """Run clipft and its peers in turn, after a warm-up of each unless ``warm`` is set."""
         name = f"steps of {size.effective:,}"
         if self.late(name):
             return
@@ -230,11 +231,12 @@ class Benchmark:
         yield Row(f"{name}: seconds waiting", waited, took, waited / took, goal="below 0.05")
 
     def compiled_and_plain(self, size: Size) -> Iterator[Row]:
-        """The passes of a step, with captions of full length: one shape for each tower."""
+        """Measure the passes of a step, with captions of full length, so that each tower has one
+        shape."""
         name = f"steps of {size.effective:,}, compiled"
         if self.late(name):
             return
-        if self.quick:  # the same way, but for the compiler
+        if self.quick:  # the same, but without the compiler
             torch.compiler.set_stance("force_eager")
         setup = setup_of(self.place, size)
         loaded, settings = setup.loaded, setup.settings
@@ -256,7 +258,7 @@ class Benchmark:
         yield _compared(f"{name}: pairs/s, not compiled", compiled_speeds, plain, 0.0)
 
     def work_per_pair(self, loaded: LoadedModel) -> float:
-        """The multiplications and additions that one pair needs, forward and backward, in 10^12."""
+        """Return the floating-point operations for a pair, forward and backward, in 10^12."""
         pairs, side = 8, loaded.base.inputs.image_size
         end = int(loaded.base.inputs.tokenizer.eos_token_id)
         ids = 1 + torch.arange(pairs * TOKENS).view(pairs, TOKENS)
@@ -273,7 +275,7 @@ class Benchmark:
 
     @cached_property
     def product_speed(self) -> float:
-        """TFLOP/s of a plain bf16 matrix product, median of ten."""
+        """Return the TFLOP/s of a plain bf16 matrix product, the median of ten."""
         side = 256 if self.quick else 8_192
         a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in "ab")
         speeds = [self.speed(lambda: len(a @ b)) / side for _ in range(12)]

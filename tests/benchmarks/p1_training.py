@@ -1,7 +1,7 @@
-"""P1: training throughput on the true ViT-B/32 (random weights: speed does not depend on them).
+"""P1: training throughput on the real ViT-B/32 (random weights: speed does not depend on them).
 
 dual_lora with r = 16, fp32 on the CPU, an effective batch of 128 as 4 micro-batches of 32, from
-shards to the optimizer step. clipft computes the 128-way loss exactly. The peers are (a)
+shards to the optimizer step. clipft computes the exact loss over 128 pairs. The peers are (a)
 transformers' Trainer with PEFT, with captions padded to 77 and a loss for each of the four
 micro-batches; (b) sentence-transformers' cached loss with PEFT; (c) open_clip's own
 ``train_one_epoch`` with ``accum_freq`` 4 over the same model with adapters. No side uses worker
@@ -10,7 +10,7 @@ processes.
     python tests/benchmarks/p1_training.py --photos DIR [--effective N] [--quick] [--json FILE]
 
 DIR holds NAME.jpg and NAME.txt. ``--profile`` shows where clipft spends its time, and the speed of
-matrix products that the machine reaches in the same run.
+plain matrix products in the same run.
 """
 
 import argparse
@@ -63,7 +63,7 @@ QUICK = Size(16, 16, 4)
 
 @dataclass(frozen=True)
 class Place:
-    """``model`` is the random ViT-B/32 as transformers saves it, ``data`` the packed shards."""
+    """``model`` is the folder of transformers' random ViT-B/32, ``data`` that of the shards."""
 
     model: Path
     data: Path
@@ -114,7 +114,7 @@ def adapted_clip(place: Place) -> Any:
 
 
 class Samples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """Prepare pairs as transformers' CLIP example does: crop, flip, processor, padded captions."""
+    """Prepares pairs as in transformers' CLIP example: crop, flip, processor, padded captions."""
 
     def __init__(self, place: Place, pairs: int) -> None:
         self.shards = [str(path) for path in sorted((place.data / "train").glob("*.tar"))]

@@ -1,11 +1,11 @@
-"""P2: frozen towers, whose features clipft looks up instead of computing them again.
+"""P2: frozen towers, whose features clipft caches instead of computing them again.
 
-Trains the true ViT-B/32 with random weights, fp32 on the CPU, without augmentation, for 10 epochs,
+Trains the real ViT-B/32 with random weights, fp32 on the CPU, without augmentation, for 10 epochs,
 and measures from loading the model to the last step, including the computation of the features.
-The peers are the same run without the feature cache, and transformers' Trainer training the same
-weights (with PEFT for the LoRA scenarios) with captions padded to 77. The feature cache is empty
-before each run, so no run warms up another. Loading takes some seconds whatever the number of
-pairs, so more pairs make the ratios larger.
+The peers are the same run without the feature cache, and transformers' Trainer with the same
+trainable weights (with PEFT for the LoRA scenarios) and captions padded to 77. The feature cache is
+empty before each run. Loading takes some seconds for any number of pairs, so more pairs make the
+ratios larger.
 
     python tests/benchmarks/p2_frozen.py --photos DIR [--quick] [--json FILE]
 
@@ -38,7 +38,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """Compare with the Trainer if ``trainer``, else with the same run without the cache."""
+    """A comparison with the Trainer if ``trainer``, else with the same run without the cache."""
 
     scenario: str
     trainer: bool
@@ -105,7 +105,7 @@ def learning(place: Place, scenario: str) -> Any:
 
 
 class Plain(Samples):
-    """Without augmentation."""
+    """Samples without augmentation."""
 
     def __init__(self, place: Place, pairs: int) -> None:
         super().__init__(place, pairs)

@@ -1,8 +1,8 @@
 """P3: samples per second of one process, from shards to a ready batch.
 
-clipft against (a) webdataset + Pillow + torchvision + CLIPProcessor as in transformers' CLIP
-example, and (b) open_clip's transform and tokenizer in the pipeline its trainer builds. All use
-the same shards and one thread of the same process, with augmentation ``simple`` or the peer's own.
+Compares clipft with (a) webdataset + Pillow + torchvision + CLIPProcessor as in transformers' CLIP
+example, and (b) open_clip's transform and tokenizer in the pipeline of its trainer. All use the
+same shards and one thread of the same process, with augmentation ``simple`` or the peer's own.
 
     python tests/benchmarks/p3_data_path.py [--quick] [--photos DIR] [--json FILE]
 """
@@ -41,7 +41,7 @@ CAPTIONS = ("a grey oak side table", "velvet armchair with brass legs, emerald",
 
 
 def photos(folder: Path | None, side: int, count: int) -> Iterator[bytes]:
-    """JPEGs of quality 90: the folder's photos at this size, or textured made-up images."""
+    """Yield JPEGs of quality 90: the folder's photos at this size, or generated textures."""
     found = sorted(folder.rglob("*.jpg")) if folder else []
     for number in range(count):
         if found:
@@ -55,7 +55,7 @@ def photos(folder: Path | None, side: int, count: int) -> Iterator[bytes]:
 
 
 def _textured(side: int, number: int) -> Image.Image:
-    """Noise of several scales, which compresses about as well as a photo."""
+    """Return noise of several scales, which compresses about as well as a photo."""
     draw, total = np.random.default_rng(number), np.zeros((side, side, 3), np.float32)
     for scale in (4, 16, 64, side // 2):
         noise = draw.integers(0, 256, (scale, scale, 3), np.uint8)
@@ -91,7 +91,7 @@ def _stream(folder: Path, buffer: int) -> Any:
 
 
 def transformers_way(folder: Path, tokenizer: Any) -> Work:
-    """Peer (a): augment PIL images; the processor resizes, crops and normalizes them."""
+    """Peer (a) augments PIL images; the processor resizes, crops and normalizes them."""
     augment = v2.Compose([v2.RandomResizedCrop(SIDE, scale=(0.8, 1.0)), v2.RandomHorizontalFlip()])
     processor = CLIPImageProcessor()
 
@@ -109,7 +109,7 @@ def transformers_way(folder: Path, tokenizer: Any) -> Work:
 
 
 def open_clip_way(folder: Path) -> Work:
-    """Peer (b): open_clip's training transform and tokenizer, sample by sample."""
+    """Peer (b) runs open_clip's training transform and tokenizer, sample by sample."""
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     transform = open_clip.image_transform(SIDE, is_train=True, mean=mean, std=std)
     tokenize = open_clip.SimpleTokenizer(context_length=77)

@@ -1,7 +1,8 @@
 """Measure the index: the time until the first batch, and the memory of a worker process.
 
-Uses shards of 1,000 small images each. ``new`` means that neither index nor token table exist, and
-``again`` that both do. Cold means that the shards are dropped from the page cache first.
+Uses shards of 1,000 small images each. ``new`` means that neither the index nor the token table
+exists, and ``again`` that both do. Cold means that the shards are first dropped from the page
+cache.
 
     python tests/benchmarks/p3_index.py [--quick] [--json FILE]
 """
@@ -35,7 +36,8 @@ IN_SHARD, BATCH = 1000, 64
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds; ``worker_mib`` is the unshared memory of a worker process after 20 batches."""
+    """Times in seconds. ``worker_mib`` is the unshared memory of a worker process after 20
+    batches."""
 
     pairs: int
     shard_mib: float
@@ -78,7 +80,7 @@ def seconds(work: Any) -> tuple[float, Any]:
 
 
 def private_mib(process: int) -> float:
-    """The memory that the process does not share with others."""
+    """Return the memory that the process does not share with others."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
 

@@ -1,9 +1,8 @@
-"""Measure how long a step waits for data with workers one whole step or two batches each ahead.
+"""Measure how long steps wait for data if workers are one step ahead, or two batches each.
 
-The step sleeps for as long as a GPU would compute, so that the workers have the processors to
-themselves: for the time that the workers need for a step, times ``--slack``. An optimizer step
-uses ``EFFECTIVE`` pairs in micro-batches of ``MICRO``. The images are JPEGs of 500 x 500, made up
-or from ``--photos``.
+A sleep replaces the computation on a GPU, so that only the workers use the processors. It lasts as
+long as the workers need for a step, times ``--slack``. An optimizer step uses ``EFFECTIVE`` pairs
+in micro-batches of ``MICRO``. The images are JPEGs of 500 x 500, generated or from ``--photos``.
 
     python tests/benchmarks/p3_stall.py [--photos DIR] [--quick] [--json FILE]
 """
@@ -34,7 +33,7 @@ EFFECTIVE, MICRO = 512, 32
 
 @dataclass(frozen=True)
 class Stall:
-    """The shares of time that steps waited for data, after the first step."""
+    """The shares of the time in which steps waited for data, without the first step."""
 
     workers: int
     step_seconds: float
@@ -45,7 +44,7 @@ class Stall:
 def after_the_first(
     pairs: PairDataset, preprocessing: Preprocessing, workers: int
 ) -> Iterator[StepBatch]:
-    """The steps of an epoch after the first one."""
+    """Return the steps of an epoch after the first one."""
     plan = EpochPlan(len(pairs), EFFECTIVE, MICRO, 1)
     steps = training_batches(pairs, preprocessing, plan, Position(), 1, LoaderOptions(workers))
     next(steps)
@@ -53,7 +52,7 @@ def after_the_first(
 
 
 def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep: float) -> float:
-    """The share of time spent waiting in one epoch."""
+    """Return the share of the time spent waiting in an epoch."""
     steps = after_the_first(pairs, preprocessing, workers)
     time.sleep(sleep)
     waited, started = 0.0, time.perf_counter()
@@ -66,7 +65,7 @@ def waits(pairs: PairDataset, preprocessing: Preprocessing, workers: int, sleep:
 
 
 def needed(pairs: PairDataset, preprocessing: Preprocessing, workers: int) -> float:
-    """Seconds that the workers need for a step if nothing else runs."""
+    """Return the seconds that the workers need for a step if nothing else runs."""
     steps = after_the_first(pairs, preprocessing, workers)
     started = time.perf_counter()
     count = sum(1 for _ in steps)

@@ -1,8 +1,9 @@
-"""Measure what workers cost: microseconds per pair on the clock and of all processors together
-(main process and workers), and the peak of /dev/shm.
+"""Measure the cost of workers: wall time and processor time per pair in microseconds (of the main
+process and all workers), and the peak of /dev/shm.
 
 Another version of clipft, such as a ``git worktree``, can be measured in turn with this one. The
-images are JPEGs of 500 x 500, and the same packed with ``--size 256``; a step has 1,024 pairs.
+images are JPEGs of 500 x 500, and the same images packed with ``--size 256``. A step has 1,024
+pairs.
 
     python tests/benchmarks/p3_workers.py [--against FOLDER] [--quick] [--json FILE]
 """
@@ -52,7 +53,7 @@ class Figures:
 
 
 def measure(folder: Path, workers: int, micro: int, count: int) -> tuple[float, float, float]:
-    """Return the figures of ``count`` steps amid a run, and the peak since its start."""
+    """Return the figures of ``count`` steps within a run, and the peak since its start."""
     captions = LiveCaptions(DEFAULT_TEMPLATE, CaptionEncoder(load_inputs("tiny").tokenizer, 77))
     pairs, peak, used = open_pairs(folder), [0], psutil.disk_usage(SHARED).used
 
@@ -75,7 +76,7 @@ def measure(folder: Path, workers: int, micro: int, count: int) -> tuple[float, 
 
 
 def cpu_seconds() -> float:
-    """The processor time of this process and of its workers so far."""
+    """Return the processor time of this process and its workers so far."""
     this = psutil.Process()
     return sum(sum(each.cpu_times()[:2]) for each in (this, *this.children()))
 
@@ -91,7 +92,7 @@ def in_version(code: Path, *given: object) -> tuple[float, float, float]:
 
 
 def write_images(root: Path, count: int) -> dict[str, Path]:
-    """Write the same images as they are and packed; return the folders of both."""
+    """Write the same images unchanged and packed; return both folders."""
     files = root / "files"
     files.mkdir()
     write_shards(root / "raw", photos(None, 500, count))

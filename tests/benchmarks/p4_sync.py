@@ -5,10 +5,11 @@ Compares wall and processor time of clipft with aws s3 sync, rclone and a plain 
     python tests/benchmarks/p4_sync.py [--aws PATH] [--rclone PATH] [--tasks small,large,shards]
                                        [--folder DIR] [--json FILE]
 
-The tasks are small, large, shards and many; the same with -up are uploads, and with -line go over a
-line with a round trip of 50 ms that loses 1 % of its packets. The folders of the shards are removed
-after each run, because there are 4 GB in each; those of the other tasks at the end: on ext4,
-creating files is slow next to a folder where thousands have just been deleted.
+The tasks are small, large, shards and many. With the suffix -up they are uploads, and with -line
+they use a connection with a round trip of 50 ms that loses 1 % of its packets. The folders of the
+shards are removed after each run, because each has 4 GB. Those of the other tasks are removed at
+the end, because on ext4 it is slow to create files near a folder from which thousands have just
+been deleted.
 
 The disk of a small machine may be slower than all of the tools. With --folder /dev/shm they write
 to memory.
@@ -71,8 +72,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of the rounds; ``times_faster`` and ``cpu_share`` are medians of each round's
-    ratio. ``server_cpu_s`` is what the server used for one run of clipft."""
+    """Medians of the rounds. ``times_faster`` and ``cpu_share`` are medians of the ratios of all
+    rounds. ``server_cpu_s`` is the server's processor time for one run of clipft."""
 
     task: str
     peer: str
@@ -164,7 +165,8 @@ def measured(command: list[str], environment: dict[str, str]) -> Cost:
 
 
 def in_own_process(work: Callable[..., None], *given: Any) -> None:
-    """A child's peak memory is never below its parent's, so this process must stay small."""
+    """Run ``work`` in a new process, because this process must stay small: a child's peak memory is
+    never below that of its parent."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=given)
     process.start()
     process.join()
@@ -212,8 +214,8 @@ def _row(task: str, name: str, ours: list[Cost], theirs: list[Cost]) -> Row:
 
 @dataclass(frozen=True)
 class Task:
-    """``count`` objects of ``size`` bytes, measured in ``rounds``; ``keep`` says that the folders
-    of all runs stay until the end."""
+    """``count`` objects of ``size`` bytes, measured in ``rounds``. With ``keep``, the folders of
+    all runs are only removed at the end."""
 
     name: str
     count: int
@@ -253,7 +255,7 @@ def compare_up(task: Task, source: Path, server: RadosGateway, url: str, line: b
 
 
 def measure(given: argparse.Namespace, name: str, home: Path, held: ExitStack) -> list[Row]:
-    """All rows of one task, from a server that has nothing else."""
+    """Measure all rows of a task, with a server that stores nothing else."""
     kind, _, way = name.partition("-")
     up, line = "up" in way, "line" in way
     with RadosGateway(home / "node") as server:
@@ -310,7 +312,7 @@ def client_of(url: str) -> Any:
 
 
 def empty(url: str, prefix: str, count: int) -> None:
-    """Remove what was uploaded, after checking that all of it is there."""
+    """Check that all objects were uploaded, and remove them."""
     client, found = client_of(url), 0
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
     for page in pages:

@@ -1,11 +1,12 @@
-"""P5: measure how long help, refusals and the way to the first work take.
+"""P5: measure the time for help, for error messages, and until a command begins to compute.
 
     python tests/benchmarks/p5_startup.py [--quick] [--json FILE]
 
 Each command runs as its own process with the same interpreter and with its files in the page cache,
-all of them in turn in each round. Help and refusals are compared with an empty Python program, from
-start to end. The way to the first work ends at the first forward pass, or where a command without a
-model reads its first pair; it is compared with the import of torch and CLIP's classes alone.
+and all commands run in turn in each round. Help and refused commands are compared with an empty
+Python program, from start to end. The time to the first work ends at the first forward pass, or
+when a command that runs no model begins its main work. It is compared with the import of torch and
+CLIP's classes alone.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from tests.conftest import write_shard
 from tests.tiny_run import TINY
 
 HELP_GOAL, REFUSAL_GOAL = 0.35, 0.5
-"""Seconds beyond an empty Python program."""
+"""Seconds more than an empty Python program."""
 FIRST_WORK_GOAL = 1.1
-"""Times the import of torch and CLIP's classes."""
+"""A multiple of the time to import torch and CLIP's classes."""
 
 NOTHING = ["-c", "pass"]
 LIBRARIES = [
@@ -37,7 +38,7 @@ LIBRARIES = [
 ]
 CLIPFT = ["-m", "clipft"]
 SHOWN = ("train", "sync")
-"""Commands whose help has a row of its own: the one with the most options, and one with few."""
+"""Commands whose help has its own row: the one with the most options, and one with few."""
 
 REFUSED = (
     "train --data-dir nope --model tiny",
@@ -65,7 +66,8 @@ FIRST_WORK = {
     "report {run}": ("clipft.report.run_page", "run_page"),
     "pack {data} shards": ("clipft.data.packing.scan", "scan"),
 }
-"""Each command line, with the module and the functions one of which begins its work."""
+"""Each command line, with a module and its functions. The first call of one of them ends the
+measurement."""
 QUICK = 3
 """Command lines of each kind that ``--quick`` measures."""
 
@@ -96,7 +98,7 @@ from clipft.cli.app import run
 run(args)
 sys.exit(f"clipft {' '.join(args)} ended without its work")
 """
-"""Runs a command until it calls one of some functions: there the process ends with code 0."""
+"""A program that runs a command until it calls one of the functions, and then exits with 0."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Row:
 
 
 def seconds_of(args: Sequence[str], code: int | None = 0) -> float:
-    """Run Python and measure the time from start to end; ``code`` None is any error."""
+    """Run Python and measure the time from start to end. ``code`` None means any error."""
     environment = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     done = subprocess.run(
@@ -128,7 +130,8 @@ def seconds_of(args: Sequence[str], code: int | None = 0) -> float:
 def in_turn(
     ways: Sequence[Sequence[str]], beside: Sequence[str], rounds: int, code: int | None
 ) -> tuple[list[float], list[list[float]]]:
-    """Time ``beside`` and all ``ways`` in each round; return its times, and those of each way."""
+    """Time ``beside`` and all ``ways`` in each round; return the times of ``beside`` and of each
+    way."""
     found = [[seconds_of(beside), *(seconds_of(way, code) for way in ways)] for _ in range(rounds)]
     nothing, *times = (list(column) for column in zip(*found, strict=True))
     return nothing, times
@@ -164,7 +167,8 @@ def over_libraries(command: str, times: Sequence[float], libraries: Sequence[flo
 
 
 def help_rows(rounds: int, names: Sequence[str]) -> list[Row]:
-    """Measure the help of the tool and of ``names``; of most commands only the slowest is shown."""
+    """Measure the help of the tool and of ``names``. Except for ``SHOWN``, only the slowest command
+    is shown."""
     hf = ["-c", "from huggingface_hub.cli.hf import main; main()", "--help"]
     ways = [[*CLIPFT, "--help"], hf, *([*CLIPFT, name, "--help"] for name in names)]
     nothing, (own, peer, *times) = in_turn(ways, NOTHING, rounds, 0)
@@ -183,7 +187,7 @@ def help_rows(rounds: int, names: Sequence[str]) -> list[Row]:
 
 
 def first_words(line: str) -> str:
-    """Shorten a command line for the table: the places in it are temporary folders."""
+    """Shorten a command line for the table, without the temporary folders in it."""
     return f"clipft {line}".replace("{", "").replace("}", "")
 
 

@@ -5,9 +5,9 @@
 Trains dual_lora on the packaged tiny model with micro-batches of 64 and without stored activations
 (``--graph-memory 0``), for one step or more over at least 1,024 rendered pairs (``--quick``:
 fewer). Each effective batch runs in its own process, in turn, ``--rounds`` times. Peak memory is
-the resident memory of the process during training beyond that before the first step. What must
-grow is listed separately: the float32 embeddings of a step and their gradients for both towers,
-and the pairs of the step as they come from the loader.
+the resident memory of the process during training minus that before the first step. The memory that
+must grow is listed separately: the float32 embeddings of a step and their gradients for both
+towers, and the pairs of the step from the loader.
 """
 
 import json
@@ -30,7 +30,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """``beside_mib`` is the peak without what a step must store; ratios are to the first row."""
+    """``beside_mib`` is the peak without the data that a step must store. Ratios are to the first
+    row."""
 
     effective_batch: int
     peak_mib: float

@@ -27,8 +27,8 @@ GOAL, MOST_PROBES = 0.05, 10
 
 @dataclass(frozen=True)
 class Row:
-    """``true_largest`` is from the exhaustive search; ``given_back_mib`` is the resident memory
-    after the search beyond that before the first probe."""
+    """``true_largest`` is from the exhaustive search. ``given_back_mib`` is the resident memory
+    after the search minus that before the first probe."""
 
     name: str
     limit_gib: float
@@ -89,7 +89,7 @@ def measure(name: str, quick: bool) -> Row:
         make_model(Path(folder), vision, text, patch // (2 if pixels == 64 else 1), pixels)
         true = child("exhaust", folder, limit)["largest"]
         found = child("find", folder, limit)
-    # The exhaustive search knows the true largest only to its step
+    # The exhaustive search finds the true largest size only with the precision of its step
     nearest = min(max(found["largest"], true), true + STEP - 1)
     distance = found["largest"] / nearest - 1
     over = sum(not probe["fits"] for probe in found["probes"])

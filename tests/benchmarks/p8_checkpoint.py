@@ -1,12 +1,13 @@
-"""P8: measure what a checkpoint and its upload every 50 steps cost, compared with none.
+"""P8: measure the cost of a checkpoint and its upload every 50 steps, compared with none.
 
     python tests/benchmarks/p8_checkpoint.py [--quick] [--json FILE]
 
 Trains the tiny model for one epoch, once with a bucket on a RADOS Gateway and once with only the
-two saves at the end. Measures the time for which training paused (to write the file and hand it to
-the uploader) and the processor time of all threads, because on a busy machine two runs differ by
-more than the effect. Then the size of a checkpoint of the tiny model, and of the true ViT-B/32 with
-random weights, is compared with the bytes of the trained parameters; ``--sizes`` does that alone.
+two saves at the end. Measures the time for which training paused (to write the file and pass it to
+the uploader) and the processor time of all threads, because the total times of two runs on a busy
+machine differ by more than the effect. Then the size of a checkpoint of the tiny model, and of the
+real ViT-B/32 with random weights, is compared with the bytes of the trained parameters. With
+``--sizes``, only this is done.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Clock:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Clock]:
-    """Measure every save of the run's state and every hand-over to the uploader."""
+    """Measure every save of the run's state and every call of the uploader."""
     from clipft.training.checkpointing import Saver
 
     clock, before = Clock(), Saver.save
@@ -113,7 +114,7 @@ def measure(name: str, data: Path, out: Path, steps: int, more: list[str]) -> Ro
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of the trained parameters, and of a checkpoint with AdamW's state of them."""
+    """Bytes of the trained parameters, and of a checkpoint with them and their AdamW state."""
 
     model: str
     tensors: int

@@ -2,17 +2,17 @@
 
     python tests/benchmarks/p9_scale.py [--work DIR] [--quick] [--sizes 10000,100000] [--json FILE]
 
-Draws pairs of 8 x 8 pixels into shards, and runs each command on them as a process of its own with
-one thread and a CLIP whose towers have one layer: what grows here is the work of clipft itself, and
-what a real model takes for each pair comes on top. Two processes run at a time, so seconds are
-processor time. Memory is the largest resident set of a process, which includes the files that it
-maps. What a command takes for 1,000 pairs is its start-up, and is subtracted before the exponent is
-fitted (least squares in the logarithms). A command that would take more than ``--minutes`` is not
-run: its figures follow from the sizes below, and are marked with ~.
+Draws pairs of 8 x 8 pixels into shards, and runs each command on them as its own process with one
+thread. The towers of the CLIP have one layer, so that the figures show the costs of clipft itself;
+the time and memory of a real model for each pair are not included. Two processes run at a time, so
+seconds are processor time. Memory is the largest resident set of a process, which includes its
+mapped files. The cost for 1,000 pairs counts as start-up, and is subtracted before the exponent is
+fitted (least squares of the logarithms). A command that would take more than ``--minutes`` is not
+run. Its figures are extrapolated from the smaller sizes and marked with ~.
 
-Figures are kept in DIR, so that a benchmark that was interrupted goes on with the command that it
-was at: it can be run in pieces. Drawing the pairs takes no part in the figures, and ``--draw`` does
-only that. A million pairs take 2 GB there, and what is made of them 2 GB.
+Figures are stored in DIR, and an interrupted benchmark continues with the same command, so that it
+can be run in parts. The time to draw the pairs is not included in the figures; ``--draw`` only
+draws them. A million pairs take 2 GB in DIR, and the results of the commands another 2 GB.
 """
 
 import argparse
@@ -46,16 +46,16 @@ from tests.benchmarks.side_by_side import arguments, write_figures
 SMALLEST, SIZES, QUICK = 1_000, "10000,100000,1000000", "2000"
 IN_SHARD, BATCH = 1_000, 1_024
 SIDE = 32
-"""Pixels of a side of the model's images, and dimensions of all that it computes."""
+"""The image size of the model in pixels, and all its dimensions."""
 MOST_EXPONENT = 1.1
 _LEAST_SECONDS, _LEAST_MIB = 0.5, 16.0
-"""Growth below this is noise: it gets no exponent."""
+"""Smaller growth is noise, and no exponent is fitted."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Processor seconds of a process and its children, elapsed seconds, and the peak of the largest
-    of them; ``measured`` is False for arithmetic."""
+    """Processor seconds of a process and its children, elapsed seconds, and the peak memory of the
+    largest process. ``measured`` is False if the cost was extrapolated."""
 
     cpu_s: float
     wall_s: float
@@ -68,7 +68,7 @@ Costs = dict[int, Cost]
 
 
 def draw(pool: Path, shard: int) -> Path:
-    """Write a shard of ``IN_SHARD`` pairs, unless it is there."""
+    """Write a shard of ``IN_SHARD`` pairs, unless it exists."""
     path = pool / f"{shard:06d}.tar"
     if path.exists():
         return path
@@ -88,7 +88,7 @@ def draw(pool: Path, shard: int) -> Path:
 
 
 def caption(number: int) -> str:
-    """One of 60,000 captions: in a larger set, more pairs share one."""
+    """Return one of 60,000 captions. In a larger set, more pairs share a caption."""
     things = ("chair", "table", "lamp", "sofa", "shelf", "stool")
     colors = ("red", "blue", "green", "oak", "black", "white", "brass", "gray", "pink", "teal")
     code = number * 7919 % 60_000
@@ -96,7 +96,7 @@ def caption(number: int) -> str:
 
 
 def lay_out(work: Path, pairs: int) -> Path:
-    """Return a folder of so many training pairs and one shard of validation pairs."""
+    """Return a folder with ``pairs`` training pairs and one shard of validation pairs."""
     data, pool = work / f"data-{pairs}", work / "pool"
     pool.mkdir(parents=True, exist_ok=True)
     numbers = {"train": range(-(-pairs // IN_SHARD)), "val": range(900_000, 900_001)}
@@ -151,8 +151,8 @@ def training(data: Path, out: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Command:
-    """``args`` makes the command line from the data folder and a folder for its results. Before it
-    the results in ``clean`` are deleted. With ``one_epoch`` it is asked to stop after an epoch."""
+    """``args`` makes the command line from the data folder and a folder for results. The results in
+    ``clean`` are deleted first. With ``one_epoch``, the command is stopped after an epoch."""
 
     name: str
     args: Callable[[Path, Path], list[str]]
@@ -161,7 +161,7 @@ class Command:
 
 
 FIRST = Command("index of the shards", lambda data, out: step("index", data))
-"""All others open this index."""
+"""All other commands open this index."""
 TRAINING = (
     Command("caption table", lambda data, out: step("captions", data)),
     Command("first batch", lambda data, out: step("first", data)),
@@ -214,11 +214,11 @@ PACK = Command(
     ("packed",),
 )
 CHAINS = (TRAINING, SEARCH, (INSPECT,), (PACK,))
-"""Commands of one chain run one after the other; the longest chains begin first."""
+"""Commands of a chain run one after another. The longest chains begin first."""
 
 
 def do_step(name: str, data: Path) -> None:
-    """Do what no command does alone."""
+    """Do one step that no command does alone."""
     if name == "model":
         make_model(data)
         return
@@ -265,7 +265,7 @@ def measure(command: Command, work: Path, pairs: int) -> Cost:
 
 
 def stop_after_an_epoch(process: "subprocess.Popen[bytes]", out: Path) -> None:
-    """Wait for the first checkpoint, and ask the process to stop."""
+    """Wait for the first checkpoint, and tell the process to stop."""
     while "\nState:\tZ" not in Path(f"/proc/{process.pid}/status").read_text():
         if any(out.glob("runs/*/*_checkpoint.pt")):
             os.kill(process.pid, signal.SIGTERM)
@@ -282,7 +282,7 @@ def growth(costs: Costs, value: Callable[[Cost], float], least: float) -> float 
 
 
 def estimated(costs: Costs, pairs: int) -> Cost:
-    """Extend the growth from the start-up to the last measured size, by the fitted exponent."""
+    """Extrapolate from the last measured size with the fitted exponent, or 1 if it is larger."""
     last = max(size for size, cost in costs.items() if cost.measured)
 
     def extended(value: Callable[[Cost], float], least: float) -> float:
@@ -329,7 +329,7 @@ def chosen() -> argparse.Namespace:
 
 
 class Figures:
-    """The costs that were measured so far, which are kept in a file."""
+    """The costs measured so far, which are stored in a file."""
 
     def __init__(self, work: Path) -> None:
         self._file, self._lock = work / "figures.json", threading.Lock()
@@ -352,7 +352,7 @@ class Figures:
 def run_commands(
     commands: Sequence[Command], work: Path, size: int, figures: Figures, wish: argparse.Namespace
 ) -> None:
-    """Run, one after the other, the commands whose cost is not known yet."""
+    """Run the commands whose cost is not known yet, one after another."""
     for command in commands:
         costs = figures.costs.get(command.name, {})
         if wish.only not in command.name or (size in costs and costs[size].measured):
@@ -366,7 +366,7 @@ def run_commands(
 def benchmark(work: Path, sizes: list[int], wish: argparse.Namespace) -> list[dict[str, Any]]:
     figures = Figures(work)
     if not (work / "model").exists():
-        # Not in this process: a child's peak memory begins with what its parent had
+        # In a new process, because a child's peak memory starts at that of its parent
         subprocess.run(step("model", work), check=True)
     for size in (SMALLEST, *sizes):
         lay_out(work, size)

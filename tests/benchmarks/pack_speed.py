@@ -1,9 +1,8 @@
 """Measure files per second from a folder of images and captions to shards.
 
-Compares `clipft pack` (hashes, verification, near-duplicates, honest split, shards) with a plain
-loop of Pillow and webdataset.ShardWriter in one process without checks and split. Both use the
-same files, image size and JPEG quality. The loop has one process; clipft runs with one, and then
-with all.
+Compares `clipft pack` (hashes, verification, near-duplicates, split by groups, shards) with a plain
+loop of Pillow and webdataset.ShardWriter without checks and split. Both use the same files, image
+size and JPEG quality. The loop has one process; clipft runs with one process, and then with all.
 
     python tests/benchmarks/pack_speed.py [--quick] [--photos DIR] [--json FILE]
 """
@@ -28,13 +27,13 @@ QUALITY = OPTIONS.quality
 
 
 def write_files(folder: Path, photos: Path | None, count: int) -> None:
-    """Write ``count`` JPEGs with distinct bytes, and captions: real photos repeated, or made-up
-    images of 500 x 500."""
+    """Write ``count`` JPEGs with distinct bytes, and captions. The images are the photos, repeated,
+    or generated ones of 500 x 500."""
     folder.mkdir(parents=True)
     found = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))] if photos else []
     pictures = found or [_textured(number) for number in range(64)]
     for number, data in zip(range(count), itertools.cycle(pictures), strict=False):
-        # Bytes after the end of a JPEG change its hash and nothing else
+        # Bytes after the end of a JPEG only change its hash
         (folder / f"{number:06d}.jpg").write_bytes(data + number.to_bytes(8, "big"))
         (folder / f"{number:06d}.txt").write_text(f"product number {number}")
 
@@ -61,7 +60,7 @@ def ours(files: Path, out: Path, size: int, processes: int, near: int = OPTIONS.
 
 
 def plain_loop(files: Path, out: Path, size: int) -> Work:
-    """The loop that people write themselves: open, decode, resize, save, into a ShardWriter."""
+    """A typical loop: open, decode, resize, save, into a ShardWriter."""
     import webdataset  # not at the top: it imports torch, which packing processes would load too
 
     def work() -> int:

@@ -1,4 +1,4 @@
-"""The peers that several benchmarks share, set up as their documentation shows."""
+"""The peers of several benchmarks, set up as in their documentation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ TINY = Path(clipft.models.__file__).parent / "tiny"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a benchmark computes: in fp32 on a CPU, under bf16 autocast elsewhere."""
+    """The device of a benchmark, which computes in fp32 on a CPU, and else with bf16 autocast."""
 
     device: str = "cpu"
     workers: int = 0
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Trainer arguments that only train and write nothing."""
+        """Arguments of a Trainer that only trains and writes nothing."""
         return {
             "save_strategy": "no",
             "report_to": "none",
@@ -38,7 +38,8 @@ CPU = Machine()
 
 
 def adapted(clip: Any) -> Any:
-    """``dual_lora``: LoRA on q and v of both encoders, and both projections in full."""
+    """Add the adapters of ``dual_lora``: LoRA on q and v of both encoders, and both projections in
+    full."""
     config = LoraConfig(
         r=16,
         lora_alpha=32,
@@ -50,7 +51,7 @@ def adapted(clip: Any) -> Any:
 
 
 def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The collator of transformers' CLIP example."""
+    """Collate samples as in transformers' CLIP example."""
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]} | {"return_loss": True}
 
 
@@ -63,7 +64,8 @@ def train_with_cached_loss(
     machine: Machine = CPU,
     scale: float = 100.0,
 ) -> None:
-    """sentence-transformers' cached loss in both directions, ``micro`` at a time."""
+    """Train with sentence-transformers' cached loss in both directions, ``micro`` pairs at a
+    time."""
     from datasets import Dataset
     from datasets import Image as ImageColumn
     from sentence_transformers import (
@@ -87,7 +89,7 @@ def train_with_cached_loss(
 
 
 def adapted_transformer(model: Path) -> Any:
-    """A sentence-transformers module around the CLIP with adapters in a folder."""
+    """Return a sentence-transformers module with the CLIP from a folder and added adapters."""
     from sentence_transformers.base.modules import Transformer
 
     module = Transformer(str(model))

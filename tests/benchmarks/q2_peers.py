@@ -1,8 +1,8 @@
 """Fine-tune the packaged tiny model with a peer, for q2_quality.py.
 
 Each peer trains LoRA (r = 16 on q and v of both encoders) and both projections in batches of 32
-pairs, and keeps its own defaults for schedule and decay. Images are resized once, before the first
-epoch. OUT receives the merged weights of the last epoch, as transformers opens them.
+pairs, with its own defaults for schedule and decay. Images are resized once, before the first
+epoch. The merged weights of the last epoch are written to OUT, for transformers.
 
     python tests/benchmarks/q2_peers.py PEER --data DIR --out OUT --epochs N --lr X --seed S
 """
@@ -38,7 +38,7 @@ def training_pairs(data: Path) -> list[Pair]:
 
 
 def with_trainer(pairs: list[Pair], out: Path, how: dict[str, Any]) -> Any:
-    """As in run_clip.py: the model's own loss over each batch, without augmentation."""
+    """Train as in run_clip.py: with the model's own loss over each batch, without augmentation."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     processor = CLIPImageProcessor.from_pretrained(TINY)
     clip = CLIPModel.from_pretrained(TINY)
@@ -66,7 +66,7 @@ def with_trainer(pairs: list[Pair], out: Path, how: dict[str, Any]) -> Any:
 
 
 def with_sentence_transformers(pairs: list[Pair], out: Path, how: dict[str, Any]) -> Any:
-    """Its cached loss in both directions, with the temperature of the model."""
+    """Train with its cached loss in both directions, with the temperature of the model."""
     processor = CLIPImageProcessor.from_pretrained(TINY)
     size = processor.crop_size["height"]
     images = [image.resize((size, size), Image.Resampling.BICUBIC) for image, _ in pairs]

@@ -1,10 +1,10 @@
-"""Q3: what bare ``clipft train`` gains on a catalogue, and what early stopping costs.
+"""Q3: measure the gain of ``clipft train`` with defaults, and the loss due to early stopping.
 
-Trains the packaged tiny model in every scenario on every catalogue, with nothing set but the
-folders, and compares it with the pretrained model on the test pairs, or on the validation pairs,
-which have chosen the epoch, if there are none. A run that was stopped early is done once more to
-its last epoch, so that its curve shows what each patience would have kept. Run the same command
-again to continue: what is finished in --out is not repeated.
+Trains the packaged tiny model in every scenario on every catalogue, with default settings, and
+compares it with the pretrained model on the test pairs. If there are none, the validation pairs are
+used, which have also chosen the epoch. A run that was stopped early is repeated to its last epoch,
+so that its curve shows the result of each patience. To continue, run the same command again;
+finished runs in --out are not repeated.
 
     python tests/benchmarks/q3_defaults.py --data furniture=DIR,garments=DIR --out DIR [--json FILE]
 """
@@ -34,8 +34,11 @@ PATIENCES = {"2": 2, "3": 3, "5": 5, "none": WITHOUT_END}
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean recall in percent on pairs that nothing was chosen by. ``clear``: the 95% interval of
-    the difference is above 0. ``cpu_s`` are those of training, over all cores."""
+    """Mean recall in percent on the test pairs, or on the validation pairs if there are none.
+
+    ``clear`` is true if the 95% interval of the difference is above 0. ``cpu_s`` is the processor
+    time of training over all cores.
+    """
 
     catalogue: str
     scenario: str
@@ -52,8 +55,8 @@ class Gain:
 
 @dataclass(frozen=True)
 class Kept:
-    """Best mean recall of the validation in percent, and the epochs that were run for it, with a
-    patience of so many epochs. ``default`` is what ``clipft train`` chooses."""
+    """Best mean recall of the validation in percent, and the number of epochs, for each patience in
+    epochs. ``default`` is the patience that ``clipft train`` chooses."""
 
     catalogue: str
     scenario: str
@@ -66,7 +69,7 @@ class Kept:
 
 
 def trained(data: Path, scenario: str, out: Path, *more: object) -> Path:
-    """Train, or continue, or do nothing if that is finished; return the run folder."""
+    """Train, or continue, or do nothing if the run is finished; return the run folder."""
     folder, cost = out / scenario, out / f"{scenario}_cost.json"
     if (folder / "result.json").exists():
         return folder
@@ -113,14 +116,15 @@ def gain(catalogue: str, data: Path, scenario: str, folder: Path) -> Gain:
 
 
 def curve(folder: Path) -> list[EpochResult]:
-    """The validation after each epoch that was trained."""
+    """Return the validation results after each epoch of training."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     epochs = [line for line in map(json.loads, lines) if line.pop("kind") == "epoch"]
     return [EpochResult(**epoch) for epoch in epochs if epoch["epoch"]]
 
 
 def until_stopped(epochs: Sequence[EpochResult], patience: int) -> tuple[float, int]:
-    """Return the best recall in percent that ``patience`` keeps, and the epochs that it runs."""
+    """Return the best recall in percent with ``patience``, and the number of epochs until it
+    stops."""
     stopping = EarlyStopping("recall", patience, Settings().min_delta)
     best = last = epochs[0]
     for last in epochs:
@@ -133,7 +137,7 @@ def until_stopped(epochs: Sequence[EpochResult], patience: int) -> tuple[float, 
 
 @dataclass(frozen=True)
 class Curve:
-    """The validations of a run that was not stopped early, and what each patience makes of them."""
+    """The validation results of a run without early stopping, and the results of each patience."""
 
     catalogue: str
     scenario: str
@@ -156,7 +160,7 @@ def kept_row(catalogue: str, scenario: str, steps: int, shown: dict[str, str]) -
 
 
 def mean_row(curves: Sequence[Curve]) -> Kept:
-    """What each patience loses in recall, in points, and the share of the epochs that it runs."""
+    """Return the mean loss of recall with each patience, in points, and its share of the epochs."""
     found, shown = [curve.kept() for curve in curves], dict[str, str]()
     for name in found[0]:
         lost = statistics.mean(kept[name][0] - kept["none"][0] for kept in found)
@@ -167,7 +171,7 @@ def mean_row(curves: Sequence[Curve]) -> Kept:
 
 
 def whole_run(row: Gain, data: Path, out: Path, more: Sequence[object]) -> Curve:
-    """The curve to the last epoch; a run that was stopped early is done once more for it."""
+    """Return the curve to the last epoch. A run that was stopped early is repeated for it."""
     folder = out / row.catalogue / row.scenario
     if read(folder / "result.json")["stopped_early"]:
         again = out / f"{row.catalogue}-to-the-end"
@@ -189,7 +193,7 @@ def main() -> None:
     pairs = (text.partition("=") for text in wish.data.split(","))
     catalogues = {name: Path(folder) for name, _, folder in pairs}
     more = ("--mini-train",) if wish.quick else ()
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a training that is ended saves its state
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the training process saves its state
     gains = list[Gain]()
     for scenario in wish.scenarios.split(","):
         for name, data in catalogues.items():

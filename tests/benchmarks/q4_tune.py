@@ -1,9 +1,9 @@
-"""Q4: ``clipft tune`` with a third of a grid's steps, against the best cell of the grid.
+"""Q4: compare ``clipft tune`` with a third of a grid's steps with the best cell of the grid.
 
-Runs a small grid with ``clipft ablate``, one seed, and then ``clipft tune`` over the same settings
-until it has taken a third of the grid's steps. The best mean recall on the validation pairs is
-compared, which is what both search for. Other options, such as --epochs 4, go to all runs. Run the
-same command again to continue.
+Runs a small grid with ``clipft ablate`` and one seed, and then ``clipft tune`` over the same
+settings until it has used a third of the grid's steps. Compares the best mean recall on the
+validation pairs, which both maximize. Other options, such as --epochs 4, are passed to all runs. To
+continue, run the same command again.
 
     python tests/benchmarks/q4_tune.py --data DIR --out DIR [--quick] [--json FILE] [OPTIONS]
 """
@@ -27,7 +27,7 @@ SHARE, GOAL = 1 / 3, 0.99
 
 @dataclass(frozen=True)
 class Searched:
-    """Mean recall in percent on the validation pairs, and the steps that were trained for it.
+    """Mean recall in percent on the validation pairs, and the number of steps trained for it.
 
     ``met``: with at most a third of the steps, ``tune`` reaches 99 % of the best cell.
     """
@@ -58,7 +58,7 @@ def grid(wish: argparse.Namespace, cells: dict[str, tuple[Any, ...]]) -> tuple[i
 def search(
     wish: argparse.Namespace, cells: dict[str, tuple[Any, ...]], most: float
 ) -> tuple[int, int, float]:
-    """Try one more trial at a time while another whole one would still be within the steps."""
+    """Add one trial at a time, as long as another complete trial fits into ``most`` steps."""
     where = ("--output-dir", wish.out / "tune", "--confirm", 1, "--search", ",".join(cells))
     where += ("--scenario", "dual_lora")
     found, tried = (0, 0, 0.0), 1

@@ -1,11 +1,11 @@
-"""Q5: what ``--preserve`` keeps of a model, and what that costs in gain.
+"""Q5: measure how much general recall ``--preserve`` keeps, and how much gain that costs.
 
-Fine-tunes the packaged tiny model on a catalogue of real photos, without a penalty and with some
-weights of it, and measures each model's last epoch on the catalogue's validation pairs, and on
-drawn scenes, which the tiny model was pretrained on. The general set of ``--preserve-data`` has
-other scenes. The weights that WiSE-FT finds between the pretrained and the free model stand
-beside. Nothing is chosen on any of these pairs. DIR holds train/ and val/ with NAME.jpg and
-NAME.txt.
+Fine-tunes the packaged tiny model on a catalogue of real photos, without the penalty and with
+several weights of it. Measures the last epoch of each model on the catalogue's validation pairs,
+and on drawn scenes like those of the tiny model's pretraining. The general set of
+``--preserve-data`` has other scenes. For comparison, weights between the pretrained and the free
+model are measured (WiSE-FT). Nothing is chosen by any of these pairs. DIR holds train/ and val/
+with NAME.jpg and NAME.txt.
 
     python tests/benchmarks/q5_preserve.py --photos DIR --out DIR [--quick] [--json FILE]
 """
@@ -36,9 +36,9 @@ from clipft.runs.load import load_fine_tuned
 from tools.pretrain_tiny.scenes import render_scene
 
 SCENES, KEPT = 1000, 500
-"""Scenes of the general set, and others that what is kept is measured on."""
+"""Numbers of scenes in the general set, and of other scenes for the measurement."""
 SCENE_SEED = 77
-"""Another one than the tiny model was pretrained with, so that it has seen none of them."""
+"""Not the seed of the tiny model's pretraining, so that all scenes are new to the model."""
 SEEDS = (1, 2, 3)
 FREE = "free"
 WAYS: dict[str, dict[str, object]] = {
@@ -53,8 +53,9 @@ ALPHAS = (0.25, 0.5, 0.75)
 class Row:
     """Means over the seeds, in points of mean recall, with 95 % intervals over the queries.
 
-    ``gain`` and ``kept`` are differences to the pretrained model, ``to_free`` of the gain to that
-    without a penalty. ``of_loss`` is the share of the free model's loss on the scenes.
+    ``gain`` and ``kept`` are differences to the pretrained model, on the catalogue and the scenes.
+    ``to_free`` is the difference of the gain to that of the free model, which has no penalty.
+    ``of_loss`` is the share of the free model's loss on the scenes.
     """
 
     way: str
@@ -105,7 +106,7 @@ class Measured:
 
 
 def measure(out: Path, seed: int, epochs: int) -> Iterator[tuple[str, Measured]]:
-    """Train all ways with a seed, and measure them, the pretrained model and those in between."""
+    """Train all ways with a seed. Measure them, the pretrained model and interpolated models."""
     settings = settings_of(FREE, seed, out, epochs)
     pretrained = load_model(settings, pretrained=True)
     inputs = pretrained.base.inputs
@@ -133,13 +134,14 @@ def measure(out: Path, seed: int, epochs: int) -> Iterator[tuple[str, Measured]]
 
 
 def resampled(found: Evaluation) -> np.ndarray:
-    """Mean recall in each resample."""
+    """Return mean recall in each resample."""
     parts = found.parts["paired"].values()
     return np.mean([part.resampled[name] for part in parts for name in RECALLS], axis=0)
 
 
 def difference(ones: Sequence[Evaluation], others: Sequence[Evaluation]) -> dict[str, float]:
-    """The mean over the seeds, with an interval over the queries: all met the same resamples."""
+    """Return the mean difference over the seeds, with an interval over the queries, which have the
+    same resamples in all evaluations."""
     pairs = list(zip(ones, others, strict=True))
     value = float(np.mean([one.recall() - other.recall() for one, other in pairs]))
     values = np.mean([resampled(one) - resampled(other) for one, other in pairs], axis=0)

@@ -1,9 +1,8 @@
-"""Time and peak memory of paired retrieval of random embeddings, in both directions.
+"""Measure time and peak memory of paired retrieval of random embeddings, in both directions.
 
-Compares clipft, in the memory that ``evaluation_memory`` allows by default, with the full matrix of
-scores and numpy's argsort, at the largest size whose matrix and order fit into ``--room`` GiB; then
-runs clipft alone at ``--pairs``. Each measurement is its own process. Memory is its peak beyond the
-embeddings.
+Compares clipft, with the default ``evaluation_memory``, with the full matrix of scores and numpy's
+argsort, at the largest size whose matrix and order fit into ``--room`` GiB. Then runs clipft alone
+at ``--pairs``. Each measurement has its own process. Memory is its peak without the embeddings.
 
     python tests/benchmarks/retrieval_scale.py [--pairs 200000] [--quick] [--json FILE]
 """
@@ -30,7 +29,7 @@ _PEER_BYTES = 16
 
 @dataclass(frozen=True)
 class Scale:
-    """Seconds and MiB (medians), and ``times_faster`` with its spread."""
+    """Medians in seconds and MiB, and ``times_faster`` with its spread."""
 
     pairs: int
     dimensions: int
@@ -64,7 +63,7 @@ def ours(images: torch.Tensor, texts: torch.Tensor) -> int:
 
 
 def peer(images: torch.Tensor, texts: torch.Tensor) -> int:
-    """As open_clip's ``get_clip_metrics``: all scores, all orders, the rank of the partner."""
+    """Rank as in open_clip's ``get_clip_metrics``: all scores, all orders, rank of the match."""
     scores, total = images.numpy() @ texts.numpy().T, 0
     for matrix in (scores, scores.T):
         order = np.argsort(-matrix, axis=1, kind="stable")

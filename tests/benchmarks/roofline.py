@@ -1,12 +1,12 @@
-"""The cost of a training step on one H100 by counting operators; no GPU is needed.
+"""Estimate the cost of a training step on one H100 by counting operators, without a GPU.
 
     python tests/benchmarks/roofline.py [--quick] [--json FILE]
 
 Both towers of clipft, in bf16 with random weights, encode 1,024 pairs with captions of 30 tokens on
-the fake card of ``tests/gpu/fake_card``. Products count at 500 TFLOP/s and everything else by the
-bytes that it moves at 2.6 TB/s, so the times are lower bounds and not measurements. ``recomputed``
-is the total if no activations are kept, ``launches`` counts operators, and ``saved`` is what a pair
-keeps for the backward pass.
+the fake card of ``tests/gpu/fake_card``. Products count at 500 TFLOP/s and all other operators by
+the bytes that they move at 2.6 TB/s, so the times are lower bounds and not measurements.
+``recomputed`` is the total if no activations are kept, ``launches`` counts operators, and ``saved``
+is the memory that a pair keeps for the backward pass.
 """
 
 import json
@@ -25,7 +25,7 @@ ON_CARD = "--on-the-fake-card"
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds and megabytes of one pair; launches of one step."""
+    """Microseconds and megabytes per pair, and launches per step."""
 
     model: str
     products_us: float

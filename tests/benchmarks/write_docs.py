@@ -1,8 +1,8 @@
 """Write the generated tables of the documentation.
 
-The tables of docs/benchmarks.md and README.md come from the JSON files of the benchmarks, and that
-of docs/guides/evaluate.md from the definitions in the code. A table is between ``<!-- NAME -->``
-and ``<!-- end -->``, where NAME is the name of its file.
+The tables in docs/benchmarks.md and README.md are made from the JSON files of the benchmarks, and
+the table in docs/guides/evaluate.md from the definitions in the code. A table is between
+``<!-- NAME -->`` and ``<!-- end -->``, where NAME is the name of its file.
 
     python tests/benchmarks/write_docs.py
 """
@@ -38,13 +38,13 @@ _SUMMARIZED = (
         "reading packed shards, against webdataset with transformers' processor",
     ),
 )
-"""File, row and task of each figure in the README."""
+"""The file, row and task of each figure in the README."""
 
 Rows = list[dict[str, Any]]
 
 
 def written(text: str) -> str:
-    """Return ``text`` with the tables of the JSON files."""
+    """Return ``text`` with the tables from the JSON files."""
 
     def table(found: "re.Match[str]") -> str:
         name = found.group(1)
@@ -103,7 +103,7 @@ def _shown(value: Any) -> str:
 
 
 def defined(text: str) -> str:
-    """Return ``text`` with the definitions of the figures as the code prints them."""
+    """Return ``text`` with the definitions of the figures from the code."""
     groups = {
         "paired": DEFINITIONS["paired"],
         "grouped": DEFINITIONS["grouped"],
