@@ -148,7 +148,7 @@ def _backed(config: Mapping[str, Any], end: int | None, why: str) -> Target:
     """
     vision, text = config["vision_cfg"], dict(config["text_cfg"])
     name = str(vision.get("timm_model_name") or "")
-    if config.keys() - _TOP or not re.fullmatch(r"[\w.]+", name):  # nor on the hub
+    if config.keys() - _TOP or not re.fullmatch(r"[\w.]+", name):  # or it is on the hub
         raise UnmappableError("its image tower is not timm's")
     both_ways = bool(text.pop("no_causal_mask", False))
     _check_text(text, end)
