@@ -33,9 +33,9 @@ EXPLANATION = (
     "variant, is clear if the p-value of the paired t-test, "
     "adjusted by Holm's method for the number of variants, is below 0.05. Grouped R@10 is the "
     "share of all images with a caption (or all captions of an image) that are among the first 10. "
-    "The test recall is the mean recall on the test pairs, by which nothing is chosen. Time is "
-    "counted from the first batch, as the mean of the runs, and memory is the highest peak of any "
-    "run."
+    "The test recall is the mean recall on the test pairs, which are not used to choose anything. "
+    "Time is counted from the first batch, as the mean of the runs, and memory is the highest peak "
+    "of any run."
 )
 
 FIGURES = ("runs", "mean recall", "gain", "test recall", "text→image R@10", "image→text R@10")

@@ -85,8 +85,8 @@ class Found:
         shared = {i.number for i in self.pretrained} & {i.number for i in self.fine_tuned}
         only = len(self.fine_tuned) - len(shared)
         if not only:
-            return "Both models find the same images, in another order."
-        return f"{only} of {counted(len(self.fine_tuned), 'image')} are found by one model only."
+            return "Both models find the same images, in a different order."
+        return f"{only} of {counted(len(self.fine_tuned), 'image')} are found by only one model."
 
 
 @dataclass(frozen=True)

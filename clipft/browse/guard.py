@@ -52,12 +52,12 @@ class Guard:
         name = scope["path"].lstrip("/").partition("/")[0]
         # The port is ignored, because it may differ behind an ssh tunnel
         if headers.get("host", "").partition(":")[0] not in _LOCAL:
-            return _refuse("The page is only for this machine.")
+            return _refuse("This page can only be opened on this machine.")
         if self._ticket and scope["method"] == "GET" and _equal(name, self._ticket):
             self._ticket = ""
             return RedirectResponse(f"/{self._token}/", 303)
         if not _equal(name, self._token):
-            return _refuse("Open the address that clipft browse has printed.")
+            return _refuse("Open the address that clipft browse printed.")
         if changes and not _equal(headers.get(TOKEN_HEADER, ""), self._token):
             return _refuse(f"The request needs the token in {TOKEN_HEADER}.")
         return self._app

@@ -130,7 +130,9 @@ class Judging:
             found = self._comparison.by_words(caption, own=number)
             if not found.same:
                 return self.start(found)
-        raise UsageError("no other caption was found on which the models differ", "type a query")
+        raise UsageError(
+            "found no other caption for which the models give different results", "type a query"
+        )
 
     def judge(self, name: str, choice: str) -> Trial:
         """Record the verdict of a trial, and return the trial.
@@ -142,7 +144,10 @@ class Judging:
         with self._lock:
             trial = self._trials.get(name)
             if trial is None:
-                raise UsageError("this comparison was judged already, or is gone", "start another")
+                raise UsageError(
+                    "this comparison was already judged, or is no longer available",
+                    "start another one",
+                )
             outcome, query = trial.outcome(choice), trial.found.query
             judgment = Judgment(
                 query=query.name,

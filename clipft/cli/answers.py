@@ -109,7 +109,7 @@ def tune_answer(content: dict[str, Any], all_trials: bool) -> Iterator[Renderabl
     yield trials_table(ranked(content["trials"]), None if all_trials else _TRIALS)
     if content["mattered"]:
         shares = [f"{name} {share:.0%}" for name, share in content["mattered"].items()]
-        yield f"What mattered (PED-ANOVA): {', '.join(shares[:_MATTERED])}."
+        yield f"Most important settings (PED-ANOVA): {', '.join(shares[:_MATTERED])}."
 
 
 def say_more(out: Output, options: FigureOptions, report: str = "", command: str = "") -> None:
@@ -123,7 +123,7 @@ def say_more(out: Output, options: FigureOptions, report: str = "", command: str
     """
     flags: Sequence[tuple[bool, str]] = (
         (options.all, "--all shows every figure"),
-        (options.definitions, "--definitions says what they mean"),
+        (options.definitions, "--definitions explains them"),
     )
     more = [words for shown, words in flags if not shown]
     if more and command:

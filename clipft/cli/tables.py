@@ -257,7 +257,7 @@ def variants_table(variants: Sequence[Json], most: int | None = None) -> Table:
     seeds = max(variant["runs"] for variant in variants)
     table = FigureTable(
         f"Validation, {counted(len(variants), 'variant')}, {counted(seeds, 'seed')}: mean recall, "
-        "and differences of it",
+        "and differences in it",
         *("variant", RECALL_NAME, "to pretrained", "to the best"),
         caption=f"{counted(hidden, 'more variant')}: --all" if hidden else "",
     )

@@ -192,7 +192,7 @@ def test_the_answer_fits_a_terminal(tmp_path):
     best = ranked(content["trials"])[0]
     row = next(line for line in lines if line.split()[:1] == [str(best["number"])])
     assert f"{100 * best['recall']:.1f}%" in row
-    assert "What mattered (PED-ANOVA): lr 50%, lora_targets 30%, wd 20%." in lines
+    assert "Most important settings (PED-ANOVA): lr 50%, lora_targets 30%, wd 20%." in lines
 
 
 def test_trials_are_ranked_with_those_that_failed_last(tmp_path):

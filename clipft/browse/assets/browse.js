@@ -134,7 +134,7 @@
       trial ??= judged;
       return;
     }
-    const said = { a: "A is better", b: "B is better", same: "both are as good", neither: "neither is useful" };
+    const said = { a: "A is better", b: "B is better", same: "both are equally good", neither: "neither is useful" };
     show(content);
     showTally(content.tally);
     $("asked").focus({ preventScroll: true });

@@ -128,7 +128,8 @@ def ablate(
         if isinstance(value, dict):
             meant = did_you_mean(name, [_TABLE], lambda table: f"[{table}]")
             hint = (
-                meant or f"settings stand at the top of the file, and [{_TABLE}] is its only table"
+                meant
+                or f"write settings at the top of the file; [{_TABLE}] is the only table in it"
             )
             raise UsageError(f"unknown table [{name}] in {file}", hint)
     # Only what the user has set, so that each scenario can bring defaults of its own
@@ -240,7 +241,7 @@ class TuneOptions(Section):
     title = "Search"
     budget: str = setting(
         "1h",
-        "How long to search, as a time for everything (30m, 2h), or as a number of trials (20).",
+        "How long to search: a total time (30m, 2h) or a number of trials (20).",
         metavar="TIME|N",
     )
     search: list[str] = setting(
@@ -284,13 +285,13 @@ class TuneOptions(Section):
 def tune(loaded: LoadedSettings, options: TuneOptions, out: Output) -> None:
     """Search for better settings within a budget.
 
-    The first trial is what `clipft train` would do. The next ones change what you have not set,
-    a setting of the best trial at a time, and later ones are chosen by Optuna. Trials that fall
-    behind are stopped early. At the end, the best one and the defaults are trained with several
-    seeds, the validation pairs decide between them, and the test pairs say by how much it is
-    better. A soup, the mean of the best runs' weights, is the last candidate. Each trial is a
-    normal run, in --output-dir. Run the same command again to continue after a stop, or with a
-    larger --budget. Needs Optuna: pip install 'clipft[tune]'.
+    The first trial is what `clipft train` would do. The next ones each change one setting of the
+    best trial that you have not set, and Optuna chooses later ones. Trials that fall behind are
+    stopped early. At the end, the best one and the defaults are trained with several seeds, the
+    validation pairs decide between them, and the test pairs show the difference. A soup, the mean
+    of the best runs' weights, is the last candidate. Each trial is a normal run, in --output-dir.
+    Run the same command again to continue after a stop, or with a larger --budget. Needs Optuna:
+    pip install 'clipft[tune]'.
 
     Examples:
 

@@ -56,8 +56,8 @@ def browse(
 
     Opens a page in the browser that searches the images by words or by a picture, with the
     pretrained and the fine-tuned model, and marks what only one of them finds. Judged blind, the
-    two lists are shown as A and B in random order; the run folder keeps the tally. Only this
-    machine can reach the page. Ctrl-C or closing the terminal ends it.
+    two lists appear as A and B in random order; the run folder keeps the result. Only this machine
+    can reach the page. Ctrl-C or closing the terminal ends it.
 
     Examples:
 

@@ -114,19 +114,16 @@ class CacheOptions(Section):
     all: bool = setting(False, "Show every item, not only the kinds.")
     prune: bool = setting(
         False,
-        "Remove what the options below choose: all that they do not spare. What is removed is "
-        "made or downloaded again when it is needed.",
+        "Remove the items that the options below select; without any, all items. They are made "
+        "or downloaded again when they are needed.",
     )
     kind: tuple[str, ...] = setting(
         (), "Only items of this kind. May be repeated.", metavar="KIND", choices=tuple(CACHES)
     )
-    unused_days: float = setting(
-        0, "Only items that were not used for so many days.", unit="days", ge=0
-    )
+    unused_days: float = setting(0, "Only items not used for this many days.", unit="days", ge=0)
     keep: float | None = setting(
         None,
-        "Only as much as is needed for the cache to have at most this size, in GiB, beginning "
-        "with what was last used longest ago.",
+        "Only the least recently used items, until the cache has at most this size, in GiB.",
         unit="GiB",
         ge=0,
     )
@@ -139,7 +136,7 @@ def cache(options: CacheOptions, out: Output) -> None:
     The cache keeps what is slow to compute or to download: features of frozen encoders, embeddings
     of images, tokens of captions, converted models, pairs from buckets. Without --prune, nothing
     is removed, and the options choose what is shown. The folder is CLIPFT_CACHE, or clipft in the
-    user's cache folder. The setting cache_limit bounds what is computed.
+    user's cache folder. The setting cache_limit limits the computed data.
 
     Examples:
 
@@ -151,7 +148,7 @@ def cache(options: CacheOptions, out: Output) -> None:
     """
     if unknown := [kind for kind in options.kind if kind not in CACHES]:
         raise UsageError(
-            f"there is no kind of cache {unknown[0]!r}",
+            f"unknown kind of cache {unknown[0]!r}",
             did_you_mean(unknown[0], CACHES) or f"choose from {', '.join(CACHES)}",
         )
     keep = None if options.keep is None else int(options.keep * 2**30)

@@ -30,7 +30,7 @@ class EvaluateOptions(Details):
     title = "Evaluation"
     keep: Path | None = setting(
         None,
-        "A general set: other pairs, on which to measure what fine-tuning has cost.",
+        "A general set: other pairs, to measure what the model lost by fine-tuning.",
         metavar="DATA",
     )
     interpolate: str | None = setting(
@@ -80,11 +80,11 @@ def evaluate(
     Shows the main figures of retrieval with 95% intervals. --all shows every figure: both
     directions, for single pairs, for groups of pairs and by category.
 
-    A data set with a test/ folder is measured on it, because the validation pairs have chosen the
-    best epoch; otherwise on the validation pairs. --keep measures the same on a general set.
+    Measures on the test pairs if there are any, because the best epoch was chosen on the validation
+    pairs; otherwise on the validation pairs. --keep measures the same on a general set.
     --interpolate measures points between the pretrained and the fine-tuned weights, always on the
-    validation pairs. If CHECKPOINT is a run folder, these results are also
-    saved in it, as kept.json and interpolation.json.
+    validation pairs. If CHECKPOINT is a run folder, these results are also saved in it, as
+    kept.json and interpolation.json.
 
     Examples:
 

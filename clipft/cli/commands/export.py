@@ -132,7 +132,7 @@ def export(
     data_dir = (checked_on if data_given else opened.settings).data_dir
     # `clipft search` opens these two formats
     whole = written.folders.get("transformers") or written.folders.get("sentence-transformers")
-    following = ("search", whole, data_dir, "what you look for")
+    following = ("search", whole, data_dir, "what you are looking for")
     end(out, {"model card": folder / "README.md"}, following if whole and data_dir.exists() else ())
 
 
@@ -145,14 +145,14 @@ def _table(written: "Written", page: str | None) -> "Table":
         rows.append([name, str(folder), f"{size / 2**20:.1f} MiB"])
     for name, check in written.checks.items():
         pairs = counted(check.pairs, "pair")
-        rows.append([f"difference of {name} and torch", f"{check.worst:.1e} at most", pairs])
+        rows.append([f"difference between {name} and torch", f"{check.worst:.1e} at most", pairs])
         if "not run" in check.checked_with:
             rows.append([f"{name} was checked with", check.checked_with, ""])
         if name in written.reduced:
             rows += _precision_rows(written.reduced[name])
     if written.open_clip is not None:
         found = f"{written.open_clip:.1e} at most"
-        rows.append(["difference of open_clip and torch", found, ""])
+        rows.append(["difference between open_clip and torch", found, ""])
     if page:
         rows.append(["pushed to", page, ""])
     return rows_table("Exported", ["", ""], rows, texts={0})

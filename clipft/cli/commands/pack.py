@@ -45,10 +45,10 @@ def pack(
     """Pack files, a table or shards into WebDataset shards.
 
     A pair is an image with a caption: chair.jpg and chair.txt, optionally with metadata in
-    chair.json. Each line of the .txt is a caption of the image. The files may be in folders or
-    in .tar shards. A table (CSV, TSV, JSONL, Parquet) has one pair in each row, with the caption
-    or a list of captions, and the path or URL of the image. A folder may also be laid out as data
-    sets of the Hugging Face Hub, COCO or Flickr30k are, or as save_to_disk of datasets leaves it.
+    chair.json. Each line of the .txt is a caption of the image. The files may be in folders or in
+    .tar shards. A table (CSV, TSV, JSONL, Parquet) has one pair in each row, with the caption or a
+    list of captions, and the path or URL of the image. A folder may also have the layout of data
+    sets of the Hugging Face Hub, COCO or Flickr30k, or that of save_to_disk of datasets.
 
     If SRC has folders for training, validation (val, validation, valid, dev) or test, the pairs
     keep that split. Otherwise clipft splits them so that no image, near-duplicate image or caption

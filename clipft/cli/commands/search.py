@@ -210,7 +210,7 @@ class EmbedOptions(Section):
     dim: int = setting(
         0,
         "Keep the first N dimensions of each vector, at unit length. 0: all of them. A model that "
-        "was not trained with --matryoshka loses much by it.",
+        "was not trained with --matryoshka gets much worse.",
         metavar="N",
         ge=0,
     )

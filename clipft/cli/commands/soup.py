@@ -51,8 +51,8 @@ def soup(
     the best run and with the pretrained model, on the test pairs if there are any.
 
     All runs must have begun with the same model and have trained on the same pairs. Whole weights
-    are averaged one by one. LoRA adapters are put side by side, so that the soup is a LoRA model of
-    the sum of their ranks, whose change is exactly the mean of theirs.
+    are averaged one by one. LoRA adapters are joined: the rank of the soup is the sum of their
+    ranks, and its change to the weights is exactly the mean of theirs.
 
     --output-dir receives best.pt and soup.json, and evaluate, search and export take it like a run.
 
@@ -103,7 +103,7 @@ def _members(runs: list[Path], loaded: LoadedSettings, target: Path) -> "list[Me
         members.append(Member(run, checkpoint, settings))
         contents.append(content)
     if len(members) < 2:
-        raise UsageError("a soup needs at least two runs", "name more of them")
+        raise UsageError("a soup needs at least two runs", "name more runs")
     check_mixable(members, contents)
     for split in ("val", "auto"):
         check_evaluation_pairs(members[0].settings, split)
@@ -122,7 +122,7 @@ def _answer(found: "Soup", result: dict[str, Any]) -> Iterator[Any]:
 
     pairs = SPLIT_TITLES[found.split].lower()
     chosen = found.split == "val" and not found.uniform
-    which = ", which have chosen the runs" if chosen else ""
+    which = ", on which the runs were chosen" if chosen else ""
     yield _verdict(result, f"the {pairs} pairs{which}")
     table = FigureTable(
         f"On the {pairs} pairs: {found.soup.pairs:,}",

@@ -146,12 +146,12 @@ class DataSettings(Section):
     )
     feature_cache: bool = setting(
         True,
-        "Cache on disk what frozen encoders compute from inputs that are the same in every epoch.",
+        "Cache on disk outputs of frozen encoders for inputs that are the same in every epoch.",
     )
     cache_limit: float | None = setting(
         None,
-        "Largest size of what is computed and cached, in GiB. When a command ends, what was last "
-        "used longest ago is removed. Default: no limit; see `clipft cache`.",
+        "Largest size of the computed data in the cache, in GiB. When a command ends, the least "
+        "recently used are removed. Default: no limit; see `clipft cache`.",
         unit="GiB",
         ge=0,
     )
@@ -172,14 +172,14 @@ class DataSettings(Section):
     )
     max_train_pairs: int = setting(
         0,
-        "Train on this many pairs at most, from the first one on. 0: on all.",
+        "Train on at most this many pairs, starting from the first. 0: all.",
         "fixed",
         unit="pairs",
         ge=0,
     )
     max_val_pairs: int = setting(
         0,
-        "Validate on this many pairs at most, from the first one on. 0: on all.",
+        "Validate on at most this many pairs, starting from the first. 0: all.",
         "fixed",
         unit="pairs",
         ge=0,

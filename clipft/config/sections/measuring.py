@@ -40,9 +40,9 @@ class EvaluationSettings(Section):
 
     evaluation_queries: int = setting(
         20_000,
-        "Measure with the captions and images of this many pairs at most as queries, drawn by the "
-        "seed. Each is ranked among all candidates. 0: all are queries, in a time that grows with "
-        "the square of the pairs.",
+        "Use the captions and images of at most this many pairs as queries, drawn by the seed. All "
+        "pairs remain candidates. 0: use all as queries; the time then grows with the square of "
+        "the number of pairs.",
         "fixed",
         unit="pairs",
         ge=0,
@@ -68,7 +68,7 @@ class TrackingSettings(Section):
         metavar="NAME,...",
     )
     track_project: str = setting(
-        "clipft", "MLflow experiment, and Trackio project, that the run is added to."
+        "clipft", "MLflow experiment or Trackio project to add the run to."
     )
 
     @field_validator("track")

@@ -32,8 +32,8 @@ class ModelSettings(Section):
     )
     context_length: int = setting(
         0,
-        "Tokens of a caption that are read; the rest is cut off. 0: as many as the model was "
-        "published with. Where that is less, its position embeddings are stretched.",
+        "Tokens of a caption that the model reads; the rest is cut off. 0: as published. For more "
+        "tokens than that, its position embeddings are stretched.",
         "fixed",
         unit="tokens",
         ge=0,
@@ -41,7 +41,7 @@ class ModelSettings(Section):
     )
     image_size: int = setting(
         0,
-        "Side of the images that the model sees. 0: as the model was published; otherwise its "
+        "Side of the images that the model reads, in pixels. 0: as published; otherwise its "
         "position embeddings are resampled.",
         "fixed",
         unit="pixels",
@@ -127,8 +127,8 @@ class LossSettings(Section):
     )
     hard_negatives: int = setting(
         0,
-        "Number of look-alikes that join an image in its step: the nearest images of other "
-        "products, which are told apart by group_field. 0: steps are drawn at random.",
+        "Number of look-alikes to put in the same step as an image: the nearest images of other "
+        "products, according to group_field. 0: steps are drawn at random.",
         "fixed",
         unit="images",
         ge=0,
@@ -136,9 +136,9 @@ class LossSettings(Section):
     )
     hard_negatives_by: Literal["pretrained", "current"] = setting(
         "pretrained",
-        "Embeddings by which --hard-negatives finds look-alikes. pretrained: those of the "
-        "pretrained model, once before the first step; current: those of the model in training, "
-        "anew before each epoch.",
+        "Embeddings that --hard-negatives compares. pretrained: those of the pretrained model, "
+        "computed once before the first step; current: those of the model in training, computed "
+        "before each epoch.",
         "fixed",
     )
     logit_scale: Literal["auto", "frozen", "trained"] = setting(
@@ -150,21 +150,21 @@ class LossSettings(Section):
     preserve: float = setting(
         0.0,
         "Weight of a penalty on how far embeddings move away from those of the pretrained model, "
-        "so that less of what it knew is forgotten. 0: no penalty.",
+        "so that the model forgets less. 0: no penalty.",
         "fixed",
         metavar="W",
         ge=0,
     )
     preserve_data: Path | None = setting(
         None,
-        "A general set: other pairs (train/*.tar in this folder) whose embeddings --preserve "
-        "holds. Default: the training pairs.",
+        "A general set: other pairs (train/*.tar in this folder) on which --preserve is "
+        "computed. Default: the training pairs.",
         metavar="DATA",
     )
     matryoshka: str = setting(
         "",
-        "Numbers of dimensions, such as 256,128, at which embeddings that are cut off there shall "
-        "be good as well. The loss is the mean over these and all dimensions.",
+        "Also train embeddings that are cut off after these numbers of dimensions, such as "
+        "256,128. The loss is the mean over these and all dimensions.",
         "fixed",
         metavar="N,...",
     )

@@ -18,8 +18,8 @@ class OptimSettings(Section):
     title = "Optimization"
     epochs: int = setting(
         10,
-        "Passes over the training pairs. If not set, more for a small catalogue, as a run needs "
-        "some 300 steps.",
+        "Passes over the training pairs. If not set, more for a small catalogue: a run needs about "
+        "300 steps.",
         "fixed",
         unit="epochs",
         ge=1,
@@ -63,7 +63,7 @@ class OptimSettings(Section):
     )
     lr: float = setting(
         1e-4,
-        f"Peak learning rate. If not set, {_SCENARIO_RATES}; a base model may bring its own in the "
+        f"Peak learning rate. If not set, {_SCENARIO_RATES}; a base model may set its own in the "
         "file clipft.json of its folder.",
         "fixed",
         ge=0,
