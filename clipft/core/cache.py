@@ -17,10 +17,10 @@ from clipft.core.common import expand_home
 from clipft.core.errors import StorageError
 
 CACHES = {
-    "features": ("*", "what frozen encoders computed, for training"),
+    "features": ("*", "outputs of frozen encoders, for training"),
     "pictures": ("*", "embeddings of images, for search and browse"),
     "captions": ("*", "tokens of captions"),
-    "indexes": ("*", "places of the pairs in shards that lie in read-only folders"),
+    "indexes": ("*", "indexes of shards in read-only folders"),
     "open_clip": ("*", "models converted from open_clip"),
     "s3": ("*", "pairs downloaded from a bucket"),
     "batch sizes": ("batch_sizes.json", "results of find-batch-size"),

@@ -63,8 +63,9 @@ def label_remarks(train: PairDataset, val: PairDataset, field: str) -> list[str]
     if not unknown:
         return []
     return [
-        f"{unknown} of {counted(len(wanted), 'label')} of the validation pairs are on no training "
-        f"pair: pack them with --label-field {field}, which puts each label into each split"
+        f"{unknown} of {counted(len(wanted), 'label')} of the validation pairs are missing from "
+        f"the training pairs: pack them with --label-field {field}, which puts each label into "
+        "each split"
     ]
 
 

@@ -125,7 +125,7 @@ def next_batch(batches: Iterator[Any], under_way: UnderWay) -> Any:
     except RuntimeError as error:
         if "DataLoader" not in str(error):  # torch's message for a dead or hung worker has this
             raise
-        at = f"; under way were {under_way}" if str(under_way) else ""
+        at = f"; in progress: {under_way}" if str(under_way) else ""
         raise DataError(
             f"a data worker died or hung: {' '.join(str(error).split())}{at}",
             "use fewer --num-workers if memory is short, or a larger --worker-timeout if the "

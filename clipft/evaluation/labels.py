@@ -80,7 +80,8 @@ def choose_labels(
     notes = []
     if missing:
         notes.append(
-            f"{len(missing)} of {counted(len(chosen), 'label')} are on no pair: {_listed(missing)}"
+            f"{len(missing)} of {counted(len(chosen), 'label')} were not found on any pair: "
+            f"{_listed(missing)}"
         )
     if unnamed:
         left_out = sum(folded(name) not in chosen for name in found if name)

@@ -46,7 +46,7 @@ class Request:
         """
         if frontier and not (keep and interpolate):
             raise UsageError(
-                "--frontier compares runs by gain and by retention, with points in between",
+                "--frontier needs a general set and points between the two models",
                 "add --keep DATA and --interpolate 0:1:0.1",
             )
         if at is not None and not 0 <= at <= 1:

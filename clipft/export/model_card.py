@@ -281,8 +281,7 @@ def _results(facts: CardFacts) -> str:
 def _limits(facts: CardFacts) -> str:
     measured = (
         "The figures hold for images and texts like those of the validation pairs. Fine-tuning may "
-        "have cost the model some of what it knew about other subjects, so measure it before you "
-        "use it there."
+        "have made the model worse on other subjects, so measure it there before you use it."
         if facts.settings
         else "These are the pretrained weights. Nothing was measured for this card."
     )

@@ -101,7 +101,7 @@ def check_open_clip(folder: Path, clip: Any, base: PretrainedModel) -> float | N
     difference = difference_of_folder(folder, clip, base.inputs.tokenizer)
     if not difference < TOLERANCE:
         raise ModelError(
-            f"open_clip gives other embeddings: components differ by up to {difference:.1e}",
+            f"open_clip gives different embeddings: components differ by up to {difference:.1e}",
             "nothing was exported; use --format transformers, and please report this model",
         )
     return difference

@@ -40,7 +40,7 @@ def check_target(out: Path) -> None:
     exported = "format" in mark  # the file of a base model has only learning rates
     if out.is_dir() and not exported and any(out.iterdir()):
         raise UsageError(
-            f"{out} is not empty, and no {MARK} in it says that it is an earlier export",
+            f"{out} is not empty, and is not an earlier export: it has no {MARK}",
             "name a folder that does not exist yet",
         )
     check_writable(out.with_name(f".{out.name}.part"))

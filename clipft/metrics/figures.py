@@ -118,7 +118,7 @@ def verdict(recall: Json) -> str:
         return f"No clear difference: mean recall went {moved} ({points})."
     if change["value"] > 0:
         return f"Fine-tuning helped: mean recall rose {moved} ({points})."
-    return f"Fine-tuning did harm: mean recall fell {moved} ({points})."
+    return f"Fine-tuning hurt: mean recall fell {moved} ({points})."
 
 
 def as_figure(spread: Json) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def check_weights(name: str, found: Mapping[str, Any], config: str = "config.jso
         raise ModelError(
             f"{name} is not complete: {_are(len(missing), 'of the model ')} not in the file, where "
             f"names begin with {prefix!r}: {first_names(missing)}",
-            "save the model itself again, without what it was wrapped in",
+            "save the model itself again, without its wrapper",
         )
     wrong = []
     if missing:
@@ -91,13 +91,13 @@ def check_normalization(name: str, processor: Any) -> None:
         if not (numbers and len(values) == 3 and (key == "image_mean" or min(values) > 0)):
             raise ModelError(
                 f"the image processor of {name} cannot normalize images: {key} is {values}",
-                "restore preprocessor_config.json from where the model comes from",
+                "copy preprocessor_config.json from the original model",
             )
     if not known:
         raise ModelError(
             f"the image processor of {name} is not described: preprocessor_config.json is empty or "
             "not a JSON object",
-            "restore preprocessor_config.json from where the model comes from",
+            "copy preprocessor_config.json from the original model",
         )
 
 
@@ -114,7 +114,7 @@ def check_tokenizer(name: str, tokenizer: Any, vocab_size: int, pools_at_end: bo
         ModelError: the tokenizer is missing, or does not fit the model.
     """
     files = ", ".join(dict.fromkeys(["tokenizer.json", *tokenizer.vocab_files_names.values()]))
-    restore = f"restore the tokenizer's files ({files}) from where the model comes from"
+    restore = f"copy the tokenizer's files ({files}) from the original model"
     ids = [tuple(row) for row in tokenizer(list(_SAMPLES))["input_ids"]]
     if len(set(map(frozenset, ids))) == 1:
         raise ModelError(

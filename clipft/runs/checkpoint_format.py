@@ -163,7 +163,7 @@ class _ValuesUnpickler(pickle.Unpickler):
             return OrderedDict
         if module.partition(".")[0] == "torch":
             return Weight
-        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+        raise pickle.UnpicklingError(f"{module}.{name} is not a plain value")
 
     def persistent_load(self, identity: Any) -> Any:
         return None  # the numbers of a tensor are in a record of their own

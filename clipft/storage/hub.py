@@ -184,5 +184,5 @@ def _push_errors(repo: str) -> Iterator[None]:
             raise ModelError(f"cannot push to {repo}: the hub answers {status}", login) from error
         raise ModelError(
             f"cannot push to {repo}: {type(error).__name__}: {first_line(error)}",
-            f"{_REACH}; leave out --push to keep the files here alone",
+            f"{_REACH}; leave out --push to keep the files on this machine only",
         ) from error

@@ -246,8 +246,8 @@ def _open_data(
         remarks = data_remarks(train, val, captions, inputs.context_length)
         if 0 < settings.evaluation_queries < len(val):
             remarks.append(
-                f"validation has {settings.evaluation_queries:,} of {counted(len(val), 'pair')} as "
-                "queries; --evaluation-queries 0 takes all"
+                f"validation uses {settings.evaluation_queries:,} of {counted(len(val), 'pair')} "
+                "as queries; --evaluation-queries 0 uses all"
             )
         if settings.fields:
             field = CaptionTemplate.of(settings).first
@@ -286,6 +286,6 @@ def _check_same_everywhere(processes: Processes, loaded: LoadedModel, train: Pai
         differing = [what for what in ours if theirs[what] != ours[what]]
         if differing:
             raise UsageError(
-                f"process {rank} has another {differing[0]} than process {processes.rank}",
+                f"process {rank} has a different {differing[0]} than process {processes.rank}",
                 "give all machines the same model folder and the same shards",
             )

@@ -105,7 +105,7 @@ def verdict(chosen: Trial, best: Trial, comparison: Json, figures: Json) -> str:
         moved = f"from {100 * before:.1f}% to {100 * after:.1f}% ({_with_interval(change)})"
         words = f"{subject} {moved}, over {counted(figures['seeds'], 'seed')}."
     if figures["split"] == "val" and chosen.number:
-        words += " These pairs have chosen it, so it may look better than it is."
+        words += " It was chosen on these pairs, so it may look better than it is."
     return words
 
 

@@ -143,7 +143,7 @@ def test_train_ends_with_one_screen(terminal, after):
     lines = terminal()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80, lines
     text = "\n".join(lines)
-    start = "Fine-tuning helped: mean recall rose" if after == 1 else "Fine-tuning did harm"
+    start = "Fine-tuning helped: mean recall rose" if after == 1 else "Fine-tuning hurt"
     assert lines[0].startswith(start)
     assert "Best epoch: 12" in text and "skipped 3 bad pairs" in text
     assert "Next: clipft evaluate checkpoints/dual_lora --data-dir catalogue" in text
@@ -201,7 +201,7 @@ def test_the_terminal_and_the_report_show_the_same_figures_in_the_same_words():
     ("change", "words"),
     [
         ({"value": 0.1, "low": 0.02, "high": 0.2, "clear": True}, "Fine-tuning helped: "),
-        ({"value": -0.1, "low": -0.2, "high": -0.02, "clear": True}, "Fine-tuning did harm: "),
+        ({"value": -0.1, "low": -0.2, "high": -0.02, "clear": True}, "Fine-tuning hurt: "),
         ({"value": 0.1, "low": -0.1, "high": 0.2, "clear": False}, "No clear difference: "),
         ({"value": 0.1}, "Mean recall went from 20.0% to 30.0% (+10.0 points)."),
     ],

@@ -77,7 +77,7 @@ REFUSED = {
     "report {files}": (UsageError, "no run in {files}"),
     # folders that are taken
     "train --data-dir {data} --model tiny --output-dir {taken}": (UsageError, "in progress in"),
-    "export tiny {files}": (UsageError, "that it is an earlier export"),
+    "export tiny {files}": (UsageError, "and is not an earlier export"),
     "pack {data} {files}": (UsageError, "holds no earlier pack"),
     "search tiny {data} lamp --html {files}": (UsageError, "is a folder"),
     "zero-shot --model tiny --data-dir {data} --save-classifier {files}": (

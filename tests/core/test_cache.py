@@ -121,7 +121,7 @@ def test_the_command_shows_and_prunes(cache, capsys):
     assert run(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "2 items" in shown
-    assert "3.0 MiB  40 days ago  1: what frozen encoders computed" in shown
+    assert "3.0 MiB  40 days ago  1: outputs of frozen encoders" in shown
     assert run(["cache", "--prune", "--unused-days", "30"]) == 0
     assert "Removed 1 item," in capsys.readouterr().out
     assert [entry.kind for entry in cache_entries()] == ["captions"]

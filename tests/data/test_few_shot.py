@@ -85,4 +85,4 @@ def test_labels_that_training_lacks_are_counted(catalogue):
     (remark,) = label_remarks(few, val, "type")
     kinds = labels(val).keys()
     unknown = len(kinds - labels(few).keys())
-    assert f"{unknown} of {len(kinds)} labels of the validation pairs are on no" in remark
+    assert f"{unknown} of {len(kinds)} labels of the validation pairs are missing from" in remark

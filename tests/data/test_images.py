@@ -319,7 +319,7 @@ def test_colors_packed_into_16_bits_are_not_deep():
 def test_dark_colors_of_16_bits_with_alpha_are_refused_and_others_are_read(channels):
     values = np.full((4, 4, channels), 65535, np.uint16)
     assert near(decode_image(deep_png(values)), (255, 255, 255), (0, 0))
-    with pytest.raises(BadImage, match="colors of 16 bits, of which few are used"):
+    with pytest.raises(BadImage, match="16-bit colors that use few of their bits"):
         decode_image(deep_png(values // 16))
 
 

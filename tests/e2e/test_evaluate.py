@@ -53,7 +53,7 @@ def test_the_main_figures_fit_a_screen(trained, data, capsys):
     assert run(["evaluate", str(trained), *data]) == 0
     printed = capsys.readouterr()
     shown = printed.out.rstrip().splitlines()
-    assert re.match(r"(Fine-tuning helped|Fine-tuning did harm|No clear difference): ", shown[0])
+    assert re.match(r"(Fine-tuning helped|Fine-tuning hurt|No clear difference): ", shown[0])
     assert "mean recall" in printed.out and "image -> text" in printed.out
     assert "grouped" not in printed.out and "share of queries" not in printed.out
     assert "--all" in printed.err and "--definitions" in printed.err

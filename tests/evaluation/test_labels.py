@@ -74,7 +74,7 @@ def test_a_label_that_is_misspelled_is_refused_with_the_nearest(labels, wrong, h
 def test_labels_that_no_pair_has_may_be_among_the_choices():
     found = chosen("chair,table,lamp,sofa bed,car,dog")
     assert found.labels == ("chair", "table", "lamp", "sofa bed", "car", "dog")
-    assert found.notes == ("2 of 6 labels are on no pair: car, dog",)
+    assert found.notes == ("2 of 6 labels were not found on any pair: car, dog",)
 
 
 def test_pairs_whose_label_is_not_listed_are_counted():

@@ -105,7 +105,9 @@ def test_other_embeddings_are_refused(tmp_path):
     write_open_clip(base.model, base, None, tmp_path)
     with torch.no_grad():
         base.model.visual_projection.weight.mul_(torch.linspace(0, 1, 128))
-    with pytest.raises(ModelError, match="open_clip gives other embeddings: components differ by"):
+    with pytest.raises(
+        ModelError, match="open_clip gives different embeddings: components differ by"
+    ):
         check_open_clip(tmp_path, base.model, base)
 
 

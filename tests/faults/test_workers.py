@@ -53,7 +53,7 @@ def test_the_pair_is_named_and_the_state_saved(programs, slow_images, tmp_path, 
     assert time.monotonic() - began < 20
     error, hint = run.error()
     assert error.startswith("a data worker died or hung: ")
-    assert re.search(r"under way were 000\d\d in 00000.tar", error), error
+    assert re.search(r"in progress: 000\d\d in 00000.tar", error), error
     assert "clipft resume" in hint
     saved = load_checkpoint(tmp_path / "dual_lora_checkpoint.pt")
     assert saved["step"] == steps(tmp_path) >= 1

@@ -76,7 +76,7 @@ def not_a_number(weights: Weights) -> Weights:
             lambda w: {f"module.{k}": v for k, v in w.items()},
             "110 weights of the model are not in the file, where names begin with 'module.': "
             "logit_scale, ",
-            "without what it was wrapped in",
+            "without its wrapper",
         ),
         (
             without_layer,

@@ -55,7 +55,7 @@ def gray_to_rgb(image: Image.Image) -> Image.Image:
     if values.dtype == np.int32 and tags and _SIGNED not in tags.get(_SAMPLE_FORMAT, ()):
         values = values.view(np.uint32)  # Pillow has no mode for them
     if not np.isfinite(values).all():
-        raise BadImage("not-a-number among the pixels")
+        raise BadImage("some pixel values are NaN or infinite")
     gray = _to_8_bits(values)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         gray = 255 - gray
@@ -80,7 +80,7 @@ def color_to_rgb(image: Image.Image, data: bytes) -> Image.Image | None:
     # In the other byte order, Pillow takes the lower half of each color for the upper one
     args = tile.args if isinstance(tile.args, tuple) else (str(tile.args),)
     if args[0] not in _SWAPPED:
-        raise BadImage("colors of 16 bits, of which few are used: convert it to 8 bits")
+        raise BadImage("16-bit colors that use few of their bits: convert it to 8 bits")
     again.tile = [tile._replace(args=(_SWAPPED[args[0]], *args[1:]))]
     load(again)
     values = high.astype(np.uint16) << 8 | np.asarray(again)

@@ -148,7 +148,7 @@ def _list_coco(table: Path, photos: Photos, split: str) -> Listing:
         rows = [(*_coco_names(image), image, captions.get(image.get("id"))) for image in images]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{table} has no captions as COCO's annotations have them: {error!r}",
+            f"{table} does not have captions in COCO's format: {error!r}",
             "correct it, or name the table with the captions",
         ) from error
     listing = Listing()

@@ -25,8 +25,8 @@ class PackOptions(Section):
     )
     test_share: float = setting(
         0.0,
-        "Share of pairs for a test set, if SRC has none of its own. Nothing is trained on it or "
-        "chosen by it; evaluate reports it.",
+        "Share of pairs for a test set, if SRC has none of its own. It is not used to train or to "
+        "choose; evaluate reports it.",
         metavar="X",
         ge=0,
         le=0.9,
@@ -98,8 +98,8 @@ class PackOptions(Section):
     )
     encoding: str = setting(
         "",
-        "Encoding of the table, or of the .txt and .json files, such as cp1252. A file that starts "
-        "with a byte-order mark is read by it. Default: UTF-8.",
+        "Encoding of the table, or of the .txt and .json files, such as cp1252. A byte-order "
+        "mark in a file takes precedence. Default: UTF-8.",
         metavar="NAME",
     )
     check: bool = setting(

@@ -201,9 +201,9 @@ def _check_images(table: Path, listing: Listing) -> None:
         return
     assert isinstance(images[0], ByteRange)
     raise DataError(
-        f"none of the {counted(len(images), 'image')} that {table} names is there; the first would "
+        f"none of the {counted(len(images), 'image')} named in {table} was found; the first would "
         f"be {images[0].path}",
-        "write paths that start from the folder of the table or from the working folder",
+        "write paths relative to the folder of the table or to the working folder",
     )
 
 
@@ -225,7 +225,7 @@ def _notes(table: Path, opened: Table, cells: ImageCells, unread: dict[int, str]
     if cells.prefix:
         yield f"{table}: found the images in {cells.root}, without {cells.prefix} in their paths."
     elif cells.root != table.parent:
-        yield f"{table}: found the images from the working folder."
+        yield f"{table}: the paths of the images are relative to the working folder."
 
 
 def _listed(numbers: list[int]) -> str:

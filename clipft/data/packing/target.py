@@ -93,8 +93,7 @@ class Target:
             if (read_json(path) or {}).get("content") != content:
                 raise UsageError(
                     f"{path} was made from other pairs or options than this part",
-                    "give every part the same SRC and options, and the same images to find "
-                    "there; or name a new folder",
+                    "use the same SRC, images and options for every part, or name a new folder",
                 )
 
     @contextmanager

@@ -75,7 +75,7 @@ def check_mixable(members: Sequence[Member], contents: Sequence[dict[str, Any]])
             if ours != theirs:
                 hint = "average only runs whose captions are made in the same way"
                 if name in EVALUATION_OVERRIDES:
-                    hint = f"say with {option_of(name)} what to measure all of them on"
+                    hint = f"set {option_of(name)}, so that all of them are measured alike"
                 raise UsageError(
                     f"{member.run} has {name} {ours!r} instead of {theirs!r} in {first.run}", hint
                 )

@@ -65,8 +65,8 @@ def check_difference(
     difference = _largest(ours, _open_clip_embeddings(model, tokenizer, clip))
     if not difference < TOLERANCE:
         raise ModelError(
-            f"{source.name} gives other embeddings in transformers than in open_clip: components "
-            f"differ by up to {difference:.1e}",
+            f"{source.name} gives different embeddings in transformers and in open_clip: "
+            f"components differ by up to {difference:.1e}",
             "please report this model; until then, choose another",
         )
     return difference

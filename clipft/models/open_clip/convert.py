@@ -222,7 +222,7 @@ def _prepared(
             prepared["text_projection.bias"] = torch.zeros(width)
     elif "logit_bias" in prepared:
         bias = prepared.pop("logit_bias").item()
-        notes.append(f"its bias of {bias:.4g} for the sigmoid loss has no place in a CLIP")
+        notes.append(f"its bias of {bias:.4g} for the sigmoid loss cannot be stored in a CLIP")
     return prepared, notes
 
 

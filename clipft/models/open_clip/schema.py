@@ -68,7 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise _refused(f"{path} is missing")
     config = read_json(path)
     if config is None:
-        raise _refused(f"{path} does not describe a model of open_clip: it is no JSON object")
+        raise _refused(f"{path} does not describe a model of open_clip: it is not a JSON object")
     try:
         _File.model_validate(config)
     except ValidationError as error:

@@ -93,8 +93,8 @@ def _single_file(name: str, path: Path) -> Source:
     if is_archive(path):  # OpenAI's
         return Source(name, path)
     raise ModelError(
-        f"{path} does not say which model it is: neither the activation nor the number of heads "
-        "follows from weights",
+        f"{path} does not say which model it is: weights alone do not tell the activation or "
+        "the number of heads",
         f"name the model, as in {REGISTRY}ViT-B-32/{path}, or put its {CONFIG_FILE} beside it",
     )
 

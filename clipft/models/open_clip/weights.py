@@ -155,7 +155,9 @@ def _reason(error: Exception) -> str:
     if asked := text.partition("GLOBAL ")[2].split(" ")[0]:
         return f"it asks for {asked}"
     # Only programmers need torch's first line, which is about a changed default
-    return "torch takes it for no state dict" if "weights_only" in text else first_line(error)
+    return (
+        "torch does not accept it as a state dict" if "weights_only" in text else first_line(error)
+    )
 
 
 class _Module:

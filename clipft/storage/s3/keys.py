@@ -73,7 +73,7 @@ def folder_prefixes(settings: StorageSettings) -> tuple[str, str, str]:
         if one.startswith(other) or other.startswith(one):
             raise UsageError(
                 f"{first} {given[first]!r} and {second} {given[second]!r} overlap: a model would "
-                "be measured on pairs that it was trained on or chosen by",
+                "be measured on pairs that were used to train or to choose it",
                 "give each a folder of its own in the bucket",
             )
     return train, val, test
@@ -94,7 +94,7 @@ def local_path(relative: str) -> str:
         if not part.isprintable() and any(unicodedata.category(char) == "Cc" for char in part):
             raise RefusedKey("has a control character")
         if spelling(part).startswith(OWN_PREFIX):
-            raise RefusedKey(f"begins with {OWN_PREFIX}, which clipft keeps for itself")
+            raise RefusedKey(f"begins with {OWN_PREFIX}, which is reserved for clipft")
         try:
             size = len(part.encode("utf-8"))
         except UnicodeEncodeError:

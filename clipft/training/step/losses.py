@@ -142,7 +142,7 @@ def make_loss(settings: LossSettings, model: TrainableModel) -> ContrastiveLoss:
         raise UsageError(
             f"--matryoshka {settings.matryoshka}: the embeddings have {model.embedding_size} "
             "dimensions",
-            "name smaller numbers; all dimensions count anyway",
+            "choose smaller numbers; the loss always includes all dimensions",
         )
     weight = settings.photo_pairs
     return ContrastiveLoss(model, LOSSES[name], masked, dimensions=cuts, photo_pairs=weight)

@@ -237,7 +237,7 @@ def test_the_splits_of_karpathy_are_packed(tmp_path):
 def test_a_coco_file_without_captions_is_an_error(tmp_path):
     write_images(tmp_path / "coco", range(2))
     (tmp_path / "coco" / "captions_val2017.json").write_text('{"annotations": []}')
-    with pytest.raises(DataError, match="has no captions as COCO's annotations have them"):
+    with pytest.raises(DataError, match="does not have captions in COCO's format"):
         packed(tmp_path / "coco", tmp_path / "out")
 
 

@@ -112,7 +112,9 @@ def test_where_images_were_found_is_said(shop):
     ]
     (shop / "tables").mkdir()
     table = write(shop / "tables" / "t.csv", "image,caption", "img/{n}.png,a chair")
-    assert listed(table).notes == [f"{table}: found the images from the working folder."]
+    assert listed(table).notes == [
+        f"{table}: the paths of the images are relative to the working folder."
+    ]
 
 
 def test_when_no_image_is_there_the_first_path_is_named(shop):

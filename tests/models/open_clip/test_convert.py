@@ -121,7 +121,7 @@ def test_preprocessing_follows_the_configuration(tmp_path):
 def test_a_bias_without_a_place_is_counted_and_told(tmp_path):
     name = f"local-dir:{write(tmp_path, changed(init_logit_bias=-10))}"
     assert load_pretrained(name).conversion.startswith("62 of 63 tensors used")
-    assert "its bias of -10 for the sigmoid loss has no place in a CLIP" in (
+    assert "its bias of -10 for the sigmoid loss cannot be stored in a CLIP" in (
         load_pretrained(name).conversion
     )
 

@@ -83,7 +83,7 @@ def test_a_bare_pickle_is_refused_without_the_advice_of_torch(tmp_path, recwarn)
     path.write_bytes(pickle.dumps(Trap(trap)))
     with pytest.raises(ModelError) as raised:
         read_weights(path)
-    assert str(raised.value).endswith("from a checkpoint: torch takes it for no state dict")
+    assert str(raised.value).endswith("from a checkpoint: torch does not accept it as a state dict")
     assert not trap.exists() and not recwarn.list
 
 

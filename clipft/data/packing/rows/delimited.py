@@ -33,7 +33,7 @@ MISSING = {"nan", "NaN", "<NA>", "N/A", "n/a", "#N/A", "null", "NULL", "None", "
 _SEPARATOR_LINE = re.compile(r"sep=(.)")
 _START = 64
 _ESCAPED = re.compile(r'(?<!\\)\\"')
-UNMATCHED = "a quotation mark without its partner"
+UNMATCHED = "an unmatched quotation mark"
 
 
 class DelimitedTable:
@@ -248,7 +248,7 @@ def reading(path: Path, encoding: str) -> Iterator[None]:
         line = _bad_line(path, encoding)
         raise DataError(
             f"cannot read {path} as {encoding.upper()}"
-            + (f": line {line} has other bytes" if line else f": {error}"),
+            + (f": line {line} has invalid bytes" if line else f": {error}"),
             "name its encoding, for example --encoding cp1252 (Western Europe), cp1251 (Cyrillic) "
             "or shift_jis (Japanese); or save the table again as UTF-8",
         ) from error

@@ -65,7 +65,7 @@ class JsonTable:
         if not isinstance(rows, list):
             raise DataError(
                 f"{self.path} does not hold a list of objects",
-                "write one JSON object for each pair into a list, or into the lines of a .jsonl",
+                "write one JSON object for each pair, in a list or in the lines of a .jsonl file",
             )
         return rows
 
