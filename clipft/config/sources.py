@@ -64,7 +64,7 @@ def parse_s3_url(text: object) -> S3Url | None:
     if not found:
         return None
     if not found[1]:
-        raise UsageError(f"{text} names no bucket", "write it as s3://bucket/prefix")
+        raise UsageError(f"{text} has no bucket name", "write it as s3://bucket/prefix")
     return S3Url(found[1], found[2].strip("/"))
 
 

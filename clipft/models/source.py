@@ -220,7 +220,7 @@ def _family_of(name: str, source: str) -> str:
         raise ModelError(
             f"{name} is a {kind} model, not CLIP"
             if kind
-            else f"{name} is not CLIP: its config.json names no model_type",
+            else f"{name} is not CLIP: its config.json has no model_type",
             "choose a CLIP or SigLIP checkpoint, such as openai/clip-vit-base-patch32",
         )
     if config.get("quantization_config"):

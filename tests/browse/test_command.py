@@ -60,7 +60,7 @@ def test_the_images_of_the_run_are_gone(trained, tmp_path, monkeypatch, capsys, 
     (folder / "settings.toml").write_text(text.replace(line, f'data_dir = "{was}"'))
     code, said = refused(capsys, folder)
     said = " ".join(said.split())
-    assert code == 3 and f"the run was trained on {was}, and there is no such folder here" in said
+    assert code == 3 and f"the run was trained on {was}, which does not exist here" in said
     assert ("go to the folder where it was trained" in said) == relative
     assert f"`clipft browse {folder} DATA`" in said
 

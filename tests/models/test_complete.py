@@ -193,7 +193,7 @@ def test_a_siglip_without_its_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"model_type": None}, "names no model_type"), ({"quantization_config": {"x": 1}}, "quant")],
+    [({"model_type": None}, "has no model_type"), ({"quantization_config": {"x": 1}}, "quant")],
 )
 def test_an_unknown_or_quantized_architecture_is_refused(base, config, message):
     known = json.loads((base / "config.json").read_text())

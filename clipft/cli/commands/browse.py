@@ -135,7 +135,7 @@ def _images_of(settings: "Settings", run: Path) -> Path:
         return folder
     relative = "" if folder.is_absolute() else "go to the folder where it was trained, or"
     raise DataError(
-        f"the run was trained on {folder}, and there is no such folder here",
+        f"the run was trained on {folder}, which does not exist here",
         sentences(
             did_you_mean_path(folder),
             relative,

@@ -26,7 +26,7 @@ _SHOWN = 8
 class SoupOptions(Section):
     title = "Soup"
     uniform: bool = setting(
-        False, "Average all runs, instead of those that do no clear harm on the validation pairs."
+        False, "Average all runs, even those that clearly lower the validation result."
     )
 
 

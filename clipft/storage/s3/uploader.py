@@ -119,7 +119,7 @@ class Uploader:
                     error = StorageError(f"{self._store.url}: {error}", hint)
                 self.error = StorageError(
                     f"the last checkpoint is not in the bucket: {error.message}",
-                    f"the local file is whole and `clipft resume` uploads it again; {error.hint}",
+                    f"the local file is intact and `clipft resume` uploads it again; {error.hint}",
                 )
                 if not self._warned:
                     self._warned = True
