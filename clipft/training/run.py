@@ -20,7 +20,6 @@ from clipft.runs.records import Callbacks, Choices, EpochResult, StepResult
 from clipft.training.checkpointing import Best, Saver, find_best
 from clipft.training.loop import find_look_alikes, fit, step_batches
 from clipft.training.prepare import prepare
-from clipft.training.results import write_results
 from clipft.training.resume import (
     check_same_run,
     checkpoint_to_resume,
@@ -32,7 +31,7 @@ from clipft.training.setup import RunSetup
 from clipft.training.signals import StopRequest, stop_on_signals
 from clipft.training.state import EarlyStopping, RunState, SkippedPairs, TrainResult, TrainState
 from clipft.training.step.gradcache import Accumulation
-from clipft.training.validation import Validation
+from clipft.training.validation import Validation, write_results
 
 if TYPE_CHECKING:
     from clipft.data.shards.stream import ShardSource
@@ -300,9 +299,8 @@ class _Run:
         self.state.finished = True
         self.saver.save()
         result = TrainResult.of(self.state, self.paths)
-        evaluation_set = self.validation.evaluation_set
         on_rank_zero(
             self.processes,
-            lambda: write_results(self.setup, self.paths, evaluation_set, result, self._check_stop),
+            lambda: write_results(self.validation, self.paths, result, self._check_stop),
         )
         return result

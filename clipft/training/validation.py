@@ -7,17 +7,26 @@ from pathlib import Path
 
 from torch import Tensor
 
+from clipft.config.settings import Settings
+from clipft.core.files import replacing, write_json
 from clipft.data.captions.table import CaptionTable
 from clipft.data.skipped import Skipped
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.embedding.embed import Embeddings, embed_pairs
+from clipft.embedding.load import LoadedModel, load_model
 from clipft.evaluation.accuracy import PromptClassifier
-from clipft.evaluation.evaluator import EvaluationSet
+from clipft.evaluation.evaluator import EvaluationSet, compare
 from clipft.evaluation.gallery import Rankings, data_name
 from clipft.evaluation.rankings import CaptionGroups, rank_images
+from clipft.export.target import why_no_adapter
 from clipft.metrics.ranking import drawn_queries, retrieval
+from clipft.models.huggingface import write_adapter
+from clipft.runs.folder import RunPaths
+from clipft.runs.load import load_fine_tuned
 from clipft.runs.records import EpochResult
+from clipft.training.checkpointing import load_best
 from clipft.training.setup import RunSetup
+from clipft.training.state import TrainResult
 
 
 @dataclass
@@ -102,3 +111,37 @@ class Validation:
         """Write the rankings of the last measurement. Only rank zero may call this."""
         assert self.rankings
         self.rankings.write(path)
+
+
+def write_results(
+    validation: Validation, paths: RunPaths, result: TrainResult, check_stop: Callable[[], None]
+) -> None:
+    """Evaluate the best epoch and the pretrained model, and write the results.
+
+    Only rank zero may call this. ``result.json`` is written last. If a signal interrupts this
+    between two batches, the file is missing, and a resumed run repeats all of it.
+    """
+    setup = validation.setup
+    settings = setup.settings.model_copy(update={"precision": setup.loaded.precision.name})
+    best = _best_model(setup, settings, paths, result)
+    model = best or setup.loaded
+    if not why_no_adapter(settings, model.base.architecture.not_exported):
+        with replacing(paths.adapter) as temporary:
+            write_adapter(model.model, settings.model, temporary)
+    pretrained = load_model(settings, pretrained=True)
+    compared = compare(validation.evaluation_set, pretrained, best, check_stop)
+    write_json(paths.evaluation, compared.to_dict(), indent=2, ascii_only=False)
+    write_json(paths.result, result.to_dict(), indent=2)
+
+
+def _best_model(
+    setup: RunSetup, settings: Settings, paths: RunPaths, result: TrainResult
+) -> LoadedModel | None:
+    """Return the model of the best epoch; None if nothing was trained."""
+    if not result.best:
+        return None
+    content = load_best(paths.best, result.best.epoch)
+    if setup.weights.sharded:  # load all weights, because other processes are not here
+        return load_fine_tuned(content, settings)
+    setup.loaded.model.load_trainable_state(content["model_state_dict"])
+    return setup.loaded

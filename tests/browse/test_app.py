@@ -137,7 +137,7 @@ def png(size: tuple[int, int]) -> bytes:
         ("picture", b"\xff\xd8\xff" * 1000, "image"),
         ("picture", png((20_000, 10_000)), "pixels"),
         ("picture", b"\0" * (MOST_BYTES + 1), "bytes"),
-        ("judge", {"trial": [1], "choice": None}, "judged already"),
+        ("judge", {"trial": [1], "choice": None}, "already judged"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else None,
 )

@@ -63,7 +63,7 @@ def test_a_trial_is_judged_once(judging):
     name, _ = judging.draw()
     judging.judge(name, "neither")
     for gone in (name, "", "unknown"):
-        with pytest.raises(UsageError, match="judged already"):
+        with pytest.raises(UsageError, match="already judged"):
             judging.judge(gone, "a")
     assert judging.tally.judged == 1
 

@@ -154,7 +154,7 @@ def broken() -> dict[str, tuple[bytes, str]]:
         ),
         "nan.tiff": (
             encoded(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"),
-            "NaN or infinite",
+            "some pixel values are NaN or infinite",
         ),
     }
 
