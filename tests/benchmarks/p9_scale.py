@@ -267,7 +267,7 @@ def measure(command: Command, work: Path, pairs: int) -> Cost:
 def stop_after_an_epoch(process: "subprocess.Popen[bytes]", out: Path) -> None:
     """Wait for the first checkpoint, and tell the process to stop."""
     while "\nState:\tZ" not in Path(f"/proc/{process.pid}/status").read_text():
-        if any(out.glob("runs/*/*_checkpoint.pt")):
+        if any(out.glob("runs/*_checkpoint.pt")):
             os.kill(process.pid, signal.SIGTERM)
             return
         time.sleep(0.02)
