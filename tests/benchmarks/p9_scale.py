@@ -168,6 +168,12 @@ TRAINING = (
     Command("first batch of half an epoch", lambda data, out: step("resumed", data)),
     Command("train --plan", lambda data, out: training(data, out / "runs", "--plan")),
     Command(
+        "linear_probe: features, and an epoch",
+        lambda data, out: training(data, out / "runs"),
+        ("runs",),
+        one_epoch=True,
+    ),
+    Command(
         "linear_probe: an epoch, features cached",
         lambda data, out: training(data, out / "runs"),
         ("runs",),
