@@ -144,7 +144,8 @@ def tuned(place: Place, seeds: range) -> Trained:
         train(place, "tuned", seed, "--config", folder / "best.toml") for seed in list(seeds)[1:]
     ]
     seconds = [cpu_s for _, cpu_s in runs]
-    whole_s, chosen = search_s + sum(seconds), ", ".join(best["changes"]) or "defaults"
+    changes = [value if name == "scenario" else name for name, value in best["changes"].items()]
+    whole_s, chosen = search_s + sum(seconds), ", ".join(changes) or "defaults"
     models = [folder / best["folder"], *(run for run, _ in runs)]
     return Trained(models, search_s / len(RATES), whole_s, chosen)
 
@@ -244,7 +245,7 @@ def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
 
 def spoken(trained: list[Trained]) -> str:
     """Name what was chosen in each fold."""
-    return " | ".join(dict.fromkeys(fold.chosen for fold in trained))
+    return " or ".join(dict.fromkeys(fold.chosen for fold in trained))
 
 
 def verdict(change: dict[str, Any]) -> str:
