@@ -24,13 +24,8 @@ from clipft.data.captions.metadata import (
 )
 from clipft.data.captions.template import CaptionTemplate
 from clipft.data.few_shot import training_pairs
-from clipft.data.shards.dataset import (
-    PairDataset,
-    evaluation_pairs,
-    general_pairs,
-    open_pairs,
-    shard_paths,
-)
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import evaluation_pairs, general_pairs, open_pairs, shard_paths
 from clipft.evaluation.labels import choose_labels
 from clipft.evaluation.request import Request, general_settings
 from clipft.models.source import check_model, quiet_libraries

@@ -10,7 +10,8 @@ from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.captions.fields import check_field, field_value
 from clipft.data.captions.metadata import as_name
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import open_pairs
 
 
 def training_pairs(settings: Settings) -> PairDataset:

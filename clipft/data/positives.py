@@ -16,10 +16,11 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import UsageError
+from clipft.data.batch import Batch
 from clipft.data.captions.fields import field_value
 from clipft.data.captions.metadata import check_group_field, check_products
 from clipft.data.captions.tokenizer import caption_keys
-from clipft.data.loader import Batch, Pairs
+from clipft.data.loader import Pairs
 from clipft.data.shards.dataset import PairDataset
 
 _MANY = 20_000

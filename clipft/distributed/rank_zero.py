@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clipft.core.errors import ClipftError
-from clipft.data.loader import StepBatch
+from clipft.data.batch import StepBatch
 from clipft.distributed.collectives import Processes, T
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
+from clipft.data.batch import EMPTY_BATCH, Batch
 from clipft.data.captions.table import CaptionTable
 from clipft.data.captions.tokenizer import CaptionEncoder, padded
 from clipft.data.decoding import PairSource
-from clipft.data.loader import EMPTY_BATCH, Batch, LoaderOptions, evaluation_batches
+from clipft.data.loader import LoaderOptions, evaluation_batches
 from clipft.data.order import Share
 from clipft.data.positives import NO_GROUPS, Positives
 from clipft.data.shards.dataset import ChosenPairs, PairDataset

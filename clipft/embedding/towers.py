@@ -24,9 +24,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipft.core.errors import UsageError
+from clipft.data.batch import Batch
 from clipft.data.captions.tokenizer import Keys, caption_keys, lengths, stacked
 from clipft.data.images.augmentation import augment
-from clipft.data.loader import Batch
 from clipft.embedding.feature_cache import Features
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.transfer import Transfer

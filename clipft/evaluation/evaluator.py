@@ -13,7 +13,8 @@ from clipft.data.captions.metadata import check_label_field, describe
 from clipft.data.captions.template import DEFAULT_TEMPLATE, CaptionTemplate
 from clipft.data.decoding import Preprocessing
 from clipft.data.overlap import same_images
-from clipft.data.shards.dataset import PairDataset, evaluation_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import evaluation_pairs
 from clipft.embedding.embed import Embeddings, embed_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import LoadedModel

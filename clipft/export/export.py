@@ -12,7 +12,7 @@ from clipft import __version__
 from clipft.config.settings import Settings
 from clipft.core.files import replacing
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import validation_pairs
+from clipft.data.shards.folders import validation_pairs
 from clipft.embedding.encoding import validation_preprocessing
 from clipft.export.coreml import CoreMl
 from clipft.export.model_card import card_facts, model_card

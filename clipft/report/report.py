@@ -60,7 +60,7 @@ def _gallery(folder: Path, settings: "Settings") -> Gallery:
     from clipft.core.errors import DataError
     from clipft.data.captions.metadata import describe
     from clipft.data.captions.template import CaptionTemplate
-    from clipft.data.shards.dataset import validation_pairs
+    from clipft.data.shards.folders import validation_pairs
     from clipft.evaluation.gallery import (
         PairReader,
         Rankings,

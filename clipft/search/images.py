@@ -20,8 +20,9 @@ from clipft.core.errors import DataError, sentences
 from clipft.core.files import did_you_mean_path
 from clipft.data.images.formats import IMAGE_SUFFIXES, is_unnamed_image
 from clipft.data.shards.contents import contents_of
-from clipft.data.shards.dataset import PairDataset, RawPair, parse_metadata
+from clipft.data.shards.dataset import PairDataset, RawPair
 from clipft.data.shards.index import open_shard, stamp_of
+from clipft.data.shards.metadata import parse_metadata
 from clipft.data.shards.names import (
     CAPTION_SUFFIX,
     METADATA_SUFFIX,

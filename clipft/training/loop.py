@@ -7,7 +7,7 @@ from dataclasses import asdict
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.core.out_of_memory import no_second_attempt
-from clipft.data.loader import StepBatch
+from clipft.data.batch import StepBatch
 from clipft.runs.records import StepResult
 from clipft.training.setup import RunSetup
 from clipft.training.state import SkippedPairs, TrainState

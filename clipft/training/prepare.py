@@ -18,7 +18,8 @@ from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.loader import Pairs
 from clipft.data.order import EpochPlan
 from clipft.data.positives import make_positives, product_ids
-from clipft.data.shards.dataset import PairDataset, general_pairs, open_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import general_pairs, open_pairs
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import (
     on_all_ranks,

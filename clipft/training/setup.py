@@ -11,8 +11,9 @@ from torch import Tensor
 from clipft.config.settings import Settings
 from clipft.core.common import Note
 from clipft.core.memory import MemoryBudget
+from clipft.data.batch import StepBatch
 from clipft.data.decoding import Preprocessing
-from clipft.data.loader import LoaderOptions, Pairs, StepBatch, one_ahead, training_batches
+from clipft.data.loader import LoaderOptions, Pairs, one_ahead, training_batches
 from clipft.data.order import EpochPlan, Position, Share
 from clipft.data.positives import Positives
 from clipft.data.shards.dataset import PairDataset

@@ -11,7 +11,7 @@ from torch import Tensor
 from clipft.config.sections.data import DataSettings
 from clipft.core.common import counted
 from clipft.core.errors import DataError
-from clipft.data.loader import StepBatch
+from clipft.data.batch import StepBatch
 from clipft.data.order import Position
 from clipft.distributed.collectives import Processes
 from clipft.distributed.rank_zero import on_rank_zero

@@ -49,7 +49,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig
 
 from clipft.core.memory import give_back
-from clipft.data.loader import Batch, one_ahead, training_batches
+from clipft.data.batch import Batch
+from clipft.data.loader import one_ahead, training_batches
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
 from clipft.embedding.load import LoadedModel

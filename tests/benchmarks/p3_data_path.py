@@ -33,7 +33,7 @@ from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import pack
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.models.pretrained import load_inputs
 
 BATCH, SIDE = 64, 224

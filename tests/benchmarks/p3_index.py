@@ -28,7 +28,7 @@ from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.decoding import Preprocessing
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.models.pretrained import load_inputs
 
 IN_SHARD, BATCH = 1000, 64

@@ -19,13 +19,15 @@ from p3_data_path import photos, write_shards
 from side_by_side import arguments, write_figures
 
 from clipft.data import loader
+from clipft.data.batch import StepBatch
 from clipft.data.captions.table import LiveCaptions
 from clipft.data.captions.template import DEFAULT_TEMPLATE
 from clipft.data.captions.tokenizer import CaptionEncoder
 from clipft.data.decoding import Preprocessing
-from clipft.data.loader import LoaderOptions, StepBatch, training_batches
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import open_pairs
 from clipft.models.pretrained import load_inputs
 
 EFFECTIVE, MICRO = 512, 32

@@ -234,7 +234,7 @@ def do_step(name: str, data: Path) -> None:
     from clipft.data.decoding import Preprocessing
     from clipft.data.loader import LoaderOptions, training_batches
     from clipft.data.order import EpochPlan, Position
-    from clipft.data.shards.dataset import open_pairs
+    from clipft.data.shards.folders import open_pairs
     from clipft.models.pretrained import load_inputs
 
     pairs = open_pairs(data / "train")

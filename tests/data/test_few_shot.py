@@ -9,7 +9,7 @@ from clipft.config.settings import Settings
 from clipft.core.errors import ClipftError
 from clipft.data.few_shot import label_remarks, training_pairs
 from clipft.data.overlap import same_images
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 
 
 def chosen(catalogue, shots, seed=1, **given):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipft.data.inspection import read_facts, split_facts
+from clipft.data.inspection import split_facts
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.pair_facts import read_facts
+from clipft.data.shards.folders import open_pairs
 from clipft.search.images import open_images
 from tests.data.packing.pack_helpers import packed
 from tests.data.test_images import BROKEN_EXIF, chunk, png_with

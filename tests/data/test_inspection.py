@@ -15,8 +15,9 @@ from clipft.cli.app import run
 from clipft.core.errors import StorageError
 from clipft.data import duplicates
 from clipft.data.duplicates import close_hashes, near_duplicates
-from clipft.data.inspection import histogram, leak, near_images, read_facts, split_facts
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.inspection import histogram, leak, near_images, split_facts
+from clipft.data.pair_facts import read_facts
+from clipft.data.shards.folders import open_pairs
 from clipft.report.html import PageImage, write_page
 from clipft.report.inspection_page import Inspected, findings_page
 from tests.conftest import add

@@ -9,15 +9,11 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.errors import DataError
 from clipft.data import loader
+from clipft.data.batch import Batch
 from clipft.data.images.augmentation import augment
-from clipft.data.loader import (
-    Batch,
-    LoaderOptions,
-    evaluation_batches,
-    training_batches,
-)
+from clipft.data.loader import LoaderOptions, evaluation_batches, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.data.workers import SharedPixels
 from tests import inputs
 from tests.conftest import write_shard
@@ -250,7 +246,7 @@ LEFT_OVER = """
 from pathlib import Path
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.inputs import preprocessing
 
 plan = EpochPlan(30, 4, 4, 5)

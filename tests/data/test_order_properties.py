@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipft.data.batch import StepBatch
 from clipft.data.decoding import Preprocessing
-from clipft.data.loader import LoaderOptions, StepBatch, training_batches
+from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import SOLE_PROCESS, EpochPlan, Share
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.training.state import TrainState
 from tests import inputs
 from tests.faults.helpers import encoded, write_tar

@@ -6,7 +6,7 @@ import pytest
 
 from clipft.data.captions.table import NoCaptions
 from clipft.data.overlap import same_images, shared_images
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.embedding import encoding
 from tests.conftest import add
 

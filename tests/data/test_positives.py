@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from clipft.config.sources import load_settings
 from clipft.core.errors import UsageError
+from clipft.data.batch import Batch
 from clipft.data.captions.tokenizer import padded
-from clipft.data.loader import Batch
 from clipft.data.order import EpochPlan
 from clipft.data.positives import make_positives
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.data.shards.stream import open_stream
 from tests.conftest import add, jpeg, write_shard
 from tests.inputs import encoder

@@ -18,7 +18,7 @@ from clipft.cli.app import run
 from clipft.config.scenarios import SCENARIOS
 from clipft.core.errors import ModelError
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.embedding.embed import embed_texts
 from clipft.export.target import FORMATS
 from tests.exports import opened, write_checkpoint

@@ -12,7 +12,7 @@ from clipft.cli.app import run
 from clipft.core.cache import cache_folder
 from clipft.data.images.decode import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.embedding.embed import embed_texts
 from clipft.search.images import open_images
 from clipft.search.index import open_index

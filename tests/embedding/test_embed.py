@@ -4,7 +4,7 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.data.demo.catalogue import render_pair
-from clipft.data.shards.dataset import validation_pairs
+from clipft.data.shards.folders import validation_pairs
 from clipft.embedding.embed import embed_pairs
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import load_model

@@ -13,7 +13,8 @@ from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
 from clipft.core.common import silent
 from clipft.data.positives import product_ids
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import open_pairs
 from clipft.distributed.collectives import ALONE
 from clipft.embedding.embed import embed_pairs
 from clipft.embedding.encoding import live_encoding, validation_preprocessing

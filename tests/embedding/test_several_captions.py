@@ -7,7 +7,7 @@ import torch
 
 from clipft.config.settings import Settings
 from clipft.data.positives import CaptionPositives
-from clipft.data.shards.dataset import validation_pairs
+from clipft.data.shards.folders import validation_pairs
 from clipft.embedding.embed import Embeddings, embed_pairs, embed_texts
 from clipft.embedding.encoding import open_encoding, validation_preprocessing
 from clipft.embedding.load import load_model

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from clipft.config.sources import load_settings
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.embedding.load import load_model
 from clipft.embedding.towers import BoundedShapes, Shapes, make_towers
 

@@ -2,7 +2,7 @@ import tarfile
 from typing import Any, cast
 
 from clipft.config.settings import Settings
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.evaluation.evaluator import EvaluationSet
 from tests.conftest import add
 

@@ -8,7 +8,7 @@ import pytest
 from clipft.ablation.grid import Grid, plan_runs
 from clipft.ablation.runner import TEST, measure_on_test, read_state, write_state
 from clipft.cli.app import run
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.data.shards.test_names import write_tar
 from tests.tiny_run import TINY
 

@@ -9,7 +9,7 @@ import torch
 
 from clipft.cli.app import run
 from clipft.data.loader import LoaderOptions, evaluation_batches
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.export import mil
 from clipft.export.coreml import CoreMl
 from clipft.export.openvino import OpenVino, core

@@ -17,7 +17,7 @@ from clipft.cli.app import run
 from clipft.core.errors import DataError
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.runs.checkpoint import load_checkpoint
 from clipft.runs.records import StepResult, TrainingCallback
 from tests.faults.helpers import Member, catalogue, good, lines, one_error, train, write_tar

@@ -18,7 +18,7 @@ from clipft.cli.app import run
 from clipft.data.images.decode import decode_image
 from clipft.data.loader import LoaderOptions, evaluation_batches, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.conftest import write_shard
 from tests.faults.helpers import (
     catalogue,

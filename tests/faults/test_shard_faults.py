@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from clipft.core.errors import DataError
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.data.shards.index import index_shard
 from tests.faults.helpers import (
     catalogue,

@@ -21,7 +21,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.core.part import Part
 from clipft.data.demo.catalogue import render_pair
 from clipft.data.loader import LoaderOptions
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.embedding.embed import embed_texts
 from clipft.runs.load import open_model
 from clipft.search.images import open_images

@@ -16,7 +16,7 @@ import pytest
 
 from clipft.cli.app import run
 from clipft.core.errors import UsageError
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.storage.hub import HubUrl, parse_hub_url
 from tests import warm
 from tests.data.packing.pack_helpers import pattern

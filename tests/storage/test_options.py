@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clipft.cli.app import run
 from clipft.config.sources import S3Url, load_settings, parse_s3_url
 from clipft.core.errors import UsageError
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.storage.s3.checksums import etag_of, matches
 from clipft.storage.s3.client import open_bucket
 from tests.faults.helpers import one_error

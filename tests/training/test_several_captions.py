@@ -9,7 +9,7 @@ import pytest
 from clipft.config.settings import Settings
 from clipft.data.loader import LoaderOptions, training_batches
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.embedding.encoding import training_preprocessing
 from clipft.models.pretrained import load_inputs
 from tests.e2e.test_train import assert_same_run

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from clipft.data.loader import StepBatch
+from clipft.data.batch import StepBatch
 from clipft.runs.records import EpochResult
 from clipft.training.state import EarlyStopping, TrainState
 

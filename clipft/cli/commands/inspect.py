@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from clipft.data.captions.template import CaptionTemplate
-    from clipft.data.inspection import Links, PairFacts, SplitFacts
+    from clipft.data.inspection import Links, SplitFacts
+    from clipft.data.pair_facts import PairFacts
     from clipft.data.shards.dataset import PairDataset
     from clipft.models.pretrained import ModelInputs
     from clipft.report.html import PageTable
@@ -165,7 +166,7 @@ def inspect(
 
 def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
     """The pairs by split; ``named`` puts the folder before it, to tell two data sets apart."""
-    from clipft.data.shards.dataset import open_pairs
+    from clipft.data.shards.folders import open_pairs
     from clipft.data.shards.names import tars_in
 
     names = [name for name in ("train", "val") if (folder / name).is_dir()]
@@ -178,7 +179,7 @@ def _splits(folder: Path, named: bool = False) -> "dict[str, PairDataset]":
 def _read(
     out: Output, workers: int, template: "CaptionTemplate", name: str, pairs: "PairDataset"
 ) -> "list[PairFacts]":
-    from clipft.data.inspection import read_facts
+    from clipft.data.pair_facts import read_facts
 
     with out.progress(f"Reading {name}, {counted(len(pairs), 'pair')}") as report:
         return read_facts(pairs, report, workers, name, template)

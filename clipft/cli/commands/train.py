@@ -146,7 +146,7 @@ def find_batch_size(loaded: LoadedSettings, out: Output) -> None:
         clipft find-batch-size --scenario full --effective-batch-size 4096 --json
     """
     from clipft.cli.preflight import import_libraries
-    from clipft.data.shards.dataset import shard_paths
+    from clipft.data.shards.folders import shard_paths
     from clipft.models.source import check_model
 
     settings = loaded.values

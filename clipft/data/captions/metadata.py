@@ -15,7 +15,8 @@ from clipft.data.captions.fields import (
     known_fields,
 )
 from clipft.data.captions.template import BadCaption, CaptionTemplate, clean_text
-from clipft.data.shards.dataset import PairDataset, parse_metadata
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.metadata import parse_metadata
 
 _DEFAULT_LABEL_FIELD = Settings.model_fields["label_field"].default
 

@@ -22,7 +22,7 @@ from clipft.core.errors import UsageError
 from clipft.core.text import NotText, decode
 from clipft.data.captions.fields import field_value
 from clipft.data.captions.lines import Lines, split_lines
-from clipft.data.shards.dataset import parse_metadata
+from clipft.data.shards.metadata import parse_metadata
 
 CAPTION_FIELD = "caption"
 """Means the ``.txt`` of a pair, or the metadata's field of this name if there is no ``.txt``."""

@@ -35,7 +35,7 @@ from clipft.data.packing.target import Target
 from clipft.data.packing.worker_pool import Workers
 from clipft.data.packing.writer import content_of, plan, write_all
 from clipft.data.shards.contents import Contents, contents_of, how_to_pack
-from clipft.data.shards.dataset import parse_metadata
+from clipft.data.shards.metadata import parse_metadata
 from clipft.data.shards.names import SPLITS
 from clipft.data.shards.tar import ByteRange
 

@@ -32,7 +32,7 @@ from clipft.data.packing.fields import value_of
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Candidate, Listing, PackPair, Scan
 from clipft.data.packing.worker_pool import Workers
-from clipft.data.shards.dataset import parse_metadata
+from clipft.data.shards.metadata import parse_metadata
 from clipft.data.shards.tar import ByteRange
 
 _CHUNK = 32

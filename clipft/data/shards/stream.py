@@ -25,7 +25,8 @@ from webdataset.tariterators import group_by_keys
 from clipft.core.common import counted
 from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan, derived_seed
-from clipft.data.shards.dataset import RawPair, shard_paths
+from clipft.data.shards.dataset import RawPair
+from clipft.data.shards.folders import shard_paths
 from clipft.data.shards.index import open_shard, printable
 from clipft.data.shards.names import FileName, pair_up, parse_name
 from clipft.data.skipped import Skipped

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipft.data.captions.template import BadCaption, CaptionTemplate
-from clipft.data.shards.dataset import RawPair, parse_metadata
+from clipft.data.shards.dataset import RawPair
+from clipft.data.shards.metadata import parse_metadata
 from clipft.search.images import ImagePart
 from clipft.search.tables.columns import Fields, add_kinds
 

@@ -12,7 +12,7 @@ import torch
 from clipft.config.settings import Settings
 from clipft.core.memory import MemoryBudget, give_back, peak_memory, usable_memory
 from clipft.core.out_of_memory import memory_ran_out
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.data.positives import NO_GROUPS
 from clipft.embedding.load import LoadedModel
 from clipft.embedding.towers import Towers, make_towers

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from clipft.config.settings import Settings
 from clipft.core.errors import UsageError
 from clipft.core.memory import give_back
-from clipft.data.loader import EMPTY_BATCH, Batch
+from clipft.data.batch import EMPTY_BATCH, Batch
 from clipft.distributed.collectives import Processes, lost_process_errors
 from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.load import LoadedModel

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from clipft.config.settings import Settings
+from clipft.data.batch import StepBatch
 from clipft.data.decoding import Preprocessing
-from clipft.data.loader import LoaderOptions, Pairs, StepBatch, training_batches
+from clipft.data.loader import LoaderOptions, Pairs, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.dataset import PairDataset
 from clipft.embedding.encoding import Encoding

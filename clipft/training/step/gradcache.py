@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch, StepBatch
+from clipft.data.batch import Batch, StepBatch
 from clipft.data.positives import Positives
 from clipft.distributed.step_channel import ALONE, StepChannel
 from clipft.embedding.finite import not_finite_rows

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from clipft.core.errors import MemoryShortage
 from clipft.core.memory import give_back
 from clipft.core.out_of_memory import memory_ran_out, no_second_attempt
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.distributed.collectives import lost_process_error
 from clipft.distributed.step_channel import StepAbandonedError, StepChannel
 from clipft.models.trainable import TrainableModel

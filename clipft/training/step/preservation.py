@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.embedding.towers import Tower, Towers
 from clipft.training.step.tower_pass import GraphMemory, TowerPass
 

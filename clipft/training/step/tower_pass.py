@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from clipft.core.memory import MemoryBudget
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.embedding.towers import Chunk, Tower
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.distributed.step_channel import StepChannel
 from clipft.embedding.towers import Towers
 from clipft.models.device import Precision

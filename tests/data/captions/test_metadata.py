@@ -7,7 +7,8 @@ from clipft.core.errors import UsageError
 from clipft.data.captions.metadata import describe
 from clipft.data.captions.template import DEFAULT_TEMPLATE, CaptionTemplate
 from clipft.data.overlap import same_images
-from clipft.data.shards.dataset import ChosenPairs, open_pairs
+from clipft.data.shards.dataset import ChosenPairs
+from clipft.data.shards.folders import open_pairs
 from tests.conftest import add
 
 IMAGES = [b"one", b"two", b"one", b"three", b"four!", b"three"]

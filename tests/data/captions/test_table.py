@@ -12,7 +12,7 @@ from clipft.core.cache import cache_folder
 from clipft.data.captions.table import LiveCaptions, caption_table
 from clipft.data.captions.template import BadCaption, CaptionTemplate
 from clipft.data.captions.tokenizer import CaptionEncoder
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.models.pretrained import load_inputs
 from tests.conftest import add
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.pack import PackResult, pack
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 
 
 def pattern(number: int, side: int = 16) -> Image.Image:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipft.cli.app import run
 from clipft.core.errors import DataError
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.data.shards.splits import split_named
 from tests.data.packing.pack_helpers import metadata_of, packed, pairs_of, pattern, write_pair
 from tests.data.packing.test_sources import png, write_table

@@ -15,7 +15,7 @@ from PIL import Image
 from clipft.cli.app import run
 from clipft.core.errors import DataError, StorageError, UsageError
 from clipft.data.duplicates import validation_rows
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.data.packing.pack_helpers import digests, packed, pairs_of, write_pair
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.data.packing.pack_helpers import packed, pattern, write_pair, write_table
 
 

@@ -13,7 +13,7 @@ from clipft.core.errors import DataError, UsageError
 from clipft.data.packing.options import PackOptions
 from clipft.data.packing.records import Listing
 from clipft.data.packing.sources import list_pairs
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from tests.data.packing.pack_helpers import metadata_of, packed, pattern, write_pair
 
 ROWS = 12

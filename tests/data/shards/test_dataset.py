@@ -5,7 +5,8 @@ import tarfile
 import pytest
 
 from clipft.core.errors import DataError
-from clipft.data.shards.dataset import PairDataset, open_pairs
+from clipft.data.shards.dataset import PairDataset
+from clipft.data.shards.folders import open_pairs
 from clipft.data.shards.index import index_shard
 from tests.conftest import add
 

@@ -8,7 +8,7 @@ import pytest
 
 from clipft.cli.app import run
 from clipft.core.errors import DataError
-from clipft.data.shards.dataset import open_pairs, shard_paths
+from clipft.data.shards.folders import open_pairs, shard_paths
 from clipft.data.shards.index import index_shard
 from clipft.data.shards.names import parse_name
 from clipft.data.shards.stream import open_stream

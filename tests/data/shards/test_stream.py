@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clipft.core.errors import DataError
 from clipft.data.order import EpochPlan, Position
-from clipft.data.shards.dataset import open_pairs
+from clipft.data.shards.folders import open_pairs
 from clipft.data.shards.stream import open_stream
 from tests.conftest import add
 

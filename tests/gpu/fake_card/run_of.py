@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from clipft.config.settings import Settings
 from clipft.config.sources import load_settings
-from clipft.data.loader import Batch, StepBatch
+from clipft.data.batch import Batch, StepBatch
 from clipft.data.order import EpochPlan
 from clipft.data.positives import NO_GROUPS, CaptionPositives
 from clipft.distributed.collectives import ALONE

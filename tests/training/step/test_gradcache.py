@@ -8,7 +8,7 @@ import torch
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
 from clipft.core.memory import MemoryBudget
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.data.positives import CaptionPositives, Positives
 from clipft.embedding.load import LoadedModel, load_model
 from clipft.embedding.towers import Towers, make_towers

@@ -7,7 +7,7 @@ import torch
 
 from clipft.cli.app import run
 from clipft.core.errors import MemoryShortage
-from clipft.data.loader import Batch
+from clipft.data.batch import Batch
 from clipft.distributed.step_channel import ALONE
 from clipft.training.step.gradcache import ExactAccumulation, LocalAccumulation
 from clipft.training.step.oom import SmallerPieces

@@ -10,8 +10,9 @@ import torch
 
 from clipft.config.scenarios import SCENARIOS
 from clipft.config.sources import load_settings
+from clipft.data.batch import Batch, StepBatch
 from clipft.data.captions.tokenizer import stacked
-from clipft.data.loader import Batch, StepBatch, training_batches
+from clipft.data.loader import training_batches
 from clipft.data.order import Position
 from clipft.distributed.collectives import ALONE
 from clipft.training.loop import fit
