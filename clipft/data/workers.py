@@ -149,6 +149,9 @@ def end_workers(batches: Iterator[Any]) -> None:
     for worker in workers:
         worker.kill()
     if workers:
+        # If a worker was killed while it checked this event, its lock is never released, and torch
+        # would wait for it forever. No other process uses the event any more
+        batches._workers_done_event = threading.Event()  # type: ignore[attr-defined]
         batches._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -80,8 +80,8 @@ def core() -> Any:
     """Return the only OpenVINO core of this process.
 
     Each core sets its own stack for signals, and later restores the earlier one, which may no
-    longer exist. The next signal, such as that of a worker that ends, would then cause a
-    segmentation fault.
+    longer exist. The next signal would then cause a segmentation fault, for example when a
+    worker process ends.
     """
     return _library("openvino").Core()
 

@@ -36,7 +36,7 @@ def _adapted(layer: Any, original: Any, name: str, x: Tensor) -> Tensor:
     if layer.disable_adapters or layer.merged:
         plain: Tensor = original(layer, x)
         return plain
-    # Flattened first, because an in-place addition to a view makes autograd copy it
+    # Flatten the rows first: adding in place to a view would make autograd copy it
     out, scaling = layer.base_layer(x.flatten(0, -2)), layer.scaling[name]
     dropout, kept = layer.lora_dropout[name], x
     if layer.training and isinstance(dropout, RowDropout):

@@ -1,4 +1,4 @@
-"""Checkpoints: their content, and the pair of files of which one is always intact.
+"""Checkpoints: what they contain, and the two files that make sure that one is always intact.
 
 A checkpoint holds all that a run needs to resume, and of the model only the trained weights.
 It is a ``torch.save`` zip of plain values and tensors, read with ``weights_only=True``, so nothing

@@ -1,4 +1,4 @@
-"""Measures the model on the validation pairs, before the first epoch and after each epoch."""
+"""Measures the model on the validation pairs during a run, and writes the results at its end."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 import multiprocessing
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from clipft.data.images.augmentation import augment
 from clipft.data.loader import LoaderOptions, evaluation_batches, training_batches
 from clipft.data.order import EpochPlan, Position
 from clipft.data.shards.folders import open_pairs
-from clipft.data.workers import SharedPixels
+from clipft.data.workers import SharedPixels, end_workers
 from tests import inputs
 from tests.conftest import write_shard
 from tests.data.pixel_filler import fill
@@ -264,6 +265,17 @@ def test_workers_that_are_still_wanted_do_not_keep_the_program_from_ending(datas
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240, cwd=root)
+
+
+def test_a_worker_that_was_killed_with_a_lock_in_hand_ends_too():
+    """Torch's event has a lock, and a worker may be killed while it checks the event."""
+    batches = iter(torch.utils.data.DataLoader(list(range(8)), num_workers=1))
+    next(batches)
+    batches._workers_done_event._cond.acquire()
+    ending = threading.Thread(target=end_workers, args=(batches,), daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive() and not any(w.is_alive() for w in batches._workers)
 
 
 def test_the_next_step_is_read_and_on_its_way_when_the_present_one_begins():

@@ -24,7 +24,7 @@ from clipft.core.patches import Patches
 from clipft.data.images.decode import resized_size
 
 Shift: TypeAlias = tuple[int, int, int]
-"""Pixels by which the content moves up and to the left, and 1 if it is mirrored afterwards."""
+"""How far the image moves up and to the left, in pixels, and 1 if it is then mirrored, or 0."""
 
 _PADDING = 1 / 14
 """Of the side: 16 pixels at 224."""

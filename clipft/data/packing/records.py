@@ -27,8 +27,8 @@ class Candidate:
 
 @dataclass
 class Listing:
-    """The pairs of a source, the skipped files as ``{"file", "reason"}``, all other files, and
-    notes for the user about how the source was read."""
+    """What was found in a source: the pairs, the skipped files as ``{"file", "reason"}``, all other
+    files, and notes for the user about how the source was read."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)

@@ -65,7 +65,7 @@ class Shard:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the keys, the sizes of the members and their order, but not of the path."""
+        """The hash of the keys and the members' sizes, in their order; the path does not count."""
         content = hashlib.blake2b(self.key_bytes.data, digest_size=8)
         for array in (self.key_ends, self.places[..., 1]):
             content.update(np.ascontiguousarray(array).data)

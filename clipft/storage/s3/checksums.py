@@ -51,7 +51,7 @@ def etag_of(file: BinaryFile, size: int, part_bytes: int) -> str:
 
 
 def possible_parts(size: int, etag: str) -> list[int]:
-    """Return the usual part sizes with which an object of ``size`` bytes can have this ETag."""
+    """Return the common part sizes that would give an object of ``size`` bytes this ETag."""
     found = _IN_PARTS.fullmatch(etag)
     count = int(found[2]) if found else 0
     return [part for part in _USUAL_PARTS if (count - 1) * part < size <= count * part]

@@ -44,8 +44,8 @@ class Recovery:
 class SmallerPieces(Recovery):
     """Keeps fewer graphs, then halves the micro-batches, down to ``smallest`` pairs.
 
-    ``micro`` is the size of the loader's micro-batches. ``consequence`` is the effect of smaller
-    micro-batches on the loss, which completes the warning.
+    ``micro`` is the size of the loader's micro-batches. ``consequence`` says in the
+    warning how smaller micro-batches affect the loss.
     """
 
     halve_graphs: Callable[[], bool]
