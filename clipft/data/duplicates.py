@@ -8,7 +8,7 @@ a near-duplicate only if the 24 x 24 color thumbnails agree too.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,7 +28,6 @@ _COARSE, _ROUNDING = 3, 1e-3
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
-Values = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[i
     """
     if not hashes:
         return []
-    alike = _Thumbnails([h.thumbnail for h in hashes])
+    alike = _Thumbnails(b"".join(h.thumbnail for h in hashes), len(hashes))
     dhashes = np.array([h.hash for h in hashes], np.uint64)
     codes = [one * len(hashes) + other for one, other in map(alike.of, close_hashes(dhashes, near))]
     found = np.unique(np.concatenate([np.empty(0, np.int64), *codes]))
@@ -65,25 +64,20 @@ def near_duplicates(hashes: Sequence[PerceptualHash], near: int) -> list[tuple[i
 
 
 class _Thumbnails:
-    """Compares thumbnails. They are not copied into one array: pixels are compared only where the
-    means over large parts of two images agree, which are few pairs."""
+    """Compares thumbnails, given as their concatenated bytes."""
 
-    def __init__(self, thumbnails: Sequence[bytes]) -> None:
-        self._thumbnails, count = thumbnails, len(thumbnails)
+    def __init__(self, data: bytes, count: int) -> None:
+        self._pixels = np.frombuffer(data, np.uint8).reshape(count, -1)
         self._contrast = np.empty(count, np.float32)
         self._coarse = np.empty((count, _COARSE**2 * 3), np.float32)
         for start in range(0, count, _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, count))
-            pixels = self._pixels(block).astype(np.float32)
+            block = slice(start, start + _BLOCK)
+            pixels = self._pixels[block].astype(np.float32)
             self._contrast[block] = pixels.std(axis=1)
             cell = _THUMBNAIL // _COARSE
             cells = pixels.reshape(-1, _COARSE, cell, _COARSE, cell, 3).mean(axis=(2, 4))
             self._coarse[block] = cells.reshape(len(pixels), -1)
         self._mean = self._coarse.mean(axis=1)
-
-    def _pixels(self, rows: Rows) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        data = b"".join(self._thumbnails[row] for row in rows.tolist())
-        return np.frombuffer(data, np.uint8).reshape(len(rows), -1)
 
     def of(self, close: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         """Return the pairs (one, other) whose thumbnails agree."""
@@ -91,16 +85,11 @@ class _Thumbnails:
         allowed = _SAME * np.maximum(self._contrast[one], self._contrast[other]) + _NOISE
         # The root mean square of a difference is at least as large as that of its means over blocks
         # of pixels. Comparing the means first is fast and rules out most pairs
-        steps: tuple[tuple[Callable[[Rows], Values], float], ...] = (
-            (self._mean[:, None].__getitem__, _ROUNDING),
-            (self._coarse.__getitem__, _ROUNDING),
-            (self._pixels, 0),
-        )
-        for values, rounding in steps:
+        for values in (self._mean[:, None], self._coarse, self._pixels):
             kept = np.concatenate(
                 [
-                    _distance(values(one[n : n + _BLOCK]), values(other[n : n + _BLOCK]))
-                    <= allowed[n : n + _BLOCK] + rounding
+                    self._distance(values, one[n : n + _BLOCK], other[n : n + _BLOCK])
+                    <= allowed[n : n + _BLOCK] + (0 if values is self._pixels else _ROUNDING)
                     for n in range(0, len(one), _BLOCK)
                 ]
                 or [np.empty(0, bool)]
@@ -108,12 +97,13 @@ class _Thumbnails:
             one, other, allowed = one[kept], other[kept], allowed[kept]
         return one, other
 
-
-def _distance(one: Values, other: Values) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """Return the root mean square of the difference of each row: float32 [rows]."""
-    difference = one.astype(np.float32) - other
-    distance: np.ndarray[Any, np.dtype[np.float32]] = np.square(difference).mean(axis=1) ** 0.5
-    return distance
+    @staticmethod
+    def _distance(
+        values: "np.ndarray[Any, Any]", one: Rows, other: Rows
+    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        difference = values[one].astype(np.float32) - values[other]
+        distance: np.ndarray[Any, np.dtype[np.float32]] = np.square(difference).mean(axis=1) ** 0.5
+        return distance
 
 
 def close_hashes(hashes: Hashes, near: int) -> Iterator[tuple[Rows, Rows]]:

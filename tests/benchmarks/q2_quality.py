@@ -71,12 +71,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """The models of one way, by seed; ``cpu_s`` is that of one run, ``whole_s`` of all that led to
-    these models, and ``chosen`` what was chosen for them."""
+    """The models of one way, one for each seed, and what was chosen for them. ``seconds`` are the
+    CPU seconds of each run that they took."""
 
     models: list[Path]
-    cpu_s: float
-    whole_s: float
+    seconds: list[float]
     chosen: str
 
 
@@ -125,10 +124,7 @@ def train(place: Place, way: str, seed: int, *more: object) -> tuple[Path, float
 
 def bare_train(place: Place, seeds: range) -> Trained:
     runs = [train(place, "train", seed, "--model", "tiny") for seed in seeds]
-    seconds = [cpu_s for _, cpu_s in runs]
-    # Of the first three, so that more seeds do not change what the peers get
-    cpu_s = statistics.mean(seconds[:3])
-    return Trained([run for run, _ in runs], cpu_s, sum(seconds), "defaults")
+    return Trained([run for run, _ in runs], [cpu_s for _, cpu_s in runs], "defaults")
 
 
 def tuned(place: Place, seeds: range) -> Trained:
@@ -143,11 +139,10 @@ def tuned(place: Place, seeds: range) -> Trained:
     runs = [
         train(place, "tuned", seed, "--config", folder / "best.toml") for seed in list(seeds)[1:]
     ]
-    seconds = [cpu_s for _, cpu_s in runs]
     changes = [value if name == "scenario" else name for name, value in best["changes"].items()]
-    whole_s, chosen = search_s + sum(seconds), ", ".join(changes) or "defaults"
     models = [folder / best["folder"], *(run for run, _ in runs)]
-    return Trained(models, search_s / len(RATES), whole_s, chosen)
+    seconds = [search_s, *(cpu_s for _, cpu_s in runs)]
+    return Trained(models, seconds, ", ".join(changes) or "defaults")
 
 
 def peer_run(peer: str, place: Place, epochs: int, lr: float, seed: int) -> tuple[Path, float]:
@@ -162,15 +157,14 @@ def best_of_peer(peer: str, place: Place, cpu_s: float, seeds: range) -> Trained
     _, few = peer_run(peer, place, 2, RATES[0], seeds[0])
     _, more = peer_run(peer, place, 8, RATES[0], seeds[0])
     epochs = max(1, round(2 + (cpu_s - few) / (more - few) * 6))
-    tried = {rate: peer_run(peer, place, epochs, rate, seeds[0])[0] for rate in RATES}
-    recalls = {rate: measured(place, model, "val").recall() for rate, model in tried.items()}
+    tried = {rate: peer_run(peer, place, epochs, rate, seeds[0]) for rate in RATES}
+    recalls = {rate: measured(place, run, "val").recall() for rate, (run, _) in tried.items()}
     best = max(recalls, key=recalls.__getitem__)
     print(f"  {peer}: {epochs} epochs; validation recall {recalls}", flush=True)
-    runs = [peer_run(peer, place, epochs, best, seed) for seed in seeds]
-    seconds = [took for _, took in runs]
-    search = [peer_run(peer, place, epochs, rate, seeds[0])[1] for rate in RATES if rate != best]
-    whole_s, chosen = sum(seconds) + sum(search), f"{epochs} epochs at {best:g}"
-    return Trained([run for run, _ in runs], statistics.mean(seconds), whole_s, chosen)
+    runs = [tried[best], *(peer_run(peer, place, epochs, best, seed) for seed in list(seeds)[1:])]
+    others = [cpu_s for rate, (_, cpu_s) in tried.items() if rate != best]
+    seconds = [*(cpu_s for _, cpu_s in runs), *others]
+    return Trained([run for run, _ in runs], seconds, f"{epochs} epochs at {best:g}")
 
 
 def measured(place: Place, model: Path, split: str) -> Evaluation:
@@ -212,14 +206,16 @@ class Tested:
 def train_all(place: Place, seeds: range) -> dict[str, Trained]:
     """Train all ways, unless that is done."""
     bare = bare_train(place, seeds)
-    peers = {peer: best_of_peer(peer, place, bare.cpu_s, seeds) for peer in PEERS}
+    # The time of the first three runs, so that more seeds do not change what the peers get
+    run_s = statistics.mean(bare.seconds[:3])
+    peers = {peer: best_of_peer(peer, place, run_s, seeds) for peer in PEERS}
     return {"train": bare, "tune": tuned(place, seeds), **peers}
 
 
 def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
     folds = [train_all(place, seeds) for place in places]
     trained = {way: [fold[way] for fold in folds] for way in folds[0]}
-    before = Tested(places, [Trained([Path("tiny")], 0, 0, "")] * len(places)).recalls()[0]
+    before = Tested(places, [Trained([Path("tiny")], [], "")] * len(places)).recalls()[0]
     tested = {way: Tested(places, models) for way, models in trained.items()}
     for way in OURS:
         for peer in PEERS:
@@ -237,8 +233,8 @@ def results(name: str, places: list[Place], seeds: range) -> Iterator[Result]:
                 f"{100 * change['value']:+.1f} "
                 f"({100 * change['low']:+.1f}..{100 * change['high']:+.1f})",
                 verdict(change),
-                round(sum(fold.whole_s for fold in trained[way])),
-                round(sum(fold.whole_s for fold in trained[peer])),
+                round(sum(sum(fold.seconds) for fold in trained[way])),
+                round(sum(sum(fold.seconds) for fold in trained[peer])),
                 f"{spoken(trained[way])}; {spoken(trained[peer])}",
             )
 
@@ -280,7 +276,8 @@ def main() -> None:
             for number, data in enumerate(folders, 1)
         ]
         if wish.fold:
-            train_all(places[wish.fold - 1], seeds)
+            for place in places[wish.fold - 1 : wish.fold]:
+                train_all(place, seeds)
             continue
         for row in results(name, places[: 1 if wish.quick else None], seeds):
             print(json.dumps(row.__dict__), flush=True)
