@@ -40,8 +40,19 @@ def score_blocks(
         (start, end, scores): float32 [end - start, C] of the queries from ``start`` to ``end``,
         in memory that the next block uses again.
     """
+    original = _first_copies(candidates)
+    copies = (original != torch.arange(len(original))).nonzero().flatten()
+    originals = original[copies].to(candidates.device)
+    copies = copies.to(candidates.device)
+    for start, end, scores in _blocks(queries, candidates, size):
+        if len(copies):
+            scores[:, copies] = scores[:, originals]
+        yield start, end, scores
+
+
+def _blocks(queries: Tensor, candidates: Tensor, size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Score candidates as ``score_blocks`` does, without care for equal ones."""
     size, total = max(size, _FEWEST_ROWS), len(queries)
-    copies, originals = _find_copies(candidates)
     # Allocated once: allocating for each block costs as much as the matrix products
     memory = candidates.new_empty(max(_FEWEST_ROWS, min(size, total)), len(candidates))
     for start in range(0, total, size):
@@ -51,23 +62,94 @@ def score_blocks(
         if total < _FEWEST_ROWS:
             some = some.repeat(_FEWEST_ROWS, 1)[:_FEWEST_ROWS]
         scores = torch.matmul(some, candidates.T, out=memory[: len(some)])
-        scores = scores[start - first : end - first]
-        if len(copies):
-            scores[:, copies] = scores[:, originals]
-        yield start, end, scores
+        yield start, end, scores[start - first : end - first]
 
 
-def _find_copies(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the rows of [C, D] that repeat an earlier one, and the first row that each repeats."""
+def _first_copies(rows: Tensor) -> Tensor:
+    """Find for each row of [C, D] the first one with the same bits: int64 [C] on the CPU."""
     device, bits = rows.device, rows.float().contiguous().view(torch.int32)
     odd = torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, rows.shape[1]) | 1)
     keys = [(part * odd.to(device)).sum(1).cpu() for part in torch.split(bits, _HASHED_ROWS)]
     _, first, which = np.unique(torch.cat(keys).numpy(), return_index=True, return_inverse=True)
     original = torch.from_numpy(first[which])
-    later = (original != torch.arange(len(rows))).nonzero().flatten().to(device)
-    original = original.to(device)[later]
-    equal = (bits[later] == bits[original]).all(1)  # and not only their keys
-    return later[equal], original[equal]
+    later = (original != torch.arange(len(rows))).nonzero().flatten()
+    equal = (bits[later.to(device)] == bits[original[later].to(device)]).all(1).cpu()
+    original[later[~equal]] = later[~equal]  # only their keys are equal
+    return original
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    """Candidates without copies, because a catalogue has the same caption many times.
+
+    ``rows`` is float32 [U, D], and ``counts`` float32 [U] says how many candidates each of them
+    is, both on the device of the candidates. On the CPU, ``numbers`` int64 [C] is the row of each
+    candidate, and ``later`` int64 [C] counts the copies that come after it.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    numbers: Tensor
+    later: Tensor
+
+    @classmethod
+    def of(cls, candidates: Tensor) -> "_Distinct":
+        original, total = _first_copies(candidates).numpy(), len(candidates)
+        kept, numbers, counts = np.unique(original, return_inverse=True, return_counts=True)
+        order = np.argsort(numbers, kind="stable")
+        later = np.empty(total, np.int64)
+        later[order] = np.cumsum(counts)[numbers[order]] - 1 - np.arange(total)
+        rows = (
+            candidates
+            if len(kept) == total
+            else candidates[torch.from_numpy(kept).to(candidates.device)]
+        )
+        weights = torch.from_numpy(counts).float().to(candidates.device)
+        return cls(rows, weights, torch.from_numpy(numbers), torch.from_numpy(later))
+
+    def count_behind(
+        self, scores: Tensor, columns: Tensor, compared: Tensor, finite: bool
+    ) -> Tensor:
+        """Count the candidates that rank behind candidate ``columns[i]`` in row i.
+
+        Args:
+            scores: float32 [E, U].
+            columns: int64 [E] on the CPU.
+            compared: memory like that of ``scores``.
+            finite: whether no score is NaN.
+
+        Returns:
+            int64 [E] on the device of ``scores``; 0 where the candidate's own score is NaN.
+        """
+        own = scores.gather(1, self.numbers[columns, None].to(scores.device))
+        later = self.later[columns].to(scores.device)
+        # Comparisons are written as floats because torch sums floats ten times faster than booleans
+        behind = self._count(torch.lt(scores, own, out=compared)) + later
+        tied = torch.eq(scores, own, out=compared).sum(1) > 1
+        # Row by row, because it takes no memory: arrays of as many rows as happen to be tied
+        # would differ in size from block to block, and leave holes that no other one fits
+        for row in tied.nonzero().flatten().tolist():
+            behind[row] += self._count_after(compared[row], int(columns[row])) - later[row]
+        if finite:
+            return behind
+        # No comparison holds for NaN, and the NaN of other candidates are behind every number
+        behind += self._count(torch.isnan(scores).to(compared.dtype))
+        return torch.where(own.flatten().isnan(), 0, behind)
+
+    def _count(self, chosen: Tensor) -> Tensor:
+        """Count the candidates of ``chosen``, float32 [E, U] of 0 and 1, which it changes."""
+        weighted = chosen.mul_(self.counts) if self._has_copies else chosen
+        return weighted.sum(1).long()
+
+    def _count_after(self, chosen: Tensor, candidate: int) -> Tensor:
+        """Count the candidates of ``chosen``, float32 [U], that come after ``candidate``."""
+        if not self._has_copies:
+            return chosen[candidate + 1 :].sum().long()
+        return chosen[self.numbers[candidate + 1 :].to(chosen.device)].sum().long()
+
+    @property
+    def _has_copies(self) -> bool:
+        return len(self.rows) < len(self.numbers)
 
 
 @torch.inference_mode()
@@ -92,35 +174,24 @@ def ranks_of(
     asked, numbers = torch.unique_consecutive(rows, return_inverse=True)
     if len(asked) < len(queries):
         queries, rows = queries[asked.to(queries.device)], numbers
-    size = min(memory // (_BYTES_PER_SCORE * max(1, len(candidates))), len(queries))
+    distinct = _Distinct.of(candidates)
+    size = min(memory // (_BYTES_PER_SCORE * max(1, len(distinct.rows))), len(queries))
     size = max(size, _FEWEST_ROWS)
-    all_picked, all_compared = candidates.new_empty(2, size, len(candidates))
+    all_picked, all_compared = candidates.new_empty(2, size, len(distinct.rows))
     all_finite = bool(torch.isfinite(queries).all() & torch.isfinite(candidates).all())
     ranks = torch.empty(len(rows), dtype=torch.int64)
-    for start, end, scores in score_blocks(queries, candidates, size):
+    for start, end, scores in _blocks(queries, distinct.rows, size):
         first, last = torch.searchsorted(rows.contiguous(), torch.tensor([start, end])).tolist()
         for at in range(first, last, size):
             until = min(at + size, last)
-            own_row = (rows[at:until] - start).to(scores.device)
-            own_column = columns[at:until, None].to(scores.device)
             if torch.equal(rows[at:until], torch.arange(start, end)):  # each query once
                 picked = scores
             else:
+                own_row = (rows[at:until] - start).to(scores.device)
                 picked = torch.index_select(scores, 0, own_row, out=all_picked[: until - at])
-            own = picked.gather(1, own_column)
-            # Counted from the back: no comparison holds for NaN, so a NaN of its own ranks last.
-            # Comparisons are written as floats because torch sums floats ten times faster than
-            # booleans.
             compared = all_compared[: until - at]
-            behind = torch.lt(picked, own, out=compared).sum(1).long()
-            tied = torch.eq(picked, own, out=compared).sum(1) > 1
-            # Row by row, because it takes no memory: arrays of as many rows as happen to be tied
-            # would differ in size from block to block, and leave holes that no other one fits
-            for row in tied.nonzero().flatten().tolist():
-                behind[row] += compared[row, int(columns[at + row]) + 1 :].sum().long()
-            if not all_finite:  # the NaN of other candidates are behind every number
-                behind += torch.where(own.flatten().isnan(), 0, picked.isnan().sum(1))
-            ranks[at:until] = picked.shape[1] - behind
+            behind = distinct.count_behind(picked, columns[at:until], compared, all_finite)
+            ranks[at:until] = len(candidates) - behind  # counted from the back because of NaN
     return ranks
 
 

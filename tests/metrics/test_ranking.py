@@ -41,6 +41,29 @@ def test_any_number_of_right_candidates_can_be_ranked(shape, seed, memory, share
     assert ranks_of(queries, candidates, rows, columns, memory).tolist() == expected.tolist()
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 60)),
+    different=st.integers(1, 12),
+    broken=st.booleans(),
+    seed=st.integers(0, 999),
+    memory=st.integers(1, 4000),
+)
+def test_copies_of_candidates_rank_in_their_order(shape, different, broken, seed, memory):
+    random = np.random.default_rng(seed)
+    queries, candidates = tied(shape[0], seed), tied(different, seed + 1)
+    if broken:
+        candidates[0] = float("nan")
+    candidates = candidates[torch.from_numpy(random.integers(0, different, shape[1]))]
+    wanted = random.random(shape) < 0.5
+    rows, columns = map(torch.from_numpy, np.nonzero(wanted))
+    scores = (queries @ candidates.T).numpy()
+    ranks = naive_ranks(scores)  # numpy sorts NaN last
+    ranks[np.isnan(scores)] = shape[1]  # and one that is asked for behind all
+    found = ranks_of(queries, candidates, rows, columns, memory)
+    assert found.tolist() == ranks[wanted].tolist()
+
+
 def test_the_block_size_does_not_change_the_figures():
     images, texts = unit(50, 1), unit(50, 2)
     for memory in (1, 5000, 20_000):
