@@ -3,17 +3,26 @@
 The newest state (``{scenario}_checkpoint.pt``) is saved at the end of each epoch, every
 ``checkpoint_every`` steps, and when a signal or an error ends the run. The best epoch's weights
 (``best.pt``) are saved when ``EarlyStopping`` finds that an epoch has improved.
+
+Training goes on while the newest state is written: a thread writes a copy of it, flushes it to the
+disk and reads it back. The last save of a run, and a state that is too large to be copied, are
+waited for.
 """
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipft.core.errors import ClipftError, ModelError
 from clipft.core.files import settle
+from clipft.core.memory import memory_in_use, usable_memory
 from clipft.distributed.rank_zero import on_rank_zero
 from clipft.runs.checkpoint import load_checkpoint, save_checkpoint, save_newest
 from clipft.runs.folder import RunPaths
@@ -23,6 +32,8 @@ from clipft.training.state import RunState, TrainState
 
 _BLANK = {"epoch": 0, "step_in_epoch": 0, "step": 0, "model_state_dict": {}, "loss": 0.0}
 """The state of a scenario that trains nothing; its keys are those of weights without a state."""
+_MOST_COPIED = 0.25
+"""The largest share of the free memory that a copy of the optimizer's state may take."""
 
 
 def is_save_due(step: int, steps_per_epoch: int, every: int) -> bool:
@@ -33,14 +44,20 @@ def is_save_due(step: int, steps_per_epoch: int, every: int) -> bool:
 
 class Saver:
     """Saves the state of a run. Rank zero writes, but all processes must call these methods,
-    because with sharded weights each process holds a part of the weights."""
+    because with sharded weights each process holds a part of the weights.
+
+    An error while a file is written is raised by the next save, and then on all processes.
+    """
 
     def __init__(
         self, state: RunState, setup: RunSetup, paths: RunPaths, callbacks: Callbacks
     ) -> None:
         self.state, self.setup, self.paths, self.callbacks = state, setup, paths, callbacks
         self.saved_step = 0
-        """The step of the newest checkpoint. Later steps are not saved yet."""
+        """The step of the newest checkpoint, which may still be written. Later steps are lost if
+        the run is killed."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[int] | None = None
 
     def save_if_due(self, training: TrainState) -> None:
         """Save at the end of an epoch, and every ``checkpoint_every`` steps.
@@ -48,10 +65,12 @@ class Saver:
         The decision must be the same on all processes, because they save together, so it depends
         only on the step. A rule based on time would have to be decided ``on_rank_zero``.
         """
-        setup = self.setup
+        setup, writing = self.setup, self._writing
+        if writing and writing.done() and not writing.exception():
+            self._end_writing()
         due = is_save_due(training.step, setup.epoch_plan.steps, setup.settings.checkpoint_every)
         if due and math.isfinite(training.loss):  # never replace a good state with a bad one
-            self.save()
+            self.save(wait=False)
 
     def save_after(self, error: ClipftError, training: TrainState) -> None:
         """Save the steps that would be lost because of ``error``, if possible."""
@@ -62,12 +81,25 @@ class Saver:
         elif self.setup.processes.rank == 0 and not self.setup.weights.sharded:
             self._write(training.state_dict)  # alone: other processes do not know of the error
 
-    def save(self) -> None:
-        """Save the newest state."""
+    def save_rest(self) -> None:
+        """Save the steps since the last save, and wait until everything is written."""
+        if self.state.step > self.saved_step:
+            self.save()
+        else:
+            on_rank_zero(self.setup.processes, self._end_writing)
+
+    def save(self, wait: bool = True) -> None:
+        """Save the newest state; without ``wait``, it is only certain after the next call."""
         training, weights = self.state.training, self.setup.weights
         state = weights.gather_if_sharded(training.state_dict) if training else _BLANK.copy
-        on_rank_zero(self.setup.processes, lambda: self._write(state))
+        on_rank_zero(self.setup.processes, lambda: self._write(state, wait))
         self.saved_step = self.state.step
+
+    def close(self) -> None:
+        """Wait for the file that is being written, because the run ends with an error."""
+        with suppress(ClipftError):  # the run's own error matters more
+            self._end_writing()
+        self._thread.shutdown()
 
     def save_best(self, training: TrainState) -> None:
         """Save only the weights, as those of the best epoch."""
@@ -80,11 +112,31 @@ class Saver:
 
         on_rank_zero(self.setup.processes, write)
 
-    def _write(self, state: Callable[[], dict[str, Any]]) -> None:
-        # After a power cut, the lines of all steps in a checkpoint must be on disk
-        settle(self.paths.folder, self.paths.metrics.name, self.paths.skipped.name)
-        save_newest(self.paths.checkpoint, self._content(state()))
-        self.callbacks.saved(self.paths.checkpoint, self.state.step)
+    def _write(self, state: Callable[[], dict[str, Any]], wait: bool = True) -> None:
+        self._end_writing()
+        content, step = self._content(state()), self.state.step
+        if not wait and not self.setup.weights.sharded:  # sharded weights were copied together
+            wait = not _copy_optimizer_state(content)
+
+        def write() -> int:
+            # After a power cut, the lines of all steps in a checkpoint must be on disk
+            settle(self.paths.folder, self.paths.metrics.name, self.paths.skipped.name)
+            save_newest(self.paths.checkpoint, content)
+            return step
+
+        self._writing = self._thread.submit(write)
+        if wait:
+            self._end_writing()
+
+    def _end_writing(self) -> None:
+        """Wait for the file that is being written, if any, and report it.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self._writing:
+            writing, self._writing = self._writing, None
+            self.callbacks.saved(self.paths.checkpoint, writing.result())
 
     def _content(self, weights: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -97,6 +149,36 @@ class Saver:
             "choices": asdict(self.setup.choices),
             **self.state.state_dict(),
         }
+
+
+def _copy_optimizer_state(content: dict[str, Any]) -> bool:
+    """Replace the optimizer's state by a copy on the CPU, which later steps do not change.
+
+    The weights are copied already. Returns False, and copies nothing, if the copy would take more
+    than a quarter of the free memory.
+    """
+    optimizer = content.get("optimizer_state_dict")
+    if not optimizer:
+        return True
+    states = optimizer["state"]
+    size = sum(v.nbytes for state in states.values() for v in state.values() if torch.is_tensor(v))
+    cpu = torch.device("cpu")
+    if size > _MOST_COPIED * (usable_memory(cpu) - memory_in_use(cpu)):
+        return False
+    copies = dict[int, torch.Tensor]()
+
+    def copy(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        if id(value) not in copies:  # the 8-bit states of several weights share a tensor
+            copies[id(value)] = value.to(cpu, copy=True)
+        return copies[id(value)]
+
+    content["optimizer_state_dict"] = {
+        "state": {n: {k: copy(v) for k, v in state.items()} for n, state in states.items()},
+        "param_groups": [dict(group) for group in optimizer["param_groups"]],
+    }
+    return True
 
 
 def load_best(path: Path, epoch: int) -> dict[str, Any]:

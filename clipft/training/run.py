@@ -98,6 +98,7 @@ def train(
                 run.train_epochs()
                 return run.finish()
             finally:
+                run.saver.close()
                 callbacks.callback.closed()
         except Interrupted:
             processes.barrier()  # the launcher ends all as soon as one has ended
@@ -198,8 +199,7 @@ class _Run:
                 find_look_alikes(self.setup, training, self._check_stop)
                 self._train_steps(training, accumulate)
         except Interrupted:
-            if training.step > self.saver.saved_step:
-                self.saver.save()
+            self.saver.save_rest()
             raise
         except (DataError, MemoryShortage, ProcessError) as error:
             self.saver.save_after(error, training)

@@ -191,8 +191,8 @@ class WholeRun:
         """Train one epoch."""
         with ExitStack() as unsaved:
             for name in ("save", "save_best", "save_if_due"):
-                unsaved.enter_context(mock.patch.object(Saver, name, lambda *given: None))
-            unsaved.enter_context(mock.patch.object(_Run, "_keep_rankings", lambda *given: None))
+                unsaved.enter_context(mock.patch.object(Saver, name, lambda *_, **__: None))
+            unsaved.enter_context(mock.patch.object(_Run, "_keep_rankings", lambda *_, **__: None))
             with self.card:
                 self.run.train_epochs()
 
