@@ -250,6 +250,8 @@ def compare_up(task: Task, source: Path, server: RadosGateway, url: str, line: b
             if not line:
                 again[name].append(task.tools.run(name, "up", source, url, up=True))
             in_own_process(empty, server.url, "up/", task.count)
+            for own in (source / "train").glob(".clipft*"):  # the others would send it too
+                own.unlink()
             server.collect_garbage()
     return rows(task.name, fresh) + (rows(f"{task.name}, nothing to do", again) if not line else [])
 

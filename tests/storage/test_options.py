@@ -1,5 +1,6 @@
 """The options of ``clipft sync``: --up, globs, --delete, --dry-run, raw files and s3:// URLs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from clipft.core.errors import UsageError
 from clipft.data.shards.folders import open_pairs
 from clipft.storage.s3.checksums import etag_of, matches
 from clipft.storage.s3.client import open_bucket
+from clipft.storage.sync import upload
+from clipft.storage.sync.folder import Folder
 from tests.faults.helpers import one_error
 from tests.storage.test_sync import PAIRS, files
 from tests.storage.test_training import put_raw
@@ -53,6 +56,45 @@ def test_up_sends_new_and_changed_files(filled, capsys):
     changed = {"data/train/00000.tar": b"A" * 3000, "data/train/new é.tar": b"new"}
     assert stored(filled) == PAIRS | changed
     assert sync(filled, capsys, "--up")["transferred"] == 0
+
+
+def test_up_reads_a_file_again_only_if_it_has_changed(filled, capsys, monkeypatch):
+    read = []
+
+    def matches_and_notes(file, size, etag):
+        read.append(Path(file.name).name)
+        return matches(file, size, etag)
+
+    train = filled.settings.data_dir / "train"
+    train.mkdir(parents=True)
+    (train / "00000.tar").write_bytes(PAIRS["data/train/00000.tar"])
+    (train / "new.tar").write_bytes(b"new")
+    (train / "linked.tar").symlink_to("new.tar")
+    monkeypatch.setattr(upload, "matches", matches_and_notes)
+    assert sync(filled, capsys, "--up")["transferred"] == 2  # the first one is there already
+    assert read == ["00000.tar"]
+
+    os.utime(train / "00000.tar")
+    (train / "new.tar").write_bytes(b"now")
+    read.clear()
+    assert sync(filled, capsys, "--up")["transferred"] == 2
+    assert sorted(read) == ["00000.tar", "linked.tar", "new.tar"]
+
+    read.clear()
+    assert sync(filled, capsys, "--up")["transferred"] == 0
+    assert read == ["linked.tar"]  # only the files themselves are in the journal
+    assert stored(filled)["data/train/linked.tar"] == b"now"
+
+
+def test_a_folder_that_cannot_be_written_to_is_uploaded(filled, capsys, monkeypatch):
+    (filled.settings.data_dir / "train").mkdir(parents=True)
+    (filled.settings.data_dir / "train" / "new.tar").write_bytes(b"new")
+
+    def refuse(folder, records):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Folder, "_append", refuse)
+    assert [sync(filled, capsys, "--up")["transferred"] for _ in range(2)] == [1, 0]
 
 
 def test_a_multipart_upload_is_recognized_later(filled, capsys):

@@ -1,10 +1,10 @@
-"""A local folder that mirrors a prefix, and its journal of the files that a sync has written.
+"""A local folder that mirrors a prefix, and its journal of the files that a sync has compared.
 
-The journal records the ETag of each object, and the size and time of its file. A sync does not wait
-until the bytes are on the disk, which for large shards can take longer than fetching them. Its
-records contain an id of the current boot of the machine and are valid only until the next boot, so
-that after a power cut the files are checked again by their md5. A later sync in the same boot makes
-the records permanent.
+The journal records the ETag of each object, and the size and time of its file, whether the object
+was downloaded or uploaded. A sync does not wait until the bytes are on the disk, which for large
+shards can take longer than fetching them. Its records contain an id of the current boot of the
+machine and are valid only until the next boot, so that after a power cut the files are checked
+again by their md5. A later sync in the same boot makes the records permanent.
 """
 
 import ctypes
@@ -85,10 +85,17 @@ class Folder:
                     entry = json.loads(line)
                     self.records[str(entry["path"])] = list(entry["state"])
 
-    def record(self, wanted: RemoteObject) -> None:
-        """Note that the file of an object is in place, for ``write_records``."""
-        status = os.lstat(self.local(wanted))
-        self._new[wanted.path] = [wanted.etag, status.st_size, status.st_mtime_ns]
+    def record(self, wanted: RemoteObject, status: os.stat_result | None = None) -> None:
+        """Note that the file of an object has its bytes, for ``write_records``. ``status`` is that
+        of the file before it was read; by default, it is looked up now."""
+        found = status or os.lstat(self.local(wanted))
+        self._new[wanted.path] = [wanted.etag, found.st_size, found.st_mtime_ns]
+
+    def remember(self) -> None:
+        """Write the new records if the folder can be written to and no other sync does so."""
+        if self._new:
+            with suppress(StorageError), self.opened():
+                pass
 
     def write_records(self) -> None:
         """Append the new records to the journal.

@@ -1,8 +1,14 @@
-"""``clipft sync --up``: upload local pairs to a bucket, except for those that are already there."""
+"""``clipft sync --up``: upload local pairs to a bucket, except for those that are already there.
 
+Files that have not changed since a sync are recognized by the journal of their folder, others by
+their md5.
+"""
+
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +20,7 @@ from clipft.storage.s3.bucket import Bucket
 from clipft.storage.s3.checksums import matches
 from clipft.storage.s3.keys import RemoteObject
 from clipft.storage.sync.download import TransferProgress
-from clipft.storage.sync.folder import local_files
+from clipft.storage.sync.folder import Folder, local_files
 from clipft.storage.sync.sync import SIDES, BucketListing, SyncOptions, SyncResult, list_bucket
 
 _DELETED_AT_ONCE = 1000
@@ -22,9 +28,12 @@ _DELETED_AT_ONCE = 1000
 
 
 class _Upload(NamedTuple):
-    path: Path
-    key: str
-    size: int
+    """A local file, and what it will be in the bucket. ``status`` is that of the file before it is
+    read: a file that changes later does not fit its record, and is compared again."""
+
+    folder: Folder
+    wanted: RemoteObject
+    status: os.stat_result
 
 
 def upload(
@@ -52,7 +61,8 @@ def upload(
             f"there is nothing to send in {settings.data_dir}/train and {settings.data_dir}/val",
             "name the folder that contains them with --data-dir",
         )
-    todo = _missing_or_different(listing, settings.data_dir, names)
+    folders = {side: Folder(settings.data_dir / side, listing.objects[side], []) for side in SIDES}
+    todo = _missing_or_different(listing, folders, names)
     surplus = list[str]()
     if options.delete:
         for side in SIDES:
@@ -62,10 +72,14 @@ def upload(
     planned: tuple[str, ...] = ()
     if options.dry_run:
         url = listing.bucket.url
-        puts = [f"put {url(file.key)}" for file in todo]
+        puts = [f"put {url(file.wanted.key)}" for file in todo]
         planned = (*puts, *(f"delete {url(key)}" for key in surplus))
     else:
-        _send(listing.bucket, todo, settings.s3_requests, report)
+        try:
+            _send(listing.bucket, todo, settings.s3_requests, report)
+        finally:
+            for folder in folders.values():
+                folder.remember()
         _delete(listing.bucket, surplus)
     total = sum(len(side) for side in names.values())
     return SyncResult(
@@ -73,7 +87,7 @@ def upload(
         transferred=len(todo),
         skipped=total - len(todo),
         deleted=len(surplus),
-        bytes=sum(file.size for file in todo),
+        bytes=sum(file.wanted.size for file in todo),
         refused=(),
         notes=("dry run: nothing was changed",) if options.dry_run else (),
         seconds=time.monotonic() - start,
@@ -82,26 +96,37 @@ def upload(
 
 
 def _missing_or_different(
-    listing: BucketListing, data_dir: Path, names: dict[str, list[str]]
+    listing: BucketListing, folders: dict[str, Folder], names: dict[str, list[str]]
 ) -> list[_Upload]:
-    """Return the local files that are not in the bucket, or differ according to the ETag."""
+    """Return the local files that are not in the bucket, or differ according to the ETag.
 
-    def differs(there: RemoteObject | None, upload: _Upload) -> bool:
-        if there is None or there.size != upload.size:
-            return True
-        with open(upload.path, "rb") as file:
-            return not matches(file, upload.size, there.etag)
-
-    found, uploads = list[RemoteObject | None](), list[_Upload]()
+    Files that had to be read, and are the same, are recorded in ``folders``.
+    """
+    uploads, unknown = list[_Upload](), list[tuple[_Upload, RemoteObject]]()
     for side, prefix in listing.prefixes.items():
-        there = {wanted.path: wanted for wanted in listing.objects[side]}
+        folder = folders[side]
+        folder.load()
+        in_bucket = {there.path: there for there in listing.objects[side]}
         for name in names[side]:
-            path = data_dir / side / name
-            found.append(there.get(name))
-            uploads.append(_Upload(path, prefix + name, path.stat().st_size))
+            status, there = os.stat(folder.path / name), in_bucket.get(name)
+            upload = _Upload(folder, RemoteObject(prefix + name, name, status.st_size, ""), status)
+            if there is None or there.size != status.st_size:
+                uploads.append(upload)
+            elif not folder.has(there):
+                unknown.append((upload, there))
+
+    def is_same(one: tuple[_Upload, RemoteObject]) -> bool:
+        upload, there = one
+        with open(upload.folder.local(there), "rb") as file:
+            return bool(matches(file, there.size, there.etag))
+
     with ThreadPoolExecutor(processors()) as pool:
-        different = pool.map(differs, found, uploads)
-        return [upload for upload, changed in zip(uploads, different, strict=True) if changed]
+        for (upload, there), same in zip(unknown, pool.map(is_same, unknown), strict=True):
+            if same:
+                upload.folder.record(there, upload.status)
+            else:
+                uploads.append(upload)
+    return uploads
 
 
 def _send(
@@ -114,20 +139,25 @@ def _send(
     files_at_once = max(1, min(requests, len(todo)))
     parts = max(1, requests // files_at_once)
 
-    def send(upload: _Upload) -> _Upload:
-        path, size = upload.path, upload.size
+    def send(upload: _Upload) -> RemoteObject:
+        wanted, path = upload.wanted, upload.folder.local(upload.wanted)
+
+        def unchanged() -> bool:
+            return os.stat(path).st_size == wanted.size
+
         try:
             with open(path, "rb") as file:
-                bucket.put(upload.key, file, size, lambda: path.stat().st_size == size, parts)
+                etag = bucket.put(wanted.key, file, wanted.size, unchanged, parts)
         except OSError as error:
-            raise disk_error(path, error) from error
-        return upload
+            raise disk_error(Path(path), error) from error
+        return replace(wanted, etag=etag)
 
     files_done = bytes_done = 0
-    total = sum(upload.size for upload in todo)
+    total = sum(upload.wanted.size for upload in todo)
     with ThreadPoolExecutor(files_at_once) as pool:
         try:
-            for done in pool.map(send, todo):
+            for upload, done in zip(todo, pool.map(send, todo), strict=True):
+                upload.folder.record(done, upload.status)
                 files_done, bytes_done = files_done + 1, bytes_done + done.size
                 report(TransferProgress(files_done, len(todo), bytes_done, total))
         except BaseException:
