@@ -99,11 +99,9 @@ class _Distinct:
         order = np.argsort(numbers, kind="stable")
         later = np.empty(total, np.int64)
         later[order] = np.cumsum(counts)[numbers[order]] - 1 - np.arange(total)
-        rows = (
-            candidates
-            if len(kept) == total
-            else candidates[torch.from_numpy(kept).to(candidates.device)]
-        )
+        rows = candidates
+        if len(kept) < total:
+            rows = candidates[torch.from_numpy(kept).to(candidates.device)]
         weights = torch.from_numpy(counts).float().to(candidates.device)
         return cls(rows, weights, torch.from_numpy(numbers), torch.from_numpy(later))
 

@@ -62,7 +62,7 @@ FIRST_WORK = {
     "search {run} {data} lamp": _FORWARD,
     "find-batch-size --model tiny --effective-batch-size 64": _FORWARD,
     "export {run} exported": ("clipft.export.export", "export_model"),
-    "inspect {data} --model tiny": ("clipft.data.inspection", "read_facts"),
+    "inspect {data} --model tiny": ("clipft.data.pair_facts", "read_facts"),
     "report {run}": ("clipft.report.run_page", "run_page"),
     "pack {data} shards": ("clipft.data.packing.scan", "scan"),
 }
