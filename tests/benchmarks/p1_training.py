@@ -271,7 +271,7 @@ FIGURES: tuple[tuple[str, Peer, dict[str, Any], float], ...] = (
         "exact, no graph kept; sentence-transformers'",
         sentence_transformers_way,
         {"graph_memory": 0},
-        0,
+        1.5,
     ),
 )
 

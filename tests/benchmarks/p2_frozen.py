@@ -49,7 +49,7 @@ class Job:
 JOBS = (
     Job("linear_probe", False, Size(192, 64, 32), 8),
     Job("linear_probe", True, Size(64, 32, 16), 8),
-    Job("vision_lora", True, Size(64, 32, 16), 1.3),
+    Job("vision_lora", True, Size(64, 32, 16), 1.6),
     Job("text_lora", True, Size(32, 32, 16), 1.5),
 )
 QUICK, EPOCHS = Size(16, 8, 8), 10

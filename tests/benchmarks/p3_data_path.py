@@ -153,7 +153,7 @@ def main() -> None:
     pairs, count = (2, 128) if chosen.quick else (5, 768)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        for side, samples, goal in ((500, count, 1.5), (1200, count // 2, 2.5)):
+        for side, samples, goal in ((500, count, 2.0), (1200, count // 2, 2.5)):
             raw = root / str(side) / "train"
             write_shards(raw, photos(chosen.photos, side, samples))
             mine, peer = ours(raw, tokenizer), transformers_way(raw, tokenizer)

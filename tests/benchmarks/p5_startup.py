@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,9 +198,8 @@ def main() -> None:
     given = parser.parse_args()
     rounds, most = (2, QUICK) if given.quick else (5, None)
     names = [*SHOWN, *(name for name in COMMANDS if name not in SHOWN)][:most]
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, chdir(made):
         root = Path(made)
-        os.chdir(root)
         os.environ["CLIPFT_CACHE"] = str(root / "cache")
         write_shard(root / "data" / "train" / "0.tar", range(64))
         write_shard(root / "data" / "val" / "0.tar", range(1000, 1032))
