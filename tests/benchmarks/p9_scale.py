@@ -237,6 +237,9 @@ def do_step(name: str, data: Path) -> None:
     from clipft.data.shards.folders import open_pairs
     from clipft.models.pretrained import load_inputs
 
+    if name == "index":
+        for index in (data / "train").glob(".*.clipft-index"):
+            index.unlink()
     pairs = open_pairs(data / "train")
     if name == "index":
         return
