@@ -80,11 +80,11 @@ def _first_copies(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Distinct:
-    """Candidates without copies, because a catalogue has the same caption many times.
+    """Candidates without copies, because many pairs of a catalogue share a caption.
 
-    ``rows`` is float32 [U, D], and ``counts`` float32 [U] says how many candidates each of them
-    is, both on the device of the candidates. On the CPU, ``numbers`` int64 [C] is the row of each
-    candidate, and ``later`` int64 [C] counts the copies that come after it.
+    ``rows`` is float32 [U, D], and ``counts`` float32 [U] holds the number of candidates that are
+    equal to each row, both on the device of the candidates. On the CPU, ``numbers`` int64 [C] is
+    the row of each candidate, and ``later`` int64 [C] counts its copies with a higher index.
     """
 
     rows: Tensor
@@ -124,8 +124,8 @@ class _Distinct:
         # Comparisons are written as floats because torch sums floats ten times faster than booleans
         behind = self._count(torch.lt(scores, own, out=compared)) + later
         tied = torch.eq(scores, own, out=compared).sum(1) > 1
-        # Row by row, because it takes no memory: arrays of as many rows as happen to be tied
-        # would differ in size from block to block, and leave holes that no other one fits
+        # One row at a time, so that no array is allocated. The number of tied rows differs from
+        # block to block, and arrays of different sizes would fragment the memory
         for row in tied.nonzero().flatten().tolist():
             behind[row] += self._count_after(compared[row], int(columns[row])) - later[row]
         if finite:

@@ -4,9 +4,8 @@ The newest state (``{scenario}_checkpoint.pt``) is saved at the end of each epoc
 ``checkpoint_every`` steps, and when a signal or an error ends the run. The best epoch's weights
 (``best.pt``) are saved when ``EarlyStopping`` finds that an epoch has improved.
 
-Training goes on while the newest state is written: a thread writes a copy of it, flushes it to the
-disk and reads it back. The last save of a run, and a state that is too large to be copied, are
-waited for.
+A thread writes a copy of the newest state, flushes it to the disk and reads it back, while training
+goes on. Training waits for the last save of a run, and for a state that is too large to be copied.
 """
 
 import math
@@ -46,7 +45,7 @@ class Saver:
     """Saves the state of a run. Rank zero writes, but all processes must call these methods,
     because with sharded weights each process holds a part of the weights.
 
-    An error while a file is written is raised by the next save, and then on all processes.
+    If a file cannot be written, the next save raises the error on all processes.
     """
 
     def __init__(
@@ -54,8 +53,8 @@ class Saver:
     ) -> None:
         self.state, self.setup, self.paths, self.callbacks = state, setup, paths, callbacks
         self.saved_step = 0
-        """The step of the newest checkpoint, which may still be written. Later steps are lost if
-        the run is killed."""
+        """The step of the newest checkpoint, which the thread may not have finished yet. If the run
+        is killed, later steps are lost."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[int] | None = None
 
@@ -89,7 +88,7 @@ class Saver:
             on_rank_zero(self.setup.processes, self._end_writing)
 
     def save(self, wait: bool = True) -> None:
-        """Save the newest state; without ``wait``, it is only certain after the next call."""
+        """Save the newest state. Without ``wait``, return while the thread still writes it."""
         training, weights = self.state.training, self.setup.weights
         state = weights.gather_if_sharded(training.state_dict) if training else _BLANK.copy
         on_rank_zero(self.setup.processes, lambda: self._write(state, wait))
@@ -129,7 +128,7 @@ class Saver:
             self._end_writing()
 
     def _end_writing(self) -> None:
-        """Wait for the file that is being written, if any, and report it.
+        """If a checkpoint is being written, wait until it is complete, and report it.
 
         Raises:
             StorageError: it could not be written.

@@ -86,8 +86,10 @@ class Folder:
                     self.records[str(entry["path"])] = list(entry["state"])
 
     def record(self, wanted: RemoteObject, status: os.stat_result | None = None) -> None:
-        """Note that the file of an object has its bytes, for ``write_records``. ``status`` is that
-        of the file before it was read; by default, it is looked up now."""
+        """Note that the file and the object have the same bytes; ``write_records`` saves the note.
+
+        ``status`` is the file's status from before it was read. By default, it is looked up now.
+        """
         found = status or os.lstat(self.local(wanted))
         self._new[wanted.path] = [wanted.etag, found.st_size, found.st_mtime_ns]
 

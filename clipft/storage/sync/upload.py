@@ -1,7 +1,7 @@
 """``clipft sync --up``: upload local pairs to a bucket, except for those that are already there.
 
-Files that have not changed since a sync are recognized by the journal of their folder, others by
-their md5.
+The journal of a folder says which files have not changed since the last sync. All others are
+compared by their md5.
 """
 
 import os
@@ -28,8 +28,11 @@ _DELETED_AT_ONCE = 1000
 
 
 class _Upload(NamedTuple):
-    """A local file, and what it will be in the bucket. ``status`` is that of the file before it is
-    read: a file that changes later does not fit its record, and is compared again."""
+    """A local file, and what it will be in the bucket.
+
+    ``status`` is the file's status from before it is read. If the file changes later, the journal
+    has the old size or time, and the next sync compares it again.
+    """
 
     folder: Folder
     wanted: RemoteObject
